@@ -1,0 +1,75 @@
+# Every target does its own set-up; a second run finds it done and needs no network. `make` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+TRIALS := 24
+BUDGET := 0.3
+ARGS :=
+
+# nothing is reported to anyone
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+# Ray listens on every interface, so nobody without the token may talk to it
+export RAY_AUTH_MODE := token
+
+# what one wants to read of pip: which large file comes, how many packages go in, and errors
+FETCHED := s/^ *Downloading ([^ ]+) \(([0-9.]+ [MG]B)\)$$/  fetching \1 (\2)/p; s/^Installing collected packages: .*/  installing/p
+PIP := $(PY) -m pip --disable-pip-version-check install --no-input --progress-bar off
+
+.PHONY: help setup assets test lint search serve ui clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(READY) ## make the environment in .venv
+
+$(READY): pyproject.toml constraints.txt
+	@works() { "$$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; }; \
+	if ! works $(PY); then \
+		for python in $(or $(PYTHON),python3.11 python3.12 python3 python); do works $$python && break || python=; done; \
+		if [ -z "$$python" ]; then \
+			echo 'No Python 3.11 or 3.12 that can make an environment was found; install one (on Debian: apt-get install' \
+				'python3 python3-venv) or name it: make PYTHON=/path/to/python3.12 setup' >&2; exit 2; \
+		fi; \
+		echo "making $(VENV) with $$($$python --version)"; $$python -m venv --clear $(VENV); \
+	fi
+	@quietly() { "$$@" 2> >(grep -vE '^(WARNING|DEPRECATION)|\[notice\]|^$$' >&2) | sed -nuE '$(FETCHED)'; }; \
+	echo 'installing torch'; \
+	quietly $(PIP) -c constraints.txt "$$(grep '^torch==' constraints.txt)"; \
+	echo 'installing baklava and what it needs'; \
+	quietly $(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+assets: $(READY) ## fetch and convert the demo's model and texts
+	@$(PY) -m baklava.assets
+
+test: setup assets ## run every test (under 15 minutes on two cores)
+	@OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+
+lint: $(READY) ## check style and types
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+search: setup assets ## find a plan for the demo model and register it (more options in ARGS=)
+	@$(PY) jobs/search.py --trials $(TRIALS) --budget $(BUDGET) $(ARGS)
+
+serve: setup assets ## serve the plan that the last search registered
+	@$(PY) jobs/serve.py --plan models:/baklava-demo@champion --model demo $(ARGS)
+
+ui: setup ## open MLflow on the searches, at http://127.0.0.1:5000
+	@data=$$($(PY) -c 'from baklava.paths import data_dir; print(data_dir())'); mkdir -p "$$data"; \
+	echo "MLflow on $$data/mlflow.db: http://127.0.0.1:5000 (up in about 15 s; Ctrl-C ends it)"; \
+	$(VENV)/bin/mlflow server --backend-store-uri "sqlite:///$$data/mlflow.db" \
+		--artifacts-destination "$$data/mlartifacts" --host 127.0.0.1 --port 5000 --workers 1 $(ARGS)
+
+clean: ## remove the environment and what tools left here; downloads and results stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

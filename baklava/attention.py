@@ -1,0 +1,235 @@
+"""Attention over budgeted entries, and its registration with transformers.
+
+Query heads of one KV head are rows of one product, `[batch, heads, group, queries, head_dim]`, so that no key or value
+is ever repeated. Everything is decided by positions: an entry is seen by the queries at or after its position.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from baklava.errors import UserError
+
+NAME = "baklava"
+QUERY_BLOCK = 256
+"""Queries per block where probabilities are materialised: per KV head they take group x block x entries."""
+
+Heads = Float[Tensor, "batch heads tokens head_dim"]
+Grouped = Float[Tensor, "batch heads group queries head_dim"]
+Positions = Int[Tensor, "#batch #heads entries"]
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+"""Called per block with (attention, query positions, number of leading entries that the block can see)."""
+
+_watcher: ContextVar[Callable[..., None] | None] = ContextVar("watcher", default=None)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a model's attention does beside the softmax of q·k: scale, logit softcap, learned sink logits."""
+
+    scaling: float
+    softcap: float | None = None
+    sink_logits: Float[Tensor, " query_heads"] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether a fused kernel computes it."""
+        return self.softcap is None and self.sink_logits is None
+
+    def for_heads(self, heads: Int[Tensor, " heads"], group: int) -> "Kernel":
+        """The kernel of some KV heads of the layer."""
+        if self.sink_logits is None:
+            return self
+        return Kernel(self.scaling, self.softcap, self.sink_logits.view(-1, group)[heads].flatten())
+
+
+class BudgetedLayer(Protocol):
+    """A cache layer that attends for itself; `update()` puts it on the keys that it returns."""
+
+    def attend(self, query: Heads, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Heads:
+        """Output per query head for new tokens; afterwards the layer has taken them in."""
+
+
+def register() -> None:
+    """Make attn_implementation="baklava" known to transformers; safe to call again."""
+    AttentionInterface.register(NAME, _forward)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def tagged(key: Heads, layer: BudgetedLayer) -> Heads:
+    """The keys with their layer on them: the only way from a cache to the attention function that transformers has."""
+    key = key.view(key.shape)
+    key.budgeted_layer = layer  # type: ignore[attr-defined]
+    return key
+
+
+@contextmanager
+def watching(watcher: Callable[..., None]) -> Iterator[None]:
+    """Call `watcher(module, query, key, value, output)` after every attention of the models run in this context."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def _forward(
+    module: torch.nn.Module, query: Heads, key: Heads, value: Heads, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    layer: BudgetedLayer | None = getattr(key, "budgeted_layer", None)
+    if layer is None:
+        output = _dense(module, query, key, value, attention_mask, **options)
+    else:
+        kernel = Kernel(options["scaling"], options.get("softcap"), options.get("s_aux"))
+        output = layer.attend(query, key, value, attention_mask, kernel).transpose(1, 2)
+    if (watcher := _watcher.get()) is not None:
+        watcher(module, query, key, value, output)
+    return output, None
+
+
+def _dense(
+    module: torch.nn.Module, query: Heads, key: Heads, value: Heads, mask: Tensor | None, **options: Any
+) -> Float[Tensor, "batch queries heads head_dim"]:
+    """Attention without a budgeted cache: transformers' own, with causality put back into our padding mask."""
+    queries, entries = query.shape[2], key.shape[2]
+    if queries > 1 and (mask is not None or queries != entries):
+        rows = torch.arange(entries - queries, entries, device=query.device)[:, None]
+        causal = torch.arange(entries, device=query.device) <= rows
+        mask = causal[None, None] if mask is None else mask & causal
+    if options.get("softcap") is None and options.get("s_aux") is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    group = query.shape[1] // key.shape[1]
+    kernel = Kernel(options["scaling"], options.get("softcap"), options.get("s_aux"))
+    visible = None if mask is None else mask.expand(query.shape[0], 1, queries, entries)
+    output, _ = attend_block(grouped(query, group), key, value, visible, kernel)
+    return ungrouped(output).transpose(1, 2)
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **options: Any) -> Any:
+    """Sliding layers get transformers' own mask; full layers the padding alone, as a view: they know positions."""
+    if local_size is not None:
+        options["allow_is_causal_skip"] = False
+        return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **options)
+    if options.get("mask_function", causal_mask_function) is not causal_mask_function:
+        raise UserError(
+            "the model asks for attention that is not causal (packed sequences or prefixes that see each other), which "
+            "a budgeted cache cannot keep; pass one sequence per row with its 2D attention mask"
+        )
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask.bool()[:, None, None, :].expand(-1, 1, options["q_length"], -1)
+
+
+def grouped(query: Heads, group: int) -> Grouped:
+    """Query heads as rows of their KV head."""
+    batch, heads, queries, head_dim = query.shape
+    return query.reshape(batch, heads // group, group, queries, head_dim)
+
+
+def ungrouped(output: Grouped) -> Heads:
+    """The inverse of `grouped`."""
+    batch, heads, group, queries, head_dim = output.shape
+    return output.reshape(batch, heads * group, queries, head_dim)
+
+
+def seen(
+    query_positions: Int[Tensor, "#batch queries"], key_positions: Positions, window: "Window | None" = None
+) -> Bool[Tensor, "#batch #heads queries entries"]:
+    """Which queries see which entries: no padding, nothing later than the query, nothing that its ring has dropped."""
+    rows, entries = query_positions[:, None, :, None], key_positions[:, :, None, :]
+    visible = (entries >= 0) & (entries <= rows)
+    if window is not None:
+        visible &= (entries < window.sinks) | (entries > rows - window.length)
+    return visible
+
+
+@dataclass(frozen=True)
+class Window:
+    """Entries that a ring holds for a query: the first `sinks` tokens and the newest `length`."""
+
+    sinks: int
+    length: int
+
+
+def attend_block(
+    query: Grouped,
+    key: Heads,
+    value: Heads,
+    visible: Bool[Tensor, "#batch #heads queries entries"] | None,
+    kernel: Kernel,
+) -> tuple[Grouped, Float[Tensor, "batch heads group queries entries"]]:
+    """Output and probabilities of one block of queries; `visible` None means that every query sees every entry."""
+    batch, heads, group, queries, head_dim = query.shape
+    logits = query.reshape(batch, heads, group * queries, head_dim) @ key.transpose(2, 3)
+    logits = logits.view(batch, heads, group, queries, -1).mul_(kernel.scaling)
+    if kernel.softcap is not None:
+        logits = torch.tanh(logits / kernel.softcap) * kernel.softcap
+    if visible is not None:
+        # The lowest finite number, not -inf: a padding query sees nothing, and must not spread NaN.
+        logits.masked_fill_(~visible[:, :, None], torch.finfo(logits.dtype).min)
+    attention = _softmax(logits, kernel.sink_logits)
+    output = attention.view(batch, heads, group * queries, -1) @ value
+    return output.view(batch, heads, group, queries, head_dim), attention
+
+
+def _softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
+    if sink_logits is None:
+        return torch.softmax(logits, -1)
+    batch, heads, group, queries, _ = logits.shape
+    sinks = sink_logits.view(1, heads, group, 1, 1).expand(batch, -1, -1, queries, 1).to(logits.dtype)
+    return torch.softmax(torch.cat([logits, sinks], -1), -1)[..., :-1]
+
+
+def attend(
+    query: Grouped,
+    key: Heads,
+    value: Heads,
+    query_positions: Int[Tensor, "#batch queries"],
+    key_positions: Positions,
+    kernel: Kernel,
+    *,
+    masked: bool = True,
+    window: Window | None = None,
+    observer: Observer | None = None,
+) -> Grouped:
+    """Output of all queries over all entries; the last entries are the queries' own.
+
+    `masked` False promises that positions hide nothing beyond causality: one query that sees every entry, or an
+    unpadded prompt that attends to itself. With an observer the probabilities of each block are shown to it; they are
+    never held for more than a block.
+    """
+    if observer is None and kernel.plain:
+        visible = seen(query_positions, key_positions, window) if masked else None
+        return _fused(query, key, value, visible, kernel)
+    queries, entries = query.shape[3], key.shape[2]
+    output = torch.empty_like(query)
+    for start in range(0, queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, queries)
+        block, reach = query_positions[:, start:stop], entries - queries + stop
+        visible = seen(block, key_positions[..., :reach], window) if masked or queries > 1 else None
+        output[:, :, :, start:stop], attention = attend_block(
+            query[:, :, :, start:stop], key[:, :, :reach], value[:, :, :reach], visible, kernel
+        )
+        if observer is not None:
+            observer(attention, block, key_positions[..., :reach])
+    return output
+
+
+def _fused(query: Grouped, key: Heads, value: Heads, visible: Tensor | None, kernel: Kernel) -> Grouped:
+    batch, heads, group, queries, head_dim = query.shape
+    if visible is None and queries > 1:
+        prompt = sdpa(ungrouped(query), key, value, is_causal=True, scale=kernel.scaling, enable_gqa=group > 1)
+        return grouped(prompt, group)
+    rows = query.reshape(batch, heads, group * queries, head_dim)
+    mask = None if visible is None else visible[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
+    return sdpa(rows, key, value, attn_mask=mask, scale=kernel.scaling).view(query.shape)

@@ -1,0 +1,275 @@
+"""The cache that lives inside a plan: what goes into `model.generate(past_key_values=BudgetedCache(plan))`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from typing_extensions import override
+
+from baklava import attention
+from baklava.attention import Heads, Kernel, grouped, ungrouped
+from baklava.errors import UserError
+from baklava.eviction import Eviction, eviction_of
+from baklava.heads import Budget, HeadGroup, Tokens, head_group
+from baklava.plan import BudgetPlan, LayerBudget
+from baklava.recording import Recording
+
+
+class RaggedLayer(CacheLayerMixin):
+    """A layer whose KV heads hold different numbers of entries, grouped by equal budgets."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, budget: LayerBudget, eviction: Eviction) -> None:
+        super().__init__()
+        self.budgets, self.eviction = _groups(budget), eviction
+        self.groups: list[HeadGroup] = []
+        self.seen = 0
+        self.pads: Int[Tensor, " batch"] | None = None
+        self.forced = False
+        self.waiting = False
+
+    @override
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.groups = [head_group(budget, self.eviction, key_states) for budget in self.budgets]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand the new keys on, tagged with this layer; entries are stored once they have been attended to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.waiting = True
+        return attention.tagged(key_states, self), value_states
+
+    def attend(self, query: Heads, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Heads:
+        """Attend to what is held and to the new tokens, then cut to the budget. Heads are query heads in the output."""
+        self.waiting = False
+        positions = self._positions(key, padding)
+        queries = grouped(query, query.shape[1] // key.shape[1])
+        output = torch.empty_like(queries)
+        for group in self.groups:
+            tokens = self._tokens(group, queries, key, value, positions)
+            output[:, group.index] = group.attend(tokens, kernel.for_heads(group.index, queries.shape[2]))
+        self.seen += key.shape[2]
+        return ungrouped(output)
+
+    def _tokens(self, group: HeadGroup, query: Tensor, key: Heads, value: Heads, positions: Tensor) -> Tokens:
+        if len(self.groups) > 1:
+            query, key, value = query[:, group.index], key[:, group.index], value[:, group.index]
+        return Tokens(query, key, value, positions, padded=self.pads is not None, forced=self.forced)
+
+    def _positions(self, key: Heads, padding: Tensor | None) -> Int[Tensor, "#batch tokens"]:
+        positions = torch.arange(self.seen, self.seen + key.shape[2], device=key.device)[None]
+        pads = None if padding is None else _left_pads(padding[:, 0, -1])
+        if self.seen == 0:
+            self.pads = pads
+        elif pads is not None and (self.pads is None or not torch.equal(pads, self.pads)):
+            raise UserError(
+                f"the attention mask hides tokens that came after the first {self.seen}; pad on the left of the first "
+                "prompt only"
+            )
+        return positions if self.pads is None else positions - self.pads[:, None]
+
+    def fill(self, key: Heads, value: Heads, score: Tensor | None) -> None:
+        """Cut a prompt that a full cache has attended to."""
+        self.lazy_initialization(key, value)
+        positions = torch.arange(key.shape[2], device=key.device)[None]
+        for group in self.groups:
+            scores = None if score is None else score[:, group.index]
+            group.fill(key[:, group.index], value[:, group.index], scores, positions)
+        self.seen = key.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, over the whole batch."""
+        return sum(group.nbytes for group in self.groups)
+
+    def kept_positions(self, head: int, row: int) -> Int[Tensor, " entries"]:
+        """Positions that a KV head holds for a row, ascending, counted from the row's first real token."""
+        for group in self.groups:
+            if head in group.budget.heads:
+                kept = group.kept()
+                kept = kept[row % kept.shape[0], group.budget.heads.index(head) % kept.shape[1]]
+                return kept[kept >= 0].long().sort().values
+        return torch.empty(0, dtype=torch.long)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, not entries held: positions and masks count from it."""
+        return self.seen
+
+    @override
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    @override
+    def get_max_length(self) -> int:
+        return -1
+
+    @override
+    def reset(self) -> None:
+        self.groups, self.seen, self.pads, self.is_initialized = [], 0, None, False
+
+    @override
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    @override
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.groups:
+            rows = torch.arange(self._batch(), device=self.groups[0].index.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    @override
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for group in self.groups:
+            group.select_rows(indices)
+        if self.pads is not None:
+            self.pads = self.pads[indices.to(self.pads.device)]
+
+    def _batch(self) -> int:
+        return self.groups[0].keys.read(0).shape[0]
+
+    @override
+    def crop(self, max_length: int) -> None:
+        if max_length not in (0, self.seen):
+            raise UserError(
+                f"crop to {max_length} of {self.seen} tokens: entries that were evicted cannot come back; decode "
+                "without assisted or prompt-lookup generation"
+            )
+
+    @override
+    def offload(self) -> None:
+        raise UserError("a budgeted cache is not offloaded: it exists to stay small; build it without offloading")
+
+    prefetch = offload
+
+
+class BudgetedCache(Cache):
+    """A KV cache with a budget for every (layer, KV head), for models that run attn_implementation="baklava".
+
+    Each layer attends to its whole prompt and is then cut to its budget, so memory peaks at the plan plus one layer.
+    Lengths are logical: `get_seq_length()` counts the tokens seen.
+    """
+
+    def __init__(self, plan: BudgetPlan) -> None:
+        attention.register()
+        self.plan = plan
+        self.eviction = eviction_of(plan.eviction)
+        pairs = zip(plan.layers, plan.geometry.windows, strict=True)
+        super().__init__(layers=[self._layer(budget, window) for budget, window in pairs])
+
+    def _layer(self, budget: LayerBudget | None, window: int | None) -> CacheLayerMixin:
+        if budget is None:
+            return DynamicSlidingWindowLayer(sliding_window=window)
+        return RaggedLayer(budget, self.eviction)
+
+    @classmethod
+    def cut(cls, plan: BudgetPlan, recording: Recording) -> "BudgetedCache":
+        """The cache that a prefill of the recorded prompt leaves.
+
+        Raises:
+            UserError: the plan's eviction method was not recorded.
+        """
+        cache = cls(plan)
+        layers = zip(cache.ragged(), recording.keys, recording.values, recording.scores, strict=True)
+        for layer, key, value, scores in layers:
+            if cache.eviction.scored and cache.eviction.observation not in scores:
+                raise UserError(f"{cache.eviction} was not observed in the prefill; prefill with this eviction method")
+            layer.fill(key, value, scores.get(cache.eviction.observation))
+        return cache
+
+    @override
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self._check_attended()
+        if key_states.shape[1::2] != (self.plan.geometry.kv_heads, self.plan.geometry.head_dim):
+            raise UserError(
+                f"keys of shape {tuple(key_states.shape)} for a plan of {self.plan.geometry.kv_heads} KV heads of "
+                f"dimension {self.plan.geometry.head_dim}; use the plan with the model it was made for"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @contextmanager
+    def teacher_forcing(self) -> Iterator[int | None]:
+        """Within it, many tokens of a forward see exactly what they would see one by one.
+
+        Yields the most tokens that one forward may take for that; None means any number.
+        """
+        for layer in self.ragged():
+            layer.forced = True
+        try:
+            yield self.eviction.interval if self.eviction.scored else None
+        finally:
+            for layer in self.ragged():
+                layer.forced = False
+
+    def ragged(self) -> list[RaggedLayer]:
+        """The budgeted layers, in order."""
+        return [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now by the whole batch, as the allocator counts them."""
+        return sum(_layer_bytes(layer) for layer in self.layers)
+
+    @property
+    def promised_bytes(self) -> int:
+        """Most bytes that one sequence may hold between two forwards."""
+        return self.plan.bytes_per_sequence
+
+    def kept_positions(self, layer: int, head: int, row: int = 0) -> Int[Tensor, " entries"]:
+        """Positions that a KV head holds for a row, ascending, counted from the row's first real token."""
+        ragged = self.layers[layer]
+        if not isinstance(ragged, RaggedLayer):
+            raise UserError(f"layer {layer} slides and has no budget; ask for a full-attention layer")
+        return ragged.kept_positions(head, row)
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError when a head holds more than its budget, or the cache more bytes than promised."""
+        self._check_attended()
+        for index, layer in enumerate(self.ragged()):
+            for group in layer.groups:
+                held = group.kept()
+                if group.size > group.budget.tokens or int((held >= 0).sum(-1).max()) > group.budget.tokens:
+                    raise RuntimeError(f"layer {index} holds more than {group.budget.tokens} entries: {held.shape[2]}")
+        batch = next((layer._batch() for layer in self.ragged() if layer.groups), 1)
+        if self.nbytes > self.promised_bytes * batch:
+            raise RuntimeError(f"the cache holds {self.nbytes} bytes, {self.promised_bytes * batch} were promised")
+
+    def _check_attended(self) -> None:
+        waiting = [index for index, layer in enumerate(self.layers) if getattr(layer, "waiting", False)]
+        if waiting:
+            raise UserError(
+                f"the keys of layer {waiting[0]} never reached baklava's attention, so the budget would be ignored: "
+                'load the model with attn_implementation="baklava"; a model that changes keys after the cache, as '
+                "latent attention does, is not supported"
+            )
+
+
+def _left_pads(real: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
+    if bool((real[:, 1:] < real[:, :-1]).any()):
+        raise UserError(
+            "the attention mask hides tokens behind real ones; a budgeted cache takes padding on the left only: set "
+            'tokenizer.padding_side = "left"'
+        )
+    return (~real).sum(-1)
+
+
+def _groups(budget: LayerBudget) -> list[Budget]:
+    shapes = list(zip(budget.tokens, budget.key_bits, budget.value_bits, strict=True))
+    members = {shape: tuple(head for head, other in enumerate(shapes) if other == shape) for shape in shapes}
+    return [Budget(heads, *shape) for shape, heads in members.items()]
+
+
+def _layer_bytes(layer: Any) -> int:
+    if isinstance(layer, RaggedLayer):
+        return layer.nbytes
+    held = [tensor for tensor in (layer.keys, layer.values) if tensor is not None]
+    return sum(tensor.untyped_storage().nbytes() for tensor in held)

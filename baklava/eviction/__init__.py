@@ -1,0 +1,32 @@
+"""Eviction: which entries of a KV head stay. One method a file; `METHODS` maps names to classes."""
+
+from baklava.errors import UserError
+from baklava.eviction.base import Eviction, Observation
+from baklava.eviction.heavy_hitter import HeavyHitter
+from baklava.eviction.streaming import Streaming
+from baklava.plan import EvictionChoice
+
+METHODS: dict[str, type[Eviction]] = {method.name: method for method in (Streaming, HeavyHitter)}
+
+__all__ = ["METHODS", "Eviction", "HeavyHitter", "Observation", "Streaming", "eviction_of", "method_of"]
+
+
+def method_of(name: str) -> type[Eviction]:
+    """The class of an eviction method; an unknown name lists the known ones."""
+    if name not in METHODS:
+        raise UserError(f"unknown eviction method {name!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def eviction_of(choice: EvictionChoice) -> Eviction:
+    """The method that a plan names; raises UserError when the plan's knobs are not the method's."""
+    method = method_of(choice.method)
+    try:
+        eviction = method(sinks=choice.sinks, recent=choice.recent, interval=choice.interval, **choice.knobs)
+    except TypeError as error:
+        raise UserError(
+            f"the plan's knobs {choice.knobs} do not fit {choice.method} ({error}); make a new plan"
+        ) from None
+    if eviction.choice != choice:
+        raise UserError(f"the plan says {choice}, but {choice.method} is {eviction.choice}; make a new plan")
+    return eviction

@@ -1,0 +1,28 @@
+"""Sinks + recent window."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from baklava.eviction.base import Eviction, Observation
+
+
+@dataclass(frozen=True)
+class Streaming(Eviction):
+    """Keep the first `sinks` tokens and the newest ones (StreamingLLM, arXiv 2309.17453).
+
+    The score is the position itself, so a head is a ring and needs neither scores nor slack.
+    """
+
+    name: ClassVar[str] = "streaming"
+    scored: ClassVar[bool] = False
+
+    recent: float = 1.0
+    interval: int = 1
+
+    @override
+    def score(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
+        return seen.key_positions.to(seen.previous.dtype).expand_as(seen.previous)

@@ -1,0 +1,14 @@
+"""KV heads that share a budget. `head_group` makes the kind of group that an eviction method needs."""
+
+from baklava.attention import Heads
+from baklava.eviction import Eviction
+from baklava.heads.base import Budget, HeadGroup, Tokens
+from baklava.heads.ranked import Ranked, Scorekeeper
+from baklava.heads.ring import Ring
+
+__all__ = ["Budget", "HeadGroup", "Ranked", "Ring", "Scorekeeper", "Tokens", "head_group"]
+
+
+def head_group(budget: Budget, eviction: Eviction, like: Heads) -> HeadGroup:
+    """The kind of group that an eviction method needs."""
+    return (Ranked if eviction.scored else Ring)(budget, eviction, like)

@@ -1,0 +1,158 @@
+"""Entries that compete by score."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from baklava.attention import Grouped, Heads, Kernel, attend
+from baklava.eviction import Eviction, Observation
+from baklava.heads.base import Budget, HeadGroup, Tokens, take
+
+
+class Ranked(HeadGroup):
+    """Entries that compete by score. New tokens fill the slack behind the kept ones; when it is full, the losers go.
+
+    Slots [0, filled) are in use in every row and head. An eviction moves the winners of the slack into the slots of
+    the losers, so it copies at most `interval` entries.
+    """
+
+    def __init__(self, budget: Budget, eviction: Eviction, like: Heads) -> None:
+        super().__init__(budget, eviction, like)
+        shape = (like.shape[0], len(budget.heads), 0)
+        self.positions = torch.empty(shape, dtype=torch.int32, device=like.device)
+        self.scores = torch.empty(shape, dtype=torch.float32, device=like.device)
+        self.since = 0
+        self.keep = budget.tokens - eviction.interval
+
+    @override
+    def attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+        fits = self.filled + tokens.count <= self.budget.tokens
+        if self.filled and fits and self.since + tokens.count <= self.eviction.interval:
+            return self._step(tokens, kernel)
+        return self._block(tokens, kernel)
+
+    def _step(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+        start, self.filled = self.filled, self.filled + tokens.count
+        self._grow(self.filled)
+        self.keys.write(start, tokens.key)
+        self.values.write(start, tokens.value)
+        self.positions[:, :, start : self.filled] = tokens.positions[:, None]
+        self.scores[:, :, start : self.filled] = 0
+        key, value = self.keys.read(self.filled), self.values.read(self.filled)
+        positions, scores = self.positions[..., : self.filled], self.scores[..., : self.filled]
+        masked = tokens.count > 1 or tokens.padded
+        observer = Scorekeeper(self.eviction, scores, tokens.padded)
+        output = attend(tokens.query, key, value, tokens.positions, positions, kernel, masked=masked, observer=observer)
+        self.since += tokens.count
+        if self.since >= self.eviction.interval:
+            self._evict()
+        return output
+
+    def _block(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+        shape = (*tokens.key.shape[:2], tokens.count)
+        key = torch.cat([self.keys.read(self.filled), tokens.key], 2)
+        value = torch.cat([self.values.read(self.filled), tokens.value], 2)
+        positions = torch.cat([self.kept(), tokens.positions[:, None].expand(shape).int()], 2)
+        scores = torch.cat([self.scores[..., : self.filled], self.scores.new_zeros(shape)], 2)
+        # The entries of a first prompt are the same for all heads, and so is what is seen of them.
+        common = positions if self.filled else tokens.positions[:, None]
+        observer = Scorekeeper(self.eviction, scores, tokens.padded)
+        output = attend(tokens.query, key, value, tokens.positions, common, kernel, observer=observer)
+        self._keep(key, value, scores, positions)
+        return output
+
+    @override
+    def fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
+        if score is None:
+            raise ValueError(f"{self.eviction.name} needs the scores of the prompt, and none were recorded")
+        self._keep(key, value, score, positions[:, None].expand(score.shape).int())
+
+    def _keep(self, key: Heads, value: Heads, scores: Tensor, positions: Tensor) -> None:
+        """Keep the best of these entries, in the order of their positions, and nothing else."""
+        if key.shape[2] > self.keep:
+            winners = self._rank(scores, positions).topk(self.keep, sorted=False).indices.sort().values
+            key, value = take(key, winners), take(value, winners)
+            scores, positions = scores.gather(2, winners), positions.gather(2, winners)
+        self._replace(key, value)
+        self.positions = _resized(positions, self.size)
+        self.scores = _resized(scores, self.size)
+        self.since = 0
+
+    def _evict(self) -> None:
+        self.since = 0
+        if self.filled <= self.keep:
+            return
+        rank = self._rank(self.scores[..., : self.filled], self.positions[..., : self.filled])
+        stays = torch.zeros_like(rank, dtype=torch.bool)
+        stays.scatter_(2, rank.topk(self.keep, sorted=False).indices, True)
+        source, target = _moves(stays, self.keep)
+        for storage in (self.keys, self.values):
+            storage.move(source, target)
+        for state in (self.positions, self.scores):
+            state.scatter_(2, target, state.gather(2, source))
+        self.filled = self.keep
+
+    def _rank(self, scores: Tensor, positions: Tensor) -> Tensor:
+        last = positions.amax(2, keepdim=True)
+        newest = self.eviction.newest(self.budget.tokens)
+        protected = (positions < self.eviction.sinks) | (positions > last - newest)
+        return scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
+
+    @override
+    def kept(self) -> Int[Tensor, "batch heads entries"]:
+        return self.positions[..., : self.filled]
+
+    @override
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        self.keys.select_rows(rows)
+        self.values.select_rows(rows)
+        rows = rows.to(self.positions.device)
+        self.positions, self.scores = self.positions[rows], self.scores[rows]
+
+    def _grow(self, needed: int) -> None:
+        super()._grow(needed)
+        if self.positions.shape[2] < self.size:
+            self.positions = _resized(self.positions, self.size)
+            self.scores = _resized(self.scores, self.size)
+
+    def _state(self) -> tuple[Tensor, ...]:
+        return self.positions, self.scores
+
+
+@dataclass(frozen=True)
+class Scorekeeper:
+    """Shows blocks of attention to an eviction method and brings `scores` up to date, in place."""
+
+    eviction: Eviction
+    scores: Float[Tensor, "batch heads entries"]
+    padded: bool = False
+
+    def __call__(self, attention: Tensor, query_positions: Tensor, key_positions: Tensor) -> None:
+        """Take in one block; padding queries do not count."""
+        if self.padded:
+            attention = torch.where(query_positions[:, None, None, :, None] >= 0, attention, 0)
+        scores = self.scores[..., : attention.shape[-1]]
+        scores.copy_(self.eviction.score(Observation(attention, query_positions, key_positions, scores)))
+
+
+def _moves(stays: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Slots in the slack whose entries stay, and the slots of the losers among the first `keep` that take them.
+
+    Rows differ in how many move; the rest of a row moves an entry onto itself.
+    """
+    most = min(stays.shape[2] - keep, keep)
+    target = stays[..., :keep].int().argsort(dim=2, stable=True)[..., :most]
+    source = stays[..., keep:].int().argsort(dim=2, stable=True, descending=True)[..., :most] + keep
+    holes = (~stays[..., :keep]).sum(2, keepdim=True)
+    real = torch.arange(most, device=stays.device) < holes
+    return torch.where(real, source, target), target
+
+
+def _resized(state: Tensor, size: int) -> Tensor:
+    resized = state.new_zeros(*state.shape[:2], size)
+    kept = min(size, state.shape[2])
+    resized[..., :kept] = state[..., :kept]
+    return resized

@@ -1,0 +1,80 @@
+"""Sinks and the newest tokens, in slots that go round."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from typing_extensions import override
+
+from baklava.attention import Grouped, Heads, Kernel, Window, attend
+from baklava.eviction import Eviction
+from baklava.heads.base import Budget, HeadGroup, Tokens, take
+
+
+class Ring(HeadGroup):
+    """Sinks and the newest tokens. A token's slot follows from its position, so nothing is kept beside the payload."""
+
+    def __init__(self, budget: Budget, eviction: Eviction, like: Heads) -> None:
+        super().__init__(budget, eviction, like)
+        self.window = Window(eviction.sinks, budget.tokens - eviction.sinks)
+        self.last = torch.full((1, 1), -1, device=like.device)
+
+    @override
+    def attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+        if tokens.count == 1 and self.filled:
+            return self._step(tokens, kernel)
+        return self._block(tokens, kernel)
+
+    def _step(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+        slots = self._slots(tokens.positions)
+        self._grow(self.filled + 1)
+        self.keys.scatter(slots[:, None], tokens.key)
+        self.values.scatter(slots[:, None], tokens.value)
+        self.filled, self.last = min(self.filled + 1, self.budget.tokens), tokens.positions[:, -1:]
+        key, value = self.keys.read(self.filled), self.values.read(self.filled)
+        # Without padding every slot in use is seen, so positions are not even computed.
+        held = self.kept() if tokens.padded else tokens.positions[:, None]
+        return attend(tokens.query, key, value, tokens.positions, held, kernel, masked=tokens.padded)
+
+    def _block(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+        key = torch.cat([self.keys.read(self.filled), tokens.key], 2)
+        value = torch.cat([self.values.read(self.filled), tokens.value], 2)
+        held = torch.cat([self.kept().expand(len(tokens.positions), -1, -1), tokens.positions[:, None]], 2)
+        window = self.window if tokens.forced else None
+        masked = bool(self.filled or tokens.padded or window)
+        output = attend(tokens.query, key, value, tokens.positions, held, kernel, masked=masked, window=window)
+        self._keep(key, value, tokens.positions)
+        return output
+
+    @override
+    def fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
+        self._keep(key, value, positions)
+
+    def _keep(self, key: Heads, value: Heads, positions: Int[Tensor, "#batch tokens"]) -> None:
+        """Of `filled` old entries and the new ones behind them, keep each slot's newest."""
+        old, self.last = self.filled, positions[:, -1:]
+        slots = torch.arange(min(self.budget.tokens, key.shape[2]), device=key.device)
+        due = self._positions(slots)
+        newer = due - positions[:, :1]
+        source = torch.where(newer >= 0, old + newer, slots).clamp(0, key.shape[2] - 1)
+        self._replace(take(key, source), take(value, source))
+
+    @override
+    def kept(self) -> Int[Tensor, "#batch 1 entries"]:
+        return self._positions(torch.arange(self.filled, device=self.last.device))[:, None]
+
+    def _positions(self, slots: Int[Tensor, " slots"]) -> Int[Tensor, "#batch slots"]:
+        """The newest position that belongs to each slot; -1 where none has come yet."""
+        laps = (self.last - slots).div(self.window.length, rounding_mode="floor")
+        laps = torch.where(slots < self.window.sinks, 0, laps.clamp(min=0))
+        return torch.where(slots <= self.last, slots + laps * self.window.length, -1)
+
+    def _slots(self, positions: Int[Tensor, "#batch tokens"]) -> Int[Tensor, "#batch tokens"]:
+        around = self.window.sinks + (positions - self.window.sinks) % self.window.length
+        return torch.where(positions < self.window.sinks, positions, around)
+
+    @override
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        self.keys.select_rows(rows)
+        self.values.select_rows(rows)
+        if self.last.shape[0] > 1:
+            self.last = self.last[rows.to(self.last.device)]

@@ -1,0 +1,195 @@
+"""The plan: a budget for every (layer, KV head), and all that is needed to reproduce the cache that lives inside it."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+
+from baklava.errors import UserError
+from baklava.geometry import CacheGeometry, ModelIdentity
+from baklava.records import Record
+
+Bits = Literal[16, 32]
+Knob = bool | int | float | str
+
+FULL_BITS = 16
+"""The full cache that a ratio refers to stores keys and values in 16 bits."""
+
+STATE_BYTES = 8
+"""Bytes beside the payload of an entry that is scored: its position (int32) and its score (float32)."""
+
+
+class LayerBudget(Record):
+    """Budgets of one layer, a number per KV head: `tokens` is the capacity in entries, bits are per stored element."""
+
+    tokens: tuple[PositiveInt, ...]
+    key_bits: tuple[Bits, ...]
+    value_bits: tuple[Bits, ...]
+
+    @model_validator(mode="after")
+    def _same_heads(self) -> "LayerBudget":
+        if not len(self.tokens) == len(self.key_bits) == len(self.value_bits):
+            raise ValueError("tokens, key_bits and value_bits must have one number per KV head")
+        return self
+
+
+class EvictionChoice(Record):
+    """Which entries stay: a method of `baklava.eviction` with its knobs.
+
+    `sinks` first tokens and a share `recent` of the remaining capacity for the newest tokens are never evicted.
+    Eviction runs every `interval` tokens, so a head falls to capacity - interval entries and grows back. `scored`
+    methods keep a position and a score beside each entry; the others are rings.
+    """
+
+    method: str
+    sinks: Annotated[int, Field(ge=0)] = 4
+    recent: Annotated[float, Field(ge=0, le=1)] = 1.0
+    interval: PositiveInt = 1
+    scored: bool = False
+    knobs: dict[str, Knob] = Field(default_factory=dict)
+
+    @property
+    def minimum_tokens(self) -> int:
+        """Fewest entries that a head can live with: the sinks, the slack of one interval, and one more."""
+        return self.sinks + self.interval + 1
+
+
+class AllocationChoice(Record):
+    """How the budget was spread: a method of `baklava.allocation`, its knobs, and the ratio of bytes asked for."""
+
+    method: str
+    budget: float
+    knobs: dict[str, Knob] = Field(default_factory=dict)
+
+
+class Prefill(Record):
+    """How prompts enter the cache: each layer attends to its whole prompt, then is cut to its budget."""
+
+    mode: Literal["dense"] = "dense"
+
+
+class Provenance(Record):
+    """Where a plan comes from; nothing here changes what the cache does."""
+
+    profile: str | None = None
+    corpora: dict[str, str] = Field(default_factory=dict)
+    seed: int | None = None
+    scores: dict[str, float] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    created: str | None = None
+
+
+class BudgetPlan(Record):
+    """A byte budget for every KV head of one model.
+
+    The ratio is stated at `context_length` tokens: everything that a sequence keeps between two forward passes, over
+    the bytes of the full cache in 16 bits. `layers[i]` is None where layer i slides.
+    """
+
+    schema_version: Literal[1] = 1
+    model: ModelIdentity
+    geometry: CacheGeometry
+    context_length: PositiveInt
+    eviction: EvictionChoice
+    allocation: AllocationChoice
+    prefill: Prefill = Prefill()
+    provenance: Provenance = Provenance()
+    layers: tuple[LayerBudget | None, ...]
+
+    @model_validator(mode="after")
+    def _covers_the_grid(self) -> "BudgetPlan":
+        geometry = self.geometry
+        if len(self.layers) != geometry.layers:
+            raise ValueError(f"{len(self.layers)} layers for a model of {geometry.layers}")
+        for index, (layer, window) in enumerate(zip(self.layers, geometry.windows, strict=True)):
+            if (layer is None) != (window is not None):
+                raise ValueError(f"layer {index}: a budget belongs to full-attention layers, and to each of them")
+            if layer is not None and len(layer.tokens) != geometry.kv_heads:
+                raise ValueError(f"layer {index}: {len(layer.tokens)} budgets for {geometry.kv_heads} KV heads")
+            if layer is not None and min(layer.tokens) < self.eviction.minimum_tokens:
+                raise ValueError(
+                    f"layer {index}: {min(layer.tokens)} entries, but {self.eviction.sinks} sinks and an eviction "
+                    f"every {self.eviction.interval} tokens need {self.eviction.minimum_tokens}"
+                )
+        return self
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Capacity in entries per (layer, KV head); an empty row where a layer slides."""
+        return [list(layer.tokens) if layer else [] for layer in self.layers]
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """Most bytes that one sequence keeps between two forward passes."""
+        budgeted = sum(self._layer_bytes(layer) for layer in self.layers if layer)
+        return budgeted + _sliding_bytes(self.geometry, self.context_length)
+
+    @property
+    def full_bytes_per_sequence(self) -> int:
+        """Bytes of the full cache in 16 bits at `context_length`."""
+        return full_bytes(self.geometry, self.context_length)
+
+    @property
+    def ratio(self) -> float:
+        """`bytes_per_sequence` over `full_bytes_per_sequence`; lower is smaller."""
+        return self.bytes_per_sequence / self.full_bytes_per_sequence
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that changes what the cache does; equal plans have equal digests."""
+        content = self.model_dump(mode="json", exclude={"provenance", "allocation"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _layer_bytes(self, layer: LayerBudget) -> int:
+        heads = zip(layer.tokens, layer.key_bits, layer.value_bits, strict=True)
+        return sum(tokens * entry_bytes(self.geometry, k, v, self.eviction.scored) for tokens, k, v in heads)
+
+    def check_fits(self, identity: ModelIdentity, geometry: CacheGeometry) -> None:
+        """Raise UserError when this plan was made for another model."""
+        if (self.model.config_hash, self.geometry) != (identity.config_hash, geometry):
+            raise UserError(
+                f"the plan was made for {self.model.id} (config {self.model.config_hash}), not for {identity.id} "
+                f"(config {identity.config_hash}); make a plan with jobs/search.py --model {identity.id}"
+            )
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        path = Path(path)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.write_text(self.model_dump_json(indent=1) + "\n")
+        part.replace(path)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "BudgetPlan":
+        """Read a plan file; raises UserError when it is missing or is not a plan."""
+        try:
+            return cls.model_validate_json(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise UserError(f"cannot read plan {path}: {reason}; give the plan.json of a search") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "file"
+            raise UserError(
+                f"{path} is not a valid plan ({where}: {first['msg']}); give the unchanged plan.json of a search"
+            ) from None
+
+
+def entry_bytes(geometry: CacheGeometry, key_bits: int, value_bits: int, scored: bool) -> int:
+    """Bytes of one entry of one KV head: key, value, and its position and score where the method keeps them."""
+    return geometry.head_dim * (key_bits + value_bits) // 8 + (STATE_BYTES if scored else 0)
+
+
+def full_bytes(geometry: CacheGeometry, context_length: int) -> int:
+    """Bytes of the full 16-bit cache of one sequence; sliding layers count their window."""
+    entries = len(geometry.budgetable) * geometry.kv_heads * context_length
+    payload = entries * entry_bytes(geometry, FULL_BITS, FULL_BITS, scored=False)
+    return payload + _sliding_bytes(geometry, context_length)
+
+
+def _sliding_bytes(geometry: CacheGeometry, context_length: int) -> int:
+    entries = sum(min(window, context_length) for window in geometry.windows if window is not None)
+    return entries * geometry.kv_heads * entry_bytes(geometry, FULL_BITS, FULL_BITS, scored=False)

@@ -1,0 +1,69 @@
+"""The full cache of a prompt, recorded once so that many budgeted caches can be cut from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+from typing_extensions import override
+
+from baklava import attention
+from baklava.attention import Heads, Kernel, grouped, ungrouped
+from baklava.eviction import Eviction
+from baklava.heads import Scorekeeper
+
+
+class RecordingLayer(DynamicLayer):
+    """A full layer that also scores its prompt for several eviction methods while it attends to it."""
+
+    def __init__(self, evictions: Sequence[Eviction]) -> None:
+        super().__init__()
+        self.evictions = tuple(evictions)
+        self.scores: dict[Any, Tensor] = {}
+
+    @override
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        first = self.get_seq_length() == 0
+        key, value = super().update(key_states, value_states, *args, **kwargs)
+        return (attention.tagged(key, self), value) if first and self.evictions else (key, value)
+
+    def attend(self, query: Heads, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Heads:
+        """Attend to the prompt and record its scores."""
+        positions = torch.arange(key.shape[2], device=key.device)[None]
+        keepers = [Scorekeeper(eviction, key.new_zeros(key.shape[:3])) for eviction in self.evictions]
+
+        def observe(*block: Tensor) -> None:
+            for keeper in keepers:
+                keeper(*block)
+
+        queries = grouped(query, query.shape[1] // key.shape[1])
+        output = attention.attend(queries, key, value, positions, positions[:, None], kernel, observer=observe)
+        self.scores = {keeper.eviction.observation: keeper.scores for keeper in keepers}
+        return ungrouped(output)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A prompt's full cache, layer by layer: keys, values and the scores of each recorded observation."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    scores: tuple[dict[Any, Tensor], ...]
+
+
+class RecordingCache(Cache):
+    """The full cache of a prompt, from which many budgeted caches are cut. For models without sliding layers."""
+
+    def __init__(self, layers: int, evictions: Sequence[Eviction]) -> None:
+        attention.register()
+        observed = {eviction.observation: eviction for eviction in evictions if eviction.scored}
+        super().__init__(layers=[RecordingLayer(tuple(observed.values())) for _ in range(layers)])
+
+    def recording(self, tokens: int) -> Recording:
+        """What the first `tokens` tokens left."""
+        layers = [layer for layer in self.layers if isinstance(layer, RecordingLayer)]
+        keys, values = ([getattr(layer, name)[:, :, :tokens] for layer in layers] for name in ("keys", "values"))
+        return Recording(tuple(keys), tuple(values), tuple(layer.scores for layer in layers))

@@ -1,0 +1,44 @@
+"""The storage plug-in: how the entries of a group of KV heads lie in memory."""
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Storage(ABC):
+    """Slots for the keys or the values of KV heads that share a capacity, `[batch, heads, slots, head_dim]`.
+
+    What `read` returns is in the dtype that the model computes in; what lies in memory is the storage's own affair.
+    """
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of memory held, as the allocator counts them."""
+
+    @abstractmethod
+    def resize(self, slots: int) -> None:
+        """Hold this many slots; the first ones keep their entries."""
+
+    @abstractmethod
+    def write(self, start: int, entries: Float[Tensor, "batch heads tokens head_dim"]) -> None:
+        """Put entries into the slots from `start` on."""
+
+    @abstractmethod
+    def scatter(
+        self, slots: Int[Tensor, "#batch #heads tokens"], entries: Float[Tensor, "batch heads tokens dim"]
+    ) -> None:
+        """Put entries into the given slots of each row and head."""
+
+    @abstractmethod
+    def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:
+        """Entries of the first slots."""
+
+    @abstractmethod
+    def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
+        """Copy entries from the source slots to the target slots of each row and head."""
+
+    @abstractmethod
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keep these rows of the batch, in this order."""

@@ -1,0 +1,58 @@
+"""Entries as they are, in 16 or 32 bits."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from baklava.storage.base import Storage
+
+
+class DenseStorage(Storage):
+    """One tensor. 16 bits are the model's own half type, or float16 for a model that computes in float32."""
+
+    def __init__(self, like: Float[Tensor, "batch heads tokens head_dim"], bits: int) -> None:
+        self.compute_dtype = like.dtype
+        dtype = torch.float32 if bits == 32 else torch.float16 if like.dtype.itemsize == 4 else like.dtype
+        batch, heads, _, head_dim = like.shape
+        self.slots = torch.empty(batch, heads, 0, head_dim, dtype=dtype, device=like.device)
+
+    @override
+    @property
+    def nbytes(self) -> int:
+        return self.slots.untyped_storage().nbytes()
+
+    @override
+    def resize(self, slots: int) -> None:
+        batch, heads, held, head_dim = self.slots.shape
+        resized = self.slots.new_zeros(batch, heads, slots, head_dim)
+        kept = min(held, slots)
+        resized[:, :, :kept] = self.slots[:, :, :kept]
+        self.slots = resized
+
+    @override
+    def write(self, start: int, entries: Float[Tensor, "batch heads tokens head_dim"]) -> None:
+        self.slots[:, :, start : start + entries.shape[2]] = entries
+
+    @override
+    def scatter(
+        self, slots: Int[Tensor, "#batch #heads tokens"], entries: Float[Tensor, "batch heads tokens dim"]
+    ) -> None:
+        self.slots.scatter_(2, _wide(slots, entries), entries.to(self.slots.dtype))
+
+    @override
+    def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:
+        return self.slots[:, :, :slots].to(self.compute_dtype)
+
+    @override
+    def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
+        moved = self.slots.gather(2, _wide(source, self.slots))
+        self.slots.scatter_(2, _wide(target, self.slots), moved)
+
+    @override
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        self.slots = self.slots.index_select(0, rows.to(self.slots.device))
+
+
+def _wide(index: Tensor, entries: Tensor) -> Tensor:
+    return index[..., None].expand(entries.shape[0], entries.shape[1], index.shape[2], entries.shape[3])

@@ -1,0 +1,168 @@
+"""Token windows: a context to prefill and a continuation to score, cut from documents."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from baklava.errors import UserError
+from baklava.texts import Document
+
+
+@dataclass(frozen=True)
+class Window:
+    """`ids[:context]` are prefilled, the rest is the continuation that a score looks at."""
+
+    name: str
+    document: str
+    ids: tuple[int, ...]
+    context: int
+
+    @property
+    def continuation(self) -> int:
+        """Tokens scored."""
+        return len(self.ids) - self.context
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Windows of different documents: for the profile, for the trials, and for choosing among the best trials."""
+
+    calibration: tuple[Window, ...]
+    search: tuple[Window, ...]
+    validation: tuple[Window, ...]
+
+
+def windows(
+    documents: Sequence[Document], tokenizer: Any, *, context: int, continuation: int, per_document: int = 1
+) -> list[Window]:
+    """Windows from the start of each document, one after the other; documents too short for one are left out.
+
+    Raises:
+        UserError: no document is long enough, or a length is not positive.
+    """
+    if context < 1 or continuation < 1:
+        raise UserError(f"context {context} and continuation {continuation} must both be at least 1 token")
+    cut = [w for d in documents for w in _of_document(d, tokenizer, context, continuation, per_document)]
+    if not cut:
+        longest = max(documents, key=lambda document: len(document.text))
+        tokens = len(_body(longest, tokenizer))
+        raise UserError(
+            f"the longest text, {longest.name}, has {tokens} tokens, but a window needs {context} of context + "
+            f"{continuation} of continuation; give longer texts or lower --context or --continuation"
+        )
+    return cut
+
+
+def split(
+    documents: Sequence[Document],
+    tokenizer: Any,
+    *,
+    context: int,
+    continuation: int,
+    seed: int,
+    calibration: int = 4,
+    search: int = 4,
+    validation: int = 4,
+) -> Splits:
+    """Deal shuffled documents out to the three splits; no document is in two of them.
+
+    A text with fewer documents than windows are asked for is cut into several windows per document, and each split
+    still gets documents of its own.
+
+    Raises:
+        UserError: fewer than three documents are long enough.
+    """
+    by_document = _by_document(documents, tokenizer, context, continuation, calibration + search + validation)
+    names = sorted(by_document)
+    if len(names) < 3:
+        raise UserError(
+            f"{len(names)} of {len(documents)} texts are long enough for a window of {context} + {continuation} "
+            "tokens, but profile, trials and validation need one each; give more texts or lower --context"
+        )
+    random.Random(seed).shuffle(names)
+    asked = (calibration, search, validation)
+    shares = _shares(len(names), asked)
+    dealt, start = [], 0
+    for count, share in zip(asked, shares, strict=True):
+        dealt.append(_round_robin([by_document[name] for name in names[start : start + share]], count))
+        start += share
+    return Splits(*dealt)
+
+
+def _shares(documents: int, asked: tuple[int, ...]) -> list[int]:
+    """Documents per split: one a window where there are enough, else in proportion, at least one each."""
+    if documents >= sum(asked):
+        return list(asked)
+    shares = [max(1, documents * count // sum(asked)) for count in asked]
+    while sum(shares) > documents:
+        shares[shares.index(max(shares))] -= 1
+    return shares
+
+
+def _round_robin(groups: list[list[Window]], count: int) -> tuple[Window, ...]:
+    deepest = max(len(group) for group in groups)
+    dealt = [group[depth] for depth in range(deepest) for group in groups if depth < len(group)]
+    return tuple(dealt[:count])
+
+
+def _by_document(
+    documents: Sequence[Document], tokenizer: Any, context: int, continuation: int, wanted: int
+) -> dict[str, list[Window]]:
+    per_document = max(1, -(-wanted // max(1, len(documents))))
+    found: dict[str, list[Window]] = {}
+    cut = windows(documents, tokenizer, context=context, continuation=continuation, per_document=per_document)
+    for window in cut:
+        found.setdefault(window.document, []).append(window)
+    return found
+
+
+def _of_document(document: Document, tokenizer: Any, context: int, continuation: int, most: int) -> list[Window]:
+    start = _start_tokens(tokenizer)
+    body = _body(document, tokenizer)
+    step = context + continuation - len(start)
+    count = min(most, len(body) // step)
+    return [
+        Window(f"{document.name}:{i}", document.name, (*start, *body[i * step : (i + 1) * step]), context)
+        for i in range(count)
+    ]
+
+
+def _body(document: Document, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _start_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text: models rely on it as an attention sink."""
+    ids = tokenizer("a")["input_ids"]
+    return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+
+
+def read_windows(path: str | Path, vocabulary: int) -> list[Window]:
+    """Windows from a file `{"context": N, "continuation": M, "windows": [{"name", "ids": [N + M ids]}]}`.
+
+    Raises:
+        UserError: not such a file, a window of another length, or an id outside the vocabulary.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        context, length = content["context"], content["context"] + content["continuation"]
+        cut = [Window(str(w["name"]), str(w["name"]), tuple(map(int, w["ids"])), context) for w in content["windows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'cannot read windows from {path} ({type(error).__name__}: {error}); the file holds {{"context": N, '
+            '"continuation": M, "windows": [{"name": ..., "ids": [N + M token ids]}]}'
+        ) from None
+    for window in cut:
+        if len(window.ids) != length or not 0 < context < length:
+            raise UserError(f"window {window.name} in {path} has {len(window.ids)} ids, not {length}; cut it again")
+        if not all(0 <= token < vocabulary for token in window.ids):
+            raise UserError(
+                f"window {window.name} in {path} has ids outside 0 to {vocabulary - 1}; use this model's ids"
+            )
+    if not cut:
+        raise UserError(f"{path} holds no windows; give at least one")
+    return cut

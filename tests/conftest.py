@@ -1,0 +1,84 @@
+"""What every test shares: checked shapes, no network, results apart from the user's, the demo model and tiny ones."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+# Set before anything reads them, and inherited by every process that a test starts.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+_data = tempfile.TemporaryDirectory(prefix="baklava-data-")
+os.environ["BAKLAVA_DATA"] = _data.name
+
+from beartype import BeartypeConf, beartype
+from beartype.roar import BeartypeDecorHintPep673Exception, BeartypeDecorHintPep3119Exception
+from jaxtyping import install_import_hook
+
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as it is to mypy
+
+
+def checked(thing: Any) -> Any:
+    """Beartype, except for a function that it cannot check alone: with `Self`, or a Protocol that is for mypy only."""
+    try:
+        return check(thing)
+    except (BeartypeDecorHintPep673Exception, BeartypeDecorHintPep3119Exception):
+        return thing
+
+
+install_import_hook("baklava", "conftest.checked")  # before the first import of baklava
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from baklava.model import LoadedModel, load
+
+torch.set_num_threads(2)
+
+
+def pytest_unconfigure() -> None:
+    _data.cleanup()
+
+
+@pytest.fixture(scope="session")
+def demo() -> LoadedModel:
+    """The real demo model, loaded once; tests must leave it as they found it."""
+    return load("demo", threads=2)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., LoadedModel]:
+    """Makes random Llama models of 2 KV heads with 2 query heads each, small enough for a test of mechanics."""
+
+    def make(layers: int = 2, kv_heads: int = 2, group: int = 2, head_dim: int = 8, **fields: Any) -> LoadedModel:
+        seed = fields.pop("seed", 0)
+        shape = {
+            "vocab_size": 64,
+            "hidden_size": kv_heads * group * head_dim,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": kv_heads * group,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.25,  # the usual .02 gives logits so flat that a wrong cache goes unseen
+            "bos_token_id": 1,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(LlamaConfig(**(shape | fields)))
+        return LoadedModel.of(model.eval(), tokenizer=None, id="tiny")
+
+    return make

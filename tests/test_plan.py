@@ -1,0 +1,93 @@
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from baklava.errors import UserError
+from baklava.geometry import CacheGeometry, ModelIdentity
+from baklava.plan import AllocationChoice, BudgetPlan, EvictionChoice, LayerBudget
+
+GEOMETRY = CacheGeometry(layers=3, kv_heads=2, query_group=2, head_dim=8, windows=(None, 16, None))
+IDENTITY = ModelIdentity(id="tiny", config_hash="abc")
+
+
+def plan(tokens: tuple[int, int] = (10, 20), **fields: object) -> BudgetPlan:
+    layer = LayerBudget(tokens=tokens, key_bits=(16, 16), value_bits=(16, 16))
+    parts: dict[str, object] = {
+        "model": IDENTITY,
+        "geometry": GEOMETRY,
+        "context_length": 100,
+        "eviction": EvictionChoice(method="streaming"),
+        "allocation": AllocationChoice(method="uniform", budget=0.3),
+        "layers": (layer, None, layer),
+    }
+    return BudgetPlan(**(parts | fields))
+
+
+def test_bytes_count_payload_state_and_sliding_layers() -> None:
+    payload, sliding = 2 * 30 * 8 * 4, 16 * 2 * 8 * 4
+    assert plan().bytes_per_sequence == payload + sliding
+    scored = EvictionChoice(method="heavy_hitter", scored=True, interval=4)
+    assert plan(eviction=scored).bytes_per_sequence == payload + 2 * 30 * 8 + sliding
+    assert plan().full_bytes_per_sequence == 2 * 2 * 100 * 8 * 4 + sliding
+
+
+def test_a_written_plan_reads_back_equal(tmp_path: Path) -> None:
+    plan().write(tmp_path / "plan.json")
+    assert BudgetPlan.read(tmp_path / "plan.json") == plan()
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_the_digest_depends_on_what_the_cache_does_and_on_nothing_else() -> None:
+    renamed = plan(allocation=AllocationChoice(method="baklava", budget=0.4))
+    assert plan().digest == renamed.digest
+    assert plan().digest != plan((10, 21)).digest
+
+
+def test_a_plan_is_frozen_and_takes_no_unknown_field() -> None:
+    with pytest.raises(ValidationError):
+        plan().context_length = 5  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        BudgetPlan.model_validate(plan().model_dump() | {"budgets": []})
+
+
+def test_layers_that_do_not_match_the_model_are_refused() -> None:
+    layer = plan().layers[0]
+    for layers in ((layer, layer, layer), (layer, None), (None, None, layer)):
+        with pytest.raises(ValidationError):
+            plan(layers=layers)
+
+
+def test_a_head_without_room_for_sinks_and_interval_is_refused() -> None:
+    with pytest.raises(ValidationError, match="10 entries, but 4 sinks and an eviction every 8 tokens need 13"):
+        plan(eviction=EvictionChoice(method="heavy_hitter", interval=8, scored=True))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema_version": 2}', "\0"])
+def test_a_corrupted_plan_file_is_one_sentence(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match="is not a valid plan") as error:
+        BudgetPlan.read(file)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_binary_plan_file_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x80")
+    for name in ("missing.json", "binary", "."):
+        with pytest.raises(UserError, match="cannot read plan"):
+            BudgetPlan.read(tmp_path / name)
+
+
+def test_a_plan_for_another_model_does_not_fit() -> None:
+    plan().check_fits(IDENTITY, GEOMETRY)
+    with pytest.raises(UserError, match="was made for tiny"):
+        plan().check_fits(ModelIdentity(id="other", config_hash="def"), GEOMETRY)
+
+
+def test_the_plan_file_holds_the_numbers_that_others_read(tmp_path: Path) -> None:
+    plan().write(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["layers"][0] == {"tokens": [10, 20], "key_bits": [16, 16], "value_bits": [16, 16]}
+    assert content["layers"][1] is None
