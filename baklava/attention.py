@@ -21,9 +21,10 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from baklava.errors import UserError
 
 NAME = "baklava"
-QUERY_BLOCK = 256
+QUERY_BLOCK = 64
 """Queries per block where probabilities are materialised: per KV head they take group x block x entries."""
 
+Queries = Float[Tensor, "batch query_heads queries head_dim"]
 Heads = Float[Tensor, "batch heads tokens head_dim"]
 Grouped = Float[Tensor, "batch heads group queries head_dim"]
 Positions = Int[Tensor, "#batch #heads entries"]
@@ -56,7 +57,7 @@ class Kernel:
 class BudgetedLayer(Protocol):
     """A cache layer that attends for itself; `update()` puts it on the keys that it returns."""
 
-    def attend(self, query: Heads, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Heads:
+    def attend(self, query: Queries, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Queries:
         """Output per query head for new tokens; afterwards the layer has taken them in."""
 
 
@@ -66,7 +67,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _mask)
 
 
-def tagged(key: Heads, layer: BudgetedLayer) -> Heads:
+def tagged(key: Heads, layer: Any) -> Heads:
     """The keys with their layer on them: the only way from a cache to the attention function that transformers has."""
     key = key.view(key.shape)
     key.budgeted_layer = layer  # type: ignore[attr-defined]
@@ -84,7 +85,7 @@ def watching(watcher: Callable[..., None]) -> Iterator[None]:
 
 
 def _forward(
-    module: torch.nn.Module, query: Heads, key: Heads, value: Heads, attention_mask: Tensor | None, **options: Any
+    module: torch.nn.Module, query: Queries, key: Heads, value: Heads, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     layer: BudgetedLayer | None = getattr(key, "budgeted_layer", None)
     if layer is None:
@@ -98,8 +99,8 @@ def _forward(
 
 
 def _dense(
-    module: torch.nn.Module, query: Heads, key: Heads, value: Heads, mask: Tensor | None, **options: Any
-) -> Float[Tensor, "batch queries heads head_dim"]:
+    module: torch.nn.Module, query: Queries, key: Heads, value: Heads, mask: Tensor | None, **options: Any
+) -> Float[Tensor, "batch queries query_heads head_dim"]:
     """Attention without a budgeted cache: transformers' own, with causality put back into our padding mask."""
     queries, entries = query.shape[2], key.shape[2]
     if queries > 1 and (mask is not None or queries != entries):
@@ -130,13 +131,13 @@ def _mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | No
     return attention_mask.bool()[:, None, None, :].expand(-1, 1, options["q_length"], -1)
 
 
-def grouped(query: Heads, group: int) -> Grouped:
+def grouped(query: Queries, group: int) -> Grouped:
     """Query heads as rows of their KV head."""
     batch, heads, queries, head_dim = query.shape
     return query.reshape(batch, heads // group, group, queries, head_dim)
 
 
-def ungrouped(output: Grouped) -> Heads:
+def ungrouped(output: Grouped) -> Queries:
     """The inverse of `grouped`."""
     batch, heads, group, queries, head_dim = output.shape
     return output.reshape(batch, heads * group, queries, head_dim)

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 from typing_extensions import override
 
 from baklava import attention
-from baklava.attention import Heads, Kernel, grouped, ungrouped
+from baklava.attention import Heads, Kernel, Queries, grouped, ungrouped
 from baklava.errors import UserError
 from baklava.eviction import Eviction, eviction_of
 from baklava.heads import Budget, HeadGroup, Tokens, head_group
@@ -49,7 +49,7 @@ class RaggedLayer(CacheLayerMixin):
         self.waiting = True
         return attention.tagged(key_states, self), value_states
 
-    def attend(self, query: Heads, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Heads:
+    def attend(self, query: Queries, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Queries:
         """Attend to what is held and to the new tokens, then cut to the budget. Heads are query heads in the output."""
         self.waiting = False
         positions = self._positions(key, padding)

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
 from baklava import attention
-from baklava.attention import Heads, Kernel, grouped, ungrouped
+from baklava.attention import Heads, Kernel, Queries, grouped, ungrouped
 from baklava.eviction import Eviction
 from baklava.heads import Scorekeeper
 
@@ -30,7 +30,7 @@ class RecordingLayer(DynamicLayer):
         key, value = super().update(key_states, value_states, *args, **kwargs)
         return (attention.tagged(key, self), value) if first and self.evictions else (key, value)
 
-    def attend(self, query: Heads, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Heads:
+    def attend(self, query: Queries, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Queries:
         """Attend to the prompt and record its scores."""
         positions = torch.arange(key.shape[2], device=key.device)[None]
         keepers = [Scorekeeper(eviction, key.new_zeros(key.shape[:3])) for eviction in self.evictions]

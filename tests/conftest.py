@@ -39,11 +39,14 @@ install_import_hook("baklava", "conftest.checked")  # before the first import of
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baklava.model import LoadedModel, load
 
-torch.set_num_threads(2)
+# Explaining a failure traces every line of every example, which is 20 x slower on Python 3.11.
+settings.register_profile("baklava", deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
+settings.load_profile("baklava")
 
 
 def pytest_unconfigure() -> None:
@@ -53,7 +56,13 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def demo() -> LoadedModel:
     """The real demo model, loaded once; tests must leave it as they found it."""
-    return load("demo", threads=2)
+    return load("demo")
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """Two threads for the real model; one for tiny ones, whose threads would mostly wait for each other."""
+    torch.set_num_threads(2 if request.node.get_closest_marker("demo") else 1)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from baklava.attention import Grouped, Heads, Kernel
@@ -97,7 +97,7 @@ class HeadGroup(ABC):
             storage.write(0, entries)
 
 
-def take(entries: Heads, index: Tensor) -> Heads:
+def take(entries: Heads, index: Tensor) -> Float[Tensor, "batch heads taken head_dim"]:
     """Entries at these slots; the index has a row per sequence, and per head where heads differ."""
     index = index if index.dim() == 3 else index[:, None]
     batch, heads, _, head_dim = entries.shape

@@ -49,7 +49,7 @@ class Ring(HeadGroup):
     def fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
         self._keep(key, value, positions)
 
-    def _keep(self, key: Heads, value: Heads, positions: Int[Tensor, "#batch tokens"]) -> None:
+    def _keep(self, key: Heads, value: Heads, positions: Int[Tensor, "#batch new"]) -> None:
         """Of `filled` old entries and the new ones behind them, keep each slot's newest."""
         old, self.last = self.filled, positions[:, -1:]
         slots = torch.arange(min(self.budget.tokens, key.shape[2]), device=key.device)

@@ -1,0 +1,96 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from baklava.bootstrap import interval
+
+ROOT = Path(__file__).parents[1]
+
+
+def evaluate(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def window_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two windows of real token ids for the demo model, as another program would write them."""
+    from transformers import AutoTokenizer
+
+    from baklava.assets import demo_model
+    from baklava.texts import documents
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    cut = [
+        {"name": d.name, "ids": tokenizer(d.text, add_special_tokens=False, verbose=False)["input_ids"][:640]}
+        for d in documents(["ifcraft"])[:2]
+    ]
+    path = tmp_path_factory.mktemp("windows") / "windows.json"
+    path.write_text(json.dumps({"context": 512, "continuation": 128, "windows": cut}))
+    return path
+
+
+@pytest.mark.demo
+def test_one_command_compares_plans_on_a_window_file(tmp_path: Path, window_file: Path) -> None:
+    out = tmp_path / "scores.json"
+    plans = ["--plan", "full", "--plan", "uniform:0.3", "--plan", "uniform+heavy_hitter:0.3"]
+    small = ["--context", "512", "--continuation", "128", "--calibration", "ifcraft"]
+    done = evaluate(*plans, "--windows", str(window_file), "--json", str(out), *small)
+    assert "uniform+heavy_hitter:0.3" in done.stdout
+    full, streaming, heavy = json.loads(out.read_text())["plans"]
+    assert abs(full["mean"]["dnll"]) < 1e-4
+    assert full["plan"]["ratio"] == 1.0
+    assert 0 < heavy["mean"]["kl"] < streaming["mean"]["kl"]
+    for each in (full, streaming, heavy):
+        assert 0 < each["allocated_bytes"] <= each["plan"]["bytes_per_sequence"]
+        assert each["plan"]["bytes_per_sequence"] <= each["plan"]["full_bytes_per_sequence"]
+        assert len(each["windows"]) == 2
+        for window in each["windows"]:
+            assert window["dnll"] == pytest.approx(window["nll"] - window["nll_full"])
+
+
+@pytest.mark.demo
+def test_bad_usage_is_one_sentence_and_exit_code_2(tmp_path: Path, window_file: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / "short.txt").write_text("A few words.")
+    windows = ["--windows", str(window_file)]
+    cases = [
+        (["--plan", "full", "--model", str(tmp_path / "nothing"), *windows], "cannot load model"),
+        (["--plan", "pyramid:0.3", *windows], "choose one of uniform, baklava"),
+        (["--plan", "uniform+h2o:0.3", *windows], "choose one of streaming, heavy_hitter"),
+        (["--plan", "uniform", *windows], "write uniform:0.3"),
+        (["--plan", "uniform:much", *windows], "is not a number"),
+        (["--plan", str(tmp_path / "plan.json"), *windows], "is not a valid plan"),
+        (["--plan", "full", "--texts", str(tmp_path / "short.txt")], "a window needs 3072 of context"),
+    ]
+    for arguments, said in cases:
+        done = evaluate(*arguments, "--json", str(tmp_path / "out.json"), code=2)
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("evaluate: ")
+        assert said in last
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "out.json").exists()
+
+
+def test_an_interval_covers_the_mean_and_narrows_with_documents() -> None:
+    draw = np.random.default_rng(0)
+    few = interval(draw.normal(1, 1, 5).tolist(), [f"d{i}" for i in range(5)])
+    many = interval(draw.normal(1, 1, 500).tolist(), [f"d{i}" for i in range(500)])
+    assert few.low < few.mean < few.high
+    assert many.high - many.low < few.high - few.low
+    assert many.low < 1 < many.high
+
+
+def test_windows_of_one_document_are_not_taken_for_independent() -> None:
+    values = [0.0] * 10 + [1.0] * 10
+    apart = interval(values, [f"d{i}" for i in range(20)])
+    together = interval(values, ["a"] * 10 + ["b"] * 10)
+    assert together.high - together.low > apart.high - apart.low
+    assert math.isnan(interval([1.0, 2.0], ["a", "a"]).low)

@@ -1,0 +1,89 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from baklava.errors import UserError
+from baklava.model import LoadedModel
+from baklava.profile import Profile, cached_profile, profile
+from baklava.windows import Window
+
+Maker = Callable[..., LoadedModel]
+
+
+def windows(count: int, tokens: int = 20) -> list[Window]:
+    draw = torch.Generator().manual_seed(3)
+    return [
+        Window(f"w{i}", f"d{i}", tuple(torch.randint(1, 64, (tokens,), generator=draw).tolist()), tokens - 5)
+        for i in range(count)
+    ]
+
+
+def test_importance_is_one_minus_the_mean_cosine_of_a_heads_input_and_output(tiny: Maker) -> None:
+    loaded, cut = tiny(), windows(2)
+    measured = profile(loaded, cut)
+    layer = loaded.model.model.layers[0]
+    similar = []
+    for window in cut:
+        hidden = layer.input_layernorm(loaded.model.model.embed_tokens(torch.tensor([window.ids])))
+        seen: list[torch.Tensor] = []
+        hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        loaded.model(torch.tensor([window.ids]), use_cache=False)
+        hook.remove()
+        output = seen[0].view(20, 4, 8)
+        value = layer.self_attn.v_proj(hidden).view(20, 2, 8).repeat_interleave(2, 1)
+        similar.append(cosine_similarity(value, output, dim=-1))
+    expected = 1 - torch.cat(similar).mean(0)
+    assert measured.importance["value"][0] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_layer_importance_compares_the_hidden_state_before_and_after_attention(tiny: Maker) -> None:
+    loaded, cut = tiny(), windows(1)
+    layer = loaded.model.model.layers[0]
+    before = loaded.model.model.embed_tokens(torch.tensor([cut[0].ids]))
+    after: list[torch.Tensor] = []
+    hook = layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: after.append(args[0].detach()))
+    measured = profile(loaded, cut)
+    hook.remove()
+    expected = 1 - cosine_similarity(before.detach(), after[0], dim=-1).mean()
+    assert measured.layer_importance[0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_every_input_is_measured_in_one_forward_per_window(tiny: Maker) -> None:
+    loaded, calls = tiny(), []
+    hook = loaded.model.register_forward_hook(lambda *_: calls.append(1))
+    measured = profile(loaded, windows(3))
+    hook.remove()
+    assert len(calls) == 3
+    assert set(measured.importance) == {"value", "key", "query", "hidden"}
+    for grid in measured.importance.values():
+        assert all(0 <= importance <= 2 for row in grid for importance in row)
+
+
+def test_the_hidden_slice_is_left_out_where_heads_do_not_tile_it(tiny: Maker) -> None:
+    assert "hidden" not in profile(tiny(hidden_size=48), windows(1)).importance
+
+
+def test_profiling_leaves_no_hook_behind_even_when_it_fails(tiny: Maker) -> None:
+    loaded = tiny()
+    profile(loaded, windows(1))
+    with pytest.raises(IndexError):
+        profile(loaded, [Window("bad", "bad", (1, 999), 1)])
+    modules = loaded.model.modules()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
+
+
+def test_a_profile_is_measured_once_and_read_back_equal(
+    tiny: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAKLAVA_CACHE", str(tmp_path))
+    loaded = tiny()
+    first = cached_profile(loaded, windows(1))
+    loaded.model.forward = None
+    assert cached_profile(loaded, windows(1)) == first
+    [file] = (tmp_path / "profiles").iterdir()
+    file.write_text("{")
+    with pytest.raises(UserError, match="remove it and profile again"):
+        Profile.read(file)
