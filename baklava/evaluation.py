@@ -12,7 +12,7 @@ from baklava.bootstrap import Interval, interval
 from baklava.errors import UserError
 from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
-from baklava.plan import BudgetPlan
+from baklava.plan import BudgetPlan, full_plan
 from baklava.profile import Profile
 from baklava.progress import bar
 from baklava.scoring import Score, prefill, score
@@ -78,7 +78,7 @@ def named_plan(spec: str, loaded: LoadedModel, context_length: int, profile: Cal
         UserError: none of these, an unknown method, a bad budget, or a plan for another model.
     """
     if spec == "full":
-        return NamedPlan(spec, allocation.full_plan(loaded.identity, loaded.geometry, context_length))
+        return NamedPlan(spec, full_plan(loaded.identity, loaded.geometry, context_length))
     method, found, budget = spec.partition(":")
     if found and not Path(spec).exists():
         return NamedPlan(spec, _allocated(method, budget, context_length, profile))

@@ -178,6 +178,20 @@ class BudgetPlan(Record):
             ) from None
 
 
+def full_plan(identity: ModelIdentity, geometry: CacheGeometry, context_length: int, bits: Bits = 16) -> BudgetPlan:
+    """The plan that keeps every entry of a sequence of `context_length` tokens."""
+    same = (bits,) * geometry.kv_heads
+    layer = LayerBudget(tokens=(context_length,) * geometry.kv_heads, key_bits=same, value_bits=same)
+    return BudgetPlan(
+        model=identity,
+        geometry=geometry,
+        context_length=context_length,
+        eviction=EvictionChoice(method="streaming"),
+        allocation=AllocationChoice(method="full", budget=bits / FULL_BITS),
+        layers=tuple(layer if window is None else None for window in geometry.windows),
+    )
+
+
 def entry_bytes(geometry: CacheGeometry, key_bits: int, value_bits: int, scored: bool) -> int:
     """Bytes of one entry of one KV head: key, value, and its position and score where the method keeps them."""
     return geometry.head_dim * (key_bits + value_bits) // 8 + (STATE_BYTES if scored else 0)

@@ -10,7 +10,6 @@ from baklava.allocation import (
     Limits,
     Uniform,
     allocate,
-    full_plan,
     method_of,
     proportional,
 )
@@ -18,6 +17,7 @@ from baklava.allocation.base import rounded
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Streaming
 from baklava.geometry import CacheGeometry, ModelIdentity
+from baklava.plan import full_plan
 from baklava.profile import Profile
 
 LAYERS, KV_HEADS, GROUP = 4, 3, 2

@@ -9,13 +9,12 @@ from reference import ReferenceHead
 from torch import Tensor
 from transformers import DynamicCache
 
-from baklava.allocation import full_plan
 from baklava.attention import Kernel
 from baklava.cache import BudgetedCache, RaggedLayer
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Streaming
 from baklava.model import LoadedModel
-from baklava.plan import AllocationChoice, BudgetPlan, LayerBudget
+from baklava.plan import AllocationChoice, BudgetPlan, LayerBudget, full_plan
 
 Maker = Callable[..., LoadedModel]
 

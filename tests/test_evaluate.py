@@ -1,5 +1,6 @@
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,9 @@ def test_one_command_compares_plans_on_a_window_file(tmp_path: Path, window_file
 
 
 @pytest.mark.demo
-def test_bad_usage_is_one_sentence_and_exit_code_2(tmp_path: Path, window_file: Path) -> None:
+def test_bad_usage_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, window_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "plan.json").write_text("{}")
     (tmp_path / "short.txt").write_text("A few words.")
     windows = ["--windows", str(window_file)]
@@ -71,12 +74,20 @@ def test_bad_usage_is_one_sentence_and_exit_code_2(tmp_path: Path, window_file: 
         (["--plan", "full", "--texts", str(tmp_path / "short.txt")], "a window needs 3072 of context"),
     ]
     for arguments, said in cases:
-        done = evaluate(*arguments, "--json", str(tmp_path / "out.json"), code=2)
-        last = done.stderr.strip().splitlines()[-1]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--json", str(tmp_path / "out.json")])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(ROOT / "jobs" / "evaluate.py"), run_name="__main__")
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert exit.value.code == 2
         assert last.startswith("evaluate: ")
         assert said in last
-        assert "Traceback" not in done.stderr
         assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.demo
+def test_the_script_itself_ends_without_a_traceback(tmp_path: Path) -> None:
+    done = evaluate("--plan", "full", "--model", str(tmp_path / "nothing"), code=2)
+    assert "Traceback" not in done.stderr
 
 
 def test_an_interval_covers_the_mean_and_narrows_with_documents() -> None:

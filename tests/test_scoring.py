@@ -6,13 +6,13 @@ from test_cache import plan_of, random_ids
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import DynamicCache
 
-from baklava.allocation import Baklava, allocate, full_plan
+from baklava.allocation import Baklava, allocate
 from baklava.cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.evaluation import evaluate, named_plan
 from baklava.eviction import Eviction, HeavyHitter, Streaming
 from baklava.model import LoadedModel
-from baklava.plan import BudgetPlan
+from baklava.plan import BudgetPlan, full_plan
 from baklava.profile import cached_profile
 from baklava.scoring import prefill, score
 from baklava.texts import documents

@@ -8,8 +8,8 @@ from baklava.allocation.baklava import Baklava
 from baklava.allocation.base import Allocation, Limits, proportional, rounded
 from baklava.allocation.uniform import Uniform
 from baklava.errors import UserError
-from baklava.eviction import Eviction, Streaming
-from baklava.geometry import CacheGeometry, ModelIdentity
+from baklava.eviction import Eviction
+from baklava.geometry import CacheGeometry
 from baklava.plan import (
     AllocationChoice,
     Bits,
@@ -33,7 +33,6 @@ __all__ = [
     "Limits",
     "Uniform",
     "allocate",
-    "full_plan",
     "method_of",
     "proportional",
 ]
@@ -71,19 +70,6 @@ def allocate(
         allocation=AllocationChoice(method=method.name, budget=budget, knobs=method.knobs),
         provenance=provenance or Provenance(profile=profile.digest),
         layers=_layers(profile.geometry, tokens, bits),
-    )
-
-
-def full_plan(identity: ModelIdentity, geometry: CacheGeometry, context_length: int, bits: Bits = 16) -> BudgetPlan:
-    """The plan that keeps every entry of a sequence of `context_length` tokens."""
-    tokens = np.full((len(geometry.budgetable), geometry.kv_heads), context_length)
-    return BudgetPlan(
-        model=identity,
-        geometry=geometry,
-        context_length=context_length,
-        eviction=Streaming().choice,
-        allocation=AllocationChoice(method="full", budget=bits / 16),
-        layers=_layers(geometry, tokens, bits),
     )
 
 

@@ -1,0 +1,125 @@
+"""Find the best KV-cache plan for a model inside a budget of bytes."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from baklava.errors import UserError
+from baklava.paths import data_dir
+
+if TYPE_CHECKING:
+    from tuning.outcome import Outcome
+
+EXAMPLES = """writes plan.json, trials.jsonl and report.html to --out, and every trial to MLflow
+
+examples:
+  python jobs/search.py                                          the demo model at 30 %, 32 trials
+  python jobs/search.py --model ./my-model --texts ./my-docs --budget 0.25
+  python jobs/search.py --resume runs/20260101T120000Z           go on after a kill
+  ray job submit --working-dir . -- python jobs/search.py --replicas 8"""
+
+DEFAULTS = {
+    "model": "demo",
+    "texts": ["botocore"],
+    "budget": 0.30,
+    "context": 3072,
+    "continuation": 512,
+    "trials": 32,
+    "objective": "kl",
+    "replicas": "auto",
+    "seed": 0,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="search.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    made.add_argument("--model", metavar="demo|DIR|HUB_ID", help="what to search a plan for (default demo)")
+    made.add_argument(
+        "--texts", nargs="+", metavar="NAME|FILE", help="demo texts, files, folders or hub data sets (default botocore)"
+    )
+    made.add_argument("--budget", type=float, help="share of the 16-bit full cache's bytes (default 0.30)")
+    made.add_argument("--context", type=int, metavar="TOKENS", help="tokens prefilled per window (default 3072)")
+    made.add_argument("--continuation", type=int, metavar="TOKENS", help="tokens scored per window (default 512)")
+    made.add_argument("--trials", type=int, metavar="N", help="plans to try (default 32)")
+    made.add_argument("--objective", choices=["kl", "ppl"], help="KL to the full cache, or perplexity (default kl)")
+    made.add_argument("--replicas", type=_replicas, metavar="auto|N", help="copies of the model (default auto)")
+    made.add_argument("--seed", type=int, help="of the windows and of the draws (default 0)")
+    made.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default runs/ and the UTC time)")
+    made.add_argument("--resume", type=Path, metavar="RUN", help="the folder of a killed search, with its own settings")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the result for machines, too")
+    return made
+
+
+def _replicas(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number of replicas")
+    return text if text == "auto" else int(text)
+
+
+def default_out() -> Path:
+    """A folder in runs/; under `ray job submit` in the data folder, since Ray deletes a job's working folder."""
+    in_job = "runtime_resources" in Path.cwd().parts
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    return (data_dir() if in_job else Path()) / "runs" / stamp
+
+
+def run(given: dict[str, Any]) -> "Outcome":
+    # Here, since they take seconds, and --help should not.
+    from tuning.search import resume, search
+    from tuning.settings import SearchSettings
+
+    earlier, out = given.pop("resume", None), given.pop("out", None)
+    if earlier is None:
+        return search(SearchSettings.of(**{**DEFAULTS, **given}), out or default_out())
+    if given or out:
+        raise UserError(f"--resume takes its settings from {earlier}; leave out --{next(iter([*given, 'out']))}")
+    return resume(earlier)
+
+
+def show(outcome: "Outcome") -> None:
+    metrics = outcome.winner.metrics
+    print(
+        f"\nwinner: {outcome.winner.candidate.name}, {outcome.plan.ratio:.1%} of the bytes, KL {metrics['kl']:.4f}, "
+        f"{metrics['dnll']:+.4f} nats per token on validation\n"
+    )
+    width = max(len(entry.candidate.name) for entry in outcome.ranking)
+    print(f"{'plan':{width}}  {'KL geom.':>8}  {'KL mean':>8}  {'dNLL':>8}  {'bytes':>6}")
+    for entry in outcome.ranking:
+        name, scores, ratio = entry.candidate.name, entry.metrics, entry.candidate.plan.ratio
+        kls = f"{scores['kl_geometric']:8.4f}  {scores['kl']:8.4f}"
+        print(f"{name:{width}}  {kls}  {scores['dnll']:+8.4f}  {ratio:6.1%}")
+    print(f"\nplan    {outcome.out / 'plan.json'}\nreport  {outcome.out / 'report.html'}\n\nnext steps")
+    for what, command in outcome.next_steps.items():
+        print(f"  {what:12} {command}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = vars(parser().parse_args(argv))
+    machine = given.pop("json", None)
+    try:
+        if machine and not machine.absolute().parent.is_dir():
+            raise UserError(f"--json {machine} lies in a folder that does not exist; make the folder first")
+        outcome = run(given)
+    except UserError as error:
+        print(f"search: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    show(outcome)
+    if machine:
+        machine.write_text(json.dumps(outcome.summary(), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

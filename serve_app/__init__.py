@@ -1,0 +1,1 @@
+"""A budget plan behind an OpenAI-compatible HTTP endpoint, on Ray Serve."""

@@ -1,0 +1,18 @@
+"""The search: many plans tried on resident replicas, the winner recorded and registered."""
+
+import os
+
+# Ray and MLflow read these when they are first imported, here and in every process that Ray starts, so they stand
+# before any import of ours. What is set already stays.
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",  # `ray start` and `ray job` never ask for one alone, and Ray listens everywhere
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no boxes, no tables
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files beside our own
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search, instead of going on to a half-searched winner
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default asks a dead server for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)

@@ -1,0 +1,122 @@
+"""Charts as inline SVG, coloured by the page's CSS variables so that they follow its light and dark themes."""
+
+from collections.abc import Sequence
+from html import escape
+from itertools import accumulate
+
+from baklava.plan import BudgetPlan
+from tuning.settings import Objective
+from tuning.trials import TrialRecord, objective_of
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 300, 62, 16, 14, 40
+CELL_HEIGHT, MOST_CELL_WIDTH = 13, 56
+CROWDED = 4.0
+"""The scale ends at this many times the median, so that one bad trial does not flatten all others."""
+
+
+def heat_map(plan: BudgetPlan) -> str:
+    """Entries per layer (down) and KV head (across); the darker against the page, the more."""
+    rows, heads = plan.tokens, plan.geometry.kv_heads
+    most = max((max(row) for row in rows if row), default=1)
+    wide = min(MOST_CELL_WIDTH, (WIDTH - LEFT) // heads)
+    cells = [
+        _cell(
+            LEFT + head * wide,
+            layer * CELL_HEIGHT,
+            wide,
+            tokens / most,
+            f"layer {layer}, head {head}: {tokens} entries",
+        )
+        for layer, row in enumerate(rows)
+        for head, tokens in enumerate(row)
+    ]
+    labels = [_text(LEFT - 8, layer * CELL_HEIGHT + 10, str(layer), "end") for layer in range(0, len(rows), 5)]
+    bottom = len(rows) * CELL_HEIGHT
+    every = max(1, heads // 16)
+    labels += [_text(LEFT + h * wide + wide // 2, bottom + 14, str(h), "middle") for h in range(0, heads, every)]
+    scale = _scale(LEFT + heads * wide + 24, most)
+    axes = [_text(LEFT + heads * wide // 2, bottom + 30, "KV head", "middle"), _text(0, 10, "layer", "start")]
+    return _svg(WIDTH, max(bottom + 36, 150), "entries per layer and KV head", [*cells, *labels, *axes, *scale])
+
+
+def trial_chart(records: Sequence[TrialRecord], objective: Objective) -> str:
+    """The objective of every trial in the order they ended, and the best so far as a line."""
+    scored = [record for record in records if record.metrics]
+    values = [objective_of(record.metrics, objective) for record in scored]
+    if not values:
+        return "<p>No trial could be scored.</p>"
+    low, high = min(values), min(max(values), CROWDED * sorted(values)[len(values) // 2])
+    place = _Place(low - 0.05 * (high - low), high + 0.05 * (high - low) or low + 1e-9, max(2, len(records)))
+    dots = [_dot(record, value, place, objective) for record, value in zip(scored, values, strict=True)]
+    failed = [_cross(record, place) for record in records if record.status == "failed"]
+    ticks = [_tick(place, low + step * (high - low) / 4) for step in range(5)]
+    axes = [_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "trial", "middle"), *_trial_ticks(place)]
+    return _svg(
+        WIDTH, HEIGHT, f"{objective} by trial", [*ticks, *axes, _best_line(scored, objective, place), *dots, *failed]
+    )
+
+
+class _Place:
+    """Where a trial and a value are on the chart; values above the scale sit at its top."""
+
+    def __init__(self, low: float, high: float, trials: int) -> None:
+        self.low, self.high, self.trials = low, max(high, low + 1e-12), trials
+
+    def x(self, trial: int) -> float:
+        return LEFT + (trial - 0.5) / self.trials * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        share = (min(value, self.high) - self.low) / (self.high - self.low)
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+
+def _best_line(records: Sequence[TrialRecord], objective: Objective, place: _Place) -> str:
+    complete = [record for record in records if record.status == "finished"]
+    best = list(accumulate((objective_of(record.metrics, objective) for record in complete), min))
+    if not best:
+        return ""
+    steps = [f"M{place.x(complete[0].trial):.1f},{place.y(best[0]):.1f}"]
+    steps += [f"H{place.x(r.trial):.1f}V{place.y(b):.1f}" for r, b in zip(complete[1:], best[1:], strict=True)]
+    return f'<path class="best" d="{"".join(steps)}H{WIDTH - RIGHT}"/>'
+
+
+def _dot(record: TrialRecord, value: float, place: _Place, objective: Objective) -> str:
+    above = ", above the scale" if value > place.high else ""
+    told = f"trial {record.trial}, {record.status}: {objective} {value:.4g}{above}"
+    at = f'cx="{place.x(record.trial):.1f}" cy="{place.y(value):.1f}"'
+    return f'<circle class="{record.status}" {at} r="4.5"><title>{escape(told)}</title></circle>'
+
+
+def _cross(record: TrialRecord, place: _Place) -> str:
+    told = f"trial {record.trial} failed: {record.error}"
+    return f'<text class="cross" x="{place.x(record.trial):.1f}" y="{TOP}">&#215;<title>{escape(told)}</title></text>'
+
+
+def _tick(place: _Place, value: float) -> str:
+    y = place.y(value)
+    line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return line + _text(LEFT - 8, y + 4, f"{value:.3g}", "end")
+
+
+def _trial_ticks(place: _Place) -> list[str]:
+    every = max(1, -(-place.trials // 12))
+    return [_text(place.x(t), HEIGHT - BOTTOM + 18, str(t), "middle") for t in range(1, place.trials + 1, every)]
+
+
+def _scale(x: float, most: int) -> list[str]:
+    steps = [_cell(x, 10 + step * 12, 16, 1 - step / 8, "") for step in range(9)]
+    return [*steps, _text(x + 24, 20, f"{most} entries", "start"), _text(x + 24, 116, "0", "start")]
+
+
+def _cell(x: float, y: float, width: float, share: float, told: str) -> str:
+    tip = f"<title>{escape(told)}</title>" if told else ""
+    box = f'x="{x}" y="{y}" width="{width - 1}" height="{CELL_HEIGHT - 1}"'
+    return f'<rect class="cell" {box} fill-opacity="{0.04 + 0.96 * share:.3f}">{tip}</rect>'
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'

@@ -1,0 +1,160 @@
+"""The Ray cluster that a search runs on: the one it is sent to, or one of this machine's own."""
+
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from baklava.errors import UserError
+from baklava.progress import bar, say
+from baklava.windows import Window
+from tuning.pool import Pool, reason_of
+from tuning.replica import Replica
+from tuning.task import Task
+
+MOST_CPU_REPLICAS = 4
+"""More copies of a model than this rarely pay on one machine's memory bandwidth."""
+
+TRIAL_CPUS = 0.01
+"""What a trial asks for: it only waits for replicas."""
+
+SPARE_CPUS = 0.1
+"""What a replica leaves of its CPUs, so that trials always find room."""
+
+OBJECT_STORE_BYTES = 256 << 20  # only windows of token ids and plans travel through it
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """How many replicas, with how many torch threads each, and whether each has a GPU."""
+
+    replicas: int
+    threads: int
+    gpu: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Ray's options of one replica. A killed one restarts for ever, its task is for the pool to send elsewhere."""
+        options = {"num_cpus": self.threads - SPARE_CPUS, "max_restarts": -1, "max_task_retries": 0}
+        return {**options, "num_gpus": 1} if self.gpu else options
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """A connection to the cluster at `$RAY_ADDRESS`, else to one started here for as long as the block lasts."""
+    if ray.is_initialized():
+        yield
+        return
+    _connect(os.environ.get("RAY_ADDRESS"))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    say(f"ray: {f'connecting to {address}' if address else 'starting on this machine'}")
+    if not address:
+        # "local", since a bare init would join whatever cluster was last started on this machine.
+        own = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        ray.init(log_to_driver=False, logging_level="ERROR", **own)
+        return
+    try:
+        if re.fullmatch(r"[\w.-]+:\d+", address):
+            # Ray itself would ask for minutes.
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    except (OSError, ValueError, RayError) as error:
+        raise UserError(f"no Ray cluster answers at {address} ({error}); check RAY_ADDRESS and the token") from error
+
+
+def fleet_of(nodes: Sequence[Mapping[str, float]], asked: int | str) -> Fleet:
+    """The fleet for a cluster's nodes, each given by its resources.
+
+    "auto" is one replica per GPU, else as many as there are CPUs, up to four. Threads are as many as still fit.
+
+    Raises:
+        UserError: the nodes do not hold that many replicas.
+    """
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    slots = [(int(node.get("CPU", 0)), int(node.get("GPU", 0)) if gpus else int(node.get("CPU", 0))) for node in nodes]
+    most = sum(slot for _, slot in slots)
+    replicas = (gpus or min(MOST_CPU_REPLICAS, most)) if asked == "auto" else int(asked)
+    fitting = [
+        threads
+        for threads in range(1, max(cpus for cpus, _ in slots) + 1)
+        if sum(min(cpus // threads, slot) for cpus, slot in slots) >= replicas
+    ]
+    if not fitting:
+        raise UserError(
+            f"--replicas {asked} does not fit on {most} {'GPUs' if gpus else 'CPUs'}, one replica each; "
+            "ask for fewer, or for auto"
+        )
+    return Fleet(replicas, max(fitting), gpu=bool(gpus))
+
+
+def present_fleet(asked: int | str) -> Fleet:
+    """The fleet for the nodes that the connected cluster has now."""
+    return fleet_of([node["Resources"] for node in ray.nodes() if node["Alive"]], asked)
+
+
+class Crew:
+    """The running replicas and the pool before them; `score` is all that a trial needs of it."""
+
+    def __init__(self, model: str, fleet: Fleet, windows: Sequence[Window], task: Task) -> None:
+        replica = ray.remote(Replica).options(**fleet.options)
+        self.actors = [replica.remote(model, fleet.threads) for _ in range(fleet.replicas)]
+        self.windows = {window.name: ray.put(window) for window in windows}
+        # Beside the search itself, so that no other node's death takes the pool along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.pool = (
+            ray.remote(Pool).options(num_cpus=0, scheduling_strategy=here).remote(self.actors, self.windows, task)
+        )
+
+    def start(self) -> None:
+        """Wait until every replica has the model in memory."""
+        try:
+            _count([actor.ready.remote() for actor in self.actors], "starting replicas", "replicas")
+        except RayActorError as death:
+            raise UserError(
+                f"a replica cannot start ({reason_of(death)}); its machine needs the model and memory"
+            ) from death
+
+    def hold(self, windows: Sequence[str]) -> None:
+        """Prefill these windows, shared out over the replicas, and free all others.
+
+        Raises:
+            UserError: the model does not take one of them.
+        """
+        pairs = ray.get(self.pool.assign.remote(windows))
+        reasons = _count([self.pool.warm.remote(*pair) for pair in pairs], "prefilling", "windows")
+        failed = next(filter(None, reasons), None)
+        if failed:
+            raise UserError(f"a window cannot be prefilled ({failed}); try another model or shorter windows")
+
+    def scores(self, tasks: Sequence[tuple[str, str]], label: str) -> list[dict[str, Any]]:
+        """Scores of (plan as JSON, window) tasks, in their order."""
+        return _count([self.pool.score.remote(*task) for task in tasks], label, "scores")
+
+    def tell(self) -> None:
+        """Say what happened to replicas since the last call."""
+        for sentence in ray.get(self.pool.tell.remote()):
+            say(sentence)
+
+
+def _count(refs: list[Any], label: str, unit: str) -> list[Any]:
+    waiting = list(refs)
+    with bar(len(refs), label, unit) as progress:
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            ray.get(done)
+            progress.update(len(done))
+    return ray.get(refs)

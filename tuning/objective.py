@@ -1,0 +1,47 @@
+"""The trial: a light function that has a plan made of its parameters, and scored window by window.
+
+It loads no model, and not even torch: plans are made in the pool, scores in the replicas, so a trial's process costs
+next to nothing and starts at once.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray import tune
+
+from tuning.settings import Objective
+from tuning.trials import means, objective_of
+
+WORST = 1e9
+"""Reported by a failed trial, since every report must carry the objective; the searcher never sees it."""
+
+
+def trial(params: dict[str, Any], *, pool: Any, windows: Sequence[str], objective: Objective) -> None:
+    """Score the plan of `params` on one window after another, reporting the running means after each.
+
+    All trials see the windows in the same order, so running means compare at every step. A plan that cannot be made or
+    scored ends the trial with its reason.
+    """
+    plan, scores = ray.get(pool.plan.remote(params)), []
+    if "error" in plan:
+        return _fail(plan["error"])
+    for window in windows:
+        score = ray.get(pool.score.remote(plan["json"], window))
+        reason = score.get("error") or _not_finite(score)
+        if reason:
+            return _fail(reason)
+        scores.append(score)
+        metrics = {**means(scores), **plan["size"]}
+        tune.report({"objective": objective_of(metrics, objective), "metrics": metrics, "windows": scores})
+
+
+def _fail(reason: str) -> None:
+    # Raising would have Tune start the trial again, as it should when a node dies under it and only then.
+    tune.report({"objective": WORST, "failed": reason})
+
+
+def _not_finite(score: dict[str, Any]) -> str | None:
+    wrong = [name for name, value in score.items() if isinstance(value, float) and not math.isfinite(value)]
+    return f"{wrong[0]} is {score[wrong[0]]} on window {score.get('window')}" if wrong else None

@@ -1,0 +1,189 @@
+"""The pool: sends every (plan, window) to a replica that holds the window, and survives the death of any of them."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from math import lcm
+from typing import Any
+
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+
+from baklava.errors import UserError
+
+ATTEMPTS = 4
+"""Deaths of a replica under one task after which the task is blamed: it may be what kills them."""
+
+HEAL_PAUSE = 1.0  # seconds between two looks at a replica that is restarting
+HEAL_DEATHS = 5
+"""Deaths in a row, without an answer in between, after which a replica is given up."""
+
+
+def homes(replicas: int, windows: Sequence[str]) -> list[set[str]]:
+    """Windows that each replica prefills: as many copies as make all shares equal, and every window somewhere."""
+    held: list[set[str]] = [set() for _ in range(replicas)]
+    for step in range(lcm(replicas, len(windows)) if windows else 0):
+        held[step % replicas].add(windows[step % len(windows)])
+    return held
+
+
+@dataclass
+class Member:
+    """What the pool knows of one replica. `lost` is the reason why it will not come back."""
+
+    index: int
+    actor: Any
+    alive: bool = True
+    busy: bool = False
+    home: set[str] = field(default_factory=set)
+    holds: set[str] = field(default_factory=set)
+    lost: str | None = None
+
+
+class Pool:
+    """Hands tasks to idle replicas, one at a time each. Runs as an async Ray actor without CPUs of its own.
+
+    A window goes to a living replica that holds it, or waits for one; when none lives, any idle replica takes it over.
+    """
+
+    def __init__(self, actors: Sequence[Any], windows: Mapping[str, Any], task: Any) -> None:
+        self.members = [Member(index, actor) for index, actor in enumerate(actors)]
+        self.task = task  # a `Task`, whose import would load torch into the processes of the trials
+        self.windows = windows  # by name, as references: Ray brings each to a replica's machine once
+        self.changed = asyncio.Condition()
+        self.healers: set[asyncio.Task[None]] = set()
+        self.news: list[str] = []
+
+    async def assign(self, windows: Sequence[str]) -> list[tuple[int, str]]:
+        """Make these windows the ones to hold; returns the (replica, window) pairs to `warm`."""
+        for member, home in zip(self.members, homes(len(self.members), windows), strict=True):
+            stale, member.home = member.holds - home, home
+            member.holds -= stale
+            if stale and member.alive:
+                member.actor.forget.remote(tuple(stale))
+        return [(member.index, window) for member in self.members for window in sorted(member.home)]
+
+    async def warm(self, replica: int, window: str) -> str | None:
+        """Prefill a window on one replica; returns why it could not be, which also a scored plan would meet."""
+        member = self.members[replica]
+        try:
+            await member.actor.warm.remote(self.windows[window])
+        except RayActorError as death:
+            await self._bury(member, death)
+        except RayError as error:
+            return reason_of(error)
+        else:
+            await self._holds(member, window)
+        return None
+
+    async def plan(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The plan of a trial as {"json", "size"}, or {"error": reason} where its knobs do not fit the budget."""
+        try:
+            plan = self.task.plan(params)
+        except UserError as error:
+            return {"error": str(error)}
+        return {
+            "json": plan.model_dump_json(),
+            "size": {"ratio": plan.ratio, "bytes_per_sequence": plan.bytes_per_sequence},
+        }
+
+    async def score(self, plan_json: str, window: str) -> dict[str, Any]:
+        """Scores of a plan on a window, or {"error": reason}."""
+        for _ in range(ATTEMPTS):
+            member = await self._take(window)
+            if member is None:
+                return {"error": f"no replica is left: {'; '.join(m.lost for m in self.members if m.lost)}"}
+            try:
+                result = await member.actor.score.remote(plan_json, self.windows[window])
+            except RayActorError as death:
+                await self._bury(member, death)
+            except RayError as error:
+                await self._free(member)
+                return {"error": reason_of(error)}
+            else:
+                await self._holds(member, window)
+                await self._free(member)
+                return result
+        return {"error": f"{ATTEMPTS} replicas died while they scored this plan on window {window}"}
+
+    async def tell(self) -> list[str]:
+        """What happened to replicas since the last call, as sentences."""
+        news, self.news = self.news, []
+        return news
+
+    async def _take(self, window: str) -> Member | None:
+        async with self.changed:
+            await self.changed.wait_for(lambda: self._idle(window) or all(m.lost for m in self.members))
+            member = self._idle(window)
+            if member is not None:
+                member.busy = True
+            return member
+
+    def _idle(self, window: str) -> Member | None:
+        alive = [member for member in self.members if member.alive]
+        holders = [member for member in alive if window in member.holds]
+        return next((member for member in holders or alive if not member.busy), None)
+
+    async def _holds(self, member: Member, window: str) -> None:
+        async with self.changed:
+            member.holds.add(window)
+            self.changed.notify_all()
+
+    async def _free(self, member: Member) -> None:
+        async with self.changed:
+            member.busy = False
+            self.changed.notify_all()
+
+    async def _bury(self, member: Member, death: RayActorError) -> None:
+        async with self.changed:
+            member.busy = False
+            if member.alive:
+                member.alive = False
+                member.holds.clear()
+                self.news.append(f"replica {member.index + 1} died; its work goes to the others until it is back")
+                healer = asyncio.create_task(self._heal(member))
+                self.healers.add(healer)  # the loop holds tasks only weakly
+                healer.add_done_callback(self.healers.discard)
+            self.changed.notify_all()
+
+    async def _heal(self, member: Member) -> None:
+        deaths, reason = 0, ""
+        while deaths < HEAL_DEATHS:
+            answered = False
+            try:
+                await member.actor.ready.remote()
+                answered = True
+                return await self._revive(member)
+            except RayActorError as death:
+                # Silence alone is no death: a model may take minutes to load, a cluster to find a new node.
+                if answered or isinstance(death, ActorDiedError):
+                    deaths, reason = deaths + 1, reason_of(death)
+            await asyncio.sleep(HEAL_PAUSE)
+        await self._lose(member, reason)
+
+    async def _revive(self, member: Member) -> None:
+        # Without its windows a replica would stay idle: the others hold them all by now.
+        home = sorted(member.home)
+        with suppress(RayTaskError):  # a window that cannot be prefilled is the trial's error, when one asks for it
+            for window in home:
+                await member.actor.warm.remote(self.windows[window])
+        async with self.changed:
+            member.alive = True
+            member.holds.update(home)
+            self.news.append(f"replica {member.index + 1} is back")
+            self.changed.notify_all()
+
+    async def _lose(self, member: Member, reason: str) -> None:
+        async with self.changed:
+            member.lost = f"replica {member.index + 1}: {reason}"
+            self.news.append(f"{member.lost}; it stays away")
+            self.changed.notify_all()
+
+
+def reason_of(error: Exception) -> str:
+    """A remote error in one line: what it says to users, or the last line of its traceback."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return str(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,78 @@
+"""What happens when a trial ends: its line in `trials.jsonl`, its run in MLflow, its line on the screen."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray import tune
+
+from baklava.progress import say
+from tuning.cluster import Crew
+from tuning.task import Task
+from tuning.tracking import Tracker
+from tuning.trials import Journal, Status, TrialRecord, best_of, objective_of
+
+
+class Recorder(tune.Callback):
+    """Tells everyone about finished trials, the journal first."""
+
+    def __init__(self, journal: Journal, tracker: Tracker, crew: Crew, task: Task, trials: int) -> None:
+        self.journal, self.tracker, self.crew, self.task, self.trials = journal, tracker, crew, task, trials
+        self.started, self.before = time.monotonic(), len(journal.records)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles callbacks into its snapshots, which `trials.jsonl` makes needless."""
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial that scored all windows, was stopped, or gave a reason why it cannot be scored."""
+        self._record(trial.config, trial.last_result or {}, (trial.last_result or {}).get("failed"))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial whose process died, again after its restarts."""
+        self._record(trial.config, trial.last_result or {}, f"{trial.get_error() or 'its process died'}")
+
+    def _record(self, params: dict[str, Any], result: dict[str, Any], error: str | None) -> None:
+        windows = tuple(result.get("windows", ()))
+        record = TrialRecord(
+            trial=len(self.journal.records) + 1,
+            params=params,
+            metrics=result.get("metrics", {}),
+            status=self._status(len(windows), error),
+            windows=windows,
+            error=error,
+        )
+        self.journal.append(record)
+        self.tracker.trial(record, None if error else self.task.plan(params), result.get("time_total_s", 0.0))
+        self.crew.tell()
+        say(self._line(record))
+
+    def _status(self, windows: int, error: str | None) -> Status:
+        if error:
+            return "failed"
+        return "finished" if windows == len(self.task.windows) else "pruned"
+
+    def _line(self, record: TrialRecord) -> str:
+        parts = [f"trial {record.trial} of {self.trials}: {self._outcome(record)}"]
+        best = next(iter(best_of(self.journal.records, self.task.objective)), None)
+        if best:
+            parts.append(f"best so far {self._value(best)} (trial {best.trial})")
+        parts.append(f"{self._minutes_left()} left")
+        return ", ".join(parts)
+
+    def _outcome(self, record: TrialRecord) -> str:
+        ended: dict[Status, Callable[[], str]] = {
+            "finished": lambda: self._value(record),
+            "pruned": lambda: f"{self._value(record)} after {len(record.windows)} windows, stopped early",
+            "failed": lambda: f"failed, {record.error}",
+        }
+        return ended[record.status]()
+
+    def _value(self, record: TrialRecord) -> str:
+        name = {"kl": "KL", "ppl": "perplexity"}[self.task.objective]
+        return f"{name} {objective_of(record.metrics, self.task.objective):.4g}"
+
+    def _minutes_left(self) -> str:
+        done = len(self.journal.records) - self.before
+        seconds = (time.monotonic() - self.started) / max(1, done) * (self.trials - len(self.journal.records))
+        return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

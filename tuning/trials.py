@@ -1,0 +1,115 @@
+"""The journal: one line of `trials.jsonl` per finished trial, the one source of truth of a search."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, Self
+
+from pydantic import ValidationError
+
+from baklava.errors import UserError
+from baklava.records import Record
+from tuning.settings import Objective
+
+FILE = "trials.jsonl"
+
+Status = Literal["finished", "pruned", "failed"]
+WINDOW_METRICS = ("nll_full", "nll", "dnll", "kl", "allocated_bytes", "seconds")
+LOWERED = {"kl": "kl_geometric", "ppl": "ppl"}
+"""The metric that each objective lowers."""
+
+LEAST_KL = 1e-6
+"""Nats per token below which a KL is rounding: what a cache that keeps everything in 16 bits shows."""
+
+
+class TrialRecord(Record):
+    """A trial that ended: every window scored, stopped early ("pruned"), or failed with the reason in `error`.
+
+    `metrics` are means over the scored windows (nats per token; bytes per sequence) and the plan's size; `windows` are
+    the scores they come from, in the order of scoring.
+    """
+
+    trial: int
+    params: dict[str, Any]
+    metrics: dict[str, float]
+    status: Status
+    windows: tuple[dict[str, Any], ...] = ()
+    error: str | None = None
+
+    def line(self) -> str:
+        """The record as one line of JSON."""
+        return json.dumps(self.model_dump(exclude_none=True), allow_nan=False)
+
+
+def means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean of every metric over the windows scored so far; perplexity from the mean NLL.
+
+    `kl_geometric` is the geometric mean of the windows' KL. Windows differ in KL by ten times and more (text that
+    repeats itself to the letter against prose), so the plain mean is the opinion of the worst one; in the geometric
+    mean a plan that loses a tenth less on every window gains a tenth.
+    """
+    mean = {metric: fmean(score[metric] for score in scores) for metric in WINDOW_METRICS}
+    mean["seconds"] = sum(score["seconds"] for score in scores)
+    mean["allocated_bytes"] = max(score["allocated_bytes"] for score in scores)
+    mean["kl_geometric"] = geometric_mean([score["kl"] for score in scores])
+    return {**mean, "ppl": perplexity(mean["nll"]), "ppl_full": perplexity(mean["nll_full"])}
+
+
+def geometric_mean(kls: Sequence[float]) -> float:
+    """Geometric mean of KLs, each at least `LEAST_KL`."""
+    return math.exp(fmean(math.log(max(kl, LEAST_KL)) for kl in kls))
+
+
+def perplexity(nll: float) -> float:
+    """exp(NLL), held back where it would overflow, since JSON has no infinity."""
+    return math.exp(min(nll, 700.0))
+
+
+def objective_of(metrics: dict[str, float], objective: Objective) -> float:
+    """The number that the search lowers."""
+    return metrics[LOWERED[objective]]
+
+
+def best_of(records: Iterable[TrialRecord], objective: Objective, count: int = 1) -> list[TrialRecord]:
+    """The `count` best trials that scored every window; the first of equals wins."""
+    complete = [record for record in records if record.status == "finished"]
+    return sorted(complete, key=lambda record: objective_of(record.metrics, objective))[:count]
+
+
+class Journal:
+    """Appends to `trials.jsonl`, each line on disk before the next trial is counted."""
+
+    def __init__(self, path: Path, records: Sequence[TrialRecord] = ()) -> None:
+        self.path, self.records = path, list(records)
+
+    @classmethod
+    def open(cls, out: Path) -> Self:
+        """The journal of a folder with the trials it holds; a last line that a kill cut short is dropped.
+
+        Raises:
+            UserError: the file was changed by hand.
+        """
+        path = out / FILE
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            os.truncate(path, len(whole.encode()))
+        return cls(path, [_parse(line, path) for line in whole.splitlines()])
+
+    def append(self, record: TrialRecord) -> None:
+        """Add one trial, and return when it is on disk."""
+        self.records.append(record)
+        with self.path.open("a") as file:
+            file.write(record.line() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _parse(line: str, path: Path) -> TrialRecord:
+    try:
+        return TrialRecord.model_validate_json(line)
+    except ValidationError:
+        raise UserError(f"{path} holds a line that is not a trial ({line[:60]!r}); remove that line") from None
