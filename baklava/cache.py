@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
 from baklava import attention
@@ -18,6 +18,7 @@ from baklava.eviction import Eviction, eviction_of
 from baklava.heads import Budget, HeadGroup, Tokens, head_group
 from baklava.plan import BudgetPlan, LayerBudget
 from baklava.recording import Recording
+from baklava.sliding import SlidingLayer
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -167,9 +168,9 @@ class BudgetedCache(Cache):
         super().__init__(layers=[self._layer(budget, window) for budget, window in pairs])
 
     def _layer(self, budget: LayerBudget | None, window: int | None) -> CacheLayerMixin:
-        if budget is None:
-            return DynamicSlidingWindowLayer(sliding_window=window)
-        return RaggedLayer(budget, self.eviction)
+        if budget is not None:
+            return RaggedLayer(budget, self.eviction)
+        return SlidingLayer(window, self.plan.sliding_bits)
 
     @classmethod
     def cut(cls, plan: BudgetPlan, recording: Recording) -> "BudgetedCache":
@@ -217,7 +218,7 @@ class BudgetedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held now by the whole batch, as the allocator counts them."""
-        return sum(_layer_bytes(layer) for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def promised_bytes(self) -> int:
@@ -266,10 +267,3 @@ def _groups(budget: LayerBudget) -> list[Budget]:
     shapes = list(zip(budget.tokens, budget.key_bits, budget.value_bits, strict=True))
     members = {shape: tuple(head for head, other in enumerate(shapes) if other == shape) for shape in shapes}
     return [Budget(heads, *shape) for shape, heads in members.items()]
-
-
-def _layer_bytes(layer: Any) -> int:
-    if isinstance(layer, RaggedLayer):
-        return layer.nbytes
-    held = [tensor for tensor in (layer.keys, layer.values) if tensor is not None]
-    return sum(tensor.untyped_storage().nbytes() for tensor in held)

@@ -86,7 +86,8 @@ class BudgetPlan(Record):
     """A byte budget for every KV head of one model.
 
     The ratio is stated at `context_length` tokens: everything that a sequence keeps between two forward passes, over
-    the bytes of the full cache in 16 bits. `layers[i]` is None where layer i slides.
+    the bytes of the full cache in 16 bits. `layers[i]` is None where layer i slides: it keeps its window of tokens in
+    `sliding_bits`.
     """
 
     schema_version: Literal[1] = 1
@@ -98,6 +99,7 @@ class BudgetPlan(Record):
     prefill: Prefill = Prefill()
     provenance: Provenance = Provenance()
     layers: tuple[LayerBudget | None, ...]
+    sliding_bits: Bits = 16
 
     @model_validator(mode="after")
     def _covers_the_grid(self) -> "BudgetPlan":
@@ -125,7 +127,7 @@ class BudgetPlan(Record):
     def bytes_per_sequence(self) -> int:
         """Most bytes that one sequence keeps between two forward passes."""
         budgeted = sum(self._layer_bytes(layer) for layer in self.layers if layer)
-        return budgeted + _sliding_bytes(self.geometry, self.context_length)
+        return budgeted + sliding_bytes(self.geometry, self.sliding_bits)
 
     @property
     def full_bytes_per_sequence(self) -> int:
@@ -189,6 +191,7 @@ def full_plan(identity: ModelIdentity, geometry: CacheGeometry, context_length: 
         eviction=EvictionChoice(method="streaming"),
         allocation=AllocationChoice(method="full", budget=bits / FULL_BITS),
         layers=tuple(layer if window is None else None for window in geometry.windows),
+        sliding_bits=bits,
     )
 
 
@@ -198,12 +201,14 @@ def entry_bytes(geometry: CacheGeometry, key_bits: int, value_bits: int, scored:
 
 
 def full_bytes(geometry: CacheGeometry, context_length: int) -> int:
-    """Bytes of the full 16-bit cache of one sequence; sliding layers count their window."""
+    """Bytes of the full 16-bit cache of one sequence; sliding layers count the tokens in their window."""
     entries = len(geometry.budgetable) * geometry.kv_heads * context_length
     payload = entries * entry_bytes(geometry, FULL_BITS, FULL_BITS, scored=False)
-    return payload + _sliding_bytes(geometry, context_length)
+    return payload + sliding_bytes(geometry, FULL_BITS, context_length)
 
 
-def _sliding_bytes(geometry: CacheGeometry, context_length: int) -> int:
-    entries = sum(min(window, context_length) for window in geometry.windows if window is not None)
-    return entries * geometry.kv_heads * entry_bytes(geometry, FULL_BITS, FULL_BITS, scored=False)
+def sliding_bytes(geometry: CacheGeometry, bits: int, at_most: int | None = None) -> int:
+    """Bytes of the sliding layers of one sequence, of `at_most` tokens if given: each keeps its window at the most."""
+    windows = [window for window in geometry.windows if window is not None]
+    entries = sum(window if at_most is None else min(window, at_most) for window in windows)
+    return entries * geometry.kv_heads * entry_bytes(geometry, bits, bits, scored=False)

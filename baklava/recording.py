@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from baklava import attention
 from baklava.attention import Heads, Kernel, Queries, grouped, ungrouped
-from baklava.eviction import Eviction
+from baklava.eviction import Eviction, Observation
 from baklava.heads import Scorekeeper
 
 
@@ -35,9 +35,10 @@ class RecordingLayer(DynamicLayer):
         positions = torch.arange(key.shape[2], device=key.device)[None]
         keepers = [Scorekeeper(eviction, key.new_zeros(key.shape[:3])) for eviction in self.evictions]
 
-        def observe(*block: Tensor) -> None:
+        def observe(attention: Tensor, query_positions: Tensor, key_positions: Tensor) -> None:
+            seen = Observation(attention, query_positions, key_positions, keepers[0].scores[..., : attention.shape[-1]])
             for keeper in keepers:
-                keeper(*block)
+                keeper.take(seen)
 
         queries = grouped(query, query.shape[1] // key.shape[1])
         output = attention.attend(queries, key, value, positions, positions[:, None], kernel, observer=observe)

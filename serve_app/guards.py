@@ -66,6 +66,11 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
-        return pending.pop() if pending else await receive()
+        if pending:
+            return pending.pop()
+        try:
+            return await receive()
+        except Exception:  # the server in front is gone, and the client with it
+            return {"type": "http.disconnect"}
 
     return replay

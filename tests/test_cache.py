@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ReferenceHead
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from baklava.attention import Kernel
 from baklava.cache import BudgetedCache, RaggedLayer
@@ -23,7 +24,7 @@ EVICTIONS = [
     Streaming(sinks=0),
     HeavyHitter(sinks=2, interval=4),
     HeavyHitter(sinks=2, interval=1, recent=0.25),
-    HeavyHitter(sinks=0, interval=6, reduction="max", power=2, distance=3),
+    HeavyHitter(sinks=0, interval=6, reduction="max", power=2, distance=1),
 ]
 
 
@@ -186,6 +187,27 @@ def test_what_a_budgeted_cache_cannot_do_is_refused_in_a_sentence(tiny: Maker) -
     loaded.model(random_ids(1, 10), past_key_values=cache)
     with pytest.raises(UserError, match="cannot come back"):
         cache.layers[0].crop(-3)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bits", [16, 32])
+def test_sliding_layers_hold_their_window_and_not_the_prompt_behind_it(bits: Any) -> None:
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    sliding = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2, "eos_token_id": None}
+    loaded = LoadedModel.of(Qwen2ForCausalLM(Qwen2Config(**shape, **heads, **sliding, initializer_range=0.25)).eval())
+    assert loaded.geometry.windows == (None, None, 16, 16)
+    ids, cache = random_ids(1, 100), BudgetedCache(full_plan(loaded.identity, loaded.geometry, 130, bits))
+    ours = loaded.model(ids, past_key_values=cache).logits
+    assert cache.nbytes <= cache.promised_bytes
+    theirs, full = loaded.model(ids).logits, DynamicCache(config=loaded.model.config)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    loaded.model(ids, past_key_values=full)
+    for token in random_ids(25, 1):
+        ours = loaded.model(token[None], past_key_values=cache).logits
+        theirs = loaded.model(token[None], past_key_values=full).logits
+        torch.testing.assert_close(ours, theirs, atol=2e-2 if bits == 16 else 1e-4, rtol=1e-3)
+        cache.check_integrity()
 
 
 @torch.inference_mode()

@@ -28,6 +28,7 @@ def plan(tokens: tuple[int, int] = (10, 20), **fields: object) -> BudgetPlan:
 def test_bytes_count_payload_state_and_sliding_layers() -> None:
     payload, sliding = 2 * 30 * 8 * 4, 16 * 2 * 8 * 4
     assert plan().bytes_per_sequence == payload + sliding
+    assert plan(sliding_bits=32).bytes_per_sequence == payload + 2 * sliding
     scored = EvictionChoice(method="heavy_hitter", scored=True, interval=4)
     assert plan(eviction=scored).bytes_per_sequence == payload + 2 * 30 * 8 + sliding
     assert plan().full_bytes_per_sequence == 2 * 2 * 100 * 8 * 4 + sliding

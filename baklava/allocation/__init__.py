@@ -19,6 +19,7 @@ from baklava.plan import (
     Provenance,
     entry_bytes,
     full_bytes,
+    sliding_bytes,
 )
 from baklava.profile import Profile
 
@@ -70,6 +71,7 @@ def allocate(
         allocation=AllocationChoice(method=method.name, budget=budget, knobs=method.knobs),
         provenance=provenance or Provenance(profile=profile.digest),
         layers=_layers(profile.geometry, tokens, bits),
+        sliding_bits=bits,
     )
 
 
@@ -78,8 +80,7 @@ def _limits(geometry: CacheGeometry, budget: float, context_length: int, evictio
         raise UserError(f"budget {budget} must be above 0 and at most 1: a share of the full cache's bytes")
     heads = len(geometry.budgetable) * geometry.kv_heads
     # Sliding layers keep their window whatever the plan says; only the rest can be spent.
-    sliding = full_bytes(geometry, context_length) - heads * context_length * entry_bytes(geometry, 16, 16, False)
-    spendable = int(budget * full_bytes(geometry, context_length)) - sliding
+    spendable = int(budget * full_bytes(geometry, context_length)) - sliding_bytes(geometry, bits)
     total = max(0, spendable) // entry_bytes(geometry, bits, bits, eviction.scored)
     if total // heads < eviction.minimum_tokens:
         raise UserError(

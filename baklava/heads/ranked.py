@@ -1,6 +1,6 @@
 """Entries that compete by score."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -134,8 +134,12 @@ class Scorekeeper:
         """Take in one block; padding queries do not count."""
         if self.padded:
             attention = torch.where(query_positions[:, None, None, :, None] >= 0, attention, 0)
-        scores = self.scores[..., : attention.shape[-1]]
-        scores.copy_(self.eviction.score(Observation(attention, query_positions, key_positions, scores)))
+        self.take(Observation(attention, query_positions, key_positions, self.scores[..., : attention.shape[-1]]))
+
+    def take(self, seen: Observation) -> None:
+        """Take in a block whose reductions may be shared with other methods; its `previous` scores are not used."""
+        scores = self.scores[..., : seen.attention.shape[-1]]
+        scores.copy_(self.eviction.score(replace(seen, previous=scores)))
 
 
 def _moves(stays: Tensor, keep: int) -> tuple[Tensor, Tensor]:

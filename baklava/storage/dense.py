@@ -13,7 +13,7 @@ class DenseStorage(Storage):
 
     def __init__(self, like: Float[Tensor, "batch heads tokens head_dim"], bits: int) -> None:
         self.compute_dtype = like.dtype
-        dtype = torch.float32 if bits == 32 else torch.float16 if like.dtype.itemsize == 4 else like.dtype
+        dtype = stored_dtype(like.dtype, bits)
         batch, heads, _, head_dim = like.shape
         self.slots = torch.empty(batch, heads, 0, head_dim, dtype=dtype, device=like.device)
 
@@ -52,6 +52,13 @@ class DenseStorage(Storage):
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         self.slots = self.slots.index_select(0, rows.to(self.slots.device))
+
+
+def stored_dtype(computed: torch.dtype, bits: int) -> torch.dtype:
+    """The dtype for this many bits of a model that computes in another."""
+    if bits == 32:
+        return torch.float32
+    return torch.float16 if computed.itemsize > 2 else computed
 
 
 def _wide(index: Tensor, entries: Tensor) -> Tensor:
