@@ -91,8 +91,7 @@ def _forward(
     if layer is None:
         output = _dense(module, query, key, value, attention_mask, **options)
     else:
-        kernel = Kernel(options["scaling"], options.get("softcap"), options.get("s_aux"))
-        output = layer.attend(query, key, value, attention_mask, kernel).transpose(1, 2)
+        output = layer.attend(query, key, value, attention_mask, _kernel(options)).transpose(1, 2)
     if (watcher := _watcher.get()) is not None:
         watcher(module, query, key, value, output)
     return output, None
@@ -102,18 +101,21 @@ def _dense(
     module: torch.nn.Module, query: Queries, key: Heads, value: Heads, mask: Tensor | None, **options: Any
 ) -> Float[Tensor, "batch queries query_heads head_dim"]:
     """Attention without a budgeted cache: transformers' own, with causality put back into our padding mask."""
-    queries, entries = query.shape[2], key.shape[2]
-    if queries > 1 and (mask is not None or queries != entries):
+    kernel, queries, entries = _kernel(options), query.shape[2], key.shape[2]
+    # Only a fused kernel over an unpadded prompt takes causality for granted.
+    if queries > 1 and not (kernel.plain and mask is None and queries == entries):
         rows = torch.arange(entries - queries, entries, device=query.device)[:, None]
         causal = torch.arange(entries, device=query.device) <= rows
         mask = causal[None, None] if mask is None else mask & causal
-    if options.get("softcap") is None and options.get("s_aux") is None:
+    if kernel.plain:
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-    group = query.shape[1] // key.shape[1]
-    kernel = Kernel(options["scaling"], options.get("softcap"), options.get("s_aux"))
     visible = None if mask is None else mask.expand(query.shape[0], 1, queries, entries)
-    output, _ = attend_block(grouped(query, group), key, value, visible, kernel)
+    output, _ = attend_block(grouped(query, query.shape[1] // key.shape[1]), key, value, visible, kernel)
     return ungrouped(output).transpose(1, 2)
+
+
+def _kernel(options: dict[str, Any]) -> Kernel:
+    return Kernel(options["scaling"], options.get("softcap"), options.get("s_aux"))
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **options: Any) -> Any:

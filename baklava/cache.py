@@ -69,7 +69,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def _positions(self, key: Heads, padding: Tensor | None) -> Int[Tensor, "#batch tokens"]:
         positions = torch.arange(self.seen, self.seen + key.shape[2], device=key.device)[None]
-        pads = None if padding is None else _left_pads(padding[:, 0, -1])
+        pads = None if padding is None else _left_pads(_real(padding, self.seen + key.shape[2]))
         if self.seen == 0:
             self.pads = pads
         elif pads is not None and (self.pads is None or not torch.equal(pads, self.pads)):
@@ -252,6 +252,23 @@ class BudgetedCache(Cache):
                 'load the model with attn_implementation="baklava"; a model that changes keys after the cache, as '
                 "latent attention does, is not supported"
             )
+
+
+def _real(padding: Tensor, seen: int) -> Bool[Tensor, "batch tokens"]:
+    """Which tokens are real, from the 4D view that our mask function makes of a 2D mask."""
+    # A stride of 0 is our own view; another mask is compared row by row.
+    one_row = padding.shape[2] == 1 or padding.stride(2) == 0 or bool((padding == padding[:, :, -1:]).all())
+    if padding.dtype != torch.bool or not one_row:
+        raise UserError(
+            "the 4D attention mask hides other tokens from each query, which a budgeted cache cannot keep; pass a 2D "
+            "mask with one row per sequence"
+        )
+    if padding.shape[-1] != seen:
+        raise UserError(
+            f"the attention mask covers {padding.shape[-1]} tokens, but with this forward the cache has seen {seen}; "
+            "pass a mask over all turns"
+        )
+    return padding[:, 0, -1]
 
 
 def _left_pads(real: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:

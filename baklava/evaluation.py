@@ -13,7 +13,7 @@ from baklava.errors import UserError
 from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan, full_plan
-from baklava.profile import Profile
+from baklava.profile import Profile, flat_profile
 from baklava.progress import bar
 from baklava.scoring import Score, prefill, score
 from baklava.windows import Window
@@ -65,8 +65,13 @@ class Evaluation:
                 for s, gain in zip(self.scores, self.gain, strict=True)
             ],
             "mean": {metric: self.mean(metric).mean for metric in ("dnll", "kl", "gain")},
-            "interval": {metric: asdict(self.mean(metric)) for metric in ("dnll", "kl", "gain")},
+            "interval": {metric: _strict(asdict(self.mean(metric))) for metric in ("dnll", "kl", "gain")},
         }
+
+
+def _strict(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: a bound that one document cannot give is null."""
+    return {name: None if value != value else value for name, value in values.items()}
 
 
 def named_plan(spec: str, loaded: LoadedModel, context_length: int, profile: Callable[[], Profile]) -> NamedPlan:
@@ -79,25 +84,26 @@ def named_plan(spec: str, loaded: LoadedModel, context_length: int, profile: Cal
     """
     if spec == "full":
         return NamedPlan(spec, full_plan(loaded.identity, loaded.geometry, context_length))
-    method, found, budget = spec.partition(":")
-    if found and not Path(spec).exists():
-        return NamedPlan(spec, _allocated(method, budget, context_length, profile))
-    if not found and method.partition("+")[0] in allocation.METHODS:
+    if ":" in spec and not Path(spec).exists():
+        return NamedPlan(spec, _allocated(spec, loaded, context_length, profile))
+    if spec.partition("+")[0] in allocation.METHODS:
         raise UserError(f"plan {spec!r} names a method without a budget; write {spec}:0.3")
     plan = BudgetPlan.read(spec)
     plan.check_fits(loaded.identity, loaded.geometry)
     return NamedPlan(spec, plan)
 
 
-def _allocated(method: str, budget: str, context_length: int, profile: Callable[[], Profile]) -> BudgetPlan:
+def _allocated(spec: str, loaded: LoadedModel, context_length: int, profile: Callable[[], Profile]) -> BudgetPlan:
+    method, _, budget = spec.partition(":")
     spreading, _, keeping = method.partition("+")
-    spread = allocation.method_of(spreading)
-    keep = eviction.method_of(keeping or eviction.Streaming.name)
+    spread = allocation.method_of(spreading)()
+    keep = eviction.method_of(keeping or eviction.Streaming.name)()
     try:
         share = float(budget)
     except ValueError:
         raise UserError(f"budget {budget!r} is not a number; write {method}:0.3 for 30 % of the bytes") from None
-    return allocation.allocate(profile(), budget=share, context_length=context_length, method=spread(), eviction=keep())
+    measured = profile() if spread.profiled else flat_profile(loaded.identity, loaded.geometry)
+    return allocation.allocate(measured, budget=share, context_length=context_length, method=spread, eviction=keep)
 
 
 def evaluate(loaded: LoadedModel, plans: Sequence[NamedPlan], windows: Sequence[Window]) -> list[Evaluation]:

@@ -25,8 +25,9 @@ _SHAPING_FIELDS = (
 class ModelIdentity(Record):
     """Which model a plan was made for.
 
-    `config_hash` covers the config fields that shape the cache, so that a plan is refused by any other model, also
-    under the same name. `revision` is the hub's commit or the content hash of the demo model, when known.
+    `config_hash` covers the config fields that shape the cache: a plan is refused by a model of another shape, also
+    under the same name, while a fine-tune takes the plan of its base. `revision` is the hub's commit or the content
+    hash of the demo model, when known.
     """
 
     id: str
@@ -90,7 +91,9 @@ class CacheGeometry(Record):
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise UserError(f"{config.model_type} has no attention heads, so no KV cache to budget; choose another model")
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     shapes = {

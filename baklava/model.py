@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from baklava import attention
 from baklava.assets import DEMO_SHA256, demo_model
@@ -13,6 +15,9 @@ from baklava.errors import UserError
 from baklava.geometry import CacheGeometry, ModelIdentity
 
 DEMO = "demo"
+
+_UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
+"""What loaders raise for a checkpoint that is missing, damaged, or does not fit its config."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,14 @@ class LoadedModel:
     def max_length(self) -> int:
         """Most tokens that the model was made for, prompt and completion together."""
         return int(self.model.config.get_text_config(decoder=True).max_position_embeddings)
+
+    def check_length(self, tokens: int) -> None:
+        """Raise UserError when a window is longer than the model's positions."""
+        if tokens > self.max_length:
+            raise UserError(
+                f"a window of {tokens} tokens is longer than the {self.max_length} that {self.identity.id} takes; "
+                "lower --context or --continuation"
+            )
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any = None, id: str = "local", revision: str | None = None) -> "LoadedModel":
@@ -66,19 +79,17 @@ def load(name: str, *, device: str | None = None, threads: int | None = None) ->
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation=attention.NAME
         )
-    except (OSError, ValueError) as error:
+    except _UNLOADABLE as error:
         raise UserError(_unloadable(name, error)) from None
     return LoadedModel.of(model.to(device), tokenizer, id=name, revision=_revision(name, model))
 
 
 def describe(name: str) -> tuple[ModelIdentity, CacheGeometry]:
     """Identity and geometry from the config alone, without loading weights."""
-    from transformers import AutoConfig
-
     path = str(demo_model()) if name == DEMO else name
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except _UNLOADABLE as error:
         raise UserError(_unloadable(name, error)) from None
     return ModelIdentity.of(config, name), CacheGeometry.of(config)
 

@@ -25,3 +25,8 @@ def _folder(own: str, xdg: str, fallback: str) -> Path:
         return Path(os.environ[own]).expanduser().absolute()
     base = os.environ.get(xdg)
     return (Path(base) if base else Path.home() / fallback) / "baklava"
+
+
+def tracking_uri() -> str:
+    """Where trials and registered plans are kept: `$MLFLOW_TRACKING_URI`, else a database in the data folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{data_dir() / 'mlflow.db'}"

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from baklava.errors import UserError
+from baklava.files import write_whole
 from baklava.geometry import CacheGeometry, ModelIdentity
 from baklava.records import Record
 
@@ -159,10 +160,7 @@ class BudgetPlan(Record):
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
-        path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        part.write_text(self.model_dump_json(indent=1) + "\n")
-        part.replace(path)
+        write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "BudgetPlan":
@@ -182,13 +180,13 @@ class BudgetPlan(Record):
 
 def full_plan(identity: ModelIdentity, geometry: CacheGeometry, context_length: int, bits: Bits = 16) -> BudgetPlan:
     """The plan that keeps every entry of a sequence of `context_length` tokens."""
-    same = (bits,) * geometry.kv_heads
+    same, sinks = (bits,) * geometry.kv_heads, min(4, max(0, context_length - 2))
     layer = LayerBudget(tokens=(context_length,) * geometry.kv_heads, key_bits=same, value_bits=same)
     return BudgetPlan(
         model=identity,
         geometry=geometry,
         context_length=context_length,
-        eviction=EvictionChoice(method="streaming"),
+        eviction=EvictionChoice(method="streaming", sinks=sinks),
         allocation=AllocationChoice(method="full", budget=bits / FULL_BITS),
         layers=tuple(layer if window is None else None for window in geometry.windows),
         sliding_bits=bits,

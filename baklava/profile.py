@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from baklava import attention, progress
 from baklava.errors import UserError
+from baklava.files import write_whole
 from baklava.geometry import CacheGeometry, ModelIdentity
 from baklava.model import LoadedModel
 from baklava.paths import cache_dir
@@ -49,9 +50,7 @@ class Profile(Record):
     def write(self, path: Path) -> None:
         """Write the profile as JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(self.model_dump_json() + "\n")
-        part.replace(path)
+        write_whole(path, self.model_dump_json() + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Profile":
@@ -64,6 +63,18 @@ class Profile(Record):
             ) from None
 
 
+def flat_profile(model: ModelIdentity, geometry: CacheGeometry) -> Profile:
+    """A profile in which all heads matter alike, for methods that do not ask and to see whether a budget can be met."""
+    heads = ((1.0,) * geometry.query_heads,) * geometry.layers
+    return Profile(
+        model=model,
+        geometry=geometry,
+        windows="none",
+        importance=dict.fromkeys(get_args(Source), heads),
+        layer_importance=(1.0,) * geometry.layers,
+    )
+
+
 def windows_digest(windows: Sequence[Window]) -> str:
     """Hash of the windows' tokens: what a profile was measured on."""
     return hashlib.sha256(repr([(window.ids, window.context) for window in windows]).encode()).hexdigest()[:16]
@@ -72,6 +83,7 @@ def windows_digest(windows: Sequence[Window]) -> str:
 @torch.inference_mode()
 def profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
     """Measure every head in one forward per window."""
+    loaded.check_length(max(len(window.ids) for window in windows))
     meter = _Meter(loaded)
     with progress.bar(len(windows), "profiling", "window") as bar, meter.attached():
         for window in windows:

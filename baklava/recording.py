@@ -33,7 +33,7 @@ class RecordingLayer(DynamicLayer):
     def attend(self, query: Queries, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Queries:
         """Attend to the prompt and record its scores."""
         positions = torch.arange(key.shape[2], device=key.device)[None]
-        keepers = [Scorekeeper(eviction, key.new_zeros(key.shape[:3])) for eviction in self.evictions]
+        keepers = [Scorekeeper(eviction, torch.zeros(key.shape[:3], device=key.device)) for eviction in self.evictions]
 
         def observe(attention: Tensor, query_positions: Tensor, key_positions: Tensor) -> None:
             seen = Observation(attention, query_positions, key_positions, keepers[0].scores[..., : attention.shape[-1]])

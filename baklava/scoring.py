@@ -1,12 +1,11 @@
 """Scoring: prefill once, then try many plans on a copy of the prompt's cache."""
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from baklava.cache import BudgetedCache
@@ -22,12 +21,14 @@ from baklava.windows import Window
 class Prefilled:
     """A window whose context has been prefilled: what every plan shares.
 
-    `log_probs[i]` is the full cache's distribution over continuation token i, in float16.
+    `log_probs[i]` is the full cache's distribution over continuation token i, in float16 for the KL; `nll[i]` its NLL
+    of that token in nats, before that rounding.
     """
 
     window: Window
     recording: Recording
     log_probs: Float[Tensor, "continuation vocabulary"]
+    nll: Float[Tensor, " continuation"]
 
     @property
     def nbytes(self) -> int:
@@ -65,18 +66,15 @@ def prefill(loaded: LoadedModel, window: Window, evictions: Sequence[Eviction]) 
         raise UserError(
             f"{loaded.identity.id} has sliding layers, which scoring does not support; choose another model"
         )
-    if len(window.ids) > loaded.max_length:
-        raise UserError(
-            f"window {window.name} has {len(window.ids)} tokens, but {loaded.identity.id} takes {loaded.max_length}; "
-            "lower --context or --continuation"
-        )
+    loaded.check_length(len(window.ids))
     ids = torch.tensor([window.ids], device=loaded.device)
     cache = RecordingCache(loaded.geometry.layers, evictions)
     first = loaded.model(ids[:, : window.context], past_key_values=cache, logits_to_keep=1).logits
     rest = loaded.model(ids[:, window.context : -1], past_key_values=cache).logits if window.continuation > 1 else first
     logits = torch.cat([first, rest], 1)[0] if window.continuation > 1 else first[0]
-    log_probs = torch.log_softmax(logits.float(), -1).half()
-    return Prefilled(window, cache.recording(window.context), log_probs)
+    log_probs = torch.log_softmax(logits.float(), -1)
+    nll = -log_probs.gather(-1, ids[0, window.context :, None])[:, 0]
+    return Prefilled(window, cache.recording(window.context), log_probs.half(), nll)
 
 
 @torch.inference_mode()
@@ -89,13 +87,12 @@ def score(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> Score:
     plan.check_fits(loaded.identity, loaded.geometry)
     started = time.perf_counter()
     cache = BudgetedCache.cut(plan, prefilled.recording)
-    held, nll, kl = cache.nbytes, 0.0, 0.0
-    full, targets = prefilled.log_probs, torch.tensor(prefilled.window.ids[prefilled.window.context :])
-    nll_full = _nll(_renormalised(full), targets)
-    for logits, at in _continuation(loaded, prefilled, cache):
-        reference = _renormalised(full[at])
-        log_probs = reference if logits is None else torch.log_softmax(logits.float(), -1)
-        nll += _nll(log_probs, targets[at])
+    full, targets = prefilled.log_probs, _ids(prefilled, loaded.device)
+    # No plan changes the first token, which the dense prefill predicts.
+    held, nll, kl = cache.nbytes, float(prefilled.nll[0]), 0.0
+    for logits, at in _continuation(loaded, targets, cache):
+        log_probs, reference = torch.log_softmax(logits.float(), -1), _renormalised(full[at])
+        nll -= float(log_probs.gather(-1, targets[at, None]).sum())
         kl += float((reference.exp() * (reference - log_probs)).sum())
         held = max(held, cache.nbytes)
     cache.check_integrity()
@@ -103,7 +100,7 @@ def score(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> Score:
     return Score(
         window=prefilled.window.name,
         document=prefilled.window.document,
-        nll_full=nll_full / count,
+        nll_full=float(prefilled.nll.mean()),
         nll=nll / count,
         kl=kl / count,
         allocated_bytes=held,
@@ -111,16 +108,19 @@ def score(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> Score:
     )
 
 
+def _ids(prefilled: Prefilled, device: torch.device) -> Int[Tensor, " continuation"]:
+    """Token ids of the continuation."""
+    return torch.tensor(prefilled.window.ids[prefilled.window.context :], device=device)
+
+
 def _continuation(
-    loaded: LoadedModel, prefilled: Prefilled, cache: BudgetedCache
-) -> Iterator[tuple[Tensor | None, slice]]:
-    """Logits of the continuation tokens, forward by forward; None for the first, which no plan changes."""
-    yield None, slice(0, 1)
-    ids = torch.tensor([prefilled.window.ids[prefilled.window.context : -1]], device=loaded.device)
+    loaded: LoadedModel, ids: Int[Tensor, " continuation"], cache: BudgetedCache
+) -> Iterator[tuple[Tensor, slice]]:
+    """Logits of the continuation tokens after the first, forward by forward, and which tokens they are of."""
     with cache.teacher_forcing() as at_most:
-        step = at_most or max(1, ids.shape[1])
-        for start in range(0, ids.shape[1], step):
-            chunk = ids[:, start : start + step]
+        step = at_most or len(ids)
+        for start in range(0, len(ids) - 1, step):
+            chunk = ids[None, start : min(start + step, len(ids) - 1)]
             logits = loaded.model(chunk, past_key_values=cache).logits[0]
             yield logits, slice(start + 1, start + 1 + chunk.shape[1])
 
@@ -128,12 +128,3 @@ def _continuation(
 def _renormalised(log_probs: Tensor) -> Tensor:
     """Back to float32; without the sum to one, the rounding of float16 would show up in a small KL."""
     return torch.log_softmax(log_probs.float(), -1)
-
-
-def _nll(log_probs: Tensor, targets: Tensor) -> float:
-    return float(-log_probs.gather(-1, targets.to(log_probs.device)[:, None]).sum())
-
-
-def perplexity(nll: float) -> float:
-    """Perplexity of a mean NLL in nats."""
-    return math.exp(nll)

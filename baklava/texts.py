@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from baklava import corpora
 from baklava.assets import WHEELS, wheel
 from baklava.errors import UserError
+from baklava.files import write_whole
 from baklava.paths import cache_dir
 from baklava.progress import say
 
@@ -77,7 +77,8 @@ def _corpus(name: str) -> list[Document]:
     if texts is None:
         say(f"reading the texts of {name}, once")
         texts = corpora.PARSERS[name](wheel(name))
-        _write_json(cached, texts)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(cached, json.dumps(texts))
     return [Document(f"{name}/{title}", text) for title, text in texts.items()]
 
 
@@ -86,13 +87,6 @@ def _read_json(path: Path) -> dict[str, str] | None:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):  # absent, or cut off by a full disk: both are mended by parsing again
         return None
-
-
-def _write_json(path: Path, texts: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(texts))
-    os.replace(part, path)
 
 
 def _local(name: str) -> list[Document]:

@@ -1,11 +1,12 @@
 """Token windows: a context to prefill and a continuation to score, cut from documents."""
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, PositiveInt
 
 from baklava.errors import UserError
 from baklava.texts import Document
@@ -70,7 +71,7 @@ def split(
     """Deal shuffled documents out to the three splits; no document is in two of them.
 
     A text with fewer documents than windows are asked for is cut into several windows per document, and each split
-    still gets documents of its own.
+    still gets documents of its own. Documents with the same text count once.
 
     Raises:
         UserError: fewer than three documents are long enough.
@@ -111,12 +112,13 @@ def _round_robin(groups: list[list[Window]], count: int) -> tuple[Window, ...]:
 def _by_document(
     documents: Sequence[Document], tokenizer: Any, context: int, continuation: int, wanted: int
 ) -> dict[str, list[Window]]:
-    per_document = max(1, -(-wanted // max(1, len(documents))))
+    """Windows of each document that is long enough: one each, or more where the documents are few."""
+    distinct = {document.text: document for document in documents}.values()
     found: dict[str, list[Window]] = {}
-    cut = windows(documents, tokenizer, context=context, continuation=continuation, per_document=per_document)
-    for window in cut:
+    for window in windows(list(distinct), tokenizer, context=context, continuation=continuation, per_document=wanted):
         found.setdefault(window.document, []).append(window)
-    return found
+    most = -(-wanted // len(found))
+    return {name: cut[:most] for name, cut in found.items()}
 
 
 def _of_document(document: Document, tokenizer: Any, context: int, continuation: int, most: int) -> list[Window]:
@@ -141,6 +143,17 @@ def _start_tokens(tokenizer: Any) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
+class _NamedIds(BaseModel):
+    name: str
+    ids: tuple[int, ...]
+
+
+class _WindowFile(BaseModel):
+    context: PositiveInt
+    continuation: PositiveInt
+    windows: tuple[_NamedIds, ...]
+
+
 def read_windows(path: str | Path, vocabulary: int) -> list[Window]:
     """Windows from a file `{"context": N, "continuation": M, "windows": [{"name", "ids": [N + M ids]}]}`.
 
@@ -148,16 +161,16 @@ def read_windows(path: str | Path, vocabulary: int) -> list[Window]:
         UserError: not such a file, a window of another length, or an id outside the vocabulary.
     """
     try:
-        content = json.loads(Path(path).read_text())
-        context, length = content["context"], content["context"] + content["continuation"]
-        cut = [Window(str(w["name"]), str(w["name"]), tuple(map(int, w["ids"])), context) for w in content["windows"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = _WindowFile.model_validate_json(Path(path).read_text(), strict=True)
+    except (OSError, ValueError) as error:
         raise UserError(
-            f'cannot read windows from {path} ({type(error).__name__}: {error}); the file holds {{"context": N, '
+            f'cannot read windows from {path} ({type(error).__name__}); the file holds {{"context": N, '
             '"continuation": M, "windows": [{"name": ..., "ids": [N + M token ids]}]}'
         ) from None
+    length = content.context + content.continuation
+    cut = [Window(each.name, each.name, each.ids, content.context) for each in content.windows]
     for window in cut:
-        if len(window.ids) != length or not 0 < context < length:
+        if len(window.ids) != length:
             raise UserError(f"window {window.name} in {path} has {len(window.ids)} ids, not {length}; cut it again")
         if not all(0 <= token < vocabulary for token in window.ids):
             raise UserError(

@@ -32,44 +32,51 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo", help="demo, a directory, or a hub id (default: demo)")
     parser.add_argument("--texts", nargs="+", default=["ifcraft"], help="corpus names or files (default: ifcraft)")
     parser.add_argument("--windows", help="a JSON file of token windows, instead of --texts")
-    parser.add_argument("--context", type=int, default=3072, help="tokens prefilled per window (default: 3072)")
-    parser.add_argument("--continuation", type=int, default=512, help="tokens scored per window (default: 512)")
-    parser.add_argument("--limit", type=int, default=12, help="most windows, one per document (default: 12)")
+    parser.add_argument("--context", type=_count, default=3072, help="tokens prefilled per window (default: 3072)")
+    parser.add_argument("--continuation", type=_count, default=512, help="tokens scored per window (default: 512)")
+    parser.add_argument("--limit", type=_count, default=12, help="most windows, one per document (default: 12)")
     parser.add_argument("--calibration", nargs="+", default=["botocore"], help="texts that METHOD:BUDGET profiles on")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--threads", type=_count, help="torch threads (default: torch's own choice)")
     parser.add_argument("--json", type=Path, help="write the scores here")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise UserError(f"--json {args.json} is no file that can be written; name a file in a folder that exists")
     loaded = load(args.model, threads=args.threads)
     cut = _windows(args, loaded)
 
     @cache
     def profile() -> Profile:
-        splits = split(
-            documents(args.calibration), loaded.tokenizer, context=args.context, continuation=args.continuation, seed=0
-        )
+        texts, (context, continuation) = documents(args.calibration), (cut[0].context, cut[0].continuation)
+        splits = split(texts, loaded.tokenizer, context=context, continuation=continuation, seed=0)
         return cached_profile(loaded, splits.calibration)
 
     plans = [named_plan(spec, loaded, len(cut[0].ids), profile) for spec in args.plan]
     evaluations = evaluate(loaded, plans, cut)
-    print(table(evaluations))
+    print(table(evaluations, len(cut[0].ids)))
     if args.json:
         args.json.write_text(json.dumps(_content(evaluations), indent=1) + "\n")
         print(f"written to {args.json}")
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{count} is not at least 1")
+    return count
 
 
 def _windows(args: argparse.Namespace, loaded: LoadedModel) -> list[Window]:
     if args.windows:
         return read_windows(args.windows, loaded.model.config.vocab_size)
     cut = windows(documents(args.texts), loaded.tokenizer, context=args.context, continuation=args.continuation)
-    return cut[: max(1, args.limit)]
+    return cut[: args.limit]
 
 
-def table(evaluations: Sequence[Evaluation]) -> str:
-    """One line a plan: bytes, then means with their 95 % intervals over documents."""
+def table(evaluations: Sequence[Evaluation], length: int) -> str:
+    """One line a plan: bytes, then means with their 95 % intervals over documents; `length` is a window's tokens."""
     first = evaluations[0]
     gain = first.mean("gain")
     widest = max(len(each.named.name) for each in evaluations)
@@ -82,6 +89,11 @@ def table(evaluations: Sequence[Evaluation]) -> str:
         held = f"{each.allocated_bytes / 2**20:.1f} MiB"
         cells = "  ".join(f"{_cell(each, metric):>26}" for metric in ("dnll", "kl"))
         lines.append(f"{each.named.name:<{widest}}  {each.named.plan.ratio:>7.1%}  {held:>9}  {cells}")
+    lines += [
+        f"{each.named.name} states its bytes at {each.named.plan.context_length} tokens, these windows have {length}"
+        for each in evaluations
+        if each.named.plan.context_length != length
+    ]
     return "\n".join(lines)
 
 

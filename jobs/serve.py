@@ -84,11 +84,13 @@ def checked_plan(source: str, model: str) -> BudgetPlan | None:
     from serve_app.plans import resolve
 
     plan = None if source == "full" else resolve(source)
+    from baklava.eviction import eviction_of
     from baklava.model import describe
 
     identity, geometry = describe(model)
     if plan:
         plan.check_fits(identity, geometry)
+        eviction_of(plan.eviction)
     return plan
 
 

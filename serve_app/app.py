@@ -93,7 +93,7 @@ def session(replicas: int) -> Iterator[None]:
     try:
         # Without "local", Ray would join any cluster that was started on this machine.
         ray.init(address or "local", logging_level="ERROR", **({} if address else _own_cluster(replicas)))
-    except (ConnectionError, RayError) as error:
+    except (OSError, ValueError, RayError) as error:
         raise UserError(f"no Ray cluster answers at {address} ({error}); check RAY_ADDRESS and the token") from None
     try:
         _check_room(replicas)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from baklava.cache import BudgetedCache
+from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
 from serve_app.sampling import Sampler, Sampling
@@ -38,11 +39,12 @@ class Engine:
     `held_last` and `held_most` are the bytes that the caches were measured to hold: by the latest sequence, and ever.
 
     Raises:
-        UserError: the plan was made for another model.
+        UserError: the plan was made for another model, or names an eviction method that does not exist.
     """
 
     def __init__(self, loaded: LoadedModel, plan: BudgetPlan) -> None:
         plan.check_fits(loaded.identity, loaded.geometry)
+        eviction_of(plan.eviction)  # a plan that no cache can be made of is refused before the first request
         self.plan = plan
         self.held_last = self.held_most = 0
         self._model, self._device = loaded.model, loaded.device

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from baklava.errors import UserError
-from baklava.paths import data_dir
+from baklava.paths import tracking_uri
 from baklava.plan import BudgetPlan
 
 if TYPE_CHECKING:
@@ -32,11 +32,6 @@ def resolve(source: str) -> BudgetPlan:
     return _registered(source) if source.startswith(REGISTRY) else BudgetPlan.read(source)
 
 
-def tracking_uri() -> str:
-    """Where runs and registered plans are kept."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{data_dir() / 'mlflow.db'}"
-
-
 def _registered(source: str) -> BudgetPlan:
     uri = tracking_uri()
     _check_database(uri)
@@ -44,6 +39,7 @@ def _registered(source: str) -> BudgetPlan:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient, artifacts
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     client = MlflowClient(uri, uri)
     try:
@@ -52,7 +48,7 @@ def _registered(source: str) -> BudgetPlan:
             address = f"{REGISTRY}{version}/{_PLAN_FILE}"
             path = artifacts.download_artifacts(address, dst_path=folder, tracking_uri=uri, registry_uri=uri)
             return BudgetPlan.read(path)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = str(error).splitlines()[0].partition(" with exception")[0].rstrip(". ")
         raise UserError(
             f"cannot fetch {source} from {uri}: {reason}; check MLFLOW_TRACKING_URI or give a plan file"

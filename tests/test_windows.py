@@ -22,7 +22,7 @@ class Characters:
 
 
 def document(name: str, tokens: int) -> Document:
-    return Document(name, "".join(chr(97 + i % 26) for i in range(tokens)))
+    return Document(name, (name + "abcdefghij" * tokens)[:tokens])
 
 
 def test_windows_follow_each_other_and_start_as_the_tokenizer_starts_a_text() -> None:
@@ -50,6 +50,20 @@ def test_few_documents_are_cut_into_more_windows_without_sharing() -> None:
     parts = [{w.document for w in part} for part in (cut.calibration, cut.search, cut.validation)]
     assert sum(map(len, parts)) == len(set().union(*parts))
     assert all(len(part) >= 3 for part in (cut.calibration, cut.search, cut.validation))
+
+
+def test_short_documents_and_copies_neither_shrink_the_splits_nor_join_them() -> None:
+    long = [document(f"d{i}", 200) for i in range(3)]
+    short = [document(f"s{i}", 5) for i in range(60)]
+    copies = [Document(f"copy{i}", long[0].text) for i in range(10)]
+    alone, crowded = (
+        split(texts, Characters(), context=8, continuation=4, seed=0) for texts in (long, long + short + copies)
+    )
+    assert [len(part) for part in (crowded.calibration, crowded.search, crowded.validation)] == [4, 4, 4]
+    used = [{w.document for w in part} for part in (crowded.calibration, crowded.search, crowded.validation)]
+    assert [len(documents) for documents in used] == [1, 1, 1]
+    assert len(set().union(*used)) == 3
+    assert len(alone.search) == len(crowded.search)
 
 
 def test_texts_too_short_or_too_few_are_one_sentence() -> None:

@@ -154,9 +154,9 @@ class Pool:
                 await member.actor.ready.remote()
                 answered = True
                 return await self._revive(member)
-            except RayActorError as death:
+            except RayError as death:
                 # Silence alone is no death: a model may take minutes to load, a cluster to find a new node.
-                if answered or isinstance(death, ActorDiedError):
+                if answered or not isinstance(death, RayActorError) or isinstance(death, ActorDiedError):
                     deaths, reason = deaths + 1, reason_of(death)
             await asyncio.sleep(HEAL_PAUSE)
         await self._lose(member, reason)
@@ -164,12 +164,12 @@ class Pool:
     async def _revive(self, member: Member) -> None:
         # Without its windows a replica would stay idle: the others hold them all by now.
         home = sorted(member.home)
-        with suppress(RayTaskError):  # a window that cannot be prefilled is the trial's error, when one asks for it
-            for window in home:
+        for window in home:
+            with suppress(RayTaskError):  # a window that cannot be prefilled is the trial's error, when one asks for it
                 await member.actor.warm.remote(self.windows[window])
+                member.holds.add(window)
         async with self.changed:
             member.alive = True
-            member.holds.update(home)
             self.news.append(f"replica {member.index + 1} is back")
             self.changed.notify_all()
 

@@ -2,13 +2,12 @@
 
 import gc
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 
 from baklava.geometry import CacheGeometry, ModelIdentity
 from baklava.model import load
-from baklava.profile import Profile, Source, cached_profile
+from baklava.profile import Profile, cached_profile
 from baklava.progress import say
 from baklava.texts import digest, documents
 from baklava.windows import Splits, split
@@ -59,15 +58,3 @@ def prepare(settings: SearchSettings) -> Material:
     gc.collect()
     torch.cuda.empty_cache()
     return material
-
-
-def flat_profile(identity: ModelIdentity, geometry: CacheGeometry) -> Profile:
-    """A profile in which all heads matter alike: enough to see whether a budget can be met at all."""
-    heads = ((1.0,) * geometry.query_heads,) * geometry.layers
-    return Profile(
-        model=identity,
-        geometry=geometry,
-        windows="flat",
-        importance=dict.fromkeys(get_args(Source), heads),
-        layer_importance=(1.0,) * geometry.layers,
-    )

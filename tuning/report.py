@@ -6,8 +6,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from baklava.files import write_whole
 from tuning.charts import heat_map, trial_chart
-from tuning.files import write_whole
 from tuning.outcome import Outcome
 from tuning.validate import Validated, above
 

@@ -1,6 +1,7 @@
 """The search from settings to a registered champion."""
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ from ray import tune
 from baklava.errors import UserError
 from baklava.model import describe
 from baklava.plan import BudgetPlan, Provenance
+from baklava.profile import flat_profile
 from baklava.progress import say
 from tuning.cluster import TRIAL_CPUS, Crew, present_fleet, session
 from tuning.objective import trial
 from tuning.outcome import Outcome
-from tuning.prepare import Material, flat_profile, prepare
+from tuning.prepare import Material, prepare
 from tuning.recorder import Recorder
 from tuning.report import write_report
 from tuning.searcher import Halving, PlanSearch
@@ -55,8 +57,7 @@ def search(settings: SearchSettings, out: Path) -> Outcome:
     Raises:
         UserError: anything a user can put right. Nothing has been written to `out` then.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists already; choose another folder, or go on with its search: --resume {out}")
+    check_out(out)
     tracker = Tracker.connect(settings.model_name)
     check_budget(settings)
     return _run(settings, out, tracker, None)
@@ -72,6 +73,15 @@ def resume(out: Path) -> Outcome:
     if (out / "plan.json").exists():
         raise UserError(f"--resume {out} has ended, its plan is {out}/plan.json; start a new search without --resume")
     return _run(record.settings, out, Tracker.connect(record.settings.model_name), record)
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError when the folder cannot be made, or holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists already; choose another folder, or go on with its search: --resume {out}")
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--out {out} cannot be made, since {place} is no folder to write in; choose another one")
 
 
 def check_budget(settings: SearchSettings) -> None:

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveInt, ValidationError
 
 from baklava.errors import UserError
+from baklava.files import write_whole
 from baklava.geometry import ModelIdentity
 from baklava.records import Record
-from tuning.files import write_whole
 
 FILE = "search.json"
 

@@ -12,9 +12,10 @@ from typing import Self
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from baklava.errors import UserError
-from baklava.paths import data_dir
+from baklava.paths import data_dir, tracking_uri
 from baklava.plan import BudgetPlan
 from baklava.progress import say
 from tuning.heatmap import draw
@@ -23,11 +24,6 @@ from tuning.trials import TrialRecord
 
 PARENT_TAG = "mlflow.parentRunId"
 CHAMPION = "champion"
-
-
-def tracking_uri() -> str:
-    """`$MLFLOW_TRACKING_URI`, else a database in the data folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{data_dir() / 'mlflow.db'}"
 
 
 class Tracker:
@@ -133,7 +129,7 @@ class Tracker:
     def _attempt(self, write: Callable[[], None]) -> bool:
         try:
             write()
-        except (MlflowException, OSError) as error:
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             say(f"mlflow: cannot write ({_first_line(error)}); the search goes on, trials.jsonl has every trial")
             return False
         return True
@@ -143,7 +139,7 @@ class Tracker:
 def _refused(remedy: str) -> Iterator[None]:
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         raise UserError(
             f"the tracking server at {tracking_uri()} cannot be used ({_first_line(error)}); {remedy}"
         ) from None

@@ -24,6 +24,8 @@ class Allocation(ABC):
     """Spreads a number of entries over the (layer, KV head) grid."""
 
     name: ClassVar[str]
+    profiled: ClassVar[bool] = True
+    """Whether the method asks the profile for more than the geometry."""
 
     @abstractmethod
     def shares(self, profile: Profile, limits: Limits) -> Float[np.ndarray, "layers kv_heads"]:

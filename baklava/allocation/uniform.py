@@ -16,6 +16,7 @@ class Uniform(Allocation):
     """Every KV head gets the same; the baseline."""
 
     name: ClassVar[str] = "uniform"
+    profiled: ClassVar[bool] = False
 
     @override
     def shares(self, profile: Profile, limits: Limits) -> Float[np.ndarray, "layers kv_heads"]:
