@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,19 +118,34 @@ def _check_room(replicas: int) -> None:
 
 @contextmanager
 def deployed(settings: Settings, host: str, port: int, replicas: int) -> Iterator[dict[str, Any]]:
-    """Serve for as long as the block lasts; yields what a replica says about itself once all of them are ready."""
+    """Serve for as long as the block lasts; yields what a replica says about itself once all of them are ready.
+
+    Raises:
+        UserError: the model cannot be loaded, or the plan is not for it.
+    """
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     http = HTTPOptions(host=host, port=port, request_timeout_s=REQUEST_SECONDS + _NET_SECONDS)
     try:
         serve.start(http_options=http, logging_config=quiet)
-        handle = serve.run(_deployment(replicas, quiet).bind(settings), name=APP, route_prefix="/")
-        yield handle.about.remote().result()
+        yield _run(_deployment(replicas, quiet).bind(settings)).about.remote().result()
     finally:
         try:
             # Lets requests under way end, for at most DRAIN_SECONDS; shutting down at once would cut them.
             serve.delete(APP)
         finally:
             serve.shutdown()
+
+
+def _run(application: serve.Application) -> Any:
+    try:
+        return serve.run(application, name=APP, route_prefix="/")
+    except RuntimeError:
+        # Serve keeps what a replica raised only as the text of its stack trace.
+        trace = serve.status().applications[APP].deployments[APP].message
+        sentence = re.search(rf"{UserError.__name__}: (.+)", trace)
+        if sentence is None:
+            raise
+        raise UserError(sentence[1]) from None
 
 
 def _deployment(replicas: int, log: LoggingConfig) -> serve.Deployment:

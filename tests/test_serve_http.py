@@ -51,10 +51,10 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def plan(demo):
-    """A searched-like plan: BaKlaVa's allocation at 30 % of 512 tokens, so that a chat soon outgrows it."""
+    """A searched-like plan: BaKlaVa's allocation at 30 % of 256 tokens, so that a chat soon outgrows it."""
     ids = tuple(demo.tokenizer("The rivers of Europe are long, and there are many of them. " * 20)["input_ids"][:192])
     measured = profile(demo, [Window("rivers", "rivers", ids, 128)])
-    return allocate(measured, budget=0.3, context_length=512, method=Baklava(), eviction=HeavyHitter(interval=8))
+    return allocate(measured, budget=0.3, context_length=256, method=Baklava(), eviction=HeavyHitter(interval=8))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_seed_gives_the_same_text_again(client):
 
 
 def test_a_long_prompt_is_held_inside_the_plan(server, client):
-    prompt = "The rivers of Europe are long, and there are many of them. " * 45
+    prompt = "The rivers of Europe are long, and there are many of them. " * 24
     usage = client.completions.create(model="demo", prompt=prompt, max_tokens=12, extra_body={"ignore_eos": True}).usage
     told = server.get("/v1/plan").json()
     assert usage.prompt_tokens > server.plan.context_length

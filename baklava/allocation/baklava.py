@@ -61,4 +61,4 @@ class Baklava(Allocation):
 
     def _layer_weights(self, profile: Profile) -> Float[np.ndarray, "layers 1"]:
         layers = np.array(profile.layer_importance)[list(profile.geometry.budgetable)]
-        return np.maximum(layers, 0)[:, None] ** self.layer_power
+        return np.maximum(layers, 1e-6)[:, None] ** self.layer_power  # above 0, since the power may be negative
