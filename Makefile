@@ -53,7 +53,7 @@ assets: $(READY) ## fetch and convert the demo's model and texts
 	@$(PY) -m baklava.assets
 
 test: setup assets ## run every test (under 15 minutes on two cores)
-	@OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
 
 lint: $(READY) ## check style and types
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
