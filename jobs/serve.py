@@ -16,8 +16,8 @@ from baklava.progress import say
 from serve_app.listen import api_keys, check_address, key_digest
 
 EXAMPLES = """examples:
-  python jobs/serve.py --plan runs/demo/plan.json --model demo
-  python jobs/serve.py --plan models:/demo@champion --model demo --port 8080
+  python jobs/serve.py --plan runs/my-search/plan.json --model demo
+  python jobs/serve.py --plan models:/baklava-demo@champion --model demo --port 8080
   python jobs/serve.py --plan full --model HuggingFaceTB/SmolLM2-360M-Instruct
   BAKLAVA_API_KEYS=secret1,secret2 python jobs/serve.py --plan plan.json --model demo --host 0.0.0.0
 

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 KEY = "a key of the test"
 HELLO = [{"role": "user", "content": "Name three rivers of Europe."}]
 
+PATIENCE = 120  # seconds; a busy machine is slow, not broken
+
 pytestmark = [pytest.mark.demo, pytest.mark.ray]
 
 
@@ -34,10 +36,10 @@ class Running:
     plan: BudgetPlan
 
     def get(self, path, **headers):
-        return httpx.get(self.base + path, headers={"Authorization": f"Bearer {KEY}"} | headers)
+        return httpx.get(self.base + path, headers={"Authorization": f"Bearer {KEY}"} | headers, timeout=PATIENCE)
 
     def post(self, path, **body):
-        return httpx.post(self.base + path, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+        return httpx.post(self.base + path, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=PATIENCE)
 
 
 def command(*arguments):
@@ -93,7 +95,7 @@ def welcome_of(process):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.base}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{server.base}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE) as client:
         yield client
 
 
@@ -166,19 +168,22 @@ def test_refusals_have_the_shape_that_clients_read(server):
 
 
 def test_without_a_key_only_health_answers(server):
-    assert httpx.get(f"{server.base}/health").status_code == 200
+    assert httpx.get(f"{server.base}/health", timeout=PATIENCE).status_code == 200
     for headers in ({}, {"Authorization": "Bearer wrong"}):
-        refused = httpx.post(f"{server.base}/v1/chat/completions", json={"messages": HELLO}, headers=headers)
+        refused = httpx.post(
+            f"{server.base}/v1/chat/completions", json={"messages": HELLO}, headers=headers, timeout=PATIENCE
+        )
         assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
 def test_clients_that_go_away_leave_the_server_free(server):
     endless = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx.stream("POST", f"{server.base}/v1/completions", json=endless | {"stream": True}, headers=headers) as one:
+    url, stream = f"{server.base}/v1/completions", endless | {"stream": True}
+    with httpx.stream("POST", url, json=stream, headers=headers, timeout=PATIENCE) as one:
         next(one.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.base}/v1/completions", json=endless, headers=headers, timeout=1)
+        httpx.post(url, json=endless, headers=headers, timeout=1)
     # Either of the two would take minutes, and this waits for its turn behind them.
     assert server.post("/v1/completions", prompt="Once", max_tokens=1).status_code == 200
 
@@ -222,17 +227,17 @@ def refusal(*arguments):
 
 def test_sigterm_lets_a_stream_end_and_then_ends_the_process(server):
     """The last test of the file: it ends the server."""
-    body = {"prompt": "Once", "max_tokens": 24, "ignore_eos": True, "stream": True}
+    body = {"prompt": "Once", "max_tokens": 8, "ignore_eos": True, "stream": True}
     headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx.stream("POST", f"{server.base}/v1/completions", json=body, headers=headers, timeout=60) as stream:
+    with httpx.stream("POST", f"{server.base}/v1/completions", json=body, headers=headers, timeout=PATIENCE) as stream:
         lines = filter(None, stream.iter_lines())
         first = next(lines)
         server.process.send_signal(signal.SIGTERM)
         rest = list(lines)
-    assert len([first, *rest]) == 24 + 2
+    assert len([first, *rest]) == 8 + 2
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-    assert server.process.wait(timeout=60) == 0
+    assert server.process.wait(timeout=PATIENCE) == 0
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(("127.0.0.1", httpx.URL(server.base).port))
