@@ -43,10 +43,10 @@ def _registered(source: str) -> BudgetPlan:
 
     client = MlflowClient(uri, uri)
     try:
-        version = _version(client, source)
+        # Given a models:/ address, MLflow would look in its own default registry, whatever it is told.
+        address = client.get_model_version_download_uri(*_version(client, source))
         with tempfile.TemporaryDirectory() as folder:
-            address = f"{REGISTRY}{version}/{_PLAN_FILE}"
-            path = artifacts.download_artifacts(address, dst_path=folder, tracking_uri=uri, registry_uri=uri)
+            path = artifacts.download_artifacts(f"{address}/{_PLAN_FILE}", dst_path=folder, tracking_uri=uri)
             return BudgetPlan.read(path)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = str(error).splitlines()[0].partition(" with exception")[0].rstrip(". ")
@@ -61,8 +61,8 @@ def _check_database(uri: str) -> None:
         raise UserError(f"there is no tracking database at {uri}; run a search first or set MLFLOW_TRACKING_URI")
 
 
-def _version(client: "MlflowClient", source: str) -> str:
-    """`NAME/VERSION` of a registry address."""
+def _version(client: "MlflowClient", source: str) -> tuple[str, str]:
+    """Name and version of a registry address."""
     address = source.removeprefix(REGISTRY)
     name, at, alias = address.partition("@")
     if not at:
@@ -70,11 +70,11 @@ def _version(client: "MlflowClient", source: str) -> str:
         if not (slash and number.isdecimal()):
             raise UserError(f"{source} names no version; write models:/NAME@ALIAS or models:/NAME/VERSION")
         _aliases(client, name)
-        return address
+        return name, number
     aliases = _aliases(client, name)
     if alias not in aliases:
         _unknown("alias", alias, sorted(aliases), f"registered plan {name}")
-    return f"{name}/{aliases[alias]}"
+    return name, aliases[alias]
 
 
 def _aliases(client: "MlflowClient", name: str) -> dict[str, str]:

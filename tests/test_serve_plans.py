@@ -1,5 +1,6 @@
 import json
 import socket
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -37,6 +38,14 @@ def test_a_registered_plan_is_found_by_alias_and_by_version(registry, plan, monk
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
     assert resolve("models:/rivers@champion") == plan
     assert resolve("models:/rivers/2").context_length == 32
+
+
+def test_the_registry_in_the_data_folder_is_the_default_and_no_other_is_made(registry, plan, monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("BAKLAVA_DATA", str(Path(registry.removeprefix("sqlite:///")).parent))
+    monkeypatch.chdir(tmp_path)
+    assert resolve("models:/rivers@champion") == plan
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
