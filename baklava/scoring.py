@@ -30,12 +30,6 @@ class Prefilled:
     log_probs: Float[Tensor, "continuation vocabulary"]
     nll: Float[Tensor, " continuation"]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        tensors = (*self.recording.keys, *self.recording.values, self.log_probs)
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
 
 @dataclass(frozen=True)
 class Score:
