@@ -28,8 +28,7 @@ Queries = Float[Tensor, "batch query_heads queries head_dim"]
 Heads = Float[Tensor, "batch heads tokens head_dim"]
 Grouped = Float[Tensor, "batch heads group queries head_dim"]
 Positions = Int[Tensor, "#batch #heads entries"]
-Observer = Callable[[Tensor, Tensor, Tensor], None]
-"""Called per block with (attention, query positions, number of leading entries that the block can see)."""
+Attention = Float[Tensor, "batch heads group queries entries"]
 
 _watcher: ContextVar[Callable[..., None] | None] = ContextVar("watcher", default=None)
 
@@ -110,8 +109,8 @@ def _dense(
     if kernel.plain:
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     visible = None if mask is None else mask.expand(query.shape[0], 1, queries, entries)
-    output, _ = attend_block(grouped(query, query.shape[1] // key.shape[1]), key, value, visible, kernel)
-    return ungrouped(output).transpose(1, 2)
+    attention = probabilities(grouped(query, query.shape[1] // key.shape[1]), key, visible, kernel)
+    return ungrouped(weighted(attention, value)).transpose(1, 2)
 
 
 def _kernel(options: dict[str, Any]) -> Kernel:
@@ -145,8 +144,16 @@ def ungrouped(output: Grouped) -> Queries:
     return output.reshape(batch, heads * group, queries, head_dim)
 
 
+@dataclass(frozen=True)
+class Window:
+    """Entries that a ring holds for a query: the first `sinks` tokens and the newest `length`."""
+
+    sinks: int
+    length: int
+
+
 def seen(
-    query_positions: Int[Tensor, "#batch queries"], key_positions: Positions, window: "Window | None" = None
+    query_positions: Int[Tensor, "#batch queries"], key_positions: Positions, window: Window | None = None
 ) -> Bool[Tensor, "#batch #heads queries entries"]:
     """Which queries see which entries: no padding, nothing later than the query, nothing that its ring has dropped."""
     rows, entries = query_positions[:, None, :, None], key_positions[:, :, None, :]
@@ -156,22 +163,10 @@ def seen(
     return visible
 
 
-@dataclass(frozen=True)
-class Window:
-    """Entries that a ring holds for a query: the first `sinks` tokens and the newest `length`."""
-
-    sinks: int
-    length: int
-
-
-def attend_block(
-    query: Grouped,
-    key: Heads,
-    value: Heads,
-    visible: Bool[Tensor, "#batch #heads queries entries"] | None,
-    kernel: Kernel,
-) -> tuple[Grouped, Float[Tensor, "batch heads group queries entries"]]:
-    """Output and probabilities of one block of queries; `visible` None means that every query sees every entry."""
+def probabilities(
+    query: Grouped, key: Heads, visible: Bool[Tensor, "#batch #heads queries entries"] | None, kernel: Kernel
+) -> Attention:
+    """What each query gives to each entry; `visible` None means that every query sees every entry."""
     batch, heads, group, queries, head_dim = query.shape
     logits = query.reshape(batch, heads, group * queries, head_dim) @ key.transpose(2, 3)
     logits = logits.view(batch, heads, group, queries, -1).mul_(kernel.scaling)
@@ -180,9 +175,14 @@ def attend_block(
     if visible is not None:
         # The lowest finite number, not -inf: a padding query sees nothing, and must not spread NaN.
         logits.masked_fill_(~visible[:, :, None], torch.finfo(logits.dtype).min)
-    attention = _softmax(logits, kernel.sink_logits)
-    output = attention.view(batch, heads, group * queries, -1) @ value
-    return output.view(batch, heads, group, queries, head_dim), attention
+    return _softmax(logits, kernel.sink_logits)
+
+
+def weighted(attention: Attention, value: Heads) -> Grouped:
+    """The values, weighted by the attention they get."""
+    batch, heads, group, queries, entries = attention.shape
+    output = attention.view(batch, heads, group * queries, entries) @ value
+    return output.view(batch, heads, group, queries, -1)
 
 
 def _softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
@@ -190,7 +190,7 @@ def _softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
         return torch.softmax(logits, -1)
     batch, heads, group, queries, _ = logits.shape
     sinks = sink_logits.view(1, heads, group, 1, 1).expand(batch, -1, -1, queries, 1).to(logits.dtype)
-    return torch.softmax(torch.cat([logits, sinks], -1), -1)[..., :-1]
+    return torch.softmax(torch.cat([logits, sinks], -1), -1)[..., :-1].contiguous()
 
 
 def attend(
@@ -203,28 +203,24 @@ def attend(
     *,
     masked: bool = True,
     window: Window | None = None,
-    observer: Observer | None = None,
 ) -> Grouped:
     """Output of all queries over all entries; the last entries are the queries' own.
 
     `masked` False promises that positions hide nothing beyond causality: one query that sees every entry, or an
-    unpadded prompt that attends to itself. With an observer the probabilities of each block are shown to it; they are
-    never held for more than a block.
+    unpadded prompt that attends to itself. Probabilities are never held for more than a block of queries.
     """
-    if observer is None and kernel.plain:
+    if kernel.plain:
         visible = seen(query_positions, key_positions, window) if masked else None
         return _fused(query, key, value, visible, kernel)
     queries, entries = query.shape[3], key.shape[2]
     output = torch.empty_like(query)
     for start in range(0, queries, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, queries)
-        block, reach = query_positions[:, start:stop], entries - queries + stop
-        visible = seen(block, key_positions[..., :reach], window) if masked or queries > 1 else None
-        output[:, :, :, start:stop], attention = attend_block(
-            query[:, :, :, start:stop], key[:, :, :reach], value[:, :, :reach], visible, kernel
-        )
-        if observer is not None:
-            observer(attention, block, key_positions[..., :reach])
+        reach = entries - queries + stop
+        masks = masked or queries > 1
+        visible = seen(query_positions[:, start:stop], key_positions[..., :reach], window) if masks else None
+        attention = probabilities(query[:, :, :, start:stop], key[:, :, :reach], visible, kernel)
+        output[:, :, :, start:stop] = weighted(attention, value[:, :, :reach])
     return output
 
 

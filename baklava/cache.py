@@ -29,9 +29,9 @@ class RaggedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, budget: LayerBudget, eviction: Eviction) -> None:
+    def __init__(self, budget: LayerBudget, eviction: Eviction, chunk: int | None = None) -> None:
         super().__init__()
-        self.budgets, self.eviction = _groups(budget), eviction
+        self.budgets, self.eviction, self.chunk = _groups(budget), eviction, chunk
         self.groups: list[HeadGroup] = []
         self.seen = 0
         self.pads: Int[Tensor, " batch"] | None = None
@@ -55,11 +55,14 @@ class RaggedLayer(CacheLayerMixin):
         self.waiting = False
         positions = self._positions(key, padding)
         queries = grouped(query, query.shape[1] // key.shape[1])
-        output = torch.empty_like(queries)
-        for group in self.groups:
-            tokens = self._tokens(group, queries, key, value, positions)
-            output[:, group.index] = group.attend(tokens, kernel.for_heads(group.index, queries.shape[2]))
-        self.seen += key.shape[2]
+        output, new = torch.empty_like(queries), key.shape[2]
+        for start in range(0, new, self.chunk or new):
+            rows = slice(start, start + (self.chunk or new))
+            part = queries[:, :, :, rows], key[:, :, rows], value[:, :, rows], positions[:, rows]
+            for group in self.groups:
+                tokens = self._tokens(group, *part)
+                output[:, group.index, :, rows] = group.attend(tokens, kernel.for_heads(group.index, queries.shape[2]))
+        self.seen += new
         return ungrouped(output)
 
     def _tokens(self, group: HeadGroup, query: Tensor, key: Heads, value: Heads, positions: Tensor) -> Tokens:
@@ -156,8 +159,9 @@ class RaggedLayer(CacheLayerMixin):
 class BudgetedCache(Cache):
     """A KV cache with a budget for every (layer, KV head), for models that run attn_implementation="baklava".
 
-    Each layer attends to its whole prompt and is then cut to its budget, so memory peaks at the plan plus one layer.
-    Lengths are logical: `get_seq_length()` counts the tokens seen.
+    Each layer attends to its whole prompt and is then cut to its budget, so memory peaks at the plan plus one layer;
+    where the plan says so, a prompt enters chunk by chunk. Lengths are logical: `get_seq_length()` counts the tokens
+    seen.
     """
 
     def __init__(self, plan: BudgetPlan) -> None:
@@ -169,7 +173,7 @@ class BudgetedCache(Cache):
 
     def _layer(self, budget: LayerBudget | None, window: int | None) -> CacheLayerMixin:
         if budget is not None:
-            return RaggedLayer(budget, self.eviction)
+            return RaggedLayer(budget, self.eviction, self.plan.prefill.chunk)
         return SlidingLayer(window, self.plan.sliding_bits)
 
     @classmethod
@@ -177,8 +181,12 @@ class BudgetedCache(Cache):
         """The cache that a prefill of the recorded prompt leaves.
 
         Raises:
-            UserError: the plan's eviction method was not recorded.
+            UserError: the plan's eviction method was not recorded, or the plan prefills in chunks.
         """
+        if plan.prefill.mode != "dense":
+            raise UserError(
+                "the plan prefills in chunks, so its cache cannot be cut from a dense recording; prefill with it"
+            )
         cache = cls(plan)
         layers = zip(cache.ragged(), recording.keys, recording.values, recording.scores, strict=True)
         for layer, key, value, scores in layers:
@@ -198,15 +206,12 @@ class BudgetedCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @contextmanager
-    def teacher_forcing(self) -> Iterator[int | None]:
-        """Within it, many tokens of a forward see exactly what they would see one by one.
-
-        Yields the most tokens that one forward may take for that; None means any number.
-        """
+    def teacher_forcing(self) -> Iterator[None]:
+        """Within it, all tokens of a forward see exactly what they would see one by one."""
         for layer in self.ragged():
             layer.forced = True
         try:
-            yield self.eviction.interval if self.eviction.scored else None
+            yield
         finally:
             for layer in self.ragged():
                 layer.forced = False

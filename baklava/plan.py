@@ -41,14 +41,16 @@ class EvictionChoice(Record):
     """Which entries stay: a method of `baklava.eviction` with its knobs.
 
     `sinks` first tokens and a share `recent` of the remaining capacity for the newest tokens are never evicted.
-    Eviction runs every `interval` tokens, so a head falls to capacity - interval entries and grows back. `scored`
-    methods keep a position and a score beside each entry; the others are rings.
+    Eviction runs every `interval` tokens, so a head falls to capacity - interval entries and grows back. Scores are
+    averaged over the `pooling` entries around each before they compete. `scored` methods keep a position and a score
+    beside each entry; the others are rings.
     """
 
     method: str
     sinks: Annotated[int, Field(ge=0)] = 4
     recent: Annotated[float, Field(ge=0, le=1)] = 1.0
     interval: PositiveInt = 1
+    pooling: PositiveInt = 1
     scored: bool = False
     knobs: dict[str, Knob] = Field(default_factory=dict)
 
@@ -67,9 +69,20 @@ class AllocationChoice(Record):
 
 
 class Prefill(Record):
-    """How prompts enter the cache: each layer attends to its whole prompt, then is cut to its budget."""
+    """How prompts enter the cache.
 
-    mode: Literal["dense"] = "dense"
+    "dense": each layer attends to the whole prompt, then is cut to its budget; memory peaks at the plan plus one layer.
+    "chunked": `chunk` tokens at a time attend to what is kept and to themselves; it peaks at the plan plus one chunk.
+    """
+
+    mode: Literal["dense", "chunked"] = "dense"
+    chunk: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _chunk_belongs_to_chunked(self) -> "Prefill":
+        if (self.mode == "chunked") != (self.chunk is not None):
+            raise ValueError("a chunked prefill needs its chunk in tokens, a dense one has none")
+        return self
 
 
 class Provenance(Record):

@@ -12,8 +12,10 @@ from typing_extensions import override
 
 from baklava import attention
 from baklava.attention import Heads, Kernel, Queries, grouped, ungrouped
-from baklava.eviction import Eviction, Observation
-from baklava.heads import Scorekeeper
+from baklava.errors import UserError
+from baklava.eviction import Eviction, Sample
+from baklava.geometry import CacheGeometry
+from baklava.heads import Forward, Scorekeeper, observe
 
 
 class RecordingLayer(DynamicLayer):
@@ -33,17 +35,22 @@ class RecordingLayer(DynamicLayer):
     def attend(self, query: Queries, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Queries:
         """Attend to the prompt and record its scores."""
         positions = torch.arange(key.shape[2], device=key.device)[None]
-        keepers = [Scorekeeper(eviction, torch.zeros(key.shape[:3], device=key.device)) for eviction in self.evictions]
-
-        def observe(attention: Tensor, query_positions: Tensor, key_positions: Tensor) -> None:
-            seen = Observation(attention, query_positions, key_positions, keepers[0].scores[..., : attention.shape[-1]])
-            for keeper in keepers:
-                keeper.take(seen)
-
         queries = grouped(query, query.shape[1] // key.shape[1])
-        output = attention.attend(queries, key, value, positions, positions[:, None], kernel, observer=observe)
-        self.scores = {keeper.eviction.observation: keeper.scores for keeper in keepers}
+        forward = Forward(queries, key, value, positions, positions[:, None], kernel)
+        output = forward.attend(masked=False)
+        for sample, keepers in by_sample(self.evictions, key).items():
+            observe(forward, sample, keepers)
+            self.scores |= {keeper.eviction.observation: keeper.scores for keeper in keepers}
         return ungrouped(output)
+
+
+def by_sample(evictions: Sequence[Eviction], key: Heads) -> dict[Sample, list[Scorekeeper]]:
+    """A keeper of scores for each method, together with those that watch the same queries."""
+    keepers: dict[Sample, list[Scorekeeper]] = {}
+    for eviction in evictions:
+        scores = torch.zeros(key.shape[:3], device=key.device)
+        keepers.setdefault(eviction.sample, []).append(Scorekeeper(eviction, scores))
+    return keepers
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,22 @@ class Recording:
 
 
 class RecordingCache(Cache):
-    """The full cache of a prompt, from which many budgeted caches are cut. For models without sliding layers."""
+    """The full cache of a prompt, from which many budgeted caches are cut.
 
-    def __init__(self, layers: int, evictions: Sequence[Eviction]) -> None:
+    Raises:
+        UserError: the model has sliding layers, which are not recorded.
+    """
+
+    def __init__(self, geometry: CacheGeometry, evictions: Sequence[Eviction]) -> None:
+        if sliding := geometry.layers - len(geometry.budgetable):
+            raise UserError(
+                f"{sliding} of the model's {geometry.layers} layers slide, and a prompt's full cache is recorded only "
+                "where none does; choose another model, or only generate with this one"
+            )
         attention.register()
-        observed = {eviction.observation: eviction for eviction in evictions if eviction.scored}
-        super().__init__(layers=[RecordingLayer(tuple(observed.values())) for _ in range(layers)])
+        own = [eviction for eviction in evictions if eviction.scored and not eviction.sample.repeated]
+        observed = {eviction.observation: eviction for eviction in own}
+        super().__init__(layers=[RecordingLayer(tuple(observed.values())) for _ in range(geometry.layers)])
 
     def recording(self, tokens: int) -> Recording:
         """What the first `tokens` tokens left."""

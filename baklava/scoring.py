@@ -1,7 +1,7 @@
 """Scoring: prefill once, then try many plans on a copy of the prompt's cache."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from baklava.cache import BudgetedCache
-from baklava.errors import UserError
 from baklava.eviction import Eviction
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
+from baklava.prefilling import prefill as enter
 from baklava.recording import Recording, RecordingCache
+from baklava.repetition import repeated
 from baklava.windows import Window
 
 
@@ -56,19 +57,18 @@ def prefill(loaded: LoadedModel, window: Window, evictions: Sequence[Eviction]) 
     Raises:
         UserError: the model has sliding layers, or the window is longer than the model's positions.
     """
-    if len(loaded.geometry.budgetable) != loaded.geometry.layers:
-        raise UserError(
-            f"{loaded.identity.id} has sliding layers, which scoring does not support; choose another model"
-        )
     loaded.check_length(len(window.ids))
     ids = torch.tensor([window.ids], device=loaded.device)
-    cache = RecordingCache(loaded.geometry.layers, evictions)
+    cache = RecordingCache(loaded.geometry, evictions)
     first = loaded.model(ids[:, : window.context], past_key_values=cache, logits_to_keep=1).logits
     rest = loaded.model(ids[:, window.context : -1], past_key_values=cache).logits if window.continuation > 1 else first
     logits = torch.cat([first, rest], 1)[0] if window.continuation > 1 else first[0]
     log_probs = torch.log_softmax(logits.float(), -1)
     nll = -log_probs.gather(-1, ids[0, window.context :, None])[:, 0]
-    return Prefilled(window, cache.recording(window.context), log_probs.half(), nll)
+    recording = cache.recording(window.context)
+    if any(eviction.sample.repeated for eviction in evictions):
+        recording = repeated(loaded, ids[:, : window.context], recording)
+    return Prefilled(window, recording, log_probs.half(), nll)
 
 
 @torch.inference_mode()
@@ -80,15 +80,14 @@ def score(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> Score:
     """
     plan.check_fits(loaded.identity, loaded.geometry)
     started = time.perf_counter()
-    cache = BudgetedCache.cut(plan, prefilled.recording)
-    full, targets = prefilled.log_probs, _ids(prefilled, loaded.device)
-    # No plan changes the first token, which the dense prefill predicts.
-    held, nll, kl = cache.nbytes, float(prefilled.nll[0]), 0.0
-    for logits, at in _continuation(loaded, targets, cache):
-        log_probs, reference = torch.log_softmax(logits.float(), -1), _renormalised(full[at])
-        nll -= float(log_probs.gather(-1, targets[at, None]).sum())
-        kl += float((reference.exp() * (reference - log_probs)).sum())
-        held = max(held, cache.nbytes)
+    cache, (nll, kl) = _start(loaded, prefilled, plan)
+    targets, held = _targets(loaded, prefilled), cache.nbytes
+    if len(targets) > 1:
+        # Layer by layer the whole continuation in one forward: the weights are read once, not once per token.
+        with cache.teacher_forcing():
+            logits = loaded.model(targets[None, :-1], past_key_values=cache).logits[0]
+        losses = _losses(logits, targets[1:], prefilled.log_probs[1:])
+        nll, kl, held = nll + losses[0], kl + losses[1], max(held, cache.nbytes)
     cache.check_integrity()
     count = len(targets)
     return Score(
@@ -102,21 +101,26 @@ def score(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> Score:
     )
 
 
-def _ids(prefilled: Prefilled, device: torch.device) -> Int[Tensor, " continuation"]:
+def _start(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> tuple[BudgetedCache, tuple[float, float]]:
+    """The cache behind the context, and NLL and KL of the first token."""
+    if plan.prefill.mode == "dense":
+        # No plan changes the first token, which the full cache predicts.
+        return BudgetedCache.cut(plan, prefilled.recording), (float(prefilled.nll[0]), 0.0)
+    context = torch.tensor([prefilled.window.ids[: prefilled.window.context]], device=loaded.device)
+    cache, logits = enter(loaded, plan, context)
+    return cache, _losses(logits, _targets(loaded, prefilled)[:1], prefilled.log_probs[:1])
+
+
+def _losses(logits: Tensor, targets: Tensor, full: Tensor) -> tuple[float, float]:
+    """Sums over tokens of the NLL and of the KL to the full cache's log-probabilities."""
+    log_probs, reference = torch.log_softmax(logits.float(), -1), _renormalised(full)
+    nll = -log_probs.gather(-1, targets[:, None]).sum()
+    return float(nll), float((reference.exp() * (reference - log_probs)).sum())
+
+
+def _targets(loaded: LoadedModel, prefilled: Prefilled) -> Int[Tensor, " continuation"]:
     """Token ids of the continuation."""
-    return torch.tensor(prefilled.window.ids[prefilled.window.context :], device=device)
-
-
-def _continuation(
-    loaded: LoadedModel, ids: Int[Tensor, " continuation"], cache: BudgetedCache
-) -> Iterator[tuple[Tensor, slice]]:
-    """Logits of the continuation tokens after the first, forward by forward, and which tokens they are of."""
-    with cache.teacher_forcing() as at_most:
-        step = at_most or len(ids)
-        for start in range(0, len(ids) - 1, step):
-            chunk = ids[None, start : min(start + step, len(ids) - 1)]
-            logits = loaded.model(chunk, past_key_values=cache).logits[0]
-            yield logits, slice(start + 1, start + 1 + chunk.shape[1])
+    return torch.tensor(prefilled.window.ids[prefilled.window.context :], device=loaded.device)
 
 
 def _renormalised(log_probs: Tensor) -> Tensor:

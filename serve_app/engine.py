@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from baklava.cache import BudgetedCache
 from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
+from baklava.prefilling import prefill
 from serve_app.sampling import Sampler, Sampling
 
 logger = logging.getLogger("ray.serve")
@@ -47,23 +46,23 @@ class Engine:
         eviction_of(plan.eviction)  # a plan that no cache can be made of is refused before the first request
         self.plan = plan
         self.held_last = self.held_most = 0
-        self._model, self._device = loaded.model, loaded.device
+        self._loaded, self._device = loaded, loaded.device
         self._end_ids = _end_ids(loaded)
         self._turn = threading.Lock()
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generator[Token]:
-        """Yield tokens as they are made: one forward for the prompt, then one per token.
+        """Yield tokens as they are made: the prompt enters as the plan says, then one forward per token.
 
         Closing the generator ends the sequence. Raises BrokenPromiseError rather than hand out a token of a cache that
         outgrew its plan.
         """
         with self._turn:
-            cache, sampler = BudgetedCache(self.plan), Sampler(sampling, self._device)
+            sampler = Sampler(sampling, self._device)
             ends = sampling.stop_ids if sampling.ignore_eos else sampling.stop_ids | self._end_ids
-            ids = list(prompt)
+            cache, logits = prefill(self._loaded, self.plan, torch.tensor([list(prompt)], device=self._device))
             for made in range(sampling.max_tokens):
-                logits = self._forward(ids, cache)
+                self._measure(cache)
                 if made < sampling.min_tokens:
                     logits[:, list(ends)] = -torch.inf
                 token = sampler.draw(logits)
@@ -71,13 +70,8 @@ class Engine:
                 yield Token(token, finish)
                 if finish:
                     return
-                ids = [token]
-
-    def _forward(self, ids: list[int], cache: BudgetedCache) -> Float[Tensor, "one vocabulary"]:
-        inputs: Int[Tensor, "one tokens"] = torch.tensor([ids], device=self._device)
-        output = self._model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self._measure(cache)
-        return output.logits[:, -1]
+                ids = torch.tensor([[token]], device=self._device)
+                logits = self._loaded.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def _measure(self, cache: BudgetedCache) -> None:
         self.held_last = cache.nbytes

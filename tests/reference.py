@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from baklava.eviction import Eviction, Observation
+from baklava.eviction import Eviction, Observation, Sample
 
 
 @dataclass
@@ -41,6 +41,7 @@ class ReferenceHead:
 
     def _attend(self, query: Tensor, scaling: float) -> Tensor:
         new = list(range(self.seen, self.seen + query.shape[1]))
+        prompt = self.seen == 0
         self.seen += len(new)
         self.kept += new
         self.scores |= dict.fromkeys(new, 0.0)
@@ -49,12 +50,33 @@ class ReferenceHead:
         logits = logits.masked_fill(held[None, None, :] > torch.tensor(new)[None, :, None], -torch.inf)
         attention = logits.softmax(-1)
         if self.eviction.scored:
-            previous = torch.tensor([self.scores[p] for p in self.kept])
-            seen = Observation(
-                attention[None, None], torch.tensor([new]), held[None, None], previous[None, None].to(attention.dtype)
-            )
-            self.scores = dict(zip(self.kept, self.eviction.score(seen)[0, 0].tolist(), strict=True))
+            self._observe(query, attention, torch.tensor(new), held, scaling, prompt)
         return attention @ self.values[held]
+
+    def _observe(
+        self, query: Tensor, attention: Tensor, new: Tensor, held: Tensor, scaling: float, prompt: bool
+    ) -> None:
+        sample = self.eviction.sample if prompt else Sample()
+        rows = [
+            row
+            for row in range(len(new))
+            if (len(new) - 1 - row) % sample.stride == 0
+            and (sample.window is None or row >= len(new) - max(1, sample.window))
+        ]
+        previous = torch.tensor([self.scores[p] for p in self.kept])
+        seen = Observation(
+            query=query[None, None, :, rows],
+            key=self.keys[held][None, None],
+            value=self.values[held][None, None],
+            query_positions=new[None, rows],
+            key_positions=held[None, None],
+            previous=previous[None, None].to(attention.dtype),
+            scaling=scaling,
+            attend=lambda: attention[None, None, :, rows],
+            stride=sample.stride,
+            decoding=not prompt,
+        )
+        self.scores = dict(zip(self.kept, self.eviction.score(seen)[0, 0].tolist(), strict=True))
 
     def cut(self) -> None:
         """Keep sinks, the newest, and the best of the rest."""
@@ -63,10 +85,14 @@ class ReferenceHead:
             return
         newest = self.eviction.newest(self.capacity) if self.eviction.scored else room
         last = self.kept[-1]
+        reach = self.eviction.pooling // 2
+        around = {p: self.kept[max(0, i - reach) : i + reach + 1] for i, p in enumerate(self.kept)}
 
         def rank(position: int) -> float:
             if position < self.eviction.sinks or (self.eviction.scored and position > last - newest):
                 return float("inf")
-            return self.scores[position] if self.eviction.scored else position
+            if not self.eviction.scored:
+                return position
+            return sum(self.scores[p] for p in around[position]) / len(around[position])
 
         self.kept = sorted(sorted(self.kept, key=rank, reverse=True)[:room])

@@ -1,18 +1,43 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from baklava.errors import UserError
-from baklava.eviction import METHODS, Eviction, HeavyHitter, Observation, Streaming, eviction_of, method_of
+from baklava.eviction import (
+    METHODS,
+    Eviction,
+    ExpectedAttention,
+    HeavyHitter,
+    KeyDiff,
+    KeyNorm,
+    Observation,
+    Reconstruction,
+    SnapKV,
+    Streaming,
+    Tova,
+    eviction_of,
+    method_of,
+)
 
 
-def observe(attention: torch.Tensor, first_query: int) -> Observation:
-    """A block of queries at positions from `first_query` on, over entries at positions 0, 1, …"""
-    queries, entries = attention.shape[-2:]
+def observe(
+    attention: torch.Tensor, first_query: int = 0, stride: int = 1, decoding: bool = False, seed: int = 0
+) -> Observation:
+    """Queries at positions from `first_query` on, over entries at positions 0, 1, …, with random keys and values."""
+    batch, heads, group, queries, entries = attention.shape
+    draw = torch.Generator().manual_seed(seed)
     return Observation(
-        attention,
-        torch.arange(first_query, first_query + queries)[None],
-        torch.arange(entries)[None, None],
-        torch.zeros(*attention.shape[:2], entries),
+        query=torch.randn(batch, heads, group, queries, 4, generator=draw),
+        key=torch.randn(batch, heads, entries, 4, generator=draw),
+        value=torch.randn(batch, heads, entries, 4, generator=draw),
+        query_positions=torch.arange(first_query, first_query + queries * stride, stride)[None],
+        key_positions=torch.arange(entries)[None, None],
+        previous=torch.zeros(batch, heads, entries),
+        scaling=0.5,
+        attend=lambda: attention,
+        stride=stride,
+        decoding=decoding,
     )
 
 
@@ -23,7 +48,7 @@ def causal_attention(tokens: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_method_scores_each_entry_of_each_head_with_a_finite_number(method: type[Eviction]) -> None:
-    score = method().score(observe(causal_attention(20), 0))
+    score = method().score(observe(causal_attention(20)))
     assert score.shape == (1, 2, 20)
     assert score.isfinite().all()
 
@@ -45,16 +70,18 @@ def test_every_method_is_rebuilt_from_its_record_in_a_plan(method: type[Eviction
         HeavyHitter(reduction="max"),
         HeavyHitter(power=2, distance=3),
         HeavyHitter(reduction="max", power=2, distance=9),
+        SnapKV(window=3),
+        Tova(),
+        Reconstruction(),
     ],
     ids=str,
 )
 def test_scores_do_not_depend_on_how_queries_are_cut_into_blocks(method: Eviction) -> None:
     attention = causal_attention(24)
-    at_once = method.score(observe(attention, 0))
+    at_once = method.score(observe(attention))
     scores = torch.zeros(1, 2, 24)
     for start, stop in ((0, 5), (5, 6), (6, 20), (20, 24)):
-        block = observe(attention[..., start:stop, :stop], start)
-        block = Observation(block.attention, block.query_positions, block.key_positions, scores[..., :stop])
+        block = replace(observe(attention[..., start:stop, :stop], start), previous=scores[..., :stop])
         scores[..., :stop] = method.score(block)
     torch.testing.assert_close(scores, at_once)
 
@@ -62,15 +89,70 @@ def test_scores_do_not_depend_on_how_queries_are_cut_into_blocks(method: Evictio
 def test_heavy_hitter_is_the_mean_attention_received() -> None:
     attention = causal_attention(10)
     expected = torch.stack([attention[..., j:, j].mean((2, 3)) for j in range(10)], -1)
-    torch.testing.assert_close(HeavyHitter().score(observe(attention, 0)), expected)
+    torch.testing.assert_close(HeavyHitter().score(observe(attention)), expected)
     far = torch.stack([attention.amax(2)[..., j + 4 :, j].square().mean(2) for j in range(6)], -1)
-    scored = HeavyHitter(reduction="max", power=2, distance=4).score(observe(attention, 0))
+    scored = HeavyHitter(reduction="max", power=2, distance=4).score(observe(attention))
     torch.testing.assert_close(scored[..., :6], far)
     assert (scored[..., 6:] == 0).all()
 
 
+def test_heavy_hitter_over_every_third_query_is_the_mean_over_those() -> None:
+    attention = causal_attention(10)
+    sampled = [0, 3, 6, 9]
+    scored = HeavyHitter(distance=2).score(observe(attention[..., sampled, :], stride=3))
+    for entry in range(8):
+        rows = [row for row in sampled if row >= entry + 2]
+        torch.testing.assert_close(scored[..., entry], attention[..., rows, entry].mean((2, 3)))
+
+
+def test_tova_is_the_attention_of_the_newest_query() -> None:
+    attention = causal_attention(10)
+    torch.testing.assert_close(Tova().score(observe(attention)), attention[..., -1, :].mean(2))
+    torch.testing.assert_close(Tova(reduction="max").score(observe(attention)), attention[..., -1, :].amax(2))
+
+
+def test_snapkv_weighs_the_newest_queries_most_and_goes_on_in_decoding() -> None:
+    attention = causal_attention(10)
+    weights = torch.tensor([0.25 * 0.75**age for age in range(9, -1, -1)])
+    expected = (attention.mean(2) * weights[:, None]).sum(2)
+    torch.testing.assert_close(SnapKV(window=4).score(observe(attention)), expected)
+    step = replace(observe(causal_attention(10)[..., -1:, :], 9, decoding=True), previous=expected)
+    later = 0.75 * expected + 0.25 * step.attention.mean(2)[:, :, 0]
+    torch.testing.assert_close(SnapKV(window=4).score(step), later)
+
+
+def test_key_methods_prefer_small_keys_and_unlike_keys() -> None:
+    seen = observe(causal_attention(6))
+    torch.testing.assert_close(KeyNorm().score(seen), -seen.key.square().sum(-1).sqrt())
+    same = replace(seen, key=torch.tensor([1.0, 0, 0, 0]).expand(1, 2, 6, 4).clone())
+    same.key[:, :, 3] = torch.tensor([0, 2.0, 0, 0])
+    assert KeyDiff().score(same).argmax(-1).tolist() == [[3, 3]]
+
+
+def test_expected_attention_is_the_mean_weight_that_normal_queries_give() -> None:
+    seen = observe(causal_attention(8))
+    draw = torch.Generator().manual_seed(1)
+    mean, spread = torch.randn(1, 2, 3, 1, 4, generator=draw), 0.5
+    queries = mean + spread * torch.randn(1, 2, 3, 200_000, 4, generator=draw)
+    many = replace(seen, query=queries, query_positions=torch.arange(200_000)[None])
+    weights = torch.exp(queries @ seen.key[:, :, None].transpose(3, 4) * seen.scaling).mean(3)
+    expected = (weights / weights.sum(-1, keepdim=True)).mean(2) * seen.value.norm(dim=-1)
+    torch.testing.assert_close(ExpectedAttention().score(many), expected, rtol=0.02, atol=0.002)
+
+
+def test_expected_attention_turns_to_the_attention_received_in_decoding() -> None:
+    step = observe(causal_attention(8)[..., -1:, :], 7, decoding=True)
+    received = step.attention.mean(2)[:, :, 0] * step.value.norm(dim=-1)
+    torch.testing.assert_close(ExpectedAttention(window=4).score(step), received / 4)
+
+
+def test_reconstruction_is_the_most_that_any_query_gave() -> None:
+    attention = causal_attention(9)
+    torch.testing.assert_close(Reconstruction().score(observe(attention)), attention.amax((2, 3)))
+
+
 def test_streaming_ranks_by_recency() -> None:
-    assert Streaming().score(observe(causal_attention(5), 0))[0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert Streaming().score(observe(causal_attention(5)))[0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_methods_share_an_observation_only_when_they_score_alike() -> None:
@@ -84,5 +166,9 @@ def test_unknown_methods_and_knobs_are_one_sentence() -> None:
         method_of("h2o")
     with pytest.raises(UserError, match="distance at least 0"):
         HeavyHitter(distance=-1)
+    with pytest.raises(UserError, match="pooling odd"):
+        SnapKV(pooling=4)
+    with pytest.raises(UserError, match="window must be at least 2"):
+        ExpectedAttention(window=1)
     with pytest.raises(UserError, match="interval at least 1"):
         HeavyHitter(interval=0)

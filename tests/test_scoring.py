@@ -2,17 +2,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_cache import plan_of, random_ids
+from plans import chunked, plan_of, random_ids
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import DynamicCache
 
 from baklava.allocation import Baklava, allocate
-from baklava.cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.evaluation import evaluate, named_plan
-from baklava.eviction import Eviction, HeavyHitter, Streaming
+from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, Reconstruction, SnapKV, Streaming, Tova
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan, full_plan
+from baklava.prefilling import prefill as enter
 from baklava.profile import cached_profile
 from baklava.scoring import prefill, score
 from baklava.texts import documents
@@ -24,6 +24,11 @@ EVICTIONS = [
     Streaming(),
     HeavyHitter(interval=8),
     HeavyHitter(sinks=1, interval=5, recent=0.3, reduction="max", power=2, distance=7),
+    Tova(interval=4),
+    SnapKV(interval=6, window=4),
+    KeyDiff(interval=4),
+    ExpectedAttention(interval=8, window=12),
+    Reconstruction(interval=8),
 ]
 
 
@@ -31,14 +36,15 @@ EVICTIONS = [
 def slow_score(loaded: LoadedModel, window: Window, plan: BudgetPlan) -> tuple[float, float]:
     """(NLL, KL to transformers' own cache) of the continuation, one token per forward as a server decodes."""
     ids = torch.tensor([window.ids])
-    budgeted, full = BudgetedCache(plan), DynamicCache()
+    full = DynamicCache()
+    budgeted, first = enter(loaded, plan, ids[:, : window.context])
     nll = kl = 0.0
     for position in range(window.context, len(window.ids)):
         part = ids[:, : window.context] if position == window.context else ids[:, position - 1 : position]
-        ours, theirs = (
-            loaded.model(part, past_key_values=cache, logits_to_keep=1).logits[0].log_softmax(-1)
-            for cache in (budgeted, full)
-        )
+        theirs = loaded.model(part, past_key_values=full, logits_to_keep=1).logits[0].log_softmax(-1)
+        if position > window.context:
+            first = loaded.model(part, past_key_values=budgeted, logits_to_keep=1).logits[:, -1]
+        ours = first.log_softmax(-1)
         nll += float(cross_entropy(ours, ids[0, position : position + 1]))
         kl += float(kl_div(ours, theirs, log_target=True, reduction="sum"))
         assert budgeted.nbytes <= plan.bytes_per_sequence
@@ -56,6 +62,17 @@ def test_the_fast_score_is_the_slow_one(tiny: Maker, eviction: Eviction, continu
     assert fast.nll == pytest.approx(nll, abs=1e-4)
     assert fast.kl == pytest.approx(kl, abs=1e-3)
     assert fast.allocated_bytes <= plan.bytes_per_sequence
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS[:2], ids=str)
+def test_a_chunked_plan_is_scored_as_it_prefills(tiny: Maker, eviction: Eviction) -> None:
+    loaded = tiny()
+    window = Window("w", "d", tuple(random_ids(1, 140)[0].tolist()), 100)
+    plan = chunked(plan_of(loaded, [[20, 33], [16, 40]], eviction), 24)
+    fast = score(loaded, prefill(loaded, window, [eviction]), plan)
+    nll, kl = slow_score(loaded, window, plan)
+    assert fast.nll == pytest.approx(nll, abs=1e-4)
+    assert fast.kl == pytest.approx(kl, abs=1e-3)
 
 
 def test_one_prefill_serves_many_plans_and_is_not_changed_by_them(tiny: Maker) -> None:

@@ -3,11 +3,12 @@ import torch
 from byte_model import END, byte_model, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import plan_of
 
 from baklava.cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, Streaming
-from baklava.plan import AllocationChoice, BudgetPlan, LayerBudget, full_plan
+from baklava.plan import full_plan
 from serve_app.engine import BrokenPromiseError, Engine
 from serve_app.sampling import Sampling
 from serve_app.text import Detokenizer, StopStrings, pieces
@@ -25,26 +26,13 @@ def engine(loaded):
     return Engine(loaded, full_plan(loaded.identity, loaded.geometry, 256, bits=32))
 
 
-def tight_plan(loaded, eviction, tokens):
-    heads = loaded.geometry.kv_heads
-    layer = LayerBudget(tokens=tokens, key_bits=(32,) * heads, value_bits=(32,) * heads)
-    return BudgetPlan(
-        model=loaded.identity,
-        geometry=loaded.geometry,
-        context_length=256,
-        eviction=eviction.choice,
-        allocation=AllocationChoice(method="by hand", budget=1.0),
-        layers=(layer,) * loaded.geometry.layers,
-    )
-
-
 def ids(engine, **wishes):
     return [token.id for token in engine.generate(PROMPT, Sampling(**({"max_tokens": 24} | wishes)))]
 
 
 @pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter(interval=4)])
 def test_a_plan_that_covers_the_text_gives_the_tokens_of_transformers_own_cache(loaded, eviction):
-    engine = Engine(loaded, tight_plan(loaded, eviction, (64, 72)))
+    engine = Engine(loaded, plan_of(loaded, [[64, 72]] * loaded.geometry.layers, eviction, context_length=256))
     reference = loaded.model.generate(
         torch.tensor([PROMPT]), attention_mask=torch.ones(1, len(PROMPT)), max_new_tokens=24, do_sample=False
     )
@@ -100,7 +88,7 @@ def test_the_last_token_says_that_the_length_is_reached(engine):
 
 @pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter(interval=4)])
 def test_a_sequence_far_over_the_budget_holds_what_was_promised_and_no_more(loaded, eviction):
-    plan = tight_plan(loaded, eviction, (12, 24))
+    plan = plan_of(loaded, [[12, 24]] * loaded.geometry.layers, eviction, context_length=256)
     engine = Engine(loaded, plan)
     ids(engine, max_tokens=60)
     assert 0 < engine.held_last <= engine.held_most <= plan.bytes_per_sequence

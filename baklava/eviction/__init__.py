@@ -1,14 +1,38 @@
 """Eviction: which entries of a KV head stay. One method a file; `METHODS` maps names to classes."""
 
+from typing import Any
+
 from baklava.errors import UserError
-from baklava.eviction.base import Eviction, Observation
+from baklava.eviction.base import SHARED, Eviction, Observation, Sample
+from baklava.eviction.expected_attention import ExpectedAttention
 from baklava.eviction.heavy_hitter import HeavyHitter
+from baklava.eviction.key_norm import KeyNorm
+from baklava.eviction.keydiff import KeyDiff
+from baklava.eviction.reconstruction import Reconstruction
+from baklava.eviction.snapkv import SnapKV
 from baklava.eviction.streaming import Streaming
+from baklava.eviction.tova import Tova
 from baklava.plan import EvictionChoice
 
-METHODS: dict[str, type[Eviction]] = {method.name: method for method in (Streaming, HeavyHitter)}
+_METHODS = (Streaming, HeavyHitter, Tova, SnapKV, KeyNorm, KeyDiff, ExpectedAttention, Reconstruction)
+METHODS: dict[str, type[Eviction]] = {method.name: method for method in _METHODS}
 
-__all__ = ["METHODS", "Eviction", "HeavyHitter", "Observation", "Streaming", "eviction_of", "method_of"]
+__all__ = [
+    "METHODS",
+    "Eviction",
+    "ExpectedAttention",
+    "HeavyHitter",
+    "KeyDiff",
+    "KeyNorm",
+    "Observation",
+    "Reconstruction",
+    "Sample",
+    "SnapKV",
+    "Streaming",
+    "Tova",
+    "eviction_of",
+    "method_of",
+]
 
 
 def method_of(name: str) -> type[Eviction]:
@@ -22,7 +46,8 @@ def eviction_of(choice: EvictionChoice) -> Eviction:
     """The method that a plan names; raises UserError when the plan's knobs are not the method's."""
     method = method_of(choice.method)
     try:
-        eviction = method(sinks=choice.sinks, recent=choice.recent, interval=choice.interval, **choice.knobs)
+        knobs: dict[str, Any] = choice.model_dump(include=set(SHARED)) | choice.knobs
+        eviction = method(**knobs)
     except TypeError as error:
         raise UserError(
             f"the plan's knobs {choice.knobs} do not fit {choice.method} ({error}); make a new plan"

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.errors import UserError
-from baklava.eviction.base import Eviction, Observation
+from baklava.eviction.base import Eviction, Observation, Sample
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,10 @@ class HeavyHitter(Eviction):
     """Keep the entries that received most attention, as a mean over the queries that saw them (H2O, arXiv 2306.14048).
 
     `reduction` joins the query group of a KV head; `power` 1 is the mean, 2 ranks by the mean square; only queries at
-    least `distance` tokens after an entry count, since near tokens attend to each other anyway. The mean is a running
-    one, so decoding goes on where the prompt ended.
+    least `distance` tokens after an entry count, since near tokens attend to each other anyway; of a prompt only every
+    `stride`-th query is observed. The mean is a running one, so decoding goes on where the prompt ended.
+
+    Cost: the probabilities of every `stride`-th query of a prompt; in decoding, a pass over the scores per token.
     """
 
     name: ClassVar[str] = "heavy_hitter"
@@ -26,19 +27,23 @@ class HeavyHitter(Eviction):
     reduction: Literal["mean", "max"] = "mean"
     power: Literal[1, 2] = 1
     distance: int = 0
+    stride: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reduction not in ("mean", "max") or self.power not in (1, 2) or self.distance < 0:
-            raise UserError(
-                f"heavy_hitter with reduction {self.reduction!r}, power {self.power}, distance {self.distance}: "
-                "reduction must be mean or max, power 1 or 2, distance at least 0"
-            )
+        right = self.reduction in ("mean", "max") and self.power in (1, 2) and self.distance >= 0 and self.stride >= 1
+        self.check(right, "reduction must be mean or max, power 1 or 2, distance at least 0, stride at least 1")
+
+    @override
+    @property
+    def sample(self) -> Sample:
+        return Sample(stride=self.stride)
 
     @override
     def score(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
-        before = (seen.first_query - seen.key_positions - self.distance).clamp(min=0)
-        after = (seen.last_query + 1 - seen.key_positions - self.distance).clamp(min=0)
+        apart = seen.key_positions + self.distance
+        before = (seen.first_query - apart).div(seen.stride, rounding_mode="floor").clamp(min=0)
+        after = (seen.last_query + seen.stride - apart).div(seen.stride, rounding_mode="floor").clamp(min=0)
         return (seen.previous * before + self._received(seen)) / after.clamp(min=1)
 
     def _received(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:

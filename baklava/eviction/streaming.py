@@ -7,14 +7,14 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.eviction.base import Eviction, Observation
+from baklava.eviction.base import Eviction, Observation, Sample
 
 
 @dataclass(frozen=True)
 class Streaming(Eviction):
     """Keep the first `sinks` tokens and the newest ones (StreamingLLM, arXiv 2309.17453).
 
-    The score is the position itself, so a head is a ring and needs neither scores nor slack.
+    The score is the position itself, so a head is a ring and needs neither scores nor slack. Cost: none.
     """
 
     name: ClassVar[str] = "streaming"
@@ -22,6 +22,11 @@ class Streaming(Eviction):
 
     recent: float = 1.0
     interval: int = 1
+
+    @override
+    @property
+    def sample(self) -> Sample:
+        return Sample(window=0)
 
     @override
     def score(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:

@@ -3,10 +3,11 @@
 from baklava.attention import Heads
 from baklava.eviction import Eviction
 from baklava.heads.base import Budget, HeadGroup, Tokens
-from baklava.heads.ranked import Ranked, Scorekeeper
+from baklava.heads.observing import Forward, Scorekeeper, observe
+from baklava.heads.ranked import Ranked
 from baklava.heads.ring import Ring
 
-__all__ = ["Budget", "HeadGroup", "Ranked", "Ring", "Scorekeeper", "Tokens", "head_group"]
+__all__ = ["Budget", "Forward", "HeadGroup", "Ranked", "Ring", "Scorekeeper", "Tokens", "head_group", "observe"]
 
 
 def head_group(budget: Budget, eviction: Eviction, like: Heads) -> HeadGroup:

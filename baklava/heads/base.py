@@ -44,6 +44,18 @@ class Tokens:
         """New tokens per row."""
         return self.key.shape[2]
 
+    def part(self, start: int, stop: int) -> "Tokens":
+        """Some of the tokens, in order."""
+        rows = slice(start, stop)
+        return Tokens(
+            self.query[:, :, :, rows],
+            self.key[:, :, rows],
+            self.value[:, :, rows],
+            self.positions[:, rows],
+            self.padded,
+            self.forced,
+        )
+
 
 class HeadGroup(ABC):
     """Entries of KV heads with equal budgets; holds at most `budget.tokens` entries per head, during a forward too."""

@@ -1,15 +1,16 @@
 """Entries that compete by score."""
 
-from dataclasses import dataclass, replace
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 from typing_extensions import override
 
-from baklava.attention import Grouped, Heads, Kernel, attend
-from baklava.eviction import Eviction, Observation
+from baklava.attention import Grouped, Heads, Kernel
+from baklava.errors import UserError
+from baklava.eviction import Eviction, Sample
 from baklava.heads.base import Budget, HeadGroup, Tokens, take
+from baklava.heads.observing import Forward, Scorekeeper, observe
 
 
 class Ranked(HeadGroup):
@@ -29,29 +30,46 @@ class Ranked(HeadGroup):
 
     @override
     def attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
-        fits = self.filled + tokens.count <= self.budget.tokens
-        if self.filled and fits and self.since + tokens.count <= self.eviction.interval:
+        if not self.filled or (tokens.count > self.eviction.interval and not tokens.forced):
+            return self._block(tokens, kernel)
+        if tokens.count == 1:
             return self._step(tokens, kernel)
-        return self._block(tokens, kernel)
+        outputs, start = [], 0
+        while start < tokens.count:
+            stop = min(start + self.eviction.interval - self.since, tokens.count)
+            outputs.append(self._step(tokens.part(start, stop), kernel))
+            start = stop
+        return torch.cat(outputs, 3)
 
     def _step(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+        """Tokens up to the next eviction at most; the slack has room for them."""
+        self._append(tokens)
+        forward = self._forward(tokens, kernel)
+        masked = tokens.count > 1 or tokens.padded
+        if self.eviction.sample.window == 0:
+            output = forward.attend(masked)
+        else:
+            output, attention = forward.attend_and_show(masked)
+            self._keeper().take(forward.observation(slice(0, None), self.filled, attention))
+        self.since += tokens.count
+        if self.since >= self.eviction.interval:
+            self._evict(forward)
+        return output
+
+    def _append(self, tokens: Tokens) -> None:
         start, self.filled = self.filled, self.filled + tokens.count
         self._grow(self.filled)
         self.keys.write(start, tokens.key)
         self.values.write(start, tokens.value)
         self.positions[:, :, start : self.filled] = tokens.positions[:, None]
         self.scores[:, :, start : self.filled] = 0
+
+    def _forward(self, tokens: Tokens, kernel: Kernel) -> Forward:
         key, value = self.keys.read(self.filled), self.values.read(self.filled)
-        positions, scores = self.positions[..., : self.filled], self.scores[..., : self.filled]
-        masked = tokens.count > 1 or tokens.padded
-        observer = Scorekeeper(self.eviction, scores, tokens.padded)
-        output = attend(tokens.query, key, value, tokens.positions, positions, kernel, masked=masked, observer=observer)
-        self.since += tokens.count
-        if self.since >= self.eviction.interval:
-            self._evict()
-        return output
+        return Forward(tokens.query, key, value, tokens.positions, self.kept(), kernel, tokens.padded, decoding=True)
 
     def _block(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+        """Many tokens: they attend to everything held and to each other, then all compete."""
         shape = (*tokens.key.shape[:2], tokens.count)
         key = torch.cat([self.keys.read(self.filled), tokens.key], 2)
         value = torch.cat([self.values.read(self.filled), tokens.value], 2)
@@ -59,10 +77,20 @@ class Ranked(HeadGroup):
         scores = torch.cat([self.scores[..., : self.filled], self.scores.new_zeros(shape)], 2)
         # The entries of a first prompt are the same for all heads, and so is what is seen of them.
         common = positions if self.filled else tokens.positions[:, None]
-        observer = Scorekeeper(self.eviction, scores, tokens.padded)
-        output = attend(tokens.query, key, value, tokens.positions, common, kernel, observer=observer)
+        forward = Forward(tokens.query, key, value, tokens.positions, common, kernel, tokens.padded)
+        output = forward.attend(masked=bool(self.filled or tokens.padded))
+        observe(forward, self._prompt_sample(), [Scorekeeper(self.eviction, scores)])
         self._keep(key, value, scores, positions)
         return output
+
+    def _prompt_sample(self) -> Sample:
+        sample = self.eviction.sample
+        if sample.repeated and not self.filled:
+            raise UserError(
+                f"{self.eviction.name} scores a prompt while the model repeats it, which a plain forward does not do; "
+                "start the cache with baklava.prefilling.prefill(loaded, plan, ids)"
+            )
+        return Sample() if sample.repeated else sample
 
     @override
     def fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
@@ -81,10 +109,12 @@ class Ranked(HeadGroup):
         self.scores = _resized(scores, self.size)
         self.since = 0
 
-    def _evict(self) -> None:
+    def _evict(self, forward: Forward) -> None:
         self.since = 0
         if self.filled <= self.keep:
             return
+        if self.eviction.sample.window == 0:
+            observe(forward, self.eviction.sample, [self._keeper()])
         rank = self._rank(self.scores[..., : self.filled], self.positions[..., : self.filled])
         stays = torch.zeros_like(rank, dtype=torch.bool)
         stays.scatter_(2, rank.topk(self.keep, sorted=False).indices, True)
@@ -95,9 +125,13 @@ class Ranked(HeadGroup):
             state.scatter_(2, target, state.gather(2, source))
         self.filled = self.keep
 
+    def _keeper(self) -> Scorekeeper:
+        return Scorekeeper(self.eviction, self.scores[..., : self.filled])
+
     def _rank(self, scores: Tensor, positions: Tensor) -> Tensor:
         last = positions.amax(2, keepdim=True)
         newest = self.eviction.newest(self.budget.tokens)
+        scores = _pooled(scores, positions, self.eviction.pooling)
         protected = (positions < self.eviction.sinks) | (positions > last - newest)
         return scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
 
@@ -122,26 +156,6 @@ class Ranked(HeadGroup):
         return self.positions, self.scores
 
 
-@dataclass(frozen=True)
-class Scorekeeper:
-    """Shows blocks of attention to an eviction method and brings `scores` up to date, in place."""
-
-    eviction: Eviction
-    scores: Float[Tensor, "batch heads entries"]
-    padded: bool = False
-
-    def __call__(self, attention: Tensor, query_positions: Tensor, key_positions: Tensor) -> None:
-        """Take in one block; padding queries do not count."""
-        if self.padded:
-            attention = torch.where(query_positions[:, None, None, :, None] >= 0, attention, 0)
-        self.take(Observation(attention, query_positions, key_positions, self.scores[..., : attention.shape[-1]]))
-
-    def take(self, seen: Observation) -> None:
-        """Take in a block whose reductions may be shared with other methods; its `previous` scores are not used."""
-        scores = self.scores[..., : seen.attention.shape[-1]]
-        scores.copy_(self.eviction.score(replace(seen, previous=scores)))
-
-
 def _moves(stays: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Slots in the slack whose entries stay, and the slots of the losers among the first `keep` that take them.
 
@@ -153,6 +167,17 @@ def _moves(stays: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     holes = (~stays[..., :keep]).sum(2, keepdim=True)
     real = torch.arange(most, device=stays.device) < holes
     return torch.where(real, source, target), target
+
+
+def _pooled(scores: Tensor, positions: Tensor, width: int) -> Tensor:
+    """Mean over the `width` entries around each, in the order of their positions; padding counts as nothing."""
+    if width == 1:
+        return scores
+    order = positions.argsort(dim=2)
+    inverse = order.argsort(dim=2)
+    sorted_scores = scores.masked_fill(positions < 0, 0).gather(2, order)
+    pooled = avg_pool1d(sorted_scores, width, stride=1, padding=width // 2, count_include_pad=False)
+    return pooled.gather(2, inverse)
 
 
 def _resized(state: Tensor, size: int) -> Tensor:

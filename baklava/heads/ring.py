@@ -26,7 +26,7 @@ class Ring(HeadGroup):
 
     def _step(self, tokens: Tokens, kernel: Kernel) -> Grouped:
         slots = self._slots(tokens.positions)
-        self._grow(self.filled + 1)
+        self._grow(min(self.filled + 1, self.budget.tokens))
         self.keys.scatter(slots[:, None], tokens.key)
         self.values.scatter(slots[:, None], tokens.value)
         self.filled, self.last = min(self.filled + 1, self.budget.tokens), tokens.positions[:, -1:]

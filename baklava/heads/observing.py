@@ -1,0 +1,104 @@
+"""Showing attention to eviction methods, block by block, so that no prompt's whole attention is ever held."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from baklava.attention import (
+    QUERY_BLOCK,
+    Attention,
+    Grouped,
+    Heads,
+    Kernel,
+    Positions,
+    attend,
+    probabilities,
+    seen,
+    weighted,
+)
+from baklava.eviction import Eviction, Observation, Sample
+
+
+@dataclass(frozen=True)
+class Scorekeeper:
+    """An eviction method and the scores that it brings up to date, in place."""
+
+    eviction: Eviction
+    scores: Float[Tensor, "batch heads entries"]
+
+    def take(self, observation: Observation) -> None:
+        """Take in a block; what it computes is shared with other methods that take the same one."""
+        scores = self.scores[..., : observation.key.shape[2]]
+        scores.copy_(self.eviction.score(replace(observation, previous=scores)))
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What attends to what in one forward of a group of KV heads; the last entries are the queries' own."""
+
+    query: Grouped
+    key: Heads
+    value: Heads
+    query_positions: Int[Tensor, "#batch queries"]
+    key_positions: Positions
+    kernel: Kernel
+    padded: bool = False
+    decoding: bool = False
+
+    def attend(self, masked: bool) -> Grouped:
+        """Output of all queries; `masked` False promises that nothing beyond causality is hidden."""
+        return attend(
+            self.query, self.key, self.value, self.query_positions, self.key_positions, self.kernel, masked=masked
+        )
+
+    def attend_and_show(self, masked: bool) -> tuple[Grouped, Attention]:
+        """Output and probabilities of a few queries."""
+        visible = seen(self.query_positions, self.key_positions) if masked else None
+        attention = probabilities(self.query, self.key, visible, self.kernel)
+        return weighted(attention, self.value), attention
+
+    def observation(self, rows: slice, reach: int, attention: Attention | None = None) -> Observation:
+        """These queries over the first `reach` entries; their attention, if not given, is computed when asked for."""
+        query, queries = self.query[:, :, :, rows], self.query_positions[:, rows]
+        key, entries = self.key[:, :, :reach], self.key_positions[..., :reach]
+
+        def attend() -> Attention:
+            made = attention
+            if made is None:
+                made = probabilities(query, key, seen(queries, entries), self.kernel)
+            return torch.where(queries[:, None, None, :, None] >= 0, made, 0) if self.padded else made
+
+        return Observation(
+            query=query,
+            key=key,
+            value=self.value[:, :, :reach],
+            query_positions=queries,
+            key_positions=entries,
+            previous=key.new_zeros(()).expand(key.shape[:3]),
+            scaling=self.kernel.scaling,
+            attend=attend,
+            stride=rows.step or 1,
+            decoding=self.decoding,
+        )
+
+
+def observe(forward: Forward, sample: Sample, keepers: Sequence[Scorekeeper]) -> None:
+    """Show a forward's queries, as far as they are in the sample, to methods that ask for the same sample."""
+    queries, entries = forward.query.shape[3], forward.key.shape[2]
+    for rows in _blocks(queries, sample):
+        observation = forward.observation(rows, entries - queries + rows.stop)
+        for keeper in keepers:
+            keeper.take(observation)
+
+
+def _blocks(queries: int, sample: Sample) -> Iterator[slice]:
+    """The sampled queries, of which the last is always one, in blocks."""
+    window = queries if sample.window is None else min(max(1, sample.window), queries)
+    first = queries - window + (window - 1) % sample.stride
+    step = sample.stride * (window if sample.whole else QUERY_BLOCK)
+    for start in range(first, queries, step):
+        last = min(start + step - sample.stride, queries - 1)
+        yield slice(start, last + 1, sample.stride)
