@@ -52,6 +52,11 @@ class RaggedLayer(CacheLayerMixin):
 
     def attend(self, query: Queries, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Queries:
         """Attend to what is held and to the new tokens, then cut to the budget. Heads are query heads in the output."""
+        if not self.waiting:
+            raise UserError(
+                "the model attends twice to keys that it stored once, which a budgeted cache does not follow; choose "
+                "another model"
+            )
         self.waiting = False
         positions = self._positions(key, padding)
         queries = grouped(query, query.shape[1] // key.shape[1])
@@ -145,8 +150,8 @@ class RaggedLayer(CacheLayerMixin):
     def crop(self, max_length: int) -> None:
         if max_length not in (0, self.seen):
             raise UserError(
-                f"crop to {max_length} of {self.seen} tokens: entries that were evicted cannot come back; decode "
-                "without assisted or prompt-lookup generation"
+                f"crop({max_length}) of a cache that has seen {self.seen} tokens: evicted entries cannot come back; "
+                "decode without assisted or prompt-lookup generation"
             )
 
     @override

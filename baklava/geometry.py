@@ -38,7 +38,7 @@ class ModelIdentity(Record):
     def of(cls, config: Any, id: str, revision: str | None = None) -> "ModelIdentity":
         """Identity of a transformers config."""
         text_config = config.get_text_config(decoder=True)
-        shaping = {field: getattr(text_config, field, None) for field in _SHAPING_FIELDS}
+        shaping = {field: _field(text_config, field) for field in _SHAPING_FIELDS}
         digest = hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()
         return cls(id=id, revision=revision, config_hash=digest[:16])
 
@@ -91,21 +91,33 @@ class CacheGeometry(Record):
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
+    shapes = {_layer_heads(layer) for layer in config.per_layer_config}
+    if None in shapes:
+        raise UserError(f"{config.model_type} has no attention heads, so no KV cache to budget; choose another model")
+    if len(shapes) > 1 or _field(config, "kv_lora_rank"):
+        grids = sorted(shape[1:] for shape in shapes if shape)
+        raise UserError(
+            f"{config.model_type} has KV heads of different shapes {grids} or a latent cache; baklava budgets models "
+            "whose layers share one (KV heads, head_dim); choose another model"
+        )
+    return next(shape for shape in shapes if shape)
+
+
+def _layer_heads(config: Any) -> tuple[int, int, int] | None:
+    """Query heads, KV heads and head_dim of one layer's config."""
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
-        raise UserError(f"{config.model_type} has no attention heads, so no KV cache to budget; choose another model")
+        return None
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shapes = {
-        (getattr(layer, "num_key_value_heads", kv_heads) or kv_heads, getattr(layer, "head_dim", head_dim) or head_dim)
-        for layer in config.per_layer_config
-    }
-    if shapes != {(kv_heads, head_dim)} or getattr(config, "kv_lora_rank", None):
-        raise UserError(
-            f"{config.model_type} has KV heads of different shapes {sorted(shapes)} or a latent cache; baklava budgets "
-            "models whose layers share one (KV heads, head_dim); choose another model"
-        )
-    return heads, kv_heads, head_dim
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def _field(config: Any, name: str) -> Any:
+    """A field of a config, None where it has none; its values per layer where transformers says that they differ."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:

@@ -53,6 +53,12 @@ class LoadedModel:
         """Wrap a transformers model that exists already; switches its attention to baklava's."""
         attention.register()
         model.set_attn_implementation(attention.NAME)
+        # transformers only warns where a model does not let its attention be chosen.
+        if model.config._attn_implementation != attention.NAME:
+            raise UserError(
+                f"{model.config.model_type} does not attend through transformers' attention interface, so its cache "
+                "cannot be budgeted; choose another model"
+            )
         # A cache type baked into a checkpoint would make generate() refuse ours.
         model.generation_config.cache_implementation = None
         identity = ModelIdentity.of(model.config, id, revision)
