@@ -6,7 +6,6 @@ is ever repeated. Everything is decided by positions: an entry is seen by the qu
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +29,8 @@ Grouped = Float[Tensor, "batch heads group queries head_dim"]
 Positions = Int[Tensor, "#batch #heads entries"]
 Attention = Float[Tensor, "batch heads group queries entries"]
 
-_watcher: ContextVar[Callable[..., None] | None] = ContextVar("watcher", default=None)
+_watchers: list[Callable[..., None]] = []
+"""Who watches now. A plain list, because compilers follow lists and not context variables."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ def tagged(key: Heads, layer: Any) -> Heads:
 @contextmanager
 def watching(watcher: Callable[..., None]) -> Iterator[None]:
     """Call `watcher(module, query, key, value, output)` after every attention of the models run in this context."""
-    token = _watcher.set(watcher)
+    _watchers.append(watcher)
     try:
         yield
     finally:
-        _watcher.reset(token)
+        _watchers.remove(watcher)
 
 
 def _forward(
@@ -91,7 +91,7 @@ def _forward(
         output = _dense(module, query, key, value, attention_mask, **options)
     else:
         output = layer.attend(query, key, value, attention_mask, _kernel(options)).transpose(1, 2)
-    if (watcher := _watcher.get()) is not None:
+    for watcher in _watchers:
         watcher(module, query, key, value, output)
     return output, None
 
@@ -150,6 +150,10 @@ class Window:
 
     sinks: int
     length: int
+
+    def slot(self, position: int) -> int:
+        """Where the ring keeps the token at this position."""
+        return position if position < self.sinks else self.sinks + (position - self.sinks) % self.length
 
 
 def seen(

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
 from baklava import attention
-from baklava.attention import Heads, Kernel, Queries, grouped, ungrouped
+from baklava.attention import Grouped, Heads, Kernel, Queries, grouped, ungrouped
 from baklava.errors import UserError
 from baklava.eviction import Eviction, eviction_of
 from baklava.heads import Budget, HeadGroup, Tokens, head_group
@@ -60,20 +60,22 @@ class RaggedLayer(CacheLayerMixin):
         self.waiting = False
         positions = self._positions(key, padding)
         queries = grouped(query, query.shape[1] // key.shape[1])
-        output, new = torch.empty_like(queries), key.shape[2]
-        for start in range(0, new, self.chunk or new):
-            rows = slice(start, start + (self.chunk or new))
-            part = queries[:, :, :, rows], key[:, :, rows], value[:, :, rows], positions[:, rows]
-            for group in self.groups:
-                tokens = self._tokens(group, *part)
-                output[:, group.index, :, rows] = group.attend(tokens, kernel.for_heads(group.index, queries.shape[2]))
-        self.seen += new
-        return ungrouped(output)
+        tokens = Tokens(self.seen, queries, key, value, positions, self.pads is not None, self.forced)
+        self.seen += tokens.count
+        if self.chunk is None or tokens.count <= self.chunk:
+            return ungrouped(self._attend(tokens, kernel))
+        starts = range(0, tokens.count, self.chunk)
+        parts = [tokens.part(start, min(start + self.chunk, tokens.count)) for start in starts]
+        return ungrouped(torch.cat([self._attend(part, kernel) for part in parts], 3))
 
-    def _tokens(self, group: HeadGroup, query: Tensor, key: Heads, value: Heads, positions: Tensor) -> Tokens:
-        if len(self.groups) > 1:
-            query, key, value = query[:, group.index], key[:, group.index], value[:, group.index]
-        return Tokens(query, key, value, positions, padded=self.pads is not None, forced=self.forced)
+    def _attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+        if len(self.groups) == 1:
+            return self.groups[0].attend(tokens, kernel)
+        output = torch.empty_like(tokens.query)
+        for group in self.groups:
+            of_group = kernel.for_heads(group.index, tokens.query.shape[2])
+            output[:, group.index] = group.attend(tokens.of_heads(group.index), of_group)
+        return output
 
     def _positions(self, key: Heads, padding: Tensor | None) -> Int[Tensor, "#batch tokens"]:
         positions = torch.arange(self.seen, self.seen + key.shape[2], device=key.device)[None]

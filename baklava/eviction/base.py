@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import ClassVar
 
 from jaxtyping import Float, Int
@@ -65,12 +64,12 @@ class Observation:
             self._made[reduction] = self.attention.amax(2) if reduction == "max" else self.attention.mean(2)
         return self._made[reduction]
 
-    @cached_property
+    @property
     def first_query(self) -> Int[Tensor, "#batch 1 1"]:
         """Position of the block's first query."""
         return self.query_positions[:, :1, None]
 
-    @cached_property
+    @property
     def last_query(self) -> Int[Tensor, "#batch 1 1"]:
         """Position of the block's last query."""
         return self.query_positions[:, -1:, None]

@@ -41,10 +41,18 @@ class HeavyHitter(Eviction):
 
     @override
     def score(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
-        apart = seen.key_positions + self.distance
-        before = (seen.first_query - apart).div(seen.stride, rounding_mode="floor").clamp(min=0)
-        after = (seen.last_query + seen.stride - apart).div(seen.stride, rounding_mode="floor").clamp(min=0)
+        before = self._queries(seen.first_query - seen.stride, seen)
+        after = self._queries(seen.last_query, seen)
         return (seen.previous * before + self._received(seen)) / after.clamp(min=1)
+
+    def _queries(self, last: Tensor, seen: Observation) -> Tensor:
+        """How many of the queries up to `last` count for each entry."""
+        since = last - seen.key_positions
+        if self.distance:
+            since = since - self.distance
+        if seen.stride > 1:
+            since = since.div(seen.stride, rounding_mode="floor")
+        return (since + 1).clamp(min=0)
 
     def _received(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
         attention = seen.over_group(self.reduction)

@@ -1,7 +1,7 @@
 """KV heads of one layer that share a budget: their entries, and how they attend, take in tokens and evict."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -29,9 +29,11 @@ class Budget:
 class Tokens:
     """New tokens of a forward, for the heads of one group. Positions are negative for padding.
 
-    `padded` tells whether any row has padding, `forced` that the tokens are to see what they would see one by one.
+    `first` is the number of tokens before them in a row, padding included; `padded` tells whether any row has padding,
+    `forced` that the tokens are to see what they would see one by one.
     """
 
+    first: int
     query: Grouped
     key: Heads
     value: Heads
@@ -44,10 +46,15 @@ class Tokens:
         """New tokens per row."""
         return self.key.shape[2]
 
+    def of_heads(self, heads: Int[Tensor, " heads"]) -> "Tokens":
+        """The tokens for some of the KV heads."""
+        return replace(self, query=self.query[:, heads], key=self.key[:, heads], value=self.value[:, heads])
+
     def part(self, start: int, stop: int) -> "Tokens":
         """Some of the tokens, in order."""
         rows = slice(start, stop)
         return Tokens(
+            self.first + start,
             self.query[:, :, :, rows],
             self.key[:, :, rows],
             self.value[:, :, rows],

@@ -25,15 +25,23 @@ class Ring(HeadGroup):
         return self._block(tokens, kernel)
 
     def _step(self, tokens: Tokens, kernel: Kernel) -> Grouped:
-        slots = self._slots(tokens.positions)
         self._grow(min(self.filled + 1, self.budget.tokens))
-        self.keys.scatter(slots[:, None], tokens.key)
-        self.values.scatter(slots[:, None], tokens.value)
-        self.filled, self.last = min(self.filled + 1, self.budget.tokens), tokens.positions[:, -1:]
+        self._put(tokens)
+        self.filled, self.last = min(self.filled + 1, self.budget.tokens), tokens.positions
         key, value = self.keys.read(self.filled), self.values.read(self.filled)
         # Without padding every slot in use is seen, so positions are not even computed.
         held = self.kept() if tokens.padded else tokens.positions[:, None]
         return attend(tokens.query, key, value, tokens.positions, held, kernel, masked=tokens.padded)
+
+    def _put(self, tokens: Tokens) -> None:
+        if tokens.padded:
+            slots = self._slots(tokens.positions)[:, None]
+            self.keys.scatter(slots, tokens.key)
+            self.values.scatter(slots, tokens.value)
+        else:
+            slot = self.window.slot(tokens.first)
+            self.keys.write(slot, tokens.key)
+            self.values.write(slot, tokens.value)
 
     def _block(self, tokens: Tokens, kernel: Kernel) -> Grouped:
         key = torch.cat([self.keys.read(self.filled), tokens.key], 2)
