@@ -46,7 +46,7 @@ class Kernel:
         """Whether a fused kernel computes it."""
         return self.softcap is None and self.sink_logits is None
 
-    def for_heads(self, heads: Int[Tensor, " heads"], group: int) -> "Kernel":
+    def for_heads(self, heads: slice | Int[Tensor, " heads"], group: int) -> "Kernel":
         """The kernel of some KV heads of the layer."""
         if self.sink_logits is None:
             return self

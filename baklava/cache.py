@@ -135,7 +135,7 @@ class RaggedLayer(CacheLayerMixin):
     @override
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.groups:
-            rows = torch.arange(self._batch(), device=self.groups[0].index.device)
+            rows = torch.arange(self._batch())
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     @override

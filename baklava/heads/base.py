@@ -46,7 +46,7 @@ class Tokens:
         """New tokens per row."""
         return self.key.shape[2]
 
-    def of_heads(self, heads: Int[Tensor, " heads"]) -> "Tokens":
+    def of_heads(self, heads: slice | Int[Tensor, " heads"]) -> "Tokens":
         """The tokens for some of the KV heads."""
         return replace(self, query=self.query[:, heads], key=self.key[:, heads], value=self.value[:, heads])
 
@@ -69,7 +69,7 @@ class HeadGroup(ABC):
 
     def __init__(self, budget: Budget, eviction: Eviction, like: Heads) -> None:
         self.budget, self.eviction = budget, eviction
-        self.index = torch.tensor(budget.heads, device=like.device)
+        self.index = _index(budget.heads, like.device)
         like = like[:, : len(budget.heads)]
         self.keys = storage_for(budget.key_bits, like)
         self.values = storage_for(budget.value_bits, like)
@@ -114,6 +114,13 @@ class HeadGroup(ABC):
             storage.resize(0)
             storage.resize(self.size)
             storage.write(0, entries)
+
+
+def _index(heads: tuple[int, ...], device: torch.device) -> slice | Int[Tensor, " heads"]:
+    """Heads side by side are a slice, which copies nothing."""
+    if heads == tuple(range(heads[0], heads[-1] + 1)):
+        return slice(heads[0], heads[-1] + 1)
+    return torch.tensor(heads, device=device)
 
 
 def take(entries: Heads, index: Tensor) -> Float[Tensor, "batch heads taken head_dim"]:

@@ -1,0 +1,59 @@
+"""The highest memory of one prefill, in a process of its own: an allocator does not forget what came before."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from baklava import attention
+from baklava.model import LoadedModel, load
+from baklava.prefilling import prefill
+from benchmarks.plans import PEER, prefill_plans
+
+
+def peak_over_floor(loaded: LoadedModel, name: str, context: int, batch: int, share: float) -> float:
+    """Highest memory over weights + one layer's dense keys and values + the plan (for the peer, the full cache)."""
+    asked = [loaded.identity.id, name, str(context), str(batch), str(share), str(torch.get_num_threads())]
+    command = [sys.executable, "-m", "benchmarks.peak", *asked]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    return float(ran.stdout.strip().splitlines()[-1])
+
+
+@torch.inference_mode()
+def plain(loaded: LoadedModel, ids: torch.Tensor) -> None:
+    """The peer's prefill."""
+    loaded.model.config._attn_implementation = "sdpa"
+    try:
+        loaded.model(ids, past_key_values=DynamicCache(), logits_to_keep=1)
+    finally:
+        loaded.model.config._attn_implementation = attention.NAME
+
+
+def _measure(model: str, name: str, context: int, batch: int, share: float, threads: int) -> float:
+    loaded = load(model, threads=threads)
+    geometry, plans = loaded.geometry, prefill_plans(loaded, context, share)
+    ids = torch.randint(5, loaded.model.config.vocab_size, (batch, context))
+    plain(loaded, ids[:, :64])  # code and buffers that every prefill needs
+    before = _resident()
+    if name == PEER:
+        plain(loaded, ids)
+    else:
+        prefill(loaded, plans[name], ids)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    layer = 2 * batch * geometry.kv_heads * context * geometry.head_dim * loaded.model.dtype.itemsize
+    held = layer * geometry.layers if name == PEER else batch * plans[name].bytes_per_sequence
+    return (weights + grown) / (weights + layer + held)
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    model, name, context, batch, share, threads = sys.argv[1:]
+    print(_measure(model, name, int(context), int(batch), float(share), int(threads)))
