@@ -4,7 +4,7 @@ Query heads of one KV head are rows of one product, `[batch, heads, group, queri
 is ever repeated. Everything is decided by positions: an entry is seen by the queries at or after its position.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -168,24 +168,54 @@ def seen(
 
 
 def probabilities(
-    query: Grouped, key: Heads, visible: Bool[Tensor, "#batch #heads queries entries"] | None, kernel: Kernel
+    query: Grouped, key: Heads, visible: Bool[Tensor, "#batch #heads queries last"] | None, kernel: Kernel
 ) -> Attention:
-    """What each query gives to each entry; `visible` None means that every query sees every entry."""
+    """What each query gives to each entry.
+
+    `visible` may be of the last entries only: every query sees those before them, and with None it sees all.
+    """
+    return _normalised(_products(query, key, kernel.scaling), visible, kernel)
+
+
+def attend_tiles(
+    query: Grouped,
+    keys: Iterable[Heads],
+    values: Iterable[Heads],
+    visible: Bool[Tensor, "#batch #heads queries entries"] | None,
+    kernel: Kernel,
+) -> Grouped:
+    """Output over entries that come in parts, such as stored ones that are converted on the way."""
+    logits = torch.cat([_products(query, key, kernel.scaling) for key in keys], -1)
+    attention, output, start = _normalised(logits, visible, kernel), torch.zeros_like(query), 0
+    for value in values:
+        stop = start + value.shape[2]
+        output += weighted(attention[..., start:stop], value)
+        start = stop
+    return output
+
+
+def _products(query: Grouped, key: Heads, scaling: float) -> Float[Tensor, "batch heads group queries entries"]:
     batch, heads, group, queries, head_dim = query.shape
-    logits = query.reshape(batch, heads, group * queries, head_dim) @ key.transpose(2, 3)
-    logits = logits.view(batch, heads, group, queries, -1).mul_(kernel.scaling)
+    rows, columns = query.reshape(batch * heads, group * queries, head_dim), key.flatten(0, 1).transpose(1, 2)
+    # The scale goes into the product: one pass less over the logits, and no rounding of scaled half-precision queries.
+    logits = torch.baddbmm(rows.new_empty(1, 1, 1), rows, columns, beta=0, alpha=scaling)
+    return logits.view(batch, heads, group, queries, -1)
+
+
+def _normalised(logits: Attention, visible: Tensor | None, kernel: Kernel) -> Attention:
     if kernel.softcap is not None:
         logits = torch.tanh(logits / kernel.softcap) * kernel.softcap
     if visible is not None:
         # The lowest finite number, not -inf: a padding query sees nothing, and must not spread NaN.
-        logits.masked_fill_(~visible[:, :, None], torch.finfo(logits.dtype).min)
+        unsure = logits[..., logits.shape[-1] - visible.shape[-1] :]
+        unsure.masked_fill_(~visible[:, :, None], torch.finfo(logits.dtype).min)
     return _softmax(logits, kernel.sink_logits)
 
 
 def weighted(attention: Attention, value: Heads) -> Grouped:
     """The values, weighted by the attention they get."""
     batch, heads, group, queries, entries = attention.shape
-    output = attention.view(batch, heads, group * queries, entries) @ value
+    output = attention.reshape(batch, heads, group * queries, entries) @ value
     return output.view(batch, heads, group, queries, -1)
 
 

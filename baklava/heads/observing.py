@@ -64,11 +64,13 @@ class Forward:
         """These queries over the first `reach` entries; their attention, if not given, is computed when asked for."""
         query, queries = self.query[:, :, :, rows], self.query_positions[:, rows]
         key, entries = self.key[:, :, :reach], self.key_positions[..., :reach]
+        # Without padding all that came before the first of these queries is seen by every one of them.
+        sure = 0 if self.padded else self.key.shape[2] - self.query.shape[3] + rows.start
 
         def attend() -> Attention:
             made = attention
             if made is None:
-                made = probabilities(query, key, seen(queries, entries), self.kernel)
+                made = probabilities(query, key, seen(queries, entries[..., sure:]), self.kernel)
             return torch.where(queries[:, None, None, :, None] >= 0, made, 0) if self.padded else made
 
         return Observation(

@@ -5,7 +5,7 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.attention import Grouped, Heads, Kernel, Window, attend
+from baklava.attention import Grouped, Heads, Kernel, Window, attend, attend_tiles, seen
 from baklava.eviction import Eviction
 from baklava.heads.base import Budget, HeadGroup, Tokens, take
 
@@ -28,9 +28,13 @@ class Ring(HeadGroup):
         self._grow(min(self.filled + 1, self.budget.tokens))
         self._put(tokens)
         self.filled, self.last = min(self.filled + 1, self.budget.tokens), tokens.positions
-        key, value = self.keys.read(self.filled), self.values.read(self.filled)
         # Without padding every slot in use is seen, so positions are not even computed.
         held = self.kept() if tokens.padded else tokens.positions[:, None]
+        if self.keys.copies or self.values.copies:
+            visible = seen(tokens.positions, held) if tokens.padded else None
+            keys, values = self.keys.tiles(self.filled), self.values.tiles(self.filled)
+            return attend_tiles(tokens.query, keys, values, visible, kernel)
+        key, value = self.keys.read(self.filled), self.values.read(self.filled)
         return attend(tokens.query, key, value, tokens.positions, held, kernel, masked=tokens.padded)
 
     def _put(self, tokens: Tokens) -> None:

@@ -1,6 +1,7 @@
 """The storage plug-in: how the entries of a group of KV heads lie in memory."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,6 +17,11 @@ class Storage(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of memory held, as the allocator counts them."""
+
+    @property
+    @abstractmethod
+    def copies(self) -> bool:
+        """Whether reading makes a copy, because entries are stored in another form than the model computes in."""
 
     @abstractmethod
     def resize(self, slots: int) -> None:
@@ -34,6 +40,10 @@ class Storage(ABC):
     @abstractmethod
     def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:
         """Entries of the first slots."""
+
+    @abstractmethod
+    def tiles(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
+        """The same as `read`, a part at a time where a whole copy would be large; one part where nothing is copied."""
 
     @abstractmethod
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:

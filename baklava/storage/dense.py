@@ -1,11 +1,17 @@
 """Entries as they are, in 16 or 32 bits."""
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
 from baklava.storage.base import Storage
+
+TILE_BYTES = 4 << 20
+"""Converted entries at a time: what a processor keeps near. Fresh memory costs more than the conversion itself."""
+MINIMUM_TILE = 256
 
 
 class DenseStorage(Storage):
@@ -21,6 +27,11 @@ class DenseStorage(Storage):
     @property
     def nbytes(self) -> int:
         return self.slots.untyped_storage().nbytes()
+
+    @override
+    @property
+    def copies(self) -> bool:
+        return self.slots.dtype != self.compute_dtype
 
     @override
     def resize(self, slots: int) -> None:
@@ -43,6 +54,16 @@ class DenseStorage(Storage):
     @override
     def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:
         return self.slots[:, :, :slots].to(self.compute_dtype)
+
+    @override
+    def tiles(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
+        size = max(MINIMUM_TILE, TILE_BYTES // (self.slots[:, :, :1].numel() * self.compute_dtype.itemsize))
+        # A compiler wants the same number of parts for every length.
+        if not self.copies or slots <= size or torch.compiler.is_compiling():
+            yield self.read(slots)
+            return
+        for start in range(0, slots, size):
+            yield self.slots[:, :, start : min(start + size, slots)].to(self.compute_dtype)
 
     @override
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
