@@ -23,6 +23,9 @@ NAME = "baklava"
 QUERY_BLOCK = 64
 """Queries per block where probabilities are materialised: per KV head they take group x block x entries."""
 
+MASKED_BLOCK = 256
+"""Queries per block of fused attention with a mask, which is as large as their probabilities."""
+
 Queries = Float[Tensor, "batch query_heads queries head_dim"]
 Heads = Float[Tensor, "batch heads tokens head_dim"]
 Grouped = Float[Tensor, "batch heads group queries head_dim"]
@@ -243,19 +246,23 @@ def attend(
     `masked` False promises that positions hide nothing beyond causality: one query that sees every entry, or an
     unpadded prompt that attends to itself. Probabilities are never held for more than a block of queries.
     """
-    if kernel.plain:
-        visible = seen(query_positions, key_positions, window) if masked else None
-        return _fused(query, key, value, visible, kernel)
     queries, entries = query.shape[3], key.shape[2]
-    output = torch.empty_like(query)
-    for start in range(0, queries, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, queries)
+    if kernel.plain and not masked:
+        return _fused(query, key, value, None, kernel)
+    block = MASKED_BLOCK if kernel.plain else QUERY_BLOCK
+    outputs = []
+    for start in range(0, queries, block):
+        stop = min(start + block, queries)
         reach = entries - queries + stop
-        masks = masked or queries > 1
-        visible = seen(query_positions[:, start:stop], key_positions[..., :reach], window) if masks else None
-        attention = probabilities(query[:, :, :, start:stop], key[:, :, :reach], visible, kernel)
-        output[:, :, :, start:stop] = weighted(attention, value[:, :, :reach])
-    return output
+        part, held, given = query[:, :, :, start:stop], key[:, :, :reach], value[:, :, :reach]
+        visible = None
+        if masked or queries > 1:
+            visible = seen(query_positions[:, start:stop], key_positions[..., :reach], window)
+        if kernel.plain:
+            outputs.append(_fused(part, held, given, visible, kernel))
+        else:
+            outputs.append(weighted(probabilities(part, held, visible, kernel), given))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)
 
 
 def _fused(query: Grouped, key: Heads, value: Heads, visible: Tensor | None, kernel: Kernel) -> Grouped:

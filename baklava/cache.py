@@ -79,15 +79,19 @@ class RaggedLayer(CacheLayerMixin):
 
     def _positions(self, key: Heads, padding: Tensor | None) -> Int[Tensor, "#batch tokens"]:
         positions = torch.arange(self.seen, self.seen + key.shape[2], device=key.device)[None]
-        pads = None if padding is None else _left_pads(_real(padding, self.seen + key.shape[2]))
-        if self.seen == 0:
-            self.pads = pads
-        elif pads is not None and (self.pads is None or not torch.equal(pads, self.pads)):
+        if padding is not None:
+            self._take_padding(_left_pads(_real(padding, self.seen + key.shape[2])))
+        return positions if self.pads is None else positions - self.pads[:, None]
+
+    def _take_padding(self, pads: Int[Tensor, " batch"]) -> None:
+        """Padding may grow in a row that has had nothing else yet, as it does where a prompt comes in chunks."""
+        known = torch.zeros_like(pads) if self.pads is None else self.pads
+        if not bool(((pads == known) | (known >= self.seen)).all()):
             raise UserError(
                 f"the attention mask hides tokens that came after the first {self.seen}; pad on the left of the first "
                 "prompt only"
             )
-        return positions if self.pads is None else positions - self.pads[:, None]
+        self.pads = pads
 
     def fill(self, key: Heads, value: Heads, score: Tensor | None) -> None:
         """Cut a prompt that a full cache has attended to."""
@@ -108,7 +112,7 @@ class RaggedLayer(CacheLayerMixin):
         for group in self.groups:
             if head in group.budget.heads:
                 kept = group.kept()
-                kept = kept[row % kept.shape[0], group.budget.heads.index(head) % kept.shape[1]]
+                kept = kept.expand(self._batch(), len(group.budget.heads), -1)[row, group.budget.heads.index(head)]
                 return kept[kept >= 0].long().sort().values
         return torch.empty(0, dtype=torch.long)
 
@@ -126,7 +130,8 @@ class RaggedLayer(CacheLayerMixin):
 
     @override
     def reset(self) -> None:
-        self.groups, self.seen, self.pads, self.is_initialized = [], 0, None, False
+        self.groups, self.seen, self.pads = [], 0, None
+        self.is_initialized = self.waiting = self.forced = False
 
     @override
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -175,6 +180,10 @@ class BudgetedCache(Cache):
         attention.register()
         self.plan = plan
         self.eviction = eviction_of(plan.eviction)
+        if self.eviction.sample.repeated and plan.prefill.mode != "dense":
+            raise UserError(
+                f"{plan.eviction.method} repeats whole prompts, not chunks; make a plan that prefills densely"
+            )
         pairs = zip(plan.layers, plan.geometry.windows, strict=True)
         super().__init__(layers=[self._layer(budget, window) for budget, window in pairs])
 

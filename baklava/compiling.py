@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from baklava.model import LoadedModel
+
+MOST_GRAPHS = 64
+"""Graphs before decoding goes on uncompiled: a few per batch size, and per kind of state that a cache can be in."""
 
 
 @contextmanager
@@ -21,11 +24,15 @@ def compiled(loaded: LoadedModel) -> Iterator[None]:
     one warning is given and the rest runs uncompiled, with the same tokens.
     """
     model = loaded.model
+    before = vars(model).get("forward")
     model.forward = _Decoder(model.forward).wrapped()
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+            yield
     finally:
         del model.forward
+        if before is not None:
+            model.forward = before
 
 
 class _Decoder:
@@ -49,7 +56,7 @@ class _Decoder:
         """One token; what fails to compile has not run yet, so the cache is as it was."""
         try:
             return self.fast(*args, **options)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             self.works = False
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"decoding goes on uncompiled, because compiling failed: {reason}", stacklevel=3)

@@ -72,7 +72,9 @@ class Prefill(Record):
     """How prompts enter the cache.
 
     "dense": each layer attends to the whole prompt, then is cut to its budget; memory peaks at the plan plus one layer.
-    "chunked": `chunk` tokens at a time attend to what is kept and to themselves; it peaks at the plan plus one chunk.
+    "chunked": `chunk` tokens at a time attend to what is kept and to themselves. Fed chunk by chunk, as
+    `baklava.prefilling` does, memory peaks at the plan plus one chunk; a forward that brings the whole prompt attends
+    chunk by chunk as well, but has made the keys of a whole layer. A last chunk no longer than the interval is decoded.
     """
 
     mode: Literal["dense", "chunked"] = "dense"
@@ -117,7 +119,12 @@ class BudgetPlan(Record):
 
     @model_validator(mode="after")
     def _covers_the_grid(self) -> "BudgetPlan":
-        geometry = self.geometry
+        geometry, chunk = self.geometry, self.prefill.chunk
+        if chunk is not None and self.eviction.scored and chunk <= self.eviction.interval:
+            raise ValueError(
+                f"chunks of {chunk} tokens, but up to {self.eviction.interval} tokens at a time count as decoding; "
+                "make the chunk longer than the interval"
+            )
         if len(self.layers) != geometry.layers:
             raise ValueError(f"{len(self.layers)} layers for a model of {geometry.layers}")
         for index, (layer, window) in enumerate(zip(self.layers, geometry.windows, strict=True)):

@@ -25,18 +25,25 @@ def prefill(
     also bounds what the rest of the model holds.
 
     Raises:
-        UserError: the plan is for another model, or cannot take padding.
+        UserError: the plan is for another model, the prompt is empty, or the plan's method cannot repeat it.
     """
     plan.check_fits(loaded.identity, loaded.geometry)
+    if ids.shape[1] == 0:
+        raise UserError("a prompt of 0 tokens leaves nothing to go on from; give at least one token")
     cache = BudgetedCache(plan)
     if cache.eviction.sample.repeated:
         return _reconstructed(loaded, plan, ids, attention_mask)
-    size = plan.prefill.chunk or ids.shape[1]
-    for start in range(0, ids.shape[1], size):
-        stop = min(start + size, ids.shape[1])
-        mask = None if attention_mask is None else attention_mask[:, :stop]
-        output = loaded.model(ids[:, start:stop], attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    for start in range(0, ids.shape[1], plan.prefill.chunk or ids.shape[1]):
+        stop = min(start + (plan.prefill.chunk or ids.shape[1]), ids.shape[1])
+        padding = {} if attention_mask is None else _padding(attention_mask, start, stop)
+        output = loaded.model(ids[:, start:stop], **padding, past_key_values=cache, logits_to_keep=1)
     return cache, output.logits[:, -1]
+
+
+def _padding(attention_mask: Ids, start: int, stop: int) -> dict[str, Tensor]:
+    """What a forward of these columns is told of padding: positions count a row's real tokens, as generate() does."""
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {"attention_mask": attention_mask[:, :stop], "position_ids": positions[:, start:stop]}
 
 
 def _reconstructed(

@@ -73,7 +73,7 @@ class RecordingCache(Cache):
         if sliding := geometry.layers - len(geometry.budgetable):
             raise UserError(
                 f"{sliding} of the model's {geometry.layers} layers slide, and a prompt's full cache is recorded only "
-                "where none does; choose another model, or only generate with this one"
+                "where none does; choose another model, or generate with a method other than reconstruction"
             )
         attention.register()
         own = [eviction for eviction in evictions if eviction.scored and not eviction.sample.repeated]

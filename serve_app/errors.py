@@ -8,6 +8,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from baklava.errors import UserError
+
 logger = logging.getLogger("ray.serve")
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "overloaded_error"}
@@ -68,6 +70,8 @@ def as_api_error(error: Exception) -> ApiError:
         return _of_validation(error)
     if isinstance(error, HTTPException):
         return ApiError(str(error.detail), error.status_code)
+    if isinstance(error, UserError):
+        return ApiError(str(error))
     logger.error("request failed", exc_info=error)
     return ApiError("The server failed on this request; its log says why.", 500)
 

@@ -29,7 +29,7 @@ EVICTIONS = [
     HeavyHitter(sinks=2, interval=4, stride=1),
     HeavyHitter(sinks=2, interval=1, recent=0.25, stride=3),
     HeavyHitter(sinks=0, interval=6, reduction="max", power=2, distance=1),
-    HeavyHitter(sinks=2, interval=4, pooling=3),
+    HeavyHitter(sinks=0, interval=4, pooling=5),
     Tova(sinks=1, interval=3),
     SnapKV(sinks=2, interval=4, window=3),
     KeyNorm(sinks=2, interval=5),

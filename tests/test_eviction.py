@@ -168,6 +168,8 @@ def test_unknown_methods_and_knobs_are_one_sentence() -> None:
         HeavyHitter(distance=-1)
     with pytest.raises(UserError, match="pooling odd"):
         SnapKV(pooling=4)
+    with pytest.raises(UserError, match="leave these knobs at 1"):
+        Streaming(interval=8)
     with pytest.raises(UserError, match="window must be at least 2"):
         ExpectedAttention(window=1)
     with pytest.raises(UserError, match="interval at least 1"):

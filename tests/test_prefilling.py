@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,49 @@ def test_a_chunked_plan_holds_the_same_whether_layers_or_the_model_cut_the_promp
     torch.testing.assert_close(at_once, logits, atol=1e-5, rtol=1e-5)
     for layer, head, row in [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]:
         assert torch.equal(whole.kept_positions(layer, head, row), cache.kept_positions(layer, head, row))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chunk", [None, 1, 5, 30])
+def test_generate_goes_on_from_a_padded_prefill_as_it_would_have_alone(tiny: Maker, chunk: int | None) -> None:
+    loaded, ids = tiny(), random_ids(3, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :13], mask[2, :1] = 0, 0
+    plan = full_plan(loaded.identity, loaded.geometry, 80, bits=32)
+    plan = chunked(plan, chunk) if chunk else plan
+    options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    expected = loaded.model.generate(ids, past_key_values=DynamicCache(), **options)[:, 40:]
+    cache, _ = prefill(loaded, plan, ids[:, :-1], mask[:, :-1])
+    assert torch.equal(loaded.model.generate(ids, past_key_values=cache, **options)[:, 40:], expected)
+    assert torch.equal(loaded.model.generate(ids, past_key_values=BudgetedCache(plan), **options)[:, 40:], expected)
+    assert cache.kept_positions(0, 0, row=0)[0] == 0
+
+
+@torch.inference_mode()
+def test_a_masked_prompt_needs_no_more_than_a_block_of_its_probabilities(tiny: Maker) -> None:
+    loaded, ids = tiny(layers=1), random_ids(2, 3000)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    prefill(loaded, full_plan(loaded.identity, loaded.geometry, 3001), ids[:, :300], mask[:, :300])
+    before = resident()
+    prefill(loaded, full_plan(loaded.identity, loaded.geometry, 3001), ids, mask)
+    # A mask over all queries at once would be 2 x 4 x 3000 x 3000 floats, 288 MB.
+    assert highest() - before < 150 << 20
+
+
+def resident() -> int:
+    """Bytes in memory now; the highest so far is counted from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def highest() -> int:
+    return status("VmHWM")
+
+
+def status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
 @torch.inference_mode()
@@ -120,3 +164,7 @@ def test_reconstruction_refuses_what_it_cannot_repeat(tiny: Maker) -> None:
     mask[0, :3] = 0
     with pytest.raises(UserError, match="rows without padding"):
         prefill(loaded, plan, ids, mask)
+    with pytest.raises(UserError, match="whole prompts, not chunks"):
+        prefill(loaded, chunked(plan, 16), ids)
+    with pytest.raises(UserError, match="at least one token"):
+        prefill(loaded, plan, ids[:, :0])

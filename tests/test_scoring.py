@@ -65,6 +65,15 @@ def test_the_fast_score_is_the_slow_one(tiny: Maker, eviction: Eviction, continu
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS[:2], ids=str)
+def test_the_fast_score_rounds_to_16_bits_as_a_server_does(tiny: Maker, eviction: Eviction) -> None:
+    loaded = tiny()
+    window = Window("w", "d", tuple(random_ids(1, 140)[0].tolist()), 80)
+    plan = plan_of(loaded, [[20, 33], [16, 90]], eviction, bits=16)
+    nll, _ = slow_score(loaded, window, plan)
+    assert score(loaded, prefill(loaded, window, [eviction]), plan).nll == pytest.approx(nll, abs=2e-5)
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS[:2], ids=str)
 def test_a_chunked_plan_is_scored_as_it_prefills(tiny: Maker, eviction: Eviction) -> None:
     loaded = tiny()
     window = Window("w", "d", tuple(random_ids(1, 140)[0].tolist()), 100)

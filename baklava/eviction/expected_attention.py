@@ -18,7 +18,8 @@ class ExpectedAttention(Eviction):
 
     The queries to come are taken to be normal, with the mean and covariance of the prompt's last `window` queries. The
     paper turns that mean to the positions to come; here queries keep the positions that they had, so that no model's
-    RoPE needs to be known. In decoding the attention really received takes over, fading over `window` tokens.
+    RoPE needs to be known; softcaps and sink logits do not enter. In decoding the attention really received takes over,
+    fading over `window` tokens.
 
     Cost: two products of the keys with a head_dim² matrix per prompt; no probabilities of a prompt.
     """
@@ -40,7 +41,7 @@ class ExpectedAttention(Eviction):
     def score(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
         size = seen.value.float().norm(dim=-1)
         if seen.decoding:
-            return fading(seen.previous, seen.over_group("mean").float() * size[:, :, None], self.window)
+            return fading(seen.previous, seen.over_group("mean") * size[:, :, None], self.window)
         return self._expected(seen) * size
 
     def _expected(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:

@@ -46,6 +46,6 @@ def fading(
 ) -> Float[Tensor, "batch heads entries"]:
     """Mean over queries whose weight falls by 1 - 1/window per newer query, continued from `previous`."""
     kept, queries = 1 - 1 / window, received.shape[2]
-    ages = torch.arange(queries - 1, -1, -1, device=received.device, dtype=received.dtype)
+    ages = torch.arange(queries - 1, -1, -1, device=received.device, dtype=torch.float32)
     weights = torch.full_like(ages, kept).pow(ages) / window
-    return previous * kept**queries + (received * weights[:, None]).sum(2)
+    return previous * kept**queries + (received.float() * weights[:, None]).sum(2)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from baklava.errors import UserError
 from baklava.eviction.base import Eviction, Observation, Sample
 
 
@@ -22,6 +23,14 @@ class Streaming(Eviction):
 
     recent: float = 1.0
     interval: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.recent, self.interval, self.pooling) != (1.0, 1, 1):
+            raise UserError(
+                f"streaming with recent {self.recent}, interval {self.interval}, pooling {self.pooling}: a ring always "
+                "keeps the newest tokens, one by one; leave these knobs at 1"
+            )
 
     @override
     @property

@@ -65,7 +65,7 @@ class Tokens:
 
 
 class HeadGroup(ABC):
-    """Entries of KV heads with equal budgets; holds at most `budget.tokens` entries per head, during a forward too."""
+    """Entries of KV heads with equal budgets; between two forwards at most `budget.tokens` per head."""
 
     def __init__(self, budget: Budget, eviction: Eviction, like: Heads) -> None:
         self.budget, self.eviction = budget, eviction

@@ -30,7 +30,7 @@ class Ranked(HeadGroup):
 
     @override
     def attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
-        if not self.filled or (tokens.count > self.eviction.interval and not tokens.forced):
+        if not tokens.forced and (not self.filled or tokens.count > self.eviction.interval):
             return self._block(tokens, kernel)
         if tokens.count == 1:
             return self._step(tokens, kernel)
@@ -174,10 +174,12 @@ def _pooled(scores: Tensor, positions: Tensor, width: int) -> Tensor:
     if width == 1:
         return scores
     order = positions.argsort(dim=2)
-    inverse = order.argsort(dim=2)
-    sorted_scores = scores.masked_fill(positions < 0, 0).gather(2, order)
-    pooled = avg_pool1d(sorted_scores, width, stride=1, padding=width // 2, count_include_pad=False)
-    return pooled.gather(2, inverse)
+    real = (positions >= 0).to(scores.dtype)
+    sums, counts = (
+        avg_pool1d(each.gather(2, order), width, stride=1, padding=width // 2)
+        for each in (scores.masked_fill(positions < 0, 0), real)
+    )
+    return (sums / counts.clamp(min=1 / width)).gather(2, order.argsort(dim=2))
 
 
 def _resized(state: Tensor, size: int) -> Tensor:

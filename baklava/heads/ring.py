@@ -39,7 +39,8 @@ class Ring(HeadGroup):
 
     def _put(self, tokens: Tokens) -> None:
         if tokens.padded:
-            slots = self._slots(tokens.positions)[:, None]
+            # A row that has had only padding writes it where its first token will go.
+            slots = self._slots(tokens.positions.clamp(min=0))[:, None]
             self.keys.scatter(slots, tokens.key)
             self.values.scatter(slots, tokens.value)
         else:
@@ -48,8 +49,11 @@ class Ring(HeadGroup):
             self.values.write(slot, tokens.value)
 
     def _block(self, tokens: Tokens, kernel: Kernel) -> Grouped:
-        key = torch.cat([self.keys.read(self.filled), tokens.key], 2)
-        value = torch.cat([self.values.read(self.filled), tokens.value], 2)
+        new = (tokens.key, tokens.value)
+        if tokens.forced:  # one by one they would be read back as they are stored
+            new = self.keys.stored(tokens.key), self.values.stored(tokens.value)
+        key = torch.cat([self.keys.read(self.filled), new[0]], 2)
+        value = torch.cat([self.values.read(self.filled), new[1]], 2)
         held = torch.cat([self.kept().expand(len(tokens.positions), -1, -1), tokens.positions[:, None]], 2)
         window = self.window if tokens.forced else None
         masked = bool(self.filled or tokens.padded or window)
@@ -63,7 +67,8 @@ class Ring(HeadGroup):
 
     def _keep(self, key: Heads, value: Heads, positions: Int[Tensor, "#batch new"]) -> None:
         """Of `filled` old entries and the new ones behind them, keep each slot's newest."""
-        old, self.last = self.filled, positions[:, -1:]
+        # A copy: a view would hold on to the positions of the whole prompt.
+        old, self.last = self.filled, positions[:, -1:].clone()
         slots = torch.arange(min(self.budget.tokens, key.shape[2]), device=key.device)
         due = self._positions(slots)
         newer = due - positions[:, :1]

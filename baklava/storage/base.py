@@ -42,6 +42,12 @@ class Storage(ABC):
         """Entries of the first slots."""
 
     @abstractmethod
+    def stored(
+        self, entries: Float[Tensor, "batch heads tokens head_dim"]
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """These entries as they would be read back, without putting them anywhere."""
+
+    @abstractmethod
     def tiles(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
         """The same as `read`, a part at a time where a whole copy would be large; one part where nothing is copied."""
 

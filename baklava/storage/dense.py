@@ -56,6 +56,12 @@ class DenseStorage(Storage):
         return self.slots[:, :, :slots].to(self.compute_dtype)
 
     @override
+    def stored(
+        self, entries: Float[Tensor, "batch heads tokens head_dim"]
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        return entries.to(self.slots.dtype).to(self.compute_dtype)
+
+    @override
     def tiles(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
         size = max(MINIMUM_TILE, TILE_BYTES // (self.slots[:, :, :1].numel() * self.compute_dtype.itemsize))
         # A compiler wants the same number of parts for every length.
