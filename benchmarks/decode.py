@@ -24,8 +24,9 @@ FLOOR = "no cache at all: the floor"
 class Row:
     """One contestant at one context and batch. Ratios are medians over rounds; above 1 is faster than the peer.
 
-    `attention` is how many times as long as one fused SDPA over the same bytes one layer's attention takes, `resident`
-    measured over promised bytes.
+    `attention` is how many times as long one layer's attention takes as one fused SDPA over as many entries in the
+    model's own dtype, evictions included; a whole step is one between two evictions. `resident` is measured over
+    promised bytes.
     """
 
     context: int
@@ -67,7 +68,7 @@ def _pair(loaded: LoadedModel, context: int, batch: int, share: float, rounds: i
         timing, cache = timings[name], caches[name]
         cache.check_integrity()
         resident = cache.nbytes / (cache.promised_bytes * batch)
-        speedup, alone = timings[PEER].over(timing), attention_alone(loaded, plan, batch, context, rounds * 4)
+        speedup, alone = timings[PEER].over(timing), attention_alone(loaded, plan, batch, context)
         rows.append(
             Row(context, batch, name, timing.median * 1e3, timing.spread, speedup, alone, resident, cache.nbytes)
         )
@@ -90,22 +91,25 @@ def _stepper(loaded: LoadedModel, cache: Any, batch: int) -> Callable[[], Any]:
 
 
 @torch.inference_mode()
-def attention_alone(loaded: LoadedModel, plan: BudgetPlan, batch: int, context: int, rounds: int) -> float:
-    """One layer's `update` and attention over one fused SDPA on as many entries in one dense tensor."""
+def attention_alone(loaded: LoadedModel, plan: BudgetPlan, batch: int, context: int) -> float:
+    """One layer's `update` and attention over one fused SDPA on as many entries in one dense tensor.
+
+    Over as many tokens as lie between two evictions, so that one of them is among the rounds.
+    """
     geometry, budget = loaded.geometry, plan.layers[0]
     assert budget is not None
     cache = BudgetedCache(plan)
     layer = filled(loaded, cache, batch, context).ragged()[0]
     kernel = attention.Kernel(geometry.head_dim**-0.5)
-    new = torch.randn(batch, geometry.kv_heads, 1, geometry.head_dim)
-    query = torch.randn(batch, geometry.query_heads, 1, geometry.head_dim)
+    like = {"device": loaded.device, "dtype": loaded.model.dtype}
+    new = torch.randn(batch, geometry.kv_heads, 1, geometry.head_dim, **like)
+    query = torch.randn(batch, geometry.query_heads, 1, geometry.head_dim, **like)
     mean = sum(budget.tokens) // geometry.kv_heads
-    key, value = torch.randn(2, batch, geometry.kv_heads, min(mean, context), geometry.head_dim)
+    key, value = torch.randn(2, batch, geometry.kv_heads, min(mean, context), geometry.head_dim, **like)
     rows = query.view(batch, geometry.kv_heads, geometry.query_group, geometry.head_dim)
-    timings = take_turns(
-        {"ours": lambda: _attend(layer, query, new, kernel), "fused": lambda: sdpa(rows, key, value)}, rounds, WARM_UP
-    )
-    return timings["ours"].over(timings["fused"])
+    contestants = {"ours": lambda: _attend(layer, query, new, kernel), "fused": lambda: sdpa(rows, key, value)}
+    timings = take_turns(contestants, max(32, plan.eviction.interval), WARM_UP)
+    return timings["ours"].over_in_all(timings["fused"])
 
 
 def _attend(layer: RaggedLayer, query: Any, new: Any, kernel: attention.Kernel) -> None:

@@ -1,6 +1,5 @@
 """The highest memory of one prefill, in a process of its own: an allocator does not forget what came before."""
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -37,21 +36,23 @@ def _measure(model: str, name: str, context: int, batch: int, share: float, thre
     geometry, plans = loaded.geometry, prefill_plans(loaded, context, share)
     ids = torch.randint(5, loaded.model.config.vocab_size, (batch, context))
     plain(loaded, ids[:, :64])  # code and buffers that every prefill needs
-    before = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again, here and not at the parent's
+    before = _status("VmRSS")
     if name == PEER:
         plain(loaded, ids)
     else:
         prefill(loaded, plans[name], ids)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    grown = _status("VmHWM") - before
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     layer = 2 * batch * geometry.kv_heads * context * geometry.head_dim * loaded.model.dtype.itemsize
     held = layer * geometry.layers if name == PEER else batch * plans[name].bytes_per_sequence
     return (weights + grown) / (weights + layer + held)
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _status(name: str) -> int:
+    """Bytes of an entry of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
 if __name__ == "__main__":

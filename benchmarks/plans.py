@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from baklava.cache import BudgetedCache
+from baklava.errors import UserError
 from baklava.eviction import METHODS, Eviction, HeavyHitter, Streaming
 from baklava.model import LoadedModel
 from baklava.plan import AllocationChoice, Bits, BudgetPlan, LayerBudget, Prefill, full_plan
@@ -15,7 +16,16 @@ CHUNK = 512
 
 
 def plan_of(loaded: LoadedModel, tokens: tuple[int, ...], eviction: Eviction, bits: Bits, context: int) -> BudgetPlan:
-    """The same capacities per KV head in every layer."""
+    """The same capacities per KV head in every layer.
+
+    Raises:
+        UserError: the heads cannot live with so few entries.
+    """
+    if min(tokens) < eviction.choice.minimum_tokens:
+        raise UserError(
+            f"{min(tokens)} of {context} tokens, but {eviction.name} needs {eviction.choice.minimum_tokens} per head; "
+            "raise --contexts or --share"
+        )
     same = (bits,) * loaded.geometry.kv_heads
     layer = LayerBudget(tokens=tokens, key_bits=same, value_bits=same)
     return BudgetPlan(

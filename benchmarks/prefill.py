@@ -8,9 +8,10 @@ import torch
 
 from baklava.model import LoadedModel
 from baklava.prefilling import prefill as enter
-from baklava.progress import bar
+from baklava.progress import bar, say
+from baklava.repetition import CHUNK as REPEATED
 from benchmarks.peak import peak_over_floor, plain
-from benchmarks.plans import CHUNK, PEER, prefill_plans
+from benchmarks.plans import PEER, prefill_plans
 from benchmarks.rounds import Timing, machine, take_turns
 
 
@@ -50,10 +51,13 @@ def _pair(loaded: LoadedModel, context: int, batch: int, share: float, rounds: i
     vocabulary = loaded.model.config.vocab_size
     ids = torch.randint(5, vocabulary, (batch, context), generator=draw).to(loaded.device)
     plans = prefill_plans(loaded, context, share)
-    if context + CHUNK + 64 > loaded.max_length:
+    if context + REPEATED + 64 > loaded.max_length:
         plans.pop("reconstruction")
+        say(f"{context} tokens leave no room to repeat a chunk: reconstruction is left out")
     contestants: dict[str, Callable[[], Any]] = {PEER: lambda: plain(loaded, ids)}
     contestants |= {name: lambda plan=plan: enter(loaded, plan, ids) for name, plan in plans.items()}  # type: ignore[misc]
+    for run in (lambda: plain(loaded, ids[:, :64]), lambda: enter(loaded, plans["streaming"], ids[:, :64])):
+        run()
     timings = take_turns(contestants, rounds)
     peaks = {name: peak_over_floor(loaded, name, context, batch, share) if memory else None for name in (PEER, *plans)}
     return [_row(name, context, batch, timings, peaks[name]) for name in timings]

@@ -35,14 +35,22 @@ class Timing:
         """Median over rounds of how many times as long as the other's turn in the same round this one took."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
+    def over_in_all(self, other: "Timing") -> float:
+        """How many times as long as the other this one took over all rounds, what happens seldom included."""
+        return sum(self.seconds) / sum(other.seconds)
+
 
 def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 0) -> dict[str, Timing]:
-    """Run all contestants once per round, in turns; `warm_up` rounds do not count."""
+    """Run all contestants once per round, each round beginning with another; `warm_up` rounds do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
     for number in range(warm_up + rounds):
-        for name, run in contestants.items():
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             started = time.perf_counter()
-            run()
+            contestants[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - started)
     return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
