@@ -25,7 +25,7 @@ export RAY_AUTH_MODE := token
 FETCHED := s/^ *Downloading ([^ ]+) \(([0-9.]+ [MG]B)\)$$/  fetching \1 (\2)/p; s/^Installing collected packages: .*/  installing/p
 PIP := $(PY) -m pip --disable-pip-version-check install --no-input --progress-bar off
 
-.PHONY: help setup assets test lint search serve ui clean
+.PHONY: help setup assets test lint search serve bench ui clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -63,6 +63,9 @@ search: setup assets ## find a plan for the demo model and register it (more opt
 
 serve: setup assets ## serve the plan that the last search registered
 	@$(PY) jobs/serve.py --plan models:/baklava-demo@champion --model demo $(ARGS)
+
+bench: setup assets ## time decode and prefill against transformers' own cache (half an hour)
+	@OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py decode $(ARGS) && OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py prefill $(ARGS)
 
 ui: setup ## open MLflow on the searches, at http://127.0.0.1:5000
 	@data=$$($(PY) -c 'from baklava.paths import data_dir; print(data_dir())'); mkdir -p "$$data"; \

@@ -21,7 +21,8 @@ EXAMPLES = """examples:
   python jobs/evaluate.py --plan full --windows windows.json
 
 A plan is a plan.json, `full`, or METHOD[+EVICTION]:BUDGET with METHOD uniform or baklava, EVICTION streaming
-(sinks + recent, the default) or heavy_hitter, and BUDGET a share of the full cache's 16-bit bytes."""
+(sinks + recent, the default), heavy_hitter, tova, snapkv, key_norm, keydiff, expected_attention or reconstruction, and
+BUDGET a share of the full cache's 16-bit bytes."""
 
 
 def arguments() -> argparse.Namespace:

@@ -1,0 +1,62 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from baklava.errors import UserError
+from baklava.eviction import HeavyHitter
+from baklava.model import LoadedModel
+from benchmarks.decode import FLOOR, decode
+from benchmarks.picture import draw, table
+from benchmarks.plans import PEER, plan_of
+from benchmarks.prefill import prefill
+from benchmarks.rounds import Timing, take_turns
+
+Maker = Callable[..., LoadedModel]
+
+
+def test_decode_rows_hold_what_their_plans_promise(tiny: Maker, tmp_path: Path) -> None:
+    figures = decode(tiny(), contexts=[128, 200], batches=[1, 2], share=0.5, rounds=2)
+    budgeted = [row for row in figures["rows"] if row["plan"] not in (PEER, FLOOR)]
+    assert len(budgeted) == 4 * 7
+    for row in budgeted:
+        assert 0.9 <= row["resident"] <= 1.0
+        assert row["milliseconds"] > 0
+        assert row["attention"] > 0
+    draw(figures, tmp_path / "decode.png")
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+    assert len(table(figures).splitlines()) == 1 + len(figures["rows"])
+
+
+def test_prefill_compares_every_method_with_the_peer_and_with_a_ring(tiny: Maker, tmp_path: Path) -> None:
+    figures = prefill(tiny(), contexts=[160], batches=[2], share=0.5, rounds=1, memory=False)
+    rows = {row["plan"]: row for row in figures["rows"]}
+    assert {PEER, "streaming", "streaming, chunked", "heavy_hitter", "reconstruction", "tova"} <= rows.keys()
+    assert rows["streaming"]["over_streaming"] == rows[PEER]["over_peer"] == 1
+    draw(figures, tmp_path / "prefill.png")
+    assert "expected_attention" in table(figures)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    mine, other = Timing((2.0, 20.0, 3.0)), Timing((1.0, 10.0, 1.0))
+    assert mine.over(other) == 2
+    assert mine.over_in_all(other) == 25 / 12
+
+
+def test_each_round_begins_with_another_contestant() -> None:
+    order: list[str] = []
+    take_turns({name: lambda name=name: order.append(name) for name in "abc"}, rounds=2, warm_up=1)
+    assert "".join(order) == "abcbcacab"
+
+
+def test_too_few_entries_are_one_sentence(tiny: Maker) -> None:
+    with pytest.raises(UserError, match="raise --contexts or --share"):
+        plan_of(tiny(), (25, 25), HeavyHitter(), 16, 128)
+    script = Path(__file__).parents[1] / "jobs" / "benchmark.py"
+    ran = subprocess.run(
+        [sys.executable, script, "decode", "--share", "2"], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.strip().splitlines()[-1].startswith("benchmark: --share 2")
