@@ -13,11 +13,10 @@ from baklava.cache import BudgetedCache, RaggedLayer
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
 from baklava.progress import bar
-from benchmarks.plans import PEER, decode_plans, filled
+from benchmarks.plans import FLOOR, PEER, decode_plans, filled
 from benchmarks.rounds import machine, take_turns
 
 WARM_UP = 2
-FLOOR = "no cache at all: the floor"
 
 
 @dataclass(frozen=True)

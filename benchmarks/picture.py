@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.plans import FLOOR, PEER
+
 SHOWN = {
     "decode": ("speedup", "times as fast as the peer's step"),
     "prefill": ("over_peer", "times as long as the peer's prefill"),
@@ -14,6 +16,11 @@ SHOWN = {
 COLUMNS = {
     "decode": "milliseconds=ms spread=spread speedup=x_peer attention=x_SDPA resident=held",
     "prefill": "seconds=s spread=spread over_peer=x_peer over_streaming=x_streaming peak=x_floor",
+}
+
+STYLES: Mapping[str, Mapping[str, Any]] = {
+    PEER: {"color": "black"},
+    FLOOR: {"color": "black", "linestyle": "--", "linewidth": 1},
 }
 
 
@@ -49,9 +56,9 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
     for axes, batch in zip(panels, batches, strict=True):
         for name in dict.fromkeys(row["plan"] for row in rows):
             line = [(row["context"], row[metric]) for row in rows if (row["plan"], row["batch"]) == (name, batch)]
-            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name)
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name, **STYLES.get(name, {}))
         contexts = sorted({row["context"] for row in rows})
-        axes.set(title=f"batch {batch}", xlabel="tokens of context", xscale="log", yscale="log")
+        axes.set(title=f"batch {batch}", xlabel="tokens of context", xscale="log", ylim=(0, None))
         axes.set_xticks(contexts, [str(context) for context in contexts])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

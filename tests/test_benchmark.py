@@ -8,9 +8,9 @@ import pytest
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
 from baklava.model import LoadedModel
-from benchmarks.decode import FLOOR, decode
+from benchmarks.decode import decode
 from benchmarks.picture import draw, table
-from benchmarks.plans import PEER, plan_of
+from benchmarks.plans import FLOOR, PEER, plan_of
 from benchmarks.prefill import prefill
 from benchmarks.rounds import Timing, take_turns
 
