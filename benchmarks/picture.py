@@ -58,10 +58,11 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
             line = [(row["context"], row[metric]) for row in rows if (row["plan"], row["batch"]) == (name, batch)]
             axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name, **STYLES.get(name, {}))
         contexts = sorted({row["context"] for row in rows})
-        axes.set(title=f"batch {batch}", xlabel="tokens of context", xscale="log", ylim=(0, None))
+        axes.set(title=f"batch {batch}", xlabel="tokens of context", xscale="log")
         axes.set_xticks(contexts, [str(context) for context in contexts])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(label)
+    panels[0].set_ylim(bottom=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
