@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -16,6 +16,7 @@ from baklava.attention import Grouped, Heads, Kernel, Queries, grouped, ungroupe
 from baklava.errors import UserError
 from baklava.eviction import Eviction, eviction_of
 from baklava.heads import Budget, HeadGroup, Tokens, head_group
+from baklava.padding import Padding
 from baklava.plan import BudgetPlan, LayerBudget
 from baklava.recording import Recording
 from baklava.sliding import SlidingLayer
@@ -29,9 +30,12 @@ class RaggedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, budget: LayerBudget, eviction: Eviction, chunk: int | None = None) -> None:
+    def __init__(
+        self, budget: LayerBudget, eviction: Eviction, chunk: int | None = None, padding: Padding | None = None
+    ) -> None:
         super().__init__()
         self.budgets, self.eviction, self.chunk = _groups(budget), eviction, chunk
+        self.padding = padding or Padding()
         self.groups: list[HeadGroup] = []
         self.seen = 0
         self.pads: Int[Tensor, " batch"] | None = None
@@ -80,18 +84,8 @@ class RaggedLayer(CacheLayerMixin):
     def _positions(self, key: Heads, padding: Tensor | None) -> Int[Tensor, "#batch tokens"]:
         positions = torch.arange(self.seen, self.seen + key.shape[2], device=key.device)[None]
         if padding is not None:
-            self._take_padding(_left_pads(_real(padding, self.seen + key.shape[2])))
+            self.pads = self.padding.count(padding, self.pads, self.seen, self.seen + key.shape[2])
         return positions if self.pads is None else positions - self.pads[:, None]
-
-    def _take_padding(self, pads: Int[Tensor, " batch"]) -> None:
-        """Padding may grow in a row that has had nothing else yet, as it does where a prompt comes in chunks."""
-        known = torch.zeros_like(pads) if self.pads is None else self.pads
-        if not bool(((pads == known) | (known >= self.seen)).all()):
-            raise UserError(
-                f"the attention mask hides tokens that came after the first {self.seen}; pad on the left of the first "
-                "prompt only"
-            )
-        self.pads = pads
 
     def fill(self, key: Heads, value: Heads, score: Tensor | None) -> None:
         """Cut a prompt that a full cache has attended to."""
@@ -132,6 +126,7 @@ class RaggedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.groups, self.seen, self.pads = [], 0, None
         self.is_initialized = self.waiting = self.forced = False
+        self.padding.forget()
 
     @override
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -184,12 +179,12 @@ class BudgetedCache(Cache):
             raise UserError(
                 f"{plan.eviction.method} repeats whole prompts, not chunks; make a plan that prefills densely"
             )
-        pairs = zip(plan.layers, plan.geometry.windows, strict=True)
-        super().__init__(layers=[self._layer(budget, window) for budget, window in pairs])
+        pairs, padding = zip(plan.layers, plan.geometry.windows, strict=True), Padding()
+        super().__init__(layers=[self._layer(budget, window, padding) for budget, window in pairs])
 
-    def _layer(self, budget: LayerBudget | None, window: int | None) -> CacheLayerMixin:
+    def _layer(self, budget: LayerBudget | None, window: int | None, padding: Padding) -> CacheLayerMixin:
         if budget is not None:
-            return RaggedLayer(budget, self.eviction, self.plan.prefill.chunk)
+            return RaggedLayer(budget, self.eviction, self.plan.prefill.chunk, padding)
         return SlidingLayer(window, self.plan.sliding_bits)
 
     @classmethod
@@ -273,32 +268,6 @@ class BudgetedCache(Cache):
                 'load the model with attn_implementation="baklava"; a model that changes keys after the cache, as '
                 "latent attention does, is not supported"
             )
-
-
-def _real(padding: Tensor, seen: int) -> Bool[Tensor, "batch tokens"]:
-    """Which tokens are real, from the 4D view that our mask function makes of a 2D mask."""
-    # A stride of 0 is our own view; another mask is compared row by row.
-    one_row = padding.shape[2] == 1 or padding.stride(2) == 0 or bool((padding == padding[:, :, -1:]).all())
-    if padding.dtype != torch.bool or not one_row:
-        raise UserError(
-            "the 4D attention mask hides other tokens from each query, which a budgeted cache cannot keep; pass a 2D "
-            "mask with one row per sequence"
-        )
-    if padding.shape[-1] != seen:
-        raise UserError(
-            f"the attention mask covers {padding.shape[-1]} tokens, but with this forward the cache has seen {seen}; "
-            "pass a mask over all turns"
-        )
-    return padding[:, 0, -1]
-
-
-def _left_pads(real: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
-    if bool((real[:, 1:] < real[:, :-1]).any()):
-        raise UserError(
-            "the attention mask hides tokens behind real ones; a budgeted cache takes padding on the left only: set "
-            'tokenizer.padding_side = "left"'
-        )
-    return (~real).sum(-1)
 
 
 def _groups(budget: LayerBudget) -> list[Budget]:

@@ -195,6 +195,10 @@ def test_a_reset_cache_is_as_good_as_new(tiny: Maker) -> None:
     loaded.model(ids, attention_mask=mask, past_key_values=cache)
     cache.reset()
     assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
+    mask[0, :9], mask[1, :5] = 1, 0  # another mask in the same place
+    loaded.model(ids, attention_mask=mask, past_key_values=cache)
+    assert [int(cache.kept_positions(1, 0, row)[-1]) for row in (0, 1)] == [39, 34]
+    cache.reset()
     again = loaded.model(ids[:1], past_key_values=cache).logits
     assert_close(again, loaded.model(ids[:1], use_cache=False).logits, atol=1e-4, rtol=1e-4)
 
