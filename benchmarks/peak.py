@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 
 import torch
 from transformers import DynamicCache
@@ -36,23 +39,41 @@ def _measure(model: str, name: str, context: int, batch: int, share: float, thre
     geometry, plans = loaded.geometry, prefill_plans(loaded, context, share)
     ids = torch.randint(5, loaded.model.config.vocab_size, (batch, context))
     plain(loaded, ids[:, :64])  # code and buffers that every prefill needs
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again, here and not at the parent's
-    before = _status("VmRSS")
-    if name == PEER:
-        plain(loaded, ids)
-    else:
-        prefill(loaded, plans[name], ids)
-    grown = _status("VmHWM") - before
+    before = _anonymous()
+    with _watching() as seen:
+        if name == PEER:
+            plain(loaded, ids)
+        else:
+            prefill(loaded, plans[name], ids)
+    grown = max(seen) - before
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     layer = 2 * batch * geometry.kv_heads * context * geometry.head_dim * loaded.model.dtype.itemsize
     held = layer * geometry.layers if name == PEER else batch * plans[name].bytes_per_sequence
     return (weights + grown) / (weights + layer + held)
 
 
-def _status(name: str) -> int:
-    """Bytes of an entry of this process's status."""
+@contextmanager
+def _watching() -> Iterator[list[int]]:
+    """Looks at the memory every few milliseconds; the kernel's own mark counts weights that it paged in again."""
+    seen, stop = [_anonymous()], Event()
+
+    def watch() -> None:
+        while not stop.wait(0.003):
+            seen.append(_anonymous())
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def _anonymous() -> int:
+    """Bytes that this process holds, files that it mapped left out."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
 if __name__ == "__main__":

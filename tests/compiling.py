@@ -24,7 +24,7 @@ OPTIONS = {"max_new_tokens": 40, "do_sample": False}
 def main(eviction: str, compiler: str | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.25, "eos_token_id": None}
     loaded, ids = (
         LoadedModel.of(LlamaForCausalLM(LlamaConfig(**shape, **heads, pad_token_id=0)).eval()),

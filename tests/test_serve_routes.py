@@ -271,7 +271,7 @@ def test_a_client_that_goes_away_stops_its_generation(replica):
     def iter_once():
         yield Piece("", "stop")
 
-    model = replica.engine._model
+    model = replica.engine._loaded.model
     hook = model.register_forward_hook(count)
     try:
         asyncio.run(scene())
