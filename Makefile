@@ -64,7 +64,7 @@ search: setup assets ## find a plan for the demo model and register it (more opt
 serve: setup assets ## serve the plan that the last search registered
 	@$(PY) jobs/serve.py --plan models:/baklava-demo@champion --model demo $(ARGS)
 
-bench: setup assets ## time decode and prefill against transformers' own cache (half an hour)
+bench: setup assets ## time decode and prefill against transformers' own cache (up to two hours)
 	@OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py decode $(ARGS) && OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py prefill $(ARGS)
 
 ui: setup ## open MLflow on the searches, at http://127.0.0.1:5000

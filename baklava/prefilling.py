@@ -33,8 +33,9 @@ def prefill(
     cache = BudgetedCache(plan)
     if cache.eviction.sample.repeated:
         return _reconstructed(loaded, plan, ids, attention_mask)
-    for start in range(0, ids.shape[1], plan.prefill.chunk or ids.shape[1]):
-        stop = min(start + (plan.prefill.chunk or ids.shape[1]), ids.shape[1])
+    size = plan.prefill.chunk or ids.shape[1]
+    for start in range(0, ids.shape[1], size):
+        stop = min(start + size, ids.shape[1])
         padding = {} if attention_mask is None else _padding(attention_mask, start, stop)
         output = loaded.model(ids[:, start:stop], **padding, past_key_values=cache, logits_to_keep=1)
     return cache, output.logits[:, -1]

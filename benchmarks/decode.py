@@ -1,6 +1,7 @@
 """Decode steps of the whole model, and attention alone, against transformers' DynamicCache with sdpa."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from baklava.cache import BudgetedCache, RaggedLayer
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
 from baklava.progress import bar
-from benchmarks.plans import FLOOR, PEER, decode_plans, filled
+from benchmarks.peer import PEER, as_peer
+from benchmarks.plans import FLOOR, decode_plans, filled
 from benchmarks.rounds import machine, take_turns
 
 WARM_UP = 2
@@ -76,15 +78,10 @@ def _pair(loaded: LoadedModel, context: int, batch: int, share: float, rounds: i
 
 def _stepper(loaded: LoadedModel, cache: Any, batch: int) -> Callable[[], Any]:
     ids = torch.ones(batch, 1, dtype=torch.long, device=loaded.device)
-    chosen = attention.NAME if isinstance(cache, BudgetedCache) else "sdpa"
 
     def step() -> Any:
-        # One set of weights for both; transformers reads the choice at every forward.
-        loaded.model.config._attn_implementation = chosen
-        try:
+        with nullcontext() if isinstance(cache, BudgetedCache) else as_peer(loaded):
             return loaded.model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
-        finally:
-            loaded.model.config._attn_implementation = attention.NAME
 
     return step
 

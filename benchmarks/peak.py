@@ -10,10 +10,10 @@ from threading import Event, Thread
 import torch
 from transformers import DynamicCache
 
-from baklava import attention
 from baklava.model import LoadedModel, load
 from baklava.prefilling import prefill
-from benchmarks.plans import PEER, prefill_plans
+from benchmarks.peer import PEER, as_peer
+from benchmarks.plans import prefill_plans
 
 
 def peak_over_floor(loaded: LoadedModel, name: str, context: int, batch: int, share: float) -> float:
@@ -27,11 +27,8 @@ def peak_over_floor(loaded: LoadedModel, name: str, context: int, batch: int, sh
 @torch.inference_mode()
 def plain(loaded: LoadedModel, ids: torch.Tensor) -> None:
     """The peer's prefill."""
-    loaded.model.config._attn_implementation = "sdpa"
-    try:
+    with as_peer(loaded):
         loaded.model(ids, past_key_values=DynamicCache(), logits_to_keep=1)
-    finally:
-        loaded.model.config._attn_implementation = attention.NAME
 
 
 def _measure(model: str, name: str, context: int, batch: int, share: float, threads: int) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.plans import FLOOR, PEER
+from benchmarks.peer import PEER
+from benchmarks.plans import FLOOR
 
 SHOWN = {
     "decode": ("speedup", "times as fast as the peer's step"),

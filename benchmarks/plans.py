@@ -11,7 +11,6 @@ from baklava.eviction import METHODS, Eviction, HeavyHitter, Streaming
 from baklava.model import LoadedModel
 from baklava.plan import AllocationChoice, Bits, BudgetPlan, LayerBudget, Prefill, full_plan
 
-PEER = "DynamicCache, sdpa"
 FLOOR = "no cache at all: the floor"
 CHUNK = 512
 

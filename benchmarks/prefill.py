@@ -11,7 +11,8 @@ from baklava.prefilling import prefill as enter
 from baklava.progress import bar, say
 from baklava.repetition import CHUNK as REPEATED
 from benchmarks.peak import peak_over_floor, plain
-from benchmarks.plans import PEER, prefill_plans
+from benchmarks.peer import PEER
+from benchmarks.plans import prefill_plans
 from benchmarks.rounds import Timing, machine, take_turns
 
 

@@ -9,8 +9,9 @@ from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
 from baklava.model import LoadedModel
 from benchmarks.decode import decode
+from benchmarks.peer import PEER
 from benchmarks.picture import draw, table
-from benchmarks.plans import FLOOR, PEER, plan_of
+from benchmarks.plans import FLOOR, plan_of
 from benchmarks.prefill import prefill
 from benchmarks.rounds import Timing, take_turns
 
