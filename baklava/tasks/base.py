@@ -37,7 +37,7 @@ class Prompt:
     """A context that is prefilled once, and the questions about it.
 
     Raises:
-        ValueError: a question's text is in the context, so that eviction would know what is going to be asked.
+        ValueError: a question's text is empty, or in the context, so that eviction would know it.
     """
 
     name: str
@@ -46,13 +46,15 @@ class Prompt:
 
     def __post_init__(self) -> None:
         for question in self.questions:
+            if not question.text:
+                raise ValueError(f"a question of {self.name} has no text; ask in at least one word")
             if (asked := question.text.strip()) and asked in self.context:
                 raise ValueError(f"{self.name} asks {asked!r} in its context already; ask behind it")
 
     def length(self, length: Length) -> int:
         """Tokens of the context with its longest question and answer."""
         rest = (length(question.text) + max(length(question.target), question.tokens) for question in self.questions)
-        return length(self.context) + max(rest)
+        return length(self.context) + max(rest, default=0)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def prompts(task: Task, prose: Prose, count: int, *, tokens: int, seed: int, len
     """`count` prompts, each the longest one that fits into `tokens` with its longest question and answer.
 
     Raises:
-        UserError: not even the smallest prompt fits.
+        UserError: not even the smallest prompt fits, or there is nothing in the longest that can be asked for.
     """
     return [_longest(task, prose, f"{task.name}:{number}", tokens, seed, length) for number in range(count)]
 
@@ -95,4 +97,6 @@ def _longest(task: Task, prose: Prose, name: str, tokens: int, seed: int, length
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
+    if not of(low).questions:
+        raise UserError(f"nothing in a {task.name} prompt of {tokens} tokens can be asked for; allow more tokens")
     return of(low)
