@@ -25,7 +25,7 @@ WINGS = {
     "what a plan is": "errors paths files records progress assets geometry plan",
     "living inside one": "attention model eviction storage heads padding recording sliding cache "
     "repetition prefilling compiling",
-    "finding one": "corpora texts windows profile allocation scoring bootstrap evaluation",
+    "finding one": "corpora hub published texts tasks suites windows profile allocation scoring bootstrap evaluation",
 }
 WING_OF = {module: number for number, modules in enumerate(WINGS.values()) for module in modules.split()}
 
