@@ -49,7 +49,7 @@ def record_prompt(loaded: LoadedModel, prompt: Prompt, evictions: Sequence[Evict
         UserError: the prompt is longer than the model's positions.
     """
     encode = loaded.tokenizer.encode
-    longest = prompt.length(lambda text: len(encode(text, add_special_tokens=False)))
+    longest = prompt.length(loaded.count_tokens)
     loaded.check_length(longest + len(start_tokens(loaded.tokenizer)), "a prompt", "make shorter prompts")
     ids = start_tokens(loaded.tokenizer) + encode(prompt.context, add_special_tokens=False)
     return record(loaded, torch.tensor([ids], device=loaded.device), evictions)

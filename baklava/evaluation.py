@@ -1,125 +1,86 @@
-"""Evaluation: what plans cost in quality and hold in bytes, side by side on the same windows."""
+"""Evaluation: plans side by side on a window or a prompt, which is prefilled once for all of them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
-from baklava import allocation, eviction
-from baklava.bootstrap import Interval, interval
-from baklava.errors import UserError
+from baklava.answering import Answer, Answers, answer, answer_closed_book, answer_full, record_prompt
 from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
-from baklava.plan import BudgetPlan, full_plan
-from baklava.profile import Profile, flat_profile
-from baklava.progress import bar
+from baklava.plan import BudgetPlan
+from baklava.records import Record
 from baklava.scoring import Score, prefill, score
+from baklava.tasks import Prompt
 from baklava.windows import Window
 
 SHORT_CONTEXT = 512
 """Context that a corpus's gain compares with."""
 
 
-@dataclass(frozen=True)
-class NamedPlan:
-    """A plan under the name that the user gave it by."""
+class WindowResult(Record):
+    """The scores of all plans on one window, in their order.
 
+    `gain` is what context is worth here, in nats per token: the full cache's NLL with only the last `SHORT_CONTEXT`
+    tokens of context minus that with all of them. Text without gain cannot tell plans apart.
+    """
+
+    kind: Literal["window"] = "window"
     name: str
-    plan: BudgetPlan
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One plan's scores, window by window. `gain` is what context is worth on each window, in nats per token."""
-
-    named: NamedPlan
+    document: str
+    gain: float
     scores: tuple[Score, ...]
-    gain: tuple[float, ...]
-
-    def mean(self, metric: str) -> Interval:
-        """Mean of `dnll` or `kl` over the windows, with its interval over documents."""
-        values = self.gain if metric == "gain" else [getattr(score, metric) for score in self.scores]
-        return interval(values, [score.document for score in self.scores])
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Most bytes that the cache was measured to hold on any window."""
-        return max(score.allocated_bytes for score in self.scores)
-
-    def as_json(self) -> dict[str, Any]:
-        """What other people's scripts read."""
-        plan = self.named.plan
-        return {
-            "name": self.named.name,
-            "plan": {
-                "bytes_per_sequence": plan.bytes_per_sequence,
-                "full_bytes_per_sequence": plan.full_bytes_per_sequence,
-                "ratio": plan.ratio,
-                "digest": plan.digest,
-            },
-            "allocated_bytes": self.allocated_bytes,
-            "windows": [
-                {"name": s.window, "nll_full": s.nll_full, "nll": s.nll, "dnll": s.dnll, "kl": s.kl, "gain": gain}
-                for s, gain in zip(self.scores, self.gain, strict=True)
-            ],
-            "mean": {metric: self.mean(metric).mean for metric in ("dnll", "kl", "gain")},
-            "interval": {metric: _strict(asdict(self.mean(metric))) for metric in ("dnll", "kl", "gain")},
-        }
 
 
-def _strict(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: a bound that one document cannot give is null."""
-    return {name: None if value != value else value for name, value in values.items()}
+class PromptResult(Record):
+    """How all plans answered the questions of one prompt, in their order, beside the full cache and chance.
+
+    `chance` is what a guess at each question would score; `closed_book` are the answers of the model without the
+    context.
+    """
+
+    kind: Literal["prompt"] = "prompt"
+    name: str
+    task: str
+    tokens: int
+    chance: tuple[float, ...]
+    full: tuple[Answer, ...]
+    closed_book: tuple[Answer, ...]
+    plans: tuple[Answers, ...]
 
 
-def named_plan(spec: str, loaded: LoadedModel, context_length: int, profile: Callable[[], Profile]) -> NamedPlan:
-    """The plan that a user names: a file, `full`, or METHOD[+EVICTION]:BUDGET such as baklava+heavy_hitter:0.3.
-
-    Without an eviction method it is sinks + recent, as in the literature. `profile` is called only where needed.
+class Evaluator:
+    """A model and the plans that are compared on it.
 
     Raises:
-        UserError: none of these, an unknown method, a bad budget, or a plan for another model.
+        UserError: a plan is for another model.
     """
-    if spec == "full":
-        return NamedPlan(spec, full_plan(loaded.identity, loaded.geometry, context_length))
-    if ":" in spec and not Path(spec).exists():
-        return NamedPlan(spec, _allocated(spec, loaded, context_length, profile))
-    if spec.partition("+")[0] in allocation.METHODS:
-        raise UserError(f"plan {spec!r} names a method without a budget; write {spec}:0.3")
-    plan = BudgetPlan.read(spec)
-    plan.check_fits(loaded.identity, loaded.geometry)
-    return NamedPlan(spec, plan)
 
+    def __init__(self, loaded: LoadedModel, plans: Sequence[BudgetPlan]) -> None:
+        for plan in plans:
+            plan.check_fits(loaded.identity, loaded.geometry)
+        self.loaded, self.plans = loaded, tuple(plans)
+        self.evictions = tuple(eviction_of(plan.eviction) for plan in plans)
 
-def _allocated(spec: str, loaded: LoadedModel, context_length: int, profile: Callable[[], Profile]) -> BudgetPlan:
-    method, _, budget = spec.partition(":")
-    spreading, _, keeping = method.partition("+")
-    spread = allocation.method_of(spreading)()
-    keep = eviction.method_of(keeping or eviction.Streaming.name)()
-    try:
-        share = float(budget)
-    except ValueError:
-        raise UserError(f"budget {budget!r} is not a number; write {method}:0.3 for 30 % of the bytes") from None
-    measured = profile() if spread.profiled else flat_profile(loaded.identity, loaded.geometry)
-    return allocation.allocate(measured, budget=share, context_length=context_length, method=spread, eviction=keep)
+    def window(self, window: Window) -> WindowResult:
+        """Score every plan on a window."""
+        prefilled = prefill(self.loaded, window, self.evictions)
+        scores = tuple(score(self.loaded, prefilled, plan) for plan in self.plans)
+        gain = _short_nll(self.loaded, window) - float(prefilled.nll.mean())
+        return WindowResult(name=window.name, document=window.document, gain=gain, scores=scores)
 
-
-def evaluate(loaded: LoadedModel, plans: Sequence[NamedPlan], windows: Sequence[Window]) -> list[Evaluation]:
-    """Score every plan on every window; each window is prefilled once."""
-    evictions = [eviction_of(named.plan.eviction) for named in plans]
-    rows: list[list[Score]] = [[] for _ in plans]
-    gains: list[float] = []
-    with bar(len(windows) * (len(plans) + 1), "evaluating", "score") as progress:
-        for window in windows:
-            prefilled = prefill(loaded, window, evictions)
-            progress.update(1)
-            for row, named in zip(rows, plans, strict=True):
-                row.append(score(loaded, prefilled, named.plan))
-                progress.update(1)
-            gains.append(_short_nll(loaded, window) - rows[0][-1].nll_full)
-    return [Evaluation(named, tuple(row), tuple(gains)) for named, row in zip(plans, rows, strict=True)]
+    def prompt(self, task: str, prompt: Prompt) -> PromptResult:
+        """Ask every plan the questions of a prompt."""
+        recorded = record_prompt(self.loaded, prompt, self.evictions)
+        return PromptResult(
+            name=prompt.name,
+            task=task,
+            tokens=recorded.ids.shape[1],
+            chance=tuple(question.chance for question in prompt.questions),
+            full=answer_full(self.loaded, recorded, prompt),
+            closed_book=answer_closed_book(self.loaded, prompt),
+            plans=tuple(answer(self.loaded, recorded, prompt, plan) for plan in self.plans),
+        )
 
 
 @torch.inference_mode()

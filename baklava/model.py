@@ -46,6 +46,10 @@ class LoadedModel:
         ends = self.model.generation_config.eos_token_id
         return frozenset([ends] if isinstance(ends, int) else ends or ())
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, without those that a tokenizer puts around it."""
+        return len(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
     def check_length(
         self, tokens: int, what: str = "a window", remedy: str = "lower --context or --continuation"
     ) -> None:

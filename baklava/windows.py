@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, PositiveInt
 
 from baklava.errors import UserError
+from baklava.files import write_whole
 from baklava.texts import Document
 
 
@@ -146,6 +147,7 @@ def start_tokens(tokenizer: Any) -> list[int]:
 class _NamedIds(BaseModel):
     name: str
     ids: tuple[int, ...]
+    document: str | None = None
 
 
 class _WindowFile(BaseModel):
@@ -154,8 +156,17 @@ class _WindowFile(BaseModel):
     windows: tuple[_NamedIds, ...]
 
 
+def write_windows(path: Path, windows: Sequence[Window]) -> None:
+    """Write windows of one length to a file that `read_windows` and scripts of other people read."""
+    ids = tuple(_NamedIds(name=window.name, ids=window.ids, document=window.document) for window in windows)
+    content = _WindowFile(context=windows[0].context, continuation=windows[0].continuation, windows=ids)
+    write_whole(path, content.model_dump_json() + "\n")
+
+
 def read_windows(path: str | Path, vocabulary: int) -> list[Window]:
     """Windows from a file `{"context": N, "continuation": M, "windows": [{"name", "ids": [N + M ids]}]}`.
+
+    A window may name its "document"; windows of one document are not independent. Else each counts as one.
 
     Raises:
         UserError: not such a file, a window of another length, or an id outside the vocabulary.
@@ -168,7 +179,7 @@ def read_windows(path: str | Path, vocabulary: int) -> list[Window]:
             '"continuation": M, "windows": [{"name": ..., "ids": [N + M token ids]}]}'
         ) from None
     length = content.context + content.continuation
-    cut = [Window(each.name, each.name, each.ids, content.context) for each in content.windows]
+    cut = [Window(each.name, each.document or each.name, each.ids, content.context) for each in content.windows]
     for window in cut:
         if len(window.ids) != length:
             raise UserError(f"window {window.name} in {path} has {len(window.ids)} ids, not {length}; cut it again")

@@ -59,7 +59,7 @@ def _pair(loaded: LoadedModel, context: int, batch: int, share: float, rounds: i
     plans = decode_plans(loaded, context, share, steps=rounds + WARM_UP)
     caches = {name: filled(loaded, BudgetedCache(plan), batch, context) for name, plan in plans.items()}
     caches |= {PEER: filled(loaded, DynamicCache(), batch, context), FLOOR: None}
-    timings = take_turns({name: _stepper(loaded, cache, batch) for name, cache in caches.items()}, rounds, WARM_UP)
+    timings = take_turns({name: stepper(loaded, cache, batch) for name, cache in caches.items()}, rounds, WARM_UP)
     plain = {name: timings[name] for name in (PEER, FLOOR)}
     rows = [
         Row(context, batch, name, timing.median * 1e3, timing.spread, timings[PEER].over(timing))
@@ -76,7 +76,8 @@ def _pair(loaded: LoadedModel, context: int, batch: int, share: float, rounds: i
     return rows
 
 
-def _stepper(loaded: LoadedModel, cache: Any, batch: int) -> Callable[[], Any]:
+def stepper(loaded: LoadedModel, cache: Any, batch: int) -> Callable[[], Any]:
+    """A decode step on this cache: baklava's own attention for a budgeted one, else the peer's."""
     ids = torch.ones(batch, 1, dtype=torch.long, device=loaded.device)
 
     def step() -> Any:

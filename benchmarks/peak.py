@@ -2,26 +2,41 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event, Thread
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from baklava.model import LoadedModel, load
+from baklava.plan import BudgetPlan
 from baklava.prefilling import prefill
-from benchmarks.peer import PEER, as_peer
-from benchmarks.plans import prefill_plans
+from benchmarks.peer import as_peer
 
 
-def peak_over_floor(loaded: LoadedModel, name: str, context: int, batch: int, share: float) -> float:
-    """Highest memory over weights + one layer's dense keys and values + the plan (for the peer, the full cache)."""
-    asked = [loaded.identity.id, name, str(context), str(batch), str(share), str(torch.get_num_threads())]
-    command = [sys.executable, "-m", "benchmarks.peak", *asked]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    return float(ran.stdout.strip().splitlines()[-1])
+def peak(loaded: LoadedModel, plan: BudgetPlan | None, context: int, batch: int = 1) -> int:
+    """Most bytes that one prefill of this many random tokens adds to the weights; without a plan, the peer's."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "plan.json"
+        if plan is not None:
+            plan.write(file)
+        asked = [loaded.identity.id, str(file), str(context), str(batch), str(torch.get_num_threads())]
+        command = [sys.executable, "-m", "benchmarks.peak", *asked]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    return int(ran.stdout.strip().splitlines()[-1])
+
+
+def over_floor(loaded: LoadedModel, plan: BudgetPlan | None, context: int, batch: int) -> float:
+    """The peak over its floor: weights, one layer's dense keys and values, and the plan (the peer's full cache)."""
+    geometry = loaded.geometry
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    layer = 2 * batch * geometry.kv_heads * context * geometry.head_dim * loaded.model.dtype.itemsize
+    held = layer * geometry.layers if plan is None else batch * plan.bytes_per_sequence
+    return (weights + peak(loaded, plan, context, batch)) / (weights + layer + held)
 
 
 @torch.inference_mode()
@@ -31,22 +46,27 @@ def plain(loaded: LoadedModel, ids: torch.Tensor) -> None:
         loaded.model(ids, past_key_values=DynamicCache(), logits_to_keep=1)
 
 
-def _measure(model: str, name: str, context: int, batch: int, share: float, threads: int) -> float:
+def _measure(model: str, file: Path, context: int, batch: int, threads: int) -> int:
     loaded = load(model, threads=threads)
-    geometry, plans = loaded.geometry, prefill_plans(loaded, context, share)
-    ids = torch.randint(5, loaded.model.config.vocab_size, (batch, context))
+    ids = torch.randint(5, loaded.model.config.vocab_size, (batch, context)).to(loaded.device)
     plain(loaded, ids[:, :64])  # code and buffers that every prefill needs
+    run: Callable[[], Any] = lambda: plain(loaded, ids)  # noqa: E731
+    if file.exists():
+        plan = BudgetPlan.read(file)
+        run = lambda: prefill(loaded, plan, ids)  # noqa: E731
+    if loaded.device.type == "cuda":
+        return _on_gpu(run)
     before = _anonymous()
     with _watching() as seen:
-        if name == PEER:
-            plain(loaded, ids)
-        else:
-            prefill(loaded, plans[name], ids)
-    grown = max(seen) - before
-    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    layer = 2 * batch * geometry.kv_heads * context * geometry.head_dim * loaded.model.dtype.itemsize
-    held = layer * geometry.layers if name == PEER else batch * plans[name].bytes_per_sequence
-    return (weights + grown) / (weights + layer + held)
+        run()
+    return max(seen) - before
+
+
+def _on_gpu(run: Callable[[], Any]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 @contextmanager
@@ -74,5 +94,5 @@ def _anonymous() -> int:
 
 
 if __name__ == "__main__":
-    model, name, context, batch, share, threads = sys.argv[1:]
-    print(_measure(model, name, int(context), int(batch), float(share), int(threads)))
+    model, file, context, batch, threads = sys.argv[1:]
+    print(_measure(model, Path(file), int(context), int(batch), int(threads)))

@@ -10,7 +10,7 @@ from baklava.model import LoadedModel
 from baklava.prefilling import prefill as enter
 from baklava.progress import bar, say
 from baklava.repetition import CHUNK as REPEATED
-from benchmarks.peak import peak_over_floor, plain
+from benchmarks.peak import over_floor, plain
 from benchmarks.peer import PEER
 from benchmarks.plans import prefill_plans
 from benchmarks.rounds import Timing, machine, take_turns
@@ -60,7 +60,8 @@ def _pair(loaded: LoadedModel, context: int, batch: int, share: float, rounds: i
     for run in (lambda: plain(loaded, ids[:, :64]), lambda: enter(loaded, plans["streaming"], ids[:, :64])):
         run()
     timings = take_turns(contestants, rounds)
-    peaks = {name: peak_over_floor(loaded, name, context, batch, share) if memory else None for name in (PEER, *plans)}
+    of = {PEER: None, **plans}
+    peaks = {name: over_floor(loaded, plan, context, batch) if memory else None for name, plan in of.items()}
     return [_row(name, context, batch, timings, peaks[name]) for name in timings]
 
 

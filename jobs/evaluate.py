@@ -1,117 +1,139 @@
-"""Compare plans on text: quality lost against the full cache, and bytes held."""
+"""Say what plans cost in quality and gain in memory and speed, on your own text."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from baklava.errors import UserError
-from baklava.evaluation import Evaluation, evaluate, named_plan
-from baklava.model import LoadedModel, load
-from baklava.profile import Profile, cached_profile
-from baklava.texts import documents
-from baklava.windows import Window, read_windows, split, windows
+from tuning.folders import new_folder
 
-EXAMPLES = """examples:
-  python jobs/evaluate.py --plan uniform:0.3 --plan baklava:0.3 --texts ifcraft
-  python jobs/evaluate.py --plan runs/2026-11-23/plan.json --texts my-notes.txt --json scores.json
-  python jobs/evaluate.py --plan baklava+heavy_hitter:0.125 --model Qwen/Qwen2.5-0.5B-Instruct --texts ifcraft
-  python jobs/evaluate.py --plan full --windows windows.json
+if TYPE_CHECKING:
+    from tuning.evaluation.run import Evaluated
 
-A plan is a plan.json, `full`, or METHOD[+EVICTION]:BUDGET with METHOD uniform or baklava, EVICTION streaming
+EXAMPLES = """A plan is a plan.json, `full`, or METHOD[+EVICTION]:BUDGET with METHOD uniform or baklava, EVICTION streaming
 (sinks + recent, the default), heavy_hitter, tova, snapkv, key_norm, keydiff, expected_attention or reconstruction, and
-BUDGET a share of the full cache's 16-bit bytes."""
+BUDGET a share of the full cache's 16-bit bytes.
+
+A task is `all`, or one of passkey, needle, multi_needle, kv_retrieval, multi_value, multi_query, variable_tracking,
+common_words, frequent_words, copy and few_shot, which are made from --texts; or a published benchmark:
+longbench:qasper, longbench_v2, ruler:niah_single_1@4096, with =FILE behind it for rows of a file of your own.
+
+writes report.html, scores.json and windows.json to --out, and a run per plan to MLflow
+
+examples:
+  python jobs/evaluate.py --plan uniform:0.3 --plan baklava:0.3 --texts ifcraft
+  python jobs/evaluate.py --plan full --plan runs/mine/plan.json --tasks all --texts my-notes.txt
+  python jobs/evaluate.py --plan runs/mine/plan.json --tasks needle kv_retrieval --lengths 1024 4096 --prompts 20
+  python jobs/evaluate.py --plan baklava+heavy_hitter:0.125 --model Qwen/Qwen2.5-0.5B-Instruct --tasks longbench:qasper
+  python jobs/evaluate.py --plan full --windows windows.json --json scores.json
+  python jobs/evaluate.py --resume runs/evaluation-20260101T120000Z"""
+
+DEFAULTS = {"model": "demo"}
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--plan", action="append", required=True, help="what to compare; repeat for several")
-    parser.add_argument("--model", default="demo", help="demo, a directory, or a hub id (default: demo)")
-    parser.add_argument("--texts", nargs="+", default=["ifcraft"], help="corpus names or files (default: ifcraft)")
-    parser.add_argument("--windows", help="a JSON file of token windows, instead of --texts")
-    parser.add_argument("--context", type=_count, default=3072, help="tokens prefilled per window (default: 3072)")
-    parser.add_argument("--continuation", type=_count, default=512, help="tokens scored per window (default: 512)")
-    parser.add_argument("--limit", type=_count, default=12, help="most windows, one per document (default: 12)")
-    parser.add_argument("--calibration", nargs="+", default=["botocore"], help="texts that METHOD:BUDGET profiles on")
-    parser.add_argument("--threads", type=_count, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--json", type=Path, help="write the scores here")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = arguments()
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise UserError(f"--json {args.json} is no file that can be written; name a file in a folder that exists")
-    loaded = load(args.model, threads=args.threads)
-    cut = _windows(args, loaded)
-
-    @cache
-    def profile() -> Profile:
-        texts, (context, continuation) = documents(args.calibration), (cut[0].context, cut[0].continuation)
-        splits = split(texts, loaded.tokenizer, context=context, continuation=continuation, seed=0)
-        return cached_profile(loaded, splits.calibration)
-
-    plans = [named_plan(spec, loaded, len(cut[0].ids), profile) for spec in args.plan]
-    evaluations = evaluate(loaded, plans, cut)
-    print(table(evaluations, len(cut[0].ids)))
-    if args.json:
-        args.json.write_text(json.dumps(_content(evaluations), indent=1) + "\n")
-        print(f"written to {args.json}")
+    made.add_argument("--plan", action="append", dest="plans", help="what to compare; repeat for several")
+    made.add_argument("--model", metavar="demo|DIR|HUB_ID", help="what the plans are for (default demo)")
+    made.add_argument(
+        "--texts", nargs="+", metavar="NAME|FILE", help="what windows and tasks are made of (default ifcraft)"
+    )
+    made.add_argument("--windows", metavar="FILE", help="a JSON file of token windows, instead of those of --texts")
+    made.add_argument("--context", type=_count, metavar="TOKENS", help="tokens prefilled per window (default 3072)")
+    made.add_argument("--continuation", type=_count, metavar="TOKENS", help="tokens scored per window (default 512)")
+    made.add_argument("--limit", type=_count, metavar="N", help="most windows, one per document (default 12)")
+    made.add_argument("--tasks", nargs="+", metavar="NAME", help="all, or tasks and benchmarks by name (default none)")
+    made.add_argument(
+        "--lengths", nargs="+", type=_count, metavar="TOKENS", help="tokens of a prompt (default: those of a window)"
+    )
+    made.add_argument("--prompts", type=_count, metavar="N", help="prompts of each task and length (default 4)")
+    made.add_argument(
+        "--calibration", nargs="+", metavar="NAME|FILE", help="texts that METHOD:BUDGET profiles on (default botocore)"
+    )
+    made.add_argument("--no-speed", dest="speed", action="store_false", help="leave out speed and peak memory")
+    made.add_argument("--replicas", type=_replicas, metavar="auto|N", help="copies of the model, on Ray (default auto)")
+    made.add_argument("--threads", type=_count, metavar="N", help="torch threads of one process (default: torch's own)")
+    made.add_argument("--seed", type=int, help="of the prompts (default 0)")
+    made.add_argument(
+        "--out", type=Path, metavar="DIR", help="a new folder (default runs/evaluation- and the UTC time)"
+    )
+    made.add_argument("--resume", type=Path, metavar="DIR", help="the folder of a killed evaluation, with its settings")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the scores here, too")
+    return made
 
 
 def _count(text: str) -> int:
-    if (count := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{count} is not at least 1")
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number that is at least 1")
+    return int(text)
 
 
-def _windows(args: argparse.Namespace, loaded: LoadedModel) -> list[Window]:
-    if args.windows:
-        return read_windows(args.windows, loaded.model.config.vocab_size)
-    cut = windows(documents(args.texts), loaded.tokenizer, context=args.context, continuation=args.continuation)
-    return cut[: args.limit]
+def _replicas(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number of replicas")
+    return text if text == "auto" else int(text)
 
 
-def table(evaluations: Sequence[Evaluation], length: int) -> str:
-    """One line a plan: bytes, then means with their 95 % intervals over documents; `length` is a window's tokens."""
-    first = evaluations[0]
-    gain = first.mean("gain")
-    widest = max(len(each.named.name) for each in evaluations)
-    lines = [
-        f"{gain.windows} windows of {gain.documents} documents; with all of its context instead of 512 tokens a window "
-        f"gains {gain.mean:.3f} nats per token",
-        f"{'plan':<{widest}}  {'bytes':>7}  {'held':>9}  {'dNLL (nats/token)':>26}  {'KL (nats/token)':>26}",
-    ]
-    for each in evaluations:
-        held = f"{each.allocated_bytes / 2**20:.1f} MiB"
-        cells = "  ".join(f"{_cell(each, metric):>26}" for metric in ("dnll", "kl"))
-        lines.append(f"{each.named.name:<{widest}}  {each.named.plan.ratio:>7.1%}  {held:>9}  {cells}")
-    lines += [
-        f"{each.named.name} states its bytes at {each.named.plan.context_length} tokens, these windows have {length}"
-        for each in evaluations
-        if each.named.plan.context_length != length
-    ]
-    return "\n".join(lines)
+def run(given: dict[str, Any]) -> "Evaluated":
+    # Here, since they take seconds, and --help should not.
+    from benchmarks.speed import speeds
+    from tuning.evaluation.run import evaluate, resume
+    from tuning.evaluation.settings import EvaluationSettings
+
+    earlier, out = given.pop("resume", None), given.pop("out", None)
+    if earlier is not None:
+        if given or out:
+            raise UserError(f"--resume takes its settings from {earlier}; leave out --{next(iter([*given, 'out']))}")
+        return resume(earlier, speeds)
+    if "plans" not in given:
+        raise UserError("no plan was named; give --plan full, --plan baklava:0.3 or the plan.json of a search")
+    settings = EvaluationSettings.of(**{**DEFAULTS, **given})
+    return evaluate(settings, out or new_folder("evaluation-"), speeds)
 
 
-def _cell(evaluation: Evaluation, metric: str) -> str:
-    found = evaluation.mean(metric)
-    return f"{found.mean:.4f} [{found.low:.4f}, {found.high:.4f}]"
+def show(evaluated: "Evaluated") -> None:
+    from baklava.verdict import verdict
+    from tuning.evaluation.table import tables
+
+    print("\n" + tables(evaluated.evaluations))
+    print("\n" + "\n".join(f"- {sentence}" for sentence in verdict(evaluated.evaluations)))
+    folder = evaluated.folder
+    print(f"\nreport   {folder.report}\nscores   {folder.scores}\nwindows  {folder.windows}")
+    print(
+        "\nnext step: open the report, or compare all evaluations with `make ui`; rerun with --prompts 20 for "
+        "narrower intervals on the tasks"
+        if evaluated.settings.tasks
+        else "\nnext step: add --tasks all"
+    )
 
 
-def _content(evaluations: Sequence[Evaluation]) -> dict[str, object]:
-    if len(evaluations) == 1:
-        return evaluations[0].as_json()
-    return {"plans": [each.as_json() for each in evaluations]}
+def main(argv: Sequence[str] | None = None) -> int:
+    given = vars(parser().parse_args(argv))
+    machine = given.pop("json", None)
+    try:
+        if machine and (machine.is_dir() or not machine.absolute().parent.is_dir()):
+            raise UserError(f"--json {machine} is no file that can be written; name a file in a folder that exists")
+        evaluated = run(given)
+    except UserError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    show(evaluated)
+    if machine:
+        machine.write_text(json.dumps(evaluated.as_json(), indent=1, allow_nan=False) + "\n")
+        print(f"written to {machine}")
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -4,12 +4,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baklava.errors import UserError
-from baklava.paths import data_dir
+from tuning.folders import new_folder
 
 if TYPE_CHECKING:
     from tuning.outcome import Outcome
@@ -66,13 +65,6 @@ def _replicas(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def default_out() -> Path:
-    """A folder in runs/; under `ray job submit` in the data folder, since Ray deletes a job's working folder."""
-    in_job = "runtime_resources" in Path.cwd().parts
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    return (data_dir() if in_job else Path()) / "runs" / stamp
-
-
 def run(given: dict[str, Any]) -> "Outcome":
     # Here, since they take seconds, and --help should not.
     from tuning.search import resume, search
@@ -80,7 +72,7 @@ def run(given: dict[str, Any]) -> "Outcome":
 
     earlier, out = given.pop("resume", None), given.pop("out", None)
     if earlier is None:
-        return search(SearchSettings.of(**{**DEFAULTS, **given}), out or default_out())
+        return search(SearchSettings.of(**{**DEFAULTS, **given}), out or new_folder())
     if given or out:
         raise UserError(f"--resume takes its settings from {earlier}; leave out --{next(iter([*given, 'out']))}")
     return resume(earlier)

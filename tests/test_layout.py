@@ -26,7 +26,7 @@ WINGS = {
     "living inside one": "attention model eviction storage heads padding recording sliding cache "
     "repetition prefilling compiling",
     "finding one": "hub published corpora texts windows profile allocation scoring bootstrap tasks suites answering "
-    "evaluation",
+    "naming evaluation comparison verdict",
 }
 WING_OF = {module: number for number, modules in enumerate(WINGS.values()) for module in modules.split()}
 

@@ -17,8 +17,9 @@ from searching import ROOT, SMALL, descendants, kill, lines, make_model, make_te
 
 from baklava.model import load
 from baklava.plan import BudgetPlan
+from tuning.journal import Journal
 from tuning.settings import SearchRecord
-from tuning.trials import Journal
+from tuning.trials import FILE, TrialRecord
 
 TRIALS = 10
 
@@ -68,7 +69,7 @@ class Finished:
 
     @property
     def journal(self) -> list[Any]:
-        return Journal.open(self.out).records
+        return Journal.open(self.out / FILE, TrialRecord.model_validate_json).records
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def test_a_killed_search_goes_on_and_neither_loses_nor_doubles_a_trial(place: Pl
     again = start_search("--resume", out, log=log)
     assert again.wait(timeout=300) == 0, log.read_text()
     after = (out / "trials.jsonl").read_text().splitlines()
-    records = Journal.open(out).records
+    records = Journal.open(out / FILE, TrialRecord.model_validate_json).records
     assert after[: len(before)] == before
     assert [record.trial for record in records] == list(range(1, TRIALS + 1))
     assert len({json.dumps(record.params, sort_keys=True) for record in records}) == TRIALS

@@ -16,11 +16,12 @@ from test_space import record, task
 
 from baklava.errors import UserError
 from baklava.plan import BudgetPlan
+from tuning.journal import Journal
 from tuning.recorder import Recorder
 from tuning.settings import SearchSettings
 from tuning.space import first_params
 from tuning.tracking import Tracker
-from tuning.trials import Journal, TrialRecord
+from tuning.trials import TrialRecord
 
 SETTINGS = SearchSettings(model="org/Some Model", texts=("t",), budget=0.3, context=10, continuation=2, trials=3)
 

@@ -6,6 +6,7 @@ from itertools import accumulate
 
 from baklava.plan import BudgetPlan
 from tuning.settings import Objective
+from tuning.svg import svg, text
 from tuning.trials import TrialRecord, objective_of
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 300, 62, 16, 14, 40
@@ -30,13 +31,13 @@ def heat_map(plan: BudgetPlan) -> str:
         for layer, row in enumerate(rows)
         for head, tokens in enumerate(row)
     ]
-    labels = [_text(LEFT - 8, layer * CELL_HEIGHT + 10, str(layer), "end") for layer in range(0, len(rows), 5)]
+    labels = [text(LEFT - 8, layer * CELL_HEIGHT + 10, str(layer), "end") for layer in range(0, len(rows), 5)]
     bottom = len(rows) * CELL_HEIGHT
     every = max(1, heads // 16)
-    labels += [_text(LEFT + h * wide + wide // 2, bottom + 14, str(h), "middle") for h in range(0, heads, every)]
+    labels += [text(LEFT + h * wide + wide // 2, bottom + 14, str(h), "middle") for h in range(0, heads, every)]
     scale = _scale(LEFT + heads * wide + 24, most)
-    axes = [_text(LEFT + heads * wide // 2, bottom + 30, "KV head", "middle"), _text(0, 10, "layer", "start")]
-    return _svg(WIDTH, max(bottom + 36, 150), "entries per layer and KV head", [*cells, *labels, *axes, *scale])
+    axes = [text(LEFT + heads * wide // 2, bottom + 30, "KV head", "middle"), text(0, 10, "layer", "start")]
+    return svg(WIDTH, max(bottom + 36, 150), "entries per layer and KV head", [*cells, *labels, *axes, *scale])
 
 
 def trial_chart(records: Sequence[TrialRecord], objective: Objective) -> str:
@@ -50,8 +51,8 @@ def trial_chart(records: Sequence[TrialRecord], objective: Objective) -> str:
     dots = [_dot(record, value, place, objective) for record, value in zip(scored, values, strict=True)]
     failed = [_cross(record, place) for record in records if record.status == "failed"]
     ticks = [_tick(place, low + step * (high - low) / 4) for step in range(5)]
-    axes = [_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "trial", "middle"), *_trial_ticks(place)]
-    return _svg(
+    axes = [text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "trial", "middle"), *_trial_ticks(place)]
+    return svg(
         WIDTH, HEIGHT, f"{objective} by trial", [*ticks, *axes, _best_line(scored, objective, place), *dots, *failed]
     )
 
@@ -95,28 +96,20 @@ def _cross(record: TrialRecord, place: _Place) -> str:
 def _tick(place: _Place, value: float) -> str:
     y = place.y(value)
     line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return line + _text(LEFT - 8, y + 4, f"{value:.3g}", "end")
+    return line + text(LEFT - 8, y + 4, f"{value:.3g}", "end")
 
 
 def _trial_ticks(place: _Place) -> list[str]:
     every = max(1, -(-place.trials // 12))
-    return [_text(place.x(t), HEIGHT - BOTTOM + 18, str(t), "middle") for t in range(1, place.trials + 1, every)]
+    return [text(place.x(t), HEIGHT - BOTTOM + 18, str(t), "middle") for t in range(1, place.trials + 1, every)]
 
 
 def _scale(x: float, most: int) -> list[str]:
     steps = [_cell(x, 10 + step * 12, 16, 1 - step / 8, "") for step in range(9)]
-    return [*steps, _text(x + 24, 20, f"{most} entries", "start"), _text(x + 24, 116, "0", "start")]
+    return [*steps, text(x + 24, 20, f"{most} entries", "start"), text(x + 24, 116, "0", "start")]
 
 
 def _cell(x: float, y: float, width: float, share: float, told: str) -> str:
     tip = f"<title>{escape(told)}</title>" if told else ""
     box = f'x="{x}" y="{y}" width="{width - 1}" height="{CELL_HEIGHT - 1}"'
     return f'<rect class="cell" {box} fill-opacity="{0.04 + 0.96 * share:.3f}">{tip}</rect>'
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'

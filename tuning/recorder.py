@@ -8,15 +8,16 @@ from ray import tune
 
 from baklava.progress import say
 from tuning.cluster import Crew
+from tuning.journal import Journal
 from tuning.task import Task
 from tuning.tracking import Tracker
-from tuning.trials import Journal, Status, TrialRecord, best_of, objective_of
+from tuning.trials import Status, TrialRecord, best_of, objective_of
 
 
 class Recorder(tune.Callback):
     """Tells everyone about finished trials, the journal first."""
 
-    def __init__(self, journal: Journal, tracker: Tracker, crew: Crew, task: Task, trials: int) -> None:
+    def __init__(self, journal: Journal[TrialRecord], tracker: Tracker, crew: Crew, task: Task, trials: int) -> None:
         self.journal, self.tracker, self.crew, self.task, self.trials = journal, tracker, crew, task, trials
         self.started, self.before = time.monotonic(), len(journal.records)
 

@@ -1,14 +1,12 @@
 """The report: one HTML file that needs nothing else, neither a network nor a script."""
 
 import math
-from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from string import Template
 
-from baklava.files import write_whole
 from tuning.charts import heat_map, trial_chart
 from tuning.outcome import Outcome
+from tuning.page import figures, pairs, steps, write_page
 from tuning.validate import Validated, above
 
 
@@ -20,13 +18,12 @@ def write_report(outcome: Outcome, path: Path) -> None:
         "lead": escape(_lead(outcome)),
         "figures": _figures(outcome),
         "ranking": "".join(_row(entry, winner) for entry in outcome.ranking),
-        "knobs": _pairs(_knobs(outcome)),
-        "settings": _pairs({**settings.model_dump(), "texts": " ".join(settings.texts)}),
-        "steps": _steps(outcome.next_steps),
+        "knobs": pairs(_knobs(outcome)),
+        "settings": pairs({**settings.model_dump(), "texts": " ".join(settings.texts)}),
+        "steps": steps(outcome.next_steps),
     }
     charts = {"heat": heat_map(outcome.plan), "chart": trial_chart(outcome.trials, settings.objective)}
-    page = Template((Path(__file__).parent / "report.html").read_text())
-    write_whole(path, page.substitute(fields, **charts))
+    write_page(path, "report.html", {**fields, **charts})
 
 
 def _lead(outcome: Outcome) -> str:
@@ -41,13 +38,13 @@ def _lead(outcome: Outcome) -> str:
 def _figures(outcome: Outcome) -> str:
     metrics = outcome.winner.metrics
     held, full = (n / 2**20 for n in (outcome.plan.bytes_per_sequence, outcome.plan.full_bytes_per_sequence))
-    figures = {
+    shown = {
         "KL to the full cache": f"{metrics['kl']:.4f}",
         "perplexity": f"{metrics['ppl']:.2f} (full {metrics['ppl_full']:.2f})",
         "bytes per sequence": f"{held:.3g} of {full:.3g} MiB",
         "trials": ", ".join(f"{n} {s}" for s in ("finished", "pruned", "failed") if (n := outcome.count(s))),
     }
-    return "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in figures.items())
+    return figures(shown)
 
 
 def _row(entry: Validated, winner: Validated) -> str:
@@ -77,14 +74,3 @@ def _knobs(outcome: Outcome) -> dict[str, object]:
         **shared,
         **eviction.knobs,
     }
-
-
-def _pairs(values: Mapping[str, object]) -> str:
-    shown = {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in values.items()}
-    return "".join(
-        f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(value)}</dd>" for name, value in shown.items()
-    )
-
-
-def _steps(steps: Mapping[str, str]) -> str:
-    return "".join(f"<dt>{escape(what)}</dt><dd><code>{escape(command)}</code></dd>" for what, command in steps.items())

@@ -1,7 +1,6 @@
 """The search from settings to a registered champion."""
 
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ from baklava.plan import BudgetPlan, Provenance
 from baklava.profile import flat_profile
 from baklava.progress import say
 from tuning.cluster import TRIAL_CPUS, Crew, present_fleet, session
+from tuning.folders import check_new
+from tuning.journal import Journal
 from tuning.objective import trial
 from tuning.outcome import Outcome
 from tuning.prepare import Material, prepare
@@ -29,7 +30,7 @@ from tuning.searcher import Halving, PlanSearch
 from tuning.settings import SearchRecord, SearchSettings
 from tuning.task import Task
 from tuning.tracking import Tracker
-from tuning.trials import Journal
+from tuning.trials import FILE, TrialRecord
 from tuning.validate import Validated, candidates, heuristic_candidates, validate
 
 NODE_FAILURES = 3
@@ -48,7 +49,7 @@ class Run:
     tracker: Tracker
     material: Material
     task: Task
-    journal: Journal
+    journal: Journal[TrialRecord]
 
 
 def search(settings: SearchSettings, out: Path) -> Outcome:
@@ -57,7 +58,7 @@ def search(settings: SearchSettings, out: Path) -> Outcome:
     Raises:
         UserError: anything a user can put right. Nothing has been written to `out` then.
     """
-    check_out(out)
+    check_new(out, "search")
     tracker = Tracker.connect(settings.model_name)
     check_budget(settings)
     return _run(settings, out, tracker, None)
@@ -73,15 +74,6 @@ def resume(out: Path) -> Outcome:
     if (out / "plan.json").exists():
         raise UserError(f"--resume {out} has ended, its plan is {out}/plan.json; start a new search without --resume")
     return _run(record.settings, out, Tracker.connect(record.settings.model_name), record)
-
-
-def check_out(out: Path) -> None:
-    """Raise UserError when the folder cannot be made, or holds something already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists already; choose another folder, or go on with its search: --resume {out}")
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--out {out} cannot be made, since {place} is no folder to write in; choose another one")
 
 
 def check_budget(settings: SearchSettings) -> None:
@@ -111,15 +103,15 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
 
 def _journal(
     settings: SearchSettings, out: Path, tracker: Tracker, material: Material, earlier: SearchRecord | None
-) -> Journal:
+) -> Journal[TrialRecord]:
     """The trials so far, in a folder that can be resumed and under a parent run."""
     if earlier:
         tracker.resume(earlier.run)
-        return Journal.open(out)
+        return Journal.open(out / FILE, TrialRecord.model_validate_json)
     parent = tracker.begin(settings, out)
     out.mkdir(parents=True, exist_ok=True)
     SearchRecord(settings=settings, model=material.identity, corpora=material.corpora, run=parent).write(out)
-    return Journal.open(out)
+    return Journal.open(out / FILE, TrialRecord.model_validate_json)
 
 
 @contextmanager

@@ -49,14 +49,13 @@ class SearchSettings(Record):
     @property
     def model_name(self) -> str:
         """The last part of the model's name, fit for a registry: `demo`, `qwen2.5-0.5b`."""
-        short = self.model.rstrip("/").rsplit("/", 1)[-1].lower()
-        return re.sub(r"[^\w.-]+", "-", short).strip("-.") or "model"
+        return short_name(self.model)
 
     @classmethod
     def of(cls, *, model: str, texts: Sequence[str], **values: Any) -> Self:
         """Checked settings; files are made absolute, so that a resumed search finds them from any folder."""
         try:
-            return cls(model=_settled(model), texts=tuple(map(_settled, texts)), **values)
+            return cls(model=settled(model), texts=tuple(map(settled, texts)), **values)
         except ValidationError as error:
             first = error.errors()[0]
             field = str(first["loc"][0])
@@ -99,6 +98,13 @@ class SearchRecord(Record):
             )
 
 
-def _settled(name: str) -> str:
+def short_name(model: str) -> str:
+    """The last part of a model's name or path, fit for a registry."""
+    short = model.rstrip("/").rsplit("/", 1)[-1].lower()
+    return re.sub(r"[^\w.-]+", "-", short).strip("-.") or "model"
+
+
+def settled(name: str) -> str:
+    """A name as it is; a file that exists made absolute."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() else name

@@ -1,28 +1,20 @@
 """The record in MLflow: a parent run per search, a child per trial, and the winner as a registered champion."""
 
-import logging
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
 
-from baklava.errors import UserError
-from baklava.paths import data_dir, tracking_uri
 from baklava.plan import BudgetPlan
 from baklava.progress import say
 from tuning.heatmap import draw
+from tuning.server import PARENT_TAG, WRITE_ERRORS, connect, first_line, now, refused
 from tuning.settings import SearchSettings
 from tuning.trials import TrialRecord
 
-PARENT_TAG = "mlflow.parentRunId"
 CHAMPION = "champion"
 
 
@@ -45,21 +37,14 @@ class Tracker:
         Raises:
             UserError: it does not.
         """
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        uri = tracking_uri()
-        say(f"mlflow: opening {uri}")
-        with _refused("start it, or unset MLFLOW_TRACKING_URI to record in a local database"):
-            if uri.startswith("sqlite:///"):
-                Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            client = MlflowClient(tracking_uri=uri)
-            return cls(client, _experiment(client, f"baklava/{model_name}"), f"baklava-{model_name}")
+        client, experiment = connect(f"baklava/{model_name}")
+        return cls(client, experiment, f"baklava-{model_name}")
 
     def begin(self, settings: SearchSettings, out: Path) -> str:
         """Create the parent run; returns its id. Raises UserError when the server went down meanwhile."""
         tags = {"baklava.out": str(out.absolute())}
         params = [Param(key, str(value)) for key, value in settings.model_dump().items()]
-        with _refused("start it again"):
+        with refused("start it again"):
             self.parent = self.client.create_run(self.experiment, run_name=out.name, tags=tags).info.run_id
             self.client.log_batch(self.parent, params=params)
         return self.parent
@@ -67,12 +52,12 @@ class Tracker:
     def resume(self, parent: str) -> None:
         """Go on under an earlier parent run; raises UserError when the server does not have it."""
         self.parent = parent
-        with _refused("set MLFLOW_TRACKING_URI to where the search began"):
+        with refused("set MLFLOW_TRACKING_URI to where the search began"):
             self.client.update_run(parent, status="RUNNING")
 
     def trial(self, record: TrialRecord, plan: BudgetPlan | None, seconds: float) -> None:
         """Write a finished trial as a child run, in one go: a search that is killed leaves no child half done."""
-        ended = _now()
+        ended = now()
         self._try(lambda: self._child(record, plan, ended - int(1000 * seconds), ended))
 
     def champion(self, plan: BudgetPlan, tags: Mapping[str, str]) -> str | None:
@@ -113,8 +98,8 @@ class Tracker:
         self.client.set_registered_model_alias(self.name, CHAMPION, version)
 
     def _close(self, metrics: Mapping[str, float], files: Sequence[Path], status: str) -> None:
-        now = _now()
-        self.client.log_batch(self.parent, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+        at = now()
+        self.client.log_batch(self.parent, metrics=[Metric(key, value, at, 0) for key, value in metrics.items()])
         for path in files:
             self.client.log_artifact(self.parent, str(path))
         self.client.set_terminated(self.parent, status)
@@ -129,41 +114,14 @@ class Tracker:
     def _attempt(self, write: Callable[[], None]) -> bool:
         try:
             write()
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            say(f"mlflow: cannot write ({_first_line(error)}); the search goes on, trials.jsonl has every trial")
+        except WRITE_ERRORS as error:
+            say(f"mlflow: cannot write ({first_line(error)}); the search goes on, trials.jsonl has every trial")
             return False
         return True
 
 
-@contextmanager
-def _refused(remedy: str) -> Iterator[None]:
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(
-            f"the tracking server at {tracking_uri()} cannot be used ({_first_line(error)}); {remedy}"
-        ) from None
-
-
-def _experiment(client: MlflowClient, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found:
-        return found.experiment_id
-    local = tracking_uri().startswith("sqlite:///") and not os.environ.get("MLFLOW_TRACKING_URI")
-    return client.create_experiment(name, artifact_location=(data_dir() / "mlartifacts").as_uri() if local else None)
-
-
-def _curves(record: TrialRecord, now: int) -> list[Metric]:
+def _curves(record: TrialRecord, at: int) -> list[Metric]:
     """The trial's means, and its score on each window as a step."""
-    means = [Metric(key, value, now, 0) for key, value in record.metrics.items()]
+    means = [Metric(key, value, at, 0) for key, value in record.metrics.items()]
     steps = enumerate(record.windows, start=1)
-    return means + [Metric(f"window_{key}", window[key], now, step) for step, window in steps for key in ("kl", "dnll")]
-
-
-def _now() -> int:
-    return int(time.time() * 1000)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    return means + [Metric(f"window_{key}", window[key], at, step) for step, window in steps for key in ("kl", "dnll")]

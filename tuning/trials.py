@@ -1,16 +1,10 @@
-"""The journal: one line of `trials.jsonl` per finished trial, the one source of truth of a search."""
+"""Trials that ended, and what their scores come to."""
 
-import json
 import math
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import ValidationError
-
-from baklava.errors import UserError
 from baklava.records import Record
 from tuning.settings import Objective
 
@@ -38,10 +32,6 @@ class TrialRecord(Record):
     status: Status
     windows: tuple[dict[str, Any], ...] = ()
     error: str | None = None
-
-    def line(self) -> str:
-        """The record as one line of JSON."""
-        return json.dumps(self.model_dump(exclude_none=True), allow_nan=False)
 
 
 def means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -77,39 +67,3 @@ def best_of(records: Iterable[TrialRecord], objective: Objective, count: int = 1
     """The `count` best trials that scored every window; the first of equals wins."""
     complete = [record for record in records if record.status == "finished"]
     return sorted(complete, key=lambda record: objective_of(record.metrics, objective))[:count]
-
-
-class Journal:
-    """Appends to `trials.jsonl`, each line on disk before the next trial is counted."""
-
-    def __init__(self, path: Path, records: Sequence[TrialRecord] = ()) -> None:
-        self.path, self.records = path, list(records)
-
-    @classmethod
-    def open(cls, out: Path) -> Self:
-        """The journal of a folder with the trials it holds; a last line that a kill cut short is dropped.
-
-        Raises:
-            UserError: the file was changed by hand.
-        """
-        path = out / FILE
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            os.truncate(path, len(whole.encode()))
-        return cls(path, [_parse(line, path) for line in whole.splitlines()])
-
-    def append(self, record: TrialRecord) -> None:
-        """Add one trial, and return when it is on disk."""
-        self.records.append(record)
-        with self.path.open("a") as file:
-            file.write(record.line() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _parse(line: str, path: Path) -> TrialRecord:
-    try:
-        return TrialRecord.model_validate_json(line)
-    except ValidationError:
-        raise UserError(f"{path} holds a line that is not a trial ({line[:60]!r}); remove that line") from None

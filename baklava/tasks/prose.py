@@ -9,8 +9,8 @@ from random import Random
 from baklava.errors import UserError
 from baklava.texts import Document
 
-END = re.compile(r"(?<=[.!?。！？])\s+|\n+")  # noqa: RUF001
-SENTENCE = re.compile(r"[\w\"'(“‘][^|{}<>#*_`]*[.!?。！？][\"')”’]*")  # noqa: RUF001
+END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
+SENTENCE = re.compile(r"[\w\"'(“‘][^|{}<>#*_`]*[.!?。！？][\"')”’]*")
 WORD = re.compile(r"\b[a-z]{4,10}\b")
 SHORTEST = 4  # words
 

@@ -1,0 +1,108 @@
+"""The charts of an evaluation's report."""
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+
+from baklava.comparison import Evaluation
+from tuning.svg import svg, text
+
+WIDTH, LEFT, RIGHT, TOP = 720, 64, 24, 16
+HEIGHT, BOTTOM = 340, 44
+LEAST_KL = 1e-4
+"""Nats per token at the foot of the scale: what rounding to 16 bits costs a plan that keeps everything."""
+
+ROW, NAMES = 24, 190
+Scale = Callable[[float], float]
+COLOURS = 6
+
+
+def colour(number: int) -> str:
+    """The class that gives a plan its colour."""
+    return f"plan-{number % COLOURS}"
+
+
+def quality_chart(evaluations: Sequence[Evaluation]) -> str:
+    """KL over bytes, a point a plan with its interval."""
+    means = [max(LEAST_KL, each.mean("kl").mean) for each in evaluations]
+    top = 10 ** math.ceil(math.log10(2 * max(means)))
+    widest = max(each.named.plan.ratio for each in evaluations)
+
+    def x(ratio: float) -> float:
+        return LEFT + ratio / widest * 0.82 * (WIDTH - LEFT - RIGHT)
+
+    def y(kl: float) -> float:
+        share = math.log(max(kl, LEAST_KL) / LEAST_KL) / math.log(top / LEAST_KL)
+        return HEIGHT - BOTTOM - min(1.0, share) * (HEIGHT - BOTTOM - TOP)
+
+    grid = [_level(10.0**power, y) for power in range(round(math.log10(LEAST_KL)), round(math.log10(top)) + 1)]
+    ticks = [
+        text(x(widest * step / 4), HEIGHT - BOTTOM + 18, f"{widest * step / 4:.0%}", "middle") for step in range(5)
+    ]
+    axis = text((LEFT + WIDTH) / 2, HEIGHT - 6, "share of the full cache's bytes", "middle")
+    points = [_point(number, each, x, y) for number, each in enumerate(evaluations)]
+    return svg(WIDTH, HEIGHT, "KL over bytes, plan by plan", [*grid, *ticks, axis, *points])
+
+
+def window_chart(evaluations: Sequence[Evaluation]) -> str:
+    """The loss of every plan on every window, a row a window."""
+    first = evaluations[0]
+    losses = [each.values("dnll") for each in evaluations]
+    low, high = min(0.0, min(map(min, losses))), max(1e-3, max(map(max, losses)))
+
+    def x(loss: float) -> float:
+        return NAMES + (loss - low) / (high - low) * (WIDTH - NAMES - RIGHT)
+
+    bottom = TOP + ROW * len(first.scores)
+    parts = [_column(low + step * (high - low) / 4, x, bottom) for step in range(5)]
+    for row, (score, gain) in enumerate(zip(first.scores, first.gain, strict=True)):
+        y = TOP + ROW * (row + 0.5)
+        parts.append(_named_row(score.window, gain, y))
+        parts += [_dot(number, each, row, x, y) for number, each in enumerate(evaluations)]
+    axis = text((NAMES + WIDTH) / 2, bottom + 34, "loss over the full cache, nats per token", "middle")
+    return svg(WIDTH, bottom + 42, "loss over the full cache, window by window", [*parts, axis])
+
+
+def legend(evaluations: Sequence[Evaluation]) -> str:
+    """Which colour is which plan."""
+    names = [
+        f'<span class="{colour(number)}"><i class="key"></i>{escape(each.named.name)}</span>'
+        for number, each in enumerate(evaluations)
+    ]
+    return f'<p class="note legend">{" ".join(names)}</p>'
+
+
+def _point(number: int, evaluation: Evaluation, x: Scale, y: Scale) -> str:
+    kl, ratio = evaluation.mean("kl"), evaluation.named.plan.ratio
+    told = f"{evaluation.named.name}: {ratio:.1%} of the bytes, KL {kl.mean:.4f}"
+    bar = ""
+    if not math.isnan(kl.low):
+        told += f" [{kl.low:.4f}, {kl.high:.4f}]"
+        at = f'x1="{x(ratio):.1f}" x2="{x(ratio):.1f}"'
+        bar = f'<line class="series" {at} y1="{y(kl.low):.1f}" y2="{y(kl.high):.1f}"/>'
+    at = f'cx="{x(ratio):.1f}" cy="{y(kl.mean):.1f}"'
+    dot = f'<circle class="series" {at} r="5"><title>{escape(told)}</title></circle>'
+    return f'<g class="{colour(number)}">{bar}{dot}</g>'
+
+
+def _level(kl: float, y: Scale) -> str:
+    line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(kl):.1f}" y2="{y(kl):.1f}"/>'
+    return line + text(LEFT - 8, y(kl) + 4, f"{kl:g}", "end")
+
+
+def _column(loss: float, x: Scale, bottom: float) -> str:
+    line = f'<line class="grid" x1="{x(loss):.1f}" x2="{x(loss):.1f}" y1="{TOP}" y2="{bottom}"/>'
+    return line + text(x(loss), bottom + 16, f"{loss:.3f}", "middle")
+
+
+def _named_row(name: str, gain: float, y: float) -> str:
+    short = name if len(name) <= 24 else f"{name[:10]}…{name[-13:]}"
+    line = f'<line class="soft" x1="{NAMES}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return line + text(0, y + 4, f"{short} ({gain:+.2f})")
+
+
+def _dot(number: int, evaluation: Evaluation, row: int, x: Scale, y: float) -> str:
+    loss = evaluation.scores[row].dnll
+    told = f"{evaluation.named.name} on {evaluation.scores[row].window}: {loss:+.4f}"
+    circle = f'<circle class="series" cx="{x(loss):.1f}" cy="{y:.1f}" r="4.5"><title>{escape(told)}</title></circle>'
+    return f'<g class="{colour(number)}">{circle}</g>'

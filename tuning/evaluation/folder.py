@@ -1,0 +1,129 @@
+"""The folder of an evaluation: all that it needs to go on after a kill, without its texts, and what it found."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from baklava.comparison import Speed
+from baklava.errors import UserError
+from baklava.evaluation import PromptResult, WindowResult
+from baklava.files import write_whole
+from baklava.naming import NamedPlan
+from baklava.plan import BudgetPlan
+from baklava.records import Record
+from baklava.tasks import Prompt
+from baklava.windows import Window, read_windows, write_windows
+from tuning.evaluation.settings import EvaluationSettings
+from tuning.journal import Journal
+
+Result = Annotated[WindowResult | PromptResult, Field(discriminator="kind")]
+RESULT: TypeAdapter[WindowResult | PromptResult] = TypeAdapter(Result)
+SPEEDS: TypeAdapter[dict[str, Speed]] = TypeAdapter(dict[str, Speed])
+
+
+class Asked(Record):
+    """A prompt and the name of the task that it counts for."""
+
+    task: str
+    prompt: Prompt
+
+
+PROMPTS: TypeAdapter[tuple[Asked, ...]] = TypeAdapter(tuple[Asked, ...])
+
+Item = Window | Asked
+"""One piece of work: what is prefilled once for all plans."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that is compared and all that it is compared on."""
+
+    plans: tuple[NamedPlan, ...]
+    windows: tuple[Window, ...]
+    prompts: tuple[Asked, ...]
+
+    @property
+    def items(self) -> Iterator[tuple[str, Item]]:
+        """Every piece of work by its name."""
+        yield from ((window.name, window) for window in self.windows)
+        yield from ((asked.prompt.name, asked) for asked in self.prompts)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where an evaluation keeps everything."""
+
+    path: Path
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return self.path / "report.html"
+
+    @property
+    def scores(self) -> Path:
+        """The figures for machines."""
+        return self.path / "scores.json"
+
+    @property
+    def windows(self) -> Path:
+        """The windows, for other systems to be scored on the same text."""
+        return self.path / "windows.json"
+
+    def begin(self, settings: EvaluationSettings, material: Material) -> None:
+        """Write what is going to be done; the settings last, since they say that the rest is there."""
+        (self.path / "plans").mkdir(parents=True, exist_ok=True)
+        for number, named in enumerate(material.plans):
+            named.plan.write(self._plan(number))
+        if material.windows:
+            write_windows(self.windows, material.windows)
+        write_whole(self.path / "prompts.json", PROMPTS.dump_json(material.prompts, indent=1).decode() + "\n")
+        write_whole(self.path / "evaluation.json", settings.model_dump_json(indent=1) + "\n")
+
+    def settings(self) -> EvaluationSettings:
+        """What was asked; raises UserError when the folder holds no evaluation."""
+        try:
+            return EvaluationSettings.model_validate_json((self.path / "evaluation.json").read_text())
+        except (OSError, ValidationError):
+            raise UserError(
+                f"--resume {self.path} holds no valid evaluation.json; give the --out folder of an evaluation"
+            ) from None
+
+    def material(self, settings: EvaluationSettings, vocabulary: int) -> Material:
+        """What was written when it began."""
+        plans = (BudgetPlan.read(self._plan(number)) for number in range(len(settings.plans)))
+        return Material(
+            tuple(NamedPlan(name, plan) for name, plan in zip(settings.plans, plans, strict=True)),
+            tuple(read_windows(self.windows, vocabulary)) if self.windows.exists() else (),
+            PROMPTS.validate_json((self.path / "prompts.json").read_bytes()),
+        )
+
+    def journal(self) -> "Journal[Any]":
+        """The results so far."""
+        return Journal.open(self.path / "results.jsonl", RESULT.validate_json)
+
+    def speeds(self) -> dict[str, Speed] | None:
+        """The speeds by plan, None where they are still to be measured."""
+        path = self.path / "speeds.json"
+        return SPEEDS.validate_json(path.read_bytes()) if path.exists() else None
+
+    def write_speeds(self, speeds: Mapping[str, Speed]) -> None:
+        """Keep the speeds, which take minutes to measure."""
+        write_whole(self.path / "speeds.json", SPEEDS.dump_json(dict(speeds), indent=1).decode() + "\n")
+
+    def write_scores(self, content: Mapping[str, Any]) -> None:
+        """Write the figures, last of all: where they are, the evaluation is complete."""
+        write_whole(self.scores, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def _plan(self, number: int) -> Path:
+        return self.path / "plans" / f"{number}.json"
+
+
+def in_order(results: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """The results of these items, in the items' order; replicas end in any."""
+    by_name = {result.name: result for result in results}
+    return [by_name[name] for name in names]

@@ -1,0 +1,58 @@
+"""The record in MLflow: a parent run per evaluation, a child per plan."""
+
+from collections.abc import Sequence
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+
+from baklava.comparison import Evaluation
+from baklava.errors import UserError
+from baklava.progress import say
+from tuning.evaluation.folder import Folder
+from tuning.evaluation.settings import EvaluationSettings
+from tuning.server import PARENT_TAG, WRITE_ERRORS, connect, first_line, now
+
+
+def record(evaluations: Sequence[Evaluation], settings: EvaluationSettings, folder: Folder) -> None:
+    """Write a finished evaluation; a server that is down is told and loses nothing, since the folder has it all."""
+    try:
+        client, experiment = connect(f"baklava/{settings.model_name}")
+        tags = {"baklava.out": str(folder.path.absolute()), "baklava.kind": "evaluation"}
+        parent = client.create_run(experiment, run_name=folder.path.name, tags=tags).info.run_id
+        client.log_batch(parent, params=_params(settings))
+        for path in (folder.report, folder.scores):
+            client.log_artifact(parent, str(path))
+        for evaluation in evaluations:
+            _child(client, experiment, parent, evaluation)
+        client.set_terminated(parent)
+    except (*WRITE_ERRORS, UserError) as error:
+        say(f"mlflow: this evaluation is missing there ({first_line(error)}); {folder.path} has all of it")
+
+
+def metrics(evaluation: Evaluation) -> dict[str, float]:
+    """The figures of one plan by the names that MLflow shows."""
+    plan = evaluation.named.plan
+    found: dict[str, float] = {"ratio": plan.ratio, "allocated_bytes": evaluation.allocated_bytes}
+    if evaluation.scores:
+        found |= {metric: evaluation.mean(metric).mean for metric in ("dnll", "kl", "gain")}
+    for task, score in evaluation.tasks.items():
+        # MLflow takes letters, digits, dots, slashes, dashes and underscores.
+        name = task.replace("@", "/").replace(":", "/")
+        found |= {f"{name}/exact": score.exact, f"{name}/answer_nll": score.nll, f"{name}/loss": score.loss.mean}
+    if speed := evaluation.speed:
+        found |= {"decode_ratio": speed.decode_ratio, "prefill_ratio": speed.prefill_ratio}
+    return found
+
+
+def _child(client: MlflowClient, experiment: str, parent: str, evaluation: Evaluation) -> None:
+    name, plan = evaluation.named.name, evaluation.named.plan
+    run = client.create_run(experiment, tags={PARENT_TAG: parent}, run_name=name).info.run_id
+    at = now()
+    params = [Param("plan", name), Param("digest", plan.digest), Param("eviction", plan.eviction.method)]
+    client.log_batch(run, [Metric(key, value, at, 0) for key, value in metrics(evaluation).items()], params)
+    client.log_text(run, plan.model_dump_json(indent=1), "plan.json")
+    client.set_terminated(run)
+
+
+def _params(settings: EvaluationSettings) -> list[Param]:
+    return [Param(key, str(value)) for key, value in settings.model_dump().items()]
