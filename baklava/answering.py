@@ -100,8 +100,10 @@ class _Asked:
     def answer(self, question: Question) -> Answer:
         """Score the right answer, and the greedy one if it has to be written down to be scored."""
         asked, target = self._ids(question.text, self.before), self._ids(question.target)
-        logits = self._forward(self.start(), torch.cat([asked, target[:, :-1]], 1))[asked.shape[1] - 1 :]
+        cache = self.start()
+        logits = self._forward(cache, torch.cat([asked, target[:, :-1]], 1))[asked.shape[1] - 1 :]
         nll = torch.nn.functional.cross_entropy(logits.float(), target[0])
+        self._check(cache)
         if question.metric == "exact":
             # By induction, greedy decoding writes the target exactly when it would choose each of its tokens.
             return Answer(float(torch.equal(logits.argmax(-1), target[0])), float(nll))
@@ -112,6 +114,7 @@ class _Asked:
         made = [int(self._forward(cache, asked)[-1].argmax())]
         while len(made) < tokens and made[-1] not in ends:
             made.append(int(self._forward(cache, asked.new_tensor([made[-1:]]))[-1].argmax()))
+        self._check(cache)
         return str(self.loaded.tokenizer.decode(made, skip_special_tokens=True))
 
     def _forward(self, cache: Cache, ids: Ids) -> Float[Tensor, "tokens vocabulary"]:
@@ -119,9 +122,14 @@ class _Asked:
         with _one_by_one(cache):
             logits = self.loaded.model(ids, past_key_values=cache).logits[0]
         if isinstance(cache, BudgetedCache):
-            cache.check_integrity()
             self.held = max(self.held, cache.nbytes)
         return logits
+
+    def _check(self, cache: Cache) -> None:
+        if isinstance(cache, BudgetedCache):
+            cache.check_integrity()
+            if self.held > cache.promised_bytes:
+                raise RuntimeError(f"the cache held {self.held} bytes, {cache.promised_bytes} were promised")
 
     def _ids(self, text: str, before: Sequence[int] = ()) -> Ids:
         ids = [*before, *self.loaded.tokenizer.encode(text, add_special_tokens=False)]

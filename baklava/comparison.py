@@ -79,11 +79,15 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One plan over all windows and prompts. `gain` is what context is worth on each window, in nats per token."""
+    """One plan over all windows and prompts.
+
+    `gain` is what context is worth on each window, in nats per token: all of it instead of its last `short` tokens.
+    """
 
     named: NamedPlan
     scores: tuple[Score, ...]
     gain: tuple[float, ...]
+    short: int = 0
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
     answer_bytes: int = 0
     speed: Speed | None = None
@@ -150,6 +154,7 @@ def compare(
             named,
             tuple(result.scores[number] for result in windows),
             tuple(result.gain for result in windows),
+            windows[0].short if windows else 0,
             {task: TaskScore.of(group, number) for task, group in groups.items()},
             max((result.plans[number].allocated_bytes for result in prompts), default=0),
             (speeds or {}).get(named.name),

@@ -15,20 +15,21 @@ from baklava.tasks import Prompt
 from baklava.windows import Window
 
 SHORT_CONTEXT = 512
-"""Context that a corpus's gain compares with."""
+"""Most context that a corpus's gain compares with."""
 
 
 class WindowResult(Record):
     """The scores of all plans on one window, in their order.
 
-    `gain` is what context is worth here, in nats per token: the full cache's NLL with only the last `SHORT_CONTEXT`
-    tokens of context minus that with all of them. Text without gain cannot tell plans apart.
+    `gain` is what context is worth here, in nats per token: the full cache's NLL with only the last `short` tokens
+    of context minus that with all of them. Text without gain cannot tell plans apart.
     """
 
     kind: Literal["window"] = "window"
     name: str
     document: str
     gain: float
+    short: int
     scores: tuple[Score, ...]
 
 
@@ -66,8 +67,9 @@ class Evaluator:
         """Score every plan on a window."""
         prefilled = prefill(self.loaded, window, self.evictions)
         scores = tuple(score(self.loaded, prefilled, plan) for plan in self.plans)
-        gain = _short_nll(self.loaded, window) - float(prefilled.nll.mean())
-        return WindowResult(name=window.name, document=window.document, gain=gain, scores=scores)
+        short = min(SHORT_CONTEXT, window.context // 2)
+        gain = _short_nll(self.loaded, window, short) - float(prefilled.nll.mean())
+        return WindowResult(name=window.name, document=window.document, gain=gain, short=short, scores=scores)
 
     def prompt(self, task: str, prompt: Prompt) -> PromptResult:
         """Ask every plan the questions of a prompt."""
@@ -84,10 +86,9 @@ class Evaluator:
 
 
 @torch.inference_mode()
-def _short_nll(loaded: LoadedModel, window: Window) -> float:
+def _short_nll(loaded: LoadedModel, window: Window, short: int) -> float:
     """NLL of the continuation with only the last tokens of its context."""
-    start = max(0, window.context - SHORT_CONTEXT)
-    ids = torch.tensor([window.ids[start:]], device=loaded.device)
+    ids = torch.tensor([window.ids[window.context - max(1, short) :]], device=loaded.device)
     logits = loaded.model(ids, use_cache=False, logits_to_keep=window.continuation + 1).logits[0, :-1]
     targets = ids[0, -window.continuation :]
     return float(torch.nn.functional.cross_entropy(logits.float(), targets))

@@ -35,7 +35,7 @@ def _about_text(evaluation: Evaluation) -> list[str]:
     if not evaluation.scores:
         return []
     gain = evaluation.mean("gain")
-    told = f"with all of its context instead of 512 tokens a window gains {gain.mean:.3f} nats per token"
+    told = f"with all of its context instead of {evaluation.short} tokens a window gains {gain.mean:.3f} nats per token"
     sentence = f"{gain.windows} windows of {gain.documents} documents; {told}"
     if gain.mean < LEAST_GAIN:
         return [f"{sentence}: context is worth next to nothing here, so this text cannot tell plans apart."]
@@ -75,7 +75,8 @@ def _task(name: str, score: TaskScore) -> str:
 
 def percent(dnll: Interval) -> str:
     """A loss in nats per token as a change of perplexity, with its interval."""
-    mean, low, high = (100 * math.expm1(value) for value in (dnll.mean, dnll.low, dnll.high))
+    # + 0.0 turns a rounded -0.0 into 0.0
+    mean, low, high = (round(100 * math.expm1(value), 1) + 0.0 for value in (dnll.mean, dnll.low, dnll.high))
     return f"{mean:+.1f} %" + ("" if math.isnan(low) else f" [{low:.1f}, {high:.1f}]")
 
 

@@ -13,9 +13,9 @@ from tuning.folders import new_folder
 if TYPE_CHECKING:
     from tuning.evaluation.run import Evaluated
 
-EXAMPLES = """A plan is a plan.json, `full`, or METHOD[+EVICTION]:BUDGET with METHOD uniform or baklava, EVICTION streaming
-(sinks + recent, the default), heavy_hitter, tova, snapkv, key_norm, keydiff, expected_attention or reconstruction, and
-BUDGET a share of the full cache's 16-bit bytes.
+EXAMPLES = """A plan is a plan.json, `full`, or METHOD[+EVICTION]:BUDGET with METHOD uniform or baklava, EVICTION one of
+streaming (sinks + recent, the default), heavy_hitter, tova, snapkv, key_norm, keydiff, expected_attention and
+reconstruction, and BUDGET a share of the full cache's 16-bit bytes.
 
 A task is `all`, or one of passkey, needle, multi_needle, kv_retrieval, multi_value, multi_query, variable_tracking,
 common_words, frequent_words, copy and few_shot, which are made from --texts; or a published benchmark:
@@ -108,12 +108,8 @@ def show(evaluated: "Evaluated") -> None:
     print("\n" + "\n".join(f"- {sentence}" for sentence in verdict(evaluated.evaluations)))
     folder = evaluated.folder
     print(f"\nreport   {folder.report}\nscores   {folder.scores}\nwindows  {folder.windows}")
-    print(
-        "\nnext step: open the report, or compare all evaluations with `make ui`; rerun with --prompts 20 for "
-        "narrower intervals on the tasks"
-        if evaluated.settings.tasks
-        else "\nnext step: add --tasks all"
-    )
+    advice = "--prompts 20 narrows the tasks' intervals" if evaluated.settings.tasks else "--tasks all asks questions"
+    print(f"\nnext steps: open the report; `make ui` compares evaluations; {advice}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

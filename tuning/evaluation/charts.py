@@ -15,6 +15,7 @@ LEAST_KL = 1e-4
 ROW, NAMES = 24, 190
 Scale = Callable[[float], float]
 COLOURS = 6
+BESIDE = 7  # pixels
 
 
 def colour(number: int) -> str:
@@ -54,7 +55,7 @@ def window_chart(evaluations: Sequence[Evaluation]) -> str:
         return NAMES + (loss - low) / (high - low) * (WIDTH - NAMES - RIGHT)
 
     bottom = TOP + ROW * len(first.scores)
-    parts = [_column(low + step * (high - low) / 4, x, bottom) for step in range(5)]
+    parts = [_column(loss, x, bottom) for loss in _round_values(low, high)]
     for row, (score, gain) in enumerate(zip(first.scores, first.gain, strict=True)):
         y = TOP + ROW * (row + 0.5)
         parts.append(_named_row(score.window, gain, y))
@@ -74,13 +75,14 @@ def legend(evaluations: Sequence[Evaluation]) -> str:
 
 def _point(number: int, evaluation: Evaluation, x: Scale, y: Scale) -> str:
     kl, ratio = evaluation.mean("kl"), evaluation.named.plan.ratio
+    across = x(ratio) + BESIDE * number  # plans of one size beside each other
     told = f"{evaluation.named.name}: {ratio:.1%} of the bytes, KL {kl.mean:.4f}"
     bar = ""
     if not math.isnan(kl.low):
         told += f" [{kl.low:.4f}, {kl.high:.4f}]"
-        at = f'x1="{x(ratio):.1f}" x2="{x(ratio):.1f}"'
+        at = f'x1="{across:.1f}" x2="{across:.1f}"'
         bar = f'<line class="series" {at} y1="{y(kl.low):.1f}" y2="{y(kl.high):.1f}"/>'
-    at = f'cx="{x(ratio):.1f}" cy="{y(kl.mean):.1f}"'
+    at = f'cx="{across:.1f}" cy="{y(kl.mean):.1f}"'
     dot = f'<circle class="series" {at} r="5"><title>{escape(told)}</title></circle>'
     return f'<g class="{colour(number)}">{bar}{dot}</g>'
 
@@ -92,7 +94,15 @@ def _level(kl: float, y: Scale) -> str:
 
 def _column(loss: float, x: Scale, bottom: float) -> str:
     line = f'<line class="grid" x1="{x(loss):.1f}" x2="{x(loss):.1f}" y1="{TOP}" y2="{bottom}"/>'
-    return line + text(x(loss), bottom + 16, f"{loss:.3f}", "middle")
+    return line + text(x(loss), bottom + 16, f"{loss:.3g}", "middle")
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Round numbers between two values, about five of them."""
+    rough = (high - low) / 5
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * times for times in (1, 2, 5, 10) if unit * times >= rough)
+    return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _named_row(name: str, gain: float, y: float) -> str:

@@ -43,7 +43,7 @@ def _plan(number: int, evaluation: Evaluation) -> str:
     peak = _mebibytes(speed.peak_bytes) if speed and speed.peak_bytes is not None else "–"
     sizes = [f"{plan.ratio:.1%}", _mebibytes(plan.bytes_per_sequence), _mebibytes(evaluation.allocated_bytes), peak]
     dnll, kl = evaluation.mean("dnll"), evaluation.mean("kl")
-    quality = [escape(percent(dnll)), _with_bounds(dnll), _with_bounds(kl)]
+    quality = [_with_small(percent(dnll)), _with_bounds(dnll), _with_bounds(kl)]
     return f"<tr>{_head(number, evaluation)}{''.join(f'<td>{cell}</td>' for cell in (*sizes, *quality))}</tr>"
 
 
@@ -52,7 +52,8 @@ def _tasks(evaluations: Sequence[Evaluation]) -> str:
     head = f"<th>task</th><th>n</th><th>chance</th><th>no context</th><th>full cache</th>{names}"
     rows = "".join(_task(task, [each.tasks[task] for each in evaluations]) for task in evaluations[0].tasks)
     nlls = "".join(_nll(task, [each.tasks[task] for each in evaluations]) for task in evaluations[0].tasks)
-    return filled("evaluation_tasks.html", {"head": head, "exact": rows, "nll": nlls})
+    plain = head.replace("<th>chance</th>", "")
+    return filled("evaluation_tasks.html", {"head": head, "exact": rows, "plain": plain, "nll": nlls})
 
 
 def _task(task: str, scores: Sequence[TaskScore]) -> str:
@@ -67,7 +68,7 @@ def _nll(task: str, scores: Sequence[TaskScore]) -> str:
     first = scores[0]
     values = [first.closed_book_nll, first.full_nll, *(score.nll for score in scores)]
     cells = "".join(f"<td>{value:.2f}</td>" for value in values)
-    return f"<tr><th>{escape(task.replace('_', ' '))}</th><td>{first.questions}</td><td></td>{cells}</tr>"
+    return f"<tr><th>{escape(task.replace('_', ' '))}</th><td>{first.questions}</td>{cells}</tr>"
 
 
 def _heat(share: float, bounds: str = "") -> str:
@@ -96,7 +97,13 @@ def _head(number: int, evaluation: Evaluation) -> str:
 
 def _with_bounds(found: Interval) -> str:
     bounds = _bounds(found, ".4f")
-    return f"{found.mean:.4f}" + (f" <small>{bounds}</small>" if bounds else "")
+    return f"{found.mean + 0.0:.4f}" + (f"<br><small>{bounds}</small>" if bounds else "")
+
+
+def _with_small(told: str) -> str:
+    """A value with its bounds below it."""
+    value, _, bounds = told.partition(" [")
+    return escape(value) + (f"<br><small>[{escape(bounds)}</small>" if bounds else "")
 
 
 def _bounds(found: Interval, form: str) -> str:
