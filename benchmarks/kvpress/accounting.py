@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from benchmarks.kvpress.windows import Refusal
+from benchmarks.kvpress.windows import UserError
 
 BYTES_PER_NUMBER = 2
 """Caches are counted in 16 bits, as baklava counts its plans, whatever type the model runs in here."""
@@ -45,7 +45,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Compression:
-    """How much to keep: a share of the context's entries, or of the bytes that the full window would take at its end."""
+    """How much to keep: a share of the context's entries, or of the bytes that the full window takes at its end."""
 
     unit: Literal["kept", "bytes"]
     share: float
@@ -57,10 +57,10 @@ class Compression:
         """Entries of the context to keep, a mean per KV head.
 
         Raises:
-            Refusal: the share is not in (0, 1], or leaves nothing for the context.
+            UserError: the share is not in (0, 1], or leaves nothing for the context.
         """
         if not 0 < self.share <= 1:
-            raise Refusal(f"--{self.unit} {self.share:g} is no share above 0 and up to 1; try 0.3")
+            raise UserError(f"--{self.unit} {self.share:g} is no share above 0 and up to 1; try 0.3")
         if self.unit == "kept":
             entries = _whole(self.share * context)
             remedy = f"keep at least {_above(1 / context)}"
@@ -68,7 +68,7 @@ class Compression:
             entries = _whole(self.share * (context + continuation)) - continuation
             remedy = f"give at least {_above((continuation + 1) / (context + continuation))}"
         if entries < 1:
-            raise Refusal(
+            raise UserError(
                 f"--{self.unit} {self.share:g} leaves {entries} entries per KV head for a context of {context} tokens "
                 f"(kvpress evicts none of the {continuation} that follow), but at least 1 has to stay; {remedy}"
             )

@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kvpress.windows import Refusal, Window
+from benchmarks.kvpress.windows import UserError, Window
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that kvpress knows and whose layers all attend alike."""
@@ -16,19 +16,20 @@ def load(directory: Path) -> Any:
     """The model with sdpa attention.
 
     Raises:
-        Refusal: no folder of a model in safetensors, or of a kind that cannot be scored here.
+        UserError: no folder of a model in safetensors, or of a kind that cannot be scored here.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM  # here, since offline mode is set before they are read
+    import torch  # these here, since offline mode is set before they are read
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
     if not (directory / "config.json").is_file() or not list(directory.glob("*.safetensors")):
-        raise Refusal(
+        raise UserError(
             f"--model {directory} is no folder with a config.json and safetensors; give such a folder, or run "
             "`make peers`, which finds the demo model's"
         )
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     check_scorable(config)
-    import torch
-
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,
@@ -41,11 +42,11 @@ def load(directory: Path) -> Any:
 
 
 def check_scorable(config: Any) -> None:
-    """Raise Refusal for a model that kvpress or the masks of this comparison would treat wrongly."""
+    """Raise UserError for a model that kvpress or the masks of this comparison would treat wrongly."""
     if config.model_type not in KINDS:
-        raise Refusal(f"a model of type {config.model_type!r} is not compared here; give one of {', '.join(KINDS)}")
+        raise UserError(f"a model of type {config.model_type!r} is not compared here; give one of {', '.join(KINDS)}")
     if getattr(config, "sliding_window", None):
-        raise Refusal(
+        raise UserError(
             f"the model's layers see {config.sliding_window} tokens, but presses and masks here are for layers that "
             "see all; give a model without sliding windows"
         )

@@ -1,9 +1,9 @@
 """The presses by name, and their use on a model without traces left behind.
 
 How kvpress 0.5.5 works, read from its source and held by check.py: a press is a forward hook on every attention
-module. It sees the layer's hidden states, keys and values once the layer has attended to the whole context, and replaces
-the layer's cache by the entries that it keeps. Head-wise presses (AdaKV, KVzip) replace nothing: they leave
-`masked_key_indices` on the module, for an attention that hides those entries.
+module. It sees the layer's hidden states, keys and values once the layer has attended to the whole context, and
+replaces the layer's cache by the entries that it keeps. Head-wise presses (AdaKV, KVzip) replace nothing: they leave
+`masked_key_indices` on the module, for an attention that hides those entries. Decoding evicts nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.kvpress.windows import Refusal
+from benchmarks.kvpress.windows import UserError
 
 FULL = "full"
 WINDOW = 64  # SnapKV's and PyramidKV's default observation window, in tokens
@@ -31,6 +31,7 @@ class Press:
     frees_memory: bool = True  # else it only hides entries
     eager: bool = False  # needs the probabilities, which only eager attention gives
     least_context: int = 1  # tokens that must be in the context
+    templates: bool = False  # looks for a chat template, which windows of raw tokens do not have
     rounds_up: bool = False  # rounds down what it evicts, where the others round down what they keep
 
     def ratio(self, entries: int, context: int) -> float:
@@ -66,7 +67,7 @@ PRESSES: dict[str, Press] = {
     "adakv_expected_attention_e2": Press(
         _ada("ExpectedAttentionPress", epsilon=1e-2), frees_memory=False, least_context=SINKS + 2
     ),
-    "kvzip": Press(_plain("KVzipPress"), frees_memory=False, least_context=SINKS + 1, rounds_up=True),
+    "kvzip": Press(_plain("KVzipPress"), frees_memory=False, least_context=SINKS + 1, templates=True, rounds_up=True),
 }
 
 
@@ -74,13 +75,13 @@ def press_of(name: str, context: int) -> Press:
     """The press of this name.
 
     Raises:
-        Refusal: an unknown name, or a context that is too short for it.
+        UserError: an unknown name, or a context that is too short for it.
     """
     if name not in PRESSES:
-        raise Refusal(f"no press is named {name!r}; the known ones are {', '.join(PRESSES)}")
+        raise UserError(f"no press is named {name!r}; the known ones are {', '.join(PRESSES)}")
     press = PRESSES[name]
     if context < press.least_context:
-        raise Refusal(
+        raise UserError(
             f"a context of {context} tokens is too short for {name}, which needs {press.least_context}; "
             "cut longer windows or leave it out"
         )
@@ -96,8 +97,9 @@ def applied(press: Press, model: Any, entries: int, context: int) -> Iterator[Ma
             if press.eager:
                 stack.enter_context(_attending(model, "eager"))
             built = press.build(press.ratio(entries, context))
-            if built is not None:
+            if press.templates:
                 stack.enter_context(_raw_text())
+            if built is not None:
                 stack.enter_context(built(model))
             yield masked
         masked += [_hidden(layer.self_attn) for layer in model.model.layers]

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kvpress.accounting import ACCOUNTING, Geometry
-from benchmarks.kvpress.windows import Refusal, Window
+from benchmarks.kvpress.windows import UserError, Window
+
+SAME_IN_EVERY_LAYER = (
+    "at this share kvpress finds no pyramid over the layers, and its PyramidKV keeps the same in every layer, as SnapKV"
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Journal:
     """Finished rows, appended to a file as they come; a line that a kill cut short is dropped.
 
     Raises:
-        Refusal: the file can neither be read nor written.
+        UserError: the file can neither be read nor written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,11 +66,11 @@ class Journal:
                 if text and not text.endswith("\n"):
                     file.write("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise Refusal(f"{path} cannot be kept ({error}); name another file with --json") from None
+            raise UserError(f"{path} cannot be kept ({error}); name another file with --json") from None
         self.rows = {row.key: row for line in text.splitlines() if (row := _row(line))}
 
     def add(self, row: Row) -> None:
-        """Keep a row, on the disk before the next one is begun."""
+        """Keep a row, before the next one is begun."""
         with self.path.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
         self.rows[row.key] = row
@@ -89,12 +93,14 @@ def plan_of(rows: Sequence[Row], geometry: Geometry, window: Window, frees_memor
     held = max(rows, key=lambda row: row.held_bytes)
     full = geometry.nbytes(len(window.ids) * geometry.heads)
     promised = geometry.nbytes(most.kept + window.continuation * geometry.heads)
+    flat = most.press == "pyramidkv" and most.shortest == most.longest < window.context
     return {
         "name": most.plan,
         "press": most.press,
         "compression": most.compression or None,
         "kept": most.kept / (window.context * geometry.heads),
         "frees_memory": frees_memory,
+        "note": SAME_IN_EVERY_LAYER if flat else None,
         "layer_lengths": {"shortest": most.shortest, "longest": most.longest},
         "plan": {"bytes_per_sequence": promised, "full_bytes_per_sequence": full, "ratio": promised / full},
         "allocated_bytes": held.held_bytes * 16 // bits_of(held.held_dtype),

@@ -7,8 +7,8 @@ Examples:
   benchmarks/kvpress/.venv/bin/python -m benchmarks.kvpress.score --model path/to/model --windows windows.json
 
 --kept gives the share of the context's entries that stay. --bytes gives the share of all bytes at the end of the
-window; kvpress evicts nothing of the continuation, so its entries leave the context that much less. Finished windows are
-kept in a .jsonl beside the JSON: the same command goes on where an earlier one was ended.
+window; kvpress evicts nothing of the continuation, so its entries leave the context that much less. Finished windows
+are kept in a .jsonl beside the JSON: the same command goes on where an earlier one was ended.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.kvpress.accounting import Compression, Geometry
 from benchmarks.kvpress.loading import digest, load, versions
 from benchmarks.kvpress.presses import FULL, PRESSES, Press, press_of
 from benchmarks.kvpress.results import Journal, Row, plan_name, plan_of, table, write
-from benchmarks.kvpress.windows import Refusal, Window, check_fits, read_windows
+from benchmarks.kvpress.windows import UserError, Window, check_fits, read_windows
 
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 DEFAULT_KEPT = (0.3, 0.125)
@@ -63,9 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bytes", type=float, nargs="+", default=[], metavar="SHARE", help="shares of the bytes")
     parser.add_argument("--limit", type=int, help="score only so many windows, from the first (default: all)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
-    parser.add_argument(
-        "--json", type=Path, help="where scores go (default: runs/kvpress-NAME.json, NAME the windows')"
-    )
+    parser.add_argument("--json", type=Path, help="where scores go (default: runs/kvpress-WINDOWS.json)")
     return parser.parse_args(arguments)
 
 
@@ -73,7 +71,7 @@ def jobs_of(chosen: argparse.Namespace, window: Window) -> list[Job]:
     """What is to be scored, each once, in the order asked for.
 
     Raises:
-        Refusal: an unknown press, a share that is none, or one that leaves no entries.
+        UserError: an unknown press, a share that is none, or one that leaves no entries.
     """
     asked = [Compression("kept", share) for share in chosen.kept] + [Compression("bytes", s) for s in chosen.bytes]
     asked = asked or [Compression("kept", share) for share in DEFAULT_KEPT]
@@ -120,9 +118,10 @@ class Progress:
         self.done += 1
         spent = time.monotonic() - self.started
         left = spent / self.done * (self.total - self.done)
+        scores = f"dNLL {row.nll - row.nll_full:.4f}, KL {row.kl:.4f}, {row.seconds:.1f} s"
         print(
-            f"{self.done}/{self.total}  {row.plan} on {row.window}: dNLL {row.nll - row.nll_full:.4f}, KL {row.kl:.4f}, "
-            f"{row.seconds:.1f} s; {spent / 60:.1f} min spent, {left / 60:.1f} min left",
+            f"{self.done}/{self.total}  {row.plan} on {row.window}: {scores}; "
+            f"{spent / 60:.1f} min spent, {left / 60:.1f} min left",
             file=sys.stderr,
             flush=True,
         )
@@ -132,17 +131,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Score, print a table and write the JSON.
 
     Raises:
-        Refusal: something given is wrong.
+        UserError: something given is wrong.
     """
     chosen = parse(arguments)
     for option in ("limit", "threads"):
         if (value := getattr(chosen, option)) is not None and value < 1:
-            raise Refusal(f"--{option} {value} is not at least 1; leave it out or give a higher number")
+            raise UserError(f"--{option} {value} is not at least 1; leave it out or give a higher number")
     windows = read_windows(chosen.windows)[: chosen.limit]
     jobs = jobs_of(chosen, windows[0])
     path = chosen.json or Path("runs") / f"kvpress-{chosen.windows.stem}.json"
     if path.suffix != ".json" or path.is_dir():
-        raise Refusal(f"--json {path} is no name of a .json file, beside which a .jsonl is kept; give one")
+        raise UserError(f"--json {path} is no name of a .json file, beside which a .jsonl is kept; give one")
     os.environ |= QUIET
     logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip tells at every use that it takes longer
     import torch
@@ -159,6 +158,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except Refusal as refusal:
-        print(f"kvpress: {refusal}", file=sys.stderr)
+    except UserError as error:
+        print(f"kvpress: {error}", file=sys.stderr)
         sys.exit(2)
