@@ -73,7 +73,7 @@ serve: setup assets ## serve the plan that the last search registered
 bench: setup assets ## time decode and prefill against transformers' own cache (up to two hours)
 	@OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py decode $(ARGS) && OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py prefill $(ARGS)
 
-# kvpress allows no transformers as new as ours, so it lives apart; torch first, since another would bring gigabytes along
+# kvpress allows no transformers as new as ours, so it lives apart; torch first, the same that is in .venv already
 $(PEERS)/.venv/ready: $(PEERS)/requirements.txt | $(READY)
 	@echo "making $(PEERS)/.venv"; $(PY) -m venv --clear $(PEERS)/.venv
 	@$(QUIETLY); \
