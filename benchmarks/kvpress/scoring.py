@@ -1,9 +1,9 @@
 """One window under one press: prefill, compress, and score the continuation against the full cache.
 
-kvpress hides a head's entries by fake keys whose attention underflows for all queries of a forward. One such key has to
-be found per head for every query at once, which need not exist for a continuation in one forward. Here every layer gets
-a boolean mask instead: the same entries hidden, exactly. It also gives every layer its own length, without which
-PyramidKV, whose layers keep unequally many entries, can only be decoded token by token.
+kvpress hides a head's entries by fake keys whose attention underflows. For a continuation in one forward, one such key
+has to suit all of its queries, and none need exist. Here every layer gets a boolean mask instead, so that the hiding is
+exact whatever the queries are (on the demo model both give the same bits). It also gives every layer its own length,
+without which PyramidKV, whose layers keep unequally many entries, can only be decoded token by token.
 """
 
 import time
