@@ -9,6 +9,10 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
+PEERS := benchmarks/kvpress
+PEERS_PY := $(PEERS)/.venv/bin/python
+MODEL := demo
+WINDOWS :=
 TRIALS := 24
 BUDGET := 0.3
 ARGS :=
@@ -23,9 +27,11 @@ export RAY_AUTH_MODE := token
 
 # what one wants to read of pip: which large file comes, how many packages go in, and errors
 FETCHED := s/^ *Downloading ([^ ]+) \(([0-9.]+ [MG]B)\)$$/  fetching \1 (\2)/p; s/^Installing collected packages: .*/  installing/p
-PIP := $(PY) -m pip --disable-pip-version-check install --no-input --progress-bar off
+PIP_INSTALL := -m pip --disable-pip-version-check install --no-input --progress-bar off
+PIP := $(PY) $(PIP_INSTALL)
+QUIETLY := quietly() { "$$@" 2> >(grep -vE '^(WARNING|DEPRECATION)|\[notice\]|^$$' >&2) | sed -nuE '$(FETCHED)'; }
 
-.PHONY: help setup assets test lint search serve bench ui clean
+.PHONY: help setup assets test lint search serve bench windows peers ui clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,7 +48,7 @@ $(READY): pyproject.toml constraints.txt
 		fi; \
 		echo "making $(VENV) with $$($$python --version)"; $$python -m venv --clear $(VENV); \
 	fi
-	@quietly() { "$$@" 2> >(grep -vE '^(WARNING|DEPRECATION)|\[notice\]|^$$' >&2) | sed -nuE '$(FETCHED)'; }; \
+	@$(QUIETLY); \
 	echo 'installing torch'; \
 	quietly $(PIP) -c constraints.txt "$$(grep '^torch==' constraints.txt)"; \
 	echo 'installing baklava and what it needs'; \
@@ -67,6 +73,28 @@ serve: setup assets ## serve the plan that the last search registered
 bench: setup assets ## time decode and prefill against transformers' own cache (up to two hours)
 	@OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py decode $(ARGS) && OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py prefill $(ARGS)
 
+# kvpress allows no transformers as new as ours, so it lives apart; torch first, the same that is in .venv already
+$(PEERS)/.venv/ready: $(PEERS)/requirements.txt | $(READY)
+	@echo "making $(PEERS)/.venv"; $(PY) -m venv --clear $(PEERS)/.venv
+	@$(QUIETLY); \
+	echo 'installing torch'; \
+	quietly $(PEERS_PY) $(PIP_INSTALL) "$$(grep '^torch==' $<)"; \
+	echo 'installing kvpress and what it needs'; \
+	quietly $(PEERS_PY) $(PIP_INSTALL) -r $<
+	@touch $@
+
+windows: # before anything is installed for nothing
+	@if [ ! -f '$(WINDOWS)' ]; then \
+		echo "WINDOWS='$(WINDOWS)' is no file; give token windows: make peers WINDOWS=FILE.json (see $(PEERS)/README.md)" >&2; \
+		exit 2; \
+	fi
+
+peers: windows setup assets $(PEERS)/.venv/ready ## score kvpress's presses on token windows (WINDOWS=FILE.json, MODEL=)
+	@model='$(MODEL)'; if [ "$$model" = demo ]; then \
+		model=$$($(PY) -c 'from baklava.assets import demo_model; print(demo_model())'); \
+	fi; \
+	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(PEERS_PY) -m benchmarks.kvpress.score --model "$$model" --windows '$(WINDOWS)' $(ARGS)
+
 ui: setup ## open MLflow on the searches, at http://127.0.0.1:5000
 	@data=$$($(PY) -c 'from baklava.paths import data_dir; print(data_dir())'); mkdir -p "$$data"; \
 	echo "MLflow on $$data/mlflow.db: http://127.0.0.1:5000 (up in about 15 s; Ctrl-C ends it)"; \
@@ -74,5 +102,5 @@ ui: setup ## open MLflow on the searches, at http://127.0.0.1:5000
 		--artifacts-destination "$$data/mlartifacts" --host 127.0.0.1 --port 5000 --workers 1 $(ARGS)
 
 clean: ## remove the environment and what tools left here; downloads and results stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS)/.venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ FORBIDDEN = {
     "baklava": {"ray", "optuna", "mlflow", "fastapi", "tuning", "serve_app", "benchmarks"},
     "tuning": {"serve_app", "fastapi", "benchmarks"},
     "serve_app": {"tuning", "optuna", "benchmarks"},
+    "benchmarks/kvpress": {"baklava", "tuning", "serve_app", "jobs"},  # they are not in its environment
 }
 
 # the three wings of the library, each of which knows only itself and those before it
@@ -35,7 +36,9 @@ LONGEST_FILE = 300
 
 
 def sources(*folders: str) -> list[Path]:
-    return sorted(chain.from_iterable((ROOT / folder).rglob("*.py") for folder in folders))
+    """Python files of these folders; an environment inside one of them, .venv, is not ours."""
+    found = chain.from_iterable((ROOT / folder).rglob("*.py") for folder in folders)
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(ROOT).parts))
 
 
 def name_of(path: Path) -> str:
