@@ -15,7 +15,7 @@ from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
 from baklava.prefilling import prefill
 
-Row = Int[Tensor, "1 tokens"]
+Row = Int[Tensor, "rows _"]
 
 ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
