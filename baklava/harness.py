@@ -105,11 +105,11 @@ class BaklavaLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: the plan, and how many requests it touched."""
         plan, shown = self.plan, ("digest", "bytes_per_sequence", "full_bytes_per_sequence", "ratio", "context_length")
-        counted = ("kind", "requests", "touched", "exact", "truncated", "smallest")
+        told = ("kind", "requests", "touched", "exact", "truncated", "lossless")
         return {
             "model_revision": self.loaded.identity.revision,
             "plan": {name: getattr(plan, name) for name in shown},
-            "plan_requests": [{name: getattr(tally, name) for name in counted} for tally in self.tallies],
+            "plan_requests": [{name: getattr(tally, name) for name in told} for tally in self.tallies],
         }
 
     @override

@@ -21,29 +21,38 @@ class Tally:
     truncated: int = 0
 
     @property
-    def smallest(self) -> int:
-        """Capacity of the smallest head in entries: no sequence up to this length loses any."""
-        return min((tokens for row in self.plan.tokens for tokens in row), default=0)
+    def lossless(self) -> int:
+        """Tokens up to which no head loses an entry; where methods score, an eviction goes below the capacity."""
+        eviction = self.plan.eviction
+        smallest = min(tokens for row in self.plan.tokens for tokens in row)
+        return smallest - eviction.interval if eviction.scored else smallest
 
     def count(self, context: int, decoded: int) -> None:
-        """Count a request of `context` prefilled tokens, behind which `decoded` forwards predicted more tokens."""
+        """Count a request of `context` prefilled tokens, behind which `decoded` forwards of one predicted the rest."""
         self.requests += 1
         if self._lost(context, decoded):
             self.touched += 1
-        elif context > self.smallest:
+        elif context > self.lossless:
             self.exact += 1
 
     def _lost(self, context: int, decoded: int) -> bool:
-        if decoded:
-            return context + decoded > self.smallest
-        chunk = self.plan.prefill.chunk
-        return chunk is not None and (context - 1) // chunk * chunk > self.smallest
+        """Whether entries were gone when the last token was predicted."""
+        eviction, chunk = self.plan.eviction, self.plan.prefill.chunk
+        every = eviction.interval if eviction.scored else 1
+        start = max(0, context - 1) // chunk * chunk if chunk else 0
+        if start and context - start <= every:  # so short a last chunk is decoded
+            context, decoded = start, decoded + context - start
+        if not decoded:
+            return start > self.lossless
+        # A ring makes room before it attends, a method that scores evicts afterwards and every `interval` tokens.
+        gone_at = context + ((decoded - 1) // every * every if eviction.scored else decoded)
+        return gone_at > self.lossless
 
     def sentences(self) -> str:
         """What to tell whoever reads the results."""
         said = [
             f"{self.kind}: {self.touched} of {self.requests} requests had tokens predicted from a cache that had lost "
-            f"entries; the smallest head holds {self.smallest}"
+            f"entries, which the plan does beyond {self.lossless} tokens"
         ]
         if self.exact:
             said.append(
