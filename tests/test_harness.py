@@ -154,6 +154,16 @@ def test_greedy_generation_is_that_of_transformers_in_the_same_cache(spelling: L
     assert decode(spelling, plan, ids, max_new_tokens=30) == theirs[0, 80:].tolist()
 
 
+@torch.inference_mode()
+def test_a_prompt_that_is_repeated_is_gone_on_from(spelling: LoadedModel) -> None:
+    plan, made = plans(spelling)[2], []
+    cache, logits = enter(spelling, plan, torch.tensor([ids_of(80)]))
+    for _ in range(20):
+        made.append(int(logits.argmax()))
+        logits = spelling.model(torch.tensor([made[-1:]]), past_key_values=cache).logits[:, -1]
+    assert decode(spelling, plan, ids_of(80), max_new_tokens=20) == made
+
+
 def test_greedy_generation_with_the_full_plan_is_the_plain_model(spelling: LoadedModel) -> None:
     ids, plan = ids_of(80), full_plan(spelling.identity, spelling.geometry, 200, bits=32)
     plain = spelling.model.generate(torch.tensor([ids]), use_cache=False, max_new_tokens=20)[0, 80:].tolist()
