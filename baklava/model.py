@@ -40,12 +40,20 @@ class LoadedModel:
         """Most tokens that the model was made for, prompt and completion together."""
         return int(self.model.config.get_text_config(decoder=True).max_position_embeddings)
 
-    def check_length(self, tokens: int) -> None:
-        """Raise UserError when a window is longer than the model's positions."""
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        ends = self.model.generation_config.eos_token_id
+        return frozenset([ends] if isinstance(ends, int) else ends or ())
+
+    def check_length(
+        self, tokens: int, what: str = "a window", remedy: str = "lower --context or --continuation"
+    ) -> None:
+        """Raise UserError when a window, or what it is, is longer than the model's positions."""
         if tokens > self.max_length:
             raise UserError(
-                f"a window of {tokens} tokens is longer than the {self.max_length} that {self.identity.id} takes; "
-                "lower --context or --continuation"
+                f"{what} of {tokens} tokens is longer than the {self.max_length} that {self.identity.id} takes; "
+                f"{remedy}"
             )
 
     @classmethod

@@ -1,4 +1,7 @@
-"""How a prompt enters a budgeted cache: whole, chunk by chunk, or whole and then repeated."""
+"""How a prompt enters a budgeted cache: whole, chunk by chunk, or whole and then repeated; and once for many plans."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -6,13 +9,52 @@ from torch import Tensor
 
 from baklava.cache import BudgetedCache
 from baklava.errors import UserError
+from baklava.eviction import Eviction, eviction_of
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
-from baklava.recording import RecordingCache
+from baklava.recording import Recording, RecordingCache
 from baklava.repetition import repeated
 
 Ids = Int[Tensor, "batch tokens"]
 Logits = Float[Tensor, "batch vocabulary"]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A prompt that the full cache has attended to once, for any number of plans: no plan changes its `logits`."""
+
+    ids: Ids
+    recording: Recording
+    logits: Logits
+
+
+@torch.inference_mode()
+def record(loaded: LoadedModel, ids: Ids, evictions: Sequence[Eviction]) -> Recorded:
+    """Prefill a prompt with the full cache, and score it for these eviction methods.
+
+    Raises:
+        UserError: the model has sliding layers, or the prompt leaves no room to repeat it where a method must.
+    """
+    cache = RecordingCache(loaded.geometry, evictions)
+    logits = loaded.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    recording = cache.recording(ids.shape[1])
+    if any(eviction.sample.repeated for eviction in evictions):
+        recording = repeated(loaded, ids, recording)
+    return Recorded(ids, recording, logits)
+
+
+@torch.inference_mode()
+def cut(loaded: LoadedModel, recorded: Recorded, plan: BudgetPlan) -> tuple[BudgetedCache, Logits]:
+    """What `prefill` gives, from a recorded prompt: a copy of its cache, cut to the plan.
+
+    Raises:
+        UserError: the plan is for another model, or its eviction method was not recorded.
+    """
+    plan.check_fits(loaded.identity, loaded.geometry)
+    if plan.prefill.mode == "dense":
+        return BudgetedCache.cut(plan, recorded.recording), recorded.logits
+    # What a chunk's tokens are depends on what was kept of the chunks before, so such a plan prefills for itself.
+    return prefill(loaded, plan, recorded.ids)
 
 
 @torch.inference_mode()
@@ -54,6 +96,4 @@ def _reconstructed(
         raise UserError(
             f"{plan.eviction.method} repeats the prompt, which needs rows without padding; prefill one row at a time"
         )
-    full = RecordingCache(loaded.geometry, ())
-    logits = loaded.model(ids, past_key_values=full, logits_to_keep=1).logits[:, -1]
-    return BudgetedCache.cut(plan, repeated(loaded, ids, full.recording(ids.shape[1]))), logits
+    return cut(loaded, record(loaded, ids, (eviction_of(plan.eviction),)), plan)

@@ -61,6 +61,14 @@ class Recording:
     values: tuple[Tensor, ...]
     scores: tuple[dict[Any, Tensor], ...]
 
+    def full(self) -> Cache:
+        """Transformers' own cache with all of the prompt; what it takes in does not reach the recording."""
+        cache = Cache(layers=[DynamicLayer() for _ in self.keys])
+        for layer, key, value in zip(cache.layers, self.keys, self.values, strict=True):
+            layer.lazy_initialization(key, value)
+            layer.keys, layer.values = key, value
+        return cache
+
 
 class RecordingCache(Cache):
     """The full cache of a prompt, from which many budgeted caches are cut.

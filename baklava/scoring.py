@@ -8,13 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from baklava.cache import BudgetedCache
 from baklava.eviction import Eviction
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
-from baklava.prefilling import prefill as enter
-from baklava.recording import Recording, RecordingCache
-from baklava.repetition import repeated
+from baklava.prefilling import Recorded, cut, record
 from baklava.windows import Window
 
 
@@ -27,7 +24,7 @@ class Prefilled:
     """
 
     window: Window
-    recording: Recording
+    recorded: Recorded
     log_probs: Float[Tensor, "continuation vocabulary"]
     nll: Float[Tensor, " continuation"]
 
@@ -59,16 +56,14 @@ def prefill(loaded: LoadedModel, window: Window, evictions: Sequence[Eviction]) 
     """
     loaded.check_length(len(window.ids))
     ids = torch.tensor([window.ids], device=loaded.device)
-    cache = RecordingCache(loaded.geometry, evictions)
-    first = loaded.model(ids[:, : window.context], past_key_values=cache, logits_to_keep=1).logits
-    rest = loaded.model(ids[:, window.context : -1], past_key_values=cache).logits if window.continuation > 1 else first
-    logits = torch.cat([first, rest], 1)[0] if window.continuation > 1 else first[0]
+    recorded = record(loaded, ids[:, : window.context], evictions)
+    logits = recorded.logits
+    if window.continuation > 1:
+        rest = loaded.model(ids[:, window.context : -1], past_key_values=recorded.recording.full()).logits
+        logits = torch.cat([logits, rest[0]])
     log_probs = torch.log_softmax(logits.float(), -1)
     nll = -log_probs.gather(-1, ids[0, window.context :, None])[:, 0]
-    recording = cache.recording(window.context)
-    if any(eviction.sample.repeated for eviction in evictions):
-        recording = repeated(loaded, ids[:, : window.context], recording)
-    return Prefilled(window, recording, log_probs.half(), nll)
+    return Prefilled(window, recorded, log_probs.half(), nll)
 
 
 @torch.inference_mode()
@@ -78,10 +73,10 @@ def score(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> Score:
     Raises:
         UserError: the plan is for another model, or its eviction method was not observed in the prefill.
     """
-    plan.check_fits(loaded.identity, loaded.geometry)
     started = time.perf_counter()
-    cache, (nll, kl) = _start(loaded, prefilled, plan)
-    targets, held = _targets(loaded, prefilled), cache.nbytes
+    cache, logits = cut(loaded, prefilled.recorded, plan)
+    nll, kl = _first(logits, prefilled)
+    targets, held = _targets(prefilled), cache.nbytes
     if len(targets) > 1:
         # Layer by layer the whole continuation in one forward: the weights are read once, not once per token.
         with cache.teacher_forcing():
@@ -101,14 +96,11 @@ def score(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> Score:
     )
 
 
-def _start(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> tuple[BudgetedCache, tuple[float, float]]:
-    """The cache behind the context, and NLL and KL of the first token."""
-    if plan.prefill.mode == "dense":
-        # No plan changes the first token, which the full cache predicts.
-        return BudgetedCache.cut(plan, prefilled.recording), (float(prefilled.nll[0]), 0.0)
-    context = torch.tensor([prefilled.window.ids[: prefilled.window.context]], device=loaded.device)
-    cache, logits = enter(loaded, plan, context)
-    return cache, _losses(logits, _targets(loaded, prefilled)[:1], prefilled.log_probs[:1])
+def _first(logits: Tensor, prefilled: Prefilled) -> tuple[float, float]:
+    """NLL and KL of the first token, which differs from the full cache's only where a plan prefills in chunks."""
+    if logits is prefilled.recorded.logits:
+        return float(prefilled.nll[0]), 0.0
+    return _losses(logits, _targets(prefilled)[:1], prefilled.log_probs[:1])
 
 
 def _losses(logits: Tensor, targets: Tensor, full: Tensor) -> tuple[float, float]:
@@ -118,9 +110,9 @@ def _losses(logits: Tensor, targets: Tensor, full: Tensor) -> tuple[float, float
     return float(nll), float((reference.exp() * (reference - log_probs)).sum())
 
 
-def _targets(loaded: LoadedModel, prefilled: Prefilled) -> Int[Tensor, " continuation"]:
+def _targets(prefilled: Prefilled) -> Int[Tensor, " continuation"]:
     """Token ids of the continuation."""
-    return torch.tensor(prefilled.window.ids[prefilled.window.context :], device=loaded.device)
+    return torch.tensor(prefilled.window.ids[prefilled.window.context :], device=prefilled.nll.device)
 
 
 def _renormalised(log_probs: Tensor) -> Tensor:

@@ -12,13 +12,17 @@ from baklava import corpora
 from baklava.assets import WHEELS, wheel
 from baklava.errors import UserError
 from baklava.files import write_whole
+from baklava.hub import checked_row, file_rows, own_file, rows
 from baklava.paths import cache_dir
 from baklava.progress import say
+from baklava.published import PUBLISHED
 
-KNOWN = tuple(corpora.PARSERS)
+DEMO = tuple(corpora.PARSERS)
+KNOWN = (*DEMO, *PUBLISHED)
 SUFFIXES = (".txt", ".md", ".jsonl")
 HUB_ROWS = 200  # of a data set; enough for every split of windows, and a stream may have no end
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^:]+){0,2}")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^:]+){0,2}")
+HUB_FORM = "owner/name[/config][:split[:column]]"
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,9 @@ class Document:
 def documents(names: Sequence[str]) -> list[Document]:
     """The non-empty documents of every name, in the order given.
 
-    A name is `botocore`, `ifcraft` or `factbook`, a .txt, .md or .jsonl file (its field `text`), a folder of those, or
-    a hub data set as `owner/name[:split[:column]]`. Raises UserError for a name that is none of these or has no text.
+    A name is `botocore`, `ifcraft` or `factbook`, `wikitext` or `pg19` (the test split on the hub, or with `=FILE`
+    behind it a file with its rows), a .txt, .md or .jsonl file (its field `text`), a folder of those, or a hub data set
+    as `owner/name[/config][:split[:column]]`. Raises UserError for a name that is none of these or has no text.
     """
     if not names:
         raise UserError(f"no text was named; give at least one of {', '.join(KNOWN)}, a file or a folder.")
@@ -56,15 +61,17 @@ def _named(name: str) -> list[Document]:
 
 
 def _source(name: str) -> "Callable[[str], list[Document]]":
-    if name in KNOWN:
+    if name in DEMO:
         return _corpus
+    if name.partition("=")[0] in PUBLISHED:
+        return _published
     if name and Path(name).exists():
         return _local
     if HUB_NAME.fullmatch(name) and not name.endswith(SUFFIXES):
         return _hub
     raise UserError(
         f"text {name!r} is neither a known corpus ({', '.join(KNOWN)}), nor a file or folder that exists, "
-        "nor a hub data set as owner/name[:split[:column]]; correct the name."
+        f"nor a hub data set as {HUB_FORM}; correct the name."
     )
 
 
@@ -123,19 +130,25 @@ def _row(line: str, where: str) -> str:
 
 
 def _hub(name: str) -> list[Document]:
-    """The first HUB_ROWS rows of a data set, streamed, so that a large one is not fetched whole."""
+    """The first HUB_ROWS rows of a data set."""
     given = name.split(":")
-    repository, split, column = given + ["train", "text"][len(given) - 1 :]
+    path, split, column = given + ["train", "text"][len(given) - 1 :]
+    owner, repository, *config = path.split("/")
     say(f"fetching up to {HUB_ROWS} rows of {name} from the hub")
-    try:
-        import datasets  # here, since it costs a second that only a hub data set is worth
+    what = f"text {name!r} is no file, and as a hub data set it"
+    remedy = f"correct it as {HUB_FORM}, connect to the hub, or use one of {', '.join(DEMO)}"
+    found = rows(what, remedy, path=f"{owner}/{repository}", name=config[0] if config else None, split=split)
+    checked = (checked_row(row, (column,), f"text {name!r}") for row in islice(found, HUB_ROWS))
+    return [Document(f"{name}:{at}", str(row[column])) for at, row in enumerate(checked)]
 
-        stream = datasets.load_dataset(repository, split=split, streaming=True)
-        texts = [str(row[column]) for row in islice(stream, HUB_ROWS)]
-    except Exception as error:  # a hub fails in dozens of ways, and to the user they are one
-        reason = next(iter(str(error).strip().splitlines()), "no reason given")
-        raise UserError(
-            f"text {name!r} is no file, and as a hub data set it could not be read ({type(error).__name__}: {reason}); "
-            f"correct it as owner/name[:split[:column]], connect to the hub, or use one of {', '.join(KNOWN)}."
-        ) from error
-    return [Document(f"{name}:{at}", text) for at, text in enumerate(texts)]
+
+def _published(name: str) -> list[Document]:
+    """All documents of the test split, or of a file of one's own with its rows."""
+    corpus, _, file = name.partition("=")
+    published = PUBLISHED[corpus]
+    say(f"reading {corpus} from {file or 'the hub'}")
+    files = own_file(file) if file else published.files
+    remedy = f"connect to the hub, name a file with its rows as {corpus}=FILE, or use one of {', '.join(DEMO)}"
+    found = file_rows(f"text {name!r} ({files})", remedy, files=files, where={})
+    checked = (checked_row(row, published.columns, f"text {name!r}") for row in found)
+    return [Document(f"{corpus}/{title}", text) for title, text in published.read(checked)]

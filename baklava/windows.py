@@ -122,7 +122,7 @@ def _by_document(
 
 
 def _of_document(document: Document, tokenizer: Any, context: int, continuation: int, most: int) -> list[Window]:
-    start = _start_tokens(tokenizer)
+    start = start_tokens(tokenizer)
     body = _body(document, tokenizer)
     step = context + continuation - len(start)
     count = min(most, len(body) // step)
@@ -137,7 +137,7 @@ def _body(document: Document, tokenizer: Any) -> list[int]:
     return ids
 
 
-def _start_tokens(tokenizer: Any) -> list[int]:
+def start_tokens(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before every text: models rely on it as an attention sink."""
     ids = tokenizer("a")["input_ids"]
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []

@@ -47,7 +47,7 @@ class Engine:
         self.plan = plan
         self.held_last = self.held_most = 0
         self._loaded, self._device = loaded, loaded.device
-        self._end_ids = _end_ids(loaded)
+        self._end_ids = loaded.end_ids
         self._turn = threading.Lock()
 
     @torch.inference_mode()
@@ -86,8 +86,3 @@ def _finish(token: int, ends: frozenset[int], *, last: bool) -> Finish | None:
     if token in ends:
         return "stop"
     return "length" if last else None
-
-
-def _end_ids(loaded: LoadedModel) -> frozenset[int]:
-    ends = loaded.model.generation_config.eos_token_id
-    return frozenset([ends] if isinstance(ends, int) else ends or ())

@@ -25,7 +25,8 @@ WINGS = {
     "what a plan is": "errors paths files records progress assets geometry plan",
     "living inside one": "attention model eviction storage heads padding recording sliding cache "
     "repetition prefilling likelihood decoding compiling",
-    "finding one": "corpora texts windows profile allocation scoring bootstrap evaluation tally model_args harness",
+    "finding one": "hub published corpora texts windows profile allocation scoring bootstrap tasks suites answering "
+    "evaluation tally model_args harness",
 }
 WING_OF = {module: number for number, modules in enumerate(WINGS.values()) for module in modules.split()}
 

@@ -4,17 +4,18 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 
 from baklava.assets import wheel
 from baklava.corpora import LONG, plain
 from baklava.errors import UserError
-from baklava.texts import KNOWN, Document, digest, documents
+from baklava.texts import DEMO, Document, digest, documents
 
 
 @pytest.fixture(scope="module")
 def corpus() -> dict[str, dict[str, str]]:
-    return {name: {document.name: document.text for document in documents([name])} for name in KNOWN}
+    return {name: {document.name: document.text for document in documents([name])} for name in DEMO}
 
 
 def test_botocore_gives_long_services_sorted_by_name(corpus: dict[str, dict[str, str]]) -> None:
@@ -57,7 +58,7 @@ def test_no_markup_is_left(corpus: dict[str, dict[str, str]], name: str) -> None
 
 
 def test_the_corpora_are_the_same_every_time_and_everywhere(corpus: dict[str, dict[str, str]]) -> None:
-    again = {name: digest(documents([name])) for name in KNOWN}
+    again = {name: digest(documents([name])) for name in DEMO}
     assert {name: value[:12] for name, value in again.items()} == {
         "botocore": "288795c35e86",
         "ifcraft": "6e3caa044573",
@@ -132,13 +133,13 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, c
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["nope", "./missing.txt", "a/b/c", "texts/missing.md", ""])
+@pytest.mark.parametrize("name", ["nope", "./missing.txt", "a/b/c/d", "texts/missing.md", ""])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(UserError, match=r"known corpus \(botocore, ifcraft, factbook\)"):
+    with pytest.raises(UserError, match=r"known corpus \(botocore, ifcraft, factbook, wikitext, pg19\)"):
         documents([name])
 
 
-@pytest.mark.parametrize("name", ["owner/set", "owner/set:test", "owner/set:test:body"])
+@pytest.mark.parametrize("name", ["owner/set", "owner/set:test", "owner/set/config:test:body"])
 def test_a_hub_that_cannot_be_reached_is_one_sentence(name: str) -> None:
     with pytest.raises(
         UserError, match=r"as a hub data set it could not be read .*botocore, ifcraft, factbook"
@@ -165,3 +166,51 @@ def test_the_digest_tells_documents_apart() -> None:
     ]
     assert digest(base) == digest(list(base))
     assert len({digest(documents) for documents in [base, *others]}) == len(others) + 1
+
+
+def parquet(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    return path
+
+
+def test_wikitext_is_articles_of_lines(tmp_path: Path) -> None:
+    lines = ["", " = Robert Boulter = \n", "", " He is an actor . \n", " = 1 + 1 = \n", "", " = = Career = = \n"]
+    lines += ["", " He acts . \n", "", " = 2 = 2 = \n", "", " A law . \n"]
+    file = parquet(tmp_path / "test-00000-of-00001.parquet", [{"text": line} for line in lines])
+    first, second = documents([f"wikitext={file}"])
+    assert first.name == "wikitext/Robert Boulter"
+    assert first.text == (
+        " = Robert Boulter = \n\n He is an actor . \n = 1 + 1 = \n\n = = Career = = \n\n He acts . \n\n"
+    )
+    assert second == Document("wikitext/2 = 2", " = 2 = 2 = \n\n A law . \n")
+
+
+def test_pg19_is_a_document_a_book(tmp_path: Path) -> None:
+    book = {"short_book_title": "Emma by Jane Austen", "publication_date": 1816, "url": "http://x", "text": "Emma ..."}
+    file = parquet(tmp_path / "test.parquet", [book])
+    assert documents([f"pg19={file}"]) == [Document("pg19/Emma by Jane Austen", "Emma ...")]
+
+
+@pytest.mark.parametrize("name", ["wikitext", "pg19"])
+def test_a_published_corpus_says_how_to_go_on_without_the_hub(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"text '{name}' \(hf://.*could not be read .*as {name}=FILE, or use one of"):
+        documents([name])
+    with pytest.raises(UserError, match=r"data file 'no.parquet' does not exist"):
+        documents([f"{name}=no.parquet"])
+    with pytest.raises(UserError, match=r"has nothing in column .*'text' of a row with 'body'"):
+        documents([f"{name}={parquet(tmp_path / 'a.parquet', [{'body': 'x'}])}"])
+
+
+def test_a_data_set_is_read_by_configuration_split_and_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a folder owner/name is read as the repository of that name would be
+    card = "---\nconfigs:\n" + "".join(
+        f"- config_name: {config}\n  data_files:\n  - split: test\n    path: {config}/test-*\n" for config in "ab"
+    )
+    for config in "ab":
+        parquet(tmp_path / f"owner/name/{config}/test-00000-of-00001.parquet", [{"body": f"text of {config}"}])
+    (tmp_path / "owner/name/README.md").write_text(card + "---\n")
+    monkeypatch.chdir(tmp_path)
+    assert documents(["owner/name/b:test:body"]) == [Document("owner/name/b:test:body:0", "text of b")]
+    with pytest.raises(UserError, match=r"has nothing in column 'text' of a row with 'body'"):
+        documents(["owner/name/b:test"])
