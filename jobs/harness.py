@@ -1,0 +1,28 @@
+"""lm-evaluation-harness with the model `baklava`, which lm_eval alone would not find; every argument is its own.
+
+python jobs/harness.py run --model baklava --model_args pretrained=demo,plan=uniform:0.3 --tasks lambada_openai
+python jobs/harness.py run --model baklava --model_args pretrained=demo,plan=runs/mine/plan.json --tasks gsm8k_cot
+"""
+
+import importlib.util
+import sys
+
+from baklava.errors import UserError
+
+
+def main() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("lm-evaluation-harness is not installed; run pip install -c constraints.txt -e '.[lm-eval]'")
+    from lm_eval.__main__ import cli_evaluate
+
+    import baklava.harness  # noqa: F401 - registers the model
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"harness: {error}", file=sys.stderr)
+        sys.exit(2)
