@@ -1,6 +1,8 @@
 import json
 import math
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +44,10 @@ def window_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_command_compares_plans_on_a_window_file(tmp_path: Path, window_file: Path) -> None:
     out = tmp_path / "scores.json"
     plans = ["--plan", "full", "--plan", "uniform:0.3", "--plan", "uniform+heavy_hitter:0.3"]
-    small = ["--context", "512", "--continuation", "128", "--calibration", "ifcraft"]
-    done = evaluate(*plans, "--windows", str(window_file), "--json", str(out), *small)
-    assert "uniform+heavy_hitter:0.3" in done.stdout
+    tasks = ["--tasks", "needle", "few_shot", "--prompts", "1", "--no-speed", "--out", str(tmp_path / "run")]
+    done = evaluate(*plans, "--windows", str(window_file), "--json", str(out), *tasks)
+    assert "uniform+heavy_hitter:0.3 keeps 30.0% of the bytes" in done.stdout
+    assert (tmp_path / "run" / "scores.json").read_text() == out.read_text()
     full, streaming, heavy = json.loads(out.read_text())["plans"]
     assert abs(full["mean"]["dnll"]) < 1e-4
     assert full["plan"]["ratio"] == 1.0
@@ -55,12 +58,31 @@ def test_one_command_compares_plans_on_a_window_file(tmp_path: Path, window_file
         assert len(each["windows"]) == 2
         for window in each["windows"]:
             assert window["dnll"] == pytest.approx(window["nll"] - window["nll_full"])
+        assert each["tasks"]["few_shot"]["n"] == 8
+        assert each["tasks"]["few_shot"]["chance"] == 0.25
+    assert full["tasks"]["needle"]["exact"] == full["tasks"]["needle"]["full"]["exact"]
+    opens_without_errors(tmp_path / "run" / "report.html")
+
+
+def opens_without_errors(report: Path) -> None:
+    """In a browser where there is one; everywhere, that it asks for nothing outside of itself."""
+    page = report.read_text()
+    assert not re.search(r"<script|<link|@import|url\(|(src|href)=", page)
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser:
+        quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+        options = [*quiet, "--headless", "--enable-logging=stderr", f"--user-data-dir={report.parent / 'browser'}"]
+        command = [browser, *options, "--dump-dom", report.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert "CONSOLE" not in done.stderr
+        assert done.stdout.count("<svg") == 2
 
 
 @pytest.mark.demo
 def test_bad_usage_is_one_sentence_and_exit_code_2(
     tmp_path: Path, window_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "elsewhere").mkdir()
     (tmp_path / "plan.json").write_text("{}")
     (tmp_path / "short.txt").write_text("A few words.")
     windows = ["--windows", str(window_file)]
@@ -72,8 +94,20 @@ def test_bad_usage_is_one_sentence_and_exit_code_2(
         (["--plan", "uniform:much", *windows], "is not a number"),
         (["--plan", str(tmp_path / "plan.json"), *windows], "is not a valid plan"),
         (["--plan", "full", "--texts", str(tmp_path / "short.txt")], "a window needs 3072 of context"),
+        (["--plan", "full", "--plan", "full", *windows], "is given twice"),
+        (["--plan", "full", "--tasks", "qa", *windows], "choose from passkey"),
+        (["--plan", "full", "--tasks", "all", "needle", *windows], "needle is given twice"),
+        (["--plan", "full", "--tasks", "longbench:dureader", *windows], "no data set 'dureader'"),
+        (["--plan", "full", "--tasks", "needle", "--lengths", "20", *windows], "more than 20"),
+        (["--plan", "full", "--tasks", "needle", "--lengths", "9000", *windows], "lower --lengths"),
+        (["--plan", "full", "--seed", "-1", *windows], "--seed is a number, at least 0"),
+        (["--plan", "full", "--out", str(tmp_path), *windows], "exists already"),
+        (["--resume", str(tmp_path)], "holds no valid evaluation.json"),
+        (["--resume", str(tmp_path), "--plan", "full"], "takes its settings from"),
+        ([*windows], "no plan was named"),
     ]
     for arguments, said in cases:
+        monkeypatch.chdir(tmp_path / "elsewhere")
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--json", str(tmp_path / "out.json")])
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(ROOT / "jobs" / "evaluate.py"), run_name="__main__")
@@ -82,6 +116,7 @@ def test_bad_usage_is_one_sentence_and_exit_code_2(
         assert last.startswith("evaluate: ")
         assert said in last
         assert not (tmp_path / "out.json").exists()
+    assert not (Path.cwd() / "runs").exists()
 
 
 @pytest.mark.demo

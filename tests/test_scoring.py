@@ -7,10 +7,12 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import DynamicCache
 
 from baklava.allocation import Baklava, allocate
+from baklava.comparison import compare
 from baklava.errors import UserError
-from baklava.evaluation import evaluate, named_plan
+from baklava.evaluation import Evaluator
 from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, Reconstruction, SnapKV, Streaming, Tova
 from baklava.model import LoadedModel
+from baklava.naming import named_plan
 from baklava.plan import BudgetPlan, full_plan
 from baklava.prefilling import prefill as enter
 from baklava.profile import cached_profile
@@ -130,5 +132,7 @@ def test_heavy_hitters_in_the_right_heads_beat_uniform_sinks_and_recent_on_unsee
     cut = windows(documents(["ifcraft"]), demo.tokenizer, context=1024, continuation=256)[:3]
     names = ("uniform:0.2", "baklava+heavy_hitter:0.2")
     plans = [named_plan(name, demo, 1280, lambda: profile) for name in names]
-    uniform, ours = (evaluation.mean("kl").mean for evaluation in evaluate(demo, plans, cut))
+    evaluator = Evaluator(demo, [named.plan for named in plans])
+    compared = compare(plans, [evaluator.window(window) for window in cut], [])
+    uniform, ours = (evaluation.mean("kl").mean for evaluation in compared)
     assert ours < uniform / 1.2

@@ -1,0 +1,133 @@
+"""Facts about an evaluation as a job: resumable, the same on replicas, recorded in MLflow."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from searching import WORDS, make_model
+
+from baklava.comparison import Speed
+from baklava.errors import UserError
+from baklava.naming import NamedPlan
+from baklava.paths import tracking_uri
+from tuning.evaluation import run as running
+from tuning.evaluation.run import Evaluated, evaluate, resume
+from tuning.evaluation.settings import EvaluationSettings
+
+
+def stopwatch(loaded: Any, plans: tuple[NamedPlan, ...]) -> dict[str, Speed]:
+    return {named.name: Speed(100, 5.0, 2.0, 1.0, 1.1, 1 << 20) for named in plans}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> EvaluationSettings:
+    folder = tmp_path_factory.mktemp("evaluation")
+    model = make_model(folder / "model")
+    (folder / "texts").mkdir()
+    for number in range(3):
+        words = Random(number).choices(WORDS, k=300)
+        sentences = [" ".join(words[at : at + 15]) + "." for at in range(0, 300, 15)]
+        (folder / "texts" / f"{number}.txt").write_text("\n".join(sentences))
+    return EvaluationSettings.of(
+        model=str(model),
+        plans=["full", "uniform:0.5", "uniform+heavy_hitter:0.6"],
+        texts=[str(folder / "texts")],
+        context=160,
+        continuation=32,
+        tasks=["needle", "few_shot", "copy"],
+        prompts=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(settings: EvaluationSettings, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    return evaluate(settings, tmp_path_factory.mktemp("whole") / "out", stopwatch)
+
+
+def figures(evaluated: Evaluated) -> Any:
+    return json.loads(evaluated.folder.scores.read_text())
+
+
+def close(ours: Any, theirs: Any) -> bool:
+    """Equal but for the rounding of another number of threads."""
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(close(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(map(close, ours, theirs))
+    return ours == pytest.approx(theirs, abs=1e-4) if isinstance(ours, float) else ours == theirs
+
+
+def test_everything_is_in_the_folder(whole: Evaluated) -> None:
+    found = figures(whole)["plans"]
+    assert [each["name"] for each in found] == ["full", "uniform:0.5", "uniform+heavy_hitter:0.6"]
+    assert all(each["tasks"].keys() == {"needle", "few_shot", "copy"} for each in found)
+    assert len(found[0]["windows"]) == 3
+    content = json.loads(whole.folder.windows.read_text())
+    assert (content["context"], content["continuation"]) == (160, 32)
+    assert "uniform:0.5" in whole.folder.report.read_text()
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(
+    settings: EvaluationSettings, whole: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    original = running.results
+
+    def dying(*arguments: Any) -> Iterator[Any]:
+        for result in original(*arguments):
+            if len(done) == 4:
+                raise KeyboardInterrupt
+            done.append(result.name)
+            yield result
+
+    with monkeypatch.context() as broken:
+        broken.setattr(running, "results", dying)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(settings, tmp_path / "out", stopwatch)
+    with (tmp_path / "out" / "results.jsonl").open("a") as file:
+        file.write('{"kind": "prompt", "na')  # a kill in the middle of a line
+    asked: list[int] = []
+    monkeypatch.setattr(running, "results", lambda *given: (asked.append(len(given[2])), original(*given))[1])
+    assert close(figures(resume(tmp_path / "out", stopwatch)), figures(whole))
+    assert asked == [9 - 4]
+
+
+@pytest.mark.ray
+def test_replicas_find_the_same(settings: EvaluationSettings, whole: Evaluated, tmp_path: Path) -> None:
+    found = evaluate(settings.model_copy(update={"replicas": 2}), tmp_path / "out", stopwatch)
+    assert close(figures(found), figures(whole))
+
+
+def test_every_plan_is_a_run_in_mlflow(whole: Evaluated) -> None:
+    client = MlflowClient(tracking_uri=tracking_uri())
+    experiment = client.get_experiment_by_name("baklava/model")
+    (parent,) = client.search_runs([experiment.experiment_id], f"tags.`baklava.out` = '{whole.folder.path.absolute()}'")
+    children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    assert {child.info.run_name for child in children} == {each.named.name for each in whole.evaluations}
+    metrics = next(child for child in children if child.info.run_name == "uniform:0.5").data.metrics
+    assert metrics["kl"] == pytest.approx(whole.evaluations[1].mean("kl").mean)
+    assert metrics["needle/exact"] == whole.evaluations[1].tasks["needle"].exact
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"report.html", "scores.json"}
+
+
+def test_a_server_that_is_down_is_told_before_any_work(
+    settings: EvaluationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="start it, or unset"):
+        evaluate(settings, tmp_path / "out", stopwatch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_ratio_is_stated_at_the_longest_of_windows_and_prompts(
+    settings: EvaluationSettings, tmp_path: Path
+) -> None:
+    longer = settings.model_copy(update={"lengths": (200, 300), "tasks": ("needle",), "prompts": 1, "speed": False})
+    found = evaluate(longer, tmp_path / "out", stopwatch)
+    assert {each.named.plan.context_length for each in found.evaluations} == {300}
+    assert found.evaluations[0].tasks.keys() == {"needle@200", "needle@300"}
+    assert found.evaluations[0].tasks["needle@300"].loss.mean == 0.0
