@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,13 +22,16 @@ from baklava.windows import start_tokens
 
 Ids = Int[Tensor, "one tokens"]
 
+TAIL = 64
+"""Characters of a context that its questions are encoded behind."""
+
 
 @dataclass(frozen=True)
 class Answer:
     """How one question was answered.
 
-    `exact` is the metric of the greedy answer, from 0 to 1: where the answer is one text, 1 if it comes to the letter.
-    `nll` is the NLL of the right answer in nats per token.
+    `exact` is the metric of the greedy answer, from 0 to 1: where the answer is one text, 1 if greedy decoding writes
+    all of its tokens, whatever follows them. `nll` is the NLL of the right answer in nats per token.
     """
 
     exact: float
@@ -64,21 +68,21 @@ def answer(loaded: LoadedModel, recorded: Recorded, prompt: Prompt, plan: Budget
     """
     start, _ = cut(loaded, recorded, plan)
     check_unasked(start, recorded.ids.shape[1])
-    asked = _Asked(loaded, lambda: deepcopy(start))
+    asked = _Asked(loaded, prompt, lambda: deepcopy(start))
     return Answers(tuple(asked.answer(question) for question in prompt.questions), asked.held)
 
 
 @torch.inference_mode()
 def answer_full(loaded: LoadedModel, recorded: Recorded, prompt: Prompt) -> tuple[Answer, ...]:
     """The answers of transformers' own cache, which keeps everything."""
-    asked = _Asked(loaded, recorded.recording.full)
+    asked = _Asked(loaded, prompt, recorded.recording.full)
     return tuple(asked.answer(question) for question in prompt.questions)
 
 
 @torch.inference_mode()
 def answer_closed_book(loaded: LoadedModel, prompt: Prompt) -> tuple[Answer, ...]:
     """The answers of a model that was never shown the context: what chance is, measured."""
-    asked = _Asked(loaded, DynamicCache, start_tokens(loaded.tokenizer))
+    asked = _Asked(loaded, prompt, DynamicCache, start_tokens(loaded.tokenizer))
     return tuple(asked.answer(question) for question in prompt.questions)
 
 
@@ -91,15 +95,30 @@ def check_unasked(cache: Cache, context: int) -> None:
         )
 
 
+def behind(tokenizer: Any, before: str, text: str) -> list[int]:
+    """The tokens of a text that goes on behind another one, as far as tokens do not span the two.
+
+    Encoded alone, many a tokenizer would put a mark of a first word before it, which no model writes in mid-text.
+    """
+    encoded, first = (tokenizer.encode(part, add_special_tokens=False) for part in (before + text, before))
+    if encoded[: len(first)] == first:
+        return encoded[len(first) :]
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 class _Asked:
     """Asks questions, each on a cache of its own that `start` gives."""
 
-    def __init__(self, loaded: LoadedModel, start: Callable[[], Cache], before: Sequence[int] = ()) -> None:
-        self.loaded, self.start, self.before, self.held = loaded, start, list(before), 0
+    def __init__(
+        self, loaded: LoadedModel, prompt: Prompt, start: Callable[[], Cache], before: Sequence[int] = ()
+    ) -> None:
+        self.loaded, self.context, self.start, self.before = loaded, prompt.context[-TAIL:], start, list(before)
+        self.held = 0
 
     def answer(self, question: Question) -> Answer:
         """Score the right answer, and the greedy one if it has to be written down to be scored."""
-        asked, target = self._ids(question.text, self.before), self._ids(question.target)
+        asked = self._ids([*self.before, *behind(self.loaded.tokenizer, self.context, question.text)])
+        target = self._ids(behind(self.loaded.tokenizer, question.text, question.target))
         cache = self.start()
         logits = self._forward(cache, torch.cat([asked, target[:, :-1]], 1))[asked.shape[1] - 1 :]
         nll = torch.nn.functional.cross_entropy(logits.float(), target[0])
@@ -131,9 +150,8 @@ class _Asked:
             if self.held > cache.promised_bytes:
                 raise RuntimeError(f"the cache held {self.held} bytes, {cache.promised_bytes} were promised")
 
-    def _ids(self, text: str, before: Sequence[int] = ()) -> Ids:
-        ids = [*before, *self.loaded.tokenizer.encode(text, add_special_tokens=False)]
-        return torch.tensor([ids], device=self.loaded.device)
+    def _ids(self, ids: Sequence[int]) -> Ids:
+        return torch.tensor([list(ids)], device=self.loaded.device)
 
 
 def _one_by_one(cache: Cache) -> AbstractContextManager[None]:

@@ -34,7 +34,9 @@ class Speed:
 class TaskScore:
     """A plan on one task: `exact` from 0 to 1 (higher is better), NLLs in nats per token of the answer (lower is).
 
-    `loss` is the full cache's `exact` minus the plan's, question by question, with its interval over prompts.
+    `metric` is the name of what scored the answers, "exact" where that is exact match. Of the `prompts`, `cut` are so
+    long that the plan lost entries of their context. `loss` is the full cache's `exact` minus the plan's, question by
+    question, with its interval over prompts.
     """
 
     exact: float
@@ -46,10 +48,13 @@ class TaskScore:
     chance: float
     loss: Interval
     questions: int
+    prompts: int
+    cut: int
+    metric: str
 
     @classmethod
-    def of(cls, results: Sequence[PromptResult], plan: int) -> "TaskScore":
-        """The score of the plan with this number over the prompts of one task."""
+    def of(cls, results: Sequence[PromptResult], plan: int, lossless: int) -> "TaskScore":
+        """The score of the plan with this number, which loses no entry of that many tokens, over prompts of a task."""
         ours = [answer for result in results for answer in result.plans[plan].answers]
         full = [answer for result in results for answer in result.full]
         closed = [answer for result in results for answer in result.closed_book]
@@ -62,6 +67,9 @@ class TaskScore:
             chance=fmean(chance for result in results for chance in result.chance),
             loss=interval(losses, prompts),
             questions=len(ours),
+            prompts=len(results),
+            cut=sum(result.tokens > lossless for result in results),
+            metric=" ".join(dict.fromkeys(metric for result in results for metric in result.metrics)),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -71,9 +79,12 @@ class TaskScore:
             "answer_nll": self.nll,
             "chance": self.chance,
             "n": self.questions,
+            "metric": self.metric,
+            "prompts": self.prompts,
+            "cut": self.cut,
             "full": {"exact": self.full_exact, "answer_nll": self.full_nll},
             "closed_book": {"exact": self.closed_book_exact, "answer_nll": self.closed_book_nll},
-            "loss": strict(asdict(self.loss)),
+            "loss": _without_nan(asdict(self.loss)),
         }
 
 
@@ -81,13 +92,15 @@ class TaskScore:
 class Evaluation:
     """One plan over all windows and prompts.
 
-    `gain` is what context is worth on each window, in nats per token: all of it instead of its last `short` tokens.
+    `gain` is what context is worth on each window, in nats per token: all of it instead of its last `short` tokens. Of
+    the windows, `cut` are so long that the plan lost entries.
     """
 
     named: NamedPlan
     scores: tuple[Score, ...]
     gain: tuple[float, ...]
     short: int = 0
+    cut: int = 0
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
     answer_bytes: int = 0
     speed: Speed | None = None
@@ -106,6 +119,11 @@ class Evaluation:
         return interval([mine - theirs for mine, theirs in pairs], self.documents)
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether the plan is the full cache."""
+        return self.named.plan.allocation.method == "full"
+
+    @property
     def documents(self) -> list[str]:
         """The document of each window."""
         return [score.document for score in self.scores]
@@ -118,7 +136,7 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """What other people's scripts read."""
         plan = self.named.plan
-        content: dict[str, Any] = {
+        return {
             "name": self.named.name,
             "plan": {
                 "bytes_per_sequence": plan.bytes_per_sequence,
@@ -127,17 +145,16 @@ class Evaluation:
                 "digest": plan.digest,
             },
             "allocated_bytes": self.allocated_bytes,
+            "cut": self.cut,
             "windows": [
                 {"name": s.window, "nll_full": s.nll_full, "nll": s.nll, "dnll": s.dnll, "kl": s.kl, "gain": gain}
                 for s, gain in zip(self.scores, self.gain, strict=True)
             ],
             "tasks": {name: score.as_json() for name, score in self.tasks.items()},
+            "mean": {metric: self.mean(metric).mean for metric in METRICS},
+            "interval": {metric: _without_nan(asdict(self.mean(metric))) for metric in METRICS},
             "speed": asdict(self.speed) if self.speed else None,
         }
-        if self.scores:
-            content["mean"] = {metric: self.mean(metric).mean for metric in METRICS}
-            content["interval"] = {metric: strict(asdict(self.mean(metric))) for metric in METRICS}
-        return content
 
 
 def compare(
@@ -154,8 +171,9 @@ def compare(
             named,
             tuple(result.scores[number] for result in windows),
             tuple(result.gain for result in windows),
-            windows[0].short if windows else 0,
-            {task: TaskScore.of(group, number) for task, group in groups.items()},
+            windows[0].short,
+            sum(result.tokens > named.plan.lossless_tokens for result in windows),
+            {task: TaskScore.of(group, number, named.plan.lossless_tokens) for task, group in groups.items()},
             max((result.plans[number].allocated_bytes for result in prompts), default=0),
             (speeds or {}).get(named.name),
         )
@@ -165,7 +183,7 @@ def compare(
 
 def best(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     """The plan with the least KL among those that keep less than everything."""
-    budgeted = [each for each in evaluations if each.scores and each.named.plan.allocation.method != "full"]
+    budgeted = [each for each in evaluations if not each.keeps_all]
     return min(budgeted, key=lambda each: each.mean("kl").mean, default=None)
 
 
@@ -175,6 +193,6 @@ def _means(answers: Sequence[Answer]) -> tuple[float, float]:
     return exact, nll
 
 
-def strict(values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: a bound that one document cannot give is null."""
     return {name: None if value != value else value for name, value in values.items()}

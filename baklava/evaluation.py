@@ -12,7 +12,7 @@ from baklava.plan import BudgetPlan
 from baklava.records import Record
 from baklava.scoring import Score, prefill, score
 from baklava.tasks import Prompt
-from baklava.windows import Window
+from baklava.windows import Window, start_tokens
 
 SHORT_CONTEXT = 512
 """Most context that a corpus's gain compares with."""
@@ -28,6 +28,7 @@ class WindowResult(Record):
     kind: Literal["window"] = "window"
     name: str
     document: str
+    tokens: int
     gain: float
     short: int
     scores: tuple[Score, ...]
@@ -36,14 +37,15 @@ class WindowResult(Record):
 class PromptResult(Record):
     """How all plans answered the questions of one prompt, in their order, beside the full cache and chance.
 
-    `chance` is what a guess at each question would score; `closed_book` are the answers of the model without the
-    context.
+    `tokens` are those of its context, `metrics` the names of what scored each question, `chance` what a guess at each
+    would score; `closed_book` are the answers of the model without the context.
     """
 
     kind: Literal["prompt"] = "prompt"
     name: str
     task: str
     tokens: int
+    metrics: tuple[str, ...]
     chance: tuple[float, ...]
     full: tuple[Answer, ...]
     closed_book: tuple[Answer, ...]
@@ -67,9 +69,16 @@ class Evaluator:
         """Score every plan on a window."""
         prefilled = prefill(self.loaded, window, self.evictions)
         scores = tuple(score(self.loaded, prefilled, plan) for plan in self.plans)
-        short = min(SHORT_CONTEXT, window.context // 2)
+        short = max(1, min(SHORT_CONTEXT, window.context // 2))
         gain = _short_nll(self.loaded, window, short) - float(prefilled.nll.mean())
-        return WindowResult(name=window.name, document=window.document, gain=gain, short=short, scores=scores)
+        return WindowResult(
+            name=window.name,
+            document=window.document,
+            tokens=len(window.ids),
+            gain=gain,
+            short=short,
+            scores=scores,
+        )
 
     def prompt(self, task: str, prompt: Prompt) -> PromptResult:
         """Ask every plan the questions of a prompt."""
@@ -78,6 +87,7 @@ class Evaluator:
             name=prompt.name,
             task=task,
             tokens=recorded.ids.shape[1],
+            metrics=tuple(question.metric for question in prompt.questions),
             chance=tuple(question.chance for question in prompt.questions),
             full=answer_full(self.loaded, recorded, prompt),
             closed_book=answer_closed_book(self.loaded, prompt),
@@ -87,8 +97,10 @@ class Evaluator:
 
 @torch.inference_mode()
 def _short_nll(loaded: LoadedModel, window: Window, short: int) -> float:
-    """NLL of the continuation with only the last tokens of its context."""
-    ids = torch.tensor([window.ids[window.context - max(1, short) :]], device=loaded.device)
+    """NLL of the continuation with only the last tokens of its context, behind what the tokenizer puts first."""
+    start = start_tokens(loaded.tokenizer) if loaded.tokenizer else []
+    start = start if list(window.ids[: len(start)]) == start else []
+    ids = torch.tensor([[*start, *window.ids[window.context - short :]]], device=loaded.device)
     logits = loaded.model(ids, use_cache=False, logits_to_keep=window.continuation + 1).logits[0, :-1]
     targets = ids[0, -window.continuation :]
     return float(torch.nn.functional.cross_entropy(logits.float(), targets))

@@ -59,9 +59,22 @@ def checked_row(row: Row, columns: tuple[str, ...], what: str) -> Row:
     Raises:
         UserError: with the columns that are missing and those that are there.
     """
+    wrong = [name for name in columns if not _usable(row.get(name)) and row.get(name) not in (None, [])]
+    if wrong:
+        raise UserError(
+            f"{what} has {row[wrong[0]]!r} in column {wrong[0]!r} of a row, which is neither text nor a list of texts; "
+            "give rows in the format of the published data set."
+        )
     if missing := [column for column in columns if row.get(column) in (None, [])]:
         raise UserError(
             f"{what} has nothing in column {', '.join(map(repr, missing))} of a row with {', '.join(map(repr, row))}; "
             "give rows in the format of the published data set."
         )
     return row
+
+
+def _usable(value: Any) -> bool:
+    """Whether a column holds text, a list of texts of which none is empty, or a count of tokens."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(each, str) and each for each in value)
+    return isinstance(value, str | int)

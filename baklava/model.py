@@ -1,7 +1,9 @@
 """Loading a model so that it can live inside a plan."""
 
+import hashlib
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,6 +41,14 @@ class LoadedModel:
     def max_length(self) -> int:
         """Most tokens that the model was made for, prompt and completion together."""
         return int(self.model.config.get_text_config(decoder=True).max_position_embeddings)
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Hash of the first values of every weight: other weights under the same name have another one."""
+        found = hashlib.sha256()
+        for parameter in self.model.parameters():
+            found.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     @property
     def end_ids(self) -> frozenset[int]:

@@ -161,6 +161,12 @@ class BudgetPlan(Record):
         return self.bytes_per_sequence / self.full_bytes_per_sequence
 
     @property
+    def lossless_tokens(self) -> int:
+        """Tokens up to which no head loses an entry; where methods score, an eviction goes below the capacity."""
+        smallest = min(tokens for row in self.tokens for tokens in row)
+        return smallest - self.eviction.interval if self.eviction.scored else smallest
+
+    @property
     def digest(self) -> str:
         """Hash of everything that changes what the cache does; equal plans have equal digests."""
         content = self.model_dump(mode="json", exclude={"provenance", "allocation"})

@@ -22,6 +22,9 @@ from baklava.recording import Recording
 CHUNK = 512
 """Tokens that are repeated per forward."""
 
+ROOM = CHUNK + 64
+"""Positions that repeating takes behind a prompt: a chunk, its lead and the request."""
+
 LEAD = 8
 """Tokens before a chunk that tell the model where to go on."""
 

@@ -22,10 +22,8 @@ class Tally:
 
     @property
     def lossless(self) -> int:
-        """Tokens up to which no head loses an entry; where methods score, an eviction goes below the capacity."""
-        eviction = self.plan.eviction
-        smallest = min(tokens for row in self.plan.tokens for tokens in row)
-        return smallest - eviction.interval if eviction.scored else smallest
+        """Tokens up to which no head loses an entry."""
+        return self.plan.lossless_tokens
 
     def count(self, context: int, decoded: int) -> None:
         """Count a request of `context` prefilled tokens, behind which `decoded` forwards of one predicted the rest."""

@@ -15,28 +15,39 @@ from transformers import DynamicCache
 from baklava.model import LoadedModel, load
 from baklava.plan import BudgetPlan
 from baklava.prefilling import prefill
+from baklava.progress import say
 from benchmarks.peer import as_peer
 
 
-def peak(loaded: LoadedModel, plan: BudgetPlan | None, context: int, batch: int = 1) -> int:
-    """Most bytes that one prefill of this many random tokens adds to the weights; without a plan, the peer's."""
+def peak(loaded: LoadedModel, plan: BudgetPlan | None, context: int, batch: int = 1) -> int | None:
+    """Most bytes that one prefill of this many random tokens adds to the weights; without a plan, the peer's.
+
+    None where that process could not hold the model, as on a GPU that this one fills.
+    """
     with TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         if plan is not None:
             plan.write(file)
         asked = [loaded.identity.id, str(file), str(context), str(batch), str(torch.get_num_threads())]
         command = [sys.executable, "-m", "benchmarks.peak", *asked]
-        ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if ran.returncode:
+        reason = (ran.stderr.strip().splitlines() or [f"it ended with {ran.returncode}"])[-1]
+        say(f"a peak of memory could not be measured ({reason})")
+        return None
     return int(ran.stdout.strip().splitlines()[-1])
 
 
-def over_floor(loaded: LoadedModel, plan: BudgetPlan | None, context: int, batch: int) -> float:
+def over_floor(loaded: LoadedModel, plan: BudgetPlan | None, context: int, batch: int) -> float | None:
     """The peak over its floor: weights, one layer's dense keys and values, and the plan (the peer's full cache)."""
+    measured = peak(loaded, plan, context, batch)
+    if measured is None:
+        return None
     geometry = loaded.geometry
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     layer = 2 * batch * geometry.kv_heads * context * geometry.head_dim * loaded.model.dtype.itemsize
     held = layer * geometry.layers if plan is None else batch * plan.bytes_per_sequence
-    return (weights + peak(loaded, plan, context, batch)) / (weights + layer + held)
+    return (weights + measured) / (weights + layer + held)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from baklava.model import LoadedModel
 from baklava.naming import NamedPlan
 from baklava.prefilling import prefill
 from baklava.progress import bar
-from benchmarks.decode import stepper
+from benchmarks.decode import WARM_UP, stepper
 from benchmarks.peak import peak, plain
 from benchmarks.peer import PEER
 from benchmarks.plans import filled
@@ -22,22 +22,21 @@ STEPS = 12
 PREFILLS = 2
 
 
-def speeds(loaded: LoadedModel, plans: Sequence[NamedPlan], context: int | None = None) -> dict[str, Speed]:
-    """Decode steps, one prompt and its peak for every plan and the peer; all take turns in one process but the peaks.
+def speeds(loaded: LoadedModel, plans: Sequence[NamedPlan]) -> dict[str, Speed]:
+    """Decode steps and one prompt for every plan and the peer, in turns in one process, and the plans' peaks.
 
     The prompt is as long as the shortest of the plans' contexts, less the tokens that are then decoded.
     """
-    steps = STEPS + 2
-    context = context or min(named.plan.context_length for named in plans) - steps
+    context = min(named.plan.context_length for named in plans) - STEPS - WARM_UP
     by_name = {named.name: named for named in plans}
-    with bar(3 + len(plans), "timing", "contestants") as progress:
+    with bar(2 + len(plans), "timing", "measurements") as progress:
         decoding = _decoding(loaded, by_name, context)
         progress.update(1)
         prefilling = _prefilling(loaded, by_name, context)
         progress.update(1)
         peaks = {}
-        for name, plan in {PEER: None, **{name: named.plan for name, named in by_name.items()}}.items():
-            peaks[name] = peak(loaded, plan, context)
+        for name, named in by_name.items():
+            peaks[name] = peak(loaded, named.plan, context)
             progress.update(1)
     return {name: _speed(name, context, decoding, prefilling, peaks[name]) for name in by_name}
 
@@ -47,7 +46,7 @@ def _decoding(loaded: LoadedModel, plans: Mapping[str, NamedPlan], context: int)
     caches: dict[str, Any] = {name: BudgetedCache(named.plan) for name, named in plans.items()}
     caches[PEER] = DynamicCache()
     contestants = {name: stepper(loaded, filled(loaded, cache, 1, context), 1) for name, cache in caches.items()}
-    return take_turns(contestants, STEPS, warm_up=2)
+    return take_turns(contestants, STEPS, WARM_UP)
 
 
 def _prefilling(loaded: LoadedModel, plans: Mapping[str, NamedPlan], context: int) -> dict[str, Timing]:
@@ -60,7 +59,7 @@ def _prefilling(loaded: LoadedModel, plans: Mapping[str, NamedPlan], context: in
 
 
 def _speed(
-    name: str, context: int, decoding: Mapping[str, Timing], prefilling: Mapping[str, Timing], peak_bytes: int
+    name: str, context: int, decoding: Mapping[str, Timing], prefilling: Mapping[str, Timing], peak_bytes: int | None
 ) -> Speed:
     return Speed(
         context=context,

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baklava.errors import UserError
+from baklava.progress import say
 from tuning.folders import new_folder
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--windows", metavar="FILE", help="a JSON file of token windows, instead of those of --texts")
     made.add_argument("--context", type=_count, metavar="TOKENS", help="tokens prefilled per window (default 3072)")
     made.add_argument("--continuation", type=_count, metavar="TOKENS", help="tokens scored per window (default 512)")
-    made.add_argument("--limit", type=_count, metavar="N", help="most windows, one per document (default 12)")
+    made.add_argument("--limit", type=_count, metavar="N", help="most windows (default 12 of texts, all of a file)")
     made.add_argument("--tasks", nargs="+", metavar="NAME", help="all, or tasks and benchmarks by name (default none)")
     made.add_argument(
         "--lengths", nargs="+", type=_count, metavar="TOKENS", help="tokens of a prompt (default: those of a window)"
@@ -92,7 +94,9 @@ def run(given: dict[str, Any]) -> "Evaluated":
     earlier, out = given.pop("resume", None), given.pop("out", None)
     if earlier is not None:
         if given or out:
-            raise UserError(f"--resume takes its settings from {earlier}; leave out --{next(iter([*given, 'out']))}")
+            other = {"plans": "plan", "speed": "no-speed"}
+            first = next(iter([*given, "out"]))
+            raise UserError(f"--resume takes its settings from {earlier}; leave out --{other.get(first, first)}")
         return resume(earlier, speeds)
     if "plans" not in given:
         raise UserError("no plan was named; give --plan full, --plan baklava:0.3 or the plan.json of a search")
@@ -105,7 +109,7 @@ def show(evaluated: "Evaluated") -> None:
     from tuning.evaluation.table import tables
 
     print("\n" + tables(evaluated.evaluations))
-    print("\n" + "\n".join(f"- {sentence}" for sentence in verdict(evaluated.evaluations)))
+    print("\n" + "\n".join(f"- {each}" for each in verdict(evaluated.evaluations, evaluated.settings.texts)))
     folder = evaluated.folder
     print(f"\nreport   {folder.report}\nscores   {folder.scores}\nwindows  {folder.windows}")
     advice = "--prompts 20 narrows the tasks' intervals" if evaluated.settings.tasks else "--tasks all asks questions"
@@ -116,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = vars(parser().parse_args(argv))
     machine = given.pop("json", None)
     try:
-        if machine and (machine.is_dir() or not machine.absolute().parent.is_dir()):
+        if machine and (machine.is_dir() or not os.access(machine.absolute().parent, os.W_OK)):
             raise UserError(f"--json {machine} is no file that can be written; name a file in a folder that exists")
         evaluated = run(given)
     except UserError as error:
@@ -124,10 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    show(evaluated)
     if machine:
         machine.write_text(json.dumps(evaluated.as_json(), indent=1, allow_nan=False) + "\n")
-        print(f"written to {machine}")
+        say(f"scores: {machine}")
+    show(evaluated)
     return 0
 
 

@@ -30,7 +30,7 @@ def window(number: int, losses: Sequence[float], document: str | None = None, ga
     """A window on which every plan has a KL of half its loss."""
     name = f"w{number}"
     scores = tuple(Score(name, document or name, 2.0, 2.0 + loss, loss / 2, 1000, 1.0) for loss in losses)
-    return WindowResult(name=name, document=document or name, gain=gain, short=512, scores=scores)
+    return WindowResult(name=name, document=document or name, tokens=100, gain=gain, short=512, scores=scores)
 
 
 def prompt(number: int, full: Sequence[float], *plans: Sequence[float]) -> PromptResult:
@@ -41,6 +41,7 @@ def prompt(number: int, full: Sequence[float], *plans: Sequence[float]) -> Promp
         name=f"needle:{number}",
         task="needle",
         tokens=100,
+        metrics=("exact",) * len(full),
         chance=(0.25,) * len(full),
         full=of(full),
         closed_book=of([0.0] * len(full)),
@@ -75,7 +76,7 @@ def test_tasks_are_scored_question_by_question_against_the_full_cache(compared: 
 def test_an_interval_of_a_task_draws_prompts_not_questions() -> None:
     together = [prompt(n, [1] * 10, [n % 2] * 10) for n in range(4)]
     apart = [prompt(n, [1], [n % 2]) for n in range(40)]
-    wide, narrow = (TaskScore.of(results, 0).loss for results in (together, apart))
+    wide, narrow = (TaskScore.of(results, 0, 10).loss for results in (together, apart))
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 
 
@@ -89,10 +90,10 @@ def test_plans_are_compared_pair_by_pair(compared: list[Evaluation]) -> None:
 
 
 def test_the_verdict_is_plain_sentences(compared: list[Evaluation]) -> None:
-    text, full, small, *_, against = verdict(compared)
+    text, full, small, _, against = verdict(compared)
     assert text.startswith("6 windows of 6 documents; with all of its context instead of 512 tokens")
     assert "perplexity +0.0 % [0.0, 0.0]; needle 8 → 8 of 8" in full
-    assert "small keeps 12.5% of the bytes" in small
+    assert "small keeps 12.5% of the bytes at 100 tokens" in small
     assert "needle 8 → 4 of 8; decode 2.0 × as fast at 100 tokens." in small
     assert against == "small is nearer to the full cache than other by 0.0200 nats per token of KL [0.0200, 0.0200]."
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,8 +13,11 @@ from searching import WORDS, make_model
 
 from baklava.comparison import Speed
 from baklava.errors import UserError
+from baklava.model import LoadedModel
 from baklava.naming import NamedPlan
 from baklava.paths import tracking_uri
+from baklava.plan import Provenance
+from baklava.verdict import verdict
 from tuning.evaluation import run as running
 from tuning.evaluation.run import Evaluated, evaluate, resume
 from tuning.evaluation.settings import EvaluationSettings
@@ -123,11 +127,62 @@ def test_a_server_that_is_down_is_told_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_ratio_is_stated_at_the_longest_of_windows_and_prompts(
-    settings: EvaluationSettings, tmp_path: Path
-) -> None:
+def test_the_ratio_is_stated_at_a_window_whatever_the_prompts(settings: EvaluationSettings, tmp_path: Path) -> None:
     longer = settings.model_copy(update={"lengths": (200, 300), "tasks": ("needle",), "prompts": 1, "speed": False})
     found = evaluate(longer, tmp_path / "out", stopwatch)
-    assert {each.named.plan.context_length for each in found.evaluations} == {300}
+    assert [each.named.plan.context_length for each in found.evaluations] == [300, 192, 192]
+    assert [each.cut for each in found.evaluations] == [0, 3, 3]
     assert found.evaluations[0].tasks.keys() == {"needle@200", "needle@300"}
     assert found.evaluations[0].tasks["needle@300"].loss.mean == 0.0
+
+
+def test_what_a_plan_never_cut_is_told(settings: EvaluationSettings, tmp_path: Path) -> None:
+    short = settings.model_copy(update={"lengths": (96,), "tasks": ("needle",), "prompts": 2, "speed": False})
+    found = evaluate(short, tmp_path / "out", stopwatch).evaluations
+    assert [each.tasks["needle"].cut for each in found] == [0, 0, 0]
+    assert found[1].tasks["needle"].loss.mean == 0.0
+    told = verdict(found)
+    assert any(
+        "uniform:0.5 loses nothing of up to 96 tokens" in each and "2 prompts of needle" in each for each in told
+    )
+    assert not any("full loses nothing" in each for each in told)
+
+
+def test_a_model_that_changed_is_not_gone_on_with(
+    settings: EvaluationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(running, "results", lambda *given: iter(()))
+        with pytest.raises(KeyError):
+            evaluate(settings.model_copy(update={"tasks": ()}), tmp_path / "out", stopwatch)
+    monkeypatch.setattr(LoadedModel, "weights_digest", "other")
+    with pytest.raises(UserError, match="changed since this evaluation began"):
+        resume(tmp_path / "out", stopwatch)
+
+
+def test_a_finished_evaluation_is_one_run_however_often_it_is_resumed(whole: Evaluated) -> None:
+    resume(whole.folder.path, stopwatch)
+    client = MlflowClient(tracking_uri=tracking_uri())
+    experiment = client.get_experiment_by_name("baklava/model")
+    found = client.search_runs([experiment.experiment_id], f"tags.`baklava.out` = '{whole.folder.path.absolute()}'")
+    assert len(found) == 1
+    assert found[0].info.status == "FINISHED"
+
+
+def test_a_plan_made_from_the_text_is_told(whole: Evaluated) -> None:
+    first = whole.evaluations[1]
+    plan = first.named.plan.model_copy(update={"provenance": Provenance(corpora={"mine": "0"})})
+    known = replace(first, named=NamedPlan("p", plan))
+    assert any("was made from mine" in each for each in verdict([known], ["mine", "other"]))
+    assert not any("was made from" in each for each in verdict([known], ["other"]))
+
+
+def test_two_files_of_one_benchmark_are_refused(settings: EvaluationSettings, tmp_path: Path) -> None:
+    row = {"input": "What is it?", "context": "A long text.", "answers": ["a text"]}
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    both = tuple(f"longbench:qasper={tmp_path}/{name}.jsonl" for name in ("a", "b"))
+    given = settings.model_copy(update={"tasks": both, "lengths": (500,)})
+    with pytest.raises(UserError, match="two prompts are named longbench:qasper:0"):
+        evaluate(given, tmp_path / "out", stopwatch)
+    assert not (tmp_path / "out").exists()

@@ -55,7 +55,8 @@ def _rows(suite: Suite, file: str) -> Iterator[Row]:
     say(f"reading {suite.label} from {file or 'the hub'}")
     remedy = f"connect to the hub, or name a file of your own as {suite.label}=FILE"
     for row in file_rows(f"suite {suite.label} ({files})", remedy, files=files, where=suite.where):
-        yield checked_row(row, suite.columns, f"suite {suite.label}")
+        checked = checked_row(row, suite.columns, f"suite {suite.label}")
+        yield checked | {"context": str(checked["context"])}
 
 
 def _prompts(suite: Suite, rows: Iterator[Row], tokens: int, tokenizer: Tokenizer) -> Iterator[Prompt]:

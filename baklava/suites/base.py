@@ -87,6 +87,11 @@ class Suite(ABC):
             raise UserError(f"suite {self.name} has no {what} {given!r}; {remedy}{note}.")
 
 
+def listed(answers: str | Sequence[str]) -> tuple[str, ...]:
+    """The answers of a row, also where it gives a single one as it is."""
+    return (answers,) if isinstance(answers, str) else tuple(answers)
+
+
 def answer_behind(text: str, answer: str) -> str:
     """The answer as it goes on behind a question: after a space, unless there is one."""
     return answer if not text or text[-1].isspace() else f" {answer}"

@@ -6,7 +6,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from baklava.hub import Row
-from baklava.suites.base import Suite, answer_behind
+from baklava.suites.base import Suite, answer_behind, listed
 from baklava.tasks.base import Prompt, Question
 
 
@@ -150,12 +150,13 @@ class LongBench(Suite):
     @override
     def prompt(self, row: Row) -> Prompt:
         form = FORMATS[self.data.removesuffix("_e")]
+        answers = listed(row["answers"])
         text = form.after.replace("{input}", row["input"])
         choices = tuple(row.get("all_classes") or ())
         question = Question(
             text,
-            answer_behind(text, row["answers"][0]),
-            tuple(row["answers"]),
+            answer_behind(text, answers[0]),
+            answers,
             chance=1 / len(choices) if choices else form.chance,
             metric=form.metric,
             tokens=form.tokens,

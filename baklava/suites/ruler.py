@@ -6,7 +6,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from baklava.hub import Row
-from baklava.suites.base import Suite, answer_behind
+from baklava.suites.base import Suite, answer_behind, listed
 from baklava.tasks.base import Prompt, Question
 
 
@@ -35,7 +35,7 @@ class Ruler(Suite):
     @override
     def prompt(self, row: Row) -> Prompt:
         text = row["question"] + row["answer_prefix"]
-        answers = tuple(row["answer"])
+        answers = listed(row["answer"])
         alternatives = self.data.startswith("qa")
         question = Question(
             text,

@@ -98,5 +98,7 @@ def _longest(task: Task, prose: Prose, name: str, tokens: int, seed: int, length
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     if not of(low).questions:
-        raise UserError(f"nothing in a {task.name} prompt of {tokens} tokens can be asked for; allow more tokens")
+        raise UserError(
+            f"nothing in a {task.name} prompt of {tokens} tokens of these texts can be asked for; give longer texts"
+        )
     return of(low)

@@ -28,7 +28,7 @@ class FrequentWords(Task):
     def compose(self, prose: Prose, size: int, draw: Random) -> Prompt:
         words = [DOTS, *coded(VOCABULARY, 6, draw)]
         frequency = [(rank + 1) ** -self.alpha for rank in range(len(words))]
-        counts = [max(round(share / sum(frequency) * size), 4 - rank) for rank, share in enumerate(frequency)]
+        counts = [round(share / sum(frequency) * size) + max(0, 4 - rank) for rank, share in enumerate(frequency)]
         text = [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
         head = "Read the following coded text and track the frequency of each coded word."
         context = (

@@ -127,8 +127,8 @@ def classification(generated: str, question: Question) -> float:
 @best
 def retrieval(generated: str, answer: str) -> float:
     """Share of the numbers in the text that are the answer's, such as 3 for "Paragraph 3" (LongBench's)."""
-    wanted = NUMBER.findall(answer)[0]
-    return _share(generated, wanted)
+    wanted = NUMBER.findall(answer)[:1]
+    return _share(generated, wanted[0]) if wanted else 0.0
 
 
 @best

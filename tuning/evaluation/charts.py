@@ -16,6 +16,7 @@ ROW, NAMES = 24, 190
 Scale = Callable[[float], float]
 COLOURS = 6
 BESIDE = 7  # pixels
+SAME = 0.02  # of the bytes: a rounding of capacities
 
 
 def colour(number: int) -> str:
@@ -27,21 +28,20 @@ def quality_chart(evaluations: Sequence[Evaluation]) -> str:
     """KL over bytes, a point a plan with its interval."""
     means = [max(LEAST_KL, each.mean("kl").mean) for each in evaluations]
     top = 10 ** math.ceil(math.log10(2 * max(means)))
-    widest = max(each.named.plan.ratio for each in evaluations)
+    widest = max(each.named.plan.bytes_per_sequence for each in evaluations) / 2**20
 
-    def x(ratio: float) -> float:
-        return LEFT + ratio / widest * 0.82 * (WIDTH - LEFT - RIGHT)
+    def x(size: float) -> float:
+        return LEFT + size / widest * 0.82 * (WIDTH - LEFT - RIGHT)
 
     def y(kl: float) -> float:
         share = math.log(max(kl, LEAST_KL) / LEAST_KL) / math.log(top / LEAST_KL)
         return HEIGHT - BOTTOM - min(1.0, share) * (HEIGHT - BOTTOM - TOP)
 
     grid = [_level(10.0**power, y) for power in range(round(math.log10(LEAST_KL)), round(math.log10(top)) + 1)]
-    ticks = [
-        text(x(widest * step / 4), HEIGHT - BOTTOM + 18, f"{widest * step / 4:.0%}", "middle") for step in range(5)
-    ]
-    axis = text((LEFT + WIDTH) / 2, HEIGHT - 6, "share of the full cache's bytes", "middle")
-    points = [_point(number, each, x, y) for number, each in enumerate(evaluations)]
+    ticks = [text(x(size), HEIGHT - BOTTOM + 18, f"{size:g}", "middle") for size in _round_values(0, widest)]
+    axis = text((LEFT + WIDTH) / 2, HEIGHT - 6, "MiB per sequence", "middle")
+    sizes = [each.named.plan.bytes_per_sequence for each in evaluations]
+    points = [_point(number, each, x, y, sizes[:number]) for number, each in enumerate(evaluations)]
     return svg(WIDTH, HEIGHT, "KL over bytes, plan by plan", [*grid, *ticks, axis, *points])
 
 
@@ -73,9 +73,10 @@ def legend(evaluations: Sequence[Evaluation]) -> str:
     return f'<p class="note legend">{" ".join(names)}</p>'
 
 
-def _point(number: int, evaluation: Evaluation, x: Scale, y: Scale) -> str:
-    kl, ratio = evaluation.mean("kl"), evaluation.named.plan.ratio
-    across = x(ratio) + BESIDE * number  # plans of one size beside each other
+def _point(number: int, evaluation: Evaluation, x: Scale, y: Scale, before: Sequence[int]) -> str:
+    kl, size, ratio = evaluation.mean("kl"), evaluation.named.plan.bytes_per_sequence, evaluation.named.plan.ratio
+    like = sum(abs(other - size) < SAME * size for other in before)
+    across = x(size / 2**20) + BESIDE * like  # plans of one size stand beside each other
     told = f"{evaluation.named.name}: {ratio:.1%} of the bytes, KL {kl.mean:.4f}"
     bar = ""
     if not math.isnan(kl.low):

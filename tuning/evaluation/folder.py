@@ -17,7 +17,7 @@ from baklava.plan import BudgetPlan
 from baklava.records import Record
 from baklava.tasks import Prompt
 from baklava.windows import Window, read_windows, write_windows
-from tuning.evaluation.settings import EvaluationSettings
+from tuning.evaluation.settings import EvaluationRecord, EvaluationSettings
 from tuning.journal import Journal
 
 Result = Annotated[WindowResult | PromptResult, Field(discriminator="kind")]
@@ -34,6 +34,7 @@ class Asked(Record):
 
 PROMPTS: TypeAdapter[tuple[Asked, ...]] = TypeAdapter(tuple[Asked, ...])
 
+Key = tuple[str, str]
 Item = Window | Asked
 """One piece of work: what is prefilled once for all plans."""
 
@@ -47,10 +48,15 @@ class Material:
     prompts: tuple[Asked, ...]
 
     @property
-    def items(self) -> Iterator[tuple[str, Item]]:
-        """Every piece of work by its name."""
-        yield from ((window.name, window) for window in self.windows)
-        yield from ((asked.prompt.name, asked) for asked in self.prompts)
+    def shortest(self) -> int:
+        """Tokens that every plan is made for."""
+        return min(named.plan.context_length for named in self.plans)
+
+    @property
+    def items(self) -> Iterator[tuple[Key, Item]]:
+        """Every piece of work by its kind and name."""
+        yield from ((("window", window.name), window) for window in self.windows)
+        yield from ((("prompt", asked.prompt.name), asked) for asked in self.prompts)
 
 
 @dataclass(frozen=True)
@@ -70,37 +76,42 @@ class Folder:
         return self.path / "scores.json"
 
     @property
+    def recorded(self) -> Path:
+        """The id of the run in MLflow, once it is complete there."""
+        return self.path / "mlflow-run"
+
+    @property
     def windows(self) -> Path:
         """The windows, for other systems to be scored on the same text."""
         return self.path / "windows.json"
 
-    def begin(self, settings: EvaluationSettings, material: Material) -> None:
-        """Write what is going to be done; the settings last, since they say that the rest is there."""
+    def begin(self, record: EvaluationRecord, material: Material) -> None:
+        """Write what is going to be done; the record last, since it says that the rest is there."""
         (self.path / "plans").mkdir(parents=True, exist_ok=True)
         for number, named in enumerate(material.plans):
             named.plan.write(self._plan(number))
-        if material.windows:
-            write_windows(self.windows, material.windows)
+        write_windows(self.windows, material.windows)
         write_whole(self.path / "prompts.json", PROMPTS.dump_json(material.prompts, indent=1).decode() + "\n")
-        write_whole(self.path / "evaluation.json", settings.model_dump_json(indent=1) + "\n")
+        write_whole(self.path / "evaluation.json", record.model_dump_json(indent=1) + "\n")
 
-    def settings(self) -> EvaluationSettings:
+    def record(self) -> EvaluationRecord:
         """What was asked; raises UserError when the folder holds no evaluation."""
         try:
-            return EvaluationSettings.model_validate_json((self.path / "evaluation.json").read_text())
+            return EvaluationRecord.model_validate_json((self.path / "evaluation.json").read_text())
         except (OSError, ValidationError):
             raise UserError(
                 f"--resume {self.path} holds no valid evaluation.json; give the --out folder of an evaluation"
             ) from None
 
     def material(self, settings: EvaluationSettings, vocabulary: int) -> Material:
-        """What was written when it began."""
+        """What was written when it began; raises UserError when a part of it is gone."""
         plans = (BudgetPlan.read(self._plan(number)) for number in range(len(settings.plans)))
-        return Material(
-            tuple(NamedPlan(name, plan) for name, plan in zip(settings.plans, plans, strict=True)),
-            tuple(read_windows(self.windows, vocabulary)) if self.windows.exists() else (),
-            PROMPTS.validate_json((self.path / "prompts.json").read_bytes()),
-        )
+        try:
+            prompts = PROMPTS.validate_json((self.path / "prompts.json").read_bytes())
+        except (OSError, ValidationError):
+            raise UserError(f"{self.path}/prompts.json is missing or was changed; begin a new evaluation") from None
+        named = tuple(NamedPlan(name, plan) for name, plan in zip(settings.plans, plans, strict=True))
+        return Material(named, tuple(read_windows(self.windows, vocabulary)), prompts)
 
     def journal(self) -> "Journal[Any]":
         """The results so far."""
@@ -123,7 +134,7 @@ class Folder:
         return self.path / "plans" / f"{number}.json"
 
 
-def in_order(results: Sequence[Any], names: Sequence[str]) -> list[Any]:
+def in_order(results: Sequence[Any], keys: Sequence[Key]) -> list[Any]:
     """The results of these items, in the items' order; replicas end in any."""
-    by_name = {result.name: result for result in results}
-    return [by_name[name] for name in names]
+    by_key = {(result.kind, result.name): result for result in results}
+    return [by_key[key] for key in keys]

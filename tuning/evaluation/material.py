@@ -6,37 +6,59 @@ from dataclasses import replace
 from functools import cache
 
 from baklava import suites
+from baklava.errors import UserError
+from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
-from baklava.naming import named_plan
+from baklava.naming import NamedPlan, named_plan
 from baklava.profile import Profile, cached_profile
+from baklava.recording import RecordingCache
+from baklava.repetition import ROOM
 from baklava.tasks import Prompt, Prose, prompts, task_of
 from baklava.texts import documents
 from baklava.windows import Window, read_windows, split, start_tokens, windows
 from tuning.evaluation.folder import Asked, Material
-from tuning.evaluation.settings import EvaluationSettings
+from tuning.evaluation.settings import MOST_WINDOWS, EvaluationSettings
 
 
 def prepare(settings: EvaluationSettings, loaded: LoadedModel) -> Material:
-    """Plans, windows and prompts; the ratio of plans that are made here is stated at the longest of them.
+    """Plans, windows and prompts.
+
+    Plans that are made here state their ratio at a window's length, whatever the prompts; `full` holds the longest.
 
     Raises:
-        UserError: an unknown plan, text or task, texts too short, or prompts longer than the model's positions.
+        UserError: an unknown plan, text or task, texts too short, or more tokens than the model takes.
     """
     cut = _windows(settings, loaded)
-    lengths = tuple(sorted(settings.lengths)) or (len(cut[0].ids),)
-    loaded.check_length(max(lengths), "a prompt", "lower --lengths")
-    asked = _prompts(settings, loaded, lengths)
-    longest = max(len(cut[0].ids), *lengths) if asked else len(cut[0].ids)
-    profile = _profiler(settings, loaded, cut[0])
-    plans = [named_plan(spec, loaded, longest, profile) for spec in settings.plans]
-    return Material(tuple(plans), tuple(cut), tuple(asked))
+    window = len(cut[0].ids)
+    loaded.check_length(window)
+    lengths = tuple(sorted(settings.lengths)) or (window,)
+    asked = _prompts(settings, loaded, lengths) if settings.tasks else []
+    longest = max(window, *lengths) if asked else window
+    profile = _profiler(settings, loaded, cut)
+    lengths_of = {spec: longest if spec == "full" else window for spec in settings.plans}
+    plans = tuple(named_plan(spec, loaded, length, profile) for spec, length in lengths_of.items())
+    _check_recorded(loaded, plans, longest)
+    return Material(plans, tuple(cut), tuple(asked))
+
+
+def _check_recorded(loaded: LoadedModel, plans: Sequence[NamedPlan], longest: int) -> None:
+    """Raise UserError when prefills of this length cannot be recorded for the plans."""
+    RecordingCache(loaded.geometry, ())
+    for named in plans:
+        repeats = eviction_of(named.plan.eviction).sample.repeated
+        if repeats and longest + ROOM > loaded.max_length:
+            raise UserError(
+                f"{named.name} repeats what it prefilled, which takes {ROOM} tokens more than the {longest} of the "
+                f"longest window or prompt, and {loaded.identity.id} takes {loaded.max_length}; shorten them, or leave "
+                "the plan out"
+            )
 
 
 def _windows(settings: EvaluationSettings, loaded: LoadedModel) -> list[Window]:
     if settings.windows:
-        return read_windows(settings.windows, loaded.model.config.vocab_size)
+        return read_windows(settings.windows, loaded.model.config.vocab_size)[: settings.limit]
     lengths = {"context": settings.context, "continuation": settings.continuation}
-    return windows(documents(settings.texts), loaded.tokenizer, **lengths)[: settings.limit]
+    return windows(documents(settings.texts), loaded.tokenizer, **lengths)[: settings.limit or MOST_WINDOWS]
 
 
 def _prompts(settings: EvaluationSettings, loaded: LoadedModel, lengths: Sequence[int]) -> list[Asked]:
@@ -49,7 +71,11 @@ def _prompts(settings: EvaluationSettings, loaded: LoadedModel, lengths: Sequenc
         for length in (lengths[-1:] if _is_suite(name) else lengths)
         for prompt in _of_task(settings, loaded, prose, name, length)
     ]
-    return [Asked(task=prompt.name.rpartition(":")[0], prompt=prompt) for prompt in made]
+    asked = [Asked(task=prompt.name.rpartition(":")[0], prompt=prompt) for prompt in made]
+    names = [each.prompt.name for each in asked]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two prompts are named {repeated[0]}; evaluate the files of one benchmark one by one")
+    return asked
 
 
 def _of_task(
@@ -69,13 +95,15 @@ def _is_suite(name: str) -> bool:
     return re.split("[:@=]", name)[0] in suites.SUITES
 
 
-def _profiler(settings: EvaluationSettings, loaded: LoadedModel, like: Window) -> Callable[[], Profile]:
-    """Profiles on the calibration texts, once, and only if a plan asks for it."""
+def _profiler(settings: EvaluationSettings, loaded: LoadedModel, cut: Sequence[Window]) -> Callable[[], Profile]:
+    """Profiles on the calibration texts, once, and only if a plan asks for it; never on a document that is scored."""
 
     @cache
     def profile() -> Profile:
-        lengths = {"context": like.context, "continuation": like.continuation}
-        splits = split(documents(settings.calibration), loaded.tokenizer, **lengths, seed=0)
+        lengths = {"context": cut[0].context, "continuation": cut[0].continuation}
+        scored = {window.document for window in cut}
+        texts = [document for document in documents(settings.calibration) if document.name not in scored]
+        splits = split(texts, loaded.tokenizer, **lengths, seed=0)
         return cached_profile(loaded, splits.calibration)
 
     return profile

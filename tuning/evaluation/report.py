@@ -6,7 +6,8 @@ from pathlib import Path
 
 from baklava.bootstrap import Interval
 from baklava.comparison import Evaluation, TaskScore
-from baklava.verdict import percent, verdict
+from baklava.formats import bounds, counted, mebibytes, percent
+from baklava.verdict import verdict
 from tuning.evaluation.charts import colour, legend, quality_chart, window_chart
 from tuning.evaluation.settings import EvaluationSettings
 from tuning.page import filled, pairs, steps, write_page
@@ -14,9 +15,9 @@ from tuning.page import filled, pairs, steps, write_page
 
 def write_report(evaluations: Sequence[Evaluation], settings: EvaluationSettings, path: Path) -> None:
     """Write the report of these plans."""
-    told = verdict(evaluations)
+    told = verdict(evaluations, settings.texts)
     fields = {
-        "title": escape(f"{len(evaluations)} plans for {settings.model_name}"),
+        "title": escape(f"{counted(len(evaluations), 'plan')} for {settings.model_name}"),
         "lead": escape(told[0]),
         "verdict": "".join(f"<li>{escape(sentence)}</li>" for sentence in told[1:]),
         "quality": quality_chart(evaluations) + legend(evaluations),
@@ -40,8 +41,8 @@ def _next(evaluations: Sequence[Evaluation], settings: EvaluationSettings) -> di
 
 def _plan(number: int, evaluation: Evaluation) -> str:
     plan, speed = evaluation.named.plan, evaluation.speed
-    peak = _mebibytes(speed.peak_bytes) if speed and speed.peak_bytes is not None else "–"
-    sizes = [f"{plan.ratio:.1%}", _mebibytes(plan.bytes_per_sequence), _mebibytes(evaluation.allocated_bytes), peak]
+    peak = mebibytes(speed.peak_bytes) if speed and speed.peak_bytes is not None else "–"
+    sizes = [f"{plan.ratio:.1%}", mebibytes(plan.bytes_per_sequence), mebibytes(evaluation.allocated_bytes), peak]
     dnll, kl = evaluation.mean("dnll"), evaluation.mean("kl")
     quality = [_with_small(percent(dnll)), _with_bounds(dnll), _with_bounds(kl)]
     return f"<tr>{_head(number, evaluation)}{''.join(f'<td>{cell}</td>' for cell in (*sizes, *quality))}</tr>"
@@ -59,8 +60,10 @@ def _tasks(evaluations: Sequence[Evaluation]) -> str:
 def _task(task: str, scores: Sequence[TaskScore]) -> str:
     first = scores[0]
     before = "".join(_heat(share) for share in (first.closed_book_exact, first.full_exact))
-    after = "".join(_heat(score.exact, _bounds(score.loss, ".2f")) for score in scores)
+    after = "".join(_heat(score.exact, bounds(score.loss, ".2f")) for score in scores)
     name = escape(task.replace("_", " "))
+    if first.metric != "exact":
+        name += f" <small>{escape(first.metric.replace('_', ' '))}</small>"
     return f"<tr><th>{name}</th><td>{first.questions}</td><td>{first.chance:.2f}</td>{before}{after}</tr>"
 
 
@@ -96,22 +99,14 @@ def _head(number: int, evaluation: Evaluation) -> str:
 
 
 def _with_bounds(found: Interval) -> str:
-    bounds = _bounds(found, ".4f")
-    return f"{found.mean + 0.0:.4f}" + (f"<br><small>{bounds}</small>" if bounds else "")
+    inside = bounds(found, ".4f")
+    return f"{found.mean + 0.0:.4f}" + (f"<br><small>{inside}</small>" if inside else "")
 
 
 def _with_small(told: str) -> str:
     """A value with its bounds below it."""
     value, _, bounds = told.partition(" [")
     return escape(value) + (f"<br><small>[{escape(bounds)}</small>" if bounds else "")
-
-
-def _bounds(found: Interval, form: str) -> str:
-    return "" if found.low != found.low else f"[{found.low:{form}}, {found.high:{form}}]"
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
 
 
 def _plain(value: object) -> str:

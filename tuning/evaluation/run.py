@@ -12,11 +12,14 @@ from baklava.progress import bar, say
 from tuning.evaluation.folder import Folder, Material, in_order
 from tuning.evaluation.material import prepare
 from tuning.evaluation.report import write_report
-from tuning.evaluation.runs import record
-from tuning.evaluation.settings import EvaluationSettings
+from tuning.evaluation.runs import write_runs
+from tuning.evaluation.settings import EvaluationRecord, EvaluationSettings
 from tuning.evaluation.work import results
 from tuning.folders import check_new
 from tuning.server import connect
+
+LEAST_TOKENS = 32
+"""Tokens that a plan must be made for, so that a prompt and some decoded tokens fit."""
 
 Stopwatch = Callable[[LoadedModel, Sequence[NamedPlan]], Mapping[str, Speed]]
 """Measures the plans' speed, by name."""
@@ -48,7 +51,7 @@ def evaluate(settings: EvaluationSettings, out: Path, stopwatch: Stopwatch) -> E
     material = prepare(settings, loaded)
     connect(f"baklava/{settings.model_name}")  # a server that is down is told now, not after half an hour
     folder = Folder(out)
-    folder.begin(settings, material)
+    folder.begin(EvaluationRecord(settings=settings, weights=loaded.weights_digest), material)
     return _run(folder, settings, loaded, material, stopwatch)
 
 
@@ -59,8 +62,10 @@ def resume(out: Path, stopwatch: Stopwatch) -> Evaluated:
         UserError: there is none, or the model has changed since.
     """
     folder = Folder(out)
-    settings = folder.settings()
+    record = folder.record()
+    settings = record.settings
     loaded = load(settings.model, threads=settings.threads)
+    record.check_same(loaded)
     return _run(folder, settings, loaded, folder.material(settings, loaded.model.config.vocab_size), stopwatch)
 
 
@@ -73,19 +78,19 @@ def _run(
     except BaseException:
         say(f"the evaluation ended early; go on with it: python jobs/evaluate.py --resume {folder.path}")
         raise
-    windows = in_order(found, [window.name for window in material.windows])
-    prompts = in_order(found, [asked.prompt.name for asked in material.prompts])
+    windows = in_order(found, [("window", window.name) for window in material.windows])
+    prompts = in_order(found, [("prompt", asked.prompt.name) for asked in material.prompts])
     evaluated = Evaluated(folder, settings, tuple(compare(material.plans, windows, prompts, speeds)))
     write_report(evaluated.evaluations, settings, folder.report)
     folder.write_scores(evaluated.as_json())
-    record(evaluated.evaluations, settings, folder)
+    write_runs(evaluated.evaluations, settings, folder)
     return evaluated
 
 
 def _all_results(folder: Folder, settings: EvaluationSettings, loaded: LoadedModel, material: Material) -> list[Any]:
     journal = folder.journal()
-    known = {result.name for result in journal.records}
-    missing = [item for name, item in material.items if name not in known]
+    known = {(result.kind, result.name) for result in journal.records}
+    missing = [item for key, item in material.items if key not in known]
     counts = f"{len(material.windows)} windows and {len(material.prompts)} prompts"
     say(f"evaluating {len(material.plans)} plans on {counts}, {len(known)} of them done before")
     with bar(len(missing), "evaluating", "items") as progress:
@@ -102,6 +107,9 @@ def _speeds(
     if not settings.speed:
         return {}
     speeds = folder.speeds()
+    if speeds is None and material.shortest <= LEAST_TOKENS:
+        say(f"speed is left out: plans for {material.shortest} tokens leave too few to time")
+        return {}
     if speeds is None:
         say("measuring speed and peak memory, all plans in turns")
         speeds = dict(stopwatch(loaded, material.plans))

@@ -1,40 +1,56 @@
 """The record in MLflow: a parent run per evaluation, a child per plan."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from baklava.comparison import Evaluation
+from baklava.comparison import METRICS, Evaluation
 from baklava.errors import UserError
+from baklava.files import write_whole
 from baklava.progress import say
 from tuning.evaluation.folder import Folder
 from tuning.evaluation.settings import EvaluationSettings
 from tuning.server import PARENT_TAG, WRITE_ERRORS, connect, first_line, now
 
 
-def record(evaluations: Sequence[Evaluation], settings: EvaluationSettings, folder: Folder) -> None:
-    """Write a finished evaluation; a server that is down is told and loses nothing, since the folder has it all."""
+def write_runs(evaluations: Sequence[Evaluation], settings: EvaluationSettings, folder: Folder) -> None:
+    """Write a finished evaluation, once; a server that is down is told and loses nothing, since the folder has it."""
+    if folder.recorded.exists():
+        return
     try:
         client, experiment = connect(f"baklava/{settings.model_name}")
         tags = {"baklava.out": str(folder.path.absolute()), "baklava.kind": "evaluation"}
         parent = client.create_run(experiment, run_name=folder.path.name, tags=tags).info.run_id
-        client.log_batch(parent, params=_params(settings))
-        for path in (folder.report, folder.scores):
-            client.log_artifact(parent, str(path))
-        for evaluation in evaluations:
-            _child(client, experiment, parent, evaluation)
-        client.set_terminated(parent)
+        with _ended(client, parent):
+            client.log_batch(parent, params=_params(settings))
+            for path in (folder.report, folder.scores):
+                client.log_artifact(parent, str(path))
+            for evaluation in evaluations:
+                _child(client, experiment, parent, evaluation)
+        write_whole(folder.recorded, parent + "\n")
     except (*WRITE_ERRORS, UserError) as error:
         say(f"mlflow: this evaluation is missing there ({first_line(error)}); {folder.path} has all of it")
+
+
+@contextmanager
+def _ended(client: MlflowClient, run: str) -> Iterator[None]:
+    """Ends the run, as failed where something could not be written."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    finally:
+        with suppress(*WRITE_ERRORS):
+            client.set_terminated(run, status)
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:
     """The figures of one plan by the names that MLflow shows."""
     plan = evaluation.named.plan
     found: dict[str, float] = {"ratio": plan.ratio, "allocated_bytes": evaluation.allocated_bytes}
-    if evaluation.scores:
-        found |= {metric: evaluation.mean(metric).mean for metric in ("dnll", "kl", "gain")}
+    found |= {metric: evaluation.mean(metric).mean for metric in METRICS}
     for task, score in evaluation.tasks.items():
         # MLflow takes letters, digits, dots, slashes, dashes and underscores.
         name = task.replace("@", "/").replace(":", "/")

@@ -6,11 +6,14 @@ from typing import Annotated, Any, Self
 from pydantic import Field, PositiveInt, ValidationError
 
 from baklava.errors import UserError
+from baklava.model import LoadedModel
 from baklava.records import Record
 from baklava.tasks import TASKS
 from tuning.settings import Replicas, settled, short_name
 
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
+
+MOST_WINDOWS = 12
 
 _RULES = {
     "replicas": "--replicas is auto or a number, at least 1",
@@ -24,7 +27,7 @@ class EvaluationSettings(Record):
     """The arguments of an evaluation. `windows` is a file that replaces the windows of `texts`.
 
     `lengths` are the tokens of a prompt with its question; without any, those of a window. `limit` is the most windows,
-    `prompts` the prompts of each task.
+    by default `MOST_WINDOWS` of texts and all of a file; `prompts` are those of each task and length.
     """
 
     model: str
@@ -34,7 +37,7 @@ class EvaluationSettings(Record):
     windows: str | None = None
     context: PositiveInt = 3072
     continuation: PositiveInt = 512
-    limit: PositiveInt = 12
+    limit: PositiveInt | None = None
     tasks: tuple[str, ...] = ()
     lengths: tuple[PositiveInt, ...] = ()
     prompts: PositiveInt = 4
@@ -59,7 +62,8 @@ class EvaluationSettings(Record):
             if field in values:
                 values[field] = tuple(settled(name) for name in values[field])
         values["tasks"] = _expanded(values.get("tasks", ()))
-        for field, names in (("plan", values["plans"]), ("tasks", values["tasks"])):
+        given = {"plan": values["plans"], "tasks": values["tasks"], "lengths": values.get("lengths", ())}
+        for field, names in given.items():
             if repeated := [name for name in names if list(names).count(name) > 1]:
                 raise UserError(f"--{field} {repeated[0]} is given twice; give it once")
         if values.get("windows"):
@@ -71,6 +75,20 @@ class EvaluationSettings(Record):
             field = str(first["loc"][0])
             reason = _RULES.get(field, f"{first['msg']}; correct --{field}")
             raise UserError(f"--{field} {values.get(field, '')} is out of range: {reason}") from None
+
+
+class EvaluationRecord(Record):
+    """What an evaluation needs to go on after a kill: its settings, and the weights that its results are of."""
+
+    settings: EvaluationSettings
+    weights: str
+
+    def check_same(self, loaded: LoadedModel) -> None:
+        """Raise UserError when the model has other weights by now."""
+        if loaded.weights_digest != self.weights:
+            raise UserError(
+                f"the weights of {self.settings.model} changed since this evaluation began; begin a new one"
+            )
 
 
 def _expanded(tasks: tuple[str, ...]) -> tuple[str, ...]:

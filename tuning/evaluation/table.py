@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from baklava.comparison import Evaluation, TaskScore
+from baklava.formats import mebibytes, with_bounds
 
 
 def tables(evaluations: Sequence[Evaluation]) -> str:
@@ -11,7 +12,7 @@ def tables(evaluations: Sequence[Evaluation]) -> str:
     if tasks := evaluations[0].tasks:
         names = [each.named.name for each in evaluations]
         rows = [_row(task, [each.tasks[task] for each in evaluations]) for task in tasks]
-        parts.append(_aligned(["exact match", "n", "chance", "no context", "full cache", *names], rows))
+        parts.append(_aligned(["score", "n", "chance", "no context", "full cache", *names], rows))
         rows = [_row(task, [each.tasks[task] for each in evaluations], nll=True) for task in tasks]
         parts.append(_aligned(["answer NLL", "n", "", "no context", "full cache", *names], rows))
     return "\n\n".join(parts)
@@ -22,10 +23,10 @@ HEADS = ("bytes", "held", "prefill peak", "dNLL (nats/token)", "KL (nats/token)"
 
 def _cells(evaluation: Evaluation) -> list[str]:
     plan, speed = evaluation.named.plan, evaluation.speed
-    quality = [_interval(evaluation, metric) if evaluation.scores else "-" for metric in ("dnll", "kl")]
-    peak = "-" if speed is None or speed.peak_bytes is None else _mebibytes(speed.peak_bytes)
+    quality = [with_bounds(evaluation.mean(metric), ".4f") for metric in ("dnll", "kl")]
+    peak = "-" if speed is None or speed.peak_bytes is None else mebibytes(speed.peak_bytes)
     times = [f"{ratio:.2f} x" for ratio in (speed.prefill_ratio, speed.decode_ratio)] if speed else ["-", "-"]
-    return [f"{plan.ratio:.1%}", _mebibytes(evaluation.allocated_bytes), peak, *quality, *times]
+    return [f"{plan.ratio:.1%}", mebibytes(evaluation.allocated_bytes), peak, *quality, *times]
 
 
 def _row(task: str, scores: Sequence[TaskScore], *, nll: bool = False) -> list[str]:
@@ -34,15 +35,6 @@ def _row(task: str, scores: Sequence[TaskScore], *, nll: bool = False) -> list[s
     before = (first.closed_book_nll, first.full_nll) if nll else (first.closed_book_exact, first.full_exact)
     chance = "" if nll else f"{first.chance:.2f}"
     return [task, str(first.questions), chance, *(f"{value:.2f}" for value in (*before, *map(read, scores)))]
-
-
-def _interval(evaluation: Evaluation, metric: str) -> str:
-    found = evaluation.mean(metric)
-    return f"{found.mean:.4f} [{found.low:.4f}, {found.high:.4f}]"
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
 
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
