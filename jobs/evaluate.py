@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--lengths", nargs="+", type=_count, metavar="TOKENS", help="tokens of a prompt (default: those of a window)"
     )
-    made.add_argument("--prompts", type=_count, metavar="N", help="prompts of each task and length (default 4)")
+    made.add_argument("--prompts", type=_count, metavar="N", help="prompts of each task and length (default 3)")
     made.add_argument(
         "--calibration", nargs="+", metavar="NAME|FILE", help="texts that METHOD:BUDGET profiles on (default botocore)"
     )

@@ -40,7 +40,7 @@ class EvaluationSettings(Record):
     limit: PositiveInt | None = None
     tasks: tuple[str, ...] = ()
     lengths: tuple[PositiveInt, ...] = ()
-    prompts: PositiveInt = 4
+    prompts: PositiveInt = 3
     speed: bool = True
     replicas: Replicas = "auto"
     threads: PositiveInt | None = None
