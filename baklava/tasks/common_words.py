@@ -44,4 +44,4 @@ class CommonWords(Task):
         asked = f"Question: What are the {self.common} most common words in the above list?"
         lead = f"Answer: The top {self.common} words that appear most often in the list are:"
         listed = " ".join(f"{number}. {word}" for number, word in enumerate(common, start=1))
-        return Question(f"\n{asked} {lead}", f" {listed}", tuple(common), metric="recall", tokens=6 * self.common)
+        return Question(f"\n{asked} {lead}", f" {listed}", tuple(common), metric="recall", tokens=5 * self.common)

@@ -34,4 +34,5 @@ class Copy(Task):
 def _question(sentence: str) -> Question:
     words = sentence.split()
     lead, rest = " ".join(words[:LEAD]), " ".join(words[LEAD : LEAD + COPIED])
-    return Question(f'\n\nRepeat word for word the sentence that begins with "{lead}":\n{lead}', f" {rest}", (rest,))
+    # Once only: after a lead that is quoted first, the model would copy what follows the quotation.
+    return Question(f"\n\nOnce more, word for word:\n{lead}", f" {rest}", (rest,))

@@ -40,4 +40,4 @@ class FrequentWords(Task):
         asked = f"Question: Do not provide any explanation. Please ignore the dots '{DOTS}'."
         asked += " What are the three most frequently appeared words in the above coded text?"
         lead = "Answer: According to the coded text above, the three most frequently appeared words are:"
-        return Question(f"\n{asked} {lead}", f" {', '.join(words)}", tuple(words), metric="recall", tokens=32)
+        return Question(f"\n{asked} {lead}", f" {', '.join(words)}", tuple(words), metric="recall", tokens=24)

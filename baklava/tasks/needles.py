@@ -68,4 +68,4 @@ def several(what: str, found: Sequence[Needle]) -> Question:
     lead = f"The special magic numbers for {what} mentioned in the provided text are"
     values = tuple(needle.value for needle in found)
     target = f" {', '.join(values[:-1])}, and {values[-1]}"
-    return Question(f"\n{asked} {lead}", target, values, CHANCE, metric="recall", tokens=12 * len(values))
+    return Question(f"\n{asked} {lead}", target, values, CHANCE, metric="recall", tokens=10 * len(values))

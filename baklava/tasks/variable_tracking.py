@@ -35,4 +35,4 @@ class VariableTracking(Task):
         asked = f"Question: Find all variables that are assigned the value {value} in the text above."
         lead = f"Answer: According to the chain(s) of variable assignment in the text above, {len(names)} variables are"
         text = f"\n{asked} {lead} assigned the value {value}, they are:"
-        return Question(text, f" {', '.join(names)}", tuple(names), metric="recall", tokens=8 * len(names))
+        return Question(text, f" {', '.join(names)}", tuple(names), metric="recall", tokens=6 * len(names))

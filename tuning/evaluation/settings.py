@@ -58,9 +58,10 @@ class EvaluationSettings(Record):
         Raises:
             UserError: a value out of range, a plan or a task that is named twice.
         """
-        for field in ("plans", "texts", "calibration"):
+        for field in ("texts", "calibration"):
             if field in values:
                 values[field] = tuple(settled(name) for name in values[field])
+        values["plans"] = tuple(values["plans"])
         values["tasks"] = _expanded(values.get("tasks", ()))
         given = {"plan": values["plans"], "tasks": values["tasks"], "lengths": values.get("lengths", ())}
         for field, names in given.items():
