@@ -7,10 +7,11 @@ import pytest
 import torch
 from byte_model import byte_model
 from plans import plan_of
-from transformers import DynamicCache
+from tokenizers import Tokenizer, models, normalizers
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from baklava import answering
-from baklava.answering import Answer, answer, answer_closed_book, answer_full, check_unasked, record_prompt
+from baklava.answering import Answer, answer, answer_closed_book, answer_full, behind, check_unasked, record_prompt
 from baklava.cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.evaluation import Evaluator
@@ -185,3 +186,19 @@ def test_a_plan_that_keeps_nothing_but_sinks_retrieves_by_chance(demo: LoadedMod
         assert [each.exact for each in kept] == [0.0] * len(kept)
         for lost, guess in zip(kept, closed, strict=True):
             assert lost.nll > 0.7 * guess.nll
+
+
+def test_an_answer_has_the_tokens_that_it_has_behind_its_question() -> None:
+    # As Llama 2's: every text begins with a mark, which encoding an answer alone would put in the middle.
+    letters = {letter: number for number, letter in enumerate("▁123abcdefghijklmnopqrstuvwxyz?")}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert wrapped.convert_ids_to_tokens(behind(wrapped, "what is it?", " 12")) == ["▁", "1", "2"]
+    assert wrapped.convert_ids_to_tokens(wrapped.encode(" 12")) == ["▁", "▁", "1", "2"]
+
+
+def test_tokens_that_span_question_and_answer_are_left_apart() -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert behind(wrapped, "aa", "b") == [1]

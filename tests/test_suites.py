@@ -263,3 +263,13 @@ def test_a_suite_is_named_as_it_is_read() -> None:
         suite, file = suite_of(spec)
         assert (suite.label, file, type(suite)) == (spec, "", SUITES[suite.name])
     assert suite_of("ruler:vt=a=b.jsonl")[1] == "a=b.jsonl"
+
+
+def test_rows_of_ones_own_are_checked_before_they_are_asked(tmp_path: Path) -> None:
+    row = {"context": "A text of London.", "input": "Where?", "answers": "London"}
+    (prompt,) = prompts(f"longbench:qasper={written(tmp_path / 'a.jsonl', [row])}", 1, tokens=ROOM, tokenizer=Words())
+    assert prompt.questions[0].answers == ("London",)
+    for name, answers in (("b", [""]), ("c", {"text": "London"}), ("d", [5])):
+        file = written(tmp_path / f"{name}.jsonl", [row | {"answers": answers}])
+        with pytest.raises(UserError, match="neither text nor a list of texts"):
+            prompts(f"longbench:qasper={file}", 1, tokens=ROOM, tokenizer=Words())

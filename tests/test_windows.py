@@ -7,7 +7,7 @@ import pytest
 
 from baklava.errors import UserError
 from baklava.texts import Document
-from baklava.windows import read_windows, split, windows
+from baklava.windows import Window, read_windows, split, windows, write_windows
 
 
 class Characters:
@@ -85,6 +85,7 @@ def test_a_window_file_is_read_and_checked(tmp_path: Path) -> None:
         ({**good, "windows": []}, "holds no windows"),
         ({**good, "windows": [{"name": "w", "ids": [1, 2]}]}, "has 2 ids, not 5"),
         ({**good, "windows": [{"name": "w", "ids": [1, 2, 3, 4, 10]}]}, "outside 0 to 9"),
+        ({**good, "windows": 2 * good["windows"]}, "two windows named 'w'"),  # type: ignore[operator]
         ({**good, "windows": [{"ids": [1]}]}, "cannot read windows"),
         ({"context": 3}, "cannot read windows"),
     ]
@@ -94,3 +95,9 @@ def test_a_window_file_is_read_and_checked(tmp_path: Path) -> None:
             read_windows(file, vocabulary=10)
     with pytest.raises(UserError, match="cannot read windows"):
         read_windows(SimpleNamespace(name="nothing").name, vocabulary=10)
+
+
+def test_written_windows_are_read_again_with_their_documents(tmp_path: Path) -> None:
+    cut = [Window(f"d:{number}", "d", (1, 2, 3, number), 3) for number in range(2)]
+    write_windows(tmp_path / "windows.json", cut)
+    assert read_windows(tmp_path / "windows.json", vocabulary=10) == cut

@@ -32,7 +32,9 @@ def prepare(settings: EvaluationSettings, loaded: LoadedModel) -> Material:
     window = len(cut[0].ids)
     loaded.check_length(window)
     lengths = tuple(sorted(settings.lengths)) or (window,)
-    asked = _prompts(settings, loaded, lengths) if settings.tasks else []
+    if settings.tasks:
+        loaded.check_length(max(lengths), "a prompt", "lower --lengths")
+    asked = _prompts(settings, loaded, lengths)
     longest = max(window, *lengths) if asked else window
     profile = _profiler(settings, loaded, cut)
     lengths_of = {spec: longest if spec == "full" else window for spec in settings.plans}
