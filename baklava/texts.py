@@ -13,6 +13,7 @@ from baklava.assets import WHEELS, wheel
 from baklava.errors import UserError
 from baklava.files import write_whole
 from baklava.hub import checked_row, file_rows, own_file, rows
+from baklava.names import given_twice
 from baklava.paths import cache_dir
 from baklava.progress import say
 from baklava.published import PUBLISHED
@@ -42,8 +43,8 @@ def documents(names: Sequence[str]) -> list[Document]:
     """
     if not names:
         raise UserError(f"no text was named; give at least one of {', '.join(KNOWN)}, a file or a folder.")
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"text {repeated[0]!r} is named twice; name each text once.")
+    if twice := given_twice(names):
+        raise UserError(f"text {twice!r} is named twice; name each text once.")
     return [document for name in names for document in _named(name)]
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, PositiveInt
 
 from baklava.errors import UserError
 from baklava.files import write_whole
+from baklava.names import given_twice
 from baklava.texts import Document
 
 
@@ -187,9 +188,8 @@ def read_windows(path: str | Path, vocabulary: int) -> list[Window]:
             raise UserError(
                 f"window {window.name} in {path} has ids outside 0 to {vocabulary - 1}; use this model's ids"
             )
-    names = [window.name for window in cut]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{path} has two windows named {repeated[0]!r}; give each a name of its own")
+    if twice := given_twice(window.name for window in cut):
+        raise UserError(f"{path} has two windows named {twice!r}; give each a name of its own")
     if not cut:
         raise UserError(f"{path} holds no windows; give at least one")
     return cut

@@ -19,6 +19,7 @@ from baklava.errors import UserError
 from baklava.files import write_whole
 from baklava.model import load
 from baklava.progress import say
+from baklava.script import exit_code
 from benchmarks.decode import decode
 from benchmarks.picture import draw, table
 from benchmarks.prefill import prefill
@@ -64,8 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code("benchmark", main))

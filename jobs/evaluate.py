@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from baklava.errors import UserError
 from baklava.progress import say
+from baklava.script import exit_code
+from tuning.arguments import check_resumed, count, replicas
 from tuning.folders import new_folder
 
 if TYPE_CHECKING:
@@ -33,8 +35,6 @@ examples:
   python jobs/evaluate.py --plan full --windows windows.json --json scores.json
   python jobs/evaluate.py --resume runs/evaluation-20260101T120000Z"""
 
-DEFAULTS = {"model": "demo"}
-
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
@@ -50,20 +50,20 @@ def parser() -> argparse.ArgumentParser:
         "--texts", nargs="+", metavar="NAME|FILE", help="what windows and tasks are made of (default ifcraft)"
     )
     made.add_argument("--windows", metavar="FILE", help="a JSON file of token windows, instead of those of --texts")
-    made.add_argument("--context", type=_count, metavar="TOKENS", help="tokens prefilled per window (default 3072)")
-    made.add_argument("--continuation", type=_count, metavar="TOKENS", help="tokens scored per window (default 512)")
-    made.add_argument("--limit", type=_count, metavar="N", help="most windows (default 12 of texts, all of a file)")
+    made.add_argument("--context", type=count, metavar="TOKENS", help="tokens prefilled per window (default 3072)")
+    made.add_argument("--continuation", type=count, metavar="TOKENS", help="tokens scored per window (default 512)")
+    made.add_argument("--limit", type=count, metavar="N", help="most windows (default 12 of texts, all of a file)")
     made.add_argument("--tasks", nargs="+", metavar="NAME", help="all, or tasks and benchmarks by name (default none)")
     made.add_argument(
-        "--lengths", nargs="+", type=_count, metavar="TOKENS", help="tokens of a prompt (default: those of a window)"
+        "--lengths", nargs="+", type=count, metavar="TOKENS", help="tokens of a prompt (default: those of a window)"
     )
-    made.add_argument("--prompts", type=_count, metavar="N", help="prompts of each task and length (default 3)")
+    made.add_argument("--prompts", type=count, metavar="N", help="prompts of each task and length (default 3)")
     made.add_argument(
         "--calibration", nargs="+", metavar="NAME|FILE", help="texts that METHOD:BUDGET profiles on (default botocore)"
     )
     made.add_argument("--no-speed", dest="speed", action="store_false", help="leave out speed and peak memory")
-    made.add_argument("--replicas", type=_replicas, metavar="auto|N", help="copies of the model, on Ray (default auto)")
-    made.add_argument("--threads", type=_count, metavar="N", help="torch threads of one process (default: torch's own)")
+    made.add_argument("--replicas", type=replicas, metavar="auto|N", help="copies of the model, on Ray (default auto)")
+    made.add_argument("--threads", type=count, metavar="N", help="torch threads of one process (default: torch's own)")
     made.add_argument("--seed", type=int, help="of the prompts (default 0)")
     made.add_argument(
         "--out", type=Path, metavar="DIR", help="a new folder (default runs/evaluation- and the UTC time)"
@@ -71,18 +71,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resume", type=Path, metavar="DIR", help="the folder of a killed evaluation, with its settings")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the scores here, too")
     return made
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number that is at least 1")
-    return int(text)
-
-
-def _replicas(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number of replicas")
-    return text if text == "auto" else int(text)
 
 
 def run(given: dict[str, Any]) -> "Evaluated":
@@ -93,14 +81,11 @@ def run(given: dict[str, Any]) -> "Evaluated":
 
     earlier, out = given.pop("resume", None), given.pop("out", None)
     if earlier is not None:
-        if given or out:
-            other = {"plans": "plan", "speed": "no-speed"}
-            first = next(iter([*given, "out"]))
-            raise UserError(f"--resume takes its settings from {earlier}; leave out --{other.get(first, first)}")
+        check_resumed(earlier, given, out)
         return resume(earlier, speeds)
     if "plans" not in given:
         raise UserError("no plan was named; give --plan full, --plan baklava:0.3 or the plan.json of a search")
-    settings = EvaluationSettings.of(**{**DEFAULTS, **given})
+    settings = EvaluationSettings.of(**given)
     return evaluate(settings, out or new_folder("evaluation-"), speeds)
 
 
@@ -116,23 +101,20 @@ def show(evaluated: "Evaluated") -> None:
     print(f"\nnext steps: open the report; `make ui` compares evaluations; {advice}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def answer(argv: Sequence[str] | None) -> None:
     given = vars(parser().parse_args(argv))
     machine = given.pop("json", None)
-    try:
-        if machine and (machine.is_dir() or not os.access(machine.absolute().parent, os.W_OK)):
-            raise UserError(f"--json {machine} is no file that can be written; name a file in a folder that exists")
-        evaluated = run(given)
-    except UserError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if machine and (machine.is_dir() or not os.access(machine.absolute().parent, os.W_OK)):
+        raise UserError(f"--json {machine} is no file that can be written; name a file in a folder that exists")
+    evaluated = run(given)
     if machine:
         machine.write_text(json.dumps(evaluated.as_json(), indent=1, allow_nan=False) + "\n")
         say(f"scores: {machine}")
     show(evaluated)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_code("evaluate", lambda: answer(argv))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import importlib.util
 import sys
 
 from baklava.errors import UserError
+from baklava.script import exit_code
 
 
 def main() -> None:
@@ -21,8 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"harness: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code("harness", main))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baklava.errors import UserError
+from baklava.script import exit_code
+from tuning.arguments import check_resumed, replicas
 from tuning.folders import new_folder
 
 if TYPE_CHECKING:
@@ -51,18 +53,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--continuation", type=int, metavar="TOKENS", help="tokens scored per window (default 512)")
     made.add_argument("--trials", type=int, metavar="N", help="plans to try (default 32)")
     made.add_argument("--objective", choices=["kl", "ppl"], help="KL to the full cache, or perplexity (default kl)")
-    made.add_argument("--replicas", type=_replicas, metavar="auto|N", help="copies of the model (default auto)")
+    made.add_argument("--replicas", type=replicas, metavar="auto|N", help="copies of the model (default auto)")
     made.add_argument("--seed", type=int, help="of the windows and of the draws (default 0)")
     made.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default runs/ and the UTC time)")
     made.add_argument("--resume", type=Path, metavar="RUN", help="the folder of a killed search, with its own settings")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the result for machines, too")
     return made
-
-
-def _replicas(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number of replicas")
-    return text if text == "auto" else int(text)
 
 
 def run(given: dict[str, Any]) -> "Outcome":
@@ -73,8 +69,7 @@ def run(given: dict[str, Any]) -> "Outcome":
     earlier, out = given.pop("resume", None), given.pop("out", None)
     if earlier is None:
         return search(SearchSettings.of(**{**DEFAULTS, **given}), out or new_folder())
-    if given or out:
-        raise UserError(f"--resume takes its settings from {earlier}; leave out --{next(iter([*given, 'out']))}")
+    check_resumed(earlier, given, out)
     return resume(earlier)
 
 
@@ -95,22 +90,19 @@ def show(outcome: "Outcome") -> None:
         print(f"  {what:12} {command}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def answer(argv: Sequence[str] | None) -> None:
     given = vars(parser().parse_args(argv))
     machine = given.pop("json", None)
-    try:
-        if machine and not machine.absolute().parent.is_dir():
-            raise UserError(f"--json {machine} lies in a folder that does not exist; make the folder first")
-        outcome = run(given)
-    except UserError as error:
-        print(f"search: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if machine and not machine.absolute().parent.is_dir():
+        raise UserError(f"--json {machine} lies in a folder that does not exist; make the folder first")
+    outcome = run(given)
     show(outcome)
     if machine:
         machine.write_text(json.dumps(outcome.summary(), indent=1) + "\n")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_code("search", lambda: answer(argv))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from baklava.errors import UserError
 from baklava.plan import BudgetPlan
 from baklava.progress import say
+from baklava.script import exit_code
 from serve_app.listen import api_keys, check_address, key_digest
 
 EXAMPLES = """examples:
@@ -29,14 +29,7 @@ MEBIBYTE = 2**20
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    try:
-        run(arguments)
-    except UserError as error:
-        print(f"serve: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code("serve", lambda: run(arguments))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

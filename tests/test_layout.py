@@ -23,7 +23,7 @@ FORBIDDEN = {
 
 # the three wings of the library, each of which knows only itself and those before it
 WINGS = {
-    "what a plan is": "errors paths files records progress assets geometry plan",
+    "what a plan is": "errors names paths files records progress script assets geometry plan",
     "living inside one": "attention model eviction storage heads padding recording sliding cache "
     "repetition prefilling likelihood decoding compiling",
     "finding one": "hub published corpora texts windows profile allocation scoring bootstrap tasks suites answering "

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from baklava.plan import BudgetPlan
 from tuning.settings import Objective
-from tuning.svg import svg, text
+from tuning.svg import level, svg, text
 from tuning.trials import TrialRecord, objective_of
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 300, 62, 16, 14, 40
@@ -50,7 +50,8 @@ def trial_chart(records: Sequence[TrialRecord], objective: Objective) -> str:
     place = _Place(low - 0.05 * (high - low), high + 0.05 * (high - low) or low + 1e-9, max(2, len(records)))
     dots = [_dot(record, value, place, objective) for record, value in zip(scored, values, strict=True)]
     failed = [_cross(record, place) for record in records if record.status == "failed"]
-    ticks = [_tick(place, low + step * (high - low) / 4) for step in range(5)]
+    marks = [low + step * (high - low) / 4 for step in range(5)]
+    ticks = [level(place.y(value), LEFT, WIDTH - RIGHT, f"{value:.3g}") for value in marks]
     axes = [text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "trial", "middle"), *_trial_ticks(place)]
     return svg(
         WIDTH, HEIGHT, f"{objective} by trial", [*ticks, *axes, _best_line(scored, objective, place), *dots, *failed]
@@ -91,12 +92,6 @@ def _dot(record: TrialRecord, value: float, place: _Place, objective: Objective)
 def _cross(record: TrialRecord, place: _Place) -> str:
     told = f"trial {record.trial} failed: {record.error}"
     return f'<text class="cross" x="{place.x(record.trial):.1f}" y="{TOP}">&#215;<title>{escape(told)}</title></text>'
-
-
-def _tick(place: _Place, value: float) -> str:
-    y = place.y(value)
-    line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return line + text(LEFT - 8, y + 4, f"{value:.3g}", "end")
 
 
 def _trial_ticks(place: _Place) -> list[str]:

@@ -11,8 +11,9 @@ HERE = Path(__file__).parent
 
 
 def write_page(path: Path, template: str, fields: Mapping[str, str]) -> None:
-    """Write a page from a template beside this file; `fields` are HTML already."""
-    write_whole(path, filled(template, {**fields, "style": (HERE / "style.css").read_text()}))
+    """Write a page whose content is a template beside this file; `fields`, "title" and "lead" too, are HTML already."""
+    style, content = (HERE / "style.css").read_text(), filled(template, fields)
+    write_whole(path, filled("page.html", {**fields, "style": style, "kind": Path(template).stem, "content": content}))
 
 
 def filled(template: str, fields: Mapping[str, str]) -> str:

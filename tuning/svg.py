@@ -9,6 +9,12 @@ def text(x: float, y: float, words: str, anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
+def level(y: float, left: float, right: float, words: str) -> str:
+    """A line across a chart, with words at its left end."""
+    line = f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return line + text(left - 8, y + 4, words, "end")
+
+
 def svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
     """A picture of these parts, as wide as its place; `label` says what it shows to those who cannot see it."""
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'

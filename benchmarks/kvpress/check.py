@@ -24,7 +24,7 @@ from benchmarks.kvpress.loading import load
 from benchmarks.kvpress.presses import FULL, PRESSES
 from benchmarks.kvpress.score import QUIET
 from benchmarks.kvpress.scoring import Measured, Prefilled, Reference, continue_from, measure, prefill, reference
-from benchmarks.kvpress.windows import UserError, Window
+from benchmarks.kvpress.windows import Window, exit_code
 
 ROOT = Path(__file__).parents[2]
 CONTEXT, CONTINUATION = 512, 48
@@ -241,8 +241,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"kvpress: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main))

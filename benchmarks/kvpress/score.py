@@ -25,7 +25,7 @@ from benchmarks.kvpress.accounting import Compression, Geometry
 from benchmarks.kvpress.loading import digest, load, versions
 from benchmarks.kvpress.presses import FULL, PRESSES, Press, press_of
 from benchmarks.kvpress.results import Journal, Row, plan_name, plan_of, table, write
-from benchmarks.kvpress.windows import UserError, Window, check_fits, read_windows
+from benchmarks.kvpress.windows import UserError, Window, check_fits, exit_code, read_windows
 
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 DEFAULT_KEPT = (0.3, 0.125)
@@ -156,8 +156,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"kvpress: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main))

@@ -1,6 +1,8 @@
 """Token windows from a file, checked: the same file that jobs/evaluate.py reads."""
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,16 @@ LAYOUT = '{"context": N, "continuation": M, "windows": [{"name": ..., "ids": [N 
 
 class UserError(ValueError):
     """Something that the user gave is wrong; the message is one sentence for them. baklava's own is not at hand."""
+
+
+def exit_code(run: Callable[[], object]) -> int:
+    """Run a script; 0, or 2 and one sentence where the user gave something wrong."""
+    try:
+        run()
+    except UserError as error:
+        print(f"kvpress: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 @dataclass(frozen=True)

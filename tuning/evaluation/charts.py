@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from baklava.comparison import Evaluation
-from tuning.svg import svg, text
+from tuning.svg import level, svg, text
 
 WIDTH, LEFT, RIGHT, TOP = 720, 64, 24, 16
 HEIGHT, BOTTOM = 340, 44
@@ -37,7 +37,8 @@ def quality_chart(evaluations: Sequence[Evaluation]) -> str:
         share = math.log(max(kl, LEAST_KL) / LEAST_KL) / math.log(top / LEAST_KL)
         return HEIGHT - BOTTOM - min(1.0, share) * (HEIGHT - BOTTOM - TOP)
 
-    grid = [_level(10.0**power, y) for power in range(round(math.log10(LEAST_KL)), round(math.log10(top)) + 1)]
+    powers = [10.0**power for power in range(round(math.log10(LEAST_KL)), round(math.log10(top)) + 1)]
+    grid = [level(y(kl), LEFT, WIDTH - RIGHT, f"{kl:g}") for kl in powers]
     ticks = [text(x(size), HEIGHT - BOTTOM + 18, f"{size:g}", "middle") for size in _round_values(0, widest)]
     axis = text((LEFT + WIDTH) / 2, HEIGHT - 6, "MiB per sequence", "middle")
     sizes = [each.named.plan.bytes_per_sequence for each in evaluations]
@@ -86,11 +87,6 @@ def _point(number: int, evaluation: Evaluation, x: Scale, y: Scale, before: Sequ
     at = f'cx="{across:.1f}" cy="{y(kl.mean):.1f}"'
     dot = f'<circle class="series" {at} r="5"><title>{escape(told)}</title></circle>'
     return f'<g class="{colour(number)}">{bar}{dot}</g>'
-
-
-def _level(kl: float, y: Scale) -> str:
-    line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(kl):.1f}" y2="{y(kl):.1f}"/>'
-    return line + text(LEFT - 8, y(kl) + 4, f"{kl:g}", "end")
 
 
 def _column(loss: float, x: Scale, bottom: float) -> str:

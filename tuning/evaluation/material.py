@@ -9,6 +9,7 @@ from baklava import suites
 from baklava.errors import UserError
 from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
+from baklava.names import given_twice
 from baklava.naming import NamedPlan, named_plan
 from baklava.profile import Profile, cached_profile
 from baklava.recording import RecordingCache
@@ -74,9 +75,8 @@ def _prompts(settings: EvaluationSettings, loaded: LoadedModel, lengths: Sequenc
         for prompt in _of_task(settings, loaded, prose, name, length)
     ]
     asked = [Asked(task=prompt.name.rpartition(":")[0], prompt=prompt) for prompt in made]
-    names = [each.prompt.name for each in asked]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"two prompts are named {repeated[0]}; evaluate the files of one benchmark one by one")
+    if twice := given_twice(each.prompt.name for each in asked):
+        raise UserError(f"two prompts are named {twice}; evaluate the files of one benchmark one by one")
     return asked
 
 

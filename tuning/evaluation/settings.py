@@ -7,6 +7,7 @@ from pydantic import Field, PositiveInt, ValidationError
 
 from baklava.errors import UserError
 from baklava.model import LoadedModel
+from baklava.names import given_twice
 from baklava.records import Record
 from baklava.tasks import TASKS
 from tuning.settings import Replicas, settled, short_name
@@ -30,7 +31,7 @@ class EvaluationSettings(Record):
     by default `MOST_WINDOWS` of texts and all of a file; `prompts` are those of each task and length.
     """
 
-    model: str
+    model: str = "demo"
     plans: Names
     texts: Names = ("ifcraft",)
     calibration: Names = ("botocore",)
@@ -65,12 +66,14 @@ class EvaluationSettings(Record):
         values["tasks"] = _expanded(values.get("tasks", ()))
         given = {"plan": values["plans"], "tasks": values["tasks"], "lengths": values.get("lengths", ())}
         for field, names in given.items():
-            if repeated := [name for name in names if list(names).count(name) > 1]:
-                raise UserError(f"--{field} {repeated[0]} is given twice; give it once")
+            if twice := given_twice(names):
+                raise UserError(f"--{field} {twice} is given twice; give it once")
         if values.get("windows"):
             values["windows"] = str(Path(values["windows"]).absolute())
+        if "model" in values:
+            values["model"] = settled(values["model"])
         try:
-            return cls(**values | {"model": settled(values["model"])})
+            return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
             field = str(first["loc"][0])
