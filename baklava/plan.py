@@ -13,7 +13,8 @@ from baklava.files import write_whole
 from baklava.geometry import CacheGeometry, ModelIdentity
 from baklava.records import Record
 
-Bits = Literal[16, 32]
+Bits = Literal[32, 16, 8, 4, 3, 2]
+DenseBits = Literal[32, 16]
 Knob = bool | int | float | str
 
 FULL_BITS = 16
@@ -22,9 +23,15 @@ FULL_BITS = 16
 STATE_BYTES = 8
 """Bytes beside the payload of an entry that is scored: its position (int32) and its score (float32)."""
 
+SCALE_BYTES = 2
+"""Bytes beside the codes of a packed key or value: its scale (float16)."""
+
 
 class LayerBudget(Record):
-    """Budgets of one layer, a number per KV head: `tokens` is the capacity in entries, bits are per stored element."""
+    """Budgets of one layer, a number per KV head: `tokens` is the capacity in entries, bits are per stored element.
+
+    Fewer than 16 bits are packed, but for the sinks, which stay in 16, and the entries that are staged.
+    """
 
     tokens: tuple[PositiveInt, ...]
     key_bits: tuple[Bits, ...]
@@ -43,7 +50,9 @@ class EvictionChoice(Record):
     `sinks` first tokens and a share `recent` of the remaining capacity for the newest tokens are never evicted.
     Eviction runs every `interval` tokens, so a head falls to capacity - interval entries and grows back. Scores are
     averaged over the `pooling` entries around each before they compete. `scored` methods keep a position and a score
-    beside each entry; the others are rings.
+    beside each entry; the others are rings. Where entries are packed, `staged` keeps the tokens since the last eviction
+    in 16 bits; a ring packs each as it comes. An evicted entry whose key is at least as similar (cosine) to a kept one
+    as `merging` is folded into it; 0 folds none.
     """
 
     method: str
@@ -51,6 +60,8 @@ class EvictionChoice(Record):
     recent: Annotated[float, Field(ge=0, le=1)] = 1.0
     interval: PositiveInt = 1
     pooling: PositiveInt = 1
+    staged: bool = False
+    merging: Annotated[float, Field(ge=0, le=1)] = 0.0
     scored: bool = False
     knobs: dict[str, Knob] = Field(default_factory=dict)
 
@@ -58,6 +69,11 @@ class EvictionChoice(Record):
     def minimum_tokens(self) -> int:
         """Fewest entries that a head can live with: the sinks, the slack of one interval, and one more."""
         return self.sinks + self.interval + 1
+
+    @property
+    def dense_tokens(self) -> int:
+        """Entries of a packed head that are in 16 bits all the same: the sinks and what is staged."""
+        return self.sinks + (self.interval if self.staged else 0)
 
 
 class AllocationChoice(Record):
@@ -115,7 +131,7 @@ class BudgetPlan(Record):
     prefill: Prefill = Prefill()
     provenance: Provenance = Provenance()
     layers: tuple[LayerBudget | None, ...]
-    sliding_bits: Bits = 16
+    sliding_bits: DenseBits = 16
 
     @model_validator(mode="after")
     def _covers_the_grid(self) -> "BudgetPlan":
@@ -174,7 +190,7 @@ class BudgetPlan(Record):
 
     def _layer_bytes(self, layer: LayerBudget) -> int:
         heads = zip(layer.tokens, layer.key_bits, layer.value_bits, strict=True)
-        return sum(tokens * entry_bytes(self.geometry, k, v, self.eviction.scored) for tokens, k, v in heads)
+        return sum(head_bytes(self.geometry, tokens, k, v, self.eviction) for tokens, k, v in heads)
 
     def check_fits(self, identity: ModelIdentity, geometry: CacheGeometry) -> None:
         """Raise UserError when this plan was made for another model."""
@@ -204,7 +220,9 @@ class BudgetPlan(Record):
             ) from None
 
 
-def full_plan(identity: ModelIdentity, geometry: CacheGeometry, context_length: int, bits: Bits = 16) -> BudgetPlan:
+def full_plan(
+    identity: ModelIdentity, geometry: CacheGeometry, context_length: int, bits: DenseBits = 16
+) -> BudgetPlan:
     """The plan that keeps every entry of a sequence of `context_length` tokens."""
     same, sinks = (bits,) * geometry.kv_heads, min(4, max(0, context_length - 2))
     layer = LayerBudget(tokens=(context_length,) * geometry.kv_heads, key_bits=same, value_bits=same)
@@ -219,15 +237,30 @@ def full_plan(identity: ModelIdentity, geometry: CacheGeometry, context_length: 
     )
 
 
-def entry_bytes(geometry: CacheGeometry, key_bits: int, value_bits: int, scored: bool) -> int:
-    """Bytes of one entry of one KV head: key, value, and its position and score where the method keeps them."""
-    return geometry.head_dim * (key_bits + value_bits) // 8 + (STATE_BYTES if scored else 0)
+def head_bytes(geometry: CacheGeometry, tokens: int, key_bits: int, value_bits: int, eviction: EvictionChoice) -> int:
+    """Most bytes that one KV head of this capacity holds, with the positions and scores of methods that keep them."""
+    dense = eviction.dense_tokens
+    payload = sum(side_bytes(geometry.head_dim, tokens, bits, dense) for bits in (key_bits, value_bits))
+    mean = geometry.head_dim * FULL_BITS // 8 if key_bits < FULL_BITS else 0
+    return payload + mean + (tokens * STATE_BYTES if eviction.scored else 0)
+
+
+def side_bytes(head_dim: int, tokens: int, bits: int, dense: int) -> int:
+    """Bytes of the keys or the values of one KV head, of which `dense` are in 16 bits where the others are packed."""
+    if bits >= FULL_BITS:
+        return tokens * head_dim * bits // 8
+    return dense * head_dim * FULL_BITS // 8 + (tokens - dense) * packed_bytes(head_dim, bits)
+
+
+def packed_bytes(head_dim: int, bits: int) -> int:
+    """Bytes of one packed key or value: its codes, in whole bytes, and its scale."""
+    return -(-head_dim * bits // 8) + SCALE_BYTES
 
 
 def full_bytes(geometry: CacheGeometry, context_length: int) -> int:
     """Bytes of the full 16-bit cache of one sequence; sliding layers count the tokens in their window."""
     entries = len(geometry.budgetable) * geometry.kv_heads * context_length
-    payload = entries * entry_bytes(geometry, FULL_BITS, FULL_BITS, scored=False)
+    payload = entries * 2 * geometry.head_dim * FULL_BITS // 8
     return payload + sliding_bytes(geometry, FULL_BITS, context_length)
 
 
@@ -235,4 +268,4 @@ def sliding_bytes(geometry: CacheGeometry, bits: int, at_most: int | None = None
     """Bytes of the sliding layers of one sequence, of `at_most` tokens if given: each keeps its window at the most."""
     windows = [window for window in geometry.windows if window is not None]
     entries = sum(window if at_most is None else min(window, at_most) for window in windows)
-    return entries * geometry.kv_heads * entry_bytes(geometry, bits, bits, scored=False)
+    return entries * geometry.kv_heads * 2 * geometry.head_dim * bits // 8

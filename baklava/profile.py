@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -18,11 +18,41 @@ from baklava.files import write_whole
 from baklava.geometry import CacheGeometry, ModelIdentity
 from baklava.model import LoadedModel
 from baklava.paths import cache_dir
+from baklava.plan import EvictionChoice
 from baklava.records import Record
 from baklava.windows import Window
 
 Source = Literal["value", "key", "query", "hidden"]
 Grid = tuple[tuple[float, ...], ...]
+Ranker = Literal["heavy_hitter", "reconstruction"]
+Measure = Literal["text", "repetition", "error"]
+
+
+class Ranking(Record):
+    """How a score orders the entries of a context, head by head: enough to count the entries above any threshold.
+
+    `scores[window][layer][kv head][i]` is the natural logarithm of the score of the `ranks[i]`-th best entry of a
+    context of `tokens` entries, the sinks left out; ranks ascend from 1. Rows of sliding layers are empty.
+    """
+
+    tokens: int
+    ranks: tuple[int, ...]
+    scores: tuple[tuple[tuple[tuple[float, ...], ...], ...], ...]
+
+
+class Curves(Record):
+    """What each head loses when it alone keeps fewer entries in fewer bits, under the eviction method named here.
+
+    `losses[measure][layer][kv head][i][j]` is for `bits[i]` (of keys, of values) and a capacity of `entries[j]`, which
+    ascend to the whole window. "text" is the expected KL to the full cache in nats per continuation token, to second
+    order; "repetition" the same while the model repeats the context; "error" the mean relative error of the head's
+    output per token. Lower is better. Rows of sliding layers are empty.
+    """
+
+    eviction: EvictionChoice
+    entries: tuple[int, ...]
+    bits: tuple[tuple[int, int], ...]
+    losses: dict[Measure, tuple[tuple[tuple[tuple[float, ...], ...], ...], ...]]
 
 
 class Profile(Record):
@@ -33,14 +63,17 @@ class Profile(Record):
     or query, or its slice of the hidden state; "hidden" is missing where heads do not tile the hidden state.
     `layer_importance[layer]` is 1 − the mean cosine of the hidden state before and after the layer's attention
     (SqueezeAttention, arXiv 2404.04793).
+    `rankings` and `curves` are there where all layers have full attention.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: ModelIdentity
     geometry: CacheGeometry
     windows: str
     importance: dict[Source, Grid]
     layer_importance: tuple[float, ...]
+    rankings: dict[Ranker, Ranking] = Field(default_factory=dict)
+    curves: Curves | None = None
 
     @property
     def digest(self) -> str:

@@ -1,23 +1,21 @@
 """Allocation: where the bytes go. One method a file; `METHODS` maps names to classes; `allocate` makes the plan."""
 
-from collections.abc import Sequence
-
 import numpy as np
+from jaxtyping import Int
 
 from baklava.allocation.baklava import Baklava
-from baklava.allocation.base import Allocation, Limits, proportional, rounded
+from baklava.allocation.base import Allocation, Limits, Pair, Shares, proportional, rounded
 from baklava.allocation.uniform import Uniform
 from baklava.errors import UserError
 from baklava.eviction import Eviction
 from baklava.geometry import CacheGeometry
 from baklava.plan import (
+    FULL_BITS,
     AllocationChoice,
-    Bits,
     BudgetPlan,
     EvictionChoice,
     LayerBudget,
     Provenance,
-    entry_bytes,
     full_bytes,
     sliding_bytes,
 )
@@ -32,8 +30,12 @@ __all__ = [
     "Allocation",
     "Baklava",
     "Limits",
+    "Pair",
+    "Shares",
     "Uniform",
     "allocate",
+    "layers_of",
+    "limits_of",
     "method_of",
     "proportional",
 ]
@@ -53,16 +55,18 @@ def allocate(
     context_length: int,
     method: Allocation,
     eviction: Eviction,
-    bits: Bits = 16,
+    bits: Pair = (16, 16),
     provenance: Provenance | None = None,
 ) -> BudgetPlan:
     """The plan that spends `budget` × the bytes of the full 16-bit cache, by this method.
 
+    `bits` are those of keys and of values, where the method does not choose them itself.
+
     Raises:
         UserError: the budget is not in (0, 1], or leaves less than sinks + one eviction interval per head.
     """
-    limits = _limits(profile.geometry, budget, context_length, eviction.choice, bits)
-    tokens = rounded(method.shares(profile, limits), limits, STEP)
+    limits = limits_of(profile.geometry, budget, context_length, eviction.choice, bits)
+    shares = method.shares(profile, limits)
     return BudgetPlan(
         model=profile.model,
         geometry=profile.geometry,
@@ -70,33 +74,36 @@ def allocate(
         eviction=eviction.choice,
         allocation=AllocationChoice(method=method.name, budget=budget, knobs=method.knobs),
         provenance=provenance or Provenance(profile=profile.digest),
-        layers=_layers(profile.geometry, tokens, bits),
-        sliding_bits=bits,
+        layers=layers_of(profile.geometry, rounded(shares, limits, STEP), shares),
     )
 
 
-def _limits(geometry: CacheGeometry, budget: float, context_length: int, eviction: EvictionChoice, bits: int) -> Limits:
+def limits_of(
+    geometry: CacheGeometry, budget: float, context_length: int, eviction: EvictionChoice, bits: Pair = (16, 16)
+) -> Limits:
+    """What `budget` x the bytes of the full 16-bit cache leave to spend; raises UserError where that is too little."""
     if not 0 < budget <= 1:
         raise UserError(f"budget {budget} must be above 0 and at most 1: a share of the full cache's bytes")
-    heads = len(geometry.budgetable) * geometry.kv_heads
     # Sliding layers keep their window whatever the plan says; only the rest can be spent.
-    spendable = int(budget * full_bytes(geometry, context_length)) - sliding_bytes(geometry, bits)
-    total = max(0, spendable) // entry_bytes(geometry, bits, bits, eviction.scored)
-    if total // heads < eviction.minimum_tokens:
-        raise UserError(
-            f"budget {budget:g} leaves {total // heads} entries per head, but {eviction.sinks} sinks and an eviction "
-            f"every {eviction.interval} tokens need {eviction.minimum_tokens}; raise the budget or lower the interval"
-        )
+    spendable = int(budget * full_bytes(geometry, context_length)) - sliding_bytes(geometry, FULL_BITS)
     # A head that never evicts holds the whole text and the slack of an interval; a ring has no slack.
     most = context_length + (eviction.interval if eviction.scored else 0)
-    return Limits(total=total, least=eviction.minimum_tokens, most=most)
+    limits = Limits(geometry, eviction, max(0, spendable), eviction.minimum_tokens, most, bits)
+    if limits.total // limits.heads < limits.least:
+        raise UserError(
+            f"budget {budget:g} leaves {limits.total // limits.heads} entries per head, but {eviction.sinks} sinks and "
+            f"an eviction every {eviction.interval} tokens need {limits.least}; raise the budget or lower the interval"
+        )
+    return limits
 
 
-def _layers(geometry: CacheGeometry, tokens: np.ndarray, bits: Bits) -> tuple[LayerBudget | None, ...]:
-    rows: Sequence[Sequence[int]] = tokens.tolist()
-    budgets = iter(rows)
-    same = (bits,) * geometry.kv_heads
-    return tuple(
-        LayerBudget(tokens=tuple(next(budgets)), key_bits=same, value_bits=same) if window is None else None
-        for window in geometry.windows
+def layers_of(
+    geometry: CacheGeometry, tokens: Int[np.ndarray, "layers kv_heads"], shares: Shares
+) -> tuple[LayerBudget | None, ...]:
+    """The budgets of all layers, with the bits of `shares`; None where a layer slides."""
+    grids = (tokens.tolist(), shares.key_bits.tolist(), shares.value_bits.tolist())
+    budgets = (
+        LayerBudget(tokens=tuple(row), key_bits=tuple(keys), value_bits=tuple(values))
+        for row, keys, values in zip(*grids, strict=True)
     )
+    return tuple(next(budgets) if window is None else None for window in geometry.windows)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from typing_extensions import override
 
-from baklava.allocation.base import Allocation, Limits, proportional
+from baklava.allocation.base import Allocation, Limits, Shares, proportional
 from baklava.errors import UserError
 from baklava.profile import Profile, Source
 
@@ -41,12 +41,13 @@ class Baklava(Allocation):
             )
 
     @override
-    def shares(self, profile: Profile, limits: Limits) -> Float[np.ndarray, "layers kv_heads"]:
+    def shares(self, profile: Profile, limits: Limits) -> Shares:
         weights = self._head_weights(profile) * self._layer_weights(profile)
         uniform = limits.total / weights.size
         least = max(float(limits.least), self.floor * uniform)
         most = max(self.cap * limits.most, uniform)
-        return proportional(weights, float(limits.total), least, min(most, float(limits.most)))
+        entries = proportional(weights, float(limits.total), least, min(most, float(limits.most)))
+        return Shares.of(entries, limits.bits)
 
     def _head_weights(self, profile: Profile) -> Float[np.ndarray, "layers kv_heads"]:
         if self.source not in profile.importance:

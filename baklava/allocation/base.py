@@ -1,4 +1,4 @@
-"""The allocation plug-in: a dataclass with one verb that says how many entries each KV head deserves."""
+"""The allocation plug-in: a dataclass with one verb that says how many entries each KV head gets, in how many bits."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
@@ -7,32 +7,79 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float, Int
 
+from baklava.geometry import CacheGeometry
+from baklava.plan import Bits, EvictionChoice, head_bytes
 from baklava.profile import Profile
+
+Pair = tuple[Bits, Bits]
+"""Bits of the keys and bits of the values."""
+
+Grid = Float[np.ndarray, "layers kv_heads"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an allocation has to spend: `total` entries over all budgeted heads, each between `least` and `most`."""
+    """What an allocation has to spend: `bytes` over all budgeted heads, each of `least` to `most` entries.
 
-    total: int
+    `bits` are the (key, value) bits of methods that do not choose them.
+    """
+
+    geometry: CacheGeometry
+    eviction: EvictionChoice
+    bytes: int
     least: int
     most: int
+    bits: Pair
+
+    @property
+    def heads(self) -> int:
+        """Budgeted KV heads of the model."""
+        return len(self.geometry.budgetable) * self.geometry.kv_heads
+
+    @property
+    def total(self) -> int:
+        """Entries of all heads together when every head stores them in `bits`."""
+        fixed = self.fixed_bytes(self.bits)
+        return max(0, self.bytes - self.heads * fixed) // self.entry_bytes(self.bits)
+
+    def entry_bytes(self, bits: Pair) -> int:
+        """Bytes that one more entry costs a head."""
+        return self._head(self.most + 1, bits) - self._head(self.most, bits)
+
+    def fixed_bytes(self, bits: Pair) -> int:
+        """Bytes of a head beside its entries x `entry_bytes`: what sinks and staged tokens cost above packed ones."""
+        return self._head(self.most, bits) - self.most * self.entry_bytes(bits)
+
+    def _head(self, tokens: int, bits: Pair) -> int:
+        return head_bytes(self.geometry, tokens, *bits, self.eviction)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Entries per KV head, not yet rounded, and the bits of its keys and values. Rows are the budgetable layers."""
+
+    entries: Grid
+    key_bits: Int[np.ndarray, "layers kv_heads"]
+    value_bits: Int[np.ndarray, "layers kv_heads"]
+
+    @classmethod
+    def of(cls, entries: Grid, bits: Pair) -> "Shares":
+        """The same bits in every head."""
+        key_bits, value_bits = (np.full(entries.shape, each) for each in bits)
+        return cls(entries, key_bits, value_bits)
 
 
 @dataclass(frozen=True)
 class Allocation(ABC):
-    """Spreads a number of entries over the (layer, KV head) grid."""
+    """Spreads a number of bytes over the (layer, KV head) grid."""
 
     name: ClassVar[str]
     profiled: ClassVar[bool] = True
     """Whether the method asks the profile for more than the geometry."""
 
     @abstractmethod
-    def shares(self, profile: Profile, limits: Limits) -> Float[np.ndarray, "layers kv_heads"]:
-        """Entries per KV head, not yet rounded; the sum is at most `limits.total`, each within the limits.
-
-        Rows are the budgetable layers.
-        """
+    def shares(self, profile: Profile, limits: Limits) -> Shares:
+        """What each KV head gets; all together cost at most `limits.bytes`, each has `least` to `most` entries."""
 
     @property
     def knobs(self) -> dict[str, bool | int | float | str]:
@@ -40,9 +87,7 @@ class Allocation(ABC):
         return {knob.name: getattr(self, knob.name) for knob in fields(self)}
 
 
-def proportional(
-    weights: Float[np.ndarray, "layers kv_heads"], total: float, least: float, most: float
-) -> Float[np.ndarray, "layers kv_heads"]:
+def proportional(weights: Grid, total: float, least: float, most: float) -> Grid:
     """Spread `total` in proportion to the weights, every share within [least, most].
 
     The scale is found by bisection: the sum of the clipped shares grows with it. When all heads reach `most`, less
@@ -59,17 +104,23 @@ def proportional(
     return np.clip(weights * low, least, most)
 
 
-def rounded(
-    shares: Float[np.ndarray, "layers kv_heads"], limits: Limits, step: int
-) -> Int[np.ndarray, "layers kv_heads"]:
-    """Round to multiples of `step`, so that heads share capacities; the total is met to within a step, never exceeded.
+def rounded(shares: Shares, limits: Limits, step: int) -> Int[np.ndarray, "layers kv_heads"]:
+    """Round to multiples of `step`, so that heads share capacities; the bytes are met to within a step of a head.
 
-    Shares are rounded down, then the entries left go, a step each, to the heads with the largest remainders.
+    Shares are rounded down, then the bytes left go, a step each, to the heads with the largest remainders.
     """
-    levels = np.maximum(np.floor(shares / step) * step, limits.least).astype(int)
-    for index in np.argsort(levels - shares, axis=None, kind="stable"):
-        spare = limits.total - levels.sum()
-        if spare < step:
-            break
-        levels.flat[index] += min(step, limits.most - levels.flat[index])
+    levels = np.maximum(np.floor(shares.entries / step) * step, limits.least).astype(int)
+    left = limits.bytes - spent(levels, shares, limits)
+    for index in np.argsort(levels - shares.entries, axis=None, kind="stable"):
+        more = min(step, limits.most - levels.flat[index])
+        cost = more * limits.entry_bytes((shares.key_bits.flat[index], shares.value_bits.flat[index]))
+        if 0 < cost <= left:
+            levels.flat[index] += more
+            left -= cost
     return levels
+
+
+def spent(tokens: Int[np.ndarray, "layers kv_heads"], shares: Shares, limits: Limits) -> int:
+    """Bytes of heads with these capacities, in the bits of `shares`."""
+    heads = zip(tokens.flat, shares.key_bits.flat, shares.value_bits.flat, strict=True)
+    return sum(head_bytes(limits.geometry, int(n), int(k), int(v), limits.eviction) for n, k, v in heads)

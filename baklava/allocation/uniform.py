@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float
 from typing_extensions import override
 
-from baklava.allocation.base import Allocation, Limits
+from baklava.allocation.base import Allocation, Limits, Shares
 from baklava.profile import Profile
 
 
@@ -19,6 +18,6 @@ class Uniform(Allocation):
     profiled: ClassVar[bool] = False
 
     @override
-    def shares(self, profile: Profile, limits: Limits) -> Float[np.ndarray, "layers kv_heads"]:
+    def shares(self, profile: Profile, limits: Limits) -> Shares:
         shape = (len(profile.geometry.budgetable), profile.geometry.kv_heads)
-        return np.full(shape, min(limits.total / np.prod(shape), limits.most))
+        return Shares.of(np.full(shape, min(limits.total / limits.heads, limits.most)), limits.bits)

@@ -11,7 +11,7 @@ from torch import Tensor
 from baklava.errors import UserError
 from baklava.plan import EvictionChoice
 
-SHARED = ("sinks", "recent", "interval", "pooling")
+SHARED = ("sinks", "recent", "interval", "pooling", "staged", "merging")
 """Knobs that every method has."""
 
 
@@ -80,7 +80,7 @@ class Eviction(ABC):
     """Decides which entries of a KV head stay when it is over budget.
 
     The `sinks` first tokens and the newest entries stay; all others compete by `score`, higher keeps more, averaged
-    over the `pooling` entries around them (1 is none).
+    over the `pooling` entries around them (1 is none). `staged` and `merging` are as in a plan's EvictionChoice.
     """
 
     name: ClassVar[str]
@@ -90,13 +90,17 @@ class Eviction(ABC):
     recent: float = 0.5
     interval: int = 32
     pooling: int = 1
+    staged: bool = False
+    merging: float = 0.0
 
     def __post_init__(self) -> None:
         odd = self.pooling > 0 and self.pooling % 2 == 1
-        if self.sinks < 0 or self.interval < 1 or not 0 <= self.recent <= 1 or not odd:
+        shares = 0 <= self.recent <= 1 and 0 <= self.merging <= 1
+        if self.sinks < 0 or self.interval < 1 or not shares or not odd:
             raise UserError(
                 f"{self.name} with sinks {self.sinks}, recent {self.recent}, interval {self.interval}, pooling "
-                f"{self.pooling}: sinks must be at least 0, recent between 0 and 1, interval at least 1, pooling odd"
+                f"{self.pooling}, merging {self.merging}: sinks must be at least 0, recent and merging between 0 and "
+                "1, interval at least 1, pooling odd"
             )
 
     @abstractmethod
@@ -127,6 +131,8 @@ class Eviction(ABC):
             recent=self.recent,
             interval=self.interval,
             pooling=self.pooling,
+            staged=self.staged,
+            merging=self.merging,
             scored=self.scored,
             knobs=self.knobs,
         )

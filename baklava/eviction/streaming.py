@@ -26,10 +26,10 @@ class Streaming(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.recent, self.interval, self.pooling) != (1.0, 1, 1):
+        if (self.recent, self.interval, self.pooling, self.staged, self.merging) != (1.0, 1, 1, False, 0.0):
             raise UserError(
-                f"streaming with recent {self.recent}, interval {self.interval}, pooling {self.pooling}: a ring always "
-                "keeps the newest tokens, one by one; leave these knobs at 1"
+                f"streaming with recent {self.recent}, interval {self.interval}, pooling {self.pooling}, staged "
+                f"{self.staged}, merging {self.merging}: a ring keeps the newest tokens, one by one; leave these knobs"
             )
 
     @override
