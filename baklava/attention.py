@@ -78,7 +78,7 @@ def tagged(key: Heads, layer: Any) -> Heads:
 
 @contextmanager
 def watching(watcher: Callable[..., None]) -> Iterator[None]:
-    """Call `watcher(module, query, key, value, output)` after every attention of the models run in this context."""
+    """Call `watcher(module, query, key, value, output, kernel)` after every attention of models run in this context."""
     _watchers.append(watcher)
     try:
         yield
@@ -95,7 +95,7 @@ def _forward(
     else:
         output = layer.attend(query, key, value, attention_mask, _kernel(options)).transpose(1, 2)
     for watcher in _watchers:
-        watcher(module, query, key, value, output)
+        watcher(module, query, key, value, output, _kernel(options))
     return output, None
 
 

@@ -10,7 +10,8 @@ from baklava.errors import UserError
 from baklava.model import LoadedModel, load
 from baklava.naming import named_plan
 from baklava.plan import BudgetPlan
-from baklava.profile import Profile, cached_profile
+from baklava.profile import Profile
+from baklava.profiling import cached_profile
 from baklava.progress import say
 from baklava.records import Record
 from baklava.texts import documents

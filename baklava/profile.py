@@ -1,26 +1,16 @@
-"""The profile: how much each KV head matters, measured once on calibration windows (BaKlaVa, arXiv 2502.13176)."""
+"""The profile: what calibration windows say of every KV head, as frozen plain numbers."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import torch
-from jaxtyping import Float
 from pydantic import Field, ValidationError
-from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from baklava import attention, progress
 from baklava.errors import UserError
 from baklava.files import write_whole
 from baklava.geometry import CacheGeometry, ModelIdentity
-from baklava.model import LoadedModel
-from baklava.paths import cache_dir
 from baklava.plan import EvictionChoice
 from baklava.records import Record
-from baklava.windows import Window
 
 Source = Literal["value", "key", "query", "hidden"]
 Grid = tuple[tuple[float, ...], ...]
@@ -106,129 +96,3 @@ def flat_profile(model: ModelIdentity, geometry: CacheGeometry) -> Profile:
         importance=dict.fromkeys(get_args(Source), heads),
         layer_importance=(1.0,) * geometry.layers,
     )
-
-
-def windows_digest(windows: Sequence[Window]) -> str:
-    """Hash of the windows' tokens: what a profile was measured on."""
-    return hashlib.sha256(repr([(window.ids, window.context) for window in windows]).encode()).hexdigest()[:16]
-
-
-@torch.inference_mode()
-def profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
-    """Measure every head in one forward per window."""
-    loaded.check_length(max(len(window.ids) for window in windows))
-    meter = _Meter(loaded)
-    with progress.bar(len(windows), "profiling", "window") as bar, meter.attached():
-        for window in windows:
-            ids = torch.tensor([window.ids], device=loaded.device)
-            loaded.model(ids, use_cache=False, logits_to_keep=1)
-            bar.update(1)
-    return Profile(
-        model=loaded.identity,
-        geometry=loaded.geometry,
-        windows=windows_digest(windows),
-        importance={source: _grid(1 - similarity) for source, similarity in meter.heads().items()},
-        layer_importance=tuple((1 - meter.layers()).tolist()),
-    )
-
-
-def cached_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
-    """The profile of a model on these windows, measured once and then read from the cache folder."""
-    key = hashlib.sha256((loaded.identity.model_dump_json() + windows_digest(windows)).encode()).hexdigest()[:16]
-    path = cache_dir() / "profiles" / f"{key}.json"
-    if path.exists():
-        progress.say(f"profile: read from {path}")
-        return Profile.read(path)
-    measured = profile(loaded, windows)
-    measured.write(path)
-    return measured
-
-
-class _Meter:
-    """Collects cosine similarities while a model runs; what it hooks it lets go of again."""
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
-        self.by_head: dict[Source, list[list[Tensor]]] = {
-            source: [[] for _ in range(loaded.geometry.layers)] for source in get_args(Source)
-        }
-        self.by_layer: list[list[Tensor]] = [[] for _ in range(loaded.geometry.layers)]
-        self.hidden: dict[int, Tensor] = {}
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        hooks = [hook for index, layer in enumerate(_decoder_layers(self.loaded)) for hook in self._hook(index, layer)]
-        try:
-            with attention.watching(self._watch):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def heads(self) -> dict[Source, Float[Tensor, "layers query_heads"]]:
-        """Mean similarity per source, layer and query head."""
-        measured = {source: grid for source, grid in self.by_head.items() if grid[0]}
-        return {source: torch.stack([_mean(layer) for layer in grid]) for source, grid in measured.items()}
-
-    def layers(self) -> Float[Tensor, " layers"]:
-        """Mean similarity of the hidden state before and after attention, per layer."""
-        return torch.stack([_mean(layer) for layer in self.by_layer])
-
-    def _hook(self, index: int, layer: Any) -> list[Any]:
-        before: dict[str, Tensor] = {}
-
-        def enter(module: Any, args: Any, kwargs: Any) -> None:
-            before["residual"] = args[0] if args else kwargs["hidden_states"]
-
-        def attend(module: Any, args: Any, kwargs: Any) -> None:
-            self.hidden[index] = args[0] if args else kwargs["hidden_states"]
-
-        def leave(module: Any, args: Any) -> None:
-            self.by_layer[index].append(cosine_similarity(before["residual"], args[0], dim=-1).flatten().double())
-
-        return [
-            layer.register_forward_pre_hook(enter, with_kwargs=True),
-            layer.self_attn.register_forward_pre_hook(attend, with_kwargs=True),
-            _norm_after_attention(layer).register_forward_pre_hook(leave),
-        ]
-
-    def _watch(self, module: Any, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-        heads, group = output.shape[2], output.shape[2] // key.shape[1]
-        inputs: dict[Source, Tensor] = {
-            "value": value.repeat_interleave(group, 1),
-            "key": key.repeat_interleave(group, 1),
-            "query": query,
-        }
-        hidden = self.hidden[module.layer_idx]
-        if hidden.shape[-1] == heads * output.shape[3]:
-            inputs["hidden"] = hidden.view(*hidden.shape[:2], heads, -1).transpose(1, 2)
-        for source, entering in inputs.items():
-            similarity = cosine_similarity(entering, output.transpose(1, 2), dim=-1)
-            self.by_head[source][module.layer_idx].append(similarity.transpose(0, 1).flatten(1).double())
-
-
-def _decoder_layers(loaded: LoadedModel) -> list[Any]:
-    layers = [module for module in loaded.model.modules() if hasattr(module, "self_attn")]
-    if len(layers) != loaded.geometry.layers or not all(hasattr(layer.self_attn, "layer_idx") for layer in layers):
-        raise UserError(
-            f"{loaded.identity.id} has {len(layers)} layers with self_attn, not {loaded.geometry.layers}, so it "
-            "cannot be profiled; choose a Llama-type decoder"
-        )
-    return layers
-
-
-def _norm_after_attention(layer: Any) -> Any:
-    """The first module that reads the residual stream after attention."""
-    for name in ("pre_feedforward_layernorm", "post_attention_layernorm"):
-        if hasattr(layer, name):
-            return getattr(layer, name)
-    raise UserError(f"{type(layer).__name__} has no norm after attention, so layer importance cannot be measured")
-
-
-def _mean(parts: list[Tensor]) -> Tensor:
-    """Mean over tokens and windows."""
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts], -1).mean(-1).squeeze(0)
-
-
-def _grid(values: Float[Tensor, "layers heads"]) -> Grid:
-    return tuple(tuple(row) for row in values.tolist())

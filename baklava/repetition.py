@@ -51,14 +51,19 @@ def repeated(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"], recording: R
 
 
 def _chunks(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> Iterator[Int[Tensor, "batch chunk"]]:
-    """The prompt in chunks, each behind the request to repeat it, if there is a tokenizer to write that with."""
+    """The prompt in chunks, each behind the request to repeat it."""
     for start in range(0, ids.shape[1], CHUNK):
-        ask = "\n\nRepeat the text above, word for word, from its beginning:\n\n"
-        if start:
-            ask = "\n\nRepeat the text above, word for word, going on after:\n\n"
-        asked = loaded.tokenizer.encode(ask, add_special_tokens=False) if loaded.tokenizer else []
-        request = torch.tensor(asked, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
-        yield torch.cat([request, ids[:, max(0, start - LEAD) : start + CHUNK]], 1)
+        yield torch.cat([request(loaded, ids, start), ids[:, start : start + CHUNK]], 1)
+
+
+def request(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"], start: int) -> Int[Tensor, "batch request"]:
+    """The request to repeat a prompt from here on, if there is a tokenizer to write it with, and what leads there."""
+    ask = "\n\nRepeat the text above, word for word, from its beginning:\n\n"
+    if start:
+        ask = "\n\nRepeat the text above, word for word, going on after:\n\n"
+    asked = loaded.tokenizer.encode(ask, add_special_tokens=False) if loaded.tokenizer else []
+    written = torch.tensor(asked, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
+    return torch.cat([written, ids[:, max(0, start - LEAD) : start]], 1)
 
 
 class RepeatingLayer(DynamicLayer):

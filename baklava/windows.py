@@ -66,7 +66,7 @@ def split(
     context: int,
     continuation: int,
     seed: int,
-    calibration: int = 4,
+    calibration: int = 3,
     search: int = 4,
     validation: int = 4,
 ) -> Splits:

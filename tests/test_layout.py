@@ -24,10 +24,10 @@ FORBIDDEN = {
 # the three wings of the library, each of which knows only itself and those before it
 WINGS = {
     "what a plan is": "errors names paths files records progress script assets geometry plan",
-    "living inside one": "attention model eviction storage heads padding recording sliding cache "
+    "living inside one": "packing attention model eviction storage heads padding recording sliding cache "
     "repetition prefilling likelihood decoding compiling",
-    "finding one": "hub published corpora texts windows profile allocation scoring bootstrap tasks suites answering "
-    "naming evaluation comparison formats verdict tally model_args harness",
+    "finding one": "hub published corpora texts windows profile importance rankings sensitivity curves profiling "
+    "allocation scoring bootstrap tasks suites answering naming evaluation comparison formats verdict tally model_args harness",
 }
 WING_OF = {module: number for number, modules in enumerate(WINGS.values()) for module in modules.split()}
 

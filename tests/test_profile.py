@@ -7,7 +7,8 @@ from torch.nn.functional import cosine_similarity
 
 from baklava.errors import UserError
 from baklava.model import LoadedModel
-from baklava.profile import Profile, cached_profile, profile
+from baklava.profile import Profile
+from baklava.profiling import cached_profile, profile
 from baklava.windows import Window
 
 Maker = Callable[..., LoadedModel]
@@ -51,12 +52,12 @@ def test_layer_importance_compares_the_hidden_state_before_and_after_attention(t
     assert measured.layer_importance[0] == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_every_input_is_measured_in_one_forward_per_window(tiny: Maker) -> None:
+def test_a_window_costs_a_forward_a_prefill_its_repetition_and_two_continuations(tiny: Maker) -> None:
     loaded, calls = tiny(), []
     hook = loaded.model.register_forward_hook(lambda *_: calls.append(1))
     measured = profile(loaded, windows(3))
     hook.remove()
-    assert len(calls) == 3
+    assert len(calls) == 3 * 5
     assert set(measured.importance) == {"value", "key", "query", "hidden"}
     for grid in measured.importance.values():
         assert all(0 <= importance <= 2 for row in grid for importance in row)

@@ -15,7 +15,7 @@ from baklava.model import LoadedModel
 from baklava.naming import named_plan
 from baklava.plan import BudgetPlan, full_plan
 from baklava.prefilling import prefill as enter
-from baklava.profile import cached_profile
+from baklava.profiling import cached_profile
 from baklava.scoring import prefill, score
 from baklava.texts import documents
 from baklava.windows import Window, split, windows

@@ -16,7 +16,7 @@ import pytest
 from baklava.allocation import Baklava, allocate
 from baklava.eviction import HeavyHitter
 from baklava.plan import BudgetPlan
-from baklava.profile import profile
+from baklava.profiling import profile
 from baklava.windows import Window
 
 ROOT = Path(__file__).parent.parent

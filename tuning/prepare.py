@@ -7,7 +7,8 @@ import torch
 
 from baklava.geometry import CacheGeometry, ModelIdentity
 from baklava.model import load
-from baklava.profile import Profile, cached_profile
+from baklava.profile import Profile
+from baklava.profiling import cached_profile
 from baklava.progress import say
 from baklava.texts import digest, documents
 from baklava.windows import Splits, split

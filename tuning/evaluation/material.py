@@ -11,7 +11,8 @@ from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
 from baklava.names import given_twice
 from baklava.naming import NamedPlan, named_plan
-from baklava.profile import Profile, cached_profile
+from baklava.profile import Profile
+from baklava.profiling import cached_profile
 from baklava.recording import RecordingCache
 from baklava.repetition import ROOM
 from baklava.tasks import Prompt, Prose, prompts, task_of

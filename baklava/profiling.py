@@ -1,0 +1,148 @@
+"""Measuring a profile, once per model and calibration windows: one command's wait, for all budgets."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from baklava import curves, progress
+from baklava.curves import Lattice
+from baklava.eviction import Eviction, HeavyHitter, Reconstruction
+from baklava.geometry import CacheGeometry
+from baklava.importance import Meter
+from baklava.model import LoadedModel
+from baklava.packing import packable
+from baklava.paths import cache_dir
+from baklava.prefilling import Recorded, record
+from baklava.profile import Curves, Grid, Measure, Profile, Ranker
+from baklava.rankings import ranking
+from baklava.repetition import request
+from baklava.sensitivity import passed
+from baklava.windows import Window
+
+KEEPS = HeavyHitter()
+"""The eviction method that curves and counts are measured under."""
+
+RANKERS: dict[Ranker, Eviction] = {"heavy_hitter": KEEPS, "reconstruction": Reconstruction()}
+
+BITS = ((16, 16), (8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
+REPEATED = 256
+"""Tokens that are repeated for the curves of repetition."""
+
+VERSION = "1"
+"""Part of a cached profile's name: another one where the same windows would now give other numbers."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one window says: scores per layer `[kv heads, context]`, losses per layer `[kv heads, bits, entries]`."""
+
+    scores: dict[Ranker, list[Tensor]]
+    losses: dict[Measure, list[Tensor]]
+
+
+def windows_digest(windows: Sequence[Window]) -> str:
+    """Hash of the windows' tokens: what a profile was measured on."""
+    return hashlib.sha256(repr([(window.ids, window.context) for window in windows]).encode()).hexdigest()[:16]
+
+
+@torch.inference_mode()
+def profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
+    """Measure every head on these windows.
+
+    Importance takes a forward per window. Where all layers have full attention, rankings and curves take a prefill that
+    is observed, one that is repeated, and a backward pass through the continuation: about eight prefills together.
+    """
+    loaded.check_length(max(len(window.ids) for window in windows))
+    meter, full = Meter(loaded), len(loaded.geometry.budgetable) == loaded.geometry.layers
+    lattice = _lattice(loaded.geometry, windows)
+    measured: list[Measured] = []
+    with progress.bar(len(windows), "profiling", "window") as bar:
+        for number, window in enumerate(windows):
+            with meter.attached():
+                loaded.model(_ids(loaded, window.ids), use_cache=False, logits_to_keep=1)
+            if full:
+                measured.append(_measure(loaded, window, lattice, number))
+            bar.update(1)
+    return Profile(
+        model=loaded.identity,
+        geometry=loaded.geometry,
+        windows=windows_digest(windows),
+        importance={source: _grid(1 - similarity) for source, similarity in meter.heads().items()},
+        layer_importance=tuple((1 - meter.layers()).tolist()),
+        rankings={name: ranking([each.scores[name] for each in measured], KEEPS.sinks) for name in RANKERS if full},
+        curves=_curves(measured, lattice) if full else None,
+    )
+
+
+def cached_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
+    """The profile of a model on these windows, measured once and then read from the cache folder."""
+    content = loaded.identity.model_dump_json() + loaded.weights_digest + windows_digest(windows) + VERSION
+    path = cache_dir() / "profiles" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    if path.exists():
+        progress.say(f"profile: read from {path}")
+        return Profile.read(path)
+    measured = profile(loaded, windows)
+    measured.write(path)
+    return measured
+
+
+def _lattice(geometry: CacheGeometry, windows: Sequence[Window]) -> Lattice:
+    tokens = min(len(window.ids) for window in windows)
+    bits = tuple(pair for pair in BITS if min(pair) >= 16 or packable(geometry.head_dim, min(pair)))
+    return Lattice(KEEPS, curves.capacities(tokens, KEEPS.sinks, KEEPS.interval), bits)
+
+
+def _measure(loaded: LoadedModel, window: Window, lattice: Lattice, number: int) -> Measured:
+    context = _ids(loaded, window.ids[: window.context])
+    recorded = record(loaded, context, tuple(RANKERS.values()))
+    scores: dict[Ranker, list[Tensor]] = {
+        name: [layer[method.observation][0] for layer in recorded.recording.scores] for name, method in RANKERS.items()
+    }
+    start = (number * REPEATED) % max(1, window.context - REPEATED)
+    repeated = torch.cat([request(loaded, context, start), context[:, start : start + REPEATED]], 1)
+    kept_by = scores["heavy_hitter"]
+    text, error = _losses(loaded, recorded, _ids(loaded, window.ids[window.context :]), kept_by, lattice, number)
+    repetition, _ = _losses(loaded, recorded, repeated, kept_by, lattice, number)
+    return Measured(scores, {"text": text, "repetition": repetition, "error": error})
+
+
+def _losses(
+    loaded: LoadedModel,
+    recorded: Recorded,
+    ids: Int[Tensor, "1 tokens"],
+    scores: Sequence[Float[Tensor, "heads context"]],
+    lattice: Lattice,
+    seed: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    layers = passed(loaded, recorded.recording, ids, seed)
+    found = [curves.losses(layer, observed, lattice) for layer, observed in zip(layers, scores, strict=True)]
+    return [kl for kl, _ in found], [error for _, error in found]
+
+
+def _curves(measured: Sequence[Measured], lattice: Lattice) -> Curves:
+    losses = {
+        measure: tuple(
+            _rows(curves.mean([each.losses[measure][layer] for each in measured]))
+            for layer in range(len(measured[0].losses[measure]))
+        )
+        for measure in get_args(Measure)
+    }
+    return Curves(eviction=KEEPS.choice, entries=lattice.entries, bits=lattice.bits, losses=losses)
+
+
+def _rows(grid: curves.Grid) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    """Four digits are more than any of them is worth."""
+    return tuple(tuple(tuple(float(f"{loss:.4g}") for loss in row) for row in head) for head in grid.tolist())
+
+
+def _ids(loaded: LoadedModel, ids: Sequence[int]) -> Int[Tensor, "1 tokens"]:
+    return torch.tensor([ids], device=loaded.device)
+
+
+def _grid(values: Float[Tensor, "layers heads"]) -> Grid:
+    return tuple(tuple(row) for row in values.tolist())
