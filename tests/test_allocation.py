@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from baklava.allocation import (
     method_of,
     proportional,
 )
-from baklava.allocation.base import rounded
+from baklava.allocation.base import Pair, Shares, rounded
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Streaming
 from baklava.geometry import CacheGeometry, ModelIdentity
@@ -23,10 +25,20 @@ from baklava.profile import Profile
 LAYERS, KV_HEADS, GROUP = 4, 3, 2
 
 
+def geometry_of(windows: tuple[int | None, ...]) -> CacheGeometry:
+    return CacheGeometry(layers=LAYERS, kv_heads=KV_HEADS, query_group=GROUP, head_dim=16, windows=windows)
+
+
+def limits_for(total: int, least: int, most: int, bits: Pair = (16, 16), layers: int = LAYERS) -> Limits:
+    """Limits that hold `total` entries of a ring."""
+    spare = Limits(geometry_of((None,) * layers), Streaming().choice, 0, least, most, bits)
+    return replace(spare, bytes=total * spare.entry_bytes(bits) + spare.heads * spare.fixed_bytes(bits))
+
+
 def profile_of(seed: int, windows: tuple[int | None, ...] = (None,) * LAYERS) -> Profile:
     draw = np.random.default_rng(seed)
     grid = tuple(tuple(row) for row in draw.uniform(0, 1.5, (LAYERS, KV_HEADS * GROUP)).tolist())
-    geometry = CacheGeometry(layers=LAYERS, kv_heads=KV_HEADS, query_group=GROUP, head_dim=16, windows=windows)
+    geometry = geometry_of(windows)
     return Profile(
         model=ModelIdentity(id="tiny", config_hash="abc"),
         geometry=geometry,
@@ -64,23 +76,24 @@ def test_proportional_shares_stay_within_their_limits(weights: list[float], tota
 
 def test_rounding_gives_what_is_left_to_the_largest_remainders() -> None:
     shares = np.array([[10.0, 23.0, 15.9]])
-    assert rounded(shares, Limits(total=49, least=1, most=100), 8).tolist() == [[8, 24, 16]]
+    limits = limits_for(49, 1, 100, layers=1)
+    assert rounded(Shares.of(shares, (16, 16)), limits, 8).tolist() == [[8, 24, 16]]
 
 
 def test_a_more_important_head_gets_more_and_power_zero_is_uniform() -> None:
-    profile, limits = profile_of(1), Limits(total=12 * 300, least=5, most=1000)
+    profile, limits = profile_of(1), limits_for(12 * 300, 5, 1000)
     grid = np.array(profile.importance["value"]).reshape(LAYERS, KV_HEADS, GROUP).mean(2)
-    shares = Baklava(importance_power=1.0).shares(profile, limits)
+    shares = Baklava(importance_power=1.0).shares(profile, limits).entries
     assert (np.argsort(shares, axis=None) == np.argsort(grid, axis=None)).all()
-    even = Baklava(importance_power=0.0).shares(profile, limits)
-    assert np.allclose(even, Uniform().shares(profile, limits), rtol=1e-6)
+    even = Baklava(importance_power=0.0).shares(profile, limits).entries
+    assert np.allclose(even, Uniform().shares(profile, limits).entries, rtol=1e-6)
 
 
 def test_the_reduction_and_the_layer_power_change_the_budgets() -> None:
-    profile, limits = profile_of(2), Limits(total=12 * 300, least=5, most=1000)
-    base = Baklava().shares(profile, limits)
-    assert not np.allclose(base, Baklava(reduction="max").shares(profile, limits))
-    assert not np.allclose(base, Baklava(layer_power=1.0).shares(profile, limits))
+    profile, limits = profile_of(2), limits_for(12 * 300, 5, 1000)
+    base = Baklava().shares(profile, limits).entries
+    assert not np.allclose(base, Baklava(reduction="max").shares(profile, limits).entries)
+    assert not np.allclose(base, Baklava(layer_power=1.0).shares(profile, limits).entries)
 
 
 def test_sliding_layers_get_no_budget_and_their_bytes_count() -> None:
@@ -105,8 +118,8 @@ def test_a_budget_too_small_or_out_of_range_is_one_sentence() -> None:
 
 def test_an_unknown_method_lists_the_known_ones_and_bad_knobs_are_refused() -> None:
     with pytest.raises(UserError, match="uniform, baklava"):
-        method_of("pyramid")
+        method_of("pagoda")
     with pytest.raises(UserError, match="floor"):
         Baklava(floor=2.0)
     with pytest.raises(UserError, match="has no source 'hidden'"):
-        Baklava(source="hidden").shares(profile_of(0), Limits(total=1000, least=1, most=100))
+        Baklava(source="hidden").shares(profile_of(0), limits_for(1000, 1, 100))
