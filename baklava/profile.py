@@ -1,8 +1,11 @@
 """The profile: how much each KV head matters, measured once on calibration windows (BaKlaVa, arXiv 2502.13176)."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +21,7 @@ from baklava.files import write_whole
 from baklava.geometry import CacheGeometry, ModelIdentity
 from baklava.model import LoadedModel
 from baklava.paths import cache_dir
-from baklava.plan import EvictionChoice
+from baklava.plan import Bits, EvictionChoice
 from baklava.records import Record
 from baklava.windows import Window
 
@@ -75,9 +78,9 @@ class Profile(Record):
     rankings: dict[Ranker, Ranking] = Field(default_factory=dict)
     curves: Curves | None = None
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Hash of the whole profile."""
+        """Hash of the whole profile, made once: a search asks for it with every plan."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     def write(self, path: Path) -> None:
@@ -99,13 +102,31 @@ class Profile(Record):
 def flat_profile(model: ModelIdentity, geometry: CacheGeometry) -> Profile:
     """A profile in which all heads matter alike, for methods that do not ask and to see whether a budget can be met."""
     heads = ((1.0,) * geometry.query_heads,) * geometry.layers
+    full = len(geometry.budgetable) == geometry.layers
     return Profile(
         model=model,
         geometry=geometry,
         windows="none",
         importance=dict.fromkeys(get_args(Source), heads),
         layer_importance=(1.0,) * geometry.layers,
+        rankings=dict.fromkeys(get_args(Ranker), _flat_ranking(geometry)) if full else {},
+        curves=_flat_curves(geometry) if full else None,
     )
+
+
+def _flat_ranking(geometry: CacheGeometry) -> Ranking:
+    ranks = (1, 16, 256, 4096)
+    head = tuple(-math.log(rank) for rank in ranks)
+    return Ranking(tokens=ranks[-1], ranks=ranks, scores=(((head,) * geometry.kv_heads,) * geometry.layers,))
+
+
+def _flat_curves(geometry: CacheGeometry) -> Curves:
+    """Curves of every pair of bits, that lose more in fewer bits and with fewer entries."""
+    entries, bits = (1, 16, 256, 4096), tuple(product(get_args(Bits), repeat=2))
+    head = tuple(tuple(2.0**-keys + 2.0**-values + 1 / count for count in entries) for keys, values in bits)
+    losses = ((head,) * geometry.kv_heads,) * geometry.layers
+    choice = EvictionChoice(method="streaming")
+    return Curves(eviction=choice, entries=entries, bits=bits, losses=dict.fromkeys(get_args(Measure), losses))
 
 
 def windows_digest(windows: Sequence[Window]) -> str:

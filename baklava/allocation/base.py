@@ -43,6 +43,12 @@ class Limits:
         fixed = self.fixed_bytes(self.bits)
         return max(0, self.bytes - self.heads * fixed) // self.entry_bytes(self.bits)
 
+    def within(self, floor: float, cap: float = 1.0) -> tuple[float, float]:
+        """Fewest and most entries of a head: at least `floor` of the uniform share, at most `cap` of all entries."""
+        uniform = self.total / self.heads
+        least, most = max(self.least, floor * uniform), max(cap * self.most, uniform)
+        return float(min(least, self.most)), float(min(most, self.most))
+
     def entry_bytes(self, bits: Pair) -> int:
         """Bytes that one more entry costs a head."""
         return self._head(self.most + 1, bits) - self._head(self.most, bits)
@@ -100,6 +106,13 @@ class Allocation(ABC):
             raise UserError(f"{self.name} with {knobs}: {rule}")
 
 
+def lacking(profile: Profile, what: str) -> UserError:
+    """The error of a method that asks for something which a profile does not hold."""
+    sliding = len(profile.geometry.budgetable) < profile.geometry.layers
+    cure = "choose another method, since some of its layers slide" if sliding else "profile the model again"
+    return UserError(f"the profile of {profile.model.id} has no {what}, which this method asks for; {cure}")
+
+
 def proportional(
     weights: Grid, total: float, least: float, most: float, prices: Int[np.ndarray, "layers kv_heads"] | int = 1
 ) -> Grid:
@@ -146,8 +159,13 @@ def rounded(shares: Shares, limits: Limits, step: int) -> Int[np.ndarray, "layer
 
 def spent(tokens: Int[np.ndarray, "layers kv_heads"], shares: Shares, limits: Limits) -> int:
     """Bytes of heads with these capacities, in the bits of `shares`."""
+    return int(head_costs(replace(shares, entries=tokens.astype(float)), limits).sum())
+
+
+def head_costs(shares: Shares, limits: Limits) -> Grid:
+    """Bytes of every head."""
     prices, fixed = _prices(shares, limits)
-    return int((tokens * prices + fixed).sum())
+    return shares.entries * prices + fixed
 
 
 def _prices(shares: Shares, limits: Limits) -> tuple[Int[np.ndarray, "layers kv_heads"], ...]:
