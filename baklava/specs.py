@@ -31,7 +31,8 @@ class Spec:
 def spec_of(text: str) -> Spec:
     """Read a name such as `blended(curve_power=0.5)+heavy_hitter(recent=0.6)@k4v2:0.125`.
 
-    Without an eviction method it is sinks + recent, without bits it is 16, as in the literature.
+    Without an eviction method it is sinks + recent, without bits it is 16, as in the literature. Knobs may be parted by
+    semicolons too, where a comma ends an argument.
 
     Raises:
         UserError: it is written otherwise, or has an unknown method or knob, bits that are not stored, or no number.
@@ -79,7 +80,7 @@ def _made(method: type[Made], written: str) -> Made:
     """A method with these knobs, written knob=value,knob=value."""
     types = {knob.name: get_type_hints(method)[knob.name] for knob in fields(method)}
     knobs: dict[str, Any] = {}
-    for pair in filter(None, (each.strip() for each in written.split(","))):
+    for pair in filter(None, (each.strip() for each in re.split("[,;]", written))):
         name, _, value = (part.strip() for part in pair.partition("="))
         if name not in types or name in knobs:
             wrong = "is given twice" if name in knobs else "is unknown"

@@ -1,9 +1,11 @@
 import pytest
 
-from baklava.allocation import Baklava, Blended, Duo, Uniform
+from baklava.allocation import Baklava, Blended, Duo, Pyramid, Uniform
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, Streaming
 from baklava.specs import Spec, bits_name, pair_of, spec_of
+
+PARTED = Spec(Pyramid(steepness=0.5), HeavyHitter(recent=0.3, interval=16), (3, 3), 0.2)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +20,7 @@ from baklava.specs import Spec, bits_name, pair_of, spec_of
             Spec(Blended(curve_power=0.5, bits="curves"), HeavyHitter(recent=0.6, power=2, staged=True), (4, 2), 0.125),
         ),
         ("blended(layer_power=-1e+0):.5", Spec(Blended(layer_power=-1.0), Streaming(), (16, 16), 0.5)),
+        ("pyramid(steepness=0.5)+heavy_hitter(recent=0.3;interval=16)@3:0.2", PARTED),
         ("duo(tokens=64)+streaming(sinks=8):0.5", Spec(Duo(tokens=64), Streaming(sinks=8), (16, 16), 0.5)),
     ],
 )
