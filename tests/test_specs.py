@@ -1,8 +1,13 @@
+from collections.abc import Callable
+
 import pytest
 
 from baklava.allocation import Baklava, Blended, Duo, Pyramid, Uniform
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, Streaming
+from baklava.model import LoadedModel
+from baklava.naming import named_plan
+from baklava.profile import flat_profile
 from baklava.specs import Spec, bits_name, pair_of, spec_of
 
 PARTED = Spec(Pyramid(steepness=0.5), HeavyHitter(recent=0.3, interval=16), (3, 3), 0.2)
@@ -60,3 +65,18 @@ def test_a_name_that_cannot_be_read_is_one_sentence(text: str, said: str) -> Non
 @pytest.mark.parametrize("name", ["16", "k4v2", "3"])
 def test_bits_are_named_as_they_are_read(name: str) -> None:
     assert bits_name(pair_of(name)) == name
+
+
+def test_a_plan_is_made_of_what_its_name_says(tiny: Callable[..., LoadedModel]) -> None:
+    loaded = tiny()
+    name = "duo(tokens=64)+heavy_hitter(recent=0.3)@k4v2:0.25"
+    plan = named_plan(name, loaded, 2000, lambda: flat_profile(loaded.identity, loaded.geometry)).plan
+    assert plan.allocation.knobs == {"tokens": 64}
+    assert plan.eviction == HeavyHitter(recent=0.3).choice
+    assert {bits for layer in plan.layers if layer for bits in (*layer.key_bits, *layer.value_bits)} == {2, 4}
+    assert plan.ratio <= 0.25
+
+
+def test_a_name_without_a_budget_is_told_how_to_give_one(tiny: Callable[..., LoadedModel]) -> None:
+    with pytest.raises(UserError, match=r"names a method without a budget; write duo\(tokens=4\)@4:0.3"):
+        named_plan("duo(tokens=4)@4", tiny(), 2000, lambda: pytest.fail("no profile"))
