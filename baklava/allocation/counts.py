@@ -31,7 +31,8 @@ def averaged_counts(profile: Profile, ranker: Ranker, limits: Limits, floor: flo
     scores = scores + tilt * np.linspace(-0.5, 0.5, layers)[:, None, None]
     grouped = scores.reshape(windows, layers * kv_heads, ranks)
     counts = counts_meeting(limits.total, grouped, ranking, limits, floor)
-    return counts.mean(0).reshape(layers, kv_heads)
+    # a mean of equal numbers may be an ulp off
+    return np.clip(counts.mean(0), limits.least, limits.most).reshape(layers, kv_heads)
 
 
 def ranking_of(profile: Profile, ranker: Ranker) -> Ranking:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 from typing_extensions import override
 
 from baklava.allocation.base import Allocation, Limits, Shares
@@ -34,4 +35,5 @@ class HeadAdaptive(Allocation):
         counts = counts_meeting(limits.total / layers, grouped, ranking, limits)
         adaptive = counts.reshape(windows, layers, kv_heads).mean(0)
         uniform = min(limits.total / limits.heads, limits.most)
-        return Shares.of(self.safeguard * uniform + (1 - self.safeguard) * adaptive, limits.bits)
+        entries = self.safeguard * uniform + (1 - self.safeguard) * adaptive
+        return Shares.of(np.clip(entries, limits.least, limits.most), limits.bits)  # a sum of parts may be an ulp off
