@@ -1,6 +1,9 @@
 """The profile: what calibration windows say of every KV head, as frozen plain numbers."""
 
 import hashlib
+import math
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -9,7 +12,7 @@ from pydantic import Field, ValidationError
 from baklava.errors import UserError
 from baklava.files import write_whole
 from baklava.geometry import CacheGeometry, ModelIdentity
-from baklava.plan import EvictionChoice
+from baklava.plan import Bits, EvictionChoice
 from baklava.records import Record
 
 Source = Literal["value", "key", "query", "hidden"]
@@ -65,9 +68,9 @@ class Profile(Record):
     rankings: dict[Ranker, Ranking] = Field(default_factory=dict)
     curves: Curves | None = None
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Hash of the whole profile."""
+        """Hash of the whole profile, made once: a search asks for it with every plan."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     def write(self, path: Path) -> None:
@@ -89,10 +92,28 @@ class Profile(Record):
 def flat_profile(model: ModelIdentity, geometry: CacheGeometry) -> Profile:
     """A profile in which all heads matter alike, for methods that do not ask and to see whether a budget can be met."""
     heads = ((1.0,) * geometry.query_heads,) * geometry.layers
+    full = len(geometry.budgetable) == geometry.layers
     return Profile(
         model=model,
         geometry=geometry,
         windows="none",
         importance=dict.fromkeys(get_args(Source), heads),
         layer_importance=(1.0,) * geometry.layers,
+        rankings=dict.fromkeys(get_args(Ranker), _flat_ranking(geometry)) if full else {},
+        curves=_flat_curves(geometry) if full else None,
     )
+
+
+def _flat_ranking(geometry: CacheGeometry) -> Ranking:
+    ranks = (1, 16, 256, 4096)
+    head = tuple(-math.log(rank) for rank in ranks)
+    return Ranking(tokens=ranks[-1], ranks=ranks, scores=(((head,) * geometry.kv_heads,) * geometry.layers,))
+
+
+def _flat_curves(geometry: CacheGeometry) -> Curves:
+    """Curves of every pair of bits, that lose more in fewer bits and with fewer entries."""
+    entries, bits = (1, 16, 256, 4096), tuple(product(get_args(Bits), repeat=2))
+    head = tuple(tuple(2.0**-keys + 2.0**-values + 1 / count for count in entries) for keys, values in bits)
+    losses = ((head,) * geometry.kv_heads,) * geometry.layers
+    choice = EvictionChoice(method="streaming")
+    return Curves(eviction=choice, entries=entries, bits=bits, losses=dict.fromkeys(get_args(Measure), losses))

@@ -1,93 +1,187 @@
+"""What every allocation method keeps to, and what budgets are made of."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import BITS, FULL, KV_HEADS, LAYERS, SLIDING, geometry_of, limits_for, profile_of
 
 from baklava.allocation import (
     METHODS,
     Allocation,
     Baklava,
-    Limits,
+    Blended,
+    Greedy,
+    Pair,
+    Pyramid,
+    Shares,
+    Shifted,
+    Squeeze,
     Uniform,
     allocate,
+    limits_of,
     method_of,
     proportional,
 )
-from baklava.allocation.base import rounded
+from baklava.allocation.base import head_costs, rounded, spent
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Streaming
-from baklava.geometry import CacheGeometry, ModelIdentity
+from baklava.geometry import ModelIdentity
 from baklava.plan import full_plan
-from baklava.profile import Profile
+from baklava.profile import flat_profile
 
-LAYERS, KV_HEADS, GROUP = 4, 3, 2
+EVERYTHING = Blended(importance_power=1.0, layer_power=-0.5, curve_power=0.5, measure="repetition", cap=0.5)
+GIVEN: dict[str, Allocation] = {name: method() for name, method in METHODS.items()} | {
+    "everything": EVERYTHING,
+    "shifted": Shifted(Baklava(), ((0.0,) * KV_HEADS, (1.0,) * KV_HEADS, (-1.0,) * KV_HEADS, (0.5,) * KV_HEADS)),
+}
+CHOOSING: dict[str, Allocation] = {"any": Greedy(bits="any"), "curves": Blended(bits="curves", curve_power=0.5)}
+EVERY = GIVEN | CHOOSING
+UNRANKED = (Uniform(), Baklava(), Pyramid(), Squeeze(), Blended(reconstruction_power=0.0, importance_power=2.0))
+EVICTIONS = (Streaming(), HeavyHitter(), HeavyHitter(staged=True))
+
+drawn = given(
+    eviction=st.sampled_from(EVICTIONS),
+    bits=st.sampled_from(BITS),
+    budget=st.floats(0.08, 1.0),
+    context=st.integers(1000, 5000),
+    seed=st.integers(0, 9),
+)
+few = settings(max_examples=25)
 
 
-def profile_of(seed: int, windows: tuple[int | None, ...] = (None,) * LAYERS) -> Profile:
-    draw = np.random.default_rng(seed)
-    grid = tuple(tuple(row) for row in draw.uniform(0, 1.5, (LAYERS, KV_HEADS * GROUP)).tolist())
-    geometry = CacheGeometry(layers=LAYERS, kv_heads=KV_HEADS, query_group=GROUP, head_dim=16, windows=windows)
-    return Profile(
-        model=ModelIdentity(id="tiny", config_hash="abc"),
-        geometry=geometry,
-        windows="none",
-        importance={"value": grid, "key": grid},
-        layer_importance=tuple(draw.uniform(0, 1, LAYERS).tolist()),
-    )
-
-
-@pytest.mark.parametrize("method", [cls() for cls in METHODS.values()], ids=lambda method: method.name)
-@pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter()], ids=lambda eviction: eviction.name)
-@given(budget=st.floats(0.06, 1.0), context=st.integers(1000, 5000), seed=st.integers(0, 5))
-@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize("name", EVERY)
+@drawn
+@few
 def test_a_plan_meets_its_budget_and_never_exceeds_it(
-    method: Allocation, eviction: Eviction, budget: float, context: int, seed: int
+    name: str, eviction: Eviction, bits: Pair, budget: float, context: int, seed: int
 ) -> None:
-    plan = allocate(profile_of(seed), budget=budget, context_length=context, method=method, eviction=eviction)
-    entry = 16 * 4 + (8 if eviction.scored else 0)
-    assert plan.bytes_per_sequence <= budget * plan.full_bytes_per_sequence
-    full = all(tokens >= context for row in plan.tokens for tokens in row)
+    profile = profile_of(seed)
+    plan = allocate(profile, budget=budget, context_length=context, method=EVERY[name], eviction=eviction, bits=bits)
+    left = budget * plan.full_bytes_per_sequence - plan.bytes_per_sequence
+    held = [tokens for row in plan.tokens for tokens in row]
+    assert left >= 0
+    assert min(held) >= eviction.choice.minimum_tokens
     # What is left is less than a step in a head, but for the heads that are full already.
-    capped = sum(tokens >= context for row in plan.tokens for tokens in row)
-    assert full or plan.bytes_per_sequence > budget * plan.full_bytes_per_sequence - entry * (9 + 8 * capped)
+    capped, entry = sum(tokens >= context for tokens in held), 16 * 4 + 8
+    assert capped == len(held) or left < entry * (9 + 8 * capped)
 
 
-@given(st.lists(st.floats(0, 10), min_size=6, max_size=6), st.integers(120, 3000))
-@settings(deadline=None)
-def test_proportional_shares_stay_within_their_limits(weights: list[float], total: int) -> None:
-    shares = proportional(np.array(weights).reshape(2, 3), float(total), 20.0, 400.0)
-    assert shares.sum() <= total + 1e-6
-    assert shares.min() >= 20 - 1e-9
-    assert shares.max() <= 400 + 1e-9
-    assert shares.sum() == pytest.approx(min(total, 6 * 400), rel=1e-6)
-
-
-def test_rounding_gives_what_is_left_to_the_largest_remainders() -> None:
-    shares = np.array([[10.0, 23.0, 15.9]])
-    assert rounded(shares, Limits(total=49, least=1, most=100), 8).tolist() == [[8, 24, 16]]
-
-
-def test_a_more_important_head_gets_more_and_power_zero_is_uniform() -> None:
-    profile, limits = profile_of(1), Limits(total=12 * 300, least=5, most=1000)
-    grid = np.array(profile.importance["value"]).reshape(LAYERS, KV_HEADS, GROUP).mean(2)
-    shares = Baklava(importance_power=1.0).shares(profile, limits)
-    assert (np.argsort(shares, axis=None) == np.argsort(grid, axis=None)).all()
-    even = Baklava(importance_power=0.0).shares(profile, limits)
-    assert np.allclose(even, Uniform().shares(profile, limits), rtol=1e-6)
-
-
-def test_the_reduction_and_the_layer_power_change_the_budgets() -> None:
-    profile, limits = profile_of(2), Limits(total=12 * 300, least=5, most=1000)
-    base = Baklava().shares(profile, limits)
-    assert not np.allclose(base, Baklava(reduction="max").shares(profile, limits))
-    assert not np.allclose(base, Baklava(layer_power=1.0).shares(profile, limits))
-
-
-def test_sliding_layers_get_no_budget_and_their_bytes_count() -> None:
-    profile = profile_of(3, windows=(None, 64, None, 64))
-    plan = allocate(profile, budget=0.5, context_length=2000, method=Uniform(), eviction=Streaming())
+@pytest.mark.parametrize("method", UNRANKED, ids=lambda method: method.name)
+@given(budget=st.floats(0.2, 1.0), context=st.integers(1000, 5000), seed=st.integers(0, 9))
+@few
+def test_sliding_layers_get_no_budget_and_their_bytes_count(
+    method: Allocation, budget: float, context: int, seed: int
+) -> None:
+    profile = profile_of(seed, SLIDING)
+    plan = allocate(profile, budget=budget, context_length=context, method=method, eviction=Streaming())
     assert [len(row) for row in plan.tokens] == [3, 0, 3, 0]
-    assert plan.bytes_per_sequence <= 0.5 * plan.full_bytes_per_sequence
+    assert plan.bytes_per_sequence <= budget * plan.full_bytes_per_sequence
+
+
+@pytest.mark.parametrize("name", EVERY)
+@drawn
+@few
+def test_shares_stay_within_their_limits_and_are_the_same_twice(
+    name: str, eviction: Eviction, bits: Pair, budget: float, context: int, seed: int
+) -> None:
+    limits = limits_of(geometry_of(), budget, context, eviction.choice, bits)
+    shares, again = (EVERY[name].shares(profile_of(seed), limits) for _ in range(2))
+    assert shares.entries.shape == (LAYERS, KV_HEADS)
+    assert shares.entries.min() >= limits.least
+    assert shares.entries.max() <= limits.most
+    assert head_costs(shares, limits).sum() <= limits.bytes * (1 + 1e-9)
+    assert spent(rounded(shares, limits, 8), shares, limits) <= limits.bytes
+    assert (shares.entries == again.entries).all()
+    assert shares.pairs == again.pairs
+
+
+@pytest.mark.parametrize("name", EVERY)
+@drawn
+@few
+def test_more_budget_never_lowers_the_total(
+    name: str, eviction: Eviction, bits: Pair, budget: float, context: int, seed: int
+) -> None:
+    budgets = (budget, min(1.0, budget * 1.1))
+    limits = [limits_of(geometry_of(), each, context, eviction.choice, bits) for each in budgets]
+    shares = [EVERY[name].shares(profile_of(seed), each) for each in limits]
+    less, more = (head_costs(share, limit).sum() for share, limit in zip(shares, limits, strict=True))
+    assert less <= more * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(EVERY) - {"shifted"}))
+@drawn
+@few
+def test_a_head_that_is_better_in_every_way_never_gets_fewer_bytes(
+    name: str, eviction: Eviction, bits: Pair, budget: float, context: int, seed: int
+) -> None:
+    limits = limits_of(geometry_of(), budget, context, eviction.choice, bits)
+    shares = EVERY[name].shares(profile_of(seed, FULL, True), limits)
+    costs = head_costs(shares, limits)
+    assert costs[0, 1] >= costs[0, 0] * (1 - 1e-9) or shares.entries[0, 1] >= limits.most
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_the_whole_budget_keeps_everything(name: str) -> None:
+    limits = limits_of(geometry_of(), 1.0, 2000, Streaming().choice)
+    assert GIVEN[name].shares(profile_of(0), limits).entries == pytest.approx(2000)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("bits", [(16, 16), (2, 8)])
+def test_budgets_can_be_checked_on_a_flat_profile(name: str, bits: Pair) -> None:
+    flat = flat_profile(ModelIdentity(id="tiny", config_hash="abc"), geometry_of())
+    plan = allocate(flat, budget=0.2, context_length=2000, method=EVERY[name], eviction=HeavyHitter(), bits=bits)
+    assert plan.bytes_per_sequence <= 0.2 * plan.full_bytes_per_sequence
+    levels = {tokens for row in plan.tokens for tokens in row}
+    assert max(levels) - min(levels) <= 8 or name in ("pyramid", "duo", "shifted")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_knobs_are_plain_values_and_an_unknown_one_is_refused(name: str) -> None:
+    method = METHODS[name]()
+    assert all(isinstance(value, bool | int | float | str) for value in method.knobs.values())
+    assert METHODS[name](**method.knobs) == method
+    with pytest.raises(TypeError, match="loudness"):
+        METHODS[name](loudness=1.0)
+
+
+@pytest.mark.parametrize("name", ["duo", "head_adaptive", "greedy", "reconstruction_counts", "blended", "any"])
+def test_a_profile_without_what_a_method_asks_for_is_one_sentence(name: str) -> None:
+    with pytest.raises(UserError, match=r"has no .*which this method asks for; .* some of its layers slide"):
+        EVERY[name].shares(profile_of(0, SLIDING), limits_for(1000, 1, 100, layers=2))
+    bare = profile_of(0).model_copy(update={"rankings": {}, "curves": None})
+    with pytest.raises(UserError, match="profile the model again"):
+        EVERY[name].shares(bare, limits_for(1000, 1, 100))
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("baklava", {"cap": 0.0}),
+        ("pyramid", {"steepness": 1.0}),
+        ("squeeze", {"share": 0.0}),
+        ("duo", {"tokens": 0}),
+        ("head_adaptive", {"safeguard": 1.5}),
+        ("heavy_hitter_counts", {"floor": -1.0}),
+        ("reconstruction_counts", {"floor": 1.1}),
+        ("blended", {"cap": 0.0}),
+    ],
+)
+def test_a_bad_knob_is_one_sentence(name: str, knobs: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"{name} with .*{next(iter(knobs))} .*must be"):
+        METHODS[name](**knobs)
+
+
+def test_an_unknown_method_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="uniform, baklava, pyramid"):
+        method_of("pagoda")
+
+
+def test_a_budget_too_small_or_out_of_range_is_one_sentence() -> None:
+    for budget, said in ((0.001, "leaves 3 entries per head"), (0.0, "must be above 0"), (1.5, "at most 1")):
+        with pytest.raises(UserError, match=said):
+            allocate(profile_of(0), budget=budget, context_length=3584, method=Uniform(), eviction=Streaming())
 
 
 def test_the_full_plan_keeps_everything_and_costs_exactly_the_full_cache() -> None:
@@ -97,16 +191,20 @@ def test_the_full_plan_keeps_everything_and_costs_exactly_the_full_cache() -> No
     assert {tokens for row in plan.tokens for tokens in row} == {777}
 
 
-def test_a_budget_too_small_or_out_of_range_is_one_sentence() -> None:
-    for budget, said in ((0.001, "leaves 3 entries per head"), (0.0, "must be above 0"), (1.5, "at most 1")):
-        with pytest.raises(UserError, match=said):
-            allocate(profile_of(0), budget=budget, context_length=3584, method=Uniform(), eviction=Streaming())
+@given(
+    st.lists(st.floats(0, 10), min_size=6, max_size=6),
+    st.lists(st.integers(1, 9), min_size=6, max_size=6),
+    st.integers(1100, 9000),
+)
+def test_proportional_shares_stay_within_their_limits(weights: list[float], prices: list[int], total: int) -> None:
+    grid, costs = np.array(weights).reshape(2, 3), np.array(prices).reshape(2, 3)
+    shares = proportional(grid, float(total), 20.0, 400.0, costs)
+    assert (shares * costs).sum() <= total + 1e-6
+    assert shares.min() >= 20 - 1e-9
+    assert shares.max() <= 400 + 1e-9
+    assert (shares * costs).sum() == pytest.approx(min(total, costs.sum() * 400), rel=1e-6)
 
 
-def test_an_unknown_method_lists_the_known_ones_and_bad_knobs_are_refused() -> None:
-    with pytest.raises(UserError, match="uniform, baklava"):
-        method_of("pyramid")
-    with pytest.raises(UserError, match="floor"):
-        Baklava(floor=2.0)
-    with pytest.raises(UserError, match="has no source 'hidden'"):
-        Baklava(source="hidden").shares(profile_of(0), Limits(total=1000, least=1, most=100))
+def test_rounding_gives_what_is_left_to_the_largest_remainders() -> None:
+    shares = Shares.of(np.array([[10.0, 23.0, 15.9]]), (16, 16))
+    assert rounded(shares, limits_for(49, 1, 100, layers=1), 8).tolist() == [[8, 24, 16]]

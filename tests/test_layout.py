@@ -27,7 +27,8 @@ WINGS = {
     "living inside one": "packing attention model eviction storage heads padding recording sliding cache "
     "repetition prefilling likelihood decoding compiling",
     "finding one": "hub published corpora texts windows profile importance rankings sensitivity curves profiling "
-    "allocation scoring bootstrap tasks suites answering naming evaluation comparison formats verdict tally model_args harness",
+    "allocation scoring bootstrap tasks suites answering specs naming evaluation comparison formats verdict tally "
+    "model_args harness",
 }
 WING_OF = {module: number for number, modules in enumerate(WINGS.values()) for module in modules.split()}
 

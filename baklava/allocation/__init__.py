@@ -5,6 +5,16 @@ from jaxtyping import Int
 
 from baklava.allocation.baklava import Baklava
 from baklava.allocation.base import Allocation, Limits, Pair, Shares, proportional, rounded
+from baklava.allocation.blended import Blended
+from baklava.allocation.duo import Duo
+from baklava.allocation.greedy import Greedy
+from baklava.allocation.head_adaptive import HeadAdaptive
+from baklava.allocation.heavy_hitter_counts import HeavyHitterCounts
+from baklava.allocation.permuted import permuted
+from baklava.allocation.pyramid import Pyramid
+from baklava.allocation.reconstruction_counts import ReconstructionCounts
+from baklava.allocation.shifted import Shifted
+from baklava.allocation.squeeze import Squeeze
 from baklava.allocation.uniform import Uniform
 from baklava.errors import UserError
 from baklava.eviction import Eviction
@@ -21,7 +31,19 @@ from baklava.plan import (
 )
 from baklava.profile import Profile
 
-METHODS: dict[str, type[Allocation]] = {method.name: method for method in (Uniform, Baklava)}
+_METHODS: tuple[type[Allocation], ...] = (
+    Uniform,
+    Baklava,
+    Pyramid,
+    Squeeze,
+    Duo,
+    HeadAdaptive,
+    Greedy,
+    HeavyHitterCounts,
+    ReconstructionCounts,
+    Blended,
+)
+METHODS: dict[str, type[Allocation]] = {method.name: method for method in _METHODS}
 STEP = 8
 """Capacities are multiples of this many entries, so that heads of a layer often share one."""
 
@@ -29,14 +51,24 @@ __all__ = [
     "METHODS",
     "Allocation",
     "Baklava",
+    "Blended",
+    "Duo",
+    "Greedy",
+    "HeadAdaptive",
+    "HeavyHitterCounts",
     "Limits",
     "Pair",
+    "Pyramid",
+    "ReconstructionCounts",
     "Shares",
+    "Shifted",
+    "Squeeze",
     "Uniform",
     "allocate",
     "layers_of",
     "limits_of",
     "method_of",
+    "permuted",
     "proportional",
 ]
 

@@ -1,14 +1,15 @@
 """The allocation plug-in: a dataclass with one verb that says how many entries each KV head gets, in how many bits."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from baklava.errors import UserError
 from baklava.geometry import CacheGeometry
-from baklava.plan import Bits, EvictionChoice, head_bytes
+from baklava.plan import Bits, EvictionChoice, Knob, head_bytes
 from baklava.profile import Profile
 
 Pair = tuple[Bits, Bits]
@@ -42,6 +43,12 @@ class Limits:
         fixed = self.fixed_bytes(self.bits)
         return max(0, self.bytes - self.heads * fixed) // self.entry_bytes(self.bits)
 
+    def within(self, floor: float, cap: float = 1.0) -> tuple[float, float]:
+        """Fewest and most entries of a head: at least `floor` of the uniform share, at most `cap` of all entries."""
+        uniform = self.total / self.heads
+        least, most = max(self.least, floor * uniform), max(cap * self.most, uniform)
+        return float(min(least, self.most)), float(min(most, self.most))
+
     def entry_bytes(self, bits: Pair) -> int:
         """Bytes that one more entry costs a head."""
         return self._head(self.most + 1, bits) - self._head(self.most, bits)
@@ -68,6 +75,11 @@ class Shares:
         key_bits, value_bits = (np.full(entries.shape, each) for each in bits)
         return cls(entries, key_bits, value_bits)
 
+    @property
+    def pairs(self) -> list[Pair]:
+        """Bits of every head, layer after layer."""
+        return list(zip(self.key_bits.ravel().tolist(), self.value_bits.ravel().tolist(), strict=True))
+
 
 @dataclass(frozen=True)
 class Allocation(ABC):
@@ -82,26 +94,50 @@ class Allocation(ABC):
         """What each KV head gets; all together cost at most `limits.bytes`, each has `least` to `most` entries."""
 
     @property
-    def knobs(self) -> dict[str, bool | int | float | str]:
-        """The method's knobs by name."""
-        return {knob.name: getattr(self, knob.name) for knob in fields(self)}
+    def knobs(self) -> dict[str, Knob]:
+        """The method's knobs by name; what is not a plain value, as text."""
+        values = {knob.name: getattr(self, knob.name) for knob in fields(self)}
+        return {name: value if isinstance(value, Knob) else repr(value) for name, value in values.items()}
+
+    def check(self, holds: bool, rule: str) -> None:
+        """Raise UserError unless the rule about this method's knobs holds."""
+        if not holds:
+            knobs = ", ".join(f"{name} {value!r}" for name, value in self.knobs.items())
+            raise UserError(f"{self.name} with {knobs}: {rule}")
 
 
-def proportional(weights: Grid, total: float, least: float, most: float) -> Grid:
-    """Spread `total` in proportion to the weights, every share within [least, most].
+def lacking(profile: Profile, what: str) -> UserError:
+    """The error of a method that asks for something which a profile does not hold."""
+    sliding = len(profile.geometry.budgetable) < profile.geometry.layers
+    cure = "choose another method, since some of its layers slide" if sliding else "profile the model again"
+    return UserError(f"the profile of {profile.model.id} has no {what}, which this method asks for; {cure}")
 
-    The scale is found by bisection: the sum of the clipped shares grows with it. When all heads reach `most`, less
-    than `total` is spent.
+
+def proportional(
+    weights: Grid, total: float, least: float, most: float, prices: Int[np.ndarray, "layers kv_heads"] | int = 1
+) -> Grid:
+    """Spread `total` so that shares are proportional to the weights, every one within [least, most].
+
+    A unit of a share costs `prices` of the total. The scale is found by bisection: the sum of the clipped shares grows
+    with it. When all heads reach `most`, less than `total` is spent.
     """
     weights = np.maximum(weights, 1e-12)
     low, high = 0.0, most / weights.min()
     for _ in range(200):
         middle = (low + high) / 2
-        if np.clip(weights * middle, least, most).sum() <= total:
+        if (np.clip(weights * middle, least, most) * prices).sum() <= total:
             low = middle
         else:
             high = middle
     return np.clip(weights * low, least, most)
+
+
+def filled(shares: Shares, limits: Limits) -> Shares:
+    """The same bits, and entries in the same proportions, scaled until they cost what there is to spend."""
+    prices, fixed = _prices(shares, limits)
+    spendable = float(limits.bytes - fixed.sum())
+    entries = proportional(shares.entries, spendable, float(limits.least), float(limits.most), prices)
+    return replace(shares, entries=entries)
 
 
 def rounded(shares: Shares, limits: Limits, step: int) -> Int[np.ndarray, "layers kv_heads"]:
@@ -110,10 +146,11 @@ def rounded(shares: Shares, limits: Limits, step: int) -> Int[np.ndarray, "layer
     Shares are rounded down, then the bytes left go, a step each, to the heads with the largest remainders.
     """
     levels = np.maximum(np.floor(shares.entries / step) * step, limits.least).astype(int)
+    prices, _ = _prices(shares, limits)
     left = limits.bytes - spent(levels, shares, limits)
     for index in np.argsort(levels - shares.entries, axis=None, kind="stable"):
         more = min(step, limits.most - levels.flat[index])
-        cost = more * limits.entry_bytes((shares.key_bits.flat[index], shares.value_bits.flat[index]))
+        cost = more * prices.flat[index]
         if 0 < cost <= left:
             levels.flat[index] += more
             left -= cost
@@ -122,5 +159,18 @@ def rounded(shares: Shares, limits: Limits, step: int) -> Int[np.ndarray, "layer
 
 def spent(tokens: Int[np.ndarray, "layers kv_heads"], shares: Shares, limits: Limits) -> int:
     """Bytes of heads with these capacities, in the bits of `shares`."""
-    heads = zip(tokens.flat, shares.key_bits.flat, shares.value_bits.flat, strict=True)
-    return sum(head_bytes(limits.geometry, int(n), int(k), int(v), limits.eviction) for n, k, v in heads)
+    return int(head_costs(replace(shares, entries=tokens.astype(float)), limits).sum())
+
+
+def head_costs(shares: Shares, limits: Limits) -> Grid:
+    """Bytes of every head."""
+    prices, fixed = _prices(shares, limits)
+    return shares.entries * prices + fixed
+
+
+def _prices(shares: Shares, limits: Limits) -> tuple[Int[np.ndarray, "layers kv_heads"], ...]:
+    """Bytes that an entry of each head costs, and those of a head beside its entries."""
+    pairs = shares.pairs
+    known = {pair: (limits.entry_bytes(pair), limits.fixed_bytes(pair)) for pair in set(pairs)}
+    prices, fixed = np.array([known[pair] for pair in pairs]).T
+    return prices.reshape(shares.entries.shape), fixed.reshape(shares.entries.shape)

@@ -20,4 +20,4 @@ class Uniform(Allocation):
     @override
     def shares(self, profile: Profile, limits: Limits) -> Shares:
         shape = (len(profile.geometry.budgetable), profile.geometry.kv_heads)
-        return Shares.of(np.full(shape, min(limits.total / limits.heads, limits.most)), limits.bits)
+        return Shares.of(np.full(shape, min(limits.total / limits.heads, float(limits.most))), limits.bits)
