@@ -16,7 +16,7 @@ LEAST = 1e-3
 """Nats per token at the foot of the scale: what rounding and sixteen bits cost is below."""
 
 LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-GROUPS = {"ours": "ours", "packed": "the same 4 bits", "published": "as published, 16 bits"}
+GROUPS = {"ours": "ours", "packed": "others in 4 bits", "published": "as published, 16 bits (dashed: sinks + recent)"}
 
 STYLE = """
 svg { --page: #fdfcfa; --ink: #22201d; --soft: #6d675f; --line: #e4dfd7;
@@ -30,7 +30,7 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--
 .grid { stroke: var(--line); }
 polyline { fill: none; stroke: var(--colour); stroke-width: 1.5; stroke-linejoin: round; }
 circle { fill: var(--colour); }
-.to { stroke: var(--colour); stroke-width: .75; opacity: .55; }
+.to { fill: none; stroke: var(--colour); stroke-width: .75; opacity: .55; }
 .band { fill: var(--colour); opacity: .16; }
 .ours { --colour: var(--ours); } .packed { --colour: var(--packed); } .published { --colour: var(--published); }
 .ours polyline { stroke-width: 4; } .ours text { font-weight: 700; fill: var(--ours); }
@@ -40,7 +40,7 @@ circle { fill: var(--colour); }
 
 Scale = Callable[[float], float]
 Line = tuple[Mapping[str, Any], list[Mapping[str, Any]]]
-"""A method, and its rows from the fewest bytes on."""
+"""A method, and its rows from the most bytes on."""
 
 
 def picture(figures: Mapping[str, Any]) -> str:
@@ -62,14 +62,14 @@ def _lines(figures: Mapping[str, Any]) -> list[Line]:
     for method in figures["methods"]:
         rows = [row for row in figures["rows"] if (row["method"], row["corpus"]) == (method["name"], TOGETHER)]
         if rows and method["group"] in GROUPS:
-            found.append((method, sorted(rows, key=lambda row: (row["ratio"], row["budget"]))))
+            found.append((method, sorted(rows, key=lambda row: (-row["ratio"], -row["budget"]))))
     return sorted(found, key=lambda line: -line[1][-1]["dnll"][0])
 
 
 def _scales(rows: Sequence[Mapping[str, Any]]) -> tuple[Scale, Scale]:
     sizes = [row["ratio"] for row in rows]
     most = max(2 * LEAST, *(row["dnll"][0] for row in rows)) * 1.15
-    first, last = math.log(min(sizes) * 0.97), math.log(max(*sizes, min(sizes) * 2))
+    first, last = math.log(max(*sizes, min(sizes) * 2)), math.log(min(sizes))
 
     def x(size: float) -> float:
         return LEFT + (math.log(size) - first) / (last - first) * (NAMES - 40 - LEFT)
@@ -104,15 +104,17 @@ def _frame(figures: Mapping[str, Any], x: Scale, y: Scale) -> list[str]:
         + text(x(budget), HEIGHT - BOTTOM + 18, percent(budget), "middle")
         for budget in sorted({row["budget"] for row in figures["rows"]})
     ]
-    axis = text((LEFT + NAMES - 40) / 2, HEIGHT - 10, "bytes, of the full cache in 16 bits", "middle")
+    axis = text(
+        (LEFT + NAMES - 40) / 2, HEIGHT - 10, "bytes, of the full cache in 16 bits: fewer to the right", "middle"
+    )
     return [f'<g class="title">{titled}</g>', text(16, 46, said), *levels, *ticks, axis, *_groups()]
 
 
 def _groups() -> list[str]:
-    parts, start = [], float(NAMES)
+    parts, start = [], 440.0
     for group, said in GROUPS.items():
         parts.append(f'<g class="{group}">{text(start, 26, said)}</g>')
-        start += 7 * len(said) + 12
+        start += 6.4 * len(said) + 22
     return parts
 
 
@@ -122,8 +124,8 @@ def _drawn(line: Line, place: float, x: Scale, y: Scale) -> str:
     path = " ".join(f"{across:.1f},{down:.1f}" for across, down in points)
     dots = "".join(_dot(method, row, point) for row, point in zip(rows, points, strict=True))
     across, down = points[-1]
-    bent = f"{across + 6:.1f},{down:.1f} {NAMES - 26},{place:.1f} {NAMES - 6},{place:.1f}"
-    to = f'<polyline class="to" points="{bent}" style="stroke-width:.75;stroke-dasharray:none"/>'
+    bent = f"M{across + 6:.1f} {down:.1f} L{NAMES - 26} {place:.1f} H{NAMES - 6}"
+    to = f'<path class="to" d="{bent}"/>'
     name = text(NAMES, place + 4, method["label"])
     ring = " ring" if "+" not in method["name"] and method["group"] != "ours" else ""
     band = _band(rows, x, y) if method["group"] == "ours" else ""
