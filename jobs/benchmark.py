@@ -104,8 +104,10 @@ def fidelity(chosen: argparse.Namespace) -> None:
     from benchmarks.fidelity.picture import picture
     from benchmarks.fidelity.results import dumped, figures
     from benchmarks.fidelity.study import asked, study
-    from benchmarks.fidelity.table import put, table
+    from benchmarks.fidelity.table import check_page, put, table
 
+    if chosen.readme:
+        check_page(chosen.readme)  # before hours are spent
     wanted = asked(
         model=chosen.model,
         split=chosen.split,

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,10 +15,11 @@ from baklava.model import describe, load
 from baklava.naming import named_plan
 from baklava.plan import BudgetPlan, full_plan
 from baklava.profile import flat_profile
+from baklava.scoring import score
 from baklava.texts import documents
 from baklava.windows import Window, split
+from benchmarks.fidelity import scoring, workers
 from benchmarks.fidelity import study as studying
-from benchmarks.fidelity import workers
 from benchmarks.fidelity.entries import Entry, entries
 from benchmarks.fidelity.methods import BASELINE, CONTESTANTS, Champion, Contestant, Method, Shuffled, chosen
 from benchmarks.fidelity.picture import picture
@@ -97,8 +99,8 @@ def test_what_ends_a_worker_ends_the_study(home: Path) -> None:
 def test_a_cache_above_its_promise_ends_the_study(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(str(home / "model"))
     plan = BudgetPlan.read(home / "plans/demo-50.json")
-    monkeypatch.setattr(BudgetPlan, "bytes_per_sequence", 1)
-    with pytest.raises(RuntimeError, match="but promised 1"):
+    monkeypatch.setattr(scoring, "score", lambda *given: replace(score(*given), allocated_bytes=10**9))
+    with pytest.raises(RuntimeError, match="held 1000000000 bytes on w, but promised"):
         list(rows(loaded, Window("w", "d", (5,) * 192, 160), [plan], "code"))
 
 
@@ -140,8 +142,8 @@ def test_what_a_budget_does_not_hold_is_left_out_with_its_reason(home: Path) -> 
     found, left_out = entries(contestants, (0.5, 0.001), 192, make)
     assert [(one.contestant.name, one.budget) for one in found] == [("uniform", 0.5), (OURS, 0.5)]
     reasons = [one.reason for one in left_out]
-    assert [word in reason for word, reason in zip(("raise", "unknown", "unknown", "read"), reasons, strict=True)]
-    assert all(("raise" in reasons[0], "unknown" in reasons[1], "cannot read plan" in reasons[3]))
+    expected = ("raise the budget", "unknown allocation", "unknown allocation", "cannot read plan")
+    assert all(word in reason for word, reason in zip(expected, reasons, strict=True))
     assert "made for 192 tokens" in entries(contestants[2:], (0.5,), 200, make)[1][0].reason
     greedy = Champion(OURS, "ours", "ours", folder=home / "plans", files=((0.3, "demo-50.json"),))
     assert "more than the budget of 30.00%" in entries([greedy], (0.3,), 192, make)[1][0].reason
@@ -176,21 +178,22 @@ def by_hand(home: Path) -> Study:
     """Two corpora of two windows each and a control; every loss is written here."""
     plan = BudgetPlan.read(home / "plans/demo-50.json")
     draws = tuple(plan.model_copy(update={"context_length": 192 + extra}) for extra in (1, 2, 3))
+    plans_of = {"uniform": (draws[0],), OURS: (draws[1],), "shuffled": (plan, draws[2])}
     losses = {
-        ("uniform", (draws[0],)): [0.4, 0.8, 0.6, 0.2, -0.1],
-        (OURS, (draws[1],)): [0.1, 0.2, 0.2, 0.1, 0.3],
-        ("shuffled", (plan, draws[2])): [0.3, 0.3, 0.3, 0.3, 0.3],
+        "uniform": [0.4, 0.8, 0.6, 0.2, -0.1],
+        OURS: [0.1, 0.2, 0.2, 0.1, 0.3],
+        "shuffled": [0.3, 0.3, 0.3, 0.3, 0.3],
     }
     windows = [Window(f"w{number}", f"d{number}", (1, 2), 1) for number in range(5)]
     found: dict[tuple[str, str], Row] = {}
-    for (name, plans), series in losses.items():
-        for number, each in enumerate(plans):
+    for name, series in losses.items():
+        for number, each in enumerate(plans_of[name]):
             for window, loss in zip(windows, series, strict=True):
                 # the draws lie .1 to both sides of the mean that is written above
                 nll = 2 + loss + (0.1 * (-1) ** number if name == "shuffled" else 0)
                 found[window.name, each.digest] = row(each, window, nll, kl=loss / 2)
     texts = Texts(controls=("c",))
-    taking = tuple(Entry(CONTESTANTS[name], 0.125, "spec", plans) for name, plans in losses)
+    taking = tuple(Entry(CONTESTANTS[name], 0.125, "spec", plans) for name, plans in plans_of.items())
     scored = {"a": tuple(windows[:2]), "b": tuple(windows[2:4]), "c": tuple(windows[4:])}
     return Study(Asked(texts=texts, budgets=(0.125,)), scored, taking, (), found)
 

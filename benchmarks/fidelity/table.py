@@ -23,10 +23,16 @@ def table(figures: Figures) -> str:
 
 
 def put(page: Path, text: str) -> None:
-    """Write `text` between the markers of a page, in the place of what is there.
+    """Write `text` between the markers of a page, in the place of what is there; raises as `check_page`."""
+    before, _, rest = check_page(page).partition(BEGIN)
+    write_whole(page, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+
+
+def check_page(page: Path) -> str:
+    """What is on a page.
 
     Raises:
-        UserError: the page has not got both markers once.
+        UserError: it has not got both markers once.
     """
     try:
         content = page.read_text()
@@ -34,8 +40,7 @@ def put(page: Path, text: str) -> None:
         raise UserError(f"--readme {page} cannot be read ({error.strerror}); name a Markdown file") from None
     if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
         raise UserError(f"--readme {page} needs one line {BEGIN} and below it one line {END}; add them")
-    before, _, rest = content.partition(BEGIN)
-    write_whole(page, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    return content
 
 
 def row_of(figures: Figures, method: str, budget: float, corpus: str = TOGETHER) -> Row | None:

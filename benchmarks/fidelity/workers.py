@@ -36,7 +36,8 @@ def in_processes(model: str, tasks: Sequence[Task], workers: int, code: str) -> 
     pool = ProcessPoolExecutor(workers, context, _begin, (model, threads, results))
     try:
         yield from _as_they_come([pool.submit(_score, task, code) for task in tasks], results)
-    finally:
+        pool.shutdown()
+    finally:  # there is nothing left to do here where all went well
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
