@@ -1,5 +1,4 @@
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
 from baklava.model import LoadedModel
+from baklava.script import exit_code
 from benchmarks.decode import decode
 from benchmarks.peer import PEER
 from benchmarks.picture import draw, table
@@ -57,15 +57,10 @@ def test_too_few_entries_are_one_sentence(tiny: Maker) -> None:
         plan_of(tiny(), (25, 25), HeavyHitter(), 16, 128)
 
 
-def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
-    script = Path(__file__).parents[1] / "jobs" / "benchmark.py"
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("decode --share 2", "benchmark: --share 2: the share of the entries kept is between 0 and 1; try 0.2"),
+        ("decode --share 2", "benchmark: --share 2.0: the share of the entries kept is between 0 and 1; try 0.2"),
         ("prefill --share 0", "benchmark: --share 0.0: the share"),
         ("fidelity --methods nobody", "benchmark: --methods nobody: no such contestant"),
         ("fidelity --readme none.md --methods nobody", "benchmark: --readme none.md cannot be read"),
@@ -74,7 +69,13 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("", "benchmark.py: error: the following arguments are required: NAME"),
     ],
 )
-def test_what_is_wrong_on_the_command_line_is_one_sentence(arguments: str, said: str) -> None:
-    ran = benchmark(*arguments.split())
-    assert ran.returncode == 2
-    assert ran.stderr.strip().splitlines()[-1].startswith(said)
+def test_what_is_wrong_on_the_command_line_is_one_sentence(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(Path(__file__).parents[1] / "jobs" / "benchmark.py"))["main"]
+    try:
+        code = exit_code("benchmark", lambda: main(arguments.split()))
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    assert code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(said)
