@@ -96,7 +96,8 @@ def _apart(places: Sequence[float]) -> list[float]:
 def _frame(figures: Mapping[str, Any], x: Scale, y: Scale) -> list[str]:
     together = next(corpus for corpus in figures["corpora"] if corpus["name"] == TOGETHER)
     titled = text(16, 26, "What a plan loses, over the bytes that it keeps")
-    over = f"{together['n']} windows of {together['documents']} unseen documents"
+    kind = "unseen" if figures["split"] == "test" else figures["split"]
+    over = f"{together['n']} windows of {together['documents']} {kind} documents"
     said = f"nats per token over the full cache, mean of {over}"
     levels = [level(y(loss), LEFT, NAMES - 40, f"{'≤ ' * (loss == LEAST)}{loss:g}") for loss in LEVELS if y(loss) > TOP]
     ticks = [

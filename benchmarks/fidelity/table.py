@@ -82,7 +82,8 @@ def _losses(figures: Figures) -> str:
     together = _corpus(figures, TOGETHER)
     lines += [
         "",
-        f"Means over {together['n']} windows of {together['documents']} documents. Bold: the least at that budget; "
+        f"Means over {together['n']} windows of {together['documents']} {figures['split']} documents. "
+        "Bold: the least at that budget; "
         f"italic: the 95 % interval of its paired difference to ours holds 0; {NONE}: the budget does not hold it.",
     ]
     return "\n".join(lines)
