@@ -31,7 +31,7 @@ PIP_INSTALL := -m pip --disable-pip-version-check install --no-input --progress-
 PIP := $(PY) $(PIP_INSTALL)
 QUIETLY := quietly() { "$$@" 2> >(grep -vE '^(WARNING|DEPRECATION)|\[notice\]|^$$' >&2) | sed -nuE '$(FETCHED)'; }
 
-.PHONY: help setup assets test lint search serve bench windows peers ui clean
+.PHONY: help setup assets test lint search serve bench fidelity windows peers ui clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -72,6 +72,9 @@ serve: setup assets ## serve the plan that the last search registered
 
 bench: setup assets ## time decode and prefill against transformers' own cache (up to two hours)
 	@OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py decode $(ARGS) && OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py prefill $(ARGS)
+
+fidelity: setup assets ## score every method at every budget on unseen text, into docs/fidelity.json and .svg (hours)
+	@$(PY) jobs/benchmark.py fidelity --json docs/fidelity.json $(ARGS)
 
 # kvpress allows no transformers as new as ours, so it lives apart; torch first, the same that is in .venv already
 $(PEERS)/.venv/ready: $(PEERS)/requirements.txt | $(READY)

@@ -10,7 +10,7 @@ from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
 from baklava.records import Record
-from baklava.scoring import Score, prefill, score
+from baklava.scoring import Prefilled, Score, prefill, score
 from baklava.tasks import Prompt
 from baklava.windows import Window, start_tokens
 
@@ -69,14 +69,12 @@ class Evaluator:
         """Score every plan on a window."""
         prefilled = prefill(self.loaded, window, self.evictions)
         scores = tuple(score(self.loaded, prefilled, plan) for plan in self.plans)
-        short = max(1, min(SHORT_CONTEXT, window.context // 2))
-        gain = _short_nll(self.loaded, window, short) - float(prefilled.nll.mean())
         return WindowResult(
             name=window.name,
             document=window.document,
             tokens=len(window.ids),
-            gain=gain,
-            short=short,
+            gain=gain(self.loaded, prefilled),
+            short=short_context(window),
             scores=scores,
         )
 
@@ -93,6 +91,17 @@ class Evaluator:
             closed_book=answer_closed_book(self.loaded, prompt),
             plans=tuple(answer(self.loaded, recorded, prompt, plan) for plan in self.plans),
         )
+
+
+def gain(loaded: LoadedModel, prefilled: Prefilled) -> float:
+    """What context is worth on a window, in nats per token; see `WindowResult`."""
+    window = prefilled.window
+    return _short_nll(loaded, window, short_context(window)) - float(prefilled.nll.mean())
+
+
+def short_context(window: Window) -> int:
+    """Tokens of context that a window's gain compares all of them with."""
+    return max(1, min(SHORT_CONTEXT, window.context // 2))
 
 
 @torch.inference_mode()

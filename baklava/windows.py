@@ -90,7 +90,7 @@ def split(
     shares = _shares(len(names), asked)
     dealt, start = [], 0
     for count, share in zip(asked, shares, strict=True):
-        dealt.append(_round_robin([by_document[name] for name in names[start : start + share]], count))
+        dealt.append(round_robin([by_document[name] for name in names[start : start + share]], count))
         start += share
     return Splits(*dealt)
 
@@ -105,7 +105,8 @@ def _shares(documents: int, asked: tuple[int, ...]) -> list[int]:
     return shares
 
 
-def _round_robin(groups: list[list[Window]], count: int) -> tuple[Window, ...]:
+def round_robin(groups: Sequence[Sequence[Window]], count: int) -> tuple[Window, ...]:
+    """At most `count` windows, one of each group before a second one of any."""
     deepest = max(len(group) for group in groups)
     dealt = [group[depth] for depth in range(deepest) for group in groups if depth < len(group)]
     return tuple(dealt[:count])

@@ -1,67 +1,146 @@
-"""What baklava costs and gains in time and memory, next to transformers' own cache.
-
-Examples:
-  python jobs/benchmark.py decode
-  python jobs/benchmark.py decode --contexts 8192 --batches 1 4 --json runs/decode.json
-  python jobs/benchmark.py prefill --contexts 1024 2048 --no-memory
-
-All contestants take turns in one process; figures are medians over rounds, ratios are taken round by round. Beside the
-JSON lies a picture with the same name.
-"""
+"""What baklava costs in time, memory and fidelity, next to transformers' own cache and to what others published."""
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from baklava.errors import UserError
 from baklava.files import write_whole
-from baklava.model import load
 from baklava.progress import say
 from baklava.script import exit_code
-from benchmarks.decode import decode
-from benchmarks.picture import draw, table
-from benchmarks.prefill import prefill
+from tuning.arguments import count
+
+EXAMPLES = """examples:
+  python jobs/benchmark.py decode
+  python jobs/benchmark.py decode --contexts 8192 --batches 1 4 --json runs/decode.json
+  python jobs/benchmark.py prefill --contexts 1024 2048 --no-memory
+  python jobs/benchmark.py fidelity --workers 2 --json docs/fidelity.json --readme README.md
+  python jobs/benchmark.py fidelity --split validation --methods uniform ours --budgets 0.125
+
+Beside the JSON lies a picture with the same name."""
+
+TIMED = (
+    """All contestants take turns in one process; figures are medians over rounds, ratios are taken round by round."""
+)
+STUDIED = """Every method at every budget on the same windows of documents that no search saw. The rows go into a
+journal in --out: the same command goes on after a kill, and scores only what is new."""
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="benchmark.py",
+        description=__doc__,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=("decode", "prefill"), help="what is measured")
-    parser.add_argument("--model", default="demo", help="demo, a directory, or a hub id (default: demo)")
-    parser.add_argument("--contexts", type=int, nargs="+", metavar="N", help="tokens in the cache or the prompt")
-    parser.add_argument("--batches", type=int, nargs="+", metavar="N", help="sequences at a time")
-    parser.add_argument("--share", type=float, default=0.2, help="share of the entries that plans keep (default: 0.2)")
-    parser.add_argument("--rounds", type=int, help="timed rounds (default: 8 for decode, 3 for prefill)")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
-    parser.add_argument("--no-memory", action="store_true", help="prefill: leave out the peaks of memory")
-    parser.add_argument("--json", type=Path, help="where the figures go (default: runs/benchmark-NAME.json)")
-    return parser.parse_args(arguments)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--model", default="demo", help="demo, a directory, or a hub id (default: demo)")
+    shared.add_argument("--json", type=Path, help="where the figures go (default: runs/benchmark-NAME.json)")
+    names = made.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, run, rounds, batches in (("decode", decode, 8, [1, 4, 8]), ("prefill", prefill, 3, [1])):
+        timed = names.add_parser(name, parents=[shared], help=f"time {name}", description=TIMED)
+        timed.set_defaults(run=run)
+        _add_timed(timed, rounds, batches)
+        if run is prefill:
+            timed.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
+    studied = names.add_parser("fidelity", parents=[shared], help="loss over bytes", description=STUDIED)
+    studied.set_defaults(run=fidelity)
+    _add_studied(studied)
+    return made
 
 
-def measure(chosen: argparse.Namespace) -> dict[str, Any]:
+def _add_timed(to: argparse.ArgumentParser, rounds: int, batches: list[int]) -> None:
+    contexts = [1024, 2048, 4096, 8192]
+    to.add_argument("--contexts", type=int, nargs="+", metavar="N", default=contexts, help="tokens in cache or prompt")
+    to.add_argument("--batches", type=int, nargs="+", metavar="N", default=batches, help="sequences at a time")
+    to.add_argument("--share", type=float, default=0.2, help="share of the entries that plans keep (default: 0.2)")
+    to.add_argument("--rounds", type=count, default=rounds, help=f"timed rounds (default: {rounds})")
+    to.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
+
+
+def _add_studied(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--split", choices=("test", "validation"), default="test", help="validation is for choosing")
+    to.add_argument("--windows", type=count, metavar="N", help="windows of each corpus (default: 6, 6 and 3)")
+    to.add_argument("--methods", nargs="+", metavar="NAME", help="some contestants (default: all)")
+    to.add_argument("--budgets", type=float, nargs="+", metavar="SHARE", help="shares of the full cache's bytes")
+    to.add_argument("--context", type=count, default=3072, metavar="TOKENS", help="prefilled per window (3072)")
+    to.add_argument("--continuation", type=count, default=512, metavar="TOKENS", help="scored per window (512)")
+    to.add_argument("--workers", type=count, default=2, metavar="N", help="processes, which share the cores (2)")
+    to.add_argument("--out", type=Path, metavar="DIR", help="folder of the journal (default: runs/fidelity-SPLIT)")
+    to.add_argument("--readme", type=Path, metavar="FILE", help="page to write the tables into, between its markers")
+
+
+def decode(chosen: argparse.Namespace) -> None:
+    # The imports are here and below, since they take seconds, and --help should not.
+    from baklava.model import load
+    from benchmarks.decode import decode
+    from benchmarks.picture import draw, table
+
+    _check_share(chosen.share)
     loaded = load(chosen.model, threads=chosen.threads)
-    contexts = chosen.contexts or [1024, 2048, 4096, 8192]
-    if chosen.name == "decode":
-        return decode(loaded, contexts, chosen.batches or [1, 4, 8], chosen.share, chosen.rounds or 8)
-    return prefill(loaded, contexts, chosen.batches or [1], chosen.share, chosen.rounds or 3, not chosen.no_memory)
-
-
-def main() -> None:
-    chosen = parse()
-    if not 0 < chosen.share < 1:
-        raise UserError(f"--share {chosen.share}: the share of the entries kept is between 0 and 1; try 0.2")
-    figures = measure(chosen)
-    path = chosen.json or Path("runs") / f"benchmark-{chosen.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(figures, indent=1) + "\n")
+    figures = decode(loaded, chosen.contexts, chosen.batches, chosen.share, chosen.rounds)
+    path = _written(chosen, json.dumps(figures, indent=1) + "\n")
     draw(figures, path.with_suffix(".png"))
     print(table(figures))
-    say(f"figures: {path}, picture: {path.with_suffix('.png')}")
+
+
+def prefill(chosen: argparse.Namespace) -> None:
+    from baklava.model import load
+    from benchmarks.picture import draw, table
+    from benchmarks.prefill import prefill
+
+    _check_share(chosen.share)
+    loaded = load(chosen.model, threads=chosen.threads)
+    memory = not chosen.no_memory
+    figures = prefill(loaded, chosen.contexts, chosen.batches, chosen.share, chosen.rounds, memory)
+    path = _written(chosen, json.dumps(figures, indent=1) + "\n")
+    draw(figures, path.with_suffix(".png"))
+    print(table(figures))
+
+
+def fidelity(chosen: argparse.Namespace) -> None:
+    from benchmarks.fidelity.picture import picture
+    from benchmarks.fidelity.results import dumped, figures
+    from benchmarks.fidelity.study import asked, study
+    from benchmarks.fidelity.table import check_page, put, table
+
+    if chosen.readme:
+        check_page(chosen.readme)  # before hours are spent
+    wanted = asked(
+        model=chosen.model,
+        split=chosen.split,
+        windows=chosen.windows,
+        methods=chosen.methods,
+        budgets=chosen.budgets,
+        context=chosen.context,
+        continuation=chosen.continuation,
+    )
+    found = figures(study(wanted, chosen.out or Path("runs") / f"fidelity-{chosen.split}", chosen.workers))
+    path, text = _written(chosen, dumped(found)), table(found)
+    write_whole(path.with_suffix(".svg"), picture(found))
+    print(text)
+    if chosen.readme:
+        put(chosen.readme, text)
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share < 1:
+        raise UserError(f"--share {share}: the share of the entries kept is between 0 and 1; try 0.2")
+
+
+def _written(chosen: argparse.Namespace, text: str) -> Path:
+    path: Path = chosen.json or Path("runs") / f"benchmark-{chosen.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+    say(f"figures: {path}; beside it a picture")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    chosen = parser().parse_args(argv)
+    chosen.run(chosen)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
 from baklava.model import LoadedModel
+from baklava.script import exit_code
 from benchmarks.decode import decode
 from benchmarks.peer import PEER
 from benchmarks.picture import draw, table
@@ -55,9 +55,27 @@ def test_each_round_begins_with_another_contestant() -> None:
 def test_too_few_entries_are_one_sentence(tiny: Maker) -> None:
     with pytest.raises(UserError, match="raise --contexts or --share"):
         plan_of(tiny(), (25, 25), HeavyHitter(), 16, 128)
-    script = Path(__file__).parents[1] / "jobs" / "benchmark.py"
-    ran = subprocess.run(
-        [sys.executable, script, "decode", "--share", "2"], capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 2
-    assert ran.stderr.strip().splitlines()[-1].startswith("benchmark: --share 2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("decode --share 2", "benchmark: --share 2.0: the share of the entries kept is between 0 and 1; try 0.2"),
+        ("prefill --share 0", "benchmark: --share 0.0: the share"),
+        ("fidelity --methods nobody", "benchmark: --methods nobody: no such contestant"),
+        ("fidelity --readme none.md --methods nobody", "benchmark: --readme none.md cannot be read"),
+        ("decode --windows 3", "benchmark.py: error: unrecognized arguments: --windows 3"),
+        ("fidelity --share 0.2", "benchmark.py: error: unrecognized arguments: --share 0.2"),
+        ("", "benchmark.py: error: the following arguments are required: NAME"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_one_sentence(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(Path(__file__).parents[1] / "jobs" / "benchmark.py"))["main"]
+    try:
+        code = exit_code("benchmark", lambda: main(arguments.split()))
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    assert code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(said)

@@ -1,0 +1,1 @@
+"""The study "fidelity against bytes": every way to spend a budget on the same windows of unseen text."""
