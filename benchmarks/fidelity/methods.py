@@ -8,6 +8,7 @@ from typing import Literal
 
 from typing_extensions import override
 
+from baklava.allocation import permuted
 from baklava.errors import UserError
 from baklava.plan import BudgetPlan
 
@@ -76,16 +77,7 @@ class Shuffled(Contestant):
     def plans(self, budget: float, make: Maker) -> tuple[str, tuple[BudgetPlan, ...]]:
         assert self.of is not None
         spec, (plan,) = self.of.plans(budget, make)
-        return f"{spec}, dealt to random heads", tuple(_permuted(plan, seed) for seed in self.seeds)
-
-
-def _permuted(plan: BudgetPlan, seed: int) -> BudgetPlan:
-    try:
-        from baklava.allocation import permuted  # type: ignore[attr-defined]
-    except ImportError:
-        raise UserError("budgets cannot be dealt to random heads here; update baklava") from None
-    dealt: BudgetPlan = permuted(plan, seed)
-    return dealt
+        return f"{spec}, dealt to random heads", tuple(permuted(plan, seed) for seed in self.seeds)
 
 
 OURS = Champion(
