@@ -6,14 +6,12 @@ from statistics import fmean
 from typing import Any, Literal
 
 from baklava.records import Record
-from tuning.settings import Objective
+from tuning.goal import Goal, Metrics
 
 FILE = "trials.jsonl"
 
 Status = Literal["finished", "pruned", "failed"]
 WINDOW_METRICS = ("nll_full", "nll", "dnll", "kl", "allocated_bytes", "seconds")
-LOWERED = {"kl": "kl_geometric", "ppl": "ppl"}
-"""The metric that each objective lowers."""
 
 LEAST_KL = 1e-6
 """Nats per token below which a KL is rounding: what a cache that keeps everything in 16 bits shows."""
@@ -32,6 +30,16 @@ class TrialRecord(Record):
     status: Status
     windows: tuple[dict[str, Any], ...] = ()
     error: str | None = None
+
+    @property
+    def refines(self) -> int | None:
+        """Number of the trial that this one started from; None where it was drawn."""
+        return self.params.get("base")
+
+    def after(self, windows: int) -> Metrics:
+        """The metrics that it had after that many windows."""
+        size: Metrics = {name: self.metrics[name] for name in ("ratio", "bytes_per_sequence") if name in self.metrics}
+        return {**means(self.windows[:windows]), **size}
 
 
 def means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -58,12 +66,11 @@ def perplexity(nll: float) -> float:
     return math.exp(min(nll, 700.0))
 
 
-def objective_of(metrics: dict[str, float], objective: Objective) -> float:
-    """The number that the search lowers."""
-    return metrics[LOWERED[objective]]
+def finished(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """The trials that scored every window."""
+    return [record for record in records if record.status == "finished"]
 
 
-def best_of(records: Iterable[TrialRecord], objective: Objective, count: int = 1) -> list[TrialRecord]:
+def best_of(records: Iterable[TrialRecord], goal: Goal, count: int = 1) -> list[TrialRecord]:
     """The `count` best trials that scored every window; the first of equals wins."""
-    complete = [record for record in records if record.status == "finished"]
-    return sorted(complete, key=lambda record: objective_of(record.metrics, objective))[:count]
+    return sorted(finished(records), key=lambda record: goal.value(record.metrics))[:count]
