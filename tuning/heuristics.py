@@ -5,18 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from baklava.allocation import Allocation, Baklava, Blended, Pair, Uniform, allocate
-from baklava.allocation import method_of as allocation_named
+from baklava.allocation import Allocation, Baklava, Blended, Greedy, Pair, ReconstructionCounts, Uniform, allocate
 from baklava.eviction import Eviction, HeavyHitter, Streaming
 from baklava.plan import BudgetPlan
 from baklava.profile import Profile
 from tuning.settings import BitsName
-from tuning.space import CURVES, GREEDY, PAIRS, Params, Space
+from tuning.space import CURVES, PAIRS, Params, Space
 
 SHARPEST = HeavyHitter(reduction="max", power=2, distance=32)
 """The scores that did best of all heavy hitters in every measurement so far."""
-
-RECONSTRUCTION = "reconstruction_counts"
 
 LEVELS = 4
 """Sizes, spread over the range, at which the strongest heuristic is tried where sizes are drawn."""
@@ -33,9 +30,9 @@ class Heuristic:
     @property
     def name(self) -> str:
         """What it is called in tables."""
-        chosen = getattr(self.allocation, "bits", "given") != "given"
         keys, values = self.bits
-        bits = "any bits" if chosen else f"{keys} bits" if keys == values else f"{keys} and {values} bits"
+        any_bits = self.allocation.knobs.get("bits", "given") != "given"
+        bits = "any bits" if any_bits else f"{keys} bits" if keys == values else f"{keys} and {values} bits"
         return f"{self.allocation.name} + {self.eviction.name}, {bits}"
 
     def plan(self, profile: Profile, budget: float, context_length: int) -> BudgetPlan:
@@ -53,13 +50,12 @@ class Heuristic:
 def heuristics(space: Space) -> list[Heuristic]:
     """The methods that every winner has to beat, the strongest known among them."""
     narrow, wide = PAIRS[narrow_bits(space)], PAIRS[wide_bits(space)]
-    strongest = allocation_named(RECONSTRUCTION)() if space.ranked else Baklava()
-    methods = dict.fromkeys((strongest, Baklava(), Uniform(), *_greedy(space)))
+    strongest = ReconstructionCounts() if space.ranked else Baklava()
+    methods: dict[Allocation, None] = dict.fromkeys((strongest, Baklava(), Uniform()))
     made = [Heuristic(method, SHARPEST, narrow) for method in methods]
     if wide != narrow:
         made.append(Heuristic(strongest, SHARPEST, wide))
-    made.append(Heuristic(Uniform(), Streaming(), wide))
-    return [*made, *_any_bits(space)]
+    return [*made, *_greedy(space), Heuristic(Uniform(), Streaming(), wide)]
 
 
 def first_params(space: Space) -> list[Params]:
@@ -93,7 +89,7 @@ def _blends(space: Space) -> list[Params]:
     measures = [*({name: power, **floors.get(name, {})} for name, power in one.items() if name in space.powers), {}]
     nothing = {"allocation": Blended.name, **dict.fromkeys(space.powers, 0.0)}
     blends: list[Params] = [{**nothing, **measure} for measure in measures]
-    return [*blends[:1], *([{"allocation": GREEDY}] if space.curved else []), *blends[1:]]
+    return [*blends[:1], *([{"allocation": Greedy.name}] if space.curved else []), *blends[1:]]
 
 
 def _stored(bits: BitsName) -> Params:
@@ -104,12 +100,8 @@ def _stored(bits: BitsName) -> Params:
     return {"bits": bits, "rounding": 8, **shared, **method, **packed}
 
 
-def _greedy(space: Space) -> list[Allocation]:
-    return [allocation_named(GREEDY)()] if space.curved else []
-
-
-def _any_bits(space: Space) -> list[Heuristic]:
-    if not space.curved or CURVES not in space.bits:
+def _greedy(space: Space) -> list[Heuristic]:
+    if not space.curved:
         return []
-    greedy: Any = allocation_named(GREEDY)
-    return [Heuristic(greedy(bits="any"), SHARPEST, PAIRS[CURVES])]
+    any_bits = [Heuristic(Greedy(bits="any"), SHARPEST, PAIRS[CURVES])] if CURVES in space.bits else []
+    return [Heuristic(Greedy(), SHARPEST, PAIRS[narrow_bits(space)]), *any_bits]

@@ -98,7 +98,7 @@ def _knobs(outcome: Outcome) -> dict[str, object]:
     trial = outcome.winner.candidate.trial
     return {
         "allocation": allocation.method,
-        **allocation.knobs,
+        **{name: value for name, value in allocation.knobs.items() if name != "shifts"},
         **({"bits": trial.params["bits"]} if trial else {}),
         "eviction": eviction.method,
         **shared,

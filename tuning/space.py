@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 import optuna
 
-from baklava.allocation import Allocation, Blended, Pair, Shifted, allocate
-from baklava.allocation import method_of as allocation_named
+from baklava.allocation import Allocation, Blended, Greedy, Pair, Shifted, allocate
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Streaming
 from baklava.plan import BudgetPlan, Provenance
@@ -21,7 +20,6 @@ POWERS: tuple[Literal[1, 2], ...] = (1, 2)
 DISTANCES = (0, 32)
 ROUNDINGS = (8, 16, 32)
 
-GREEDY = "greedy"
 CURVES: BitsName = "curves"
 
 PAIRS: dict[BitsName, Pair] = {
@@ -78,7 +76,7 @@ class Space:
     @property
     def allocations(self) -> tuple[str, ...]:
         """Methods of allocation that the profile allows."""
-        return (Blended.name, GREEDY) if self.curved else (Blended.name,)
+        return (Blended.name, Greedy.name) if self.curved else (Blended.name,)
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> None:
         """Draw the parameters of one trial; knobs exist only where their method is drawn."""
@@ -122,7 +120,7 @@ def evictions() -> tuple[Eviction, ...]:
 
 def allocation_of(params: Params) -> Allocation:
     """The allocation that a trial's parameters name, with the shifts of a refinement."""
-    base = _greedy(params) if params["allocation"] == GREEDY else _blended(params)
+    base = _greedy(params) if params["allocation"] == Greedy.name else _blended(params)
     return Shifted(of=base, shifts=tuple(map(tuple, params["shifts"]))) if "shifts" in params else base
 
 
@@ -158,6 +156,5 @@ def _blended(params: Params) -> Blended:
     return Blended(**knobs, bits="curves" if params["bits"] == CURVES else "given")
 
 
-def _greedy(params: Params) -> Allocation:
-    greedy: Any = allocation_named(GREEDY)
-    return greedy(bits="any" if params["bits"] == CURVES else "given")
+def _greedy(params: Params) -> Greedy:
+    return Greedy(bits="any" if params["bits"] == CURVES else "given")

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baklava.allocation import permuted
+from baklava.allocation import Greedy, permuted
 from baklava.bootstrap import Interval
 from tuning.cluster import Crew
-from tuning.space import GREEDY
 from tuning.task import Task
 from tuning.validate import Candidate, Validated, Verdict, above, validate
 
@@ -41,5 +40,5 @@ def shuffles(winner: Validated) -> list[Candidate]:
 
 def _greedy(verdict: Verdict, task: Task) -> list[Validated]:
     methods = [entry for entry in verdict.ranking if entry.candidate.trial is None and entry is not verdict.winner]
-    greedy = [entry for entry in methods if entry.candidate.plan.allocation.method == GREEDY]
+    greedy = [entry for entry in methods if entry.candidate.plan.allocation.method == Greedy.name]
     return sorted(greedy, key=lambda entry: task.goal.loss(entry.metrics))[:1]
