@@ -154,9 +154,8 @@ def record(
 
 
 def report(values: list[float], ratio: float = 0.3) -> dict[str, object]:
-    known = record(1, values, ratio=ratio)
     numbers = {"objective": sum(values) / len(values), "ratio": ratio, "training_iteration": len(values)}
-    return {**numbers, "metrics": known.after(len(values)), "windows": values}
+    return {**numbers, "windows": record(1, values).windows}
 
 
 def searcher(known: list[TrialRecord] | None = None, **goal: object) -> PlanSearch:

@@ -17,7 +17,7 @@ from tuning.journal import Journal
 from tuning.pareto import non_dominated
 from tuning.space import Params
 from tuning.task import Task
-from tuning.trials import TrialRecord, best_of, finished
+from tuning.trials import TrialRecord, best_of, finished, reported
 
 FIRST_STEP, LEAST_STEP, MOST_STEP = 0.4, 0.05, 1.5
 """Root mean square of the shifts of one step, in powers of two: the first one moves a head by a third."""
@@ -70,7 +70,7 @@ class Paired(FIFOScheduler):
         if "failed" in result or not (windows + 1) // 2 <= step < windows:
             return TrialScheduler.CONTINUE
         base = self.journal.records[trial.config["base"] - 1]
-        behind = self._expected(base, result["metrics"], step) > self.task.goal.value(base.metrics)
+        behind = self._expected(base, reported(result), step) > self.task.goal.value(base.metrics)
         return TrialScheduler.STOP if behind else TrialScheduler.CONTINUE
 
     def _expected(self, base: TrialRecord, metrics: dict[str, float], step: int) -> float:

@@ -13,7 +13,7 @@ from tuning.goal import Metrics
 from tuning.heuristics import first_params
 from tuning.space import Params
 from tuning.task import Task
-from tuning.trials import TrialRecord
+from tuning.trials import TrialRecord, reported
 
 STARTUP_TRIALS = 8
 """Trials, the heuristics among them, before TPE models the space: a quarter of a usual search."""
@@ -80,7 +80,7 @@ class Halving(FIFOScheduler):
         """Whether the trial goes on."""
         if "failed" in result:
             return TrialScheduler.CONTINUE
-        step, (size, loss) = len(result["windows"]), self._size_and_loss(result["metrics"])
+        step, (size, loss) = len(result["windows"]), self._size_and_loss(reported(result))
         others = [lost for held, lost in self.seen[step] if held <= size]
         better = sum(lost < loss for lost in others)
         stop = GRACE_WINDOWS <= step < self.windows and len(others) >= COMPARED_TRIALS and 2 * better > len(others)

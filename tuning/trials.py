@@ -1,7 +1,7 @@
 """Trials that ended, and what their scores come to."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
@@ -54,6 +54,11 @@ def means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
     mean["allocated_bytes"] = max(score["allocated_bytes"] for score in scores)
     mean["kl_geometric"] = geometric_mean([score["kl"] for score in scores])
     return {**mean, "ppl": perplexity(mean["nll"]), "ppl_full": perplexity(mean["nll_full"])}
+
+
+def reported(result: Mapping[str, Any]) -> Metrics:
+    """The metrics behind a report to Tune, which hands nested numbers to searchers and schedulers under other names."""
+    return {**means(result["windows"]), "ratio": result["ratio"]}
 
 
 def geometric_mean(kls: Sequence[float]) -> float:
