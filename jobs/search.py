@@ -15,18 +15,27 @@ from tuning.folders import new_folder
 if TYPE_CHECKING:
     from tuning.outcome import Outcome
 
-EXAMPLES = """writes plan.json, trials.jsonl and report.html to --out, and every trial to MLflow
+EXAMPLES = """what is looked for is one of
+  --budget SHARE     the best plan of that size (default 0.30)
+  --max-dnll NATS    the smallest plan that loses no more than that, per token on validation windows
+  --front            plans of all sizes: front/plan-*.json and front.json; the knee becomes plan.json, or the point
+                     nearest to --budget
+
+writes plan.json, trials.jsonl and report.html to --out, and every trial to MLflow
 
 examples:
   python jobs/search.py                                          the demo model at 30 %, 32 trials
   python jobs/search.py --model ./my-model --texts ./my-docs --budget 0.25
+  python jobs/search.py --max-dnll 0.01 --trials 64              as small as 1 % of perplexity allows
+  python jobs/search.py --front --trials 96                      a plan for every budget, in one run
+  python jobs/search.py --budget 0.125 --refine 24 --trials 48   half of the trials refine the best of the others
+  python jobs/search.py --bits 16 8                              nothing below 8 bits
   python jobs/search.py --resume runs/20260101T120000Z           go on after a kill
   ray job submit --working-dir . -- python jobs/search.py --replicas 8"""
 
 DEFAULTS = {
     "model": "demo",
     "texts": ["botocore"],
-    "budget": 0.30,
     "context": 3072,
     "continuation": 512,
     "trials": 32,
@@ -34,6 +43,11 @@ DEFAULTS = {
     "replicas": "auto",
     "seed": 0,
 }
+
+BUDGET = 0.30
+"""What is searched for where no goal is given."""
+
+BITS = "16 8 k8v4 4 k4v3 k4v2 3 k3v2 2 curves"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,9 +63,15 @@ def parser() -> argparse.ArgumentParser:
         "--texts", nargs="+", metavar="NAME|FILE", help="demo texts, files, folders or hub data sets (default botocore)"
     )
     made.add_argument("--budget", type=float, help="share of the 16-bit full cache's bytes (default 0.30)")
+    made.add_argument("--max-dnll", type=float, metavar="NATS", help="most loss over the full cache, in nats per token")
+    made.add_argument("--front", action="store_true", help="a front of bytes and loss instead of one size")
     made.add_argument("--context", type=int, metavar="TOKENS", help="tokens prefilled per window (default 3072)")
     made.add_argument("--continuation", type=int, metavar="TOKENS", help="tokens scored per window (default 512)")
     made.add_argument("--trials", type=int, metavar="N", help="plans to try (default 32)")
+    made.add_argument("--refine", type=int, metavar="N", help="how many of them refine the best (default a third)")
+    made.add_argument(
+        "--bits", nargs="+", choices=BITS.split(), metavar="BITS", help=f"to store in, some of {BITS} (default all)"
+    )
     made.add_argument("--objective", choices=["kl", "ppl"], help="KL to the full cache, or perplexity (default kl)")
     made.add_argument("--replicas", type=replicas, metavar="auto|N", help="copies of the model (default auto)")
     made.add_argument("--seed", type=int, help="of the windows and of the draws (default 0)")
@@ -68,9 +88,14 @@ def run(given: dict[str, Any]) -> "Outcome":
 
     earlier, out = given.pop("resume", None), given.pop("out", None)
     if earlier is None:
-        return search(SearchSettings.of(**{**DEFAULTS, **given}), out or new_folder())
+        return search(SearchSettings.of(**{**DEFAULTS, **_goal(given), **given}), out or new_folder())
     check_resumed(earlier, given, out)
     return resume(earlier)
+
+
+def _goal(given: dict[str, Any]) -> dict[str, float]:
+    """The usual budget, unless another goal is given."""
+    return {} if {"max_dnll", "front"} & given.keys() else {"budget": BUDGET}
 
 
 def show(outcome: "Outcome") -> None:
@@ -85,6 +110,9 @@ def show(outcome: "Outcome") -> None:
         name, scores, ratio = entry.candidate.name, entry.metrics, entry.candidate.plan.ratio
         kls = f"{scores['kl_geometric']:8.4f}  {scores['kl']:8.4f}"
         print(f"{name:{width}}  {kls}  {scores['dnll']:+8.4f}  {ratio:6.1%}")
+    print("", *outcome.worth, sep="\n")
+    if outcome.verdict.front:
+        print(f"\nfront   {outcome.out / 'front.json'}, {len(outcome.verdict.front)} plans")
     print(f"\nplan    {outcome.out / 'plan.json'}\nreport  {outcome.out / 'report.html'}\n\nnext steps")
     for what, command in outcome.next_steps.items():
         print(f"  {what:12} {command}")

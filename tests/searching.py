@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{number}" for number in range(60)]
-SMALL = ["--budget", "0.5", "--context", "160", "--continuation", "32"]
+SMALL = ["--context", "160", "--continuation", "32", "--bits", "16"]
 
 
 def make_model(folder: Path) -> Path:

@@ -43,6 +43,11 @@ class Place:
             str(TRIALS),
         ]
 
+    @property
+    def half(self) -> list[str]:
+        """The usual arguments, at half of the bytes."""
+        return [*self.usual, "--budget", "0.5"]
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
@@ -75,7 +80,7 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(place: Place) -> Finished:
     out, log, summary = place.root / "run", place.root / "run.log", place.root / "run.json"
-    process = start_search(*place.usual, "--replicas", 2, "--out", out, "--json", summary, log=log)
+    process = start_search(*place.half, "--replicas", 2, "--out", out, "--json", summary, log=log)
     wait_until(lambda: lines(out / "trials.jsonl") >= 2, process, log)
     replicas = [pid for pid, title in descendants(process.pid) if title.startswith("ray::Replica")]
     assert len(replicas) == 2
@@ -110,7 +115,8 @@ def test_only_a_trial_that_scored_all_windows_is_called_finished(finished: Finis
 def test_the_plan_is_the_best_of_all_candidates_on_validation(finished: Finished) -> None:
     scores = {entry["name"]: entry["metrics"]["kl_geometric"] for entry in finished.summary["validation"]}
     assert finished.summary["winner"] == min(scores, key=lambda name: scores[name])
-    assert {"uniform + streaming", "uniform + heavy_hitter", "baklava + streaming"} <= scores.keys()
+    rivals = {"uniform + streaming", "uniform + heavy_hitter", "baklava + heavy_hitter"}
+    assert {f"{name}, 16 bits" for name in rivals} <= scores.keys()
     assert finished.plan.provenance.scores["validation_kl_geometric"] == pytest.approx(min(scores.values()))
 
 
@@ -153,6 +159,26 @@ def test_progress_is_told_all_the_way(finished: Finished) -> None:
         assert len(told) == 1
         assert told[0].endswith(" left")
     assert "╭" not in finished.log  # Tune's own boxes
+
+
+@pytest.mark.ray
+def test_the_last_third_of_the_trials_refines_the_best_and_says_from_which_they_start(finished: Finished) -> None:
+    refined = [record for record in finished.journal if record.refines]
+    assert [record.trial for record in refined] == list(range(TRIALS - TRIALS // 3 + 1, TRIALS + 1))
+    by_number = {record.trial: record for record in finished.journal}
+    for record in refined:
+        assert by_number[record.refines].status == "finished"
+        assert f"trial {record.trial} of {TRIALS} (from {record.refines}): " in finished.log
+        assert len(record.params["shifts"]) == 3
+    assert any(entry["name"].startswith("trial") for entry in finished.summary["validation"])
+
+
+@pytest.mark.ray
+def test_what_the_search_was_worth_is_told(finished: Finished) -> None:
+    names = [rival["name"] for rival in finished.summary["rivals"]]
+    assert names[-1] == "its own budgets, dealt out at random 3 times"
+    assert f"{names[-1]}: " in finished.log
+    assert names[-1] in (finished.out / "report.html").read_text()
 
 
 @pytest.mark.ray
@@ -218,7 +244,7 @@ def test_the_champion_resolves_to_the_plan(finished: Finished, place: Place, mon
 @pytest.mark.ray
 def test_a_killed_search_goes_on_and_neither_loses_nor_doubles_a_trial(place: Place) -> None:
     out, log = place.root / "killed", place.root / "killed.log"
-    process = start_search(*place.usual, "--replicas", 1, "--objective", "ppl", "--out", out, log=log)
+    process = start_search(*place.half, "--replicas", 1, "--objective", "ppl", "--out", out, log=log)
     wait_until(lambda: lines(out / "trials.jsonl") >= 3, process, log)
     kill(process.pid)
     process.wait()
@@ -237,6 +263,36 @@ def test_a_killed_search_goes_on_and_neither_loses_nor_doubles_a_trial(place: Pl
     assert "perplexity" in log.read_text()
 
 
+@pytest.mark.ray
+def test_a_front_is_a_plan_file_per_size_and_the_report_draws_it(place: Place) -> None:
+    out, log = place.root / "front", place.root / "front.log"
+    process = start_search(*place.usual, "--front", "--replicas", 1, "--out", out, log=log)
+    assert process.wait(timeout=300) == 0, log.read_text()
+    points = json.loads((out / "front.json").read_text())["points"]
+    plans = [BudgetPlan.read(out / point["plan"]) for point in points]
+    assert [plan.ratio for plan in plans] == sorted({plan.ratio for plan in plans})
+    losses = [point["kl_geometric"] for point in points]
+    assert losses == sorted(losses, reverse=True)
+    chosen = [plan for plan, point in zip(plans, points, strict=True) if point["chosen"]]
+    assert chosen == [BudgetPlan.read(out / "plan.json")]
+    assert "KL over bytes, the front" in (out / "report.html").read_text()
+    records = Journal.open(out / FILE, TrialRecord.model_validate_json).records
+    assert len({record.params["budget"] for record in records}) > 4
+
+
+@pytest.mark.ray
+def test_the_least_bytes_that_keep_a_bound_on_the_loss_are_found_or_it_is_said_that_none_do(place: Place) -> None:
+    out, log = place.root / "bound", place.root / "bound.log"
+    process = start_search(*place.usual, "--max-dnll", 5, "--replicas", 1, "--out", out, log=log)
+    assert process.wait(timeout=300) == 0, log.read_text()
+    plan = BudgetPlan.read(out / "plan.json")
+    records = Journal.open(out / FILE, TrialRecord.model_validate_json).records
+    assert plan.provenance.scores["validation_dnll"] <= 5
+    assert plan.ratio <= min(record.metrics["ratio"] for record in records if record.status == "finished") * 1.01
+    refined = [record for record in records if record.refines]
+    assert all(record.params["budget"] < records[record.refines - 1].params["budget"] for record in refined)
+
+
 @pytest.fixture
 def refused(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs jobs/search.py with arguments that it must refuse; returns the sentence that it ends with."""
@@ -245,7 +301,7 @@ def refused(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     def run(*arguments: object, out: Path | None = None) -> str:
         out = out or tmp_path / "out"
         before = sorted(out.rglob("*")) if out.exists() else None
-        assert main([*place.usual, "--out", str(out), *map(str, arguments)]) == 2
+        assert main([*place.half, "--out", str(out), *map(str, arguments)]) == 2
         assert (sorted(out.rglob("*")) if out.exists() else None) == before
         return capsys.readouterr().err.splitlines()[-1]
 
@@ -263,6 +319,10 @@ def test_a_budget_that_holds_nothing_is_refused(refused: Callable[..., str]) -> 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, "nan"])
 def test_a_budget_outside_its_range_is_refused(refused: Callable[..., str], budget: object) -> None:
     assert "above 0 and at most 1" in refused("--budget", budget)
+
+
+def test_two_goals_are_refused(refused: Callable[..., str]) -> None:
+    assert "are two goals" in refused("--max-dnll", 0.01)
 
 
 def test_texts_shorter_than_a_window_are_refused(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -334,7 +394,7 @@ def test_resuming_on_texts_that_changed_is_refused(
 @pytest.mark.ray
 def test_ctrl_c_ends_a_search_that_can_be_resumed(place: Place) -> None:
     out, log = place.root / "stopped", place.root / "stopped.log"
-    process = start_search(*place.usual, "--replicas", 1, "--trials", 200, "--out", out, log=log)
+    process = start_search(*place.half, "--replicas", 1, "--trials", 200, "--out", out, log=log)
     wait_until(lambda: lines(out / "trials.jsonl") >= 1, process, log)
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130

@@ -1,21 +1,23 @@
 """Facts about the search space, the proposals, and the rule that stops trials early."""
 
 import random
-from functools import partial
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
-from baklava.allocation import Baklava
-from baklava.eviction import HeavyHitter, Streaming
+from baklava.allocation import Blended, Shifted
 from baklava.geometry import CacheGeometry, ModelIdentity
 from baklava.profile import Profile
+from tuning.goal import Goal
+from tuning.heuristics import SHARPEST, first_params, heuristics
 from tuning.searcher import COMPARED_TRIALS, GRACE_WINDOWS, Halving, PlanSearch
-from tuning.space import distributions_of, evictions, first_params, heuristics, methods_of, suggest
+from tuning.settings import BITS
+from tuning.sizes import sizes_of
+from tuning.space import PAIRS, Space, allocation_of, eviction_of, evictions
 from tuning.task import Task
-from tuning.trials import LEAST_KL, TrialRecord, means, objective_of
+from tuning.trials import LEAST_KL, TrialRecord, means
 
 SOURCES = ("value", "key", "query", "hidden")
 WINDOWS = ("a", "b", "c", "d")
@@ -34,66 +36,130 @@ def profile() -> Profile:
     )
 
 
-def task(budget: float = 0.3) -> Task:
-    return Task(profile(), budget, context_length=2048, windows=WINDOWS, objective="kl")
+def task(budget: float | None = 0.3, **goal: object) -> Task:
+    return Task(profile(), Goal(budget=budget, **goal), context_length=2048, windows=WINDOWS)
+
+
+SPACE = task().space
+WHOLE = Space(BITS, ranked=True, curved=True)
+
+
+def draws(space: Space, count: int = 200) -> list[dict[str, object]]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    trials = [study.ask() for _ in range(count)]
+    for trial in trials:
+        space.suggest(trial)
+    return [trial.params for trial in trials]
 
 
 @pytest.fixture(scope="module")
 def drawn() -> list[dict[str, object]]:
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    trials = [study.ask() for _ in range(200)]
-    for trial in trials:
-        suggest(trial, SOURCES)
-    return [trial.params for trial in trials]
+    return draws(SPACE)
 
 
 def test_every_drawn_plan_keeps_to_the_budget_and_spends_it(drawn: list[dict[str, object]]) -> None:
-    ratios = [task().plan(params).ratio for params in drawn]
-    assert max(ratios) <= 0.3
-    assert min(ratios) > 0.28
+    plans = [task().plan(params) for params in drawn]
+    assert max(plan.ratio for plan in plans) <= 0.3
+    whole = [plan for plan in plans if min(map(min, plan.tokens)) < plan.context_length]
+    assert min(plan.ratio for plan in whole if max(map(max, plan.tokens)) < plan.context_length) > 0.27
+
+
+def test_a_drawn_plan_stores_in_the_bits_and_steps_that_it_drew(drawn: list[dict[str, object]]) -> None:
+    for params in drawn[:50]:
+        plan = task().plan(params)
+        layer = plan.layers[0]
+        assert layer is not None
+        assert (layer.key_bits[0], layer.value_bits[0]) == PAIRS[params["bits"]]
+        least, most = plan.eviction.minimum_tokens, plan.context_length
+        free = [tokens for row in plan.tokens for tokens in row if least < tokens < most]
+        assert all(tokens % params["rounding"] in (0, least % params["rounding"]) for tokens in free)
 
 
 def test_a_prefill_records_what_any_drawn_plan_observes_and_nothing_twice(drawn: list[dict[str, object]]) -> None:
     recorded = [eviction.observation for eviction in evictions()]
     assert len(recorded) == len(set(recorded))
-    assert {methods_of(params)[1].observation for params in drawn} == set(recorded)
+    assert {eviction_of(params).observation for params in drawn} == set(recorded)
 
 
-def test_the_first_trials_are_the_heuristics_with_their_default_knobs() -> None:
-    baklava_heavy, baklava_far, baklava_streaming, flat_heavy = map(methods_of, first_params())
-    assert baklava_heavy == (Baklava(), HeavyHitter())
-    assert baklava_far == (Baklava(), HeavyHitter(reduction="max", power=2, distance=32))
-    assert baklava_streaming == (Baklava(), Streaming())
-    assert flat_heavy == (Baklava(importance_power=0.0), HeavyHitter())
+def test_a_prefill_records_what_every_heuristic_observes() -> None:
+    recorded = {eviction.observation for eviction in evictions()}
+    assert {each.eviction.observation for each in heuristics(SPACE)} <= recorded
+    assert SHARPEST.observation in recorded
 
 
-def test_the_first_trials_lie_in_the_space() -> None:
-    for params in first_params():
-        for name, distribution in distributions_of(params, SOURCES).items():
+def test_the_first_trials_are_heuristics_with_the_sharpest_scores_in_4_bits_and_in_16() -> None:
+    points = first_params(WHOLE)
+    assert [params["bits"] for params in points] == ["4"] * 4 + ["16"] * 4
+    assert {eviction_of(params) for params in points} == {SHARPEST}
+    counts, greedy, baklava, flat = points[:4]
+    assert allocation_of(counts) == Blended(reconstruction_power=1.0, floor=0.0)
+    assert greedy["allocation"] == "greedy"
+    assert allocation_of(baklava) == Blended(reconstruction_power=0.0, importance_power=2.0, floor=0.1)
+    assert allocation_of(flat) == Blended(reconstruction_power=0.0, floor=0.0)
+
+
+@pytest.mark.parametrize("space", [SPACE, WHOLE, Space(("16",), False, False, (0.05, 0.6))])
+def test_the_first_trials_lie_in_the_space(space: Space) -> None:
+    for params in first_params(space):
+        for name, distribution in space.distributions(params).items():
             assert distribution._contains(distribution.to_internal_repr(params[name]))
-        assert params.keys() == distributions_of(params, SOURCES).keys()
+        assert params.keys() == space.distributions(params).keys()
 
 
-def test_a_winner_has_to_beat_both_allocations_with_both_evictions() -> None:
-    names = ["uniform + streaming", "uniform + heavy_hitter", "baklava + streaming", "baklava + heavy_hitter"]
-    assert sorted(heuristics()) == sorted(names)
+def test_where_sizes_are_drawn_the_strongest_heuristic_is_tried_at_several() -> None:
+    points = first_params(task(None, front=True).space)
+    strongest = [params["budget"] for params in points if {**params, "budget": 0} == {**points[0], "budget": 0}]
+    assert len(set(strongest)) == len(strongest) == 4
+    assert 0.02 < min(strongest) < 0.1 < 0.3 < max(strongest) < 0.6
 
 
-def record(number: int, values: list[float], status: str = "finished", **params: object) -> TrialRecord:
+def test_the_smallest_size_that_is_drawn_holds_whatever_else_is_drawn() -> None:
+    small = Task(profile(), Goal(max_dnll=0.1), context_length=192, windows=WINDOWS)
+    least, most = sizes_of(profile().geometry, 192)
+    assert 0.02 < least < most <= 1
+    for params in draws(small.space, 50):
+        assert small.plan({**params, "budget": least}).ratio <= least
+
+
+def test_what_the_profile_did_not_measure_is_not_drawn() -> None:
+    drawn = draws(SPACE, 50)
+    assert not any({"reconstruction_power", "curve_power"} & params.keys() for params in drawn)
+    assert all(params["bits"] != "curves" for params in drawn)
+    assert {params["allocation"] for params in draws(WHOLE, 50)} == {"blended", "greedy"}
+
+
+def test_shifts_are_a_part_of_the_plan(drawn: list[dict[str, object]]) -> None:
+    base = {**first_params(SPACE)[0], "bits": "16"}
+    shifts = [[1.0, -1.0]] + [[0.0, 0.0]] * 4
+    refined = {**base, "shifts": shifts, "base": 1, "direction": 1, "step": 0.4}
+    assert isinstance(allocation_of(refined), Shifted)
+    (before, after), others = zip(task().plan(base).tokens[0], task().plan(refined).tokens[0], strict=True)
+    assert after > before
+    assert others[1] < others[0]
+
+
+def record(
+    number: int, values: list[float], status: str = "finished", ratio: float = 0.3, **params: object
+) -> TrialRecord:
     scores = [dict.fromkeys(("nll_full", "nll", "dnll", "kl", "allocated_bytes", "seconds"), value) for value in values]
     mean = sum(values) / len(values) if values else 0.0
-    chosen = {**first_params()[0], **params}
+    chosen = {**first_params(SPACE)[0], **params}
     return TrialRecord(
-        trial=number, params=chosen, metrics={"kl_geometric": mean}, status=status, windows=tuple(scores)
+        trial=number,
+        params=chosen,
+        metrics={"kl_geometric": mean, "dnll": mean, "ppl": 1.0, "ratio": ratio},
+        status=status,
+        windows=tuple(scores),
     )
 
 
-def report(values: list[float]) -> dict[str, object]:
-    return {"objective": sum(values) / len(values), "windows": values, "training_iteration": len(values)}
+def report(values: list[float], ratio: float = 0.3) -> dict[str, object]:
+    numbers = {"objective": sum(values) / len(values), "ratio": ratio, "training_iteration": len(values)}
+    return {**numbers, "windows": record(1, values).windows}
 
 
-def searcher(known: list[TrialRecord] | None = None) -> PlanSearch:
-    return PlanSearch(SOURCES, task(), seed=0, known=known or [])
+def searcher(known: list[TrialRecord] | None = None, **goal: object) -> PlanSearch:
+    return PlanSearch(task(**goal), seed=0, known=known or [])
 
 
 def test_optuna_learns_which_trials_finished_were_stopped_or_failed() -> None:
@@ -117,13 +183,14 @@ def test_a_resumed_search_knows_what_was_recorded_and_tries_only_the_heuristics_
     states = [trial.state for trial in search._ot_study.get_trials(states=None)]
     recalled = [state for state in states if state != TrialState.WAITING]
     assert recalled == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
-    assert [search.suggest(name) for name in ("one", "two", "three")] == first_params()[1:]
+    assert [search.suggest(name) for name in ("one", "two", "three")] == first_params(SPACE)[1:4]
 
 
 def test_a_resumed_search_does_not_draw_again_what_was_drawn_before() -> None:
     fresh, resumed = searcher(), searcher([record(1, [0.2] * 4, floor=0.3)])
-    draws = [[search.suggest(str(number)) for number in range(6)] for search in (fresh, resumed)]
-    assert all(params not in draws[0] for params in draws[1] if params not in first_params())
+    count = len(first_params(SPACE)) + 3
+    first, again = ([search.suggest(str(number)) for number in range(count)] for search in (fresh, resumed))
+    assert all(params not in first for params in again if params not in first_params(SPACE))
 
 
 def decisions(rule: Halving, values: list[float]) -> list[str]:
@@ -146,18 +213,50 @@ def test_nothing_is_stopped_before_there_are_enough_trials_to_compare_with() -> 
     assert set(decisions(rule, [9.0] * 4)) == {TrialScheduler.CONTINUE}
 
 
+def test_where_sizes_are_drawn_a_trial_is_compared_with_those_that_are_no_larger() -> None:
+    rule = Halving(task(None, front=True), [record(number, [0.1] * 4, ratio=0.2) for number in range(COMPARED_TRIALS)])
+    small = [rule.on_trial_result(None, None, report([0.3] * step, ratio=0.1)) for step in range(1, 5)]
+    large = [rule.on_trial_result(None, None, report([0.3] * step, ratio=0.4)) for step in range(1, 5)]
+    assert set(small) == {TrialScheduler.CONTINUE}
+    assert TrialScheduler.STOP in large
+
+
+def test_a_front_lowers_bytes_and_loss_together() -> None:
+    small, large = record(1, [0.4] * 4, ratio=0.1, budget=0.1), record(2, [0.1] * 4, ratio=0.3, budget=0.3)
+    worse = record(3, [0.5] * 4, ratio=0.3, budget=0.31)
+    search = searcher([small, large, worse], budget=None, front=True)
+    assert {tuple(trial.values) for trial in search._ot_study.best_trials} == {(0.1, 0.4), (0.3, 0.1)}
+    for number in range(12):
+        params = search.suggest(str(number))
+        search.on_trial_result(str(number), report([0.2]))
+        whole = number % 2 == 0
+        search.on_trial_complete(str(number), report([0.2] * (4 if whole else 2), ratio=params["budget"]))
+    states = [trial.state for trial in search._ot_study.trials]
+    assert (states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)) == (9, 6)
+
+
+def test_under_a_bound_the_least_bytes_win_and_what_breaks_it_comes_after() -> None:
+    goal = Goal(max_dnll=0.01)
+    within, smaller = {"dnll": 0.009, "ratio": 0.3}, {"dnll": 0.01, "ratio": 0.2}
+    broken, worse = {"dnll": 0.011, "ratio": 0.1}, {"dnll": 0.02, "ratio": 0.05}
+    values = [goal.value(metrics) for metrics in (smaller, within, broken, worse)]
+    assert values == sorted(values)
+    assert values[:2] == [0.2, 0.3]
+
+
 def test_the_objective_counts_what_a_plan_gains_on_every_window_alike() -> None:
     def kls(*values: float) -> float:
         scores = [record(1, [1.0]).windows[0] | {"kl": value} for value in values]
-        return objective_of(means(scores), "kl")
+        return Goal().value(means(scores))
 
     assert kls(0.01, 0.04, 0.5) == pytest.approx((0.01 * 0.04 * 0.5) ** (1 / 3))
     assert kls(0.009, 0.036, 0.45) == pytest.approx(0.9 * kls(0.01, 0.04, 0.5))
     assert kls(0.0, 0.0) == pytest.approx(LEAST_KL)
 
 
-def test_recorded_trials_have_parameters_that_the_space_can_read_back(drawn: list[dict[str, object]]) -> None:
-    for params in drawn[:20]:
+@pytest.mark.parametrize("space", [SPACE, WHOLE])
+def test_recorded_trials_have_parameters_that_the_space_can_read_back(space: Space) -> None:
+    for params in draws(space, 20):
         replayed = optuna.trial.FixedTrial(params)
-        partial(suggest, sources=SOURCES)(replayed)
+        space.suggest(replayed)
         assert replayed.params == params

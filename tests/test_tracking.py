@@ -12,14 +12,14 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from searching import descendants, kill
-from test_space import record, task
+from test_space import SPACE, record, task
 
 from baklava.errors import UserError
 from baklava.plan import BudgetPlan
+from tuning.heuristics import first_params
 from tuning.journal import Journal
 from tuning.recorder import Recorder
 from tuning.settings import SearchSettings
-from tuning.space import first_params
 from tuning.tracking import Tracker
 from tuning.trials import TrialRecord
 
@@ -42,7 +42,7 @@ def tracker(tmp_path: Path) -> Tracker:
 
 
 def plan() -> BudgetPlan:
-    return task().plan(first_params()[0])
+    return task().plan(first_params(SPACE)[0])
 
 
 def children(tracker: Tracker) -> list[mlflow.entities.Run]:
@@ -81,7 +81,7 @@ def test_a_child_shows_how_its_trial_ended(tracker: Tracker, status: str, shown:
 
 def test_the_champion_is_the_plan_of_the_latest_search(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.client.tracking_uri)
-    other = task(budget=0.5).plan(first_params()[0])
+    other = task(budget=0.5).plan(first_params(SPACE)[0])
     assert tracker.champion(other, {"budget": "0.5"}) == "models:/baklava-some-model@champion"
     uri = tracker.champion(plan(), {"budget": "0.3"})
     assert BudgetPlan.read(mlflow.artifacts.download_artifacts(f"{uri}/plan.json")) == plan()

@@ -5,9 +5,9 @@ from html import escape
 from itertools import accumulate
 
 from baklava.plan import BudgetPlan
-from tuning.settings import Objective
+from tuning.goal import Goal
 from tuning.svg import level, svg, text
-from tuning.trials import TrialRecord, objective_of
+from tuning.trials import TrialRecord
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 300, 62, 16, 14, 40
 CELL_HEIGHT, MOST_CELL_WIDTH = 13, 56
@@ -40,21 +40,21 @@ def heat_map(plan: BudgetPlan) -> str:
     return svg(WIDTH, max(bottom + 36, 150), "entries per layer and KV head", [*cells, *labels, *axes, *scale])
 
 
-def trial_chart(records: Sequence[TrialRecord], objective: Objective) -> str:
+def trial_chart(records: Sequence[TrialRecord], goal: Goal) -> str:
     """The objective of every trial in the order they ended, and the best so far as a line."""
     scored = [record for record in records if record.metrics]
-    values = [objective_of(record.metrics, objective) for record in scored]
+    values = [goal.value(record.metrics) for record in scored]
     if not values:
         return "<p>No trial could be scored.</p>"
     low, high = min(values), min(max(values), CROWDED * sorted(values)[len(values) // 2])
     place = _Place(low - 0.05 * (high - low), high + 0.05 * (high - low) or low + 1e-9, max(2, len(records)))
-    dots = [_dot(record, value, place, objective) for record, value in zip(scored, values, strict=True)]
+    dots = [_dot(record, value, place, goal) for record, value in zip(scored, values, strict=True)]
     failed = [_cross(record, place) for record in records if record.status == "failed"]
     marks = [low + step * (high - low) / 4 for step in range(5)]
     ticks = [level(place.y(value), LEFT, WIDTH - RIGHT, f"{value:.3g}") for value in marks]
     axes = [text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "trial", "middle"), *_trial_ticks(place)]
     return svg(
-        WIDTH, HEIGHT, f"{objective} by trial", [*ticks, *axes, _best_line(scored, objective, place), *dots, *failed]
+        WIDTH, HEIGHT, f"{goal.objective} by trial", [*ticks, *axes, _best_line(scored, goal, place), *dots, *failed]
     )
 
 
@@ -72,9 +72,9 @@ class _Place:
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
-def _best_line(records: Sequence[TrialRecord], objective: Objective, place: _Place) -> str:
+def _best_line(records: Sequence[TrialRecord], goal: Goal, place: _Place) -> str:
     complete = [record for record in records if record.status == "finished"]
-    best = list(accumulate((objective_of(record.metrics, objective) for record in complete), min))
+    best = list(accumulate((goal.value(record.metrics) for record in complete), min))
     if not best:
         return ""
     steps = [f"M{place.x(complete[0].trial):.1f},{place.y(best[0]):.1f}"]
@@ -82,9 +82,9 @@ def _best_line(records: Sequence[TrialRecord], objective: Objective, place: _Pla
     return f'<path class="best" d="{"".join(steps)}H{WIDTH - RIGHT}"/>'
 
 
-def _dot(record: TrialRecord, value: float, place: _Place, objective: Objective) -> str:
+def _dot(record: TrialRecord, value: float, place: _Place, goal: Goal) -> str:
     above = ", above the scale" if value > place.high else ""
-    told = f"trial {record.trial}, {record.status}: {objective} {value:.4g}{above}"
+    told = f"trial {record.trial}, {record.status}: {goal.told(record.metrics)}{above}"
     at = f'cx="{place.x(record.trial):.1f}" cy="{place.y(value):.1f}"'
     return f'<circle class="{record.status}" {at} r="4.5"><title>{escape(told)}</title></circle>'
 

@@ -11,14 +11,14 @@ from typing import Any
 import ray
 from ray import tune
 
-from tuning.settings import Objective
-from tuning.trials import means, objective_of
+from tuning.goal import Goal
+from tuning.trials import means
 
 WORST = 1e9
 """Reported by a failed trial, since every report must carry the objective; the searcher never sees it."""
 
 
-def trial(params: dict[str, Any], *, pool: Any, windows: Sequence[str], objective: Objective) -> None:
+def trial(params: dict[str, Any], *, pool: Any, windows: Sequence[str], goal: Goal) -> None:
     """Score the plan of `params` on one window after another, reporting the running means after each.
 
     All trials see the windows in the same order, so running means compare at every step. A plan that cannot be made or
@@ -34,7 +34,8 @@ def trial(params: dict[str, Any], *, pool: Any, windows: Sequence[str], objectiv
             return _fail(reason)
         scores.append(score)
         metrics = {**means(scores), **plan["size"]}
-        tune.report({"objective": objective_of(metrics, objective), "metrics": metrics, "windows": scores})
+        numbers = {"objective": goal.value(metrics), "ratio": metrics["ratio"]}
+        tune.report({**numbers, "metrics": metrics, "windows": scores})
 
 
 def _fail(reason: str) -> None:

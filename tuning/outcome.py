@@ -1,33 +1,43 @@
 """What a search hands over when it is done."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from baklava.bootstrap import Interval
 from baklava.plan import BudgetPlan
 from tuning.settings import SearchSettings
 from tuning.trials import TrialRecord
-from tuning.validate import Validated
+from tuning.validate import Validated, Verdict
+from tuning.worth import Rival
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a finished search is, and what came out. `ranking` has the best plan first.
+    """Where a finished search is, and what came out.
 
-    `champion` is the `models:/` URI of the winner, None where the tracking server was down.
+    `rivals` say what the search was worth. `champion` is the `models:/` URI of the winner, None where the tracking
+    server was down.
     """
 
     out: Path
     settings: SearchSettings
     plan: BudgetPlan
-    ranking: tuple[Validated, ...]
+    verdict: Verdict
+    rivals: tuple[Rival, ...]
     trials: tuple[TrialRecord, ...]
     champion: str | None
 
     @property
     def winner(self) -> Validated:
         """The candidate that became the plan."""
-        return self.ranking[0]
+        return self.verdict.winner
+
+    @property
+    def ranking(self) -> tuple[Validated, ...]:
+        """All candidates, the best first; those of a front by size."""
+        return self.verdict.ranking
 
     @property
     def served_by(self) -> str:
@@ -44,6 +54,11 @@ class Outcome:
             "evaluate it": f"python jobs/evaluate.py --plan {file} --model {model} --texts ifcraft",
         }
 
+    @property
+    def worth(self) -> list[str]:
+        """How many times the winner's KL that of each rival is, as sentences."""
+        return [f"{rival.name}: {told(rival.above)} times the winner's KL" for rival in self.rivals]
+
     def summary(self) -> dict[str, Any]:
         """The outcome for machines."""
         return {
@@ -54,9 +69,22 @@ class Outcome:
             "bytes_per_sequence": self.plan.bytes_per_sequence,
             "winner": self.winner.candidate.name,
             "validation": [{"name": v.candidate.name, "metrics": v.metrics} for v in self.ranking],
+            "front": str(self.out / "front.json") if self.verdict.front else None,
+            "rivals": [{"name": r.name, "log_kl_above": _without_nan(asdict(r.above))} for r in self.rivals],
             "trials": {status: self.count(status) for status in ("finished", "pruned", "failed")},
         }
 
     def count(self, status: str) -> int:
         """Trials that ended this way."""
         return sum(record.status == status for record in self.trials)
+
+
+def told(above: Interval) -> str:
+    """The ratio whose logarithm this is, with its interval."""
+    mean, low, high = (math.exp(value) for value in (above.mean, above.low, above.high))
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: a bound that one document cannot give is null."""
+    return {name: None if value != value else value for name, value in values.items()}

@@ -11,7 +11,7 @@ from tuning.cluster import Crew
 from tuning.journal import Journal
 from tuning.task import Task
 from tuning.tracking import Tracker
-from tuning.trials import Status, TrialRecord, best_of, objective_of
+from tuning.trials import Status, TrialRecord, best_of
 
 
 class Recorder(tune.Callback):
@@ -54,12 +54,16 @@ class Recorder(tune.Callback):
         return "finished" if windows == len(self.task.windows) else "pruned"
 
     def _line(self, record: TrialRecord) -> str:
-        parts = [f"trial {record.trial} of {self.trials}: {self._outcome(record)}"]
-        best = next(iter(best_of(self.journal.records, self.task.objective)), None)
-        if best:
-            parts.append(f"best so far {self._value(best)} (trial {best.trial})")
+        started = f" (from {record.refines})" if record.refines else ""
+        parts = [f"trial {record.trial} of {self.trials}{started}: {self._outcome(record)}", *self._best()]
         parts.append(f"{self._minutes_left()} left")
         return ", ".join(parts)
+
+    def _best(self) -> list[str]:
+        if self.task.goal.front:  # of many sizes, the best by loss alone is only the largest
+            return []
+        best = best_of(self.journal.records, self.task.goal)
+        return [f"best so far {self._value(record)} (trial {record.trial})" for record in best]
 
     def _outcome(self, record: TrialRecord) -> str:
         ended: dict[Status, Callable[[], str]] = {
@@ -70,8 +74,7 @@ class Recorder(tune.Callback):
         return ended[record.status]()
 
     def _value(self, record: TrialRecord) -> str:
-        name = {"kl": "KL", "ppl": "perplexity"}[self.task.objective]
-        return f"{name} {objective_of(record.metrics, self.task.objective):.4g}"
+        return self.task.goal.told(record.metrics)
 
     def _minutes_left(self) -> str:
         done = len(self.journal.records) - self.before

@@ -1,29 +1,57 @@
 """The report: one HTML file that needs nothing else, neither a network nor a script."""
 
-import math
 from html import escape
 from pathlib import Path
 
 from tuning.charts import heat_map, trial_chart
-from tuning.outcome import Outcome
+from tuning.front_chart import front_chart
+from tuning.outcome import Outcome, told
 from tuning.page import figures, pairs, steps, write_page
 from tuning.validate import Validated, above
+
+TRIALS_NOTE = (
+    "Filled: scored on every window. Hollow: stopped early, at the mean over the windows it got to. Cross: failed. The "
+    "line is the best so far."
+)
+FRONT_NOTE = (
+    "The line is the front on validation windows: no plan that was scored there beats one of its points in both bytes "
+    "and loss. The large point became plan.json. Hollow: finished trials, on the windows of the search. Every point is "
+    "a plan file in front/."
+)
 
 
 def write_report(outcome: Outcome, path: Path) -> None:
     """Write the report of a search."""
     settings, winner = outcome.settings, outcome.winner
     fields = {
-        "title": escape(f"{settings.model_name} at {settings.budget:.0%} of its KV cache"),
+        "title": escape(f"{settings.model_name} at {outcome.plan.ratio:.0%} of its KV cache"),
         "lead": escape(_lead(outcome)),
         "figures": _figures(outcome),
         "ranking": "".join(_row(entry, winner) for entry in outcome.ranking),
         "knobs": pairs(_knobs(outcome)),
-        "settings": pairs({**settings.model_dump(), "texts": " ".join(settings.texts)}),
+        "worth": escape("; ".join(outcome.worth)),
+        "settings": pairs(_settings(outcome)),
         "steps": steps(outcome.next_steps),
     }
-    charts = {"heat": heat_map(outcome.plan), "chart": trial_chart(outcome.trials, settings.objective)}
+    charts = {"heat": heat_map(outcome.plan), "chart": _chart(outcome), "chart_note": escape(_chart_note(outcome))}
     write_page(path, "report.html", {**fields, **charts})
+
+
+def _chart(outcome: Outcome) -> str:
+    goal, verdict = outcome.settings.goal, outcome.verdict
+    if goal.front:
+        return front_chart(verdict.front, verdict.winner, outcome.trials, goal)
+    return trial_chart(outcome.trials, goal)
+
+
+def _chart_note(outcome: Outcome) -> str:
+    return FRONT_NOTE if outcome.settings.front else TRIALS_NOTE
+
+
+def _settings(outcome: Outcome) -> dict[str, object]:
+    settings = outcome.settings
+    shown = {name: value for name, value in settings.model_dump().items() if value is not None}
+    return {**shown, "texts": " ".join(settings.texts), "bits": " ".join(settings.bits), "refine": settings.refinements}
 
 
 def _lead(outcome: Outcome) -> str:
@@ -59,18 +87,21 @@ def _row(entry: Validated, winner: Validated) -> str:
 def _against(entry: Validated, winner: Validated) -> str:
     if entry is winner:
         return "winner"
-    more = above(entry, winner)
-    mean, low, high = (math.exp(value) for value in (more.mean, more.low, more.high))
-    return f"{mean:.2f} <small>[{low:.2f}, {high:.2f}]</small>"
+    mean, _, bounds = told(above([entry], winner)).partition(" ")
+    return f"{mean} <small>{bounds}</small>"
 
 
 def _knobs(outcome: Outcome) -> dict[str, object]:
     allocation, eviction = outcome.plan.allocation, outcome.plan.eviction
     shared = {"sinks": eviction.sinks, "recent": eviction.recent, "interval": eviction.interval}
+    packed = {"merging": eviction.merging, "staged": eviction.staged}
+    trial = outcome.winner.candidate.trial
     return {
         "allocation": allocation.method,
-        **allocation.knobs,
+        **{name: value for name, value in allocation.knobs.items() if name != "shifts"},
+        **({"bits": trial.params["bits"]} if trial else {}),
         "eviction": eviction.method,
         **shared,
+        **packed,
         **eviction.knobs,
     }

@@ -1,40 +1,35 @@
 """The search from settings to a registered champion."""
 
-import logging
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from ray import tune
-
+from baklava.allocation import Uniform
 from baklava.errors import UserError
 from baklava.model import describe
 from baklava.plan import BudgetPlan, Provenance
 from baklava.profile import flat_profile
 from baklava.progress import say
-from tuning.cluster import TRIAL_CPUS, Crew, present_fleet, session
+from tuning.cluster import Crew, present_fleet, session
 from tuning.folders import check_new
+from tuning.front import write_front
+from tuning.heuristics import SHARPEST, Heuristic, narrow_bits
 from tuning.journal import Journal
-from tuning.objective import trial
 from tuning.outcome import Outcome
+from tuning.phases import run_trials
 from tuning.prepare import Material, prepare
 from tuning.recorder import Recorder
 from tuning.report import write_report
-from tuning.searcher import Halving, PlanSearch
 from tuning.settings import SearchRecord, SearchSettings
+from tuning.space import PAIRS
 from tuning.task import Task
 from tuning.tracking import Tracker
 from tuning.trials import FILE, TrialRecord
-from tuning.validate import Validated, candidates, heuristic_candidates, validate
-
-NODE_FAILURES = 3
-"""Times that a trial is started again because its process or node died; a plan that fails is never tried again."""
+from tuning.validate import Validated, decide
+from tuning.worth import rivals
 
 SCORES = ("kl_geometric", "kl", "dnll", "nll", "nll_full")
 PACKAGES = ("baklava", "torch", "transformers", "ray", "optuna", "numpy")
@@ -77,9 +72,13 @@ def resume(out: Path) -> Outcome:
 
 
 def check_budget(settings: SearchSettings) -> None:
-    """Raise UserError when the budget is too small for the heuristics, before any time is spent."""
+    """Raise UserError when the budget holds no plan in any of the bits to search, before any time is spent."""
+    if settings.budget is None:
+        return
     profile = flat_profile(*describe(settings.model))
-    heuristic_candidates(Task(profile, settings.budget, settings.context_length, (), settings.objective))
+    task = Task(profile, settings.goal, settings.context_length, (), settings.bits)
+    smallest = Heuristic(Uniform(), SHARPEST, PAIRS[narrow_bits(task.space)])
+    smallest.plan(profile, settings.budget, settings.context_length)
 
 
 def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchRecord | None) -> Outcome:
@@ -88,7 +87,7 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
         earlier.check_same(material.identity, material.corpora)
     splits = material.splits
     searched, held_out = (tuple(window.name for window in part) for part in (splits.search, splits.validation))
-    task = Task(material.profile, settings.budget, settings.context_length, searched, settings.objective)
+    task = Task(material.profile, settings.goal, settings.context_length, searched, settings.bits)
     with session():
         crew = Crew(settings.model, present_fleet(settings.replicas), splits.search + splits.validation, task)
         crew.start()
@@ -96,9 +95,10 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
         # The first file is written only now that nothing a user can get wrong is left.
         run = Run(settings, out, tracker, material, task, _journal(settings, out, tracker, material, earlier))
         with _closing(tracker, out):
-            run_trials(run, crew)
+            recorder = Recorder(run.journal, tracker, crew, task, settings.trials)
+            run_trials(settings, task, run.journal, crew, recorder)
             crew.hold(held_out)
-            return _finish(run, validate(crew, candidates(run.journal.records, task), held_out, task))
+            return _finish(run, crew, held_out)
 
 
 def _journal(
@@ -124,70 +124,48 @@ def _closing(tracker: Tracker, out: Path) -> Iterator[None]:
         raise
 
 
-def run_trials(run: Run, crew: Crew) -> None:
-    """Run the trials that the journal still lacks.
-
-    Earlier trials reach the searcher from the journal, not from a snapshot of Tune's: the journal is exact to the
-    trial, a snapshot is always a little older.
-    """
-    task, known, trials = run.task, tuple(run.journal.records), run.settings.trials
-    missing = trials - len(known)
-    if missing <= 0:
-        return
-    say(f"search: {missing} trials at {task.budget:.0%} of the bytes, {len(task.windows)} windows each")
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="baklava-tune-") as folder:
-        tune.Tuner(
-            tune.with_resources(_trial(crew, task), {"cpu": TRIAL_CPUS}),
-            tune_config=tune.TuneConfig(
-                metric="objective",
-                mode="min",
-                search_alg=PlanSearch(tuple(task.profile.importance), task, run.settings.seed, known),
-                scheduler=Halving(task, known),
-                num_samples=missing,
-                max_concurrent_trials=len(crew.actors) + 1,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="search",
-                storage_path=folder,
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=NODE_FAILURES),
-                callbacks=[Recorder(run.journal, run.tracker, crew, task, trials)],
-            ),
-        ).fit()
-
-
-def _trial(crew: Crew, task: Task) -> Callable[[dict[str, Any]], None]:
-    return partial(trial, pool=crew.pool, windows=task.windows, objective=task.objective)
-
-
-def _finish(run: Run, ranking: Sequence[Validated]) -> Outcome:
+def _finish(run: Run, crew: Crew, windows: tuple[str, ...]) -> Outcome:
     records = tuple(run.journal.records)
-    if not ranking:
+    verdict = decide(crew, records, windows, run.task)
+    if verdict is None:
         reason = next((record.error for record in records if record.error), "see above")
         raise UserError(f"no plan could be scored ({reason}); try another budget or model")
-    winner = ranking[0]
-    plan = winner.candidate.plan.model_copy(update={"provenance": _provenance(run, winner)})
+    worth = rivals(crew, verdict, windows, run.task)
+    winner, plan = verdict.winner, _signed(run, verdict.winner)
     champion = run.tracker.champion(plan, _tags(run.settings, plan, winner))
-    outcome = Outcome(run.out, run.settings, plan, tuple(ranking), records, champion)
-    write_report(outcome, run.out / "report.html")
-    # Last of all: where there is a plan.json, the search is complete.
-    plan.write(run.out / "plan.json")
-    validation = {f"validation_{name}": value for name, value in winner.metrics.items()}
-    run.tracker.end({**validation, "ratio": plan.ratio}, [run.out / "report.html", run.out / "trials.jsonl"])
+    outcome = Outcome(run.out, run.settings, plan, verdict, worth, records, champion)
+    _write(run, outcome)
     return outcome
+
+
+def _write(run: Run, outcome: Outcome) -> None:
+    out, front = run.out, outcome.verdict.front
+    files = [out / "report.html", out / "trials.jsonl"]
+    write_report(outcome, out / "report.html")
+    if front:
+        write_front(out, front, [_signed(run, entry) for entry in front], outcome.winner)
+        files.append(out / "front.json")
+    # Last of all: where there is a plan.json, the search is complete.
+    outcome.plan.write(out / "plan.json")
+    validation = {f"validation_{name}": value for name, value in outcome.winner.metrics.items()}
+    run.tracker.end({**validation, "ratio": outcome.plan.ratio}, files)
+
+
+def _signed(run: Run, entry: Validated) -> BudgetPlan:
+    """A plan that says where it comes from."""
+    return entry.candidate.plan.model_copy(update={"provenance": _provenance(run, entry)})
 
 
 def _tags(settings: SearchSettings, plan: BudgetPlan, winner: Validated) -> dict[str, str]:
     numbers = {"ratio": plan.ratio, "dnll": winner.metrics["dnll"], "kl": winner.metrics["kl"]}
-    names = {"model": settings.model, "budget": f"{settings.budget:g}", "winner": winner.candidate.name}
+    budget = plan.ratio if settings.budget is None else settings.budget
+    names = {"model": settings.model, "budget": f"{budget:.4g}", "winner": winner.candidate.name}
     return {**names, **{name: f"{value:.4f}" for name, value in numbers.items()}}
 
 
-def _provenance(run: Run, winner: Validated) -> Provenance:
-    searched = winner.candidate.trial
-    scores = {"validation": winner.metrics, **({"search": searched.metrics} if searched else {})}
+def _provenance(run: Run, entry: Validated) -> Provenance:
+    searched = entry.candidate.trial
+    scores = {"validation": entry.metrics, **({"search": searched.metrics} if searched else {})}
     return Provenance(
         profile=run.material.profile.digest,
         corpora=run.material.corpora,

@@ -3,22 +3,29 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from baklava.errors import UserError
 from baklava.files import write_whole
 from baklava.geometry import ModelIdentity
 from baklava.records import Record
+from tuning.goal import Goal, Objective
 
 FILE = "search.json"
 
-Objective = Literal["kl", "ppl"]
+BitsName = Literal["16", "8", "k8v4", "4", "k4v3", "k4v2", "3", "k3v2", "2", "curves"]
+BITS: tuple[BitsName, ...] = get_args(BitsName)
+"""Bits that plans may store in: of keys and values alike, of each, or "curves", where each head has its own."""
+
 Replicas = Literal["auto"] | Annotated[int, Field(ge=1)]
 
 _RULES = {
     "budget": "--budget is a fraction of the full cache's bytes, above 0 and at most 1, such as 0.30",
+    "max_dnll": "--max-dnll is a loss in nats per token above the full cache's, above 0, such as 0.01",
+    "refine": "--refine is a number of trials, at least 0",
+    "bits": f"--bits are some of {', '.join(BITS)}",
     "context": "--context is a number of tokens, at least 1",
     "continuation": "--continuation is a number of tokens, at least 1",
     "trials": "--trials is a number of trials, at least 1",
@@ -29,17 +36,49 @@ _RULES = {
 
 
 class SearchSettings(Record):
-    """The arguments of a search. `budget` is a fraction of the 16-bit full cache's bytes at `context_length` tokens."""
+    """The arguments of a search. `budget` is a fraction of the 16-bit full cache's bytes at `context_length` tokens.
+
+    A search is for a `budget`, for the least bytes that lose at most `max_dnll`, or for a `front` of both, of which
+    `budget` may choose a point. The last `refine` of the trials refine the best of the others, a third of them if None.
+    """
 
     model: str
     texts: Annotated[tuple[str, ...], Field(min_length=1)]
-    budget: Annotated[float, Field(gt=0, le=1)]
+    budget: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_dnll: Annotated[float, Field(gt=0)] | None = None
+    front: bool = False
     context: PositiveInt
     continuation: PositiveInt
     trials: PositiveInt
+    refine: Annotated[int, Field(ge=0)] | None = None
+    bits: Annotated[tuple[BitsName, ...], Field(min_length=1)] = BITS
     objective: Objective = "kl"
     replicas: Replicas = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> "SearchSettings":
+        if self.budget is None and not self.front and self.max_dnll is None:
+            raise ValueError("a search without a goal: give --budget, --max-dnll or --front")
+        if self.max_dnll is not None and (self.front or self.budget is not None):
+            other = "--front" if self.front else "--budget"
+            raise ValueError(f"--max-dnll {self.max_dnll:g} and {other} are two goals; give one of them")
+        if self.refine is not None and self.refine >= self.trials:
+            raise ValueError(
+                f"--refine {self.refine} leaves none of {self.trials} trials to refine from; refine fewer, or give "
+                "more --trials"
+            )
+        return self
+
+    @property
+    def goal(self) -> Goal:
+        """What the search lowers."""
+        return Goal(objective=self.objective, budget=self.budget, max_dnll=self.max_dnll, front=self.front)
+
+    @property
+    def refinements(self) -> int:
+        """Trials that refine the best of the others."""
+        return self.trials // 3 if self.refine is None else self.refine
 
     @property
     def context_length(self) -> int:
@@ -57,11 +96,7 @@ class SearchSettings(Record):
         try:
             return cls(model=settled(model), texts=tuple(map(settled, texts)), **values)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = str(first["loc"][0])
-            raise UserError(
-                f"--{field} {values.get(field, '')} is out of range: {_RULES.get(field, first['msg'])}"
-            ) from None
+            raise UserError(_told(error, values)) from None
 
 
 class SearchRecord(Record):
@@ -96,6 +131,16 @@ class SearchRecord(Record):
             raise UserError(
                 f"{', '.join(changed)} changed since this search began; start a new search without --resume"
             )
+
+
+def _told(error: ValidationError, values: dict[str, Any]) -> str:
+    first = error.errors()[0]
+    if not first["loc"]:
+        return str(first["ctx"]["error"])
+    field = str(first["loc"][0])
+    given = values.get(field, "")
+    shown = " ".join(map(str, given)) if isinstance(given, list | tuple) else given
+    return f"--{field.replace('_', '-')} {shown} is out of range: {_RULES.get(field, first['msg'])}"
 
 
 def short_name(model: str) -> str:

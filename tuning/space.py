@@ -1,106 +1,160 @@
-"""The search space: where the entries go (allocation) and which entries stay (eviction), as flat parameters."""
+"""The search space: where the entries go, in how many bits, and which of them stay, as flat parameters."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
 import optuna
 
-from baklava.allocation import Allocation, Baklava, Uniform, allocate
+from baklava.allocation import Allocation, Blended, Greedy, Pair, Shifted, allocate
+from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Streaming
 from baklava.plan import BudgetPlan, Provenance
 from baklava.profile import Profile
+from tuning.settings import BitsName
 
 Params = dict[str, Any]
 
 GROUP_REDUCTIONS: tuple[Literal["mean", "max"], ...] = ("mean", "max")
 POWERS: tuple[Literal[1, 2], ...] = (1, 2)
 DISTANCES = (0, 32)
+ROUNDINGS = (8, 16, 32)
 
+CURVES: BitsName = "curves"
 
-def suggest(trial: optuna.trial.BaseTrial, sources: Sequence[str]) -> None:
-    """Draw the parameters of one trial; the heavy-hitter knobs exist only where that method is drawn.
+PAIRS: dict[BitsName, Pair] = {
+    "16": (16, 16),
+    "8": (8, 8),
+    "k8v4": (8, 4),
+    "4": (4, 4),
+    "k4v3": (4, 3),
+    "k4v2": (4, 2),
+    "3": (3, 3),
+    "k3v2": (3, 2),
+    "2": (2, 2),
+    CURVES: (4, 4),
+}
+"""Bits of keys and values by name; "curves" starts from a pair and gives each head its own by its loss curves."""
 
-    `sources` are the head inputs that the model's profile compares with.
-    """
-    trial.suggest_float("importance_power", 0.0, 4.0)
+RANGES = {
+    "reconstruction_power": (0.0, 2.0),
+    "importance_power": (0.0, 4.0),
     # Both signs: early layers change the hidden state most, yet late layers may need more entries.
-    trial.suggest_float("layer_power", -1.0, 1.0)
-    trial.suggest_float("floor", 0.02, 0.5)
-    trial.suggest_categorical("source", list(sources))
-    # "sum" is "mean" times a constant within one model, so it would be drawn twice.
-    trial.suggest_categorical("reduction", ["mean", "max"])
-    trial.suggest_categorical("sinks", [1, 4, 16])
-    if trial.suggest_categorical("eviction", [HeavyHitter.name, Streaming.name]) == HeavyHitter.name:
-        trial.suggest_float("recent", 0.2, 0.8)
-        trial.suggest_categorical("interval", [16, 32, 64])
-        trial.suggest_categorical("group_reduction", list(GROUP_REDUCTIONS))
-        trial.suggest_categorical("power", list(POWERS))
-        trial.suggest_categorical("distance", list(DISTANCES))
+    "layer_power": (-1.0, 1.0),
+    "curve_power": (0.0, 2.0),
+    "floor": (0.0, 0.5),
+}
+"""What the knobs of the blend are drawn from."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a trial draws, which depends on what the profile measured.
+
+    `ranked` and `curved` tell whether it has reconstruction counts and loss curves; `sizes` is the range that budgets
+    are drawn from, None where the budget is given.
+    """
+
+    bits: tuple[BitsName, ...]
+    ranked: bool
+    curved: bool
+    sizes: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, profile: Profile, bits: tuple[BitsName, ...], sizes: tuple[float, float] | None) -> "Space":
+        """The space for a model with this profile."""
+        curved = profile.curves is not None
+        possible = tuple(name for name in bits if curved or name != CURVES)
+        return cls(possible or ("4",), "reconstruction" in profile.rankings, curved, sizes)
+
+    @property
+    def powers(self) -> tuple[str, ...]:
+        """Knobs of the blend that the profile gives a meaning."""
+        missing = {"reconstruction_power": not self.ranked, "curve_power": not self.curved}
+        return tuple(name for name in RANGES if not missing.get(name))
+
+    @property
+    def allocations(self) -> tuple[str, ...]:
+        """Methods of allocation that the profile allows."""
+        return (Blended.name, Greedy.name) if self.curved else (Blended.name,)
+
+    def suggest(self, trial: optuna.trial.BaseTrial) -> None:
+        """Draw the parameters of one trial; knobs exist only where their method is drawn."""
+        if trial.suggest_categorical("allocation", list(self.allocations)) == Blended.name:
+            for knob in self.powers:
+                trial.suggest_float(knob, *RANGES[knob])
+        bits = trial.suggest_categorical("bits", list(self.bits))
+        trial.suggest_categorical("rounding", list(ROUNDINGS))
+        trial.suggest_categorical("sinks", [1, 4])
+        if trial.suggest_categorical("eviction", [HeavyHitter.name, Streaming.name]) == HeavyHitter.name:
+            _suggest_heavy_hitter(trial, packed=bits != "16")
+        if self.sizes:
+            trial.suggest_float("budget", *self.sizes, log=True)
+
+    def distributions(self, params: Params) -> dict[str, optuna.distributions.BaseDistribution]:
+        """The distributions that recorded parameters were drawn from."""
+        trial = optuna.trial.FixedTrial(params)
+        self.suggest(trial)
+        return trial.distributions
+
+
+def _suggest_heavy_hitter(trial: optuna.trial.BaseTrial, packed: bool) -> None:
+    trial.suggest_float("recent", 0.2, 0.8)
+    trial.suggest_categorical("interval", [8, 16, 32])
+    trial.suggest_categorical("group_reduction", list(GROUP_REDUCTIONS))
+    trial.suggest_categorical("power", list(POWERS))
+    trial.suggest_categorical("distance", list(DISTANCES))
+    trial.suggest_categorical("merging", [0.0, 0.8])
+    if packed:
+        trial.suggest_categorical("staged", [False, True])
 
 
 def evictions() -> tuple[Eviction, ...]:
-    """One method per distinct recording that the plans of this space need from a prefill."""
+    """One method per distinct recording that the plans of this space need from a prefill.
+
+    Sinks, the recent share, the interval, bits, staging and merging change what is cut, not what is recorded.
+    """
     knobs = product(GROUP_REDUCTIONS, POWERS, DISTANCES)
     return (Streaming(), *(HeavyHitter(reduction=r, power=p, distance=d) for r, p, d in knobs))
 
 
-def first_params() -> list[Params]:
-    """The heuristics as trials, tried before anything is drawn: BaKlaVa with three evictions, and near-uniform."""
-    baklava = _allocation_params(Baklava())
-    heavy, streaming = _eviction_params(HeavyHitter()), _eviction_params(Streaming())
-    far = _eviction_params(HeavyHitter(reduction="max", power=2, distance=32))
-    uniform = {**baklava, "importance_power": 0.0}
-    return [{**baklava, **heavy}, {**baklava, **far}, {**baklava, **streaming}, {**uniform, **heavy}]
+def allocation_of(params: Params) -> Allocation:
+    """The allocation that a trial's parameters name, with the shifts of a refinement."""
+    base = _greedy(params) if params["allocation"] == Greedy.name else _blended(params)
+    return Shifted(of=base, shifts=tuple(map(tuple, params["shifts"]))) if "shifts" in params else base
 
 
-def heuristics() -> dict[str, tuple[Allocation, Eviction]]:
-    """The methods that every winner has to beat on validation, by name."""
-    pairs = product((Uniform(), Baklava()), (Streaming(), HeavyHitter()))
-    return {f"{allocation.name} + {eviction.name}": (allocation, eviction) for allocation, eviction in pairs}
-
-
-def methods_of(params: Params) -> tuple[Allocation, Eviction]:
-    """The methods that a trial's parameters name."""
-    allocation = Baklava(**{knob: params[knob] for knob in _BAKLAVA_KNOBS})
+def eviction_of(params: Params) -> Eviction:
+    """The eviction that a trial's parameters name."""
     if params["eviction"] == Streaming.name:
-        return allocation, Streaming(sinks=params["sinks"])
-    knobs = {knob: params[knob] for knob in ("sinks", "recent", "interval", "power", "distance")}
-    return allocation, HeavyHitter(**knobs, reduction=params["group_reduction"])
+        return Streaming(sinks=params["sinks"])
+    knobs = {knob: params[knob] for knob in ("sinks", "recent", "interval", "power", "distance", "merging")}
+    return HeavyHitter(**knobs, reduction=params["group_reduction"], staged=params.get("staged", False))
 
 
 def plan_of(
-    params: Params, profile: Profile, *, budget: float, context_length: int, provenance: Provenance | None = None
+    params: Params, profile: Profile, *, budget: float | None, context_length: int, provenance: Provenance | None = None
 ) -> BudgetPlan:
-    """The plan of a trial; raises UserError when the budget does not hold its knobs."""
-    allocation, eviction = methods_of(params)
+    """The plan of a trial, of its own size if it drew one; raises UserError when that does not hold its knobs."""
+    size = params.get("budget", budget)
+    if size is None:
+        raise UserError("the trial drew no budget and the search was given none; give --budget")
     return allocate(
         profile,
-        budget=budget,
+        budget=size,
         context_length=context_length,
-        method=allocation,
-        eviction=eviction,
+        method=allocation_of(params),
+        eviction=eviction_of(params),
+        bits=PAIRS[params["bits"]],
+        step=params["rounding"],
         provenance=provenance,
     )
 
 
-def distributions_of(params: Params, sources: Sequence[str]) -> dict[str, optuna.distributions.BaseDistribution]:
-    """The distributions that recorded parameters were drawn from."""
-    trial = optuna.trial.FixedTrial(params)
-    suggest(trial, sources)
-    return trial.distributions
+def _blended(params: Params) -> Blended:
+    knobs = {knob: params.get(knob, 0.0) for knob in RANGES}
+    return Blended(**knobs, bits="curves" if params["bits"] == CURVES else "given")
 
 
-_BAKLAVA_KNOBS = ("importance_power", "layer_power", "floor", "source", "reduction")
-
-
-def _allocation_params(method: Baklava) -> Params:
-    return {knob: getattr(method, knob) for knob in _BAKLAVA_KNOBS}
-
-
-def _eviction_params(method: Eviction) -> Params:
-    params = {"eviction": method.name, "sinks": method.sinks}
-    if not isinstance(method, HeavyHitter):
-        return params
-    scoring = {"group_reduction": method.reduction, "power": method.power, "distance": method.distance}
-    return {**params, "recent": method.recent, "interval": method.interval, **scoring}
+def _greedy(params: Params) -> Greedy:
+    return Greedy(bits="any" if params["bits"] == CURVES else "given")

@@ -1,19 +1,17 @@
 """Trials that ended, and what their scores come to."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
 from baklava.records import Record
-from tuning.settings import Objective
+from tuning.goal import Goal, Metrics
 
 FILE = "trials.jsonl"
 
 Status = Literal["finished", "pruned", "failed"]
 WINDOW_METRICS = ("nll_full", "nll", "dnll", "kl", "allocated_bytes", "seconds")
-LOWERED = {"kl": "kl_geometric", "ppl": "ppl"}
-"""The metric that each objective lowers."""
 
 LEAST_KL = 1e-6
 """Nats per token below which a KL is rounding: what a cache that keeps everything in 16 bits shows."""
@@ -33,6 +31,16 @@ class TrialRecord(Record):
     windows: tuple[dict[str, Any], ...] = ()
     error: str | None = None
 
+    @property
+    def refines(self) -> int | None:
+        """Number of the trial that this one started from; None where it was drawn."""
+        return self.params.get("base")
+
+    def after(self, windows: int) -> Metrics:
+        """The metrics that it had after that many windows."""
+        size: Metrics = {name: self.metrics[name] for name in ("ratio", "bytes_per_sequence") if name in self.metrics}
+        return {**means(self.windows[:windows]), **size}
+
 
 def means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Mean of every metric over the windows scored so far; perplexity from the mean NLL.
@@ -48,6 +56,11 @@ def means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {**mean, "ppl": perplexity(mean["nll"]), "ppl_full": perplexity(mean["nll_full"])}
 
 
+def reported(result: Mapping[str, Any]) -> Metrics:
+    """The metrics behind a report to Tune, which hands nested numbers to searchers and schedulers under other names."""
+    return {**means(result["windows"]), "ratio": result["ratio"]}
+
+
 def geometric_mean(kls: Sequence[float]) -> float:
     """Geometric mean of KLs, each at least `LEAST_KL`."""
     return math.exp(fmean(math.log(max(kl, LEAST_KL)) for kl in kls))
@@ -58,12 +71,11 @@ def perplexity(nll: float) -> float:
     return math.exp(min(nll, 700.0))
 
 
-def objective_of(metrics: dict[str, float], objective: Objective) -> float:
-    """The number that the search lowers."""
-    return metrics[LOWERED[objective]]
+def finished(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """The trials that scored every window."""
+    return [record for record in records if record.status == "finished"]
 
 
-def best_of(records: Iterable[TrialRecord], objective: Objective, count: int = 1) -> list[TrialRecord]:
+def best_of(records: Iterable[TrialRecord], goal: Goal, count: int = 1) -> list[TrialRecord]:
     """The `count` best trials that scored every window; the first of equals wins."""
-    complete = [record for record in records if record.status == "finished"]
-    return sorted(complete, key=lambda record: objective_of(record.metrics, objective))[:count]
+    return sorted(finished(records), key=lambda record: goal.value(record.metrics))[:count]

@@ -1,20 +1,26 @@
 """Choosing the winner: the best trials and the heuristics, scored on windows that no trial was scored on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from baklava.allocation import allocate
 from baklava.bootstrap import Interval, interval
+from baklava.errors import UserError
 from baklava.plan import BudgetPlan
 from baklava.progress import say
 from tuning.cluster import Crew
-from tuning.space import Params, heuristics
+from tuning.goal import Goal
+from tuning.heuristics import heuristics
+from tuning.pareto import knee, nearest, non_dominated, thinned
 from tuning.task import Task
-from tuning.trials import LEAST_KL, TrialRecord, best_of, means, objective_of
+from tuning.trials import LEAST_KL, TrialRecord, best_of, finished, means
 
-TOP_TRIALS = 5
+TOP_TRIALS = 3
+"""Trials as drawn, and as many refined ones, that meet on validation windows; twice as many where sizes differ."""
+
+HOPEFUL = 1.5
+"""Loss on search windows, over the bound, up to which a trial may still keep the bound on validation windows."""
 
 
 @dataclass(frozen=True)
@@ -25,42 +31,93 @@ class Candidate:
     plan: BudgetPlan
     trial: TrialRecord | None = None
 
-    @property
-    def params(self) -> Params | None:
-        """Parameters of the trial."""
-        return self.trial.params if self.trial else None
-
 
 @dataclass(frozen=True)
 class Validated:
-    """A candidate with its scores on the validation windows; `metrics` are their means."""
+    """A candidate with its scores on the validation windows; `metrics` are their means and the plan's size."""
 
     candidate: Candidate
     windows: tuple[dict[str, Any], ...]
     metrics: dict[str, float]
 
 
-def candidates(records: Sequence[TrialRecord], task: Task) -> list[Candidate]:
-    """The best trials and all heuristics that the budget allows."""
-    best = [Candidate(f"trial {r.trial}", task.plan(r.params), r) for r in best_of(records, task.objective, TOP_TRIALS)]
-    return best + heuristic_candidates(task)
+@dataclass(frozen=True)
+class Verdict:
+    """What validation says: who won, all who were scored, the best first, and the front where one was asked for."""
+
+    winner: Validated
+    ranking: tuple[Validated, ...]
+    front: tuple[Validated, ...] = ()
 
 
-def heuristic_candidates(task: Task) -> list[Candidate]:
-    """One candidate per heuristic; raises UserError when the budget is too small for one."""
-    return [
-        Candidate(
-            name,
-            allocate(
-                task.profile,
-                budget=task.budget,
-                context_length=task.context_length,
-                method=allocation,
-                eviction=eviction,
-            ),
+def decide(crew: Crew, records: Sequence[TrialRecord], windows: Sequence[str], task: Task) -> Verdict | None:
+    """Score the candidates and choose; None where no plan could be scored.
+
+    Heuristics need a size: where the trials chose theirs, the heuristics get the winner's.
+
+    Raises:
+        UserError: no plan keeps the bound.
+    """
+    entrants = candidates(records, task)
+    if task.goal.budget is not None and not task.goal.draws_budget:
+        entrants += heuristic_candidates(task, task.goal.budget)
+    scored = validate(crew, entrants, windows, task)
+    if scored and task.goal.draws_budget:
+        rivals = heuristic_candidates(task, chosen(scored, task.goal).candidate.plan.ratio)
+        scored += validate(crew, rivals, windows, task)
+    return verdict(scored, task.goal) if scored else None
+
+
+def verdict(scored: Sequence[Validated], goal: Goal) -> Verdict:
+    """The verdict on plans that were scored; raises UserError where none keeps the bound."""
+    winner = chosen(scored, goal)
+    if goal.front:
+        # Losses of different sizes do not compare, so they stand by size.
+        return Verdict(winner, tuple(sorted(scored, key=size_of)), tuple(front_of(scored, goal)))
+    return Verdict(winner, tuple(sorted(scored, key=lambda each: goal.value(each.metrics))))
+
+
+def chosen(scored: Sequence[Validated], goal: Goal) -> Validated:
+    """The plan that the goal asks for; raises UserError where none keeps the bound."""
+    if goal.front:
+        front = front_of(scored, goal)
+        return nearest(front, size_of, goal.budget) if goal.budget else knee(front, _size_and_loss(goal))
+    best = min(scored, key=lambda each: goal.value(each.metrics))
+    if not goal.keeps(best.metrics):
+        raise UserError(
+            f"--max-dnll {goal.max_dnll:g} is not kept by any plan on the validation windows, the nearest is "
+            f"{best.candidate.name} with {goal.told(best.metrics)}; allow more, or search with more --trials"
         )
-        for name, (allocation, eviction) in heuristics().items()
-    ]
+    return best
+
+
+def front_of(scored: Sequence[Validated], goal: Goal) -> list[Validated]:
+    """The plans that no other one beats in both bytes and loss, the smallest first."""
+    return non_dominated(scored, _size_and_loss(goal))
+
+
+def size_of(entry: Validated) -> float:
+    """Share of the full cache's bytes."""
+    return entry.metrics["ratio"]
+
+
+def candidates(records: Sequence[TrialRecord], task: Task) -> list[Candidate]:
+    """The best trials as drawn and the best refined ones."""
+    drawn, refined = ([r for r in records if bool(r.refines) is refines] for refines in (False, True))
+    count = TOP_TRIALS * (2 if task.goal.draws_budget else 1) * (1 if refined else 2)
+    best = [*_best(drawn, task.goal, count), *_best(refined, task.goal, count)]
+    return [Candidate(_name(record), task.plan(record.params), record) for record in best]
+
+
+def heuristic_candidates(task: Task, budget: float) -> list[Candidate]:
+    """One candidate per heuristic that fits into the budget."""
+    fitting = []
+    for each in heuristics(task.space):
+        try:
+            fitting.append(Candidate(each.name, each.plan(task.profile, budget, task.context_length)))
+        except UserError as error:
+            say(f"{each.name} cannot win, {error}")
+    return fitting
 
 
 def validate(crew: Crew, entrants: Sequence[Candidate], windows: Sequence[str], task: Task) -> list[Validated]:
@@ -73,14 +130,34 @@ def validate(crew: Crew, entrants: Sequence[Candidate], windows: Sequence[str], 
     scores = iter(crew.scores(tasks, "validating"))
     by_plan = {digest: tuple(next(scores) for _ in windows) for digest in plans}
     scored = [_validated(entrant, by_plan[entrant.plan.digest]) for entrant in entrants]
-    return sorted(filter(None, scored), key=lambda each: objective_of(each.metrics, task.objective))
+    return sorted(filter(None, scored), key=lambda each: task.goal.value(each.metrics))
 
 
-def above(entry: Validated, winner: Validated) -> Interval:
-    """Log of a plan's KL over the winner's, window by window; above 0 the winner is better."""
-    pairs = zip(entry.windows, winner.windows, strict=True)
+def above(entries: Sequence[Validated], winner: Validated) -> Interval:
+    """Log of plans' KL over the winner's, window by window; above 0 the winner is better than they are on average."""
+    pairs = [pair for entry in entries for pair in zip(entry.windows, winner.windows, strict=True)]
     ratios = [math.log(max(ours["kl"], LEAST_KL) / max(theirs["kl"], LEAST_KL)) for ours, theirs in pairs]
-    return interval(ratios, [window["document"] for window in entry.windows])
+    return interval(ratios, [ours["document"] for ours, _ in pairs])
+
+
+def _best(records: Sequence[TrialRecord], goal: Goal, count: int) -> list[TrialRecord]:
+    if not goal.draws_budget:
+        return best_of(records, goal, count)
+    whole = finished(records)
+    front = non_dominated(whole, lambda record: (record.metrics["ratio"], goal.loss(record.metrics)))
+    if goal.max_dnll is None:
+        return thinned(front, count)
+    # What just failed the bound may keep it elsewhere, and the other way round.
+    near = [record for record in front if record.metrics["dnll"] <= HOPEFUL * goal.max_dnll]
+    return near[:count] or front[-1:]
+
+
+def _size_and_loss(goal: Goal) -> Callable[[Validated], tuple[float, float]]:
+    return lambda entry: (size_of(entry), goal.loss(entry.metrics))
+
+
+def _name(record: TrialRecord) -> str:
+    return f"trial {record.trial}" + (f", refined from {record.refines}" if record.refines else "")
 
 
 def _validated(entrant: Candidate, windows: tuple[dict[str, Any], ...]) -> Validated | None:
@@ -88,4 +165,6 @@ def _validated(entrant: Candidate, windows: tuple[dict[str, Any], ...]) -> Valid
     if error:
         say(f"{entrant.name} cannot win, {error}")
         return None
-    return Validated(entrant, windows, means(windows))
+    plan = entrant.plan
+    size = {"ratio": plan.ratio, "bytes_per_sequence": float(plan.bytes_per_sequence)}
+    return Validated(entrant, windows, {**means(windows), **size})

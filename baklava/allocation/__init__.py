@@ -88,11 +88,13 @@ def allocate(
     method: Allocation,
     eviction: Eviction,
     bits: Pair = (16, 16),
+    step: int = STEP,
     provenance: Provenance | None = None,
 ) -> BudgetPlan:
     """The plan that spends `budget` × the bytes of the full 16-bit cache, by this method.
 
-    `bits` are those of keys and of values, where the method does not choose them itself.
+    `bits` are those of keys and of values, where the method does not choose them itself; capacities are multiples of
+    `step` entries.
 
     Raises:
         UserError: the budget is not in (0, 1], or leaves less than sinks + one eviction interval per head.
@@ -106,7 +108,7 @@ def allocate(
         eviction=eviction.choice,
         allocation=AllocationChoice(method=method.name, budget=budget, knobs=method.knobs),
         provenance=provenance or Provenance(profile=profile.digest),
-        layers=layers_of(profile.geometry, rounded(shares, limits, STEP), shares),
+        layers=layers_of(profile.geometry, rounded(shares, limits, step), shares),
     )
 
 

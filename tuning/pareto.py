@@ -1,0 +1,38 @@
+"""Fronts: what nothing else beats in two numbers that are both lowered."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Key = Callable[[Item], tuple[float, float]]
+
+
+def non_dominated(items: Sequence[Item], key: Key[Item]) -> list[Item]:
+    """The items that no other one beats in both numbers, by the first number; the first of equals stays."""
+    front: list[Item] = []
+    for item in sorted(items, key=key):
+        if not front or key(item)[1] < key(front[-1])[1]:
+            front.append(item)
+    return front
+
+
+def thinned(front: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` items of a sequence, spread evenly, both ends among them."""
+    if len(front) <= count:
+        return list(front)
+    return [front[round(number * (len(front) - 1) / max(1, count - 1))] for number in range(count)]
+
+
+def knee(front: Sequence[Item], key: Key[Item]) -> Item:
+    """The item furthest below the line between both ends of a front, in the logarithms of both numbers."""
+    points = [(math.log(max(x, 1e-9)), math.log(max(y, 1e-9))) for x, y in map(key, front)]
+    (left, top), (right, bottom) = points[0], points[-1]
+    slope = (bottom - top) / (right - left) if right > left else 0.0
+    below = [top + slope * (x - left) - y for x, y in points]
+    return front[below.index(max(below))]
+
+
+def nearest(front: Sequence[Item], size: Callable[[Item], float], wanted: float) -> Item:
+    """The item whose size is nearest to the wanted one, as a ratio."""
+    return min(front, key=lambda item: abs(math.log(size(item) / wanted)))

@@ -1,0 +1,44 @@
+"""What the search was worth: the winner against greedy, and against its own budgets dealt out at random."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from baklava.allocation import Greedy, permuted
+from baklava.bootstrap import Interval
+from tuning.cluster import Crew
+from tuning.task import Task
+from tuning.validate import Candidate, Validated, Verdict, above, validate
+
+SHUFFLES = 3
+"""Random permutations of the winner's budgets over its heads."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Plans that cost no search, and the logarithm of their KL over the winner's on the same windows."""
+
+    name: str
+    above: Interval
+
+
+def rivals(crew: Crew, verdict: Verdict, windows: Sequence[str], task: Task) -> tuple[Rival, ...]:
+    """The best greedy heuristic, unless it won, and permutations of the winner's budgets."""
+    winner = verdict.winner
+    dealt = validate(crew, shuffles(winner), windows, task)
+    groups = [
+        *((entry.candidate.name, [entry]) for entry in _greedy(verdict, task)),
+        (f"its own budgets, dealt out at random {len(dealt)} times", dealt),
+    ]
+    return tuple(Rival(name, above(entries, winner)) for name, entries in groups if entries)
+
+
+def shuffles(winner: Validated) -> list[Candidate]:
+    """The winner's budgets, in other heads."""
+    plan = winner.candidate.plan
+    return [Candidate(f"shuffled {seed}", permuted(plan, seed)) for seed in range(SHUFFLES)]
+
+
+def _greedy(verdict: Verdict, task: Task) -> list[Validated]:
+    methods = [entry for entry in verdict.ranking if entry.candidate.trial is None and entry is not verdict.winner]
+    greedy = [entry for entry in methods if entry.candidate.plan.allocation.method == Greedy.name]
+    return sorted(greedy, key=lambda entry: task.goal.loss(entry.metrics))[:1]
