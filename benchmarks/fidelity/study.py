@@ -11,6 +11,7 @@ from baklava.formats import counted
 from baklava.model import LoadedModel, load
 from baklava.naming import named_plan
 from baklava.plan import BudgetPlan
+from baklava.profile import Profile
 from baklava.profiling import cached_profile
 from baklava.progress import bar, say
 from baklava.windows import Window
