@@ -1,0 +1,121 @@
+"""Loss curves and rankings of a profile, against what they stand for."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from plans import random_ids
+from torch import Tensor
+
+from baklava import curves
+from baklava.curves import HeadPass, Lattice, kept_output
+from baklava.eviction import HeavyHitter
+from baklava.model import LoadedModel
+from baklava.prefilling import record
+from baklava.profiling import profile
+from baklava.rankings import ranking
+from baklava.sensitivity import LayerPass, passed
+from baklava.windows import Window
+
+Maker = Callable[..., LoadedModel]
+CONTEXT, CONTINUATION = 60, 24
+
+
+def layers_of(loaded: LoadedModel, ids: Tensor, draws: int = 1) -> list[LayerPass]:
+    recording = record(loaded, ids[:, :CONTEXT], ()).recording
+    passes = [passed(loaded, recording, ids[:, CONTEXT:], seed) for seed in range(draws)]
+    return [
+        LayerPass(first.query, first.key, first.value, torch.cat([p[i].gradient for p in passes]), first.kernel)
+        for i, first in enumerate(passes[0])
+    ]
+
+
+def test_a_continuation_attends_as_the_model_does_and_leaves_no_gradients_behind(tiny: Maker) -> None:
+    loaded, ids = tiny(), random_ids(1, CONTEXT + CONTINUATION)
+    layer = layers_of(loaded, ids)[0]
+    weights = layer.weights(0, layer.key[0], 1)
+    assert weights.shape == (2, CONTINUATION, CONTEXT + CONTINUATION)
+    assert int((weights[0, 0] > 0).sum()) <= CONTEXT + 1
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_a_head_that_keeps_everything_loses_nothing_and_fewer_entries_lose_more(tiny: Maker) -> None:
+    loaded, ids = tiny(), random_ids(1, CONTEXT + CONTINUATION)
+    layer = layers_of(loaded, ids)[1]
+    eviction = HeavyHitter(sinks=2, interval=2)
+    scores = torch.rand(2, CONTEXT, generator=torch.Generator().manual_seed(0))
+    lattice = Lattice(eviction, (12, 40, 200), ((16, 16), (4, 4), (2, 2)))
+    kl, error = curves.losses(layer, scores, lattice)
+    assert kl[:, 0, 2].max() < 1e-9 and error[:, 0, 2].max() < 1e-4
+    for grid in (kl, error):
+        assert (grid[:, 0, 0] > grid[:, 0, 1]).all()
+        assert (grid[:, 0, 2] < grid[:, 1, 2]).all() and (grid[:, 1, 2] < grid[:, 2, 2]).all()
+
+
+def test_the_kept_output_is_attention_over_sinks_the_best_and_the_newest() -> None:
+    draw = torch.Generator().manual_seed(1)
+    entries, context, capacity = 30, 20, 12
+    weights, value = torch.rand(1, 3, entries, generator=draw), torch.randn(entries, 4, generator=draw)
+    rows = torch.arange(context, entries, curves.QUERY_STRIDE)
+    weights = weights[:, : len(rows)] * (torch.arange(entries) <= rows[:, None])
+    order = torch.randperm(context, generator=draw)
+    eviction = HeavyHitter(sinks=2, recent=0.5, interval=2)
+    passed_by = HeadPass(weights, value, torch.zeros(1, len(rows), 4), torch.zeros(1, 1, len(rows), 4))
+    output = kept_output(passed_by, order, capacity, eviction)
+    newest = int(0.5 * (capacity - 2 - 2)) + 1
+    best = [p for p in order.tolist() if 2 <= p < context - newest][: capacity - 2 - newest]
+    for row, query in enumerate(rows.tolist()):
+        held = [p for p in range(query + 1) if p < 2 or p in best or p > query - newest]
+        expected = (weights[0, row, held] @ value[held]) / weights[0, row, held].sum()
+        torch.testing.assert_close(output[0, row], expected)
+
+
+def test_the_predicted_loss_is_the_kl_that_a_small_error_makes(tiny: Maker) -> None:
+    """Second order is exact for small errors: a head is pushed a little at one token, and the KL is measured."""
+    loaded, ids = tiny(), random_ids(1, CONTEXT + CONTINUATION)
+    layer, row = layers_of(loaded, ids, draws=400)[1], 7
+    push = 0.05 * torch.randn(2, 8, generator=torch.Generator().manual_seed(2))
+    predicted = (layer.gradient[:, 0, :, row] * push).sum((1, 2)).square().mean() / 2
+
+    def pushed(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        output = args[0].clone()
+        output[:, CONTEXT + row, :16] += push.flatten()
+        return (output,)
+
+    with torch.no_grad():
+        full = loaded.model(ids).logits[0, CONTEXT:].log_softmax(-1)
+        hook = loaded.model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(pushed)
+        other = loaded.model(ids).logits[0, CONTEXT:].log_softmax(-1)
+        hook.remove()
+    measured = (full.exp() * (full - other)).sum()
+    assert float(predicted) == pytest.approx(float(measured), rel=0.25)
+
+
+def test_a_ranking_leaves_the_sinks_out_and_falls_with_the_rank() -> None:
+    scores = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
+    scores[:, :4] = 9.0
+    found = ranking([[scores]], sinks=4)
+    assert found.tokens == 46 and found.ranks[0] == 1 and found.ranks[-1] == 46
+    head = found.scores[0][0][1]
+    assert head[0] == pytest.approx(float(scores[1, 4:].max().log()), abs=1e-3)
+    assert list(head) == sorted(head, reverse=True)
+
+
+def test_a_model_with_sliding_layers_has_importance_alone(tiny: Maker) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=16,
+        layer_types=["full_attention", "sliding_attention"],
+    )
+    loaded = LoadedModel.of(Qwen2ForCausalLM(config).eval(), tokenizer=None, id="sliding")
+    ids = tuple(random_ids(1, 40)[0].tolist())
+    measured = profile(loaded, [Window("w", "d", ids, 30)])
+    assert measured.rankings == {} and measured.curves is None and len(measured.importance["value"]) == 2
