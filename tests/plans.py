@@ -31,3 +31,10 @@ def random_ids(rows: int, tokens: int, seed: int = 0) -> Tensor:
 def chunked(plan: BudgetPlan, chunk: int) -> BudgetPlan:
     """The same plan, whose prompts enter chunk by chunk."""
     return plan.model_copy(update={"prefill": Prefill(mode="chunked", chunk=chunk)})
+
+
+def mixed(plan: BudgetPlan, bits: list[tuple[int, int]]) -> BudgetPlan:
+    """The same plan with these bits of keys and of values per KV head, in every layer."""
+    keys, values = zip(*bits, strict=True)
+    layers = [layer and LayerBudget(tokens=layer.tokens, key_bits=keys, value_bits=values) for layer in plan.layers]
+    return plan.model_copy(update={"layers": tuple(layers)})

@@ -198,7 +198,7 @@ def stored_dtypes(cache: BudgetedCache) -> set[torch.dtype]:
     held: list[Tensor] = []
     for layer in cache.layers:
         if isinstance(layer, RaggedLayer):
-            held += [storage.slots for group in layer.groups for storage in (group.keys, group.values)]
+            held += [part for group in layer.groups for storage in (group.keys, group.values) for part in storage.coded]
         else:
             held += [layer.keys, layer.values]
     return {tensor.dtype for tensor in held}

@@ -75,6 +75,16 @@ def test_the_fast_score_rounds_to_16_bits_as_a_server_does(tiny: Maker, eviction
     assert score(loaded, prefill(loaded, window, [eviction]), plan).nll == pytest.approx(nll, abs=2e-5)
 
 
+@pytest.mark.parametrize("eviction", [*EVICTIONS[:2], Tova(interval=4, staged=True)], ids=str)
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_the_fast_score_packs_as_a_server_does(tiny: Maker, eviction: Eviction, bits: int) -> None:
+    loaded = tiny()
+    window = Window("w", "d", tuple(random_ids(1, 110)[0].tolist()), 80)
+    plan = plan_of(loaded, [[20, 33], [16, 90]], eviction, bits=bits)
+    nll, _ = slow_score(loaded, window, plan)
+    assert score(loaded, prefill(loaded, window, [eviction]), plan).nll == pytest.approx(nll, abs=1e-4)
+
+
 @pytest.mark.parametrize("eviction", EVICTIONS[:2], ids=str)
 def test_a_chunked_plan_is_scored_as_it_prefills(tiny: Maker, eviction: Eviction) -> None:
     loaded = tiny()

@@ -4,12 +4,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from baklava.attention import Grouped, Heads, Kernel
 from baklava.eviction import Eviction
-from baklava.storage import storage_for
+from baklava.heads.rotation import hadamard, rotated
+from baklava.plan import FULL_BITS
+from baklava.storage import Layout, storage_for
 
 SPARE = 64
 """Slots that a head below its capacity allocates ahead, so that growing copies seldom."""
@@ -23,6 +25,11 @@ class Budget:
     tokens: int
     key_bits: int
     value_bits: int
+
+    @property
+    def packed(self) -> tuple[bool, bool]:
+        """Whether keys and whether values are packed."""
+        return self.key_bits < FULL_BITS, self.value_bits < FULL_BITS
 
 
 @dataclass(frozen=True)
@@ -65,14 +72,20 @@ class Tokens:
 
 
 class HeadGroup(ABC):
-    """Entries of KV heads with equal budgets; between two forwards at most `budget.tokens` per head."""
+    """Entries of KV heads with equal budgets; between two forwards at most `budget.tokens` per head.
+
+    Where keys or values are packed, all of them are held rotated, those in 16 bits too: new tokens and their queries
+    are rotated as they come in, outputs are rotated back, and whatever scores entries sees rotated queries and keys.
+    """
 
     def __init__(self, budget: Budget, eviction: Eviction, like: Heads) -> None:
         self.budget, self.eviction = budget, eviction
         self.index = _index(budget.heads, like.device)
         like = like[:, : len(budget.heads)]
-        self.keys = storage_for(budget.key_bits, like)
-        self.values = storage_for(budget.value_bits, like)
+        self.signs = hadamard(like.shape[3], like.dtype, like.device) if any(budget.packed) else None
+        layout = Layout(budget.tokens, eviction.sinks, eviction.interval if eviction.staged else 0)
+        self.keys = storage_for(budget.key_bits, like, layout, centred=True)
+        self.values = storage_for(budget.value_bits, like, layout)
         self.size = 0
         self.filled = 0
 
@@ -81,13 +94,22 @@ class HeadGroup(ABC):
         """Bytes held between two forwards."""
         return self.keys.nbytes + self.values.nbytes + sum(t.untyped_storage().nbytes() for t in self._state())
 
-    @abstractmethod
     def attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
         """Take in new tokens and return what they attend to; leaves at most the capacity behind."""
+        query, key, value = (self._rotated(each) for each in (tokens.query, tokens.key, tokens.value))
+        return self._rotated(self._attend(replace(tokens, query=query, key=key, value=value), kernel))
 
-    @abstractmethod
     def fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
         """Cut a prompt that has been attended to elsewhere to the budget."""
+        self._fill(self._rotated(key), self._rotated(value), score, positions)
+
+    @abstractmethod
+    def _attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+        """`attend`, for tokens in the channels that entries are held in."""
+
+    @abstractmethod
+    def _fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
+        """`fill`, for a prompt in the channels that entries are held in."""
 
     @abstractmethod
     def kept(self) -> Int[Tensor, "#batch #heads entries"]:
@@ -106,14 +128,15 @@ class HeadGroup(ABC):
             self.keys.resize(self.size)
             self.values.resize(self.size)
 
-    def _replace(self, key: Heads, value: Heads) -> None:
-        """Hold these entries instead of all others."""
-        self.filled = key.shape[2]
+    def _replace(self, key: Heads, value: Heads, slots: Int[Tensor, "#batch #heads kept"]) -> None:
+        """Hold, of the entries held and these new ones behind them, those at the given slots, and no others."""
+        held, self.filled = self.filled, slots.shape[2]
         self.size = min(self.budget.tokens, self.filled + SPARE)
-        for storage, entries in ((self.keys, key), (self.values, value)):
-            storage.resize(0)
-            storage.resize(self.size)
-            storage.write(0, entries)
+        for storage, new in ((self.keys, key), (self.values, value)):
+            storage.select(slots, held, new, self.size)
+
+    def _rotated(self, entries: Tensor) -> Tensor:
+        return entries if self.signs is None else rotated(entries, self.signs)
 
 
 def _index(heads: tuple[int, ...], device: torch.device) -> slice | Int[Tensor, " heads"]:
@@ -121,10 +144,3 @@ def _index(heads: tuple[int, ...], device: torch.device) -> slice | Int[Tensor, 
     if heads == tuple(range(heads[0], heads[-1] + 1)):
         return slice(heads[0], heads[-1] + 1)
     return torch.tensor(heads, device=device)
-
-
-def take(entries: Heads, index: Tensor) -> Float[Tensor, "batch heads taken head_dim"]:
-    """Entries at these slots; the index has a row per sequence, and per head where heads differ."""
-    index = index if index.dim() == 3 else index[:, None]
-    batch, heads, _, head_dim = entries.shape
-    return entries.gather(2, index[..., None].expand(batch, heads, -1, head_dim))

@@ -9,8 +9,9 @@ from typing_extensions import override
 from baklava.attention import Grouped, Heads, Kernel
 from baklava.errors import UserError
 from baklava.eviction import Eviction, Sample
-from baklava.heads.base import Budget, HeadGroup, Tokens, take
+from baklava.heads.base import Budget, HeadGroup, Tokens
 from baklava.heads.observing import Forward, Scorekeeper, observe
+from baklava.storage import NOTHING
 
 
 class Ranked(HeadGroup):
@@ -29,7 +30,7 @@ class Ranked(HeadGroup):
         self.keep = budget.tokens - eviction.interval
 
     @override
-    def attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+    def _attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
         if not tokens.forced and (not self.filled or tokens.count > self.eviction.interval):
             return self._block(tokens, kernel)
         if tokens.count == 1:
@@ -80,7 +81,7 @@ class Ranked(HeadGroup):
         forward = Forward(tokens.query, key, value, tokens.positions, common, kernel, tokens.padded)
         output = forward.attend(masked=bool(self.filled or tokens.padded))
         observe(forward, self._prompt_sample(), [Scorekeeper(self.eviction, scores)])
-        self._keep(key, value, scores, positions)
+        self._keep(tokens.key, tokens.value, scores, positions)
         return output
 
     def _prompt_sample(self) -> Sample:
@@ -93,21 +94,27 @@ class Ranked(HeadGroup):
         return Sample() if sample.repeated else sample
 
     @override
-    def fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
+    def _fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
         if score is None:
             raise ValueError(f"{self.eviction.name} needs the scores of the prompt, and none were recorded")
         self._keep(key, value, score, positions[:, None].expand(score.shape).int())
 
     def _keep(self, key: Heads, value: Heads, scores: Tensor, positions: Tensor) -> None:
-        """Keep the best of these entries, in the order of their positions, and nothing else."""
-        if key.shape[2] > self.keep:
-            winners = self._rank(scores, positions).topk(self.keep, sorted=False).indices.sort().values
-            key, value = take(key, winners), take(value, winners)
-            scores, positions = scores.gather(2, winners), positions.gather(2, winners)
-        self._replace(key, value)
+        """Keep the best of what is held and of these new entries behind it, in the order of their positions."""
+        winners = self._winners(scores, positions)
+        scores, positions = scores.gather(2, winners), positions.gather(2, winners)
+        self._replace(key, value, torch.where(positions < 0, NOTHING, winners))
         self.positions = _resized(positions, self.size)
         self.scores = _resized(scores, self.size)
         self.since = 0
+
+    def _winners(self, scores: Tensor, positions: Tensor) -> Tensor:
+        entries = positions.shape[2]
+        kept = min(entries, self.keep)
+        winners = self._rank(scores, positions).topk(kept, sorted=False).indices
+        # Padding goes last, so that a padded row has its sinks in the same slots as all others.
+        padding = positions.gather(2, winners) < 0
+        return (winners + padding * entries).sort().values % entries
 
     def _evict(self, forward: Forward) -> None:
         self.since = 0

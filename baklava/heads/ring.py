@@ -7,7 +7,8 @@ from typing_extensions import override
 
 from baklava.attention import Grouped, Heads, Kernel, Window, attend, attend_tiles, seen
 from baklava.eviction import Eviction
-from baklava.heads.base import Budget, HeadGroup, Tokens, take
+from baklava.heads.base import Budget, HeadGroup, Tokens
+from baklava.storage import NOTHING
 
 
 class Ring(HeadGroup):
@@ -19,7 +20,7 @@ class Ring(HeadGroup):
         self.last = torch.full((1, 1), -1, device=like.device)
 
     @override
-    def attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+    def _attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
         if tokens.count == 1 and self.filled:
             return self._step(tokens, kernel)
         return self._block(tokens, kernel)
@@ -51,29 +52,31 @@ class Ring(HeadGroup):
     def _block(self, tokens: Tokens, kernel: Kernel) -> Grouped:
         new = (tokens.key, tokens.value)
         if tokens.forced:  # one by one they would be read back as they are stored
-            new = self.keys.stored(tokens.key), self.values.stored(tokens.value)
+            slots = self._slots(tokens.positions.clamp(min=0))[:, None]
+            new = self.keys.stored(tokens.key, slots), self.values.stored(tokens.value, slots)
         key = torch.cat([self.keys.read(self.filled), new[0]], 2)
         value = torch.cat([self.values.read(self.filled), new[1]], 2)
         held = torch.cat([self.kept().expand(len(tokens.positions), -1, -1), tokens.positions[:, None]], 2)
         window = self.window if tokens.forced else None
         masked = bool(self.filled or tokens.padded or window)
         output = attend(tokens.query, key, value, tokens.positions, held, kernel, masked=masked, window=window)
-        self._keep(key, value, tokens.positions)
+        self._keep(tokens.key, tokens.value, tokens.positions)
         return output
 
     @override
-    def fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
+    def _fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
         self._keep(key, value, positions)
 
     def _keep(self, key: Heads, value: Heads, positions: Int[Tensor, "#batch new"]) -> None:
-        """Of `filled` old entries and the new ones behind them, keep each slot's newest."""
+        """Of `filled` old entries and these new ones behind them, keep each slot's newest."""
         # A copy: a view would hold on to the positions of the whole prompt.
         old, self.last = self.filled, positions[:, -1:].clone()
-        slots = torch.arange(min(self.budget.tokens, key.shape[2]), device=key.device)
+        total = old + key.shape[2]
+        slots = torch.arange(min(self.budget.tokens, total), device=key.device)
         due = self._positions(slots)
         newer = due - positions[:, :1]
-        source = torch.where(newer >= 0, old + newer, slots).clamp(0, key.shape[2] - 1)
-        self._replace(take(key, source), take(value, source))
+        source = torch.where(newer >= 0, old + newer, slots).clamp(0, total - 1)
+        self._replace(key, value, torch.where(due >= 0, source, NOTHING)[:, None])
 
     @override
     def kept(self) -> Int[Tensor, "#batch 1 entries"]:

@@ -1,16 +1,47 @@
 """Storage: how entries lie in memory. `storage_for` makes the one that a number of bits asks for."""
 
-from jaxtyping import Float
-from torch import Tensor
+from dataclasses import dataclass
 
-from baklava.storage.base import Storage
-from baklava.storage.dense import DenseStorage, stored_dtype
+from baklava.plan import FULL_BITS
+from baklava.storage.base import NOTHING, Codec, Entries, Storage
+from baklava.storage.dense import Dense, stored_dtype
+from baklava.storage.packed import Packed
+from baklava.storage.slots import Slots
+from baklava.storage.spliced import Part, Spliced
 
-BITS: dict[int, type[DenseStorage]] = {16: DenseStorage, 32: DenseStorage}
+__all__ = [
+    "NOTHING",
+    "Codec",
+    "Dense",
+    "Layout",
+    "Packed",
+    "Slots",
+    "Spliced",
+    "Storage",
+    "storage_for",
+    "stored_dtype",
+]
 
-__all__ = ["BITS", "DenseStorage", "Storage", "storage_for", "stored_dtype"]
+
+@dataclass(frozen=True)
+class Layout:
+    """Which of a head's slots stay in 16 bits where the others are packed: the first `sinks`, the last `staged`."""
+
+    tokens: int
+    sinks: int = 0
+    staged: int = 0
 
 
-def storage_for(bits: int, like: Float[Tensor, "batch heads tokens head_dim"]) -> Storage:
-    """Empty storage for entries shaped and placed like these."""
-    return BITS[bits](like, bits)
+def storage_for(bits: int, like: Entries, layout: Layout, *, centred: bool = False) -> Storage:
+    """Empty storage for entries shaped and placed like these; packed ones have been rotated, keys are `centred`.
+
+    Raises:
+        UserError: heads of this dimension cannot be packed in so many bits.
+    """
+    if bits >= FULL_BITS:
+        return Slots(Dense(like, bits), like)
+    bounds = (0, layout.sinks, layout.tokens - layout.staged, layout.tokens)
+    codecs: list[Codec] = [Dense(like, FULL_BITS), Packed(like, bits, centred), Dense(like, FULL_BITS)]
+    ranges = zip(bounds, bounds[1:], codecs, strict=False)
+    parts = [Part(start, stop, Slots(codec, like)) for start, stop, codec in ranges if stop > start]
+    return parts[0].slots if len(parts) == 1 else Spliced(parts)

@@ -1,16 +1,29 @@
-"""The storage plug-in: how the entries of a group of KV heads lie in memory."""
+"""The storage plug-ins: how the entries of a group of KV heads lie in memory, and how each of them is encoded."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Entries = Float[Tensor, "batch heads tokens head_dim"]
+Index = Int[Tensor, "#batch #heads tokens"]
+Coded = tuple[Tensor, ...]
+"""Encoded entries: tensors [batch, heads, tokens, any], of which a slot is a row of each."""
+
+NOTHING = -1
+"""In place of a slot: nothing that anybody will see."""
+
+FRESH = -2
+"""In place of a slot: a new entry."""
 
 
 class Storage(ABC):
     """Slots for the keys or the values of KV heads that share a capacity, `[batch, heads, slots, head_dim]`.
 
-    What `read` returns is in the dtype that the model computes in; what lies in memory is the storage's own affair.
+    What is read is in the dtype that the model computes in; what lies in memory is the storage's own affair. An entry
+    that stays is never encoded again, so it never drifts.
     """
 
     @property
@@ -28,24 +41,27 @@ class Storage(ABC):
         """Hold this many slots; the first ones keep their entries."""
 
     @abstractmethod
-    def write(self, start: int, entries: Float[Tensor, "batch heads tokens head_dim"]) -> None:
+    def write(self, start: int, entries: Entries) -> None:
         """Put entries into the slots from `start` on."""
 
     @abstractmethod
-    def scatter(
-        self, slots: Int[Tensor, "#batch #heads tokens"], entries: Float[Tensor, "batch heads tokens dim"]
-    ) -> None:
+    def scatter(self, slots: Index, entries: Entries) -> None:
         """Put entries into the given slots of each row and head."""
+
+    @abstractmethod
+    def select(self, slots: Index, held: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
+        """Hold `size` slots, the first with these of the `held` first entries and the new ones behind them.
+
+        `slots` below `held` are old entries, those from there on new ones, NOTHING is none.
+        """
 
     @abstractmethod
     def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:
         """Entries of the first slots."""
 
     @abstractmethod
-    def stored(
-        self, entries: Float[Tensor, "batch heads tokens head_dim"]
-    ) -> Float[Tensor, "batch heads tokens head_dim"]:
-        """These entries as they would be read back, without putting them anywhere."""
+    def stored(self, entries: Entries, slots: Index) -> Entries:
+        """These entries as they would be read back from the given slots, without putting them anywhere."""
 
     @abstractmethod
     def tiles(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
@@ -58,3 +74,51 @@ class Storage(ABC):
     @abstractmethod
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep these rows of the batch, in this order."""
+
+
+class Codec(ABC):
+    """The form in which entries are stored."""
+
+    compute_dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def copies(self) -> bool:
+        """Whether decoding makes a copy."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held beside the encoded entries."""
+
+    @abstractmethod
+    def encode(self, entries: Entries) -> Coded:
+        """The tensors that stand for these entries."""
+
+    @abstractmethod
+    def decode(self, coded: Coded) -> Entries:
+        """The entries that these tensors stand for, in the dtype that the model computes in."""
+
+    @abstractmethod
+    def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
+        """Learn what there is to learn from the first entries that come together; whatever comes later is ignored."""
+
+    @abstractmethod
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keep these rows of the batch, in this order."""
+
+
+def wide(index: Tensor, entries: Tensor) -> Tensor:
+    """An index of slots, as wide as the entries at those slots."""
+    return index[..., None].expand(entries.shape[0], entries.shape[1], index.shape[2], entries.shape[3])
+
+
+def origin(slots: Tensor, held: int) -> Tensor:
+    """Where selected entries come from: a slot, FRESH or NOTHING."""
+    return torch.where(slots >= held, FRESH, slots)
+
+
+def among(slots: Tensor, held: int, new: Tensor) -> Tensor:
+    """The new entries of a selection, at their places in it; elsewhere any."""
+    index = (slots - held).clamp(0, new.shape[2] - 1)
+    return new.gather(2, wide(index, new))

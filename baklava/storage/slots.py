@@ -1,0 +1,126 @@
+"""Slots whose entries are all encoded in one way."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from baklava.storage.base import FRESH, Codec, Coded, Entries, Index, Storage, among, origin, wide
+
+TILE_BYTES = 4 << 20
+"""Converted entries at a time: what a processor keeps near. Fresh memory costs more than the conversion itself."""
+MINIMUM_TILE = 256
+
+
+class Slots(Storage):
+    """The tensors that a codec makes of entries; a slot is a row of each."""
+
+    def __init__(self, codec: Codec, like: Entries) -> None:
+        self.codec = codec
+        # Copies: an empty view would hold on to all that it is a view of.
+        self.coded = tuple(part.clone() for part in codec.encode(like[:, :, :0]))
+        self.slot_bytes = like[:, :, :1].numel() * like.element_size()
+
+    @property
+    def count(self) -> int:
+        """Slots held."""
+        return self.coded[0].shape[2]
+
+    @override
+    @property
+    def nbytes(self) -> int:
+        return self.codec.nbytes + sum(part.untyped_storage().nbytes() for part in self.coded)
+
+    @override
+    @property
+    def copies(self) -> bool:
+        return self.codec.copies
+
+    @override
+    def resize(self, slots: int) -> None:
+        self.coded = _resized(self.coded, slots)
+
+    @override
+    def write(self, start: int, entries: Entries) -> None:
+        for mine, new in zip(self.coded, self.codec.encode(entries), strict=True):
+            mine[:, :, start : start + entries.shape[2]] = new
+
+    @override
+    def scatter(self, slots: Index, entries: Entries) -> None:
+        self._put(slots, self.codec.encode(entries))
+
+    @override
+    def select(self, slots: Index, held: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
+        self.hold(origin(slots, held), among(slots, held, new), size)
+
+    def hold(self, source: Index, fresh: Entries, size: int) -> None:
+        """Hold `size` slots, the first with the entries at the sources; `fresh` has those that are FRESH."""
+        self.codec.fit(fresh, source == FRESH)
+        self.coded = _resized(self._picked(source, fresh), size)
+
+    def put(self, source: Index, target: Index, fresh: Entries) -> None:
+        """Put the entries at the sources into the targets; `fresh` has those that are FRESH."""
+        self._put(target, self._picked(source, fresh))
+
+    @override
+    def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:
+        return self._between(0, slots)
+
+    def at(self, slots: Index) -> Entries:
+        """Entries of these slots of each row and head."""
+        return self.codec.decode(_gathered(self.coded, slots))
+
+    @override
+    def stored(self, entries: Entries, slots: Index) -> Entries:
+        return self.codec.decode(self.codec.encode(entries))
+
+    @override
+    def tiles(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
+        size = slots
+        # A compiler wants the same number of parts for every length.
+        if self.copies and not torch.compiler.is_compiling():
+            size = max(MINIMUM_TILE, TILE_BYTES // self.slot_bytes)
+        if slots <= size:
+            yield self.read(slots)
+            return
+        for start in range(0, slots, size):
+            yield self._between(start, min(start + size, slots))
+
+    @override
+    def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
+        self._put(target, _gathered(self.coded, source))
+
+    @override
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        self.codec.select_rows(rows)
+        self.coded = tuple(part.index_select(0, rows.to(part.device)) for part in self.coded)
+
+    def _between(self, start: int, stop: int) -> Entries:
+        return self.codec.decode(tuple(part[:, :, start:stop] for part in self.coded))
+
+    def _picked(self, source: Index, fresh: Entries) -> Coded:
+        new = self.codec.encode(fresh)
+        if not self.count:
+            return new
+        own = _gathered(self.coded, source.clamp(min=0))
+        mine = (source >= 0)[..., None]
+        return tuple(torch.where(mine, old, one) for old, one in zip(own, new, strict=True))
+
+    def _put(self, target: Index, coded: Coded) -> None:
+        for mine, new in zip(self.coded, coded, strict=True):
+            mine.scatter_(2, wide(target, new), new)
+
+
+def _gathered(coded: Coded, slots: Tensor) -> Coded:
+    return tuple(part.gather(2, wide(slots, part)) for part in coded)
+
+
+def _resized(coded: Coded, slots: int) -> Coded:
+    """Copies with this many slots, that hold on to nothing else."""
+    resized = tuple(part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in coded)
+    for new, old in zip(resized, coded, strict=True):
+        kept = min(slots, old.shape[2])
+        new[:, :, :kept] = old[:, :, :kept]
+    return resized

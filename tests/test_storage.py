@@ -1,0 +1,209 @@
+"""One contract for all storages, and what packed ones promise beside it."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from baklava.errors import UserError
+from baklava.geometry import CacheGeometry
+from baklava.heads.rotation import hadamard, rotated
+from baklava.plan import EvictionChoice, head_bytes, side_bytes
+from baklava.storage import NOTHING, Layout, Storage, storage_for
+from baklava.storage.bits import pack, unpack
+
+BATCH, HEADS, DIM, TOKENS = 2, 3, 16, 24
+LAYOUTS = [Layout(TOKENS), Layout(TOKENS, sinks=3), Layout(TOKENS, sinks=2, staged=5), Layout(TOKENS, staged=4)]
+BITS = [32, 16, 8, 4, 3, 2]
+
+every_storage = pytest.mark.parametrize(
+    ("bits", "layout", "centred"),
+    [(bits, layout, centred) for bits in BITS for layout in LAYOUTS for centred in (False, True)],
+    ids=str,
+)
+
+
+def draw(tokens: int, seed: int = 0, dim: int = DIM) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, HEADS, tokens, dim, generator=generator) + torch.arange(dim) / dim
+
+
+def slots(*rows: int) -> Tensor:
+    return torch.tensor(rows).expand(BATCH, HEADS, -1).clone()
+
+
+def part_of(slots: Tensor, layout: Layout) -> Tensor:
+    return (slots >= layout.sinks).int() + (slots >= layout.tokens - layout.staged).int()
+
+
+def filled(bits: int, layout: Layout, centred: bool) -> Storage:
+    """A full storage, whose mean is fitted to half of its entries."""
+    storage = storage_for(bits, draw(1), layout, centred=centred)
+    storage.select(torch.arange(12)[None, None], 0, draw(12), 12)
+    storage.resize(TOKENS)
+    storage.write(12, draw(TOKENS - 12, seed=1))
+    return storage
+
+
+@every_storage
+def test_what_is_written_scattered_and_stored_reads_back_alike(bits: int, layout: Layout, centred: bool) -> None:
+    storage, everywhere = filled(bits, layout, centred), torch.arange(TOKENS)[None, None]
+    entries = torch.cat([draw(12), draw(TOKENS - 12, seed=1)], 2)
+    assert torch.equal(storage.read(TOKENS), storage.stored(entries, everywhere))
+    assert torch.equal(torch.cat(list(storage.tiles(TOKENS)), 2), storage.read(TOKENS))
+    assert torch.equal(storage.read(7), storage.read(TOKENS)[:, :, :7])
+    new = draw(2, seed=2)
+    targets = torch.stack([slots(1, 22)[0], slots(9, 3)[0]])
+    before = storage.read(TOKENS)
+    storage.scatter(targets, new)
+    wide = targets[..., None].expand(-1, -1, -1, DIM)
+    expected = before.scatter(2, wide, storage.stored(new, targets))
+    assert torch.equal(storage.read(TOKENS), expected)
+    storage.scatter(torch.tensor([[[0]], [[23]]]), new[:, :, :1])
+    assert torch.equal(storage.read(TOKENS)[1, :, 23:], storage.stored(new[:, :, :1], slots(23))[1])
+
+
+@every_storage
+def test_moves_copy_codes_and_encode_what_was_staged_once(bits: int, layout: Layout, centred: bool) -> None:
+    storage = filled(bits, layout, centred)
+    before = storage.read(TOKENS)
+    # Rows differ in what moves; an entry that goes nowhere goes onto itself.
+    source = torch.stack([slots(20, 21, 4)[0], slots(23, 0, 1)[0]])
+    target = torch.stack([slots(5, 3, 4)[0], slots(6, 0, 1)[0]])
+    for _ in range(3):
+        storage.move(source, target)
+    wide = target[..., None].expand(-1, -1, -1, DIM)
+    moved = before.gather(2, source[..., None].expand(-1, -1, -1, DIM))
+    alike = part_of(source, layout) == part_of(target, layout) if bits < 16 else torch.ones_like(source).bool()
+    expected = before.scatter(2, wide, torch.where(alike[..., None], moved, storage.stored(moved, target)))
+    assert torch.equal(storage.read(TOKENS), expected)
+
+
+@every_storage
+def test_a_selection_is_of_old_entries_as_they_are_and_of_new_ones(bits: int, layout: Layout, centred: bool) -> None:
+    storage = filled(bits, layout, centred)
+    before, new = storage.read(TOKENS), draw(9, seed=3)
+    chosen = slots(0, 1, 2, 3, 4, 7, 11, 15, TOKENS + 2, TOKENS + 5, NOTHING, TOKENS + 8)
+    for _ in range(3):
+        again = copy.deepcopy(storage)
+        again.select(chosen, TOKENS, new, 15)
+    assert torch.equal(again.read(8), before[:, :, [0, 1, 2, 3, 4, 7, 11, 15]])
+    fresh = storage.stored(new[:, :, [2, 5, 8]], slots(8, 9, 11))
+    assert torch.equal(again.read(12)[:, :, [8, 9, 11]], fresh)
+    assert torch.equal(storage.read(TOKENS), before)
+    again.select(torch.arange(15)[None, None], 15, new, TOKENS)
+    assert torch.equal(again.read(8), before[:, :, [0, 1, 2, 3, 4, 7, 11, 15]])
+
+
+@every_storage
+def test_rows_and_copies_keep_what_they_hold(bits: int, layout: Layout, centred: bool) -> None:
+    storage = filled(bits, layout, centred)
+    before, copied = storage.read(TOKENS), copy.deepcopy(storage)
+    copied.select_rows(torch.tensor([1, 0, 1]))
+    assert torch.equal(copied.read(TOKENS), before[[1, 0, 1]])
+    copied.resize(5)
+    copied.resize(TOKENS)
+    assert torch.equal(copied.read(5), before[[1, 0, 1], :, :5])
+    assert torch.equal(storage.read(TOKENS), before)
+    new = draw(TOKENS, seed=4)
+    copied.write(0, new[[1, 0, 1]])
+    storage.write(0, new)
+    assert torch.equal(copied.read(TOKENS), storage.read(TOKENS)[[1, 0, 1]])
+
+
+@every_storage
+def test_bytes_are_those_of_the_plan(bits: int, layout: Layout, centred: bool) -> None:
+    storage = filled(bits, layout, centred)
+    mean = DIM * 2 if centred and bits < 16 else 0
+    assert storage.nbytes == BATCH * HEADS * (side_bytes(DIM, TOKENS, bits, layout.sinks + layout.staged) + mean)
+    storage.resize(layout.sinks + 1)
+    assert storage.nbytes == BATCH * HEADS * (side_bytes(DIM, layout.sinks + 1, bits, layout.sinks) + mean)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_pair_of_storages_is_a_head_of_the_plan(bits: int, sinks: int, staged: bool) -> None:
+    geometry = CacheGeometry(layers=1, kv_heads=1, query_group=1, head_dim=64, windows=(None,))
+    eviction = EvictionChoice(method="streaming", sinks=sinks, interval=8, staged=staged)
+    layout = Layout(40, sinks, 8 if staged else 0)
+    pair = [storage_for(bits, torch.empty(1, 1, 0, 64), layout, centred=centred) for centred in (True, False)]
+    for storage in pair:
+        storage.resize(40)
+    assert sum(storage.nbytes for storage in pair) == head_bytes(geometry, 40, bits, bits, eviction)
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.0002), (4, 0.0120), (3, 0.0385), (2, 0.122)])
+def test_the_error_is_that_of_the_best_uniform_levels(bits: int, error: float) -> None:
+    entries = torch.randn(1, 2, 2000, 128, generator=torch.Generator().manual_seed(0))
+    skewed = entries * torch.linspace(0.01, 3, 128)
+    for each in (entries, rotated(skewed, hadamard(128, torch.float32, entries.device))):
+        storage = storage_for(bits, each, Layout(2000))
+        off = (storage.stored(each, torch.arange(2000)[None, None]) - each).square().mean() / each.square().mean()
+        assert off < error
+
+
+def test_a_mean_that_keys_share_costs_no_precision() -> None:
+    keys = draw(500, dim=64) + 20 * torch.randn(1, HEADS, 1, 64, generator=torch.Generator().manual_seed(5))
+    errors = []
+    for centred in (False, True):
+        storage = storage_for(4, keys, Layout(500, sinks=2), centred=centred)
+        storage.select(torch.arange(500)[None, None], 0, keys, 500)
+        errors.append(float((storage.read(500) - keys)[:, :, 2:].square().mean()))
+    assert errors[1] < 0.015 < 1 < errors[0]
+
+
+def test_the_mean_is_of_the_first_entries_and_not_of_sinks_or_padding() -> None:
+    keys, layout = draw(20), Layout(TOKENS, sinks=2)
+    odd = keys.clone()
+    odd[:, :, :2] += 100
+    odd[:, :, 15:] -= 50
+    whole, cut = (storage_for(4, keys, layout, centred=True) for _ in range(2))
+    whole.select(torch.arange(15)[None, None], 0, keys[:, :, :15], 20)
+    padded = torch.tensor([*range(15), *[NOTHING] * 5])[None, None]
+    cut.select(padded, 0, odd, 20)
+    assert torch.equal(whole.read(15)[:, :, 2:], cut.read(15)[:, :, 2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_extreme_entries_stay_finite(dtype: torch.dtype, bits: int) -> None:
+    top = 60000.0
+    entries = torch.stack(
+        [torch.zeros(DIM), torch.full((DIM,), 1e-7), torch.eye(DIM)[0] * top, torch.full((DIM,), -top)]
+    )
+    entries = entries.to(dtype).expand(BATCH, HEADS, -1, -1)
+    storage = storage_for(bits, entries, Layout(4))
+    stored = storage.stored(entries, torch.arange(4)[None, None])
+    assert stored.dtype == dtype
+    assert bool(stored.isfinite().all())
+    assert float(stored[:, :, 0].abs().max()) == 0
+    assert float(stored[:, :, 1].abs().max()) < 1e-5
+    torch.testing.assert_close(stored[:, :, 3].float(), torch.full((BATCH, HEADS, DIM), -top), rtol=0.01, atol=0)
+
+
+@given(bits=st.sampled_from([8, 4, 3, 2]), eighths=st.integers(1, 12), seed=st.integers(0, 2**30))
+def test_packed_codes_come_back_exactly(bits: int, eighths: int, seed: int) -> None:
+    head_dim, generator = 8 * eighths, torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (2, 3, 5, head_dim), generator=generator).to(torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape[-1] == head_dim * bits // 8
+    assert torch.equal(unpack(packed, bits, head_dim), codes)
+
+
+@pytest.mark.parametrize(("bits", "head_dim", "multiple"), [(4, 3, 2), (2, 6, 4), (3, 12, 8)])
+def test_heads_that_do_not_fill_bytes_are_refused(bits: int, head_dim: int, multiple: int) -> None:
+    with pytest.raises(UserError, match=f"a multiple of {multiple}; keep them in 16 bits"):
+        storage_for(bits, torch.empty(1, 1, 0, head_dim), Layout(10))
+
+
+@given(head_dim=st.integers(1, 130), seed=st.integers(0, 2**30))
+def test_a_rotation_keeps_products_and_is_its_own_inverse(head_dim: int, seed: int) -> None:
+    pair = torch.randn(2, 5, head_dim, generator=torch.Generator().manual_seed(seed))
+    signs = hadamard(head_dim, torch.float32, pair.device)
+    turned = rotated(pair, signs)
+    torch.testing.assert_close(rotated(turned, signs), pair, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((turned[0] * turned[1]).sum(-1), (pair[0] * pair[1]).sum(-1), atol=1e-4, rtol=1e-4)
