@@ -4,34 +4,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
+from baklava.heads.rotation import hadamard, rotated
+from baklava.plan import FULL_BITS
+from baklava.storage import Layout, storage_for
+from baklava.storage.bits import WIDTHS
 
 Entries = Float[Tensor, "heads entries head_dim"]
 
 
 def packable(head_dim: int, bits: int) -> bool:
     """Whether heads of this dimension fill whole bytes in so many bits."""
-    return head_dim * (1 if bits == 3 else bits) % 8 == 0
+    return bits >= FULL_BITS or all(head_dim * width % 8 == 0 for width in WIDTHS[bits])
 
 
 def read_back(entries: Entries, bits: int, sinks: int, *, centred: bool) -> Entries:
     """Keys (`centred`) or values as a packed head returns them; the sinks stay in 16 bits."""
-    if bits >= 16:
+    if bits >= FULL_BITS:
         return entries
-    n = entries.shape[-1]
-    h = torch.ones(1, 1)
-    while len(h) < n:
-        h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), h)
-    h = h / n**0.5
-    x = entries @ h
-    mu = x[:, sinks:].mean(1, keepdim=True) if centred else 0
-    x = x - mu
-    half = (2**bits - 1) / 2
-    step = torch.minimum(
-        x.square().mean(-1, keepdim=True).sqrt() * STEPS[bits], x.abs().amax(-1, keepdim=True) / half
-    ).clamp(min=1e-9)
-    c = (x / step + half).round().clamp(0, 2 * half) - half
-    s = (x * c).sum(-1, keepdim=True) / c.square().sum(-1, keepdim=True)
-    out = (c * s + mu) @ h
-    out[:, :sinks] = entries[:, :sinks]
-    return out
+    tokens, head_dim = entries.shape[1:]
+    signs = hadamard(head_dim, entries.dtype, entries.device)
+    held = rotated(entries, signs)[None]
+    storage = storage_for(bits, held, Layout(tokens, sinks), centred=centred)
+    storage.select(torch.arange(tokens, device=entries.device)[None, None], 0, held, tokens)
+    return rotated(storage.read(tokens), signs)[0]

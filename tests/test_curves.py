@@ -46,10 +46,12 @@ def test_a_head_that_keeps_everything_loses_nothing_and_fewer_entries_lose_more(
     scores = torch.rand(2, CONTEXT, generator=torch.Generator().manual_seed(0))
     lattice = Lattice(eviction, (12, 40, 200), ((16, 16), (4, 4), (2, 2)))
     kl, error = curves.losses(layer, scores, lattice)
-    assert kl[:, 0, 2].max() < 1e-9 and error[:, 0, 2].max() < 1e-4
+    assert kl[:, 0, 2].max() < 1e-9
+    assert error[:, 0, 2].max() < 1e-4
     for grid in (kl, error):
         assert (grid[:, 0, 0] > grid[:, 0, 1]).all()
-        assert (grid[:, 0, 2] < grid[:, 1, 2]).all() and (grid[:, 1, 2] < grid[:, 2, 2]).all()
+        assert (grid[:, 0, 2] < grid[:, 1, 2]).all()
+        assert (grid[:, 1, 2] < grid[:, 2, 2]).all()
 
 
 def test_the_kept_output_is_attention_over_sinks_the_best_and_the_newest() -> None:
@@ -95,7 +97,9 @@ def test_a_ranking_leaves_the_sinks_out_and_falls_with_the_rank() -> None:
     scores = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
     scores[:, :4] = 9.0
     found = ranking([[scores]], sinks=4)
-    assert found.tokens == 46 and found.ranks[0] == 1 and found.ranks[-1] == 46
+    assert found.tokens == 46
+    assert found.ranks[0] == 1
+    assert found.ranks[-1] == 46
     head = found.scores[0][0][1]
     assert head[0] == pytest.approx(float(scores[1, 4:].max().log()), abs=1e-3)
     assert list(head) == sorted(head, reverse=True)
@@ -118,4 +122,6 @@ def test_a_model_with_sliding_layers_has_importance_alone(tiny: Maker) -> None:
     loaded = LoadedModel.of(Qwen2ForCausalLM(config).eval(), tokenizer=None, id="sliding")
     ids = tuple(random_ids(1, 40)[0].tolist())
     measured = profile(loaded, [Window("w", "d", ids, 30)])
-    assert measured.rankings == {} and measured.curves is None and len(measured.importance["value"]) == 2
+    assert measured.rankings == {}
+    assert measured.curves is None
+    assert len(measured.importance["value"]) == 2

@@ -95,7 +95,7 @@ def _blends(space: Space) -> list[Params]:
 def _stored(bits: BitsName) -> Params:
     """The bits and the eviction of the strongest heuristics."""
     packed: dict[str, Any] = {} if bits == "16" else {"staged": SHARPEST.staged}
-    shared = {knob: getattr(SHARPEST, knob) for knob in ("sinks", "recent", "interval", "power", "distance", "merging")}
+    shared = {knob: getattr(SHARPEST, knob) for knob in ("sinks", "recent", "interval", "merging")}
     method = {"eviction": SHARPEST.name, "group_reduction": SHARPEST.reduction}
     return {"bits": bits, "rounding": 8, **shared, **method, **packed}
 

@@ -1,7 +1,6 @@
 """The search space: where the entries go, in how many bits, and which of them stay, as flat parameters."""
 
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Literal
 
 import optuna
@@ -16,8 +15,6 @@ from tuning.settings import BitsName
 Params = dict[str, Any]
 
 GROUP_REDUCTIONS: tuple[Literal["mean", "max"], ...] = ("mean", "max")
-POWERS: tuple[Literal[1, 2], ...] = (1, 2)
-DISTANCES = (0, 32)
 ROUNDINGS = (8, 16, 32)
 
 CURVES: BitsName = "curves"
@@ -102,8 +99,6 @@ def _suggest_heavy_hitter(trial: optuna.trial.BaseTrial, packed: bool) -> None:
     trial.suggest_float("recent", 0.2, 0.8)
     trial.suggest_categorical("interval", [8, 16, 32])
     trial.suggest_categorical("group_reduction", list(GROUP_REDUCTIONS))
-    trial.suggest_categorical("power", list(POWERS))
-    trial.suggest_categorical("distance", list(DISTANCES))
     trial.suggest_categorical("merging", [0.0, 0.8])
     if packed:
         trial.suggest_categorical("staged", [False, True])
@@ -114,8 +109,7 @@ def evictions() -> tuple[Eviction, ...]:
 
     Sinks, the recent share, the interval, bits, staging and merging change what is cut, not what is recorded.
     """
-    knobs = product(GROUP_REDUCTIONS, POWERS, DISTANCES)
-    return (Streaming(), *(HeavyHitter(reduction=r, power=p, distance=d) for r, p, d in knobs))
+    return (Streaming(), *(HeavyHitter(reduction=reduction) for reduction in GROUP_REDUCTIONS))
 
 
 def allocation_of(params: Params) -> Allocation:
@@ -128,7 +122,7 @@ def eviction_of(params: Params) -> Eviction:
     """The eviction that a trial's parameters name."""
     if params["eviction"] == Streaming.name:
         return Streaming(sinks=params["sinks"])
-    knobs = {knob: params[knob] for knob in ("sinks", "recent", "interval", "power", "distance", "merging")}
+    knobs = {knob: params[knob] for knob in ("sinks", "recent", "interval", "merging")}
     return HeavyHitter(**knobs, reduction=params["group_reduction"], staged=params.get("staged", False))
 
 
