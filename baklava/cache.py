@@ -1,7 +1,7 @@
 """The cache that lives inside a plan: what goes into `model.generate(past_key_values=BudgetedCache(plan))`."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -219,10 +219,14 @@ class BudgetedCache(Cache):
     @contextmanager
     def teacher_forcing(self) -> Iterator[None]:
         """Within it, all tokens of a forward see exactly what they would see one by one."""
+        groups = [group for layer in self.ragged() for group in layer.groups]
         for layer in self.ragged():
             layer.forced = True
         try:
-            yield
+            with ExitStack() as stack:
+                for group in groups:
+                    stack.enter_context(group.mirrored())
+                yield
         finally:
             for layer in self.ragged():
                 layer.forced = False

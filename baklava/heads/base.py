@@ -1,6 +1,8 @@
 """KV heads of one layer that share a budget: their entries, and how they attend, take in tokens and evict."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +13,7 @@ from baklava.attention import Grouped, Heads, Kernel
 from baklava.eviction import Eviction
 from baklava.heads.rotation import hadamard, rotated
 from baklava.plan import FULL_BITS
-from baklava.storage import Layout, storage_for
+from baklava.storage import Layout, Mirrored, storage_for
 
 SPARE = 64
 """Slots that a head below its capacity allocates ahead, so that growing copies seldom."""
@@ -102,6 +104,16 @@ class HeadGroup(ABC):
     def fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
         """Cut a prompt that has been attended to elsewhere to the budget."""
         self._fill(self._rotated(key), self._rotated(value), score, positions)
+
+    @contextmanager
+    def mirrored(self) -> Iterator[None]:
+        """Within it, entries that are stored in another form than they are computed with are read out once."""
+        before = self.keys, self.values
+        self.keys, self.values = (Mirrored(each, self.size) if each.copies else each for each in before)
+        try:
+            yield
+        finally:
+            self.keys, self.values = before
 
     @abstractmethod
     def _attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from baklava.plan import FULL_BITS
 from baklava.storage.base import NOTHING, Codec, Entries, Storage
 from baklava.storage.dense import Dense, stored_dtype
+from baklava.storage.mirrored import Mirrored
 from baklava.storage.packed import Packed
 from baklava.storage.slots import Slots
 from baklava.storage.spliced import Part, Spliced
@@ -14,6 +15,7 @@ __all__ = [
     "Codec",
     "Dense",
     "Layout",
+    "Mirrored",
     "Packed",
     "Slots",
     "Spliced",

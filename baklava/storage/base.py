@@ -60,6 +60,10 @@ class Storage(ABC):
         """Entries of the first slots."""
 
     @abstractmethod
+    def at(self, slots: Index) -> Entries:
+        """Entries of these slots of each row and head."""
+
+    @abstractmethod
     def stored(self, entries: Entries, slots: Index) -> Entries:
         """These entries as they would be read back from the given slots, without putting them anywhere."""
 

@@ -68,8 +68,8 @@ class Slots(Storage):
     def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:
         return self._between(0, slots)
 
+    @override
     def at(self, slots: Index) -> Entries:
-        """Entries of these slots of each row and head."""
         return self.codec.decode(_gathered(self.coded, slots))
 
     @override

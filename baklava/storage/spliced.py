@@ -80,7 +80,7 @@ class Spliced(Storage):
         source, fresh = origin(slots, held), among(slots, held, new)
         if held:
             old = (source >= 0)[..., None]
-            fresh = torch.where(old, self._at(source.clamp(min=0)), fresh)
+            fresh = torch.where(old, self.at(source.clamp(min=0)), fresh)
         for part in self.parts:
             here = part.within(0, slots.shape[2])
             part.slots.hold(part.own(source[..., here]), fresh[:, :, here], part.share(size))
@@ -105,7 +105,7 @@ class Spliced(Storage):
 
     @override
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
-        self._put(source, target, self._at(source))
+        self._put(source, target, self.at(source))
 
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
@@ -115,8 +115,8 @@ class Spliced(Storage):
     def _reached(self, slots: int) -> list[Part]:
         return [part for part in self.parts if part.start < slots] or self.parts[:1]
 
-    def _at(self, slots: Index) -> Entries:
-        """Entries of these slots of each row and head."""
+    @override
+    def at(self, slots: Index) -> Entries:
         held = [part for part in self.parts if part.slots.count]
         entries = held[0].slots.at(slots.clamp(max=held[0].end - 1))
         for part in held[1:]:
