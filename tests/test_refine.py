@@ -218,6 +218,14 @@ def test_heuristics_of_drawn_sizes_get_the_size_of_the_winner() -> None:
     assert {round(plans[name].ratio, 1) for name in names} <= {0.2, 0.4}
 
 
+def test_under_a_bound_no_heuristic_wins_by_a_rounding() -> None:
+    bounded = task(None, max_dnll=1.0)
+    said = decide(MadeUpCrew(), [record(1, [0.1] * 4, ratio=0.2, budget=0.2)], WINDOWS, bounded)
+    assert said is not None
+    assert said.winner.candidate.name == "trial 1"
+    assert len(said.ranking) > 3
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [

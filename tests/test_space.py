@@ -9,7 +9,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from baklava.allocation import Blended, Shifted
 from baklava.geometry import CacheGeometry, ModelIdentity
-from baklava.profile import Profile
+from baklava.profile import Curves, Profile
 from tuning.goal import Goal
 from tuning.heuristics import SHARPEST, first_params, heuristics
 from tuning.searcher import COMPARED_TRIALS, GRACE_WINDOWS, Halving, PlanSearch
@@ -126,6 +126,13 @@ def test_what_the_profile_did_not_measure_is_not_drawn() -> None:
     assert not any({"reconstruction_power", "curve_power"} & params.keys() for params in drawn)
     assert all(params["bits"] != "curves" for params in drawn)
     assert {params["allocation"] for params in draws(WHOLE, 50)} == {"blended", "greedy"}
+
+
+def test_bits_without_loss_curves_are_left_out_where_the_others_have_them() -> None:
+    curves = Curves(eviction=SHARPEST.choice, entries=(1,), bits=((16, 16), (4, 4)), losses={})
+    measured = profile().model_copy(update={"curves": curves})
+    assert Space.of(measured, BITS, None).bits == ("16", "4", "curves")
+    assert Space.of(measured, ("k8v4",), None) == Space(("k8v4",), ranked=False, curved=False)
 
 
 def test_shifts_are_a_part_of_the_plan(drawn: list[dict[str, object]]) -> None:

@@ -54,10 +54,9 @@ class Recorder(tune.Callback):
         return "finished" if windows == len(self.task.windows) else "pruned"
 
     def _line(self, record: TrialRecord) -> str:
-        started = f" (from {record.refines})" if record.refines else ""
-        parts = [f"trial {record.trial} of {self.trials}{started}: {self._outcome(record)}", *self._best()]
-        parts.append(f"{self._minutes_left()} left")
-        return ", ".join(parts)
+        refined = [f"refined from trial {record.refines}"] if record.refines else []
+        parts = [f"trial {record.trial} of {self.trials}: {self._outcome(record)}", *refined, *self._best()]
+        return ", ".join([*parts, f"{self._minutes_left()} left"])
 
     def _best(self) -> list[str]:
         if self.task.goal.front:  # of many sizes, the best by loss alone is only the largest

@@ -143,7 +143,8 @@ def _write(run: Run, outcome: Outcome) -> None:
     files = [out / "report.html", out / "trials.jsonl"]
     write_report(outcome, out / "report.html")
     if front:
-        write_front(out, front, [_signed(run, entry) for entry in front], outcome.winner)
+        plans = [outcome.plan if entry is outcome.winner else _signed(run, entry) for entry in front]
+        write_front(out, front, plans, outcome.winner)
         files.append(out / "front.json")
     # Last of all: where there is a plan.json, the search is complete.
     outcome.plan.write(out / "plan.json")

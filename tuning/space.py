@@ -59,10 +59,16 @@ class Space:
 
     @classmethod
     def of(cls, profile: Profile, bits: tuple[BitsName, ...], sizes: tuple[float, float] | None) -> "Space":
-        """The space for a model with this profile."""
-        curved = profile.curves is not None
-        possible = tuple(name for name in bits if curved or name != CURVES)
-        return cls(possible or ("4",), "reconstruction" in profile.rankings, curved, sizes)
+        """The space for a model with this profile.
+
+        Where there are loss curves, bits that they were not measured in are left out: half of the space asks for them.
+        """
+        measured = profile.curves.bits if profile.curves else ()
+        within = tuple(name for name in bits if PAIRS[name] in measured)
+        ranked = "reconstruction" in profile.rankings
+        if within:
+            return cls(within, ranked, True, sizes)
+        return cls(tuple(name for name in bits if name != CURVES) or ("4",), ranked, False, sizes)
 
     @property
     def powers(self) -> tuple[str, ...]:

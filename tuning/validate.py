@@ -53,24 +53,26 @@ class Verdict:
 def decide(crew: Crew, records: Sequence[TrialRecord], windows: Sequence[str], task: Task) -> Verdict | None:
     """Score the candidates and choose; None where no plan could be scored.
 
-    Heuristics need a size: where the trials chose theirs, the heuristics get the winner's.
+    Heuristics need a size: where the trials chose theirs, the heuristics get the winner's. Under a bound they then only
+    show what it is worth, since a few bytes less would be a matter of rounding.
 
     Raises:
         UserError: no plan keeps the bound.
     """
-    entrants = candidates(records, task)
-    if task.goal.budget is not None and not task.goal.draws_budget:
-        entrants += heuristic_candidates(task, task.goal.budget)
+    entrants, goal = candidates(records, task), task.goal
+    if goal.budget is not None and not goal.draws_budget:
+        entrants += heuristic_candidates(task, goal.budget)
     scored = validate(crew, entrants, windows, task)
-    if scored and task.goal.draws_budget:
-        rivals = heuristic_candidates(task, chosen(scored, task.goal).candidate.plan.ratio)
-        scored += validate(crew, rivals, windows, task)
-    return verdict(scored, task.goal) if scored else None
-
-
-def verdict(scored: Sequence[Validated], goal: Goal) -> Verdict:
-    """The verdict on plans that were scored; raises UserError where none keeps the bound."""
+    if not scored or not goal.draws_budget:
+        return verdict(scored, goal) if scored else None
     winner = chosen(scored, goal)
+    scored += validate(crew, heuristic_candidates(task, winner.candidate.plan.ratio), windows, task)
+    return verdict(scored, goal, None if goal.front else winner)
+
+
+def verdict(scored: Sequence[Validated], goal: Goal, winner: Validated | None = None) -> Verdict:
+    """The verdict on plans that were scored, of which `winner` won if given; UserError where none keeps the bound."""
+    winner = winner or chosen(scored, goal)
     if goal.front:
         # Losses of different sizes do not compare, so they stand by size.
         return Verdict(winner, tuple(sorted(scored, key=size_of)), tuple(front_of(scored, goal)))
