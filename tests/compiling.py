@@ -1,6 +1,6 @@
 """Compiled against plain decoding of a tiny model, in a process of its own: no compiler follows checked signatures.
 
-Usage: compiling.py EVICTION [COMPILER]; prints JSON.
+Usage: compiling.py EVICTION BITS [COMPILER]; prints JSON.
 """
 
 import json
@@ -21,7 +21,7 @@ OPTIONS = {"max_new_tokens": 40, "do_sample": False}
 
 
 @torch.inference_mode()
-def main(eviction: str, compiler: str | None = None) -> None:
+def main(eviction: str, bits: str, compiler: str | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -30,8 +30,8 @@ def main(eviction: str, compiler: str | None = None) -> None:
         LoadedModel.of(LlamaForCausalLM(LlamaConfig(**shape, **heads, pad_token_id=0)).eval()),
         random_ids(2, 90),
     )
-    interval = {} if eviction == "streaming" else {"interval": 8}
-    plan = plan_of(loaded, [[24, 40]], method_of(eviction)(**interval), bits=16)
+    knobs = {} if eviction == "streaming" else {"interval": 8, "staged": int(bits) < 16}
+    plan = plan_of(loaded, [[24, 40]], method_of(eviction)(**knobs), bits=int(bits))
     expected = loaded.model.generate(ids, past_key_values=BudgetedCache(plan), **OPTIONS)
     if compiler:
         torch._inductor.config.cpp.cxx = (compiler,)

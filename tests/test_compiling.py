@@ -14,9 +14,11 @@ def drill(*arguments: str) -> dict[str, Any]:
     return json.loads(ran.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("eviction", ["streaming", "heavy_hitter"])
-def test_compiled_decoding_gives_the_same_tokens_from_a_few_graphs(eviction: str) -> None:
-    seen = drill(eviction)
+@pytest.mark.parametrize(
+    ("eviction", "bits"), [("streaming", "16"), ("heavy_hitter", "16"), ("streaming", "4"), ("heavy_hitter", "3")]
+)
+def test_compiled_decoding_gives_the_same_tokens_from_a_few_graphs(eviction: str, bits: str) -> None:
+    seen = drill(eviction, bits)
     assert seen["equal"]
     assert 1 <= seen["graphs"] <= 4
     assert seen["breaks"] == 0
@@ -24,7 +26,7 @@ def test_compiled_decoding_gives_the_same_tokens_from_a_few_graphs(eviction: str
 
 
 def test_without_a_compiler_decoding_goes_on_with_one_warning() -> None:
-    seen = drill("streaming", "no-such-compiler")
+    seen = drill("streaming", "4", "no-such-compiler")
     assert seen["equal"]
     assert len(seen["warnings"]) == 1
     assert "goes on uncompiled" in seen["warnings"][0]

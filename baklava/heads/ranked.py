@@ -10,8 +10,9 @@ from baklava.attention import Grouped, Heads, Kernel
 from baklava.errors import UserError
 from baklava.eviction import Eviction, Sample
 from baklava.heads.base import Budget, HeadGroup, Tokens
+from baklava.heads.merging import Merged, merged
 from baklava.heads.observing import Forward, Scorekeeper, observe
-from baklava.storage import NOTHING
+from baklava.storage import FRESH, NOTHING, Storage
 
 
 class Ranked(HeadGroup):
@@ -102,8 +103,14 @@ class Ranked(HeadGroup):
     def _keep(self, key: Heads, value: Heads, scores: Tensor, positions: Tensor) -> None:
         """Keep the best of what is held and of these new entries behind it, in the order of their positions."""
         winners = self._winners(scores, positions)
+        folded = None
+        if self.eviction.merging and winners.shape[2] < positions.shape[2]:
+            keys, values = (torch.cat([held.read(self.filled), new], 2) for held, new in self._beside(key, value))
+            folded = self._merged(keys, values, positions, winners)
         scores, positions = scores.gather(2, winners), positions.gather(2, winners)
         self._replace(key, value, torch.where(positions < 0, NOTHING, winners))
+        if folded is not None:
+            self._take_in(folded, torch.arange(self.filled, device=winners.device).expand_as(winners))
         self.positions = _resized(positions, self.size)
         self.scores = _resized(scores, self.size)
         self.since = 0
@@ -123,14 +130,28 @@ class Ranked(HeadGroup):
         if self.eviction.sample.window == 0:
             observe(forward, self.eviction.sample, [self._keeper()])
         rank = self._rank(self.scores[..., : self.filled], self.positions[..., : self.filled])
-        stays = torch.zeros_like(rank, dtype=torch.bool)
-        stays.scatter_(2, rank.topk(self.keep, sorted=False).indices, True)
+        winners = rank.topk(self.keep, sorted=False).indices
+        if self.eviction.merging:
+            self._take_in(self._merged(forward.key, forward.value, self.kept(), winners), winners)
+        stays = torch.zeros_like(rank, dtype=torch.bool).scatter_(2, winners, True)
         source, target = _moves(stays, self.keep)
         for storage in (self.keys, self.values):
             storage.move(source, target)
         for state in (self.positions, self.scores):
             state.scatter_(2, target, state.gather(2, source))
         self.filled = self.keep
+
+    def _merged(self, key: Heads, value: Heads, positions: Tensor, stays: Tensor) -> Merged:
+        return merged(key, value, positions, stays, self.eviction.sinks, self.eviction.merging)
+
+    def _take_in(self, folded: Merged, slots: Tensor) -> None:
+        """Put entries that took others in into their slots; the others stay as they are."""
+        source = torch.where(folded.changed, FRESH, slots)
+        for storage, entries in self._beside(folded.key, folded.value):
+            storage.put(source, slots, entries)
+
+    def _beside(self, key: Heads, value: Heads) -> tuple[tuple[Storage, Heads], tuple[Storage, Heads]]:
+        return (self.keys, key), (self.values, value)
 
     def _keeper(self) -> Scorekeeper:
         return Scorekeeper(self.eviction, self.scores[..., : self.filled])

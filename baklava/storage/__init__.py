@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from baklava.plan import FULL_BITS
-from baklava.storage.base import NOTHING, Codec, Entries, Storage
+from baklava.storage.base import FRESH, NOTHING, Codec, Entries, Storage
 from baklava.storage.dense import Dense, stored_dtype
 from baklava.storage.mirrored import Mirrored
 from baklava.storage.packed import Packed
@@ -11,6 +11,7 @@ from baklava.storage.slots import Slots
 from baklava.storage.spliced import Part, Spliced
 
 __all__ = [
+    "FRESH",
     "NOTHING",
     "Codec",
     "Dense",

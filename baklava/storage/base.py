@@ -49,6 +49,10 @@ class Storage(ABC):
         """Put entries into the given slots of each row and head."""
 
     @abstractmethod
+    def put(self, source: Index, target: Index, fresh: Entries) -> None:
+        """Put the entries at the source slots into the targets; `fresh` has those that are FRESH."""
+
+    @abstractmethod
     def select(self, slots: Index, held: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
         """Hold `size` slots, the first with these of the `held` first entries and the new ones behind them.
 

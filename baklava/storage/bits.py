@@ -34,8 +34,11 @@ def unpack(packed: UInt8[Tensor, "*slots bytes"], bits: int, head_dim: int) -> U
 
 
 def _spread(plane: Tensor, width: int) -> Tensor:
-    places = [(plane >> place * width) & _mask(width) for place in range(8 // width)]
-    return places[0] if len(places) == 1 else torch.cat(places, -1)
+    if width == 8:
+        return plane
+    last = 8 // width - 1
+    between = [(plane >> place * width) & _mask(width) for place in range(1, last)]
+    return torch.cat([plane & _mask(width), *between, plane >> last * width], -1)
 
 
 def _mask(width: int) -> int:

@@ -52,6 +52,10 @@ class Slots(Storage):
         self._put(slots, self.codec.encode(entries))
 
     @override
+    def put(self, source: Index, target: Index, fresh: Entries) -> None:
+        self._put(target, self._picked(source, fresh))
+
+    @override
     def select(self, slots: Index, held: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
         self.hold(origin(slots, held), among(slots, held, new), size)
 
@@ -59,10 +63,6 @@ class Slots(Storage):
         """Hold `size` slots, the first with the entries at the sources; `fresh` has those that are FRESH."""
         self.codec.fit(fresh, source == FRESH)
         self.coded = _resized(self._picked(source, fresh), size)
-
-    def put(self, source: Index, target: Index, fresh: Entries) -> None:
-        """Put the entries at the sources into the targets; `fresh` has those that are FRESH."""
-        self._put(target, self._picked(source, fresh))
 
     @override
     def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:

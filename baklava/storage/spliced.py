@@ -76,6 +76,11 @@ class Spliced(Storage):
         self._put(torch.full_like(slots, FRESH), slots, entries)
 
     @override
+    def put(self, source: Index, target: Index, fresh: Entries) -> None:
+        old = (source >= 0)[..., None]
+        self._put(source, target, torch.where(old, self._at(source.clamp(min=0)), fresh))
+
+    @override
     def select(self, slots: Index, held: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
         source, fresh = origin(slots, held), among(slots, held, new)
         if held:
