@@ -52,6 +52,11 @@ class Mirrored(Storage):
         self._look(slots.expand(*entries.shape[:3]))
 
     @override
+    def put(self, source: Index, target: Index, fresh: Entries) -> None:
+        self.storage.put(source, target, fresh)
+        self._look(target.expand(*fresh.shape[:3]))
+
+    @override
     def select(self, slots: Index, held: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
         self.storage.select(slots, held, new, size)
         self.mirror = self.storage.read(size).clone()

@@ -78,7 +78,7 @@ class Spliced(Storage):
     @override
     def put(self, source: Index, target: Index, fresh: Entries) -> None:
         old = (source >= 0)[..., None]
-        self._put(source, target, torch.where(old, self._at(source.clamp(min=0)), fresh))
+        self._put(source, target, torch.where(old, self.at(source.clamp(min=0)), fresh))
 
     @override
     def select(self, slots: Index, held: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
