@@ -26,10 +26,10 @@ Maker = Callable[..., LoadedModel]
 EVICTIONS = [
     Streaming(sinks=2),
     Streaming(sinks=0),
-    HeavyHitter(sinks=2, interval=4, stride=1),
-    HeavyHitter(sinks=2, interval=1, recent=0.25, stride=3),
+    HeavyHitter(sinks=2, interval=4, stride=1, distance=0),
+    HeavyHitter(sinks=2, interval=1, recent=0.25, stride=3, distance=0),
     HeavyHitter(sinks=0, interval=6, reduction="max", power=2, distance=1),
-    HeavyHitter(sinks=0, interval=4, pooling=5),
+    HeavyHitter(sinks=0, interval=4, pooling=5, distance=0),
     Tova(sinks=1, interval=3),
     SnapKV(sinks=2, interval=4, window=3),
     KeyNorm(sinks=2, interval=5),
@@ -67,7 +67,7 @@ def test_a_budget_that_covers_the_text_gives_the_tokens_of_transformers_own_cach
     loaded, ids = tiny(), random_ids(1, 60)
     for plan in (
         full_plan(loaded.identity, loaded.geometry, 120, bits=32),
-        plan_of(loaded, [[130, 140], [128, 200]], HeavyHitter(interval=8)),
+        plan_of(loaded, [[130, 140], [128, 200]], HeavyHitter(interval=8, distance=0)),
     ):
         ours = loaded.model.generate(ids, past_key_values=BudgetedCache(plan), max_new_tokens=50, do_sample=False)
         theirs = loaded.model.generate(ids, past_key_values=DynamicCache(), max_new_tokens=50, do_sample=False)
@@ -139,7 +139,7 @@ def test_a_second_turn_sees_what_was_kept_and_itself(tiny: Maker) -> None:
 @torch.inference_mode()
 def test_a_copied_cache_goes_its_own_way(tiny: Maker) -> None:
     loaded = tiny()
-    cache = BudgetedCache(plan_of(loaded, [[20, 30], [15, 15]], HeavyHitter(interval=4)))
+    cache = BudgetedCache(plan_of(loaded, [[20, 30], [15, 15]], HeavyHitter(interval=4, distance=0)))
     loaded.model(random_ids(1, 50), past_key_values=cache)
     before, snapshot = cache.kept_positions(0, 0), copy.deepcopy(cache)
     loaded.model(random_ids(1, 10, seed=5), past_key_values=snapshot)
@@ -150,7 +150,7 @@ def test_a_copied_cache_goes_its_own_way(tiny: Maker) -> None:
 @torch.inference_mode()
 def test_beams_are_reordered_with_their_entries(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(2, 30)
-    plan = plan_of(loaded, [[130, 130], [130, 140]], HeavyHitter(interval=4))
+    plan = plan_of(loaded, [[130, 130], [130, 140]], HeavyHitter(interval=4, distance=0))
     options = {"num_beams": 3, "max_new_tokens": 20, "do_sample": False}
     ours = loaded.model.generate(ids, past_key_values=BudgetedCache(plan), **options)
     assert torch.equal(ours, loaded.model.generate(ids, past_key_values=DynamicCache(), **options))

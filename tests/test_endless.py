@@ -18,7 +18,7 @@ def resident() -> int:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter(interval=16)], ids=str)
+@pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter(interval=16, distance=0)], ids=str)
 def test_ten_thousand_tokens_later_every_head_holds_its_budget_and_the_process_has_not_grown(
     tiny: Callable[..., LoadedModel], eviction: Eviction
 ) -> None:
@@ -46,7 +46,7 @@ def test_ten_thousand_tokens_later_every_head_holds_its_budget_and_the_process_h
 @torch.inference_mode()
 def test_a_full_cache_copies_nothing_per_token(tiny: Callable[..., LoadedModel]) -> None:
     loaded = tiny(layers=1)
-    for eviction in (Streaming(), HeavyHitter(interval=8)):
+    for eviction in (Streaming(), HeavyHitter(interval=8, distance=0)):
         cache = BudgetedCache(plan_of(loaded, [[40, 30]], eviction))
         loaded.model(random_ids(1, 60), past_key_values=cache)
         for token in random_ids(20, 1):

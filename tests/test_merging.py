@@ -47,7 +47,7 @@ def test_merging_is_the_same_together_and_one_by_one_and_costs_no_bytes(tiny: Ma
     loaded, ids = tiny(), random_ids(1, 37, seed=3)
     logits = {}
     for merging in (0.0, 0.3):
-        eviction = HeavyHitter(sinks=2, interval=4, recent=0.2, staged=staged, merging=merging)
+        eviction = HeavyHitter(sinks=2, interval=4, recent=0.2, staged=staged, merging=merging, distance=0)
         plan = plan_of(loaded, [[14, 30], [20, 20]], eviction, bits=bits)
         one_by_one, _ = prefill(loaded, plan, random_ids(1, 80))
         together = copy.deepcopy(one_by_one)

@@ -32,8 +32,8 @@ Maker = Callable[..., LoadedModel]
 EVICTIONS = [
     Streaming(sinks=2),
     Streaming(sinks=0),
-    HeavyHitter(sinks=2, interval=4),
-    HeavyHitter(sinks=0, interval=6, recent=0.2, staged=True),
+    HeavyHitter(sinks=2, interval=4, distance=0),
+    HeavyHitter(sinks=0, interval=6, recent=0.2, staged=True, distance=0),
     Tova(sinks=1, interval=3, staged=True),
     SnapKV(sinks=2, interval=4, window=3, staged=True),
     KeyNorm(sinks=2, interval=5),
@@ -100,7 +100,7 @@ def test_8_bits_are_nearly_16(tiny: Maker, eviction: Eviction) -> None:
 @pytest.mark.parametrize("staged", [False, True])
 def test_entries_that_stay_never_change(tiny: Maker, bits: int, staged: bool) -> None:
     loaded = tiny()
-    eviction = HeavyHitter(sinks=2, interval=4, recent=0.2, staged=staged)
+    eviction = HeavyHitter(sinks=2, interval=4, recent=0.2, staged=staged, distance=0)
     cache = BudgetedCache(plan_of(loaded, [[20, 30], [25, 25]], eviction, bits=bits))
     loaded.model(random_ids(1, 60), past_key_values=cache)
     first = entries(cache)
@@ -171,7 +171,9 @@ def test_heads_of_one_layer_have_bits_of_their_own(tiny: Maker, eviction: Evicti
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("eviction", [Streaming(sinks=2), HeavyHitter(sinks=2, interval=8, staged=True)], ids=str)
+@pytest.mark.parametrize(
+    "eviction", [Streaming(sinks=2), HeavyHitter(sinks=2, interval=8, staged=True, distance=0)], ids=str
+)
 def test_chunks_and_second_turns_are_near_what_a_full_cache_says(tiny: Maker, eviction: Eviction) -> None:
     loaded, ids = tiny(head_dim=32), random_ids(2, 120)
     plan = chunked(plan_of(loaded, [[140, 150]] * 2, eviction, bits=8), 24)
@@ -185,7 +187,9 @@ def test_chunks_and_second_turns_are_near_what_a_full_cache_says(tiny: Maker, ev
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("eviction", [Streaming(sinks=2), HeavyHitter(sinks=2, interval=4, staged=True)], ids=str)
+@pytest.mark.parametrize(
+    "eviction", [Streaming(sinks=2), HeavyHitter(sinks=2, interval=4, staged=True, distance=0)], ids=str
+)
 def test_models_in_half_precision_pack_too(tiny: Maker, dtype: torch.dtype, eviction: Eviction) -> None:
     loaded = tiny(head_dim=32)
     loaded = LoadedModel.of(loaded.model.to(dtype), tokenizer=None, id="tiny")
@@ -200,7 +204,7 @@ def test_models_in_half_precision_pack_too(tiny: Maker, dtype: torch.dtype, evic
 @torch.inference_mode()
 def test_a_copied_cache_and_reordered_rows_keep_their_means(tiny: Maker) -> None:
     loaded = tiny()
-    plan = packed_plan(loaded, HeavyHitter(sinks=2, interval=4))
+    plan = packed_plan(loaded, HeavyHitter(sinks=2, interval=4, distance=0))
     cache, _ = prefill(loaded, plan, random_ids(2, 60))
     swapped = copy.deepcopy(cache)
     swapped.reorder_cache(torch.tensor([1, 0]))

@@ -28,7 +28,11 @@ from baklava.windows import windows
 
 Maker = Callable[..., LoadedModel]
 
-EVICTIONS = [Streaming(sinks=2), HeavyHitter(sinks=2, interval=4), HeavyHitter(sinks=2, interval=3, reduction="max")]
+EVICTIONS = [
+    Streaming(sinks=2),
+    HeavyHitter(sinks=2, interval=4, distance=0),
+    HeavyHitter(sinks=2, interval=3, reduction="max", distance=0),
+]
 eviction_table = pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 
 
@@ -190,7 +194,7 @@ def test_a_cache_says_that_it_can_be_neither_cropped_nor_compiled_nor_made_early
 @torch.inference_mode()
 def test_a_reset_cache_is_as_good_as_new(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(2, 40)
-    cache, mask = BudgetedCache(tight(loaded, HeavyHitter(sinks=2, interval=4))), torch.ones(2, 40)
+    cache, mask = BudgetedCache(tight(loaded, HeavyHitter(sinks=2, interval=4, distance=0))), torch.ones(2, 40)
     mask[0, :9] = 0
     loaded.model(ids, attention_mask=mask, past_key_values=cache)
     cache.reset()
@@ -222,7 +226,7 @@ def test_no_attention_weights_are_given_to_whoever_asks_for_them(tiny: Maker) ->
 @torch.inference_mode()
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 def test_every_query_head_of_a_group_has_a_say_in_what_its_kv_head_keeps(reduction: Any) -> None:
-    eviction = HeavyHitter(sinks=0, recent=0, interval=1, reduction=reduction)
+    eviction = HeavyHitter(sinks=0, recent=0, interval=1, reduction=reduction, distance=0)
     layer = RaggedLayer(LayerBudget(tokens=(3,), key_bits=(32,), value_bits=(32,)), eviction)
     key = torch.eye(8)[None, None]
     # One head looks for token 3 only, the other for token 5.
@@ -238,7 +242,7 @@ def test_every_query_head_of_a_group_has_a_say_in_what_its_kv_head_keeps(reducti
 def test_padding_that_sees_nothing_spreads_no_nan(family: str, scored: bool) -> None:
     loaded, _ = pair(family)
     full = full_plan(loaded.identity, loaded.geometry, 30, bits=32)
-    plan = full.model_copy(update={"eviction": HeavyHitter(interval=8).choice}) if scored else full
+    plan = full.model_copy(update={"eviction": HeavyHitter(interval=8, distance=0).choice}) if scored else full
     cache, mask = BudgetedCache(plan), torch.ones(3, 80, dtype=torch.long)
     # The second row is nothing but padding at first.
     mask[0, :25], mask[1, :40] = 0, 0

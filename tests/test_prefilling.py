@@ -32,7 +32,7 @@ def test_chunks_of_a_prompt_that_the_budget_covers_change_nothing(tiny: Maker, c
 @torch.inference_mode()
 @pytest.mark.parametrize(
     "eviction",
-    [Streaming(), HeavyHitter(interval=4), SnapKV(interval=4), KeyDiff(interval=4), ExpectedAttention()],
+    [Streaming(), HeavyHitter(interval=4, distance=0), SnapKV(interval=4), KeyDiff(interval=4), ExpectedAttention()],
     ids=str,
 )
 def test_a_chunked_plan_holds_the_same_whether_layers_or_the_model_cut_the_prompt(

@@ -24,7 +24,7 @@ Maker = Callable[..., LoadedModel]
 
 EVICTIONS = [
     Streaming(),
-    HeavyHitter(interval=8),
+    HeavyHitter(interval=8, distance=0),
     HeavyHitter(sinks=1, interval=5, recent=0.3, reduction="max", power=2, distance=7),
     Tova(interval=4),
     SnapKV(interval=6, window=4),
@@ -111,7 +111,7 @@ def test_an_eviction_that_was_not_observed_is_refused(tiny: Maker) -> None:
     loaded = tiny()
     prefilled = prefill(loaded, Window("w", "d", tuple(random_ids(1, 60)[0].tolist()), 50), [Streaming()])
     with pytest.raises(UserError, match="was not observed"):
-        score(loaded, prefilled, plan_of(loaded, [[20, 20]] * 2, HeavyHitter(interval=4)))
+        score(loaded, prefilled, plan_of(loaded, [[20, 20]] * 2, HeavyHitter(interval=4, distance=0)))
     with pytest.raises(UserError, match="was made for"):
         score(loaded, prefilled, plan_of(tiny(layers=1), [[20, 20]], Streaming()))
 
@@ -120,7 +120,7 @@ def test_an_eviction_that_was_not_observed_is_refused(tiny: Maker) -> None:
 def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_loses_nothing(demo: LoadedModel) -> None:
     window = windows(documents(["ifcraft"]), demo.tokenizer, context=768, continuation=48)[0]
     profile = cached_profile(demo, windows(documents(["botocore"]), demo.tokenizer, context=768, continuation=48)[:2])
-    evictions = (Streaming(), HeavyHitter(interval=16))
+    evictions = (Streaming(), HeavyHitter(interval=16, distance=0))
     full = full_plan(demo.identity, demo.geometry, 816)
     prefilled = prefill(demo, window, evictions)
     whole = score(demo, prefilled, full)

@@ -30,7 +30,7 @@ def ids(engine, **wishes):
     return [token.id for token in engine.generate(PROMPT, Sampling(**({"max_tokens": 24} | wishes)))]
 
 
-@pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter(interval=4)])
+@pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter(interval=4, distance=0)])
 def test_a_plan_that_covers_the_text_gives_the_tokens_of_transformers_own_cache(loaded, eviction):
     engine = Engine(loaded, plan_of(loaded, [[64, 72]] * loaded.geometry.layers, eviction, context_length=256))
     reference = loaded.model.generate(
@@ -86,7 +86,7 @@ def test_the_last_token_says_that_the_length_is_reached(engine):
     assert [token.finish for token in made] == [None, None, None, None, "length"]
 
 
-@pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter(interval=4)])
+@pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter(interval=4, distance=0)])
 def test_a_sequence_far_over_the_budget_holds_what_was_promised_and_no_more(loaded, eviction):
     plan = plan_of(loaded, [[12, 24]] * loaded.geometry.layers, eviction, context_length=256)
     engine = Engine(loaded, plan)

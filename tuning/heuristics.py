@@ -15,6 +15,9 @@ from tuning.space import CURVES, PAIRS, Params, Space
 SHARPEST = HeavyHitter(reduction="max", power=2, distance=32)
 """The scores that did best of all heavy hitters in every measurement so far."""
 
+BALANCED = Blended(reconstruction_power=0.5, importance_power=0.5, curve_power=0.5, bits="curves")
+"""Counts that half believe in reconstruction and half in the loss curves, tilted to heads that change their input."""
+
 LEVELS = 4
 """Sizes, spread over the range, at which the strongest heuristic is tried where sizes are drawn."""
 
@@ -48,28 +51,39 @@ class Heuristic:
 
 
 def heuristics(space: Space) -> list[Heuristic]:
-    """The methods that every winner has to beat, the strongest known among them."""
+    """The methods that every winner has to beat, the strongest known first."""
     narrow, wide = PAIRS[narrow_bits(space)], PAIRS[wide_bits(space)]
-    strongest = ReconstructionCounts() if space.ranked else Baklava()
-    methods: dict[Allocation, None] = dict.fromkeys((strongest, Baklava(), Uniform()))
-    made = [Heuristic(method, SHARPEST, narrow) for method in methods]
-    if wide != narrow:
-        made.append(Heuristic(strongest, SHARPEST, wide))
+    counts = ReconstructionCounts() if space.ranked else Baklava()
+    made = [Heuristic(BALANCED, SHARPEST, PAIRS[CURVES])] if _whole(space) else []
+    methods: dict[Allocation, None] = dict.fromkeys((counts, Baklava()))
+    made += [Heuristic(method, SHARPEST, narrow) for method in methods]
     return [*made, *_greedy(space), Heuristic(Uniform(), Streaming(), wide)]
 
 
 def first_params(space: Space) -> list[Params]:
-    """The heuristics as trials, the strongest first: reconstruction counts, greedy, BaKlaVa and uniform.
+    """The heuristics as trials, the strongest first: blends in the bits of the curves, then one measure in 4 bits.
 
-    In 4 bits and in 16, of one size; where sizes are drawn, the strongest at several and the others at one of them.
+    Where sizes are drawn, the strongest is tried at several and the others at one of them.
     """
-    narrow, wide = narrow_bits(space), wide_bits(space)
-    blends = _blends(space)
-    points = [{**blend, **_stored(bits)} for bits in dict.fromkeys((narrow, wide)) for blend in blends]
+    points = [*_balanced(space), *({**blend, **_stored(narrow_bits(space))} for blend in _blends(space))]
     if not space.sizes:
         return points
     levels = [float(level) for level in np.geomspace(*space.sizes, LEVELS + 2)[1:-1]]
     return [{**points[0], "budget": level} for level in levels] + [{**p, "budget": levels[1]} for p in points[1:]]
+
+
+def _whole(space: Space) -> bool:
+    """Whether the strongest heuristic is in the space: it asks for every measure and for the bits of the curves."""
+    return CURVES in space.bits and space.ranked and space.curved
+
+
+def _balanced(space: Space) -> list[Params]:
+    """The strongest heuristic, as it is and for few bytes: a higher floor and fewer sinks, which stay in 16 bits."""
+    if not _whole(space):
+        return []
+    knobs = {knob: getattr(BALANCED, knob) for knob in space.powers}
+    made = {"allocation": Blended.name, **knobs, **_stored(CURVES)}
+    return [made, {**made, "floor": 0.3, "sinks": 1}, {**made, "importance_power": 0.0}]
 
 
 def narrow_bits(space: Space) -> BitsName:
@@ -103,5 +117,6 @@ def _stored(bits: BitsName) -> Params:
 def _greedy(space: Space) -> list[Heuristic]:
     if not space.curved:
         return []
-    any_bits = [Heuristic(Greedy(bits="any"), SHARPEST, PAIRS[CURVES])] if CURVES in space.bits else []
-    return [Heuristic(Greedy(), SHARPEST, PAIRS[narrow_bits(space)]), *any_bits]
+    if CURVES in space.bits:
+        return [Heuristic(Greedy(bits="any"), SHARPEST, PAIRS[CURVES])]
+    return [Heuristic(Greedy(), SHARPEST, PAIRS[narrow_bits(space)])]

@@ -14,7 +14,7 @@ from baklava.texts import digest, documents
 from baklava.windows import Splits, split
 from tuning.settings import SearchSettings
 
-WINDOWS = 6
+WINDOWS = 4
 """Windows that trials are scored on, and as many for validation: documents differ more than plans do."""
 
 
