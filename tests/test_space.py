@@ -11,7 +11,7 @@ from baklava.allocation import Blended, Shifted
 from baklava.geometry import CacheGeometry, ModelIdentity
 from baklava.profile import Curves, Profile
 from tuning.goal import Goal
-from tuning.heuristics import SHARPEST, first_params, heuristics
+from tuning.heuristics import BALANCED, SHARPEST, first_params, heuristics
 from tuning.searcher import COMPARED_TRIALS, GRACE_WINDOWS, Halving, PlanSearch
 from tuning.settings import BITS
 from tuning.sizes import sizes_of
@@ -87,11 +87,13 @@ def test_a_prefill_records_what_every_heuristic_observes() -> None:
     assert SHARPEST.observation in recorded
 
 
-def test_the_first_trials_are_heuristics_with_the_sharpest_scores_in_4_bits_and_in_16() -> None:
+def test_the_first_trials_are_the_strongest_blends_and_then_one_measure_each_in_4_bits() -> None:
     points = first_params(WHOLE)
-    assert [params["bits"] for params in points] == ["4"] * 4 + ["16"] * 4
-    assert {eviction_of(params) for params in points} == {SHARPEST}
-    counts, greedy, baklava, flat = points[:4]
+    assert [params["bits"] for params in points] == ["curves"] * 3 + ["4"] * 4
+    assert {eviction_of(params).observation for params in points} == {SHARPEST.observation}
+    assert allocation_of(points[0]) == BALANCED
+    assert (points[1]["floor"], points[1]["sinks"]) == (0.3, 1)
+    counts, greedy, baklava, flat = points[3:]
     assert allocation_of(counts) == Blended(reconstruction_power=1.0, floor=0.0)
     assert greedy["allocation"] == "greedy"
     assert allocation_of(baklava) == Blended(reconstruction_power=0.0, importance_power=2.0, floor=0.1)
@@ -190,7 +192,8 @@ def test_a_resumed_search_knows_what_was_recorded_and_tries_only_the_heuristics_
     states = [trial.state for trial in search._ot_study.get_trials(states=None)]
     recalled = [state for state in states if state != TrialState.WAITING]
     assert recalled == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
-    assert [search.suggest(name) for name in ("one", "two", "three")] == first_params(SPACE)[1:4]
+    missing = first_params(SPACE)[1:]
+    assert [search.suggest(f"next {number}") for number in range(len(missing))] == missing
 
 
 def test_a_resumed_search_does_not_draw_again_what_was_drawn_before() -> None:

@@ -80,12 +80,15 @@ class Shuffled(Contestant):
         return f"{spec}, dealt to random heads", tuple(permuted(plan, seed) for seed in self.seeds)
 
 
+UNSEARCHED = "blended(reconstruction_power=0.5,importance_power=0.5,curve_power=0.5,bits=curves)+heavy_hitter@4"
+"""Where a search begins: what ours is at budgets that nobody searched."""
+
 OURS = Champion(
     "ours",
     "ours, searched",
     "ours",
     files=((0.03125, "demo-3.1.json"),),
-    unsearched=((0.5, "blended+heavy_hitter@4:0.5"), (0.2, "blended+heavy_hitter@4:0.2")),
+    unsearched=tuple((budget, f"{UNSEARCHED}:{budget:g}") for budget in (0.5, 0.2)),
 )
 BASELINE = Method("uniform", "uniform, sinks + recent", "published")
 """What everything began with: the same for every head, the first tokens and the newest."""
