@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from searching import make_model, make_texts
 
-from baklava import allocation
 from baklava.bootstrap import interval, ratio
 from baklava.errors import UserError
 from baklava.model import describe, load
@@ -18,7 +17,7 @@ from baklava.profile import flat_profile
 from baklava.scoring import score
 from baklava.texts import documents
 from baklava.windows import Window, split
-from benchmarks.fidelity import scoring, workers
+from benchmarks.fidelity import methods, scoring, workers
 from benchmarks.fidelity import study as studying
 from benchmarks.fidelity.entries import Entry, entries
 from benchmarks.fidelity.methods import BASELINE, CONTESTANTS, Champion, Contestant, Method, Shuffled, chosen
@@ -28,6 +27,7 @@ from benchmarks.fidelity.scoring import Row, rows
 from benchmarks.fidelity.study import Asked, Study, asked, study
 from benchmarks.fidelity.table import BEGIN, END, put, row_of, table
 from benchmarks.fidelity.windows import Texts, cut, untouched
+from tuning.prepare import WINDOWS
 
 OURS = "ours"
 
@@ -108,7 +108,7 @@ def test_the_test_sees_no_document_that_the_search_saw(home: Path) -> None:
     loaded = load(str(home / "model"))
     wanted = asked_in(home).texts
     searched = documents([wanted.searched])
-    seen = split(searched, loaded.tokenizer, context=160, continuation=32, seed=0, search=6, validation=6)
+    seen = split(searched, loaded.tokenizer, context=160, continuation=32, seed=0, search=WINDOWS, validation=WINDOWS)
     parts = (seen.calibration, seen.search, seen.validation)
     scored = cut(wanted, "test", loaded.tokenizer)
     assert scored.calibration == seen.calibration
@@ -125,7 +125,7 @@ def test_a_copy_of_a_document_that_was_searched_is_no_unseen_one(home: Path) -> 
     seen = split(searched, loaded.tokenizer, context=160, continuation=32, seed=0, search=6, validation=6)
     copy = next(each for each in searched if each.name == seen.search[0].document)
     left = untouched([*searched, type(copy)("a copy", copy.text)], seen)
-    assert len(left) == 20 - 16
+    assert len(left) == 20 - 15
     assert "a copy" not in {each.name for each in left}
     with pytest.raises(UserError, match="leaves none for the test"):
         untouched([copy], seen)
@@ -278,7 +278,7 @@ def test_budgets_are_dealt_to_random_heads_with_seeds_of_their_own(home: Path, m
         dealt.append(seed)
         return plan
 
-    monkeypatch.setattr(allocation, "permuted", permuted, raising=False)
+    monkeypatch.setattr(methods, "permuted", permuted)
     ours = Champion(OURS, "ours", "ours", folder=home / "plans")
     spec, plans = Shuffled("shuffled", "", "control", of=ours).plans(0.5, lambda spec: pytest.fail(spec))
     assert dealt == [0, 1, 2]
