@@ -66,9 +66,9 @@ def test_every_method_is_rebuilt_from_its_record_in_a_plan(method: type[Eviction
 @pytest.mark.parametrize(
     "method",
     [
-        HeavyHitter(distance=0),
-        HeavyHitter(reduction="max", distance=0),
-        HeavyHitter(power=2, distance=3),
+        HeavyHitter(distance=0, reduction="mean", power=1),
+        HeavyHitter(reduction="max", distance=0, power=1),
+        HeavyHitter(power=2, distance=3, reduction="mean"),
         HeavyHitter(reduction="max", power=2, distance=9),
         SnapKV(window=3),
         Tova(),
@@ -89,7 +89,7 @@ def test_scores_do_not_depend_on_how_queries_are_cut_into_blocks(method: Evictio
 def test_heavy_hitter_is_the_mean_attention_received() -> None:
     attention = causal_attention(10)
     expected = torch.stack([attention[..., j:, j].mean((2, 3)) for j in range(10)], -1)
-    torch.testing.assert_close(HeavyHitter(distance=0).score(observe(attention)), expected)
+    torch.testing.assert_close(HeavyHitter(distance=0, reduction="mean", power=1).score(observe(attention)), expected)
     far = torch.stack([attention.amax(2)[..., j + 4 :, j].square().mean(2) for j in range(6)], -1)
     scored = HeavyHitter(reduction="max", power=2, distance=4).score(observe(attention))
     torch.testing.assert_close(scored[..., :6], far)
@@ -99,7 +99,7 @@ def test_heavy_hitter_is_the_mean_attention_received() -> None:
 def test_heavy_hitter_over_every_third_query_is_the_mean_over_those() -> None:
     attention = causal_attention(10)
     sampled = [0, 3, 6, 9]
-    scored = HeavyHitter(distance=2).score(observe(attention[..., sampled, :], stride=3))
+    scored = HeavyHitter(distance=2, reduction="mean", power=1).score(observe(attention[..., sampled, :], stride=3))
     for entry in range(8):
         rows = [row for row in sampled if row >= entry + 2]
         torch.testing.assert_close(scored[..., entry], attention[..., rows, entry].mean((2, 3)))
@@ -156,8 +156,14 @@ def test_streaming_ranks_by_recency() -> None:
 
 
 def test_methods_share_an_observation_only_when_they_score_alike() -> None:
-    assert HeavyHitter(sinks=1, recent=0.2, interval=64, distance=0).observation == HeavyHitter(distance=0).observation
-    assert HeavyHitter(power=2, distance=0).observation != HeavyHitter(distance=0).observation
+    assert (
+        HeavyHitter(sinks=1, recent=0.2, interval=64, distance=0, reduction="mean", power=1).observation
+        == HeavyHitter(distance=0, reduction="mean", power=1).observation
+    )
+    assert (
+        HeavyHitter(power=2, distance=0, reduction="mean").observation
+        != HeavyHitter(distance=0, reduction="mean", power=1).observation
+    )
     assert Streaming().observation is None
 
 
@@ -165,12 +171,12 @@ def test_unknown_methods_and_knobs_are_one_sentence() -> None:
     with pytest.raises(UserError, match="choose one of streaming, heavy_hitter"):
         method_of("h2o")
     with pytest.raises(UserError, match="distance at least 0"):
-        HeavyHitter(distance=-1)
+        HeavyHitter(distance=-1, reduction="mean", power=1)
     with pytest.raises(UserError, match="pooling odd"):
         SnapKV(pooling=4)
-    with pytest.raises(UserError, match="leave these knobs at 1"):
+    with pytest.raises(UserError, match="leave its knobs alone"):
         Streaming(interval=8)
     with pytest.raises(UserError, match="window must be at least 2"):
         ExpectedAttention(window=1)
     with pytest.raises(UserError, match="interval at least 1"):
-        HeavyHitter(interval=0, distance=0)
+        HeavyHitter(interval=0, distance=0, reduction="mean", power=1)

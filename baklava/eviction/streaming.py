@@ -29,7 +29,8 @@ class Streaming(Eviction):
         if (self.recent, self.interval, self.pooling, self.staged, self.merging) != (1.0, 1, 1, False, 0.0):
             raise UserError(
                 f"streaming with recent {self.recent}, interval {self.interval}, pooling {self.pooling}, staged "
-                f"{self.staged}, merging {self.merging}: a ring keeps the newest tokens, one by one; leave these knobs"
+                f"{self.staged}, merging {self.merging}: a ring keeps the newest tokens, one by one; leave its knobs "
+                "alone"
             )
 
     @override
