@@ -16,95 +16,132 @@ from torch import Tensor
 
 from baklava.eviction import Eviction
 from baklava.packing import read_back
+from baklava.plan import FULL_BITS
 from baklava.sensitivity import LayerPass
 
 QUERY_STRIDE = 4
 """Of the continuation every fourth query is measured: neighbours agree."""
 
 Grid = Float[Tensor, "heads bits entries"]
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Lattice:
-    """The capacities and the (key, value) bits that curves are measured at, and what evicts."""
+    """The capacities and the (key, value) bits that curves are measured at, and what evicts.
+
+    Errors of keys and of values are independent, so each is measured beside exact ones of the other, and the loss of a
+    pair follows: what eviction loses, and what each of the two adds to it.
+    """
 
     eviction: Eviction
     entries: tuple[int, ...]
-    bits: tuple[tuple[int, int], ...]
+    bits: tuple[Pair, ...]
 
+    @property
+    def key_bits(self) -> tuple[int, ...]:
+        """Bits of keys in any pair, the exact ones first."""
+        return tuple(sorted({FULL_BITS, *(keys for keys, _ in self.bits)}, reverse=True))
 
-@dataclass(frozen=True)
-class HeadPass:
-    """One KV head on a continuation: unnormalised attention to every entry, exact outputs, and their gradients."""
+    @property
+    def value_bits(self) -> tuple[int, ...]:
+        """Bits of values in any pair, the exact ones first."""
+        return tuple(sorted({FULL_BITS, *(values for _, values in self.bits)}, reverse=True))
 
-    weights: Float[Tensor, "group queries entries"]
-    value: Float[Tensor, "entries head_dim"]
-    exact: Float[Tensor, "group queries head_dim"]
-    gradient: Float[Tensor, "draws group queries head_dim"]
-
-    def losses(self, output: Float[Tensor, "group queries head_dim"]) -> tuple[float, float]:
-        """KL in nats per token, and relative error, of an output of this head that is not the exact one."""
-        wrong = output - self.exact
-        kl = (self.gradient * wrong).sum((1, 3)).square().mean() / 2
-        norm = self.exact.square().sum((0, 2)).sqrt().clamp(min=1e-9)
-        return float(kl), float((wrong.square().sum((0, 2)).sqrt() / norm).mean())
+    def paired(
+        self, keys: Float[Tensor, "heads key_bits entries"], values: Float[Tensor, "heads value_bits entries"]
+    ) -> Float[Tensor, "heads pairs entries"]:
+        """Losses of the pairs, from those of keys and of values in fewer bits alone."""
+        exact = keys[:, :1]
+        rows = [
+            keys[:, self.key_bits.index(k)] + values[:, self.value_bits.index(v)] - exact[:, 0] for k, v in self.bits
+        ]
+        return torch.stack(rows, 1).clamp(min=0)
 
 
 def losses(layer: LayerPass, scores: Float[Tensor, "heads context"], lattice: Lattice) -> tuple[Grid, Grid]:
-    """Expected KL and relative error of every head of a layer, on the lattice.
+    """Expected KL in nats per token, and relative error, of every head of a layer on the lattice.
 
-    `scores` are those of the context; the continuation competes for the same capacity through the recent window.
+    `scores` are those of the context; the continuation competes for the same capacity.
     """
-    shape = (layer.key.shape[0], len(lattice.bits), len(lattice.entries))
-    kl, error = torch.zeros(shape), torch.zeros(shape)
-    order = scores.argsort(dim=1, descending=True)
-    sinks, key_bits, value_bits = lattice.eviction.sinks, *(set(side) for side in zip(*lattice.bits, strict=True))
-    keys = {bits: read_back(layer.key, bits, sinks, centred=True) for bits in key_bits}
-    values = {bits: read_back(layer.value, bits, sinks, centred=False) for bits in value_bits}
-    for head in range(shape[0]):
-        exact = _exact(layer, head)
-        for of_keys in keys:
-            weights = layer.weights(head, keys[of_keys][head], QUERY_STRIDE)
-            for i, pair in enumerate(lattice.bits):
-                if pair[0] == of_keys:
-                    passed = HeadPass(weights, values[pair[1]][head], *exact)
-                    for j, capacity in enumerate(lattice.entries):
-                        output = kept_output(passed, order[head], capacity, lattice.eviction)
-                        kl[head, i, j], error[head, i, j] = passed.losses(output)
-    return kl, error
+    sinks = lattice.eviction.sinks
+    keys = [read_back(layer.key, bits, sinks, centred=True) for bits in lattice.key_bits]
+    values = [read_back(layer.value, bits, sinks, centred=False) for bits in lattice.value_bits]
+    found = [_head_losses(layer, head, scores[head], lattice, keys, values) for head in range(len(scores))]
+    by_keys, by_values = (torch.stack(side) for side in zip(*found, strict=True))
+    kl, squared = (lattice.paired(by_keys[..., i], by_values[..., i]) for i in (0, 1))
+    return kl, squared.sqrt()
 
 
-def _exact(layer: LayerPass, head: int) -> tuple[Tensor, Tensor]:
-    weights = layer.weights(head, layer.key[head], QUERY_STRIDE)
-    exact = weights @ layer.value[head] / weights.sum(-1, keepdim=True)
-    return exact, layer.gradient[:, head, :, ::QUERY_STRIDE]
+def _head_losses(
+    layer: LayerPass,
+    head: int,
+    scores: Float[Tensor, " context"],
+    lattice: Lattice,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+) -> tuple[Float[Tensor, "key_bits entries 2"], Float[Tensor, "value_bits entries 2"]]:
+    """KL and squared relative error per bits of the keys, and per bits of the values, at every capacity."""
+    kept = Kept(scores.argsort(descending=True), layer.positions(QUERY_STRIDE), lattice.eviction)
+    masks = [kept.mask(capacity, layer.key.shape[1]) for capacity in lattice.entries]
+    weights = [layer.weights(head, key[head], QUERY_STRIDE) for key in keys]
+    exact = output(weights[0], layer.value[head], None)
+    gradient = layer.gradient[:, head, :, ::QUERY_STRIDE]
+    by_keys = [[loss(output(w, layer.value[head], m), exact, gradient) for m in masks] for w in weights]
+    together = torch.cat([value[head] for value in values], 1)
+    outputs = [output(weights[0], together, mask).chunk(len(values), -1) for mask in masks]
+    by_values = [[loss(each[i], exact, gradient) for each in outputs] for i in range(len(values))]
+    return torch.tensor(by_keys), torch.tensor(by_values)
 
 
-def kept_output(
-    passed: HeadPass, order: Int[Tensor, " context"], capacity: int, eviction: Eviction
-) -> Float[Tensor, "group queries head_dim"]:
-    """Output over what a head of this capacity holds for each query: sinks, the best of the context, and the newest.
+@dataclass(frozen=True)
+class Kept:
+    """What a head holds for each measured query: sinks, the newest, and the best of the rest.
 
-    Between evictions a head holds on average half an interval less than its capacity.
+    `order` are positions of the context, the best score first; what the continuation itself leaves behind comes last.
     """
-    entries, context = passed.value.shape[0], len(order)
-    newest = eviction.newest(capacity) + eviction.interval // 2
-    start = max(eviction.sinks, context - newest)
-    sinks = torch.arange(min(eviction.sinks, context), device=order.device)
-    best = order[(order >= eviction.sinks) & (order < start)][: max(0, capacity - eviction.sinks - newest)]
-    early, late = torch.cat([sinks, best]), slice(start, entries)
-    recent = passed.weights[:, :, late] * _band(passed.weights.shape[1], start, entries, context, newest, order.device)
-    kept = passed.weights[:, :, early]
-    total = kept.sum(-1, keepdim=True) + recent.sum(-1, keepdim=True)
-    return (kept @ passed.value[early] + recent @ passed.value[late]) / total.clamp(min=1e-30)
+
+    order: Int[Tensor, " context"]
+    queries: Int[Tensor, " queries"]
+    eviction: Eviction
+
+    def mask(self, capacity: int, entries: int) -> Bool[Tensor, "queries entries"]:
+        """Which entries a head of this capacity holds; between evictions half an interval of it is empty."""
+        device, sinks = self.order.device, self.eviction.sinks
+        newest = min(capacity, self.eviction.newest(capacity) + self.eviction.interval // 2)
+        quota = max(0, capacity - sinks - newest - self.eviction.interval // 2)
+        if capacity >= entries:
+            quota = entries
+        order = torch.cat([self.order, torch.arange(len(self.order), entries, device=device)])
+        oldest = (self.queries - newest)[:, None]
+        competing = (order >= sinks) & (order <= oldest)
+        wins = competing & (competing.cumsum(1) <= quota)
+        mask = torch.zeros(len(self.queries), entries, dtype=torch.bool, device=device)
+        mask[:, order] = wins
+        positions = torch.arange(entries, device=device)
+        return mask | (positions < sinks) | ((positions > oldest) & (positions <= self.queries[:, None]))
 
 
-def _band(
-    queries: int, start: int, entries: int, context: int, newest: int, device: torch.device
-) -> Bool[Tensor, "queries late"]:
-    """Which of the entries from `start` on are among the `newest` of each measured query."""
-    rows = torch.arange(context, entries, QUERY_STRIDE, device=device)[:queries, None]
-    return torch.arange(start, entries, device=device) > rows - max(1, newest)
+def output(
+    weights: Float[Tensor, "group queries entries"],
+    value: Float[Tensor, "entries channels"],
+    mask: Bool[Tensor, "queries entries"] | None,
+) -> Float[Tensor, "group queries channels"]:
+    """Attention over the entries that are held, all of them where no mask says which."""
+    held = weights if mask is None else weights * mask
+    return held @ value / held.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def loss(
+    found: Float[Tensor, "group queries head_dim"],
+    exact: Float[Tensor, "group queries head_dim"],
+    gradient: Float[Tensor, "draws group queries head_dim"],
+) -> tuple[float, float]:
+    """KL in nats per token, and mean squared relative error, of an output that is not the exact one."""
+    wrong = found - exact
+    kl = (gradient * wrong).sum((1, 3)).square().mean() / 2
+    relative = wrong.square().sum((0, 2)) / exact.square().sum((0, 2)).clamp(min=1e-18)
+    return float(kl), float(relative.mean())
 
 
 def capacities(tokens: int, sinks: int, interval: int) -> tuple[int, ...]:

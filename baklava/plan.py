@@ -13,7 +13,7 @@ from baklava.files import write_whole
 from baklava.geometry import CacheGeometry, ModelIdentity
 from baklava.records import Record
 
-Bits = Literal[32, 16, 8, 4, 3, 2]
+Bits = Literal[32, 16, 8, 6, 5, 4, 3, 2]
 DenseBits = Literal[32, 16]
 Knob = bool | int | float | str
 

@@ -29,11 +29,16 @@ KEEPS = HeavyHitter()
 
 RANKERS: dict[Ranker, Eviction] = {"heavy_hitter": KEEPS, "reconstruction": Reconstruction()}
 
-BITS = ((16, 16), (8, 8), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
+BITS = (
+    *((16, 16), (8, 8), (8, 6), (8, 5), (8, 4), (6, 6), (6, 5), (6, 4), (6, 3), (5, 5), (5, 4), (5, 3), (5, 2)),
+    *((4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2)),
+)
+"""Pairs that heads may be stored in: keys never in fewer bits than values, which lose less."""
+
 REPEATED = 256
 """Tokens that are repeated for the curves of repetition."""
 
-VERSION = "1"
+VERSION = "2"
 """Part of a cached profile's name: another one where the same windows would now give other numbers."""
 
 

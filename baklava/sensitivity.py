@@ -27,17 +27,21 @@ class LayerPass:
     gradient: Float[Tensor, "draws heads group queries head_dim"]
     kernel: Kernel
 
+    def positions(self, stride: int) -> Int[Tensor, " queries"]:
+        """Positions of every `stride`-th query; the last entries are the queries' own."""
+        entries, queries = self.key.shape[1], self.query.shape[2]
+        return torch.arange(entries - queries, entries, stride, device=self.key.device)
+
     def weights(
         self, head: int, key: Float[Tensor, "entries head_dim"], stride: int
     ) -> Float[Tensor, "group queries entries"]:
         """Attention of every `stride`-th query of a head over these keys, before it is divided by its sum."""
         query = self.query[head, :, ::stride]
-        entries, queries = key.shape[0], self.query.shape[2]
         logits = query @ key.T * self.kernel.scaling
         if self.kernel.softcap is not None:
             logits = torch.tanh(logits / self.kernel.softcap) * self.kernel.softcap
-        rows = torch.arange(entries - queries, entries, stride, device=key.device)[:, None]
-        logits.masked_fill_(torch.arange(entries, device=key.device) > rows, -torch.inf)
+        unseen = torch.arange(key.shape[0], device=key.device) > self.positions(stride)[:, None]
+        logits.masked_fill_(unseen, -torch.inf)
         return (logits - logits.amax(-1, keepdim=True)).exp_()
 
 

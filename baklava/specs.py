@@ -58,7 +58,7 @@ def pair_of(text: str) -> Pair:
     both, keys, values = match.groups() if match else (None, None, None)
     pair = (int(both or keys or 0), int(both or values or 0))
     if not set(pair) <= set(get_args(Bits)):
-        raise UserError(f"bits {text!r} are not stored; write 16, 8, 4, 3 or 2, or keys and values apart as in k4v2")
+        raise UserError(f"bits {text!r} are not stored; write 16, 8, 6, 5, 4, 3 or 2, or both as in k4v2")
     return cast(Pair, pair)
 
 

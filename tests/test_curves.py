@@ -8,7 +8,7 @@ from plans import random_ids
 from torch import Tensor
 
 from baklava import curves
-from baklava.curves import HeadPass, Lattice, kept_output
+from baklava.curves import Kept, Lattice
 from baklava.eviction import HeavyHitter
 from baklava.model import LoadedModel
 from baklava.prefilling import record
@@ -54,22 +54,30 @@ def test_a_head_that_keeps_everything_loses_nothing_and_fewer_entries_lose_more(
         assert (grid[:, 1, 2] < grid[:, 2, 2]).all()
 
 
-def test_the_kept_output_is_attention_over_sinks_the_best_and_the_newest() -> None:
-    draw = torch.Generator().manual_seed(1)
-    entries, context, capacity = 30, 20, 12
-    weights, value = torch.rand(1, 3, entries, generator=draw), torch.randn(entries, 4, generator=draw)
-    rows = torch.arange(context, entries, curves.QUERY_STRIDE)
-    weights = weights[:, : len(rows)] * (torch.arange(entries) <= rows[:, None])
-    order = torch.randperm(context, generator=draw)
-    eviction = HeavyHitter(sinks=2, recent=0.5, interval=2)
-    passed_by = HeadPass(weights, value, torch.zeros(1, len(rows), 4), torch.zeros(1, 1, len(rows), 4))
-    output = kept_output(passed_by, order, capacity, eviction)
-    newest = int(0.5 * (capacity - 2 - 2)) + 1
-    best = [p for p in order.tolist() if 2 <= p < context - newest][: capacity - 2 - newest]
-    for row, query in enumerate(rows.tolist()):
-        held = [p for p in range(query + 1) if p < 2 or p in best or p > query - newest]
-        expected = (weights[0, row, held] @ value[held]) / weights[0, row, held].sum()
-        torch.testing.assert_close(output[0, row], expected)
+def test_a_head_is_taken_to_hold_sinks_the_best_and_the_newest() -> None:
+    context, entries, capacity = 20, 30, 12
+    order = torch.randperm(context, generator=torch.Generator().manual_seed(1))
+    queries = torch.arange(context, entries)
+    mask = Kept(order, queries, HeavyHitter(sinks=2, recent=0.5, interval=2)).mask(capacity, entries)
+    newest, quota = int(0.5 * (capacity - 2 - 2)) + 1, capacity - 2 - 5 - 1
+    for row, query in enumerate(queries.tolist()):
+        competing = [p for p in [*order.tolist(), *range(context, entries)] if 2 <= p <= query - newest]
+        held = {0, 1, *competing[:quota], *range(query - newest + 1, query + 1)}
+        assert set(mask[row].nonzero()[:, 0].tolist()) == held
+        assert len(held) == capacity - 1
+
+
+def test_a_head_with_room_for_all_is_taken_to_hold_all() -> None:
+    queries = torch.arange(20, 30)
+    mask = Kept(torch.arange(20), queries, HeavyHitter(sinks=2, interval=2)).mask(30, 30)
+    assert torch.equal(mask, torch.arange(30) <= queries[:, None])
+
+
+def test_the_loss_of_a_pair_is_that_of_keys_and_values_together() -> None:
+    lattice = Lattice(HeavyHitter(), (10,), ((16, 16), (8, 4), (4, 4)))
+    keys, values = torch.tensor([[[1.0], [1.5], [3.0]]]), torch.tensor([[[1.0], [2.0]]])
+    assert (lattice.key_bits, lattice.value_bits) == ((16, 8, 4), (16, 4))
+    assert lattice.paired(keys, values)[0, :, 0].tolist() == [1.0, 2.5, 4.0]
 
 
 def test_the_predicted_loss_is_the_kl_that_a_small_error_makes(tiny: Maker) -> None:

@@ -17,7 +17,7 @@ from baklava.storage.bits import pack, unpack
 
 BATCH, HEADS, DIM, TOKENS = 2, 3, 16, 24
 LAYOUTS = [Layout(TOKENS), Layout(TOKENS, sinks=3), Layout(TOKENS, sinks=2, staged=5), Layout(TOKENS, staged=4)]
-BITS = [32, 16, 8, 4, 3, 2]
+BITS = [32, 16, 8, 6, 5, 4, 3, 2]
 
 every_storage = pytest.mark.parametrize(
     ("bits", "layout", "centred"),
@@ -123,7 +123,7 @@ def test_bytes_are_those_of_the_plan(bits: int, layout: Layout, centred: bool) -
     assert storage.nbytes == BATCH * HEADS * (side_bytes(DIM, layout.sinks + 1, bits, layout.sinks) + mean)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("staged", [False, True])
 def test_a_pair_of_storages_is_a_head_of_the_plan(bits: int, sinks: int, staged: bool) -> None:
@@ -169,7 +169,7 @@ def test_the_mean_is_of_the_first_entries_and_not_of_sinks_or_padding() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
 def test_extreme_entries_stay_finite(dtype: torch.dtype, bits: int) -> None:
     top = 60000.0
     entries = torch.stack(
@@ -185,7 +185,7 @@ def test_extreme_entries_stay_finite(dtype: torch.dtype, bits: int) -> None:
     torch.testing.assert_close(stored[:, :, 3].float(), torch.full((BATCH, HEADS, DIM), -top), rtol=0.01, atol=0)
 
 
-@given(bits=st.sampled_from([8, 4, 3, 2]), eighths=st.integers(1, 12), seed=st.integers(0, 2**30))
+@given(bits=st.sampled_from([8, 6, 5, 4, 3, 2]), eighths=st.integers(1, 12), seed=st.integers(0, 2**30))
 def test_packed_codes_come_back_exactly(bits: int, eighths: int, seed: int) -> None:
     head_dim, generator = 8 * eighths, torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (2, 3, 5, head_dim), generator=generator).to(torch.uint8)
