@@ -52,7 +52,7 @@ def test_a_full_cache_copies_nothing_per_token(tiny: Callable[..., LoadedModel])
         for token in random_ids(20, 1):
             loaded.model(token[None], past_key_values=cache)
         groups = cache.ragged()[0].groups
-        places = [group.keys.slots.data_ptr() for group in groups]
+        places = [group.keys.coded[0].data_ptr() for group in groups]
         for token in random_ids(100, 1):
             loaded.model(token[None], past_key_values=cache)
-        assert [group.keys.slots.data_ptr() for group in groups] == places
+        assert [group.keys.coded[0].data_ptr() for group in groups] == places

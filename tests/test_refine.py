@@ -223,7 +223,7 @@ def test_under_a_bound_no_heuristic_wins_by_a_rounding() -> None:
     said = decide(MadeUpCrew(), [record(1, [0.1] * 4, ratio=0.2, budget=0.2)], WINDOWS, bounded)
     assert said is not None
     assert said.winner.candidate.name == "trial 1"
-    assert len(said.ranking) > 3
+    assert len(said.ranking) > 2
 
 
 @pytest.mark.parametrize(

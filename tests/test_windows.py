@@ -39,7 +39,7 @@ def test_splits_share_no_document_and_depend_on_the_seed_alone() -> None:
     again = split(list(reversed(documents)), Characters(), context=8, continuation=4, seed=0)
     other = split(documents, Characters(), context=8, continuation=4, seed=1)
     parts = [{w.document for w in part} for part in (first.calibration, first.search, first.validation)]
-    assert [len(part) for part in parts] == [4, 4, 4]
+    assert [len(part) for part in parts] == [3, 4, 4]
     assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
     assert first == again != other
 
@@ -59,7 +59,7 @@ def test_short_documents_and_copies_neither_shrink_the_splits_nor_join_them() ->
     alone, crowded = (
         split(texts, Characters(), context=8, continuation=4, seed=0) for texts in (long, long + short + copies)
     )
-    assert [len(part) for part in (crowded.calibration, crowded.search, crowded.validation)] == [4, 4, 4]
+    assert [len(part) for part in (crowded.calibration, crowded.search, crowded.validation)] == [3, 4, 4]
     used = [{w.document for w in part} for part in (crowded.calibration, crowded.search, crowded.validation)]
     assert [len(documents) for documents in used] == [1, 1, 1]
     assert len(set().union(*used)) == 3
