@@ -47,7 +47,7 @@ DEFAULTS = {
 BUDGET = 0.30
 """What is searched for where no goal is given."""
 
-BITS = "16 8 k8v4 4 k4v3 k4v2 3 k3v2 2 curves"
+BITS = "16 8 k8v4 k6v5 k6v4 k5v4 4 k4v3 k4v2 3 k3v2 2 curves"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -92,7 +92,7 @@ def test_the_first_trials_are_the_strongest_blends_and_then_one_measure_each_in_
     assert [params["bits"] for params in points] == ["curves"] * 3 + ["4"] * 4
     assert {eviction_of(params).observation for params in points} == {SHARPEST.observation}
     assert allocation_of(points[0]) == BALANCED
-    assert (points[1]["floor"], points[1]["sinks"]) == (0.3, 1)
+    assert [params["allocation"] for params in points[:3]] == ["blended", "blended", "greedy"]
     counts, greedy, baklava, flat = points[3:]
     assert allocation_of(counts) == Blended(reconstruction_power=1.0, floor=0.0)
     assert greedy["allocation"] == "greedy"
@@ -131,9 +131,9 @@ def test_what_the_profile_did_not_measure_is_not_drawn() -> None:
 
 
 def test_bits_without_loss_curves_are_left_out_where_the_others_have_them() -> None:
-    curves = Curves(eviction=SHARPEST.choice, entries=(1,), bits=((16, 16), (4, 4)), losses={})
+    curves = Curves(eviction=SHARPEST.choice, entries=(1,), bits=((16, 16), (5, 4), (4, 4)), losses={})
     measured = profile().model_copy(update={"curves": curves})
-    assert Space.of(measured, BITS, None).bits == ("16", "4", "curves")
+    assert Space.of(measured, BITS, None).bits == ("16", "k5v4", "4", "curves")
     assert Space.of(measured, ("k8v4",), None) == Space(("k8v4",), ranked=False, curved=False)
 
 

@@ -15,8 +15,8 @@ from tuning.space import CURVES, PAIRS, Params, Space
 SHARPEST = HeavyHitter(reduction="max", power=2, distance=32)
 """The scores that did best of all heavy hitters in every measurement so far."""
 
-BALANCED = Blended(reconstruction_power=0.5, importance_power=0.5, curve_power=0.5, bits="curves")
-"""Counts that half believe in reconstruction and half in the loss curves, tilted to heads that change their input."""
+BALANCED = Blended(reconstruction_power=0.3, importance_power=0.3, curve_power=0.7, floor=0.3, bits="curves")
+"""Mostly what the loss curves say, held back by reconstruction, importance and a floor from believing them too much."""
 
 LEVELS = 4
 """Sizes, spread over the range, at which the strongest heuristic is tried where sizes are drawn."""
@@ -78,12 +78,13 @@ def _whole(space: Space) -> bool:
 
 
 def _balanced(space: Space) -> list[Params]:
-    """The strongest heuristic, as it is and for few bytes: a higher floor and fewer sinks, which stay in 16 bits."""
+    """The strongest heuristics: two blends and greedy, with one sink, since sinks stay in 16 bits."""
     if not _whole(space):
         return []
-    knobs = {knob: getattr(BALANCED, knob) for knob in space.powers}
-    made = {"allocation": Blended.name, **knobs, **_stored(CURVES)}
-    return [made, {**made, "floor": 0.3, "sinks": 1}, {**made, "importance_power": 0.0}]
+    stored = {**_stored(CURVES), "sinks": 1}
+    blend = {"allocation": Blended.name, **{knob: getattr(BALANCED, knob) for knob in space.powers}, **stored}
+    halves = {"reconstruction_power": 0.5, "importance_power": 0.5, "curve_power": 0.5}
+    return [blend, {**blend, **halves}, {"allocation": Greedy.name, **stored}]
 
 
 def narrow_bits(space: Space) -> BitsName:
@@ -118,5 +119,5 @@ def _greedy(space: Space) -> list[Heuristic]:
     if not space.curved:
         return []
     if CURVES in space.bits:
-        return [Heuristic(Greedy(bits="any"), SHARPEST, PAIRS[CURVES])]
-    return [Heuristic(Greedy(), SHARPEST, PAIRS[narrow_bits(space)])]
+        return [Heuristic(Greedy(measure="text", bits="any"), SHARPEST, PAIRS[CURVES])]
+    return [Heuristic(Greedy(measure="text"), SHARPEST, PAIRS[narrow_bits(space)])]

@@ -15,7 +15,7 @@ from tuning.goal import Goal, Objective
 
 FILE = "search.json"
 
-BitsName = Literal["16", "8", "k8v4", "4", "k4v3", "k4v2", "3", "k3v2", "2", "curves"]
+BitsName = Literal["16", "8", "k8v4", "k6v5", "k6v4", "k5v4", "4", "k4v3", "k4v2", "3", "k3v2", "2", "curves"]
 BITS: tuple[BitsName, ...] = get_args(BitsName)
 """Bits that plans may store in: of keys and values alike, of each, or "curves", where each head has its own."""
 

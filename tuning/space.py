@@ -23,13 +23,16 @@ PAIRS: dict[BitsName, Pair] = {
     "16": (16, 16),
     "8": (8, 8),
     "k8v4": (8, 4),
+    "k6v5": (6, 5),
+    "k6v4": (6, 4),
+    "k5v4": (5, 4),
     "4": (4, 4),
     "k4v3": (4, 3),
     "k4v2": (4, 2),
     "3": (3, 3),
     "k3v2": (3, 2),
     "2": (2, 2),
-    CURVES: (4, 4),
+    CURVES: (5, 4),
 }
 """Bits of keys and values by name; "curves" starts from a pair and gives each head its own by its loss curves."""
 
@@ -157,4 +160,4 @@ def _blended(params: Params) -> Blended:
 
 
 def _greedy(params: Params) -> Greedy:
-    return Greedy(bits="any" if params["bits"] == CURVES else "given")
+    return Greedy(measure="text", bits="any" if params["bits"] == CURVES else "given")

@@ -80,7 +80,10 @@ class Shuffled(Contestant):
         return f"{spec}, dealt to random heads", tuple(permuted(plan, seed) for seed in self.seeds)
 
 
-UNSEARCHED = "blended(reconstruction_power=0.5,importance_power=0.5,curve_power=0.5,bits=curves)+heavy_hitter@4"
+UNSEARCHED = (
+    "blended(reconstruction_power=0.3,importance_power=0.3,curve_power=0.7,floor=0.3,bits=curves)"
+    "+heavy_hitter(sinks=1)@k5v4"
+)
 """Where a search begins: what ours is at budgets that nobody searched."""
 
 OURS = Champion(
