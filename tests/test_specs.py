@@ -49,7 +49,7 @@ def test_a_name_says_method_knobs_eviction_bits_and_budget(text: str, spec: Spec
         ("uniform+heavy_hitter(power=3):0.3", "'3' is not one of 1, 2"),
         ("uniform+heavy_hitter(staged=yes):0.3", "'yes' is not one of true, false"),
         ("baklava(floor=2):0.3", "floor within"),
-        ("uniform@5:0.3", "bits '5' are not stored"),
+        ("uniform@7:0.3", "bits '7' are not stored"),
         ("uniform:much", "budget 'much' is not a number; write uniform:0.3"),
         ("uniform:", "budget '' is not a number; write uniform:0.3"),
         ("best plan:0.3", "cannot be read"),

@@ -39,8 +39,9 @@ class Ring(HeadGroup):
         return attend(tokens.query, key, value, tokens.positions, held, kernel, masked=tokens.padded)
 
     def _put(self, tokens: Tokens) -> None:
-        if tokens.padded:
-            # A row that has had only padding writes it where its first token will go.
+        if tokens.padded or self.keys.copies or self.values.copies:
+            # A row that has had only padding writes it where its first token will go. Where storage is in parts, a
+            # slot that is a number would be compared with each part's ends: a compiled graph for every outcome.
             slots = self._slots(tokens.positions.clamp(min=0))[:, None]
             self.keys.scatter(slots, tokens.key)
             self.values.scatter(slots, tokens.value)
