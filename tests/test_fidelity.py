@@ -160,7 +160,7 @@ def test_where_no_plan_was_searched_the_method_named_for_it_stands_in(home: Path
 
     assert ours.plans(0.5, make) == (str(home / "plans/demo-50.json"), (plan,))
     assert ours.plans(0.2, make) == ("b:0.2", (plan,))
-    assert made == ["b:0.2"]
+    assert made == [str(home / "plans/demo-50.json"), "b:0.2"]
 
 
 def test_unknown_contestants_and_budgets_are_one_sentence() -> None:
@@ -280,7 +280,7 @@ def test_budgets_are_dealt_to_random_heads_with_seeds_of_their_own(home: Path, m
 
     monkeypatch.setattr(methods, "permuted", permuted)
     ours = Champion(OURS, "ours", "ours", folder=home / "plans")
-    spec, plans = Shuffled("shuffled", "", "control", of=ours).plans(0.5, lambda spec: pytest.fail(spec))
+    spec, plans = Shuffled("shuffled", "", "control", of=ours).plans(0.5, lambda path: BudgetPlan.read(Path(path)))
     assert dealt == [0, 1, 2]
     assert len(plans) == 3
     assert spec.endswith("demo-50.json, dealt to random heads")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from baklava.errors import UserError
 from baklava.plan import BudgetPlan
 from benchmarks.fidelity.methods import Contestant, Maker
+from benchmarks.fidelity.windows import Texts
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ def entries(
 
 def _check(plans: Sequence[BudgetPlan], budget: float, tokens: int) -> None:
     for plan in plans:
+        if plan.provenance.seed not in (None, Texts().seed):
+            seed = plan.provenance.seed
+            raise UserError(f"the plan was searched with seed {seed}, which may have seen this text; search with seed 0")
         if plan.context_length != tokens:
             raise UserError(f"the plan was made for {plan.context_length} tokens, but windows have {tokens}")
         if plan.ratio > budget:

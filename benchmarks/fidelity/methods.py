@@ -63,7 +63,7 @@ class Champion(Contestant):
         if not path.exists() and budget in dict(self.unsearched):
             spec = dict(self.unsearched)[budget]
             return spec, (make(spec),)
-        return str(path), (BudgetPlan.read(path),)
+        return str(path), (make(str(path)),)
 
 
 @dataclass(frozen=True)

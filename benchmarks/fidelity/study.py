@@ -104,6 +104,8 @@ def _prepare(asked: Asked) -> Prepared:
     loaded = load(asked.model)
     material = cut(asked.texts, asked.split, loaded.tokenizer)
     found, left_out = _entries(asked, material, loaded)
+    if not found:
+        raise UserError(f"no contestant has a plan, the first because {left_out[0].reason}")
     windows = (window for each in material.scored.values() for window in each)
     runs = {run_of(loaded.weights_digest, window): window for window in windows}
     return Prepared(material, runs, tuple(found), tuple(left_out))

@@ -21,7 +21,7 @@ class Texts:
     """
 
     searched: str = "botocore"
-    test: tuple[tuple[str, int], ...] = (("botocore", 6), ("ifcraft", 6), ("factbook", 3))
+    test: tuple[tuple[str, int], ...] = (("botocore", 5), ("ifcraft", 5), ("factbook", 2))
     controls: tuple[str, ...] = ("factbook",)
     context: int = 3072
     continuation: int = 512
