@@ -187,14 +187,17 @@ def attend_tiles(
     visible: Bool[Tensor, "#batch #heads queries entries"] | None,
     kernel: Kernel,
 ) -> Grouped:
-    """Output over entries that come in parts, such as stored ones that are converted on the way."""
-    logits = torch.cat([_products(query, key, kernel.scaling) for key in keys], -1)
-    attention, output, start = _normalised(logits, visible, kernel), torch.zeros_like(query), 0
+    """Output over entries that come in parts, such as stored ones that are converted on the way.
+
+    Logits and sums are in 32 bits, as a fused kernel has them: half of that would cost more than packing does.
+    """
+    logits = torch.cat([_products(query.float(), key.float(), kernel.scaling) for key in keys], -1)
+    attention, output, start = _normalised(logits, visible, kernel), torch.zeros_like(query, dtype=torch.float32), 0
     for value in values:
         stop = start + value.shape[2]
-        output += weighted(attention[..., start:stop], value)
+        output += weighted(attention[..., start:stop], value.float())
         start = stop
-    return output
+    return output.to(query.dtype)
 
 
 def _products(query: Grouped, key: Heads, scaling: float) -> Float[Tensor, "batch heads group queries entries"]:

@@ -149,11 +149,11 @@ class RaggedLayer(CacheLayerMixin):
         return self.groups[0].keys.read(0).shape[0]
 
     @override
-    def crop(self, max_length: int) -> None:
-        if max_length not in (0, self.seen):
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
             raise UserError(
-                f"crop({max_length}) of a cache that has seen {self.seen} tokens: evicted entries cannot come back; "
-                "decode without assisted or prompt-lookup generation"
+                f"crop({tokens_to_remove}) of a cache that has seen {self.seen} tokens: evicted entries cannot come "
+                "back; decode without assisted or prompt-lookup generation"
             )
 
     @override

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerationMode
+from transformers.generation import BaseStreamer, GenerationMode
 
 from baklava.errors import UserError
 from baklava.likelihood import check_fed
@@ -37,6 +37,7 @@ def decode(loaded: LoadedModel, plan: BudgetPlan, prompt: Sequence[int], **optio
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        streamer: BaseStreamer | None = None,
         **unused: Any,
     ) -> Row:
         _check_one_by_one(generation_config)
@@ -45,8 +46,12 @@ def decode(loaded: LoadedModel, plan: BudgetPlan, prompt: Sequence[int], **optio
             scores = logits_processor(input_ids, logits.float())
             token = _drawn(scores, sampled=bool(generation_config.do_sample))
             input_ids = torch.cat([input_ids, token], 1)
+            if streamer is not None:
+                streamer.put(token.cpu())
             if bool(stopping_criteria(input_ids, scores).all()):
                 check_fed(cache, input_ids.shape[1] - 1)
+                if streamer is not None:
+                    streamer.end()
                 return input_ids
             logits = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
 

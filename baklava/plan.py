@@ -50,9 +50,9 @@ class EvictionChoice(Record):
     `sinks` first tokens and a share `recent` of the remaining capacity for the newest tokens are never evicted.
     Eviction runs every `interval` tokens, so a head falls to capacity - interval entries and grows back. Scores are
     averaged over the `pooling` entries around each before they compete. `scored` methods keep a position and a score
-    beside each entry; the others are rings. Where entries are packed, `staged` keeps the tokens since the last eviction
-    in 16 bits; a ring packs each as it comes. An evicted entry whose key is at least as similar (cosine) to a kept one
-    as `merging` is folded into it; 0 folds none.
+    beside each entry; the others are rings. Where entries are packed, `staged` keeps the tokens since the last
+    eviction in 16 bits, once a head is full; a ring packs each as it comes. An evicted entry whose key is at least as
+    similar (cosine) to a kept one as `merging` is folded into it; 0 folds none.
     """
 
     method: str

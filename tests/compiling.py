@@ -8,7 +8,7 @@ import sys
 import warnings
 
 import torch
-from plans import plan_of, random_ids
+from handmade import plan_of, random_ids
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 

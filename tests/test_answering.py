@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from byte_model import byte_model
-from plans import plan_of
+from handmade import plan_of
 from tokenizers import Tokenizer, models, normalizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 

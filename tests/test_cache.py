@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from handmade import plan_of, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import plan_of, random_ids
 from reference import ReferenceHead
 from transformers import (
     DynamicCache,

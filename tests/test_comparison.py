@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import pytest
-from plans import plan_of
+from handmade import plan_of
 
 from baklava.answering import Answer, Answers
 from baklava.comparison import Evaluation, Speed, TaskScore, best, compare

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plans import random_ids
+from handmade import random_ids
 from torch import Tensor
 
 from baklava import curves

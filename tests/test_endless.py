@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plans import plan_of, random_ids
+from handmade import plan_of, random_ids
 
 from baklava.cache import BudgetedCache
 from baklava.eviction import Eviction, HeavyHitter, Streaming

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from plans import random_ids
+from handmade import random_ids
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import (

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from handmade import chunked, plan_of, random_ids
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.utils import get_rolling_token_windows
-from plans import chunked, plan_of, random_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plans import plan_of, random_ids
+from handmade import plan_of, random_ids
 
 from baklava.eviction import HeavyHitter, KeyDiff
 from baklava.heads.merging import merged

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from plans import chunked, mixed, plan_of, random_ids
+from handmade import chunked, mixed, plan_of, random_ids
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -155,6 +155,56 @@ def test_a_left_padded_batch_equals_its_rows_alone(tiny: Maker, eviction: Evicti
         real = ids[row : row + 1, mask[row].bool()]
         alone = loaded.model.generate(real, past_key_values=BudgetedCache(plan), **options)
         assert torch.equal(batch[row, 40:], alone[0, real.shape[1] :])
+
+
+def biased(loaded: LoadedModel) -> LoadedModel:
+    """The same model, whose keys lie around a point far from zero."""
+    for layer in loaded.model.model.layers:
+        layer.self_attn.k_proj.bias = torch.nn.Parameter(torch.linspace(-4, 4, layer.self_attn.k_proj.out_features))
+    return loaded
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("eviction", [Streaming(), KeyNorm(interval=4), HeavyHitter(interval=4, distance=0)], ids=str)
+@pytest.mark.parametrize("first", [1, 3, 5])
+def test_what_a_short_prompt_left_stays_as_it_is_when_a_long_turn_comes(
+    tiny: Maker, eviction: Eviction, first: int
+) -> None:
+    loaded, ids = biased(tiny()), random_ids(1, 40)
+    cache = BudgetedCache(plan_of(loaded, [[60, 60]] * 2, eviction, bits=4))
+    loaded.model(ids[:, :first], past_key_values=cache)
+    steps(loaded, cache, ids[:, first:18])
+    group = cache.ragged()[0].groups[0]
+    before = group.keys.read(group.filled).clone()
+    loaded.model(ids[:, 18:], past_key_values=cache)
+    assert torch.equal(group.keys.read(18), before)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("eviction", [each for each in EVICTIONS if not each.sample.repeated], ids=str)
+def test_a_text_is_likely_alike_from_its_first_token_on_however_it_is_cut(tiny: Maker, eviction: Eviction) -> None:
+    loaded, ids = biased(tiny(layers=1)), random_ids(1, 40)
+    plan = plan_of(loaded, [[14, 20]], eviction, bits=4)
+    expected = steps(loaded, BudgetedCache(plan), ids)
+    for step in (40, 7):
+        cache = BudgetedCache(plan)
+        with cache.teacher_forcing():
+            forced = [loaded.model(part, past_key_values=cache).logits for part in ids.split(step, 1)]
+        torch.testing.assert_close(torch.cat(forced, 1), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "eviction", [Streaming(), HeavyHitter(interval=4, distance=0), SnapKV(interval=4), KeyDiff(interval=4)], ids=str
+)
+def test_a_row_shorter_than_the_sinks_has_them_in_16_bits_too(tiny: Maker, eviction: Eviction) -> None:
+    loaded, ids = tiny(), random_ids(2, 16)
+    plan, options = plan_of(loaded, [[20, 20]] * 2, eviction, bits=4), {"max_new_tokens": 30, "do_sample": False}
+    mask = torch.ones_like(ids)
+    mask[0, :14] = 0
+    batch = loaded.model.generate(ids, attention_mask=mask, past_key_values=BudgetedCache(plan), **options)
+    alone = loaded.model.generate(ids[:1, 14:], past_key_values=BudgetedCache(plan), **options)
+    assert torch.equal(batch[0, 16:], alone[0, 2:])
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from plans import plan_of, random_ids
+from handmade import plan_of, random_ids
 from test_families import SHAPE, covering, pair, tiny_model
 from torch import Tensor
 from torch.testing import assert_close

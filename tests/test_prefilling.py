@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plans import chunked, plan_of, random_ids
+from handmade import chunked, plan_of, random_ids
 from torch import Tensor
 from transformers import DynamicCache
 

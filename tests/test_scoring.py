@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plans import chunked, plan_of, random_ids
+from handmade import chunked, plan_of, random_ids
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import DynamicCache
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from byte_model import END, byte_model, byte_tokenizer
+from handmade import plan_of
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import plan_of
 
 from baklava.cache import BudgetedCache
 from baklava.errors import UserError

@@ -40,18 +40,18 @@ def part_of(slots: Tensor, layout: Layout) -> Tensor:
 
 
 def filled(bits: int, layout: Layout, centred: bool) -> Storage:
-    """A full storage, whose mean is fitted to half of its entries."""
+    """A full storage, whose mean is fitted to most of its entries."""
     storage = storage_for(bits, draw(1), layout, centred=centred)
-    storage.select(torch.arange(12)[None, None], 0, draw(12), 12)
+    storage.select(torch.arange(20)[None, None], 0, draw(20), 20)
     storage.resize(TOKENS)
-    storage.write(12, draw(TOKENS - 12, seed=1))
+    storage.write(20, draw(TOKENS - 20, seed=1))
     return storage
 
 
 @every_storage
 def test_what_is_written_scattered_and_stored_reads_back_alike(bits: int, layout: Layout, centred: bool) -> None:
     storage, everywhere = filled(bits, layout, centred), torch.arange(TOKENS)[None, None]
-    entries = torch.cat([draw(12), draw(TOKENS - 12, seed=1)], 2)
+    entries = torch.cat([draw(20), draw(TOKENS - 20, seed=1)], 2)
     assert torch.equal(storage.read(TOKENS), storage.stored(entries, everywhere))
     assert torch.equal(torch.cat(list(storage.tiles(TOKENS)), 2), storage.read(TOKENS))
     assert torch.equal(storage.read(7), storage.read(TOKENS)[:, :, :7])
@@ -157,15 +157,30 @@ def test_a_mean_that_keys_share_costs_no_precision() -> None:
 
 
 def test_the_mean_is_of_the_first_entries_and_not_of_sinks_or_padding() -> None:
-    keys, layout = draw(20), Layout(TOKENS, sinks=2)
+    keys, layout = draw(30) + 5, Layout(40, sinks=2)
     odd = keys.clone()
     odd[:, :, :2] += 100
-    odd[:, :, 15:] -= 50
+    odd[:, :, 25:] -= 50
     whole, cut = (storage_for(4, keys, layout, centred=True) for _ in range(2))
-    whole.select(torch.arange(15)[None, None], 0, keys[:, :, :15], 20)
-    padded = torch.tensor([*range(15), *[NOTHING] * 5])[None, None]
-    cut.select(padded, 0, odd, 20)
-    assert torch.equal(whole.read(15)[:, :, 2:], cut.read(15)[:, :, 2:])
+    whole.select(torch.arange(25)[None, None], 0, keys[:, :, :25], 30)
+    padded = torch.tensor([*range(25), *[NOTHING] * 5])[None, None]
+    cut.select(padded, 0, odd, 30)
+    assert torch.equal(whole.read(25)[:, :, 2:], cut.read(25)[:, :, 2:])
+    assert float((whole.read(25) - keys[:, :, :25])[:, :, 2:].square().mean()) < 0.02
+
+
+def test_few_entries_make_no_mean_and_late_ones_change_nothing() -> None:
+    keys, layout = draw(40) + 5, Layout(60)
+    few, late = (storage_for(4, keys, layout, centred=True) for _ in range(2))
+    few.select(torch.arange(5)[None, None], 0, keys[:, :, :5], 60)
+    plain = storage_for(4, keys, layout)
+    plain.select(torch.arange(5)[None, None], 0, keys[:, :, :5], 60)
+    assert torch.equal(few.read(5), plain.read(5))
+    late.resize(60)
+    late.write(0, keys[:, :, :5])
+    before = late.read(5).clone()
+    late.select(torch.arange(40)[None, None], 5, keys[:, :, 5:], 60)
+    assert torch.equal(late.read(5), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

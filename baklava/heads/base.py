@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baklava.attention import Grouped, Heads, Kernel
 from baklava.eviction import Eviction
-from baklava.heads.rotation import hadamard, rotated
+from baklava.heads.rotation import Rotation, hadamard, rotated
 from baklava.plan import FULL_BITS
 from baklava.storage import Layout, Mirrored, storage_for
 
@@ -67,7 +67,7 @@ class Tokens:
             self.query[:, :, :, rows],
             self.key[:, :, rows],
             self.value[:, :, rows],
-            self.positions[:, rows],
+            self.positions[:, rows].clone(),  # whoever keeps a view of them would hold on to those of the whole prompt
             self.padded,
             self.forced,
         )
@@ -84,7 +84,8 @@ class HeadGroup(ABC):
         self.budget, self.eviction = budget, eviction
         self.index = _index(budget.heads, like.device)
         like = like[:, : len(budget.heads)]
-        self.signs = hadamard(like.shape[3], like.dtype, like.device) if any(budget.packed) else None
+        signs = hadamard(like.shape[3], like.dtype, like.device) if any(budget.packed) else None
+        self.rotation = None if signs is None else Rotation(signs)
         layout = Layout(budget.tokens, eviction.sinks, eviction.interval if eviction.staged else 0)
         self.keys = storage_for(budget.key_bits, like, layout, centred=True)
         self.values = storage_for(budget.value_bits, like, layout)
@@ -98,6 +99,9 @@ class HeadGroup(ABC):
 
     def attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
         """Take in new tokens and return what they attend to; leaves at most the capacity behind."""
+        if tokens.forced and not self.filled:  # one by one, the first token would come as a prompt of its own
+            parts = [replace(tokens.part(0, 1), forced=False), tokens.part(1, tokens.count)]
+            return torch.cat([self.attend(part, kernel) for part in parts if part.count], 3)
         query, key, value = (self._rotated(each) for each in (tokens.query, tokens.key, tokens.value))
         return self._rotated(self._attend(replace(tokens, query=query, key=key, value=value), kernel))
 
@@ -148,7 +152,7 @@ class HeadGroup(ABC):
             storage.select(slots, held, new, self.size)
 
     def _rotated(self, entries: Tensor) -> Tensor:
-        return entries if self.signs is None else rotated(entries, self.signs)
+        return entries if self.rotation is None else rotated(entries, self.rotation.signs)
 
 
 def _index(heads: tuple[int, ...], device: torch.device) -> slice | Int[Tensor, " heads"]:

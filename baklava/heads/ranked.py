@@ -61,10 +61,24 @@ class Ranked(HeadGroup):
     def _append(self, tokens: Tokens) -> None:
         start, self.filled = self.filled, self.filled + tokens.count
         self._grow(self.filled)
+        self.scores[:, :, start : self.filled] = 0
+        if tokens.padded:
+            self._scatter(tokens, start)
+            return
         self.keys.write(start, tokens.key)
         self.values.write(start, tokens.value)
         self.positions[:, :, start : self.filled] = tokens.positions[:, None]
-        self.scores[:, :, start : self.filled] = 0
+
+    def _scatter(self, tokens: Tokens, start: int) -> None:
+        """Append to rows of which some may lack sinks still: those go where other rows have theirs, which is empty."""
+        behind = torch.arange(start, self.filled, device=tokens.key.device)
+        early = (tokens.positions >= 0) & (tokens.positions < min(self.eviction.sinks, start))
+        slots = torch.where(early, tokens.positions, behind)[:, None].expand(tokens.key.shape[:3])
+        self.keys.scatter(slots, tokens.key)
+        self.values.scatter(slots, tokens.value)
+        self.positions[:, :, start : self.filled] = NOTHING
+        self.positions.scatter_(2, slots, tokens.positions[:, None].expand_as(slots).int())
+        self.scores.scatter_(2, slots, 0.0)
 
     def _forward(self, tokens: Tokens, kernel: Kernel) -> Forward:
         key, value = self.keys.read(self.filled), self.values.read(self.filled)
@@ -101,7 +115,7 @@ class Ranked(HeadGroup):
         self._keep(key, value, score, positions[:, None].expand(score.shape).int())
 
     def _keep(self, key: Heads, value: Heads, scores: Tensor, positions: Tensor) -> None:
-        """Keep the best of what is held and of these new entries behind it, in the order of their positions."""
+        """Keep the best of what is held and of these new entries behind it, in the order that they have there."""
         winners = self._winners(scores, positions)
         folded = None
         if self.eviction.merging and winners.shape[2] < positions.shape[2]:

@@ -1,10 +1,22 @@
 """The rotation that makes the channels of a head alike, so that few bits serve all of them."""
 
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """The signs of a rotation, which copies of a cache share."""
+
+    signs: Float[Tensor, "head_dim head_dim"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rotation":
+        return self
 
 
 @functools.cache

@@ -109,7 +109,7 @@ class Codec(ABC):
 
     @abstractmethod
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
-        """Learn what there is to learn from the first entries that come together; whatever comes later is ignored."""
+        """Learn what there is to learn from the first entries that come together, before any slot is held."""
 
     @abstractmethod
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:

@@ -19,7 +19,7 @@ class Mirrored(Storage):
 
     def __init__(self, storage: Storage, slots: int) -> None:
         self.storage = storage
-        self.mirror = storage.read(slots).clone()
+        self.mirror = storage.read(slots)  # a copy, where storage has another form
 
     @override
     @property
@@ -59,7 +59,7 @@ class Mirrored(Storage):
     @override
     def select(self, slots: Index, held: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
         self.storage.select(slots, held, new, size)
-        self.mirror = self.storage.read(size).clone()
+        self.mirror = self.storage.read(size)
 
     @override
     def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:

@@ -61,7 +61,8 @@ class Slots(Storage):
 
     def hold(self, source: Index, fresh: Entries, size: int) -> None:
         """Hold `size` slots, the first with the entries at the sources; `fresh` has those that are FRESH."""
-        self.codec.fit(fresh, source == FRESH)
+        if not self.count:  # what is held already must not come to mean something else
+            self.codec.fit(fresh, source == FRESH)
         self.coded = _resized(self._picked(source, fresh), size)
 
     @override

@@ -49,7 +49,7 @@ def _check(plans: Sequence[BudgetPlan], budget: float, tokens: int) -> None:
     for plan in plans:
         if plan.provenance.seed not in (None, Texts().seed):
             seed = plan.provenance.seed
-            raise UserError(f"the plan was searched with seed {seed}, which may have seen this text; search with seed 0")
+            raise UserError(f"the plan was searched with seed {seed}, which saw other text; search with seed 0")
         if plan.context_length != tokens:
             raise UserError(f"the plan was made for {plan.context_length} tokens, but windows have {tokens}")
         if plan.ratio > budget:
