@@ -67,6 +67,20 @@ def test_the_hidden_slice_is_left_out_where_heads_do_not_tile_it(tiny: Maker) ->
     assert "hidden" not in profile(tiny(hidden_size=48), windows(1)).importance
 
 
+def test_a_model_of_one_query_head_is_profiled(tiny: Maker) -> None:
+    measured = profile(tiny(kv_heads=1, group=1), windows(1))
+    assert [len(row) for row in measured.importance["value"]] == [1, 1]
+
+
+def test_a_model_that_norms_what_attention_gives_is_refused() -> None:
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    loaded = LoadedModel.of(Olmo2ForCausalLM(Olmo2Config(**shape, num_attention_heads=2)))
+    with pytest.raises(UserError, match="Olmo2DecoderLayer has no norm of the hidden state behind attention"):
+        profile(loaded, windows(1))
+
+
 def test_profiling_leaves_no_hook_behind_even_when_it_fails(tiny: Maker) -> None:
     loaded = tiny()
     profile(loaded, windows(1))
