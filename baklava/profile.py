@@ -56,7 +56,8 @@ class Profile(Record):
     or query, or its slice of the hidden state; "hidden" is missing where heads do not tile the hidden state.
     `layer_importance[layer]` is 1 − the mean cosine of the hidden state before and after the layer's attention
     (SqueezeAttention, arXiv 2404.04793).
-    `rankings` and `curves` are there where all layers have full attention.
+    `rankings` and `curves` are there where all layers have full attention; what comes of repeating the context only
+    where the model's positions leave room for that.
     """
 
     schema_version: Literal[2] = 2

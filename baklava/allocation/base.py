@@ -108,8 +108,11 @@ class Allocation(ABC):
 
 def lacking(profile: Profile, what: str) -> UserError:
     """The error of a method that asks for something which a profile does not hold."""
-    sliding = len(profile.geometry.budgetable) < profile.geometry.layers
-    cure = "choose another method, since some of its layers slide" if sliding else "profile the model again"
+    cure = "profile the model again"
+    if len(profile.geometry.budgetable) < profile.geometry.layers:
+        cure = "choose another method, since some of its layers slide"
+    elif profile.rankings:
+        cure = "choose another method, or a lower --context, which leaves the model room to repeat it"
     return UserError(f"the profile of {profile.model.id} has no {what}, which this method asks for; {cure}")
 
 
