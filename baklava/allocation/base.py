@@ -17,6 +17,9 @@ Pair = tuple[Bits, Bits]
 
 Grid = Float[np.ndarray, "layers kv_heads"]
 
+MOST_POWER = 16
+"""Powers of what a profile says lie between minus and plus this: those far beyond overflow."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -104,6 +107,11 @@ class Allocation(ABC):
         if not holds:
             knobs = ", ".join(f"{name} {value!r}" for name, value in self.knobs.items())
             raise UserError(f"{self.name} with {knobs}: {rule}")
+
+    def check_powers(self, *powers: float) -> None:
+        """Raise UserError unless all powers lie within the range of `MOST_POWER`."""
+        right = all(abs(power) <= MOST_POWER for power in powers)
+        self.check(right, f"powers must be within [-{MOST_POWER}, {MOST_POWER}]")
 
 
 def lacking(profile: Profile, what: str) -> UserError:
