@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from baklava.errors import UserError
 from baklava.files import write_whole
@@ -84,7 +84,7 @@ class Profile(Record):
         """Read a profile; raises UserError when the file is not one."""
         try:
             return cls.model_validate_json(path.read_text())
-        except (OSError, ValidationError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot read profile {path} ({type(error).__name__}); remove it and profile again"
             ) from None

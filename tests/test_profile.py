@@ -124,6 +124,7 @@ def test_a_profile_is_measured_once_and_read_back_equal(
     loaded.model.forward = None
     assert cached_profile(loaded, windows(1)) == first
     [file] = (tmp_path / "profiles").iterdir()
-    file.write_text("{")
-    with pytest.raises(UserError, match="remove it and profile again"):
-        Profile.read(file)
+    for content in (b"{", b"\xff\xfe\x80"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="remove it and profile again"):
+            Profile.read(file)

@@ -20,7 +20,7 @@ from tuning.heuristics import first_params, heuristics
 from tuning.journal import Journal
 from tuning.pareto import knee, nearest, non_dominated, thinned
 from tuning.refine import FIRST_STEP, LEAST_STEP, Paired, Refinement, proposal, step_size, vector
-from tuning.settings import SearchSettings
+from tuning.settings import SearchRecord, SearchSettings
 from tuning.task import Task
 from tuning.trials import TrialRecord
 from tuning.validate import Candidate, Validated, above, candidates, decide, verdict
@@ -241,6 +241,15 @@ def test_under_a_bound_no_heuristic_wins_by_a_rounding() -> None:
 def test_goals_that_make_no_sense_are_refused(given: dict[str, object], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         SearchSettings.of(model="m", texts=["t"], context=10, continuation=2, trials=5, **given)
+
+
+def test_what_is_resumed_from_a_binary_file_is_refused(tmp_path: Path) -> None:
+    for name in ("search.json", "trials.jsonl"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x80\n")
+    with pytest.raises(UserError, match=r"holds no valid search\.json"):
+        SearchRecord.read(tmp_path)
+    with pytest.raises(UserError, match=r"cannot read journal .*; begin anew without --resume"):
+        Journal.open(tmp_path / "trials.jsonl", TrialRecord.model_validate_json)
 
 
 def test_a_front_may_be_given_the_budget_that_chooses_its_point() -> None:

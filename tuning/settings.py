@@ -119,7 +119,7 @@ class SearchRecord(Record):
         """The record of an earlier search; raises UserError when its folder holds none."""
         try:
             return cls.model_validate_json((out / FILE).read_text())
-        except (OSError, ValidationError):
+        except (OSError, ValueError):
             raise UserError(f"--resume {out} holds no valid {FILE}; give the --out folder of a search") from None
 
     def check_same(self, model: ModelIdentity, corpora: dict[str, str]) -> None:
