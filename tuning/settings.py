@@ -45,7 +45,7 @@ class SearchSettings(Record):
     model: str
     texts: Annotated[tuple[str, ...], Field(min_length=1)]
     budget: Annotated[float, Field(gt=0, le=1)] | None = None
-    max_dnll: Annotated[float, Field(gt=0)] | None = None
+    max_dnll: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     front: bool = False
     context: PositiveInt
     continuation: PositiveInt
