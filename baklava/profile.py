@@ -18,6 +18,8 @@ from baklava.records import Record
 Source = Literal["value", "key", "query", "hidden"]
 Grid = tuple[tuple[float, ...], ...]
 Ranker = Literal["heavy_hitter", "reconstruction"]
+"""Scores that entries are ranked by: those of `HeavyHitter()` and of `Reconstruction()`, with their defaults."""
+
 Measure = Literal["text", "repetition", "error"]
 
 
@@ -38,8 +40,9 @@ class Curves(Record):
 
     `losses[measure][layer][kv head][i][j]` is for `bits[i]` (of keys, of values) and a capacity of `entries[j]`, which
     ascend to the whole window. "text" is the expected KL to the full cache in nats per continuation token, to second
-    order; "repetition" the same while the model repeats the context; "error" the mean relative error of the head's
-    output per token. Lower is better. Rows of sliding layers are empty.
+    order; "repetition" the same while the model repeats the context; "error" the relative error of the head's output:
+    the root of its mean square over the queries, averaged over windows. Lower is better. Rows of sliding layers are
+    empty.
     """
 
     eviction: EvictionChoice

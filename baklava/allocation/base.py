@@ -154,7 +154,8 @@ def filled(shares: Shares, limits: Limits) -> Shares:
 def rounded(shares: Shares, limits: Limits, step: int) -> Int[np.ndarray, "layers kv_heads"]:
     """Round to multiples of `step`, so that heads share capacities; the bytes are met to within a step of a head.
 
-    Shares are rounded down, then the bytes left go, a step each, to the heads with the largest remainders.
+    Heads at the least or the most that they may have hold that, a multiple or not, and steps from the least count from
+    there. Shares are rounded down, then the bytes left go, a step each, to the heads with the largest remainders.
     """
     levels = np.maximum(np.floor(shares.entries / step) * step, limits.least).astype(int)
     prices, _ = _prices(shares, limits)
