@@ -14,6 +14,7 @@ from test_space import SPACE, WINDOWS, record, report, task
 
 from baklava.bootstrap import Interval
 from baklava.errors import UserError
+from tuning.arguments import check_resumed
 from tuning.front import Front, write_front
 from tuning.front_chart import front_chart
 from tuning.goal import Goal
@@ -276,6 +277,11 @@ def test_what_is_resumed_from_a_binary_file_is_refused(tmp_path: Path) -> None:
         SearchRecord.read(tmp_path)
     with pytest.raises(UserError, match=r"cannot read journal .*; begin anew without --resume"):
         Journal.open(tmp_path / "trials.jsonl", TrialRecord.model_validate_json)
+
+
+def test_an_option_that_a_resumed_search_does_not_take_is_named_as_it_is_given() -> None:
+    with pytest.raises(UserError, match="leave out --max-dnll"):
+        check_resumed(Path("runs/1"), {"max_dnll": 0.01}, None)
 
 
 def test_a_front_may_be_given_the_budget_that_chooses_its_point() -> None:
