@@ -62,7 +62,8 @@ class Lattice:
 def losses(layer: LayerPass, scores: Float[Tensor, "heads context"], lattice: Lattice) -> tuple[Grid, Grid]:
     """Expected KL in nats per token, and relative error, of every head of a layer on the lattice.
 
-    `scores` are those of the context; the continuation competes for the same capacity.
+    The relative error is the root of its mean square over the queries. `scores` are those of the context; the
+    continuation competes for the same capacity.
     """
     sinks = lattice.eviction.sinks
     keys = [read_back(layer.key, bits, sinks, centred=True) for bits in lattice.key_bits]
@@ -145,7 +146,10 @@ def loss(
 
 
 def capacities(tokens: int, sinks: int, interval: int) -> tuple[int, ...]:
-    """Capacities from the least that a head can live with to the whole window, each twice the last."""
+    """Capacities from max(32, 2 (sinks + interval)) to the whole window, each twice the last.
+
+    A plan may give a head fewer: its curve then goes on as it began.
+    """
     found, capacity = [], max(32, 2 * (sinks + interval))
     while capacity < tokens:
         found.append(capacity)

@@ -27,6 +27,11 @@ def percent(loss: Interval) -> str:
     return f"{mean:+.1f} %" + ("" if math.isnan(low) else f" [{low:.1f}, {high:.1f}]")
 
 
+def share(part: float, digits: int = 3) -> str:
+    """A share of the bytes, without zeros at its end: `30%`, `12.5%`, `6.25%`."""
+    return f"{100 * part:.{digits}g}%"
+
+
 def counted(count: int, noun: str) -> str:
     """`1 window`, `2 windows`."""
     return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -92,13 +92,21 @@ def _decoder_layers(loaded: LoadedModel) -> list[Any]:
 
 
 def _norm_after_attention(layer: Any) -> Any:
-    """The first module that reads the residual stream after attention."""
-    for name in ("pre_feedforward_layernorm", "post_attention_layernorm"):
-        if hasattr(layer, name):
-            return getattr(layer, name)
-    raise UserError(f"{type(layer).__name__} has no norm after attention, so layer importance cannot be measured")
+    """The first module that reads the residual stream after attention.
+
+    Raises:
+        UserError: there is none; Olmo2's `post_attention_layernorm` reads what attention gives, before it is added.
+    """
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        return layer.pre_feedforward_layernorm
+    if hasattr(layer, "post_attention_layernorm") and not hasattr(layer, "post_feedforward_layernorm"):
+        return layer.post_attention_layernorm
+    raise UserError(
+        f"{type(layer).__name__} has no norm of the hidden state behind attention, so layer importance cannot be "
+        "measured; choose a Llama-type decoder"
+    )
 
 
 def _mean(parts: list[Tensor]) -> Tensor:
     """Mean over tokens and windows."""
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts], -1).mean(-1).squeeze(0)
+    return torch.cat(parts, -1).mean(-1)

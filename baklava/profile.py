@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from baklava.errors import UserError
 from baklava.files import write_whole
@@ -18,6 +18,8 @@ from baklava.records import Record
 Source = Literal["value", "key", "query", "hidden"]
 Grid = tuple[tuple[float, ...], ...]
 Ranker = Literal["heavy_hitter", "reconstruction"]
+"""Scores that entries are ranked by: those of `HeavyHitter()` and of `Reconstruction()`, with their defaults."""
+
 Measure = Literal["text", "repetition", "error"]
 
 
@@ -38,8 +40,9 @@ class Curves(Record):
 
     `losses[measure][layer][kv head][i][j]` is for `bits[i]` (of keys, of values) and a capacity of `entries[j]`, which
     ascend to the whole window. "text" is the expected KL to the full cache in nats per continuation token, to second
-    order; "repetition" the same while the model repeats the context; "error" the mean relative error of the head's
-    output per token. Lower is better. Rows of sliding layers are empty.
+    order; "repetition" the same while the model repeats the context; "error" the relative error of the head's output:
+    the root of its mean square over the queries, averaged over windows. Lower is better. Rows of sliding layers are
+    empty.
     """
 
     eviction: EvictionChoice
@@ -56,7 +59,8 @@ class Profile(Record):
     or query, or its slice of the hidden state; "hidden" is missing where heads do not tile the hidden state.
     `layer_importance[layer]` is 1 − the mean cosine of the hidden state before and after the layer's attention
     (SqueezeAttention, arXiv 2404.04793).
-    `rankings` and `curves` are there where all layers have full attention.
+    `rankings` and `curves` are there where all layers have full attention; what comes of repeating the context only
+    where the model's positions leave room for that.
     """
 
     schema_version: Literal[2] = 2
@@ -83,7 +87,7 @@ class Profile(Record):
         """Read a profile; raises UserError when the file is not one."""
         try:
             return cls.model_validate_json(path.read_text())
-        except (OSError, ValidationError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot read profile {path} ({type(error).__name__}); remove it and profile again"
             ) from None

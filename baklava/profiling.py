@@ -11,6 +11,7 @@ from torch import Tensor
 
 from baklava import curves, progress
 from baklava.curves import Lattice
+from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Reconstruction
 from baklava.geometry import CacheGeometry
 from baklava.importance import Meter
@@ -20,7 +21,7 @@ from baklava.paths import cache_dir
 from baklava.prefilling import Recorded, record
 from baklava.profile import Curves, Grid, Measure, Profile, Ranker
 from baklava.rankings import ranking
-from baklava.repetition import request
+from baklava.repetition import fits, request
 from baklava.sensitivity import passed
 from baklava.windows import Window
 
@@ -61,17 +62,22 @@ def profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
 
     Importance takes a forward per window. Where all layers have full attention, rankings and curves take a prefill that
     is observed, one that is repeated, and a backward pass through the continuation: about eight prefills together.
+    Where the model's positions leave no room to repeat a context, what comes of repeating it is left out.
+
+    Raises:
+        UserError: a window is longer than the model's positions, or its context is all sinks.
     """
     loaded.check_length(max(len(window.ids) for window in windows))
+    _check_contexts(windows)
     meter, full = Meter(loaded), len(loaded.geometry.budgetable) == loaded.geometry.layers
-    lattice = _lattice(loaded.geometry, windows)
+    lattice, rankers = _lattice(loaded.geometry, windows), _rankers(loaded, windows) if full else {}
     measured: list[Measured] = []
     with progress.bar(len(windows), "profiling", "window") as bar:
         for number, window in enumerate(windows):
             with meter.attached():
                 loaded.model(_ids(loaded, window.ids), use_cache=False, logits_to_keep=1)
             if full:
-                measured.append(_measure(loaded, window, lattice, number))
+                measured.append(_measure(loaded, window, lattice, rankers, number))
             bar.update(1)
     return Profile(
         model=loaded.identity,
@@ -79,7 +85,7 @@ def profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
         windows=windows_digest(windows),
         importance={source: _grid(1 - similarity) for source, similarity in meter.heads().items()},
         layer_importance=tuple((1 - meter.layers()).tolist()),
-        rankings={name: ranking([each.scores[name] for each in measured], KEEPS.sinks) for name in RANKERS if full},
+        rankings={name: ranking([each.scores[name] for each in measured], KEEPS.sinks) for name in rankers},
         curves=_curves(measured, lattice) if full else None,
     )
 
@@ -96,24 +102,43 @@ def cached_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
     return measured
 
 
+def _check_contexts(windows: Sequence[Window]) -> None:
+    shortest = min(window.context for window in windows)
+    if shortest <= KEEPS.sinks:
+        raise UserError(
+            f"a context of {shortest} tokens is all sinks, of which there are {KEEPS.sinks}, so there is nothing to "
+            "rank behind them; raise --context"
+        )
+
+
+def _rankers(loaded: LoadedModel, windows: Sequence[Window]) -> dict[Ranker, Eviction]:
+    """What entries are ranked by; by reconstruction only where there is room to repeat every context."""
+    room = all(fits(loaded, _ids(loaded, window.ids[: window.context])) for window in windows)
+    return RANKERS if room else {"heavy_hitter": KEEPS}
+
+
 def _lattice(geometry: CacheGeometry, windows: Sequence[Window]) -> Lattice:
     tokens = min(len(window.ids) for window in windows)
     bits = tuple(pair for pair in BITS if min(pair) >= 16 or packable(geometry.head_dim, min(pair)))
     return Lattice(KEEPS, curves.capacities(tokens, KEEPS.sinks, KEEPS.interval), bits)
 
 
-def _measure(loaded: LoadedModel, window: Window, lattice: Lattice, number: int) -> Measured:
+def _measure(
+    loaded: LoadedModel, window: Window, lattice: Lattice, rankers: dict[Ranker, Eviction], number: int
+) -> Measured:
     context = _ids(loaded, window.ids[: window.context])
-    recorded = record(loaded, context, tuple(RANKERS.values()))
+    recorded = record(loaded, context, tuple(rankers.values()))
     scores: dict[Ranker, list[Tensor]] = {
-        name: [layer[method.observation][0] for layer in recorded.recording.scores] for name, method in RANKERS.items()
+        name: [layer[method.observation][0] for layer in recorded.recording.scores] for name, method in rankers.items()
     }
-    start = (number * REPEATED) % max(1, window.context - REPEATED)
-    repeated = torch.cat([request(loaded, context, start), context[:, start : start + REPEATED]], 1)
     kept_by = scores["heavy_hitter"]
     text, error = _losses(loaded, recorded, _ids(loaded, window.ids[window.context :]), kept_by, lattice, number)
-    repetition, _ = _losses(loaded, recorded, repeated, kept_by, lattice, number)
-    return Measured(scores, {"text": text, "repetition": repetition, "error": error})
+    losses: dict[Measure, list[Tensor]] = {"text": text, "error": error}
+    if "reconstruction" in rankers:
+        start = (number * REPEATED) % max(1, window.context - REPEATED)
+        repeated = torch.cat([request(loaded, context, start), context[:, start : start + REPEATED]], 1)
+        losses["repetition"], _ = _losses(loaded, recorded, repeated, kept_by, lattice, number)
+    return Measured(scores, losses)
 
 
 def _losses(
@@ -136,6 +161,7 @@ def _curves(measured: Sequence[Measured], lattice: Lattice) -> Curves:
             for layer in range(len(measured[0].losses[measure]))
         )
         for measure in get_args(Measure)
+        if measure in measured[0].losses
     }
     return Curves(eviction=KEEPS.choice, entries=lattice.entries, bits=lattice.bits, losses=losses)
 

@@ -36,18 +36,22 @@ def repeated(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"], recording: R
     Raises:
         UserError: the model's positions do not reach behind the prompt by one chunk.
     """
-    tokens = ids.shape[1]
+    if not fits(loaded, ids):
+        raise UserError(
+            f"a prompt of {ids.shape[1]} tokens leaves no room to repeat {min(CHUNK, ids.shape[1])} of them within the "
+            f"{loaded.max_length} positions of {loaded.identity.id}; shorten it or choose another eviction method"
+        )
     cache = Cache(layers=[RepeatingLayer(*pair) for pair in zip(recording.keys, recording.values, strict=True)])
     for chunk in _chunks(loaded, ids):
-        if tokens + chunk.shape[1] > loaded.max_length:
-            raise UserError(
-                f"a prompt of {tokens} tokens leaves no room to repeat {chunk.shape[1]} of them within the "
-                f"{loaded.max_length} positions of {loaded.identity.id}; shorten it or choose another eviction method"
-            )
         loaded.model(chunk, past_key_values=cache, logits_to_keep=1)
     made = [{Reconstruction().observation: layer.scores} for layer in cache.layers]
     scores = tuple(known | new for known, new in zip(recording.scores, made, strict=True))
     return replace(recording, scores=scores)
+
+
+def fits(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> bool:
+    """Whether the model's positions reach behind a prompt by one chunk of it."""
+    return ids.shape[1] + max(chunk.shape[1] for chunk in _chunks(loaded, ids)) <= loaded.max_length
 
 
 def _chunks(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> Iterator[Int[Tensor, "batch chunk"]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baklava.errors import UserError
+from baklava.formats import share
 from baklava.script import exit_code
 from tuning.arguments import check_resumed, replicas
 from tuning.folders import new_folder
@@ -101,15 +102,15 @@ def _goal(given: dict[str, Any]) -> dict[str, float]:
 def show(outcome: "Outcome") -> None:
     metrics = outcome.winner.metrics
     print(
-        f"\nwinner: {outcome.winner.candidate.name}, {outcome.plan.ratio:.1%} of the bytes, KL {metrics['kl']:.4f}, "
-        f"{metrics['dnll']:+.4f} nats per token on validation\n"
+        f"\nwinner: {outcome.winner.candidate.name}, {share(outcome.plan.ratio)} of the bytes, "
+        f"KL {metrics['kl']:.4f}, {metrics['dnll']:+.4f} nats per token on validation\n"
     )
     width = max(len(entry.candidate.name) for entry in outcome.ranking)
     print(f"{'plan':{width}}  {'KL geom.':>8}  {'KL mean':>8}  {'dNLL':>8}  {'bytes':>6}")
     for entry in outcome.ranking:
         name, scores, ratio = entry.candidate.name, entry.metrics, entry.candidate.plan.ratio
         kls = f"{scores['kl_geometric']:8.4f}  {scores['kl']:8.4f}"
-        print(f"{name:{width}}  {kls}  {scores['dnll']:+8.4f}  {ratio:6.1%}")
+        print(f"{name:{width}}  {kls}  {scores['dnll']:+8.4f}  {share(ratio):>6}")
     print("", *outcome.worth, sep="\n")
     if outcome.verdict.front:
         print(f"\nfront   {outcome.out / 'front.json'}, {len(outcome.verdict.front)} plans")

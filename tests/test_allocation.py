@@ -159,6 +159,8 @@ def test_a_profile_without_what_a_method_asks_for_is_one_sentence(name: str) -> 
     ("name", "knobs"),
     [
         ("baklava", {"cap": 0.0}),
+        ("baklava", {"importance_power": 3000}),
+        ("baklava", {"layer_power": float("nan")}),
         ("pyramid", {"steepness": 1.0}),
         ("squeeze", {"share": 0.0}),
         ("duo", {"tokens": 0}),
@@ -166,6 +168,10 @@ def test_a_profile_without_what_a_method_asks_for_is_one_sentence(name: str) -> 
         ("heavy_hitter_counts", {"floor": -1.0}),
         ("reconstruction_counts", {"floor": 1.1}),
         ("blended", {"cap": 0.0}),
+        ("blended", {"reconstruction_power": 17}),
+        ("blended", {"importance_power": -17}),
+        ("blended", {"layer_power": 17.0}),
+        ("blended", {"curve_power": -400.0}),
     ],
 )
 def test_a_bad_knob_is_one_sentence(name: str, knobs: dict[str, object]) -> None:

@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from baklava.allocation import Allocation, Blended, allocate
 from baklava.errors import UserError
+from baklava.eviction import Streaming
 from baklava.model import LoadedModel
+from baklava.plan import BudgetPlan
 from baklava.profile import Profile
 from baklava.profiling import cached_profile, profile
 from baklava.windows import Window
@@ -67,13 +70,49 @@ def test_the_hidden_slice_is_left_out_where_heads_do_not_tile_it(tiny: Maker) ->
     assert "hidden" not in profile(tiny(hidden_size=48), windows(1)).importance
 
 
+def test_a_model_of_one_query_head_is_profiled(tiny: Maker) -> None:
+    measured = profile(tiny(kv_heads=1, group=1), windows(1))
+    assert [len(row) for row in measured.importance["value"]] == [1, 1]
+
+
+def test_a_model_that_norms_what_attention_gives_is_refused() -> None:
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    loaded = LoadedModel.of(Olmo2ForCausalLM(Olmo2Config(**shape, num_attention_heads=2)))
+    with pytest.raises(UserError, match="Olmo2DecoderLayer has no norm of the hidden state behind attention"):
+        profile(loaded, windows(1))
+
+
 def test_profiling_leaves_no_hook_behind_even_when_it_fails(tiny: Maker) -> None:
     loaded = tiny()
     profile(loaded, windows(1))
     with pytest.raises(IndexError):
-        profile(loaded, [Window("bad", "bad", (1, 999), 1)])
+        profile(loaded, [Window("bad", "bad", (1,) * 9 + (999,), 9)])
     modules = loaded.model.modules()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
+
+
+def test_without_room_to_repeat_a_context_there_is_only_what_needs_no_repeating(tiny: Maker) -> None:
+    whole = profile(tiny(max_position_embeddings=190), windows(1, tokens=100))
+    short = profile(tiny(max_position_embeddings=189), windows(1, tokens=100))
+    assert whole.curves is not None
+    assert short.curves is not None
+    assert short.rankings == {"heavy_hitter": whole.rankings["heavy_hitter"]}
+    assert whole.curves.losses.keys() - short.curves.losses.keys() == {"repetition"}
+    assert short.curves.losses["text"] == whole.curves.losses["text"]
+    plan_of(Blended(reconstruction_power=0, curve_power=1), short)
+    with pytest.raises(UserError, match=r"no reconstruction ranking, .* choose another method, or a lower --context"):
+        plan_of(Blended(), short)
+
+
+def plan_of(method: Allocation, measured: Profile) -> BudgetPlan:
+    return allocate(measured, budget=0.9, context_length=200, method=method, eviction=Streaming())
+
+
+def test_a_context_that_is_all_sinks_is_refused(tiny: Maker) -> None:
+    with pytest.raises(UserError, match=r"a context of 4 tokens is all sinks.*; raise --context"):
+        profile(tiny(), windows(1, tokens=9))
 
 
 def test_a_profile_is_measured_once_and_read_back_equal(
@@ -85,6 +124,7 @@ def test_a_profile_is_measured_once_and_read_back_equal(
     loaded.model.forward = None
     assert cached_profile(loaded, windows(1)) == first
     [file] = (tmp_path / "profiles").iterdir()
-    file.write_text("{")
-    with pytest.raises(UserError, match="remove it and profile again"):
-        Profile.read(file)
+    for content in (b"{", b"\xff\xfe\x80"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="remove it and profile again"):
+            Profile.read(file)

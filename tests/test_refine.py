@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,18 +14,21 @@ from test_space import SPACE, WINDOWS, record, report, task
 
 from baklava.bootstrap import Interval
 from baklava.errors import UserError
+from tuning.arguments import check_resumed
 from tuning.front import Front, write_front
 from tuning.front_chart import front_chart
 from tuning.goal import Goal
 from tuning.heuristics import first_params, heuristics
 from tuning.journal import Journal
+from tuning.outcome import Outcome
 from tuning.pareto import knee, nearest, non_dominated, thinned
 from tuning.refine import FIRST_STEP, LEAST_STEP, Paired, Refinement, proposal, step_size, vector
-from tuning.settings import SearchSettings
+from tuning.report import write_report
+from tuning.settings import SearchRecord, SearchSettings
 from tuning.task import Task
 from tuning.trials import TrialRecord
-from tuning.validate import Candidate, Validated, above, candidates, decide, verdict
-from tuning.worth import rivals, shuffles
+from tuning.validate import Candidate, Validated, Verdict, above, candidates, decide, verdict
+from tuning.worth import Rival, rivals, shuffles
 
 GEOMETRY = task().profile.geometry
 
@@ -152,7 +156,7 @@ def test_the_smallest_plan_that_keeps_the_bound_wins() -> None:
 
 def test_where_no_plan_keeps_the_bound_the_best_found_is_told() -> None:
     entries = [scored("a", 0.2, 0.02), scored("b", 0.3, 0.012)]
-    with pytest.raises(UserError, match=r"--max-dnll 0.01 is not kept .* b with 30.0% of the bytes at \+0.0120"):
+    with pytest.raises(UserError, match=r"--max-dnll 0.01 is not kept .* b with 30% of the bytes at \+0.0120"):
         verdict(entries, Goal(max_dnll=0.01))
 
 
@@ -207,6 +211,28 @@ def test_several_plans_are_above_the_winner_as_their_mean() -> None:
     assert above([twice, fourfold], winner).mean == pytest.approx(1.5 * np.log(2))
 
 
+def test_validation_on_one_document_gives_ratios_without_an_interval(tmp_path: Path) -> None:
+    ranking = tuple(in_one_document(scored(name, 0.0625, loss)) for name, loss in (("a", 0.1), ("b", 0.2)))
+    settings = SearchSettings.of(model="m", texts=["t"], context=10, continuation=2, trials=5, budget=0.0625)
+    rival, plan = Rival("b", above(ranking[1:], ranking[0])), ranking[0].candidate.plan
+    found = Outcome(tmp_path, settings, plan, Verdict(ranking[0], ranking), (rival,), (record(1, [0.1] * 4),), None)
+    assert found.worth == ["b: 2.00 times the winner's KL"]
+    write_report(found, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>2.00</td>" in page
+    assert "inside 6.25% of the bytes" in page
+
+
+def in_one_document(entry: Validated) -> Validated:
+    whole = {**entry.metrics, "ppl_full": 1.0}
+    return replace(entry, windows=tuple({**w, "document": "text"} for w in entry.windows), metrics=whole)
+
+
+def test_a_budget_is_said_to_its_last_digit() -> None:
+    said = [Goal(budget=budget).asked for budget in (0.3, 0.125, 0.0625, 0.004)]
+    assert said == [f"{percent}% of the bytes" for percent in ("30", "12.5", "6.25", "0.4")]
+
+
 def test_heuristics_of_drawn_sizes_get_the_size_of_the_winner() -> None:
     front = task(None, front=True)
     records = [record(1, [0.1] * 4, ratio=0.2, budget=0.2), record(2, [0.05] * 4, ratio=0.4, budget=0.4)]
@@ -233,6 +259,7 @@ def test_under_a_bound_no_heuristic_wins_by_a_rounding() -> None:
         ({"budget": 0.3, "max_dnll": 0.01}, "--max-dnll 0.01 and --budget are two goals; give one of them"),
         ({"front": True, "max_dnll": 0.01}, "--max-dnll 0.01 and --front are two goals; give one of them"),
         ({"max_dnll": 0.0}, "--max-dnll 0.0 is out of range"),
+        ({"max_dnll": float("inf")}, "--max-dnll inf is out of range"),
         ({"budget": 0.3, "refine": 5}, "--refine 5 leaves none of 5 trials"),
         ({"budget": 0.3, "refine": -1}, "--refine -1 is out of range"),
         ({"budget": 0.3, "bits": ("5",)}, "--bits 5 is out of range"),
@@ -241,6 +268,20 @@ def test_under_a_bound_no_heuristic_wins_by_a_rounding() -> None:
 def test_goals_that_make_no_sense_are_refused(given: dict[str, object], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         SearchSettings.of(model="m", texts=["t"], context=10, continuation=2, trials=5, **given)
+
+
+def test_what_is_resumed_from_a_binary_file_is_refused(tmp_path: Path) -> None:
+    for name in ("search.json", "trials.jsonl"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x80\n")
+    with pytest.raises(UserError, match=r"holds no valid search\.json"):
+        SearchRecord.read(tmp_path)
+    with pytest.raises(UserError, match=r"cannot read journal .*; begin anew without --resume"):
+        Journal.open(tmp_path / "trials.jsonl", TrialRecord.model_validate_json)
+
+
+def test_an_option_that_a_resumed_search_does_not_take_is_named_as_it_is_given() -> None:
+    with pytest.raises(UserError, match="leave out --max-dnll"):
+        check_resumed(Path("runs/1"), {"max_dnll": 0.01}, None)
 
 
 def test_a_front_may_be_given_the_budget_that_chooses_its_point() -> None:

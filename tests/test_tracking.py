@@ -1,5 +1,6 @@
 """Facts about what the search writes to MLflow, on a real database and a real server."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -67,6 +68,16 @@ def test_a_trial_is_a_child_with_its_curve_over_the_windows(tracker: Tracker) ->
     assert [point.value for point in sorted(curve, key=lambda point: point.step)] == [0.1, 0.2, 0.3, 0.4]
     assert child.info.end_time - child.info.start_time == 60_000
     assert child.info.run_name == "trial 7"
+
+
+def test_the_shifts_of_a_refinement_are_a_file_since_a_parameter_may_not_be_as_long(tracker: Tracker) -> None:
+    shifts = [[0.123] * 8] * 200
+    tracker.trial(record(7, [0.1] * 4, base=1, shifts=shifts), None, 1.0)
+    run = children(tracker)[0].info.run_id
+    params = tracker.client.get_run(run).data.params
+    assert params["base"] == "1"
+    assert "shifts" not in params
+    assert json.loads(Path(tracker.client.download_artifacts(run, "shifts.json")).read_text()) == shifts
 
 
 @pytest.mark.parametrize(("status", "shown"), [("finished", "FINISHED"), ("pruned", "FINISHED"), ("failed", "FAILED")])

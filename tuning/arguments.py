@@ -29,4 +29,5 @@ def check_resumed(earlier: Path, given: Mapping[str, Any], out: Path | None) -> 
     """Raise UserError when settings are given for something that has its own."""
     if given or out:
         first = next(iter([*given, "out"]))
-        raise UserError(f"--resume takes its settings from {earlier}; leave out --{OPTIONS.get(first, first)}")
+        option = OPTIONS.get(first, first.replace("_", "-"))
+        raise UserError(f"--resume takes its settings from {earlier}; leave out --{option}")

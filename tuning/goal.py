@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from baklava.formats import share
 from baklava.records import Record
 
 Objective = Literal["kl", "ppl"]
@@ -24,7 +25,7 @@ class Goal(Record):
 
     objective: Objective = "kl"
     budget: Annotated[float, Field(gt=0, le=1)] | None = None
-    max_dnll: Annotated[float, Field(gt=0)] | None = None
+    max_dnll: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     front: bool = False
 
     @property
@@ -39,7 +40,7 @@ class Goal(Record):
             return "every size, for a front of bytes and loss"
         if self.max_dnll is not None:
             return f"the smallest size that loses at most {self.max_dnll:g} nats per token"
-        return f"{self.budget:.0%} of the bytes"
+        return f"{share(self.budget or 0, 4)} of the bytes"
 
     def keeps(self, metrics: Metrics) -> bool:
         """Whether a plan with these metrics loses no more than it may."""
@@ -61,6 +62,6 @@ class Goal(Record):
     def told(self, metrics: Metrics) -> str:
         """How good a plan with these metrics is, in words."""
         if self.max_dnll is not None:
-            return f"{metrics['ratio']:.1%} of the bytes at {metrics['dnll']:+.4f} nats per token"
-        size = f" at {metrics['ratio']:.1%} of the bytes" if self.front else ""
+            return f"{share(metrics['ratio'])} of the bytes at {metrics['dnll']:+.4f} nats per token"
+        size = f" at {share(metrics['ratio'])} of the bytes" if self.front else ""
         return f"{NAMES[self.objective]} {self.loss(metrics):.4g}{size}"

@@ -27,7 +27,7 @@ class Journal(Generic[Entry]):
         Raises:
             UserError: the file was changed by hand.
         """
-        text = path.read_text() if path.exists() else ""
+        text = _text(path) if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             os.truncate(path, len(whole.encode()))
@@ -41,6 +41,13 @@ class Journal(Generic[Entry]):
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read journal {path} ({type(error).__name__}); begin anew without --resume") from None
 
 
 def _parsed(parse: Callable[[str], Entry], line: str, path: Path) -> Entry:

@@ -1,11 +1,12 @@
 """What a search hands over when it is done."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from baklava.bootstrap import Interval
+from baklava.formats import with_bounds
 from baklava.plan import BudgetPlan
 from tuning.settings import SearchSettings
 from tuning.trials import TrialRecord
@@ -82,7 +83,7 @@ class Outcome:
 def told(above: Interval) -> str:
     """The ratio whose logarithm this is, with its interval."""
     mean, low, high = (math.exp(value) for value in (above.mean, above.low, above.high))
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    return with_bounds(replace(above, mean=mean, low=low, high=high), ".2f")
 
 
 def _without_nan(values: dict[str, Any]) -> dict[str, Any]:

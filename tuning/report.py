@@ -3,6 +3,7 @@
 from html import escape
 from pathlib import Path
 
+from baklava.formats import share
 from tuning.charts import heat_map, trial_chart
 from tuning.front_chart import front_chart
 from tuning.outcome import Outcome, told
@@ -24,7 +25,7 @@ def write_report(outcome: Outcome, path: Path) -> None:
     """Write the report of a search."""
     settings, winner = outcome.settings, outcome.winner
     fields = {
-        "title": escape(f"{settings.model_name} at {outcome.plan.ratio:.0%} of its KV cache"),
+        "title": escape(f"{settings.model_name} at {share(outcome.plan.ratio)} of its KV cache"),
         "lead": escape(_lead(outcome)),
         "figures": _figures(outcome),
         "ranking": "".join(_row(entry, winner) for entry in outcome.ranking),
@@ -57,8 +58,8 @@ def _settings(outcome: Outcome) -> dict[str, object]:
 def _lead(outcome: Outcome) -> str:
     settings, dnll = outcome.settings, outcome.winner.metrics["dnll"]
     return (
-        f"{outcome.winner.candidate.name} keeps {settings.model_name} inside {outcome.plan.ratio:.1%} of the bytes of "
-        f"its full KV cache at {settings.context_length} tokens, for {dnll:+.4f} nats per token on windows that no "
+        f"{outcome.winner.candidate.name} keeps {settings.model_name} inside {share(outcome.plan.ratio)} of the bytes "
+        f"of its full KV cache at {settings.context_length} tokens, for {dnll:+.4f} nats per token on windows that no "
         "trial was scored on."
     )
 
@@ -78,7 +79,7 @@ def _figures(outcome: Outcome) -> str:
 def _row(entry: Validated, winner: Validated) -> str:
     metrics, plan = entry.metrics, entry.candidate.plan
     kls = [f"{metrics[name]:.4f}" for name in ("kl_geometric", "kl")]
-    numbers = [*kls, f"{metrics['dnll']:+.4f}", f"{metrics['ppl']:.3f}", f"{plan.ratio:.1%}"]
+    numbers = [*kls, f"{metrics['dnll']:+.4f}", f"{metrics['ppl']:.3f}", share(plan.ratio)]
     cells = "".join(f"<td>{number}</td>" for number in numbers)
     mark = ' class="winner"' if entry is winner else ""
     return f"<tr{mark}><th>{escape(entry.candidate.name)}</th>{cells}<td>{_against(entry, winner)}</td></tr>"
@@ -88,7 +89,7 @@ def _against(entry: Validated, winner: Validated) -> str:
     if entry is winner:
         return "winner"
     mean, _, bounds = told(above([entry], winner)).partition(" ")
-    return f"{mean} <small>{bounds}</small>"
+    return f"{mean} <small>{bounds}</small>" if bounds else mean
 
 
 def _knobs(outcome: Outcome) -> dict[str, object]:

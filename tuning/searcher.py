@@ -22,7 +22,7 @@ GRACE_WINDOWS = 2
 """Windows that every trial is scored on: the spread between documents makes one window too few to stop on."""
 
 COMPARED_TRIALS = 5
-"""Trials that must have reached a window before another is stopped there; as many as validation takes."""
+"""Trials that must have reached a window before another is stopped there."""
 
 
 class PlanSearch(OptunaSearch):

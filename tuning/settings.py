@@ -45,7 +45,7 @@ class SearchSettings(Record):
     model: str
     texts: Annotated[tuple[str, ...], Field(min_length=1)]
     budget: Annotated[float, Field(gt=0, le=1)] | None = None
-    max_dnll: Annotated[float, Field(gt=0)] | None = None
+    max_dnll: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     front: bool = False
     context: PositiveInt
     continuation: PositiveInt
@@ -119,7 +119,7 @@ class SearchRecord(Record):
         """The record of an earlier search; raises UserError when its folder holds none."""
         try:
             return cls.model_validate_json((out / FILE).read_text())
-        except (OSError, ValidationError):
+        except (OSError, ValueError):
             raise UserError(f"--resume {out} holds no valid {FILE}; give the --out folder of a search") from None
 
     def check_same(self, model: ModelIdentity, corpora: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """The record in MLflow: a parent run per search, a child per trial, and the winner as a registered champion."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,9 @@ from tuning.settings import SearchSettings
 from tuning.trials import TrialRecord
 
 CHAMPION = "champion"
+
+SHIFTS = "shifts"
+"""The parameter of a refinement that grows with the model's heads: MLflow takes no parameter above 6,000 characters."""
 
 
 class Tracker:
@@ -77,11 +81,13 @@ class Tracker:
         tags = {PARENT_TAG: self.parent, "baklava.status": record.status, "baklava.trial": str(record.trial)}
         name = f"trial {record.trial}"
         run = self.client.create_run(self.experiment, start_time=started, tags=tags, run_name=name).info.run_id
-        params = [Param(key, str(value)) for key, value in record.params.items()]
+        params = [Param(key, str(value)) for key, value in record.params.items() if key != SHIFTS]
         error = [RunTag("baklava.error", record.error[:5000])] if record.error else []
         self.client.log_batch(run, metrics=_curves(record, ended), params=params, tags=error)
         if plan is not None:
             self._plan_artifacts(run, plan, "plan.json")
+        if SHIFTS in record.params:
+            self.client.log_text(run, json.dumps(record.params[SHIFTS]), f"{SHIFTS}.json")
         self.client.set_terminated(run, "FAILED" if record.status == "failed" else "FINISHED", end_time=ended)
 
     def _plan_artifacts(self, run: str, plan: BudgetPlan, path: str) -> None:

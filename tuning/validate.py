@@ -17,7 +17,8 @@ from tuning.task import Task
 from tuning.trials import LEAST_KL, TrialRecord, best_of, finished, means
 
 TOP_TRIALS = 3
-"""Trials as drawn, and as many refined ones, that meet on validation windows; twice as many where sizes differ."""
+"""Trials as drawn, and as many refined ones, that meet on validation windows; twice as many drawn ones where none are
+refined, and twice as many of both where sizes differ."""
 
 HOPEFUL = 1.5
 """Loss on search windows, over the bound, up to which a trial may still keep the bound on validation windows."""

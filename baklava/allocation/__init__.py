@@ -45,7 +45,7 @@ _METHODS: tuple[type[Allocation], ...] = (
 )
 METHODS: dict[str, type[Allocation]] = {method.name: method for method in _METHODS}
 STEP = 8
-"""Capacities are multiples of this many entries, so that heads of a layer often share one."""
+"""Capacities are multiples of this many entries, so that heads of a layer often share one; see `rounded`."""
 
 __all__ = [
     "METHODS",
@@ -94,7 +94,7 @@ def allocate(
     """The plan that spends `budget` × the bytes of the full 16-bit cache, by this method.
 
     `bits` are those of keys and of values, where the method does not choose them itself; capacities are multiples of
-    `step` entries.
+    `step` entries, but for heads with the least or the most that they may have.
 
     Raises:
         UserError: the budget is not in (0, 1], or leaves less than sinks + one eviction interval per head.

@@ -31,6 +31,7 @@ class Baklava(Allocation):
     def __post_init__(self) -> None:
         right = self.reduction in REDUCTIONS and 0 <= self.floor <= 1 and 0 < self.cap <= 1
         self.check(right, f"reduction must be one of {', '.join(REDUCTIONS)}, floor within [0, 1], cap within (0, 1]")
+        self.check_powers(self.importance_power, self.layer_power)
 
     @override
     def shares(self, profile: Profile, limits: Limits) -> Shares:

@@ -17,6 +17,9 @@ Pair = tuple[Bits, Bits]
 
 Grid = Float[np.ndarray, "layers kv_heads"]
 
+MOST_POWER = 16
+"""Powers of what a profile says lie between minus and plus this: those far beyond overflow."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -105,11 +108,19 @@ class Allocation(ABC):
             knobs = ", ".join(f"{name} {value!r}" for name, value in self.knobs.items())
             raise UserError(f"{self.name} with {knobs}: {rule}")
 
+    def check_powers(self, *powers: float) -> None:
+        """Raise UserError unless all powers lie within the range of `MOST_POWER`."""
+        right = all(abs(power) <= MOST_POWER for power in powers)
+        self.check(right, f"powers must be within [-{MOST_POWER}, {MOST_POWER}]")
+
 
 def lacking(profile: Profile, what: str) -> UserError:
     """The error of a method that asks for something which a profile does not hold."""
-    sliding = len(profile.geometry.budgetable) < profile.geometry.layers
-    cure = "choose another method, since some of its layers slide" if sliding else "profile the model again"
+    cure = "profile the model again"
+    if len(profile.geometry.budgetable) < profile.geometry.layers:
+        cure = "choose another method, since some of its layers slide"
+    elif profile.rankings:
+        cure = "choose another method, or a lower --context, which leaves the model room to repeat it"
     return UserError(f"the profile of {profile.model.id} has no {what}, which this method asks for; {cure}")
 
 
@@ -143,7 +154,8 @@ def filled(shares: Shares, limits: Limits) -> Shares:
 def rounded(shares: Shares, limits: Limits, step: int) -> Int[np.ndarray, "layers kv_heads"]:
     """Round to multiples of `step`, so that heads share capacities; the bytes are met to within a step of a head.
 
-    Shares are rounded down, then the bytes left go, a step each, to the heads with the largest remainders.
+    Heads at the least or the most that they may have hold that, a multiple or not, and steps from the least count from
+    there. Shares are rounded down, then the bytes left go, a step each, to the heads with the largest remainders.
     """
     levels = np.maximum(np.floor(shares.entries / step) * step, limits.least).astype(int)
     prices, _ = _prices(shares, limits)

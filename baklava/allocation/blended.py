@@ -39,6 +39,7 @@ class Blended(Allocation):
         self.check(0 <= self.floor <= 1 and 0 < self.cap <= 1, "floor must be within [0, 1], cap within (0, 1]")
         self.check(self.measure in get_args(Measure), f"measure must be one of {', '.join(get_args(Measure))}")
         self.check(self.bits in ("given", "curves"), "bits must be given or curves")
+        self.check_powers(self.reconstruction_power, self.importance_power, self.layer_power, self.curve_power)
 
     @override
     def shares(self, profile: Profile, limits: Limits) -> Shares:

@@ -15,8 +15,9 @@ from baklava.profile import Profile
 class HeadAdaptive(Allocation):
     """Heads of a layer share one threshold of the attention received (Ada-KV, arXiv 2407.11550), layers are equal.
 
-    Ada-KV does so for each prompt; here the counts of the calibration windows are averaged. `safeguard` is the part of
-    the entries that all heads get alike, the paper's alpha.
+    Ada-KV does so for each prompt and with scores of its own; here the scores are those of `HeavyHitter()`, and the
+    counts of the calibration windows are averaged. `safeguard` is the part of the entries that all heads get alike, as
+    in the paper, whose alpha is its counterpart.
     """
 
     name: ClassVar[str] = "head_adaptive"

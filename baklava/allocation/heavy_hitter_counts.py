@@ -12,7 +12,10 @@ from baklava.profile import Profile
 
 @dataclass(frozen=True)
 class HeavyHitterCounts(Allocation):
-    """Entries above one threshold of the attention received, over all heads (the scores of H2O, arXiv 2306.14048).
+    """Entries above one threshold of the attention received, over all heads.
+
+    The scores are those of `HeavyHitter()`: of the attention from at least 32 tokens away the mean square, the most in
+    the query group. H2O (arXiv 2306.14048), whose idea they are, adds up the attention of all queries.
 
     Counted in each calibration window and averaged. `floor` is the least share of a head, relative to the uniform one.
     `tilt` favours late layers where above 0, early ones below.

@@ -98,7 +98,7 @@ class Folder:
         """What was asked; raises UserError when the folder holds no evaluation."""
         try:
             return EvaluationRecord.model_validate_json((self.path / "evaluation.json").read_text())
-        except (OSError, ValidationError):
+        except (OSError, ValueError):
             raise UserError(
                 f"--resume {self.path} holds no valid evaluation.json; give the --out folder of an evaluation"
             ) from None
