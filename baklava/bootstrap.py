@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 DRAWS = 4000
+Z = 1.96
+"""The normal quantile of a 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,18 @@ class Interval:
 
 
 def interval(values: Sequence[float], documents: Sequence[str], seed: int = 0) -> Interval:
-    """Bootstrap the mean of one value per window, drawing documents with replacement (Efron's percentile interval)."""
+    """Bootstrap the mean of one value per window, drawing documents with replacement (Efron's percentile interval).
+
+    Percentiles of few documents lie too near to each other (of four normal ones, 79 % of the intervals hold the mean),
+    so their distance from the mean is scaled as Student's t asks for.
+    """
     sums, counts = _by_document(values, documents)
     mean = float(np.mean(values))
     if len(sums) < 2:
         return Interval(mean, float("nan"), float("nan"), len(values), len(sums))
     drawn = _drawn(len(sums), seed)
     low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
-    return Interval(mean, float(low), float(high), len(values), len(sums))
+    return Interval(mean, *_widened(mean, low, high, len(sums)), len(values), len(sums))
 
 
 def ratio(values: Sequence[float], over: Sequence[float], documents: Sequence[str], seed: int = 0) -> Interval:
@@ -43,7 +49,21 @@ def ratio(values: Sequence[float], over: Sequence[float], documents: Sequence[st
     drawn = _drawn(len(above), seed)
     found = _over(above[drawn].sum(1), below[drawn].sum(1))
     low, high = np.percentile(found, [2.5, 97.5], method="nearest")  # interpolating between infinities gives NaN
-    return Interval(mean, float(low), float(high), len(values), len(above))
+    return Interval(mean, *_widened(mean, low, high, len(above)), len(values), len(above))
+
+
+def _widened(mean: float, low: float, high: float, documents: int) -> tuple[float, float]:
+    """Bounds as far from the mean as so few documents make them; infinite ones stay."""
+    freedom = documents - 1
+    # Expansion of the t quantile around the normal one, within 1 % from four documents on.
+    quantile = Z + (Z**3 + Z) / (4 * freedom) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * freedom**2)
+    quantile += (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / (384 * freedom**3)
+    wider = quantile / Z * (documents / freedom) ** 0.5
+    bounds = (
+        float(bound) if np.isinf(bound) or np.isinf(mean) else mean + wider * (bound - mean) for bound in (low, high)
+    )
+    low, high = map(float, bounds)
+    return low, high
 
 
 def _drawn(documents: int, seed: int) -> np.ndarray:

@@ -139,6 +139,7 @@ def loss(
     gradient: Float[Tensor, "draws group queries head_dim"],
 ) -> tuple[float, float]:
     """KL in nats per token, and mean squared relative error, of an output that is not the exact one."""
+    found, exact, gradient = found.float(), exact.float(), gradient.float()  # squares leave what 16 bits can say
     wrong = found - exact
     kl = (gradient * wrong).sum((1, 3)).square().mean() / 2
     relative = wrong.square().sum((0, 2)) / exact.square().sum((0, 2)).clamp(min=1e-18)
@@ -154,7 +155,7 @@ def capacities(tokens: int, sinks: int, interval: int) -> tuple[int, ...]:
     while capacity < tokens:
         found.append(capacity)
         capacity = 2 * capacity
-    return (*found, tokens)
+    return (*(found or [max(1, tokens // 2)]), tokens)
 
 
 def mean(grids: Sequence[Grid]) -> Grid:

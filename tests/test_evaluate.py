@@ -134,6 +134,12 @@ def test_an_interval_covers_the_mean_and_narrows_with_documents() -> None:
     assert many.low < 1 < many.high
 
 
+def test_of_a_few_documents_95_of_100_intervals_hold_the_mean() -> None:
+    draw, names = np.random.default_rng(1), list("abcd")
+    found = [interval(draw.normal(1, 1, 4).tolist(), names) for _ in range(400)]
+    assert 0.92 < np.mean([each.low < 1 < each.high for each in found]) < 0.99
+
+
 def test_windows_of_one_document_are_not_taken_for_independent() -> None:
     values = [0.0] * 10 + [1.0] * 10
     apart = interval(values, [f"d{i}" for i in range(20)])

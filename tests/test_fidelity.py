@@ -232,12 +232,12 @@ def test_means_differences_and_factors_are_those_reckoned_by_hand(home: Path) ->
 def test_a_ratio_is_drawn_over_documents_and_infinite_over_nothing() -> None:
     found = ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0], ["a", "a", "b"])
     assert found.mean == 15 / 6
-    assert (found.low, found.high) == (2, 3)  # only a, only b
+    assert found.low < 2 < 3 < found.high  # only a, only b, and two documents know little
     assert (found.windows, found.documents) == (3, 2)
     assert np.isnan(ratio([2.0], [1.0], ["a"]).low)
     nothing = ratio([1.0, 1.0], [0.5, -0.5], ["a", "b"])
     assert nothing.mean == nothing.high == np.inf
-    assert nothing.low == 2
+    assert nothing.low == 2  # no scale where the mean is infinite
 
 
 def test_the_table_says_what_is_least_and_what_cannot_be_told_apart(home: Path) -> None:

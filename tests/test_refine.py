@@ -106,7 +106,33 @@ def test_under_a_bound_a_refinement_of_what_keeps_it_is_smaller() -> None:
     bounded = task(None, max_dnll=0.1)
     kept, broken = record(1, [0.05] * 4, budget=0.2), record(2, [0.2] * 4, budget=0.1)
     assert proposal(bounded, 0, [kept, broken], [])["budget"] < 0.2
-    assert proposal(bounded, 0, [broken.model_copy(update={"trial": 1})], [])["budget"] == 0.1
+    assert 0.1 < proposal(bounded, 0, [broken.model_copy(update={"trial": 1})], [])["budget"] < 0.2
+
+
+def test_trials_that_keep_the_bound_reach_validation_beside_those_that_nearly_did() -> None:
+    bounded = task(None, max_dnll=0.01)
+    losses = [0.0149 - 0.0004 * number for number in range(16)]  # the last three keep it
+    records = [
+        record(number, [loss] * 4, ratio=0.2 + 0.01 * number, budget=0.2 + 0.01 * number)
+        for number, loss in enumerate(losses, start=1)
+    ]
+    names = [each.name for each in candidates(records, bounded)]
+    assert names == [f"trial {number}" for number in range(5, 17)]
+
+
+def test_a_plan_whose_score_is_no_number_cannot_win() -> None:
+    class Broken(MadeUpCrew):
+        def scores(self, tasks: list[tuple[str, str]], label: str) -> list[dict[str, object]]:
+            made = super().scores(tasks, label)
+            return [
+                {**score, "kl": float("nan")} if plan == tasks[0][0] else score
+                for score, (plan, _) in zip(made, tasks, strict=True)
+            ]
+
+    said = decide(Broken(), [record(1, [0.1] * 4)], WINDOWS, task())
+    assert said is not None
+    assert all(entry.metrics["kl"] == entry.metrics["kl"] for entry in said.ranking)
+    assert "trial 1" not in {entry.candidate.name for entry in said.ranking}
 
 
 def test_refinements_of_a_front_start_from_its_points_in_turn() -> None:
@@ -216,7 +242,7 @@ def test_validation_on_one_document_gives_ratios_without_an_interval(tmp_path: P
     settings = SearchSettings.of(model="m", texts=["t"], context=10, continuation=2, trials=5, budget=0.0625)
     rival, plan = Rival("b", above(ranking[1:], ranking[0])), ranking[0].candidate.plan
     found = Outcome(tmp_path, settings, plan, Verdict(ranking[0], ranking), (rival,), (record(1, [0.1] * 4),), None)
-    assert found.worth == ["b: 2.00 times the winner's KL"]
+    assert found.worth == ["b: 2.00 times the winner's KL on validation"]
     write_report(found, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<td>2.00</td>" in page

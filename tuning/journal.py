@@ -54,4 +54,6 @@ def _parsed(parse: Callable[[str], Entry], line: str, path: Path) -> Entry:
     try:
         return parse(line)
     except ValidationError:
-        raise UserError(f"{path} holds a line that is none of its records ({line[:60]!r}); remove that line") from None
+        raise UserError(
+            f"{path} holds a line that is none of its records ({line[:60]!r}); put back what it was"
+        ) from None

@@ -4,7 +4,6 @@ It loads no model, and not even torch: plans are made in the pool, scores in the
 next to nothing and starts at once.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import ray
 from ray import tune
 
 from tuning.goal import Goal
-from tuning.trials import means
+from tuning.trials import means, not_finite
 
 WORST = 1e9
 """Reported by a failed trial, since every report must carry the objective; the searcher never sees it."""
@@ -29,7 +28,7 @@ def trial(params: dict[str, Any], *, pool: Any, windows: Sequence[str], goal: Go
         return _fail(plan["error"])
     for window in windows:
         score = ray.get(pool.score.remote(plan["json"], window))
-        reason = score.get("error") or _not_finite(score)
+        reason = score.get("error") or not_finite(score)
         if reason:
             return _fail(reason)
         scores.append(score)
@@ -41,8 +40,3 @@ def trial(params: dict[str, Any], *, pool: Any, windows: Sequence[str], goal: Go
 def _fail(reason: str) -> None:
     # Raising would have Tune start the trial again, as it should when a node dies under it and only then.
     tune.report({"objective": WORST, "failed": reason})
-
-
-def _not_finite(score: dict[str, Any]) -> str | None:
-    wrong = [name for name, value in score.items() if isinstance(value, float) and not math.isfinite(value)]
-    return f"{wrong[0]} is {score[wrong[0]]} on window {score.get('window')}" if wrong else None

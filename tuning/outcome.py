@@ -58,7 +58,7 @@ class Outcome:
     @property
     def worth(self) -> list[str]:
         """How many times the winner's KL that of each rival is, as sentences."""
-        return [f"{rival.name}: {told(rival.above)} times the winner's KL" for rival in self.rivals]
+        return [f"{rival.name}: {told(rival.above)} times the winner's KL on validation" for rival in self.rivals]
 
     def summary(self) -> dict[str, Any]:
         """The outcome for machines."""

@@ -29,7 +29,7 @@ WAVES = 4
 """Cosines over depth that a broad direction is made of."""
 
 SAVING = 0.1
-"""Powers of two per step that the budget falls by, where the goal is the least bytes and the bound is kept."""
+"""Powers of two per step, where the goal is the least bytes: budgets fall where the bound is kept, and else grow."""
 
 Shifts = Float[np.ndarray, "layers kv_heads"]
 
@@ -87,8 +87,9 @@ def proposal(task: Task, seed: int, records: Sequence[TrialRecord], proposed: Se
     direction = _direction(base, proposed)
     shifts = _shifts(base, task.profile.geometry) + step * vector(direction, seed, task.profile.geometry)
     moved = {"shifts": np.round(shifts, 3).tolist(), "base": base.trial, "direction": direction, "step": step}
-    if task.goal.max_dnll is not None and task.goal.keeps(base.metrics):
-        moved["budget"] = base.params["budget"] * 2 ** (-SAVING * step)
+    if task.goal.max_dnll is not None:
+        way, (least, most) = -1 if task.goal.keeps(base.metrics) else 1, task.space.sizes or (0.0, 1.0)
+        moved["budget"] = min(most, max(least, base.params["budget"] * 2 ** (way * SAVING * step)))
     return {**base.params, **moved}
 
 

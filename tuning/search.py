@@ -9,6 +9,7 @@ from pathlib import Path
 
 from baklava.allocation import Uniform
 from baklava.errors import UserError
+from baklava.eviction import Streaming
 from baklava.model import describe
 from baklava.plan import BudgetPlan, Provenance
 from baklava.profile import flat_profile
@@ -16,7 +17,7 @@ from baklava.progress import say
 from tuning.cluster import Crew, present_fleet, session
 from tuning.folders import check_new
 from tuning.front import write_front
-from tuning.heuristics import SHARPEST, Heuristic, narrow_bits
+from tuning.heuristics import Heuristic
 from tuning.journal import Journal
 from tuning.outcome import Outcome
 from tuning.phases import run_trials
@@ -28,7 +29,7 @@ from tuning.space import PAIRS
 from tuning.task import Task
 from tuning.tracking import Tracker
 from tuning.trials import FILE, TrialRecord
-from tuning.validate import Validated, decide
+from tuning.validate import UnkeptError, Validated, decide
 from tuning.worth import rivals
 
 SCORES = ("kl_geometric", "kl", "dnll", "nll", "nll_full")
@@ -73,18 +74,18 @@ def resume(out: Path) -> Outcome:
 
 def check_budget(settings: SearchSettings) -> None:
     """Raise UserError when the budget holds no plan in any of the bits to search, before any time is spent."""
-    if settings.budget is None:
+    if settings.budget is None or settings.front:  # of a front the budget only picks a point
         return
     profile = flat_profile(*describe(settings.model))
-    task = Task(profile, settings.goal, settings.context_length, (), settings.bits)
-    smallest = Heuristic(Uniform(), SHARPEST, PAIRS[narrow_bits(task.space)])
+    narrowest = min(settings.bits, key=lambda name: sum(PAIRS[name]))
+    smallest = Heuristic(Uniform(), Streaming(sinks=1), PAIRS[narrowest])
     smallest.plan(profile, settings.budget, settings.context_length)
 
 
 def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchRecord | None) -> Outcome:
     material = prepare(settings)
     if earlier:
-        earlier.check_same(material.identity, material.corpora)
+        earlier.check_same(material.identity, material.profile.digest, material.corpora)
     splits = material.splits
     searched, held_out = (tuple(window.name for window in part) for part in (splits.search, splits.validation))
     task = Task(material.profile, settings.goal, settings.context_length, searched, settings.bits)
@@ -110,7 +111,10 @@ def _journal(
         return Journal.open(out / FILE, TrialRecord.model_validate_json)
     parent = tracker.begin(settings, out)
     out.mkdir(parents=True, exist_ok=True)
-    SearchRecord(settings=settings, model=material.identity, corpora=material.corpora, run=parent).write(out)
+    profile = material.profile.digest
+    SearchRecord(
+        settings=settings, model=material.identity, corpora=material.corpora, profile=profile, run=parent
+    ).write(out)
     return Journal.open(out / FILE, TrialRecord.model_validate_json)
 
 
@@ -118,6 +122,9 @@ def _journal(
 def _closing(tracker: Tracker, out: Path) -> Iterator[None]:
     try:
         yield
+    except UnkeptError:
+        tracker.end({}, [], "FAILED")
+        raise
     except BaseException:
         say(f"the search ended early; go on with it: python jobs/search.py --resume {out}")
         tracker.end({}, [], "KILLED")

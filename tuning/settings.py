@@ -102,12 +102,14 @@ class SearchSettings(Record):
 class SearchRecord(Record):
     """What a search needs to go on after a kill: its settings, what they stood for, and its MLflow parent run.
 
-    `corpora` maps the name of each text to the digest of what it held: recorded trials compare only on equal texts.
+    `corpora` maps the name of each text to the digest of what it held, `profile` is the digest of what the model's
+    weights made of the calibration windows: recorded trials compare only where both are equal.
     """
 
     settings: SearchSettings
     model: ModelIdentity
     corpora: dict[str, str]
+    profile: str
     run: str
 
     def write(self, out: Path) -> None:
@@ -122,10 +124,10 @@ class SearchRecord(Record):
         except (OSError, ValueError):
             raise UserError(f"--resume {out} holds no valid {FILE}; give the --out folder of a search") from None
 
-    def check_same(self, model: ModelIdentity, corpora: dict[str, str]) -> None:
+    def check_same(self, model: ModelIdentity, profile: str, corpora: dict[str, str]) -> None:
         """Raise UserError when the model or a text has changed since."""
         changed = [name for name in self.corpora if corpora.get(name) != self.corpora[name]]
-        if model != self.model:
+        if (model, profile) != (self.model, self.profile):
             changed.append(self.settings.model)
         if changed:
             raise UserError(

@@ -56,6 +56,12 @@ def means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {**mean, "ppl": perplexity(mean["nll"]), "ppl_full": perplexity(mean["nll_full"])}
 
 
+def not_finite(score: Mapping[str, Any]) -> str | None:
+    """What of a window's score is no number, in words; None where all is."""
+    wrong = [name for name, value in score.items() if isinstance(value, float) and not math.isfinite(value)]
+    return f"{wrong[0]} is {score[wrong[0]]} on window {score.get('window')}" if wrong else None
+
+
 def reported(result: Mapping[str, Any]) -> Metrics:
     """The metrics behind a report to Tune, which hands nested numbers to searchers and schedulers under other names."""
     return {**means(result["windows"]), "ratio": result["ratio"]}

@@ -14,7 +14,7 @@ from tuning.goal import Goal
 from tuning.heuristics import heuristics
 from tuning.pareto import knee, nearest, non_dominated, thinned
 from tuning.task import Task
-from tuning.trials import LEAST_KL, TrialRecord, best_of, finished, means
+from tuning.trials import LEAST_KL, TrialRecord, best_of, finished, means, not_finite
 
 TOP_TRIALS = 3
 """Trials as drawn, and as many refined ones, that meet on validation windows; twice as many drawn ones where none are
@@ -22,6 +22,10 @@ refined, and twice as many of both where sizes differ."""
 
 HOPEFUL = 1.5
 """Loss on search windows, over the bound, up to which a trial may still keep the bound on validation windows."""
+
+
+class UnkeptError(UserError):
+    """No plan keeps the bound: the search is over, and going on with it would change nothing."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,10 @@ def chosen(scored: Sequence[Validated], goal: Goal) -> Validated:
         return nearest(front, size_of, goal.budget) if goal.budget else knee(front, _size_and_loss(goal))
     best = min(scored, key=lambda each: goal.value(each.metrics))
     if not goal.keeps(best.metrics):
-        raise UserError(
+        raise UnkeptError(
             f"--max-dnll {goal.max_dnll:g} is not kept by any plan on the validation windows, the nearest is "
-            f"{best.candidate.name} with {goal.told(best.metrics)}; allow more, or search with more --trials"
+            f"{best.candidate.name} with {goal.told(best.metrics)}; start a new search that allows more, or with more "
+            "--trials"
         )
     return best
 
@@ -150,9 +155,11 @@ def _best(records: Sequence[TrialRecord], goal: Goal, count: int) -> list[TrialR
     front = non_dominated(whole, lambda record: (record.metrics["ratio"], goal.loss(record.metrics)))
     if goal.max_dnll is None:
         return thinned(front, count)
-    # What just failed the bound may keep it elsewhere, and the other way round.
-    near = [record for record in front if record.metrics["dnll"] <= HOPEFUL * goal.max_dnll]
-    return near[:count] or front[-1:]
+    # What just failed the bound may keep it elsewhere, and the other way round: those nearest to it, from both sides.
+    keeping = [record for record in front if goal.keeps(record.metrics)]
+    failing = [record for record in front if goal.max_dnll < record.metrics["dnll"] <= HOPEFUL * goal.max_dnll]
+    failing = failing[-max(count // 2, count - len(keeping)) :]
+    return [*failing, *keeping[: count - len(failing)]] or front[-1:]
 
 
 def _size_and_loss(goal: Goal) -> Callable[[Validated], tuple[float, float]]:
@@ -164,7 +171,7 @@ def _name(record: TrialRecord) -> str:
 
 
 def _validated(entrant: Candidate, windows: tuple[dict[str, Any], ...]) -> Validated | None:
-    error = next((window["error"] for window in windows if "error" in window), None)
+    error = next((reason for window in windows if (reason := window.get("error") or not_finite(window))), None)
     if error:
         say(f"{entrant.name} cannot win, {error}")
         return None

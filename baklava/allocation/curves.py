@@ -67,6 +67,8 @@ def table_of(profile: Profile, measure: Measure, limits: Limits, pairs: Sequence
     chosen = tuple(pairs or cast(Sequence[Pair], curves.bits))
     rows = [curves.bits.index(pair) for pair in chosen]
     grid = np.array([curves.losses[measure][layer] for layer in profile.geometry.budgetable])
+    if not np.isfinite(grid).all():
+        raise UserError(f"the profile of {profile.model.id} has loss curves that are no numbers; profile it in float32")
     falling = np.minimum.accumulate(grid.reshape(limits.heads, *grid.shape[2:])[:, rows], axis=-1)
     entries, losses = _within(limits, np.array(curves.entries) * (limits.most / curves.entries[-1]), falling)
     prices, fixed = np.array([(limits.entry_bytes(pair), limits.fixed_bytes(pair)) for pair in chosen]).T
@@ -155,7 +157,7 @@ def _edges(
         slopes = np.where(dearer > 0, gained / np.where(dearer > 0, dearer, 1), 0)
         onward, steepest = slopes.argmax(1), slopes.max(1)
         edges.append((rows, costs[onward] - costs[here], steepest))
-        if steepest.max() <= 0:
+        if not steepest.max() > 0:
             heads, sizes, falls = (np.concatenate(parts) for parts in zip(*edges, strict=True))
             return heads[falls > 0], sizes[falls > 0], falls[falls > 0]
         here = np.where(steepest > 0, onward, here)
