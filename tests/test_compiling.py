@@ -14,9 +14,7 @@ def drill(*arguments: str) -> dict[str, Any]:
     return json.loads(ran.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    ("eviction", "bits"), [("streaming", "16"), ("heavy_hitter", "16"), ("streaming", "4"), ("heavy_hitter", "3")]
-)
+@pytest.mark.parametrize(("eviction", "bits"), [("streaming", "16"), ("streaming", "4"), ("heavy_hitter", "3")])
 def test_compiled_decoding_gives_the_same_tokens_from_a_few_graphs(eviction: str, bits: str) -> None:
     seen = drill(eviction, bits)
     assert seen["equal"]

@@ -10,7 +10,7 @@ from baklava.cache import BudgetedCache
 from baklava.eviction import Eviction, HeavyHitter, Streaming
 from baklava.model import LoadedModel
 
-TOKENS = 10_000
+TOKENS = 6_000
 
 
 def resident() -> int:
@@ -19,7 +19,7 @@ def resident() -> int:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter(interval=16, distance=0)], ids=str)
-def test_ten_thousand_tokens_later_every_head_holds_its_budget_and_the_process_has_not_grown(
+def test_thousands_of_tokens_later_every_head_holds_its_budget_and_the_process_has_not_grown(
     tiny: Callable[..., LoadedModel], eviction: Eviction
 ) -> None:
     loaded = tiny(layers=1, head_dim=64)
@@ -31,8 +31,8 @@ def test_ten_thousand_tokens_later_every_head_holds_its_budget_and_the_process_h
         if number == TOKENS // 5:
             before = resident()
         loaded.model(token[:, None], past_key_values=cache)
-    # Four rows that kept these 8,000 tokens would hold 16 MiB more.
-    assert resident() - before < 8 << 20
+    # Four rows that kept these 4,800 tokens would hold 9.6 MiB more.
+    assert resident() - before < 5 << 20
     cache.check_integrity()
     assert cache.get_seq_length() == 500 + TOKENS
     assert cache.nbytes == 4 * cache.promised_bytes

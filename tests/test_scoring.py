@@ -119,7 +119,7 @@ def test_an_eviction_that_was_not_observed_is_refused(tiny: Maker) -> None:
 @pytest.mark.demo
 def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_loses_nothing(demo: LoadedModel) -> None:
     window = windows(documents(["ifcraft"]), demo.tokenizer, context=768, continuation=48)[0]
-    profile = cached_profile(demo, windows(documents(["botocore"]), demo.tokenizer, context=768, continuation=48)[:2])
+    profile = cached_profile(demo, windows(documents(["botocore"]), demo.tokenizer, context=320, continuation=48)[:1])
     evictions = (Streaming(), HeavyHitter(interval=16, distance=0))
     full = full_plan(demo.identity, demo.geometry, 816)
     prefilled = prefill(demo, window, evictions)
@@ -137,7 +137,7 @@ def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_lose
 
 @pytest.mark.demo
 def test_heavy_hitters_in_the_right_heads_beat_uniform_sinks_and_recent_on_unseen_text(demo: LoadedModel) -> None:
-    splits = split(documents(["botocore"]), demo.tokenizer, context=1024, continuation=256, seed=0)
+    splits = split(documents(["botocore"]), demo.tokenizer, context=512, continuation=64, seed=0)
     profile = cached_profile(demo, splits.calibration[:2])
     cut = windows(documents(["ifcraft"]), demo.tokenizer, context=1024, continuation=256)[:3]
     names = ("uniform:0.2", "baklava+heavy_hitter:0.2")
