@@ -73,8 +73,8 @@ serve: setup assets ## serve the plan that the last search registered
 bench: setup assets ## time decode and prefill against transformers' own cache (up to two hours)
 	@OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py decode $(ARGS) && OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py prefill $(ARGS)
 
-fidelity: setup assets ## score every method at every budget on unseen text, into docs/fidelity.json and .svg (hours)
-	@$(PY) jobs/benchmark.py fidelity --json docs/fidelity.json $(ARGS)
+fidelity: setup assets ## score every method at every budget on unseen text, into docs and README (an hour)
+	@$(PY) jobs/benchmark.py fidelity --json docs/fidelity.json --readme README.md $(ARGS)
 
 # kvpress allows no transformers as new as ours, so it lives apart; torch first, the same that is in .venv already
 $(PEERS)/.venv/ready: $(PEERS)/requirements.txt | $(READY)
