@@ -159,6 +159,15 @@ class Window:
         return position if position < self.sinks else self.sinks + (position - self.sinks) % self.length
 
 
+@dataclass(frozen=True)
+class Summary:
+    """Entries that stand for others and are seen by every query; `bias` is added to their logits."""
+
+    key: Float[Tensor, "batch heads summaries head_dim"]
+    value: Float[Tensor, "batch heads summaries head_dim"]
+    bias: Float[Tensor, "batch heads summaries"]
+
+
 def seen(
     query_positions: Int[Tensor, "#batch queries"], key_positions: Positions, window: Window | None = None
 ) -> Bool[Tensor, "#batch #heads queries entries"]:
@@ -171,13 +180,21 @@ def seen(
 
 
 def probabilities(
-    query: Grouped, key: Heads, visible: Bool[Tensor, "#batch #heads queries last"] | None, kernel: Kernel
+    query: Grouped,
+    key: Heads,
+    visible: Bool[Tensor, "#batch #heads queries last"] | None,
+    kernel: Kernel,
+    summary: Summary | None = None,
 ) -> Attention:
-    """What each query gives to each entry.
+    """What each query gives to each entry, those of the summary first.
 
     `visible` may be of the last entries only: every query sees those before them, and with None it sees all.
     """
-    return _normalised(_products(query, key, kernel.scaling), visible, kernel)
+    logits = _logits(query, key, kernel)
+    if summary is not None:
+        standing_in = _logits(query, summary.key, kernel) + summary.bias[:, :, None, None].to(logits.dtype)
+        logits = torch.cat([standing_in, logits], -1)
+    return _normalised(logits, visible, kernel)
 
 
 def attend_tiles(
@@ -191,7 +208,7 @@ def attend_tiles(
 
     Logits and sums are in 32 bits, as a fused kernel has them: half of that would cost more than packing does.
     """
-    logits = torch.cat([_products(query.float(), key.float(), kernel.scaling) for key in keys], -1)
+    logits = torch.cat([_logits(query.float(), key.float(), kernel) for key in keys], -1)
     attention, output, start = _normalised(logits, visible, kernel), torch.zeros_like(query, dtype=torch.float32), 0
     for value in values:
         stop = start + value.shape[2]
@@ -200,17 +217,17 @@ def attend_tiles(
     return output.to(query.dtype)
 
 
-def _products(query: Grouped, key: Heads, scaling: float) -> Float[Tensor, "batch heads group queries entries"]:
+def _logits(query: Grouped, key: Heads, kernel: Kernel) -> Float[Tensor, "batch heads group queries entries"]:
     batch, heads, group, queries, head_dim = query.shape
     rows, columns = query.reshape(batch * heads, group * queries, head_dim), key.flatten(0, 1).transpose(1, 2)
     # The scale goes into the product: one pass less over the logits, and no rounding of scaled half-precision queries.
-    logits = torch.baddbmm(rows.new_empty(1, 1, 1), rows, columns, beta=0, alpha=scaling)
+    logits = torch.baddbmm(rows.new_empty(1, 1, 1), rows, columns, beta=0, alpha=kernel.scaling)
+    if kernel.softcap is not None:
+        logits = torch.tanh(logits / kernel.softcap) * kernel.softcap
     return logits.view(batch, heads, group, queries, -1)
 
 
 def _normalised(logits: Attention, visible: Tensor | None, kernel: Kernel) -> Attention:
-    if kernel.softcap is not None:
-        logits = torch.tanh(logits / kernel.softcap) * kernel.softcap
     if visible is not None:
         # The lowest finite number, not -inf: a padding query sees nothing, and must not spread NaN.
         unsure = logits[..., logits.shape[-1] - visible.shape[-1] :]
@@ -218,8 +235,11 @@ def _normalised(logits: Attention, visible: Tensor | None, kernel: Kernel) -> At
     return _softmax(logits, kernel.sink_logits)
 
 
-def weighted(attention: Attention, value: Heads) -> Grouped:
-    """The values, weighted by the attention they get."""
+def weighted(attention: Attention, value: Heads, summary: Summary | None = None) -> Grouped:
+    """The values, those of the summary first, weighted by the attention they get."""
+    if summary is not None:
+        first = summary.value.shape[2]
+        return weighted(attention[..., :first], summary.value) + weighted(attention[..., first:], value)
     batch, heads, group, queries, entries = attention.shape
     output = attention.reshape(batch, heads, group * queries, entries) @ value
     return output.view(batch, heads, group, queries, -1)
@@ -243,16 +263,18 @@ def attend(
     *,
     masked: bool = True,
     window: Window | None = None,
+    summary: Summary | None = None,
 ) -> Grouped:
-    """Output of all queries over all entries; the last entries are the queries' own.
+    """Output of all queries over all entries, and over a summary of others; the last entries are the queries' own.
 
     `masked` False promises that positions hide nothing beyond causality: one query that sees every entry, or an
     unpadded prompt that attends to itself. Probabilities are never held for more than a block of queries.
     """
     queries, entries = query.shape[3], key.shape[2]
-    if kernel.plain and not masked:
+    fused = kernel.plain and summary is None
+    if fused and not masked:
         return _fused(query, key, value, None, kernel)
-    block = MASKED_BLOCK if kernel.plain else QUERY_BLOCK
+    block = MASKED_BLOCK if fused else QUERY_BLOCK
     outputs = []
     for start in range(0, queries, block):
         stop = min(start + block, queries)
@@ -261,10 +283,10 @@ def attend(
         visible = None
         if masked or queries > 1:
             visible = seen(query_positions[:, start:stop], key_positions[..., :reach], window)
-        if kernel.plain:
+        if fused:
             outputs.append(_fused(part, held, given, visible, kernel))
         else:
-            outputs.append(weighted(probabilities(part, held, visible, kernel), given))
+            outputs.append(weighted(probabilities(part, held, visible, kernel, summary), given, summary))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)
 
 

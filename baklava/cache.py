@@ -31,10 +31,15 @@ class RaggedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(
-        self, budget: LayerBudget, eviction: Eviction, chunk: int | None = None, padding: Padding | None = None
+        self,
+        budget: LayerBudget,
+        eviction: Eviction,
+        chunk: int | None = None,
+        padding: Padding | None = None,
+        channels: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
-        self.budgets, self.eviction, self.chunk = _groups(budget), eviction, chunk
+        self.budgets, self.eviction, self.chunk = _groups(budget, channels), eviction, chunk
         self.padding = padding or Padding()
         self.groups: list[HeadGroup] = []
         self.seen = 0
@@ -179,13 +184,15 @@ class BudgetedCache(Cache):
             raise UserError(
                 f"{plan.eviction.method} repeats whole prompts, not chunks; make a plan that prefills densely"
             )
-        pairs, padding = zip(plan.layers, plan.geometry.windows, strict=True), Padding()
-        super().__init__(layers=[self._layer(budget, window, padding) for budget, window in pairs])
+        padding = Padding()
+        super().__init__(layers=[self._layer(index, padding) for index in range(len(plan.layers))])
 
-    def _layer(self, budget: LayerBudget | None, window: int | None, padding: Padding) -> CacheLayerMixin:
-        if budget is not None:
-            return RaggedLayer(budget, self.eviction, self.plan.prefill.chunk, padding)
-        return SlidingLayer(window, self.plan.sliding_bits)
+    def _layer(self, index: int, padding: Padding) -> CacheLayerMixin:
+        plan = self.plan
+        if (budget := plan.layers[index]) is None:
+            return SlidingLayer(plan.geometry.windows[index], plan.sliding_bits)
+        channels = plan.key_channels[index] if plan.key_channels else None
+        return RaggedLayer(budget, self.eviction, plan.prefill.chunk, padding, channels)
 
     @classmethod
     def cut(cls, plan: BudgetPlan, recording: Recording) -> "BudgetedCache":
@@ -274,7 +281,9 @@ class BudgetedCache(Cache):
             )
 
 
-def _groups(budget: LayerBudget) -> list[Budget]:
+def _groups(budget: LayerBudget, channels: tuple[str, ...] | None) -> list[Budget]:
     shapes = list(zip(budget.tokens, budget.key_bits, budget.value_bits, strict=True))
     members = {shape: tuple(head for head, other in enumerate(shapes) if other == shape) for shape in shapes}
-    return [Budget(heads, *shape) for shape, heads in members.items()]
+    return [
+        Budget(heads, *shape, channels and tuple(channels[head] for head in heads)) for shape, heads in members.items()
+    ]

@@ -14,10 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from baklava.attention import Summary
 from baklava.eviction import Eviction
+from baklava.heads.centroids import ITERATIONS, Centroids, attention_of
 from baklava.packing import read_back
 from baklava.plan import FULL_BITS
-from baklava.sensitivity import LayerPass
+from baklava.sensitivity import LayerPass, Weights
 
 QUERY_STRIDE = 4
 """Of the continuation every fourth query is measured: neighbours agree."""
@@ -65,13 +67,20 @@ def losses(layer: LayerPass, scores: Float[Tensor, "heads context"], lattice: La
     The relative error is the root of its mean square over the queries. `scores` are those of the context; the
     continuation competes for the same capacity.
     """
-    sinks = lattice.eviction.sinks
-    keys = [read_back(layer.key, bits, sinks, centred=True) for bits in lattice.key_bits]
+    sinks, order = lattice.eviction.sinks, channel_sizes(layer, lattice.eviction.sinks).argsort(descending=True)
+    keys = [read_back(layer.key, bits, sinks, centred=True, order=order) for bits in lattice.key_bits]
     values = [read_back(layer.value, bits, sinks, centred=False) for bits in lattice.value_bits]
     found = [_head_losses(layer, head, scores[head], lattice, keys, values) for head in range(len(scores))]
     by_keys, by_values = (torch.stack(side) for side in zip(*found, strict=True))
     kl, squared = (lattice.paired(by_keys[..., i], by_values[..., i]) for i in (0, 1))
     return kl, squared.sqrt()
+
+
+def channel_sizes(layer: LayerPass, sinks: int) -> Float[Tensor, "heads head_dim"]:
+    """What each channel adds to the logits of a head: root mean squares of keys around their mean times of queries."""
+    key = layer.key[:, sinks:].float()
+    spread = (key - key.mean(1, keepdim=True)).square().mean(1).sqrt()
+    return spread * layer.query.float().square().mean((1, 2)).sqrt()
 
 
 def _head_losses(
@@ -83,37 +92,59 @@ def _head_losses(
     values: Sequence[Tensor],
 ) -> tuple[Float[Tensor, "key_bits entries 2"], Float[Tensor, "value_bits entries 2"]]:
     """KL and squared relative error per bits of the keys, and per bits of the values, at every capacity."""
-    kept = Kept(scores.argsort(descending=True), layer.positions(QUERY_STRIDE), lattice.eviction)
-    masks = [kept.mask(capacity, layer.key.shape[1]) for capacity in lattice.entries]
+    kept = Kept(scores, layer.positions(QUERY_STRIDE), lattice.eviction)
+    cut = [kept.cut(capacity, layer.key[head], layer.value[head]) for capacity in lattice.entries]
     weights = [layer.weights(head, key[head], QUERY_STRIDE) for key in keys]
-    exact = output(weights[0], layer.value[head], None)
+    exact = weights[0].of_entries @ layer.value[head] / weights[0].of_entries.sum(-1, keepdim=True)
     gradient = layer.gradient[:, head, :, ::QUERY_STRIDE]
-    by_keys = [[loss(output(w, layer.value[head], m), exact, gradient) for m in masks] for w in weights]
+    by_keys = [[loss(output(layer, head, w, layer.value[head], c), exact, gradient) for c in cut] for w in weights]
     together = torch.cat([value[head] for value in values], 1)
-    outputs = [output(weights[0], together, mask).chunk(len(values), -1) for mask in masks]
+    outputs = [output(layer, head, weights[0], together, c).chunk(len(values), -1) for c in cut]
     by_values = [[loss(each[i], exact, gradient) for each in outputs] for i in range(len(values))]
     return torch.tensor(by_keys), torch.tensor(by_values)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which entries a head holds for each measured query, and what stands for the others, if anything does."""
+
+    mask: Bool[Tensor, "queries entries"]
+    summary: Summary | None
 
 
 @dataclass(frozen=True)
 class Kept:
     """What a head holds for each measured query: sinks, the newest, and the best of the rest.
 
-    `order` are positions of the context, the best score first; what the continuation itself leaves behind comes last.
+    `scores` are those of the context; what the continuation itself leaves behind comes last.
     """
 
-    order: Int[Tensor, " context"]
+    scores: Float[Tensor, " context"]
     queries: Int[Tensor, " queries"]
     eviction: Eviction
 
+    def cut(
+        self, capacity: int, key: Float[Tensor, "entries head_dim"], value: Float[Tensor, "entries head_dim"]
+    ) -> Cut:
+        """What a head of this capacity holds; its centroids are those that the cut of the context leaves."""
+        mask, context = self.mask(capacity, len(key)), len(self.scores)
+        gone = ~mask[0, :context]
+        if not self.eviction.centroids or not gone.any():
+            return Cut(mask, None)
+        scores = torch.where(gone, attention_of(self.scores, self.eviction), 0)[None, None]
+        entries = key[None, None, :context], value[None, None, :context]
+        centroids = Centroids.none_yet(entries[0], 1, self.eviction.centroids)
+        return Cut(mask, centroids.with_members(*entries, scores, ITERATIONS).summary(key.dtype))
+
     def mask(self, capacity: int, entries: int) -> Bool[Tensor, "queries entries"]:
         """Which entries a head of this capacity holds; between evictions half an interval of it is empty."""
-        device, sinks = self.order.device, self.eviction.sinks
+        device, sinks = self.scores.device, self.eviction.sinks
         newest = min(capacity, self.eviction.newest(capacity) + self.eviction.interval // 2)
         quota = max(0, capacity - sinks - newest - self.eviction.interval // 2)
         if capacity >= entries:
             quota = entries
-        order = torch.cat([self.order, torch.arange(len(self.order), entries, device=device)])
+        late = torch.arange(len(self.scores), entries, device=device)
+        order = torch.cat([self.scores.argsort(descending=True), late])
         oldest = (self.queries - newest)[:, None]
         competing = (order >= sinks) & (order <= oldest)
         wins = competing & (competing.cumsum(1) <= quota)
@@ -124,13 +155,16 @@ class Kept:
 
 
 def output(
-    weights: Float[Tensor, "group queries entries"],
-    value: Float[Tensor, "entries channels"],
-    mask: Bool[Tensor, "queries entries"] | None,
+    layer: LayerPass, head: int, weights: Weights, value: Float[Tensor, "entries channels"], cut: Cut
 ) -> Float[Tensor, "group queries channels"]:
-    """Attention over the entries that are held, all of them where no mask says which."""
-    held = weights if mask is None else weights * mask
-    return held @ value / held.sum(-1, keepdim=True).clamp(min=1e-30)
+    """Attention over what is held; `value` may have the channels of several values side by side."""
+    held = weights.of_entries * cut.mask
+    total, output = held.sum(-1, keepdim=True), held @ value
+    if cut.summary is not None:
+        extra = layer.standing_in(head, cut.summary, QUERY_STRIDE, weights.peak)
+        means = cut.summary.value[0, 0].repeat(1, value.shape[1] // cut.summary.value.shape[3])
+        total, output = total + extra.sum(-1, keepdim=True), output + extra @ means
+    return output / total.clamp(min=1e-30)
 
 
 def loss(

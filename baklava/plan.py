@@ -23,8 +23,14 @@ FULL_BITS = 16
 STATE_BYTES = 8
 """Bytes beside the payload of an entry that is scored: its position (int32) and its score (float32)."""
 
+CENTROID_STATE_BYTES = 8
+"""Bytes beside the key and the value of a centroid: what its members weigh, and their entropy (both float32)."""
+
 SCALE_BYTES = 2
-"""Bytes beside the codes of a packed key or value: its scale (float16)."""
+"""Bytes beside the codes of a packed key or value, or of a grade of its channels: their scale (float16)."""
+
+Grades = tuple[tuple[int, int], ...]
+"""Channels of a key or value and the bits that they are coded in, one pair after another."""
 
 
 class LayerBudget(Record):
@@ -51,8 +57,8 @@ class EvictionChoice(Record):
     Eviction runs every `interval` tokens, so a head falls to capacity - interval entries and grows back. Scores are
     averaged over the `pooling` entries around each before they compete. `scored` methods keep a position and a score
     beside each entry; the others are rings. Where entries are packed, `staged` keeps the tokens since the last
-    eviction in 16 bits, once a head is full; a ring packs each as it comes. An evicted entry whose key is at least as
-    similar (cosine) to a kept one as `merging` is folded into it; 0 folds none.
+    eviction in 16 bits, once a head is full; a ring packs each as it comes. What a head evicts is merged into so many
+    `centroids` per head, in 16 bits; 0 forgets it.
     """
 
     method: str
@@ -61,7 +67,7 @@ class EvictionChoice(Record):
     interval: PositiveInt = 1
     pooling: PositiveInt = 1
     staged: bool = False
-    merging: Annotated[float, Field(ge=0, le=1)] = 0.0
+    centroids: Annotated[int, Field(ge=0)] = 0
     scored: bool = False
     knobs: dict[str, Knob] = Field(default_factory=dict)
 
@@ -119,7 +125,8 @@ class BudgetPlan(Record):
 
     The ratio is stated at `context_length` tokens: everything that a sequence keeps between two forward passes, over
     the bytes of the full cache in 16 bits. `layers[i]` is None where layer i slides: it keeps its window of tokens in
-    `sliding_bits`.
+    `sliding_bits`. `key_channels[i][h]` has the channels of KV head h of layer i as two hexadecimal digits each, those
+    first that matter most to its attention: they get more of the bits of a packed key (see `grades`).
     """
 
     schema_version: Literal[1] = 1
@@ -131,6 +138,7 @@ class BudgetPlan(Record):
     prefill: Prefill = Prefill()
     provenance: Provenance = Provenance()
     layers: tuple[LayerBudget | None, ...]
+    key_channels: tuple[tuple[str, ...] | None, ...] | None = None
     sliding_bits: DenseBits = 16
 
     @model_validator(mode="after")
@@ -153,6 +161,7 @@ class BudgetPlan(Record):
                     f"layer {index}: {min(layer.tokens)} entries, but {self.eviction.sinks} sinks and an eviction "
                     f"every {self.eviction.interval} tokens need {self.eviction.minimum_tokens}"
                 )
+        _check_channels(self)
         return self
 
     @property
@@ -190,7 +199,8 @@ class BudgetPlan(Record):
 
     def _layer_bytes(self, layer: LayerBudget) -> int:
         heads = zip(layer.tokens, layer.key_bits, layer.value_bits, strict=True)
-        return sum(head_bytes(self.geometry, tokens, k, v, self.eviction) for tokens, k, v in heads)
+        graded = self.key_channels is not None
+        return sum(head_bytes(self.geometry, tokens, k, v, self.eviction, graded) for tokens, k, v in heads)
 
     def check_fits(self, identity: ModelIdentity, geometry: CacheGeometry) -> None:
         """Raise UserError when this plan was made for another model."""
@@ -237,24 +247,53 @@ def full_plan(
     )
 
 
-def head_bytes(geometry: CacheGeometry, tokens: int, key_bits: int, value_bits: int, eviction: EvictionChoice) -> int:
-    """Most bytes that one KV head of this capacity holds, with the positions and scores of methods that keep them."""
-    dense = eviction.dense_tokens
-    payload = sum(side_bytes(geometry.head_dim, tokens, bits, dense) for bits in (key_bits, value_bits))
-    mean = geometry.head_dim * FULL_BITS // 8 if key_bits < FULL_BITS else 0
-    return payload + mean + (tokens * STATE_BYTES if eviction.scored else 0)
+def _check_channels(plan: BudgetPlan) -> None:
+    if plan.key_channels is None:
+        return
+    head_dim = plan.geometry.head_dim
+    if len(plan.key_channels) != plan.geometry.layers:
+        raise ValueError(f"key_channels of {len(plan.key_channels)} layers for a model of {plan.geometry.layers}")
+    for index in plan.geometry.budgetable:
+        named = [sorted(order[i : i + 2] for i in range(0, len(order), 2)) for order in plan.key_channels[index] or ()]
+        if named != [[f"{channel:02x}" for channel in range(head_dim)]] * plan.geometry.kv_heads:
+            raise ValueError(f"layer {index}: key_channels must order all {head_dim} channels of every KV head")
 
 
-def side_bytes(head_dim: int, tokens: int, bits: int, dense: int) -> int:
+def gradable(head_dim: int) -> bool:
+    """Whether the channels of a key can be coded in two halves, and named in two hexadecimal digits."""
+    return head_dim % 16 == 0 and head_dim <= 256
+
+
+def grades(head_dim: int, bits: int, graded: bool) -> Grades:
+    """How the bits of a packed entry are dealt to its channels, the most important ones first.
+
+    The better half gets one more, the other one less, where that fills whole bytes and nothing takes more than 8.
+    """
+    half = head_dim // 2
+    if graded and bits < 8 and gradable(head_dim):
+        return ((half, bits + 1), (half, bits - 1))
+    return ((head_dim, bits),)
+
+
+def head_bytes(
+    geometry: CacheGeometry, tokens: int, key_bits: int, value_bits: int, eviction: EvictionChoice, graded: bool = False
+) -> int:
+    """Most bytes that one KV head of this capacity holds, with positions, scores and centroids where they are kept."""
+    dense, head_dim = eviction.dense_tokens, geometry.head_dim
+    keys, values = grades(head_dim, key_bits, graded), grades(head_dim, value_bits, False)
+    payload = side_bytes(tokens, keys, dense) + side_bytes(tokens, values, dense)
+    mean = head_dim * FULL_BITS // 8 if key_bits < FULL_BITS else 0
+    centroids = eviction.centroids * (2 * head_dim * FULL_BITS // 8 + CENTROID_STATE_BYTES)
+    return payload + mean + centroids + (tokens * STATE_BYTES if eviction.scored else 0)
+
+
+def side_bytes(tokens: int, coded: Grades, dense: int) -> int:
     """Bytes of the keys or the values of one KV head, of which `dense` are in 16 bits where the others are packed."""
-    if bits >= FULL_BITS:
-        return tokens * head_dim * bits // 8
-    return dense * head_dim * FULL_BITS // 8 + (tokens - dense) * packed_bytes(head_dim, bits)
-
-
-def packed_bytes(head_dim: int, bits: int) -> int:
-    """Bytes of one packed key or value: its codes, in whole bytes, and its scale."""
-    return -(-head_dim * bits // 8) + SCALE_BYTES
+    head_dim = sum(channels for channels, _ in coded)
+    if coded[0][1] >= FULL_BITS:
+        return tokens * head_dim * coded[0][1] // 8
+    packed = sum(channels * bits // 8 + SCALE_BYTES for channels, bits in coded)
+    return dense * head_dim * FULL_BITS // 8 + (tokens - dense) * packed
 
 
 def full_bytes(geometry: CacheGeometry, context_length: int) -> int:

@@ -59,11 +59,13 @@ class Profile(Record):
     or query, or its slice of the hidden state; "hidden" is missing where heads do not tile the hidden state.
     `layer_importance[layer]` is 1 − the mean cosine of the hidden state before and after the layer's attention
     (SqueezeAttention, arXiv 2404.04793).
+    `key_channels` orders the channels of every KV head's keys as a plan does, by what they add to the logits: the size
+    of the keys around their mean times that of the queries.
     `rankings` and `curves` are there where all layers have full attention; what comes of repeating the context only
     where the model's positions leave room for that.
     """
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     model: ModelIdentity
     geometry: CacheGeometry
     windows: str
@@ -71,6 +73,7 @@ class Profile(Record):
     layer_importance: tuple[float, ...]
     rankings: dict[Ranker, Ranking] = Field(default_factory=dict)
     curves: Curves | None = None
+    key_channels: tuple[tuple[str, ...] | None, ...] | None = None
 
     @cached_property
     def digest(self) -> str:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from baklava import curves, progress
-from baklava.curves import Lattice
+from baklava.curves import Lattice, channel_sizes
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Reconstruction
 from baklava.geometry import CacheGeometry
@@ -18,14 +18,15 @@ from baklava.importance import Meter
 from baklava.model import LoadedModel
 from baklava.packing import packable
 from baklava.paths import cache_dir
-from baklava.prefilling import Recorded, record
+from baklava.plan import gradable
+from baklava.prefilling import record
 from baklava.profile import Curves, Grid, Measure, Profile, Ranker
 from baklava.rankings import ranking
 from baklava.repetition import fits, request
-from baklava.sensitivity import passed
+from baklava.sensitivity import LayerPass, passed
 from baklava.windows import Window
 
-KEEPS = HeavyHitter()
+KEEPS = HeavyHitter(centroids=4)
 """The eviction method that curves and counts are measured under."""
 
 RANKERS: dict[Ranker, Eviction] = {"heavy_hitter": KEEPS, "reconstruction": Reconstruction()}
@@ -39,16 +40,20 @@ BITS = (
 REPEATED = 256
 """Tokens that are repeated for the curves of repetition."""
 
-VERSION = "2"
+VERSION = "3"
 """Part of a cached profile's name: another one where the same windows would now give other numbers."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one window says: scores per layer `[kv heads, context]`, losses per layer `[kv heads, bits, entries]`."""
+    """What one window says, per layer.
+
+    Scores are `[kv heads, context]`, losses `[kv heads, bits, entries]`, sizes of key channels `[kv heads, head_dim]`.
+    """
 
     scores: dict[Ranker, list[Tensor]]
     losses: dict[Measure, list[Tensor]]
+    channels: list[Tensor]
 
 
 def windows_digest(windows: Sequence[Window]) -> str:
@@ -87,6 +92,7 @@ def profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
         layer_importance=tuple((1 - meter.layers()).tolist()),
         rankings={name: ranking([each.scores[name] for each in measured], KEEPS.sinks) for name in rankers},
         curves=_curves(measured, lattice) if full else None,
+        key_channels=_ordered(measured) if full and gradable(loaded.geometry.head_dim) else None,
     )
 
 
@@ -132,24 +138,20 @@ def _measure(
         name: [layer[method.observation][0] for layer in recorded.recording.scores] for name, method in rankers.items()
     }
     kept_by = scores["heavy_hitter"]
-    text, error = _losses(loaded, recorded, _ids(loaded, window.ids[window.context :]), kept_by, lattice, number)
+    layers = passed(loaded, recorded.recording, _ids(loaded, window.ids[window.context :]), number)
+    text, error = _losses(layers, kept_by, lattice)
+    channels = [channel_sizes(layer, KEEPS.sinks) for layer in layers]
     losses: dict[Measure, list[Tensor]] = {"text": text, "error": error}
     if "reconstruction" in rankers:
         start = (number * REPEATED) % max(1, window.context - REPEATED)
         repeated = torch.cat([request(loaded, context, start), context[:, start : start + REPEATED]], 1)
-        losses["repetition"], _ = _losses(loaded, recorded, repeated, kept_by, lattice, number)
-    return Measured(scores, losses)
+        losses["repetition"], _ = _losses(passed(loaded, recorded.recording, repeated, number), kept_by, lattice)
+    return Measured(scores, losses, channels)
 
 
 def _losses(
-    loaded: LoadedModel,
-    recorded: Recorded,
-    ids: Int[Tensor, "1 tokens"],
-    scores: Sequence[Float[Tensor, "heads context"]],
-    lattice: Lattice,
-    seed: int,
+    layers: Sequence[LayerPass], scores: Sequence[Float[Tensor, "heads context"]], lattice: Lattice
 ) -> tuple[list[Tensor], list[Tensor]]:
-    layers = passed(loaded, recorded.recording, ids, seed)
     found = [curves.losses(layer, observed, lattice) for layer, observed in zip(layers, scores, strict=True)]
     return [kl for kl, _ in found], [error for _, error in found]
 
@@ -164,6 +166,13 @@ def _curves(measured: Sequence[Measured], lattice: Lattice) -> Curves:
         if measure in measured[0].losses
     }
     return Curves(eviction=KEEPS.choice, entries=lattice.entries, bits=lattice.bits, losses=losses)
+
+
+def _ordered(measured: Sequence[Measured]) -> tuple[tuple[str, ...], ...]:
+    """Channels of every head by their size, the geometric mean over windows, as a plan names them."""
+    sizes = torch.stack([torch.stack(each.channels) for each in measured])
+    orders = sizes.clamp(min=1e-12).log().mean(0).argsort(-1, descending=True)
+    return tuple(tuple(bytes(head).hex() for head in layer) for layer in orders.tolist())
 
 
 def _rows(grid: curves.Grid) -> tuple[tuple[tuple[float, ...], ...], ...]:

@@ -9,12 +9,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from baklava import attention
-from baklava.attention import Kernel, grouped
+from baklava.attention import Kernel, Summary, grouped
 from baklava.model import LoadedModel
 from baklava.recording import Recording
 
 DRAWS = 1
 """Continuations drawn for the gradient; each costs a backward pass."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Attention before it is divided by its sum, and the logits that the largest of each query stand for."""
+
+    of_entries: Float[Tensor, "group queries entries"]
+    peak: Float[Tensor, "group queries 1"]
 
 
 @dataclass(frozen=True)
@@ -32,17 +40,25 @@ class LayerPass:
         entries, queries = self.key.shape[1], self.query.shape[2]
         return torch.arange(entries - queries, entries, stride, device=self.key.device)
 
-    def weights(
+    def weights(self, head: int, key: Float[Tensor, "entries head_dim"], stride: int) -> "Weights":
+        """Attention of every `stride`-th query of a head over these keys, before it is divided by its sum."""
+        logits = self._logits(head, key, stride)
+        unseen = torch.arange(key.shape[0], device=key.device) > self.positions(stride)[:, None]
+        peak = logits.masked_fill_(unseen, -torch.inf).amax(-1, keepdim=True)
+        return Weights(logits.sub_(peak).exp_(), peak)
+
+    def standing_in(
+        self, head: int, summary: Summary, stride: int, peak: Float[Tensor, "group queries 1"]
+    ) -> Float[Tensor, "group queries summaries"]:
+        """The same for a summary of one head, beside weights whose largest logits are these."""
+        return (self._logits(head, summary.key[0, 0], stride) + summary.bias[0, 0] - peak).exp()
+
+    def _logits(
         self, head: int, key: Float[Tensor, "entries head_dim"], stride: int
     ) -> Float[Tensor, "group queries entries"]:
-        """Attention of every `stride`-th query of a head over these keys, before it is divided by its sum."""
-        query = self.query[head, :, ::stride]
-        logits = query @ key.T * self.kernel.scaling
-        if self.kernel.softcap is not None:
-            logits = torch.tanh(logits / self.kernel.softcap) * self.kernel.softcap
-        unseen = torch.arange(key.shape[0], device=key.device) > self.positions(stride)[:, None]
-        logits.masked_fill_(unseen, -torch.inf)
-        return (logits - logits.amax(-1, keepdim=True)).exp_()
+        logits = self.query[head, :, ::stride] @ key.T * self.kernel.scaling
+        cap = self.kernel.softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def passed(loaded: LoadedModel, recording: Recording, ids: Int[Tensor, "1 tokens"], seed: int) -> list[LayerPass]:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = """A plan is a plan.json, `full`, or METHOD[+EVICTION][@BITS]:BUDGET with METHOD one of uniform, baklava,
 pyramid, squeeze, duo, head_adaptive, heavy_hitter_counts, reconstruction_counts, greedy and blended, EVICTION one of
-streaming (sinks + recent, the default), heavy_hitter, tova, snapkv, key_norm, keydiff, expected_attention and reconstruction,
-BITS 16 (the default), 8, 6, 5, 4, 3, 2 or such as k5v4, and BUDGET a share of the full cache's 16-bit bytes. Methods
-take knobs: greedy(bits=any)+heavy_hitter(sinks=1):0.125.
+streaming (sinks + recent, the default), heavy_hitter, tova, snapkv, key_norm, keydiff, expected_attention and
+reconstruction, BITS 16 (the default), 8, 6, 5, 4, 3, 2 or such as k5v4, and BUDGET a share of the full cache's 16-bit
+bytes. Methods take knobs: greedy(bits=any)+heavy_hitter(sinks=1,centroids=4):0.125.
 
 A task is `all`, or one of passkey, needle, multi_needle, kv_retrieval, multi_value, multi_query, variable_tracking,
 common_words, frequent_words, copy and few_shot, which are made from --texts; or a published benchmark:

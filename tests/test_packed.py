@@ -49,6 +49,14 @@ def packed_plan(loaded: LoadedModel, eviction: Eviction, bits: int = 4) -> Budge
     return plan_of(loaded, [[14, 40], [25, 25]], eviction, bits=bits)
 
 
+def graded(loaded: LoadedModel, plan: BudgetPlan) -> BudgetPlan:
+    """The same plan, with an order of channels of its own for every KV head."""
+    draw, geometry = torch.Generator().manual_seed(7), loaded.geometry
+    orders = [torch.randperm(geometry.head_dim, generator=draw).tolist() for _ in range(geometry.kv_heads)]
+    channels = (tuple(bytes(order).hex() for order in orders),) * geometry.layers
+    return BudgetPlan.model_validate({**plan.model_dump(), "key_channels": channels})
+
+
 def steps(loaded: LoadedModel, cache: BudgetedCache, ids: Tensor, **options: Any) -> Tensor:
     return torch.cat([loaded.model(token[:, None], past_key_values=cache, **options).logits for token in ids.T], 1)
 
@@ -70,6 +78,26 @@ def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, evi
             held = cache.kept_positions(layer, head)
             assert tokens - eviction.interval <= len(held) <= tokens
             assert held[: eviction.sinks].tolist() == list(range(eviction.sinks))
+
+
+@torch.inference_mode()
+@every_eviction
+@pytest.mark.parametrize("bits", [6, 4, 2])
+def test_graded_keys_hold_what_the_plan_says_together_and_one_by_one(
+    tiny: Maker, eviction: Eviction, bits: int
+) -> None:
+    loaded, ids = tiny(head_dim=16), random_ids(2, 37, seed=3)
+    plan = graded(loaded, mixed(packed_plan(loaded, eviction), [(bits, 4), (5, 16)]))
+    one_by_one, _ = prefill(loaded, plan, random_ids(2, 80))
+    together = copy.deepcopy(one_by_one)
+    slow = steps(loaded, one_by_one, ids)
+    with together.teacher_forcing():
+        fast = loaded.model(ids, past_key_values=together).logits
+    torch.testing.assert_close(fast, slow, atol=5e-3, rtol=1e-2)
+    one_by_one.check_integrity()
+    assert one_by_one.nbytes == 2 * one_by_one.promised_bytes
+    plain, _ = prefill(loaded, plan.model_copy(update={"key_channels": None}), random_ids(2, 80))
+    assert float((steps(loaded, plain, ids) - slow).abs().max()) > 1e-3
 
 
 @torch.inference_mode()

@@ -34,6 +34,32 @@ def test_bytes_count_payload_state_and_sliding_layers() -> None:
     assert plan().full_bytes_per_sequence == 2 * 2 * 100 * 8 * 4 + sliding
 
 
+CHANNELS = ("0001020304050607", "0706050403020100")
+
+
+def test_bytes_count_the_scales_of_both_halves_of_graded_keys_and_centroids() -> None:
+    geometry = GEOMETRY.model_copy(update={"head_dim": 16})
+    order = bytes(range(16)).hex()
+    layer = LayerBudget(tokens=(10, 20), key_bits=(4, 8), value_bits=(4, 8))
+    ring = {"geometry": geometry, "layers": (layer, None, layer), "sliding_bits": 16}
+    plain, graded = (plan(**ring, key_channels=each) for each in (None, ((order, order), None, (order, order))))
+    # 8 bits are graded no further; of 4, a half is in 5 and the other in 3, with a scale of 2 bytes each
+    assert graded.bytes_per_sequence == plain.bytes_per_sequence + 2 * (10 - 4) * 2
+    assert graded.digest != plain.digest
+    scored = EvictionChoice(method="heavy_hitter", scored=True, interval=4)
+    more = plan(**ring, eviction=scored.model_copy(update={"centroids": 3}))
+    assert more.bytes_per_sequence == plan(**ring, eviction=scored).bytes_per_sequence + 4 * 3 * (2 * 2 * 16 + 8)
+
+
+@pytest.mark.parametrize(
+    "channels", [(CHANNELS,), (CHANNELS, None, (CHANNELS[0],)), (CHANNELS, None, ("00" * 8, CHANNELS[0])), (None,) * 3]
+)
+def test_orders_of_channels_that_are_none_are_refused(channels: object) -> None:
+    plan(key_channels=(CHANNELS, None, CHANNELS))
+    with pytest.raises(ValidationError, match="key_channels"):
+        plan(key_channels=channels)
+
+
 def test_a_written_plan_reads_back_equal(tmp_path: Path) -> None:
     plan().write(tmp_path / "plan.json")
     assert BudgetPlan.read(tmp_path / "plan.json") == plan()

@@ -10,18 +10,19 @@ from torch import Tensor
 
 from baklava.errors import UserError
 from baklava.geometry import CacheGeometry
-from baklava.heads.rotation import hadamard, rotated
-from baklava.plan import EvictionChoice, head_bytes, side_bytes
+from baklava.heads.rotation import Rotation
+from baklava.packing import read_back
+from baklava.plan import EvictionChoice, Grades, grades, head_bytes, side_bytes
 from baklava.storage import NOTHING, Layout, Storage, storage_for
 from baklava.storage.bits import pack, unpack
 
 BATCH, HEADS, DIM, TOKENS = 2, 3, 16, 24
 LAYOUTS = [Layout(TOKENS), Layout(TOKENS, sinks=3), Layout(TOKENS, sinks=2, staged=5), Layout(TOKENS, staged=4)]
-BITS = [32, 16, 8, 6, 5, 4, 3, 2]
+CODED = [((DIM, bits),) for bits in (32, 16, 8, 6, 5, 4, 3, 2)] + [grades(DIM, bits, True) for bits in (6, 5, 4, 3, 2)]
 
 every_storage = pytest.mark.parametrize(
-    ("bits", "layout", "centred"),
-    [(bits, layout, centred) for bits in BITS for layout in LAYOUTS for centred in (False, True)],
+    ("coded", "layout", "centred"),
+    [(coded, layout, centred) for coded in CODED for layout in LAYOUTS for centred in (False, True)],
     ids=str,
 )
 
@@ -35,13 +36,22 @@ def slots(*rows: int) -> Tensor:
     return torch.tensor(rows).expand(BATCH, HEADS, -1).clone()
 
 
+def packed(coded: Grades) -> bool:
+    return coded[0][1] < 16
+
+
+def alike(channels: int, bits: int) -> Grades:
+    """All channels in the same bits."""
+    return ((channels, bits),)
+
+
 def part_of(slots: Tensor, layout: Layout) -> Tensor:
     return (slots >= layout.sinks).int() + (slots >= layout.tokens - layout.staged).int()
 
 
-def filled(bits: int, layout: Layout, centred: bool) -> Storage:
+def filled(coded: Grades, layout: Layout, centred: bool) -> Storage:
     """A full storage, whose mean is fitted to most of its entries."""
-    storage = storage_for(bits, draw(1), layout, centred=centred)
+    storage = storage_for(coded, draw(1), layout, centred=centred)
     storage.select(torch.arange(20)[None, None], 0, draw(20), 20)
     storage.resize(TOKENS)
     storage.write(20, draw(TOKENS - 20, seed=1))
@@ -49,8 +59,8 @@ def filled(bits: int, layout: Layout, centred: bool) -> Storage:
 
 
 @every_storage
-def test_what_is_written_scattered_and_stored_reads_back_alike(bits: int, layout: Layout, centred: bool) -> None:
-    storage, everywhere = filled(bits, layout, centred), torch.arange(TOKENS)[None, None]
+def test_what_is_written_scattered_and_stored_reads_back_alike(coded: Grades, layout: Layout, centred: bool) -> None:
+    storage, everywhere = filled(coded, layout, centred), torch.arange(TOKENS)[None, None]
     entries = torch.cat([draw(20), draw(TOKENS - 20, seed=1)], 2)
     assert torch.equal(storage.read(TOKENS), storage.stored(entries, everywhere))
     assert torch.equal(torch.cat(list(storage.tiles(TOKENS)), 2), storage.read(TOKENS))
@@ -67,8 +77,8 @@ def test_what_is_written_scattered_and_stored_reads_back_alike(bits: int, layout
 
 
 @every_storage
-def test_moves_copy_codes_and_encode_what_was_staged_once(bits: int, layout: Layout, centred: bool) -> None:
-    storage = filled(bits, layout, centred)
+def test_moves_copy_codes_and_encode_what_was_staged_once(coded: Grades, layout: Layout, centred: bool) -> None:
+    storage = filled(coded, layout, centred)
     before = storage.read(TOKENS)
     # Rows differ in what moves; an entry that goes nowhere goes onto itself.
     source = torch.stack([slots(20, 21, 4)[0], slots(23, 0, 1)[0]])
@@ -77,14 +87,16 @@ def test_moves_copy_codes_and_encode_what_was_staged_once(bits: int, layout: Lay
         storage.move(source, target)
     wide = target[..., None].expand(-1, -1, -1, DIM)
     moved = before.gather(2, source[..., None].expand(-1, -1, -1, DIM))
-    alike = part_of(source, layout) == part_of(target, layout) if bits < 16 else torch.ones_like(source).bool()
-    expected = before.scatter(2, wide, torch.where(alike[..., None], moved, storage.stored(moved, target)))
+    same = part_of(source, layout) == part_of(target, layout) if packed(coded) else torch.ones_like(source).bool()
+    expected = before.scatter(2, wide, torch.where(same[..., None], moved, storage.stored(moved, target)))
     assert torch.equal(storage.read(TOKENS), expected)
 
 
 @every_storage
-def test_a_selection_is_of_old_entries_as_they_are_and_of_new_ones(bits: int, layout: Layout, centred: bool) -> None:
-    storage = filled(bits, layout, centred)
+def test_a_selection_is_of_old_entries_as_they_are_and_of_new_ones(
+    coded: Grades, layout: Layout, centred: bool
+) -> None:
+    storage = filled(coded, layout, centred)
     before, new = storage.read(TOKENS), draw(9, seed=3)
     chosen = slots(0, 1, 2, 3, 4, 7, 11, 15, TOKENS + 2, TOKENS + 5, NOTHING, TOKENS + 8)
     for _ in range(3):
@@ -99,8 +111,8 @@ def test_a_selection_is_of_old_entries_as_they_are_and_of_new_ones(bits: int, la
 
 
 @every_storage
-def test_rows_and_copies_keep_what_they_hold(bits: int, layout: Layout, centred: bool) -> None:
-    storage = filled(bits, layout, centred)
+def test_rows_and_copies_keep_what_they_hold(coded: Grades, layout: Layout, centred: bool) -> None:
+    storage = filled(coded, layout, centred)
     before, copied = storage.read(TOKENS), copy.deepcopy(storage)
     copied.select_rows(torch.tensor([1, 0, 1]))
     assert torch.equal(copied.read(TOKENS), before[[1, 0, 1]])
@@ -115,33 +127,35 @@ def test_rows_and_copies_keep_what_they_hold(bits: int, layout: Layout, centred:
 
 
 @every_storage
-def test_bytes_are_those_of_the_plan(bits: int, layout: Layout, centred: bool) -> None:
-    storage = filled(bits, layout, centred)
-    mean = DIM * 2 if centred and bits < 16 else 0
-    assert storage.nbytes == BATCH * HEADS * (side_bytes(DIM, TOKENS, bits, layout.sinks + layout.staged) + mean)
+def test_bytes_are_those_of_the_plan(coded: Grades, layout: Layout, centred: bool) -> None:
+    storage = filled(coded, layout, centred)
+    mean = DIM * 2 if centred and packed(coded) else 0
+    assert storage.nbytes == BATCH * HEADS * (side_bytes(TOKENS, coded, layout.sinks + layout.staged) + mean)
     storage.resize(layout.sinks + 1)
-    assert storage.nbytes == BATCH * HEADS * (side_bytes(DIM, layout.sinks + 1, bits, layout.sinks) + mean)
+    assert storage.nbytes == BATCH * HEADS * (side_bytes(layout.sinks + 1, coded, layout.sinks) + mean)
 
 
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("staged", [False, True])
-def test_a_pair_of_storages_is_a_head_of_the_plan(bits: int, sinks: int, staged: bool) -> None:
+@pytest.mark.parametrize("graded", [False, True])
+def test_a_pair_of_storages_is_a_head_of_the_plan(bits: int, sinks: int, staged: bool, graded: bool) -> None:
     geometry = CacheGeometry(layers=1, kv_heads=1, query_group=1, head_dim=64, windows=(None,))
     eviction = EvictionChoice(method="streaming", sinks=sinks, interval=8, staged=staged)
     layout = Layout(40, sinks, 8 if staged else 0)
-    pair = [storage_for(bits, torch.empty(1, 1, 0, 64), layout, centred=centred) for centred in (True, False)]
+    sides = [(grades(64, bits, graded), True), (alike(64, bits), False)]
+    pair = [storage_for(coded, torch.empty(1, 1, 0, 64), layout, centred=centred) for coded, centred in sides]
     for storage in pair:
         storage.resize(40)
-    assert sum(storage.nbytes for storage in pair) == head_bytes(geometry, 40, bits, bits, eviction)
+    assert sum(storage.nbytes for storage in pair) == head_bytes(geometry, 40, bits, bits, eviction, graded)
 
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.0002), (4, 0.0120), (3, 0.0385), (2, 0.122)])
 def test_the_error_is_that_of_the_best_uniform_levels(bits: int, error: float) -> None:
     entries = torch.randn(1, 2, 2000, 128, generator=torch.Generator().manual_seed(0))
     skewed = entries * torch.linspace(0.01, 3, 128)
-    for each in (entries, rotated(skewed, hadamard(128, torch.float32, entries.device))):
-        storage = storage_for(bits, each, Layout(2000))
+    for each in (entries, Rotation.of((128,), skewed).turned(skewed)):
+        storage = storage_for(alike(128, bits), each, Layout(2000))
         off = (storage.stored(each, torch.arange(2000)[None, None]) - each).square().mean() / each.square().mean()
         assert off < error
 
@@ -150,7 +164,7 @@ def test_a_mean_that_keys_share_costs_no_precision() -> None:
     keys = draw(500, dim=64) + 20 * torch.randn(1, HEADS, 1, 64, generator=torch.Generator().manual_seed(5))
     errors = []
     for centred in (False, True):
-        storage = storage_for(4, keys, Layout(500, sinks=2), centred=centred)
+        storage = storage_for(alike(64, 4), keys, Layout(500, sinks=2), centred=centred)
         storage.select(torch.arange(500)[None, None], 0, keys, 500)
         errors.append(float((storage.read(500) - keys)[:, :, 2:].square().mean()))
     assert errors[1] < 0.015 < 1 < errors[0]
@@ -161,7 +175,7 @@ def test_the_mean_is_of_the_first_entries_and_not_of_sinks_or_padding() -> None:
     odd = keys.clone()
     odd[:, :, :2] += 100
     odd[:, :, 25:] -= 50
-    whole, cut = (storage_for(4, keys, layout, centred=True) for _ in range(2))
+    whole, cut = (storage_for(alike(DIM, 4), keys, layout, centred=True) for _ in range(2))
     whole.select(torch.arange(25)[None, None], 0, keys[:, :, :25], 30)
     padded = torch.tensor([*range(25), *[NOTHING] * 5])[None, None]
     cut.select(padded, 0, odd, 30)
@@ -171,9 +185,9 @@ def test_the_mean_is_of_the_first_entries_and_not_of_sinks_or_padding() -> None:
 
 def test_few_entries_make_no_mean_and_late_ones_change_nothing() -> None:
     keys, layout = draw(40) + 5, Layout(60)
-    few, late = (storage_for(4, keys, layout, centred=True) for _ in range(2))
+    few, late = (storage_for(alike(DIM, 4), keys, layout, centred=True) for _ in range(2))
     few.select(torch.arange(5)[None, None], 0, keys[:, :, :5], 60)
-    plain = storage_for(4, keys, layout)
+    plain = storage_for(alike(DIM, 4), keys, layout)
     plain.select(torch.arange(5)[None, None], 0, keys[:, :, :5], 60)
     assert torch.equal(few.read(5), plain.read(5))
     late.resize(60)
@@ -191,7 +205,7 @@ def test_extreme_entries_stay_finite(dtype: torch.dtype, bits: int) -> None:
         [torch.zeros(DIM), torch.full((DIM,), 1e-7), torch.eye(DIM)[0] * top, torch.full((DIM,), -top)]
     )
     entries = entries.to(dtype).expand(BATCH, HEADS, -1, -1)
-    storage = storage_for(bits, entries, Layout(4))
+    storage = storage_for(alike(DIM, bits), entries, Layout(4))
     stored = storage.stored(entries, torch.arange(4)[None, None])
     assert stored.dtype == dtype
     assert bool(stored.isfinite().all())
@@ -212,13 +226,31 @@ def test_packed_codes_come_back_exactly(bits: int, eighths: int, seed: int) -> N
 @pytest.mark.parametrize(("bits", "head_dim", "multiple"), [(4, 3, 2), (2, 6, 4), (3, 12, 8)])
 def test_heads_that_do_not_fill_bytes_are_refused(bits: int, head_dim: int, multiple: int) -> None:
     with pytest.raises(UserError, match=f"a multiple of {multiple}; keep them in 16 bits"):
-        storage_for(bits, torch.empty(1, 1, 0, head_dim), Layout(10))
+        storage_for(alike(head_dim, bits), torch.empty(1, 1, 0, head_dim), Layout(10))
 
 
-@given(head_dim=st.integers(1, 130), seed=st.integers(0, 2**30))
-def test_a_rotation_keeps_products_and_is_its_own_inverse(head_dim: int, seed: int) -> None:
-    pair = torch.randn(2, 5, head_dim, generator=torch.Generator().manual_seed(seed))
-    signs = hadamard(head_dim, torch.float32, pair.device)
-    turned = rotated(pair, signs)
-    torch.testing.assert_close(rotated(turned, signs), pair, atol=1e-5, rtol=1e-5)
+@given(parts=st.lists(st.integers(1, 70), min_size=1, max_size=3), seed=st.integers(0, 2**30), ordered=st.booleans())
+def test_a_rotation_keeps_products_and_is_turned_back(parts: list[int], seed: int, ordered: bool) -> None:
+    generator, head_dim = torch.Generator().manual_seed(seed), sum(parts)
+    pair = torch.randn(2, HEADS, 5, head_dim, generator=generator)
+    order = torch.stack([torch.randperm(head_dim, generator=generator) for _ in range(HEADS)]) if ordered else None
+    rotation = Rotation.of(tuple(parts), pair, order)
+    turned = rotation.turned(pair)
+    torch.testing.assert_close(rotation.turned_back(turned), pair, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close((turned[0] * turned[1]).sum(-1), (pair[0] * pair[1]).sum(-1), atol=1e-4, rtol=1e-4)
+    grouped = rotation.turned(pair[:, :, None])
+    assert torch.equal(grouped[:, :, 0], turned)
+
+
+def test_channels_that_matter_most_are_coded_best() -> None:
+    keys = torch.randn(1, HEADS, 2000, 64, generator=torch.Generator().manual_seed(0))
+    order = torch.arange(64).flip(0).expand(HEADS, -1)
+    keys, loud = keys * (torch.arange(64) + 1), torch.arange(64) >= 32
+    errors = {}
+    for graded in (False, True):
+        back = read_back(keys[0], 4, 0, centred=True, order=order if graded else None)
+        off = (back - keys[0]).square().mean((0, 1))
+        errors[graded] = float(off.mean())
+        if graded:
+            assert float(off[loud].mean()) < float(off[~loud].mean()) * 2
+    assert errors[True] < 0.75 * errors[False]

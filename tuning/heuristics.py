@@ -12,8 +12,8 @@ from baklava.profile import Profile
 from tuning.settings import BitsName
 from tuning.space import CURVES, PAIRS, Params, Space
 
-SHARPEST = HeavyHitter(reduction="max", power=2, distance=32)
-"""The scores that did best of all heavy hitters in every measurement so far."""
+SHARPEST = HeavyHitter(reduction="max", power=2, distance=32, centroids=4)
+"""The scores that did best of all heavy hitters in every measurement so far, and what they evict in four centroids."""
 
 BALANCED = Blended(reconstruction_power=0.3, importance_power=0.3, curve_power=0.7, floor=0.3, bits="curves")
 """Mostly what the loss curves say, held back by reconstruction, importance and a floor from believing them too much."""
@@ -110,7 +110,7 @@ def _blends(space: Space) -> list[Params]:
 def _stored(bits: BitsName) -> Params:
     """The bits and the eviction of the strongest heuristics."""
     packed: dict[str, Any] = {} if bits == "16" else {"staged": SHARPEST.staged}
-    shared = {knob: getattr(SHARPEST, knob) for knob in ("sinks", "recent", "interval", "merging")}
+    shared = {knob: getattr(SHARPEST, knob) for knob in ("sinks", "recent", "interval", "centroids")}
     method = {"eviction": SHARPEST.name, "group_reduction": SHARPEST.reduction}
     return {"bits": bits, "rounding": 8, **shared, **method, **packed}
 

@@ -95,7 +95,7 @@ def _against(entry: Validated, winner: Validated) -> str:
 def _knobs(outcome: Outcome) -> dict[str, object]:
     allocation, eviction = outcome.plan.allocation, outcome.plan.eviction
     shared = {"sinks": eviction.sinks, "recent": eviction.recent, "interval": eviction.interval}
-    packed = {"merging": eviction.merging, "staged": eviction.staged}
+    packed = {"centroids": eviction.centroids, "staged": eviction.staged}
     trial = outcome.winner.candidate.trial
     return {
         "allocation": allocation.method,

@@ -16,6 +16,7 @@ Params = dict[str, Any]
 
 GROUP_REDUCTIONS: tuple[Literal["mean", "max"], ...] = ("mean", "max")
 ROUNDINGS = (8, 16, 32)
+CENTROIDS = (0, 4, 8, 16)
 
 CURVES: BitsName = "curves"
 
@@ -108,7 +109,7 @@ def _suggest_heavy_hitter(trial: optuna.trial.BaseTrial, packed: bool) -> None:
     trial.suggest_float("recent", 0.2, 0.8)
     trial.suggest_categorical("interval", [8, 16, 32])
     trial.suggest_categorical("group_reduction", list(GROUP_REDUCTIONS))
-    trial.suggest_categorical("merging", [0.0, 0.8])
+    trial.suggest_categorical("centroids", list(CENTROIDS))
     if packed:
         trial.suggest_categorical("staged", [False, True])
 
@@ -116,7 +117,7 @@ def _suggest_heavy_hitter(trial: optuna.trial.BaseTrial, packed: bool) -> None:
 def evictions() -> tuple[Eviction, ...]:
     """One method per distinct recording that the plans of this space need from a prefill.
 
-    Sinks, the recent share, the interval, bits, staging and merging change what is cut, not what is recorded.
+    Sinks, the recent share, the interval, bits, staging and centroids change what is cut, not what is recorded.
     """
     return (Streaming(), *(HeavyHitter(reduction=reduction) for reduction in GROUP_REDUCTIONS))
 
@@ -131,7 +132,7 @@ def eviction_of(params: Params) -> Eviction:
     """The eviction that a trial's parameters name."""
     if params["eviction"] == Streaming.name:
         return Streaming(sinks=params["sinks"])
-    knobs = {knob: params[knob] for knob in ("sinks", "recent", "interval", "merging")}
+    knobs = {knob: params[knob] for knob in ("sinks", "recent", "interval", "centroids")}
     return HeavyHitter(**knobs, reduction=params["group_reduction"], staged=params.get("staged", False))
 
 

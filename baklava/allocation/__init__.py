@@ -99,7 +99,8 @@ def allocate(
     Raises:
         UserError: the budget is not in (0, 1], or leaves less than sinks + one eviction interval per head.
     """
-    limits = limits_of(profile.geometry, budget, context_length, eviction.choice, bits)
+    graded = profile.key_channels is not None
+    limits = limits_of(profile.geometry, budget, context_length, eviction.choice, bits, graded)
     shares = method.shares(profile, limits)
     return BudgetPlan(
         model=profile.model,
@@ -109,11 +110,17 @@ def allocate(
         allocation=AllocationChoice(method=method.name, budget=budget, knobs=method.knobs),
         provenance=provenance or Provenance(profile=profile.digest),
         layers=layers_of(profile.geometry, rounded(shares, limits, step), shares),
+        key_channels=profile.key_channels,
     )
 
 
 def limits_of(
-    geometry: CacheGeometry, budget: float, context_length: int, eviction: EvictionChoice, bits: Pair = (16, 16)
+    geometry: CacheGeometry,
+    budget: float,
+    context_length: int,
+    eviction: EvictionChoice,
+    bits: Pair = (16, 16),
+    graded: bool = False,
 ) -> Limits:
     """What `budget` x the bytes of the full 16-bit cache leave to spend; raises UserError where that is too little."""
     if not 0 < budget <= 1:
@@ -122,7 +129,7 @@ def limits_of(
     spendable = int(budget * full_bytes(geometry, context_length)) - sliding_bytes(geometry, FULL_BITS)
     # A head that never evicts holds the whole text and the slack of an interval; a ring has no slack.
     most = context_length + (eviction.interval if eviction.scored else 0)
-    limits = Limits(geometry, eviction, max(0, spendable), eviction.minimum_tokens, most, bits)
+    limits = Limits(geometry, eviction, max(0, spendable), eviction.minimum_tokens, most, bits, graded)
     if limits.total // limits.heads < limits.least:
         raise UserError(
             f"budget {budget:g} leaves {limits.total // limits.heads} entries per head, but {eviction.sinks} sinks and "

@@ -25,7 +25,8 @@ MOST_POWER = 16
 class Limits:
     """What an allocation has to spend: `bytes` over all budgeted heads, each of `least` to `most` entries.
 
-    `bits` are the (key, value) bits of methods that do not choose them.
+    `bits` are the (key, value) bits of methods that do not choose them; `graded` tells that packed keys have more
+    bits in the channels that matter most.
     """
 
     geometry: CacheGeometry
@@ -34,6 +35,7 @@ class Limits:
     least: int
     most: int
     bits: Pair
+    graded: bool = False
 
     @property
     def heads(self) -> int:
@@ -61,7 +63,7 @@ class Limits:
         return self._head(self.most, bits) - self.most * self.entry_bytes(bits)
 
     def _head(self, tokens: int, bits: Pair) -> int:
-        return head_bytes(self.geometry, tokens, *bits, self.eviction)
+        return head_bytes(self.geometry, tokens, *bits, self.eviction, self.graded)
 
 
 @dataclass(frozen=True)

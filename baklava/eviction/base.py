@@ -11,7 +11,7 @@ from torch import Tensor
 from baklava.errors import UserError
 from baklava.plan import EvictionChoice
 
-SHARED = ("sinks", "recent", "interval", "pooling", "staged", "merging")
+SHARED = ("sinks", "recent", "interval", "pooling", "staged", "centroids")
 """Knobs that every method has."""
 
 
@@ -80,7 +80,7 @@ class Eviction(ABC):
     """Decides which entries of a KV head stay when it is over budget.
 
     The `sinks` first tokens and the newest entries stay; all others compete by `score`, higher keeps more, averaged
-    over the `pooling` entries around them (1 is none). `staged` and `merging` are as in a plan's EvictionChoice.
+    over the `pooling` entries around them (1 is none). `staged` and `centroids` are as in a plan's EvictionChoice.
     """
 
     name: ClassVar[str]
@@ -91,16 +91,15 @@ class Eviction(ABC):
     interval: int = 32
     pooling: int = 1
     staged: bool = False
-    merging: float = 0.0
+    centroids: int = 0
 
     def __post_init__(self) -> None:
         odd = self.pooling > 0 and self.pooling % 2 == 1
-        shares = 0 <= self.recent <= 1 and 0 <= self.merging <= 1
-        if self.sinks < 0 or self.interval < 1 or not shares or not odd:
+        if min(self.sinks, self.centroids) < 0 or self.interval < 1 or not 0 <= self.recent <= 1 or not odd:
             raise UserError(
                 f"{self.name} with sinks {self.sinks}, recent {self.recent}, interval {self.interval}, pooling "
-                f"{self.pooling}, merging {self.merging}: sinks must be at least 0, recent and merging between 0 and "
-                "1, interval at least 1, pooling odd"
+                f"{self.pooling}, centroids {self.centroids}: sinks and centroids must be at least 0, recent between 0 "
+                "and 1, interval at least 1, pooling odd"
             )
 
     @abstractmethod
@@ -132,10 +131,15 @@ class Eviction(ABC):
             interval=self.interval,
             pooling=self.pooling,
             staged=self.staged,
-            merging=self.merging,
+            centroids=self.centroids,
             scored=self.scored,
             knobs=self.knobs,
         )
+
+    @property
+    def attention_power(self) -> float:
+        """Scores are mean attention to this power; 0 where they are something else."""
+        return 0.0
 
     def newest(self, capacity: int) -> int:
         """Number of newest entries that are never evicted from a head of this capacity."""

@@ -42,6 +42,11 @@ class HeavyHitter(Eviction):
         return Sample(stride=self.stride)
 
     @override
+    @property
+    def attention_power(self) -> float:
+        return self.power
+
+    @override
     def score(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
         before = self._queries(seen.first_query - seen.stride, seen)
         after = self._queries(seen.last_query, seen)

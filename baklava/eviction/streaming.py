@@ -26,11 +26,11 @@ class Streaming(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.recent, self.interval, self.pooling, self.staged, self.merging) != (1.0, 1, 1, False, 0.0):
+        if (self.recent, self.interval, self.pooling, self.staged, self.centroids) != (1.0, 1, 1, False, 0):
             raise UserError(
                 f"streaming with recent {self.recent}, interval {self.interval}, pooling {self.pooling}, staged "
-                f"{self.staged}, merging {self.merging}: a ring keeps the newest tokens, one by one; leave its knobs "
-                "alone"
+                f"{self.staged}, centroids {self.centroids}: a ring keeps the newest tokens, one by one; leave its "
+                "knobs alone"
             )
 
     @override

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from baklava.attention import Grouped, Heads, Kernel
 from baklava.eviction import Eviction
-from baklava.heads.rotation import Rotation, hadamard, rotated
-from baklava.plan import FULL_BITS
+from baklava.heads.rotation import Rotation
+from baklava.plan import FULL_BITS, Grades, grades
 from baklava.storage import Layout, Mirrored, storage_for
 
 SPARE = 64
@@ -21,17 +21,30 @@ SPARE = 64
 
 @dataclass(frozen=True)
 class Budget:
-    """What the heads of a group share: which KV heads they are, capacity in entries, bits per stored element."""
+    """What the heads of a group share: which KV heads they are, capacity in entries, bits per stored element.
+
+    `channels` are the orders of the heads' key channels, as in a plan, where these differ in their bits.
+    """
 
     heads: tuple[int, ...]
     tokens: int
     key_bits: int
     value_bits: int
+    channels: tuple[str, ...] | None = None
 
-    @property
-    def packed(self) -> tuple[bool, bool]:
-        """Whether keys and whether values are packed."""
-        return self.key_bits < FULL_BITS, self.value_bits < FULL_BITS
+    def key_grades(self, head_dim: int) -> Grades:
+        """Channels of a key, in their order, and their bits."""
+        return grades(head_dim, self.key_bits, self.channels is not None)
+
+    def value_grades(self, head_dim: int) -> Grades:
+        """Channels of a value and their bits."""
+        return grades(head_dim, self.value_bits, False)
+
+    def key_order(self, device: torch.device) -> Int[Tensor, "heads head_dim"] | None:
+        """The order of each head's key channels, where they are graded."""
+        if self.channels is None:
+            return None
+        return torch.tensor([list(bytes.fromhex(order)) for order in self.channels], device=device)
 
 
 @dataclass(frozen=True)
@@ -76,19 +89,20 @@ class Tokens:
 class HeadGroup(ABC):
     """Entries of KV heads with equal budgets; between two forwards at most `budget.tokens` per head.
 
-    Where keys or values are packed, all of them are held rotated, those in 16 bits too: new tokens and their queries
-    are rotated as they come in, outputs are rotated back, and whatever scores entries sees rotated queries and keys.
+    Keys that are packed are held rotated, those in 16 bits among them too, and so are values: new tokens and their
+    queries are rotated as they come in, outputs are rotated back. Whatever scores entries sees rotated ones.
     """
 
     def __init__(self, budget: Budget, eviction: Eviction, like: Heads) -> None:
         self.budget, self.eviction = budget, eviction
         self.index = _index(budget.heads, like.device)
         like = like[:, : len(budget.heads)]
-        signs = hadamard(like.shape[3], like.dtype, like.device) if any(budget.packed) else None
-        self.rotation = None if signs is None else Rotation(signs)
+        keys, values = (of(like.shape[3]) for of in (budget.key_grades, budget.value_grades))
+        self.key_rotation = _rotation(keys, like, budget.key_order(like.device) if len(keys) > 1 else None)
+        self.value_rotation = _rotation(values, like)
         layout = Layout(budget.tokens, eviction.sinks, eviction.interval if eviction.staged else 0)
-        self.keys = storage_for(budget.key_bits, like, layout, centred=True)
-        self.values = storage_for(budget.value_bits, like, layout)
+        self.keys = storage_for(keys, like, layout, centred=True)
+        self.values = storage_for(values, like, layout)
         self.size = 0
         self.filled = 0
 
@@ -102,12 +116,14 @@ class HeadGroup(ABC):
         if tokens.forced and not self.filled:  # one by one, the first token would come as a prompt of its own
             parts = [replace(tokens.part(0, 1), forced=False), tokens.part(1, tokens.count)]
             return torch.cat([self.attend(part, kernel) for part in parts if part.count], 3)
-        query, key, value = (self._rotated(each) for each in (tokens.query, tokens.key, tokens.value))
-        return self._rotated(self._attend(replace(tokens, query=query, key=key, value=value), kernel))
+        query, key = (_turned(self.key_rotation, each) for each in (tokens.query, tokens.key))
+        value = _turned(self.value_rotation, tokens.value)
+        output = self._attend(replace(tokens, query=query, key=key, value=value), kernel)
+        return output if self.value_rotation is None else self.value_rotation.turned_back(output)
 
     def fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
         """Cut a prompt that has been attended to elsewhere to the budget."""
-        self._fill(self._rotated(key), self._rotated(value), score, positions)
+        self._fill(_turned(self.key_rotation, key), _turned(self.value_rotation, value), score, positions)
 
     @contextmanager
     def mirrored(self) -> Iterator[None]:
@@ -151,8 +167,16 @@ class HeadGroup(ABC):
         for storage, new in ((self.keys, key), (self.values, value)):
             storage.select(slots, held, new, self.size)
 
-    def _rotated(self, entries: Tensor) -> Tensor:
-        return entries if self.rotation is None else rotated(entries, self.rotation.signs)
+
+def _rotation(coded: Grades, like: Heads, order: Int[Tensor, "heads head_dim"] | None = None) -> Rotation | None:
+    """What makes channels alike that are coded in the same bits; nothing where entries are not packed."""
+    if coded[0][1] >= FULL_BITS:
+        return None
+    return Rotation.of(tuple(channels for channels, _ in coded), like, order)
+
+
+def _turned(rotation: Rotation | None, entries: Tensor) -> Tensor:
+    return entries if rotation is None else rotation.turned(entries)
 
 
 def _index(heads: tuple[int, ...], device: torch.device) -> slice | Int[Tensor, " heads"]:

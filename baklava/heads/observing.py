@@ -14,6 +14,7 @@ from baklava.attention import (
     Heads,
     Kernel,
     Positions,
+    Summary,
     attend,
     probabilities,
     seen,
@@ -37,7 +38,10 @@ class Scorekeeper:
 
 @dataclass(frozen=True)
 class Forward:
-    """What attends to what in one forward of a group of KV heads; the last entries are the queries' own."""
+    """What attends to what in one forward of a group of KV heads; the last entries are the queries' own.
+
+    A `summary` stands for entries that are no longer held; who observes does not see it, but that it takes its share.
+    """
 
     query: Grouped
     key: Heads
@@ -47,18 +51,18 @@ class Forward:
     kernel: Kernel
     padded: bool = False
     decoding: bool = False
+    summary: Summary | None = None
 
     def attend(self, masked: bool) -> Grouped:
         """Output of all queries; `masked` False promises that nothing beyond causality is hidden."""
-        return attend(
-            self.query, self.key, self.value, self.query_positions, self.key_positions, self.kernel, masked=masked
-        )
+        positions = self.query_positions, self.key_positions
+        return attend(self.query, self.key, self.value, *positions, self.kernel, masked=masked, summary=self.summary)
 
     def attend_and_show(self, masked: bool) -> tuple[Grouped, Attention]:
         """Output and probabilities of a few queries."""
         visible = seen(self.query_positions, self.key_positions) if masked else None
-        attention = probabilities(self.query, self.key, visible, self.kernel)
-        return weighted(attention, self.value), attention
+        attention = probabilities(self.query, self.key, visible, self.kernel, self.summary)
+        return weighted(attention, self.value, self.summary), self._of_entries(attention)
 
     def observation(self, rows: slice, reach: int, attention: Attention | None = None) -> Observation:
         """These queries over the first `reach` entries; their attention, if not given, is computed when asked for."""
@@ -70,7 +74,8 @@ class Forward:
         def attend() -> Attention:
             made = attention
             if made is None:
-                made = probabilities(query, key, seen(queries, entries[..., sure:]), self.kernel)
+                made = probabilities(query, key, seen(queries, entries[..., sure:]), self.kernel, self.summary)
+                made = self._of_entries(made)
             return torch.where(queries[:, None, None, :, None] >= 0, made, 0) if self.padded else made
 
         return Observation(
@@ -85,6 +90,9 @@ class Forward:
             stride=rows.step or 1,
             decoding=self.decoding,
         )
+
+    def _of_entries(self, attention: Tensor) -> Attention:
+        return attention if self.summary is None else attention[..., self.summary.key.shape[2] :]
 
 
 def observe(forward: Forward, sample: Sample, keepers: Sequence[Scorekeeper]) -> None:

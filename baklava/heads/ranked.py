@@ -6,13 +6,14 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 from typing_extensions import override
 
-from baklava.attention import Grouped, Heads, Kernel
+from baklava.attention import Grouped, Heads, Kernel, Summary
 from baklava.errors import UserError
 from baklava.eviction import Eviction, Sample
 from baklava.heads.base import Budget, HeadGroup, Tokens
-from baklava.heads.merging import Merged, merged
+from baklava.heads.centroids import ITERATIONS, Centroids, attention_of
 from baklava.heads.observing import Forward, Scorekeeper, observe
-from baklava.storage import FRESH, NOTHING, Storage
+from baklava.storage import NOTHING, Storage
+from baklava.storage.base import wide
 
 
 class Ranked(HeadGroup):
@@ -29,6 +30,7 @@ class Ranked(HeadGroup):
         self.scores = torch.empty(shape, dtype=torch.float32, device=like.device)
         self.since = 0
         self.keep = budget.tokens - eviction.interval
+        self.centroids = Centroids.none_yet(like, len(budget.heads), eviction.centroids) if eviction.centroids else None
 
     @override
     def _attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
@@ -82,7 +84,11 @@ class Ranked(HeadGroup):
 
     def _forward(self, tokens: Tokens, kernel: Kernel) -> Forward:
         key, value = self.keys.read(self.filled), self.values.read(self.filled)
-        return Forward(tokens.query, key, value, tokens.positions, self.kept(), kernel, tokens.padded, decoding=True)
+        held = (key, value, tokens.positions, self.kept(), kernel, tokens.padded)
+        return Forward(tokens.query, *held, decoding=True, summary=self._summary(tokens))
+
+    def _summary(self, tokens: Tokens) -> Summary | None:
+        return None if self.centroids is None else self.centroids.summary(tokens.query.dtype)
 
     def _block(self, tokens: Tokens, kernel: Kernel) -> Grouped:
         """Many tokens: they attend to everything held and to each other, then all compete."""
@@ -93,7 +99,8 @@ class Ranked(HeadGroup):
         scores = torch.cat([self.scores[..., : self.filled], self.scores.new_zeros(shape)], 2)
         # The entries of a first prompt are the same for all heads, and so is what is seen of them.
         common = positions if self.filled else tokens.positions[:, None]
-        forward = Forward(tokens.query, key, value, tokens.positions, common, kernel, tokens.padded)
+        summary = self._summary(tokens) if self.filled else None
+        forward = Forward(tokens.query, key, value, tokens.positions, common, kernel, tokens.padded, summary=summary)
         output = forward.attend(masked=bool(self.filled or tokens.padded))
         observe(forward, self._prompt_sample(), [Scorekeeper(self.eviction, scores)])
         self._keep(tokens.key, tokens.value, scores, positions)
@@ -117,14 +124,11 @@ class Ranked(HeadGroup):
     def _keep(self, key: Heads, value: Heads, scores: Tensor, positions: Tensor) -> None:
         """Keep the best of what is held and of these new entries behind it, in the order that they have there."""
         winners = self._winners(scores, positions)
-        folded = None
-        if self.eviction.merging and winners.shape[2] < positions.shape[2]:
-            keys, values = (torch.cat([held.read(self.filled), new], 2) for held, new in self._beside(key, value))
-            folded = self._merged(keys, values, positions, winners)
+        if self.centroids is not None and winners.shape[2] < positions.shape[2]:
+            keys, values = (torch.cat([own.read(self.filled), new], 2) for own, new in self._beside(key, value))
+            self._merge(_others(winners, positions.shape[2]), scores, positions, keys, values, ITERATIONS)
         scores, positions = scores.gather(2, winners), positions.gather(2, winners)
         self._replace(key, value, torch.where(positions < 0, NOTHING, winners))
-        if folded is not None:
-            self._take_in(folded, torch.arange(self.filled, device=winners.device).expand_as(winners))
         self.positions = _resized(positions, self.size)
         self.scores = _resized(scores, self.size)
         self.since = 0
@@ -145,8 +149,8 @@ class Ranked(HeadGroup):
             observe(forward, self.eviction.sample, [self._keeper()])
         rank = self._rank(self.scores[..., : self.filled], self.positions[..., : self.filled])
         winners = rank.topk(self.keep, sorted=False).indices
-        if self.eviction.merging:
-            self._take_in(self._merged(forward.key, forward.value, self.kept(), winners), winners)
+        if self.centroids is not None:
+            self._merge(_others(winners, self.filled), self.scores, self.positions, forward.key, forward.value)
         stays = torch.zeros_like(rank, dtype=torch.bool).scatter_(2, winners, True)
         source, target = _moves(stays, self.keep)
         for storage in (self.keys, self.values):
@@ -155,14 +159,15 @@ class Ranked(HeadGroup):
             state.scatter_(2, target, state.gather(2, source))
         self.filled = self.keep
 
-    def _merged(self, key: Heads, value: Heads, positions: Tensor, stays: Tensor) -> Merged:
-        return merged(key, value, positions, stays, self.eviction.sinks, self.eviction.merging)
-
-    def _take_in(self, folded: Merged, slots: Tensor) -> None:
-        """Put entries that took others in into their slots; the others stay as they are."""
-        source = torch.where(folded.changed, FRESH, slots)
-        for storage, entries in self._beside(folded.key, folded.value):
-            storage.put(source, slots, entries)
+    def _merge(
+        self, leaves: Tensor, scores: Tensor, positions: Tensor, key: Heads, value: Heads, iterations: int = 1
+    ) -> None:
+        """Fold the entries in these slots into the centroids, weighted by the attention that they had."""
+        assert self.centroids is not None
+        weights, positions = attention_of(scores.gather(2, leaves), self.eviction), positions.gather(2, leaves)
+        keys, values = (each.gather(2, wide(leaves, each)) for each in (key, value))
+        weights = weights.masked_fill(positions < 0, 0)
+        self.centroids = self.centroids.with_members(keys, values, weights, iterations)
 
     def _beside(self, key: Heads, value: Heads) -> tuple[tuple[Storage, Heads], tuple[Storage, Heads]]:
         return (self.keys, key), (self.values, value)
@@ -187,6 +192,7 @@ class Ranked(HeadGroup):
         self.values.select_rows(rows)
         rows = rows.to(self.positions.device)
         self.positions, self.scores = self.positions[rows], self.scores[rows]
+        self.centroids = None if self.centroids is None else self.centroids.of_rows(rows)
 
     def _grow(self, needed: int) -> None:
         super()._grow(needed)
@@ -195,7 +201,14 @@ class Ranked(HeadGroup):
             self.scores = _resized(self.scores, self.size)
 
     def _state(self) -> tuple[Tensor, ...]:
-        return self.positions, self.scores
+        held = () if self.centroids is None else self.centroids.tensors
+        return self.positions, self.scores, *held
+
+
+def _others(stays: Tensor, entries: int) -> Tensor:
+    """All slots but these, in order."""
+    mask = torch.zeros(*stays.shape[:2], entries, dtype=torch.int8, device=stays.device).scatter_(2, stays, 1)
+    return mask.argsort(dim=2, stable=True)[..., : entries - stays.shape[2]]
 
 
 def _moves(stays: Tensor, keep: int) -> tuple[Tensor, Tensor]:

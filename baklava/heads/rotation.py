@@ -5,15 +5,46 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """The signs of a rotation, which copies of a cache share."""
+    """Walsh-Hadamard rotations of parts of the channels, side by side, behind an order of its own for every head.
+
+    Norms, and products of two entries that are rotated alike, stay as they are. Copies of a cache share it.
+    """
 
     signs: Float[Tensor, "head_dim head_dim"]
+    scale: Float[Tensor, " head_dim"]
+    order: Int[Tensor, "heads head_dim"] | None = None
+
+    @classmethod
+    def of(cls, parts: tuple[int, ...], like: Tensor, order: Int[Tensor, "heads head_dim"] | None = None) -> "Rotation":
+        """The rotation of parts of so many channels, for entries like these."""
+        signs, scale = _hadamard(parts, like.dtype, like.device)
+        return cls(signs, scale, order)
+
+    def turned(self, entries: Tensor) -> Tensor:
+        """Entries [batch, heads, ..., head_dim] in rotated channels."""
+        if self.order is not None:
+            entries = entries.gather(-1, self._wide(self.order, entries))
+        return self._turned(entries)
+
+    def turned_back(self, entries: Tensor) -> Tensor:
+        """The inverse of `turned`."""
+        entries = self._turned(entries)
+        return entries if self.order is None else entries.gather(-1, self._wide(self.order.argsort(-1), entries))
+
+    def _turned(self, entries: Tensor) -> Tensor:
+        # Signs are exact in any dtype, which the entries of an orthogonal matrix are not: rounded, they would scale.
+        return (entries * self.scale) @ self.signs
+
+    @staticmethod
+    def _wide(order: Tensor, entries: Tensor) -> Tensor:
+        between = (1,) * (entries.dim() - 3)
+        return order.view(1, len(order), *between, -1).expand(entries.shape)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Rotation":
         return self
@@ -21,22 +52,21 @@ class Rotation:
 
 @functools.cache
 @torch.inference_mode(mode=False)
-def hadamard(head_dim: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "head_dim head_dim"]:
-    """Signs (1, -1, 0) of a Walsh-Hadamard rotation that is its own inverse, once for all who ask for it.
+def _hadamard(
+    parts: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Float[Tensor, "head_dim head_dim"], Float[Tensor, " head_dim"]]:
+    """Signs (1, -1, 0) of rotations that are their own inverse, and their scale, once for all who ask for them.
 
-    Where the dimension is no power of two, the largest that divides it is the size of the blocks that are rotated.
+    Where the size of a part is no power of two, the largest that divides it is the size of the blocks that are rotated.
     """
-    block = head_dim & -head_dim
+    blocks = [size & -size for size in parts for _ in range(size // (size & -size))]
+    scale = torch.cat([torch.full((block,), block**-0.5) for block in blocks])
+    signs = torch.block_diag(*map(_signs, blocks))
+    return signs.to(dtype=dtype, device=device), scale.to(dtype=dtype, device=device)
+
+
+def _signs(size: int) -> Float[Tensor, "size size"]:
     signs = torch.ones(1, 1)
-    while len(signs) < block:
+    while len(signs) < size:
         signs = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), signs)
-    return torch.block_diag(*[signs] * (head_dim // block)).to(dtype=dtype, device=device)
-
-
-def rotated(entries: Tensor, signs: Float[Tensor, "head_dim head_dim"]) -> Tensor:
-    """Entries [..., head_dim] in rotated channels, or back: norms and products of two rotated ones stay.
-
-    Signs are exact in any dtype, which the entries of an orthogonal matrix are not: rounded, they would scale.
-    """
-    head_dim = entries.shape[-1]
-    return (entries * (head_dim & -head_dim) ** -0.5) @ signs
+    return signs

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from baklava.plan import FULL_BITS
+from baklava.plan import FULL_BITS, Grades
 from baklava.storage.base import FRESH, NOTHING, Codec, Entries, Storage
 from baklava.storage.dense import Dense, stored_dtype
+from baklava.storage.graded import Graded
 from baklava.storage.mirrored import Mirrored
 from baklava.storage.packed import Packed
 from baklava.storage.slots import Slots
@@ -15,6 +16,7 @@ __all__ = [
     "NOTHING",
     "Codec",
     "Dense",
+    "Graded",
     "Layout",
     "Mirrored",
     "Packed",
@@ -35,16 +37,24 @@ class Layout:
     staged: int = 0
 
 
-def storage_for(bits: int, like: Entries, layout: Layout, *, centred: bool = False) -> Storage:
+def storage_for(coded: Grades, like: Entries, layout: Layout, *, centred: bool = False) -> Storage:
     """Empty storage for entries shaped and placed like these; packed ones have been rotated, keys are `centred`.
+
+    `coded` says which channels are in how many bits, in the order in which entries have them.
 
     Raises:
         UserError: heads of this dimension cannot be packed in so many bits.
     """
-    if bits >= FULL_BITS:
-        return Slots(Dense(like, bits), like)
+    if coded[0][1] >= FULL_BITS:
+        return Slots(Dense(like, coded[0][1]), like)
     bounds = (0, layout.sinks, layout.tokens - layout.staged, layout.tokens)
-    codecs: list[Codec] = [Dense(like, FULL_BITS), Packed(like, bits, centred), Dense(like, FULL_BITS)]
+    codecs: list[Codec] = [Dense(like, FULL_BITS), _packed(coded, like, centred), Dense(like, FULL_BITS)]
     ranges = zip(bounds, bounds[1:], codecs, strict=False)
     parts = [Part(start, stop, Slots(codec, like)) for start, stop, codec in ranges if stop > start]
     return parts[0].slots if len(parts) == 1 else Spliced(parts)
+
+
+def _packed(coded: Grades, like: Entries, centred: bool) -> Codec:
+    channels = like.split([count for count, _ in coded], -1)
+    parts = [Packed(own, bits, centred) for own, (_, bits) in zip(channels, coded, strict=True)]
+    return parts[0] if len(parts) == 1 else Graded(parts)

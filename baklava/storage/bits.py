@@ -1,10 +1,10 @@
-"""Codes of 2 to 8 bits in whole bytes."""
+"""Codes of 1 to 8 bits in whole bytes."""
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-WIDTHS = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
+WIDTHS = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
 """Bits of each plane that a code is cut into, lowest first: those that divide a byte."""
 
 

@@ -1,4 +1,4 @@
-"""Entries in 2 to 8 bits per element."""
+"""Entries in 1 to 8 bits per element."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,7 +10,7 @@ from baklava.storage.base import Codec, Coded, Entries
 from baklava.storage.bits import WIDTHS, pack, unpack
 from baklava.storage.dense import stored_dtype
 
-STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
+STEPS = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 """Spacing of the best uniform levels for a normal variable of variance 1 (Max, 1960)."""
 
 LEAST = 16
