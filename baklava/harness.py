@@ -135,7 +135,7 @@ class BaklavaLM(TemplateLM):
 
     @override
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts: there is no prompt, so every token of a window enters one by one."""
+        """Log-likelihood of whole texts: the first token of a window is the prompt, all others enter one by one."""
         tally, answers = self._tally("loglikelihood_rolling"), []
         for (text,) in counted([request.args for request in requests], tally.kind, "text", disable_tqdm):
             ids, longest, total = self.tok_encode(text), 0, 0.0

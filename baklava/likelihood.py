@@ -50,12 +50,12 @@ def continuations(
 
 @torch.inference_mode()
 def ending(loaded: LoadedModel, plan: BudgetPlan, ids: Sequence[int], scored: int) -> Likelihood:
-    """How likely the last `scored` tokens of a text are when all of it enters token by token, with no prompt before it.
+    """How likely the last `scored` tokens of a text are when its first one is the prompt and the others are decoded.
 
-    So the budget holds from the first token on, and how a plan prefills plays no part.
+    So the budget holds from the first token on, and all that matters of how a plan prefills is how it takes one token.
     """
-    cache = BudgetedCache(plan)
-    judged = _one_by_one(loaded, cache, ids)
+    cache, logits = prefill(loaded, plan, torch.tensor([ids[:1]], device=loaded.device))
+    judged = [_judged(logits, ids[1:2]), *_one_by_one(loaded, cache, ids[1:])]
     check_fed(cache, len(ids) - 1)
     return _likelihood(judged, scored)
 

@@ -8,11 +8,8 @@ from handmade import plan_of, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ReferenceHead
-from transformers import (
-    DynamicCache,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from torch import Tensor
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from baklava.attention import Kernel
 from baklava.cache import BudgetedCache, RaggedLayer
@@ -183,24 +180,40 @@ def test_what_a_budgeted_cache_cannot_do_is_refused_in_a_sentence(tiny: Maker) -
         cache.layers[0].crop(-3)
 
 
+class Rounded(DynamicCache):
+    """A full cache that rounds what it holds to 16 bits; a prompt is attended to before it is held."""
+
+    def update(self, key: Tensor, value: Tensor, index: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if key.shape[2] == 1:
+            return super().update(key.half().float(), value.half().float(), index, *args, **kwargs)
+        attended, layer = super().update(key, value, index, *args, **kwargs), self.layers[index]
+        layer.keys, layer.values = layer.keys.half().float(), layer.values.half().float()
+        return attended
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize("bits", [16, 32])
-def test_sliding_layers_hold_their_window_and_not_the_prompt_behind_it(bits: Any) -> None:
+@pytest.mark.parametrize(("bits", "full_cache"), [(16, Rounded), (32, DynamicCache)])
+def test_sliding_layers_hold_their_window_and_not_the_prompt_behind_it(
+    bits: Any, full_cache: type[DynamicCache]
+) -> None:
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     sliding = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2, "eos_token_id": None}
+    torch.manual_seed(0)
     loaded = LoadedModel.of(Qwen2ForCausalLM(Qwen2Config(**shape, **heads, **sliding, initializer_range=0.25)).eval())
     assert loaded.geometry.windows == (None, None, 16, 16)
     ids, cache = random_ids(1, 100), BudgetedCache(full_plan(loaded.identity, loaded.geometry, 130, bits))
     ours = loaded.model(ids, past_key_values=cache).logits
     assert cache.nbytes <= cache.promised_bytes
-    theirs, full = loaded.model(ids).logits, DynamicCache(config=loaded.model.config)
+    theirs, full = loaded.model(ids).logits, full_cache(config=loaded.model.config)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     loaded.model(ids, past_key_values=full)
+    # In two kernels' order of sums a few entries in a thousand round to the other half next to them.
+    most = 2e-3 if bits == 16 else 1e-4
     for token in random_ids(25, 1):
         ours = loaded.model(token[None], past_key_values=cache).logits
         theirs = loaded.model(token[None], past_key_values=full).logits
-        torch.testing.assert_close(ours, theirs, atol=2e-2 if bits == 16 else 1e-4, rtol=1e-3)
+        torch.testing.assert_close(ours, theirs, atol=most, rtol=1e-4)
         cache.check_integrity()
 
 

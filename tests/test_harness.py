@@ -136,10 +136,10 @@ def test_a_rolling_loglikelihood_feeds_every_token_of_a_window_alone(
     plan, ids = plans(spelling)[number], ids_of(70)
     expected = 0.0
     for seen, scored in get_rolling_token_windows(ids, 1, 45, 1):
-        cache, parts = BudgetedCache(plan), []
-        for token in seen:
-            with cache.teacher_forcing():  # nothing but a way around what a first forward means to some methods
-                parts.append(spelling.model(torch.tensor([[token]]), past_key_values=cache).logits[0])
+        cache, first = enter(spelling, plan, torch.tensor([seen[:1]]))  # a method may repeat even a prompt of one token
+        parts = [first]
+        for token in seen[1:]:
+            parts.append(spelling.model(torch.tensor([[token]]), past_key_values=cache).logits[0])
             assert cache.nbytes <= plan.bytes_per_sequence
         log_probs = torch.cat(parts)[-len(scored) :].log_softmax(-1)
         expected += float(log_probs.gather(-1, torch.tensor(scored)[:, None]).sum())
