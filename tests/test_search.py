@@ -230,7 +230,7 @@ def test_mlflow_has_one_finished_child_per_trial_with_its_parameters_and_plan(fi
         child = by_trial[record.trial]
         assert child.data.params == {name: str(value) for name, value in record.params.items() if name != "shifts"}
         assert child.data.metrics["kl"] == pytest.approx(record.metrics["kl"])
-        files = {"plan.json", "budgets.png", *(["shifts.json"] if "shifts" in record.params else [])}
+        files = {"plan.json", "budgets.svg", *(["shifts.json"] if "shifts" in record.params else [])}
         assert {file.path for file in client.list_artifacts(child.info.run_id)} == files
 
 

@@ -1,24 +1,22 @@
 """What a search hands over when it is done."""
 
-import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from baklava.bootstrap import Interval
-from baklava.formats import with_bounds
 from baklava.plan import BudgetPlan
+from tuning.champion import Registered
 from tuning.settings import SearchSettings
 from tuning.trials import TrialRecord
 from tuning.validate import Validated, Verdict
-from tuning.worth import Rival
+from tuning.worth import Rival, told
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Where a finished search is, and what came out.
 
-    `rivals` say what the search was worth. `champion` is the `models:/` URI of the winner, None where the tracking
+    `rivals` say what the search was worth. `registered` is the winner in MLflow's registry, None where the tracking
     server was down.
     """
 
@@ -28,7 +26,7 @@ class Outcome:
     verdict: Verdict
     rivals: tuple[Rival, ...]
     trials: tuple[TrialRecord, ...]
-    champion: str | None
+    registered: Registered | None
 
     @property
     def winner(self) -> Validated:
@@ -42,8 +40,8 @@ class Outcome:
 
     @property
     def served_by(self) -> str:
-        """What jobs/serve.py takes as --plan: the champion, else the file."""
-        return self.champion or str(self.out / "plan.json")
+        """What jobs/serve.py takes as --plan: the plan in the registry, else the file."""
+        return self.registered.uri if self.registered else str(self.out / "plan.json")
 
     @property
     def next_steps(self) -> dict[str, str]:
@@ -65,7 +63,8 @@ class Outcome:
         return {
             "out": str(self.out),
             "plan": str(self.out / "plan.json"),
-            "champion": self.champion,
+            "champion": self.registered.uri if self.registered and self.registered.claim.crowned else None,
+            "registered": self.registered.uri if self.registered else None,
             "ratio": self.plan.ratio,
             "bytes_per_sequence": self.plan.bytes_per_sequence,
             "winner": self.winner.candidate.name,
@@ -78,12 +77,6 @@ class Outcome:
     def count(self, status: str) -> int:
         """Trials that ended this way."""
         return sum(record.status == status for record in self.trials)
-
-
-def told(above: Interval) -> str:
-    """The ratio whose logarithm this is, with its interval."""
-    mean, low, high = (math.exp(value) for value in (above.mean, above.low, above.high))
-    return with_bounds(replace(above, mean=mean, low=low, high=high), ".2f")
 
 
 def _without_nan(values: dict[str, Any]) -> dict[str, Any]:

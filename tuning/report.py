@@ -6,9 +6,10 @@ from pathlib import Path
 from baklava.formats import share
 from tuning.charts import heat_map, trial_chart
 from tuning.front_chart import front_chart
-from tuning.outcome import Outcome, told
+from tuning.outcome import Outcome
 from tuning.page import figures, pairs, steps, write_page
 from tuning.validate import Validated, above
+from tuning.worth import told
 
 TRIALS_NOTE = (
     "Filled: scored on every window. Hollow: stopped early, at the mean over the windows it got to. Cross: failed. The "

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+
+STYLE = Path(__file__).with_name("style.css")
 
 
 def text(x: float, y: float, words: str, anchor: str = "start") -> str:
@@ -13,6 +16,13 @@ def level(y: float, left: float, right: float, words: str) -> str:
     """A line across a chart, with words at its left end."""
     line = f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
     return line + text(left - 8, y + 4, words, "end")
+
+
+def standalone(picture: str) -> str:
+    """A picture as a file of its own: with the page's style, and on the page's ground."""
+    ground = '<rect width="100%" height="100%" fill="var(--page)"/>'
+    head, body = picture.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE.read_text()}</style>{ground}{body}'
 
 
 def svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
