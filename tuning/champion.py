@@ -96,7 +96,8 @@ def _decided(old: Validated, new: Validated, holder: Holder, task: Task) -> Clai
     losses = [goal.loss(entry.metrics) for entry in (new, old)]
     sizes = [size_of(entry) for entry in (new, old)]
     found = f"{goal.loss_name} {losses[0]:.4g} against {losses[1]:.4g} on the same validation windows"
-    found += f" (KL {told(above([old], new))} times), {share(sizes[0])} of the bytes against {share(sizes[1])}"
+    found += f", {share(sizes[0])} of the bytes against {share(sizes[1])}"
+    found += f" (its KL is {told(above([old], new))} times the new one's)"
     if holder.tags.get("goal") == goal.asked and goal.max_dnll is not None:
         better = goal.value(new.metrics) < goal.value(old.metrics)  # both were to be small within one bound
     else:

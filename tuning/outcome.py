@@ -1,11 +1,13 @@
 """What a search hands over when it is done."""
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from baklava.plan import BudgetPlan
 from tuning.champion import Registered
+from tuning.importance import importance
 from tuning.settings import SearchSettings
 from tuning.trials import TrialRecord
 from tuning.validate import Validated, Verdict
@@ -53,6 +55,11 @@ class Outcome:
             "evaluate it": f"python jobs/evaluate.py --plan {file} --model {model} --texts ifcraft",
         }
 
+    @cached_property
+    def importance(self) -> dict[str, float]:
+        """How much each parameter decided, see `tuning.importance`."""
+        return importance(self.trials, self.settings.goal)
+
     @property
     def worth(self) -> list[str]:
         """How many times the winner's KL that of each rival is, as sentences."""
@@ -71,6 +78,7 @@ class Outcome:
             "validation": [{"name": v.candidate.name, "metrics": v.metrics} for v in self.ranking],
             "front": str(self.out / "front.json") if self.verdict.front else None,
             "rivals": [{"name": r.name, "log_kl_above": _without_nan(asdict(r.above))} for r in self.rivals],
+            "importance": self.importance,
             "trials": {status: self.count(status) for status in ("finished", "pruned", "failed")},
         }
 

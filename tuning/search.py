@@ -26,7 +26,7 @@ from tuning.outcome import Outcome
 from tuning.phases import run_trials
 from tuning.prepare import Material, prepare
 from tuning.recorder import Recorder
-from tuning.report import write_report
+from tuning.report import pictures, write_report
 from tuning.settings import SearchRecord, SearchSettings
 from tuning.space import PAIRS
 from tuning.task import Task
@@ -161,7 +161,8 @@ def _write(run: Run, outcome: Outcome) -> None:
     # Last of all: where there is a plan.json, the search is complete.
     outcome.plan.write(out / "plan.json")
     validation = {f"validation_{name}": value for name, value in outcome.winner.metrics.items()}
-    run.tracker.end({**validation, "ratio": outcome.plan.ratio}, files)
+    learned = {f"importance/{name}": value for name, value in outcome.importance.items()}
+    run.tracker.end({**validation, **learned, "ratio": outcome.plan.ratio}, files, texts=pictures(outcome))
 
 
 def _signed(run: Run, entry: Validated) -> BudgetPlan:

@@ -9,7 +9,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 
 from baklava.formats import share
 from baklava.plan import BudgetPlan
-from tuning.charts import heat_map
+from tuning.heat_map import heat_map
 from tuning.server import PARENT_TAG
 from tuning.svg import standalone
 from tuning.trials import TrialRecord
