@@ -32,12 +32,12 @@ def rivals_chart(outcome: Outcome) -> str:
 
 
 def _rows(outcome: Outcome) -> list[tuple[str, Interval, bool]]:
-    """Name, log of the ratio, and whether it is a trial; what a rival is made of is no plan of the ranking."""
-    winner = outcome.winner
+    """Name, log of the ratio, and whether it is a trial; where trials chose their sizes, only heuristics have its own."""
+    winner, comparable = outcome.winner, not outcome.settings.goal.draws_budget
     rows = [
         (entry.candidate.name, above([entry], winner), entry.candidate.trial is not None)
         for entry in outcome.ranking
-        if entry is not winner
+        if entry is not winner and (comparable or entry.candidate.trial is None)
     ]
     names = {name for name, _, _ in rows}
     rows += [(rival.name, rival.above, False) for rival in outcome.rivals if rival.name not in names]

@@ -93,5 +93,5 @@ def log_values(low: float, high: float) -> list[float]:
     if high < 4 * low:
         return round_values(low, high)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    times = (1, 2, 5) if high < 1000 * low else (1,)
+    times = (1, 2, 3, 5) if high < 12 * low else (1, 2, 5) if high < 1000 * low else (1,)
     return [found for power in powers for each in times if low <= (found := each * 10.0**power) <= high]

@@ -44,7 +44,7 @@ def _told(record: TrialRecord, goal: Goal) -> str:
 
 
 def _best_line(records: Sequence[TrialRecord], goal: Goal, x: Scale, y: Scale) -> str:
-    complete = finished(records)
+    complete = [] if goal.front else finished(records)  # of many sizes the best is only the largest
     best = list(accumulate((goal.value(record.metrics) for record in complete), min))
     if not best:
         return ""
