@@ -107,6 +107,17 @@ def test_refinements_and_drawn_trials_are_told_apart(tmp_path: Path) -> None:
     assert said[1] == "The best refinement came to KL 0.05 (trial 13)."
 
 
+def test_of_many_sizes_none_is_called_the_best(tmp_path: Path) -> None:
+    ranking = tuple(whole(scored(f"trial {number}", number / 10, 1 / number)) for number in (1, 2, 3))
+    found = outcome(tmp_path, trials(), verdict=Verdict(ranking[1], ranking, ranking))
+    text = page(replace(found, settings=found.settings.model_copy(update={"front": True})))
+    assert "The front has 3 plans between" in text
+    assert "The best trial" not in text
+    assert "front/" in text
+    best = [part for chart in charts(text) for part in chart.iter() if part.attrib.get("class") == "best"]
+    assert len(best) == 1  # the front's line, and no best so far
+
+
 def test_what_decided_is_found_and_adds_up() -> None:
     shares = importance(trials(), KL)
     assert next(iter(shares)) == "bits"

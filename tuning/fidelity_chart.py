@@ -77,5 +77,5 @@ def _winner(entry: Validated, x: Scale, y: Scale, goal: Goal) -> str:
     size, loss = _place(entry, goal)
     told = f"{entry.candidate.name}, the winner: {goal.loss_name} {loss:.4g} at {share(size)} of the bytes"
     ahead = x(size) < 0.4 * WIDTH
-    name = text(x(size) + (13 if ahead else -13), y(loss) + 4, "the winner", "start" if ahead else "end", "name")
+    name = text(x(size) + (11 if ahead else -13), y(loss) - 7, "the winner", "start" if ahead else "end", "name")
     return dot("ring", x(size), y(loss), 9, told) + dot("finished", x(size), y(loss), 5.5, told) + name

@@ -15,7 +15,7 @@ from tuning.rivals_chart import rivals_chart
 from tuning.svg import standalone
 from tuning.trial_chart import trial_chart
 from tuning.trials import best_of
-from tuning.validate import Validated, above
+from tuning.validate import Validated, above, size_of
 from tuning.worth import told
 
 FIDELITY_NOTE = "Down and to the left is better; both scales are logarithmic."
@@ -64,12 +64,7 @@ def pictures(outcome: Outcome) -> dict[str, str]:
 
 def learned(outcome: Outcome) -> list[str]:
     """What the trials taught, in sentences."""
-    goal, trials = outcome.settings.goal, outcome.trials
-    bests = [best_of([t for t in trials if bool(t.refines) is refines], goal) for refines in (False, True)]
-    told = [
-        f"The best trial that was drawn came to {goal.told(best.metrics)} (trial {best.trial})." for best in bests[0]
-    ]
-    told += [f"The best refinement came to {goal.told(best.metrics)} (trial {best.trial})." for best in bests[1]]
+    told = _sizes(outcome) if outcome.settings.front else _bests(outcome)
     names = [f"{name.replace('_', ' ')} ({part:.0%})" for name, part in list(outcome.importance.items())[:3]]
     if names:
         told.append(f"Most of the difference between trials came from {', '.join(names)}.")
@@ -78,6 +73,21 @@ def learned(outcome: Outcome) -> list[str]:
     stopped, failed = outcome.count("pruned"), outcome.count("failed")
     told += [f"{counted(stopped, 'trial')} stopped early, as others lost less on the same windows."] if stopped else []
     return told + ([f"{counted(failed, 'trial')} failed."] if failed else [])
+
+
+def _bests(outcome: Outcome) -> list[str]:
+    goal, found = outcome.settings.goal, []
+    for refines, what in ((False, "trial that was drawn"), (True, "refinement")):
+        for best in best_of([trial for trial in outcome.trials if bool(trial.refines) is refines], goal):
+            found.append(f"The best {what} came to {goal.told(best.metrics)} (trial {best.trial}).")
+    return found
+
+
+def _sizes(outcome: Outcome) -> list[str]:
+    """Losses of different sizes do not compare: there is a front instead of a best."""
+    smallest, largest = (share(size_of(outcome.verdict.front[end])) for end in (0, -1))
+    plans = counted(len(outcome.verdict.front), "plan")
+    return [f"The front has {plans} between {smallest} and {largest} of the bytes."]
 
 
 def _parameters(outcome: Outcome) -> str:

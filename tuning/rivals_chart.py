@@ -32,7 +32,7 @@ def rivals_chart(outcome: Outcome) -> str:
 
 
 def _rows(outcome: Outcome) -> list[tuple[str, Interval, bool]]:
-    """Name, log of the ratio, and whether it is a trial; where trials chose their sizes, only heuristics have its own."""
+    """Name, log of the ratio, whether it is a trial; where trials chose their sizes, only heuristics have its own."""
     winner, comparable = outcome.winner, not outcome.settings.goal.draws_budget
     rows = [
         (entry.candidate.name, above([entry], winner), entry.candidate.trial is not None)
