@@ -112,7 +112,7 @@ def test_of_many_sizes_none_is_called_the_best(tmp_path: Path) -> None:
     found = outcome(tmp_path, trials(), verdict=Verdict(ranking[1], ranking, ranking))
     text = page(replace(found, settings=found.settings.model_copy(update={"front": True})))
     assert "The front has 3 plans between" in text
-    assert "The best trial" not in text
+    assert "The best trial that was drawn" not in text
     assert "front/" in text
     best = [part for chart in charts(text) for part in chart.iter() if part.attrib.get("class") == "best"]
     assert len(best) == 1  # the front's line, and no best so far
