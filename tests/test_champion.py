@@ -85,7 +85,6 @@ def test_the_smaller_of_two_plans_within_one_bound_is_champion() -> None:
 @pytest.mark.parametrize(
     ("old", "why"),
     [
-        (lambda: made(0.3), "is the same plan"),
         (lambda: made(0.3, length=1024), "is for 1024 tokens instead of 2048"),
         (lambda: made(0.3, kind=1, texts={"other": "0"}), "was searched on other texts (other)"),
         (lambda: of_another_model(), "was made for another model, other"),
@@ -95,6 +94,14 @@ def test_plans_that_do_not_compare_leave_the_alias_where_it_is(old: Callable[[],
     found = claimed((made(0.3), 0.1), (old(), 0.9))
     assert not found.crowned
     assert f"champion stays with version 3, which {why}" in found.why
+
+
+def test_the_same_plan_again_is_what_the_alias_leads_to() -> None:
+    found = claimed((made(0.3), 0.1), (made(0.3), 0.1))
+    assert found == Claim(False, "champion stays with version 3, which is the same plan", same=True)
+    registered = Registered("baklava-demo", "4", found)
+    assert registered.uri == "models:/baklava-demo@champion"
+    assert "by hand" not in registered.told
 
 
 def of_another_model() -> BudgetPlan:

@@ -85,9 +85,9 @@ def test_a_trial_is_a_child_with_its_curve_over_the_windows(tracker: Tracker) ->
 
 def test_runs_are_named_so_that_they_can_be_told_apart_where_they_are_compared(tracker: Tracker) -> None:
     chosen = {"allocation": "greedy", "bits": "k4v2", "eviction": "streaming"}
-    assert name_of(record(7, [0.1] * 4, ratio=0.125, **chosen)) == "trial 07, greedy, k4v2, streaming, 12.5%"
-    assert name_of(record(12, [0.1] * 4, base=7, **chosen)).startswith("trial 12 from 07, greedy")
-    assert name_of(TrialRecord(trial=3, params={}, metrics={}, status="failed")) == "trial 03"
+    assert name_of(record(7, [0.1] * 4, ratio=0.125, **chosen), "x") == "trial 07, greedy, k4v2, streaming, 12.5%, x"
+    assert name_of(record(12, [0.1] * 4, base=7, **chosen), "x").startswith("trial 12 from 07, greedy")
+    assert name_of(TrialRecord(trial=3, params={}, metrics={}, status="failed"), "x") == "trial 03, x"
     parent = tracker.client.get_run(tracker.parent)
     assert parent.info.run_name.startswith("30% of the bytes, t, ")
 

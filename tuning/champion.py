@@ -28,10 +28,16 @@ class Holder:
 
 @dataclass(frozen=True)
 class Claim:
-    """Whether a plan takes the alias, and why, in a sentence."""
+    """Whether a plan takes the alias, and why, in a sentence; `same` where the plan that has it is equal to it."""
 
     crowned: bool
     why: str
+    same: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the alias leads to this plan."""
+        return self.crowned or self.same
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,13 @@ class Registered:
     @property
     def uri(self) -> str:
         """What jobs/serve.py takes as --plan."""
-        return f"models:/{self.name}" + (f"@{ALIAS}" if self.claim.crowned else f"/{self.version}")
+        return f"models:/{self.name}" + (f"@{ALIAS}" if self.claim.holds else f"/{self.version}")
 
     @property
     def told(self) -> str:
         """What became of it, and how to have it otherwise."""
         by_hand = f"; to move it by hand: make ui, Models, {self.name}, version {self.version}, add the alias {ALIAS}"
-        return f"version {self.version} of {self.name}: {self.claim.why}" + ("" if self.claim.crowned else by_hand)
+        return f"version {self.version} of {self.name}: {self.claim.why}" + ("" if self.claim.holds else by_hand)
 
 
 def claim(
@@ -67,6 +73,8 @@ def claim(
     stays, plan = f"{ALIAS} stays with version {holder.version}, which", winner.candidate.plan
     if holder.plan is None:
         return Claim(False, f"{stays} cannot be read")
+    if holder.plan.digest == plan.digest:
+        return Claim(False, f"{stays} is the same plan", same=True)
     if differs := _difference(holder.plan, plan, corpora):
         return Claim(False, f"{stays} {differs}")
     entrant = Candidate(f"version {holder.version}, the {ALIAS} so far", holder.plan)
@@ -82,8 +90,6 @@ def _difference(old: BudgetPlan, new: BudgetPlan, corpora: dict[str, str]) -> st
         old.check_fits(new.model, new.geometry)
     except UserError:
         return f"was made for another model, {old.model.id}"
-    if old.digest == new.digest:
-        return "is the same plan"
     if old.context_length != new.context_length:
         return f"is for {old.context_length} tokens instead of {new.context_length}"
     if set(old.provenance.corpora.values()) != set(corpora.values()):

@@ -70,7 +70,7 @@ class Outcome:
         return {
             "out": str(self.out),
             "plan": str(self.out / "plan.json"),
-            "champion": self.registered.uri if self.registered and self.registered.claim.crowned else None,
+            "champion": self.registered.uri if self.registered and self.registered.claim.holds else None,
             "registered": self.registered.uri if self.registered else None,
             "ratio": self.plan.ratio,
             "bytes_per_sequence": self.plan.bytes_per_sequence,

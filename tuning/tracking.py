@@ -42,7 +42,7 @@ class Tracker:
     def __init__(self, client: MlflowClient, experiment: str, name: str) -> None:
         self.client, self.experiment, self.name = client, experiment, name
         self.parent, self.watch = "", Watch(client.tracking_uri, "")
-        self.runs = TrialRuns(client, experiment, "")
+        self.runs = TrialRuns(client, experiment, "", "")
         self.waiting: deque[Ended] = deque()
         self.failed_at: float | None = None
         self.writer = ThreadPoolExecutor(1, "mlflow")
@@ -71,9 +71,9 @@ class Tracker:
         """
         with refused("start it again"):
             try:
-                self._enter(self._found(record.run))
+                self._enter(self._found(record.run), out)
             except MissingRunError:
-                say(f"mlflow: run {record.run} of this search is gone; its trials are written again, under a new run")
+                say(f"mlflow: run {record.run} of this search is not there; its trials are written again, in a new run")
                 self._create(record.settings, out, inputs, {REPLACES: record.run})
 
     def replay(self, records: Sequence[TrialRecord], plan_of: Callable[[Params], BudgetPlan]) -> None:
@@ -110,7 +110,8 @@ class Tracker:
     ) -> None:
         """Write what was missed, then close the parent run with its files; `texts` are contents by file name."""
         whole = self.flush()
-        self.watch.stop()
+        if whole:  # else its last words would wait for the server once more
+            self.watch.stop()
         if not (whole and self._attempt(lambda: self._close(metrics, files, texts or {}, status))):
             say("mlflow: some of this search is missing there; trials.jsonl and plan.json have all of it")
 
@@ -120,15 +121,15 @@ class Tracker:
         own = {"baklava.out": str(out.absolute()), "baklava.kind": "search", "mlflow.source.name": "jobs/search.py"}
         tags = {**own, **{f"baklava.{name}": value for name, value in machine().items()}, **more}
         name = f"{settings.goal.asked}, {' '.join(Path(text).name for text in settings.texts)}, {out.name}"
-        self._enter(self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id)
+        self._enter(self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id, out)
         params = [Param(key, str(value)) for key, value in settings.model_dump().items()]
         self.client.log_batch(self.parent, params=params)
         self.client.log_inputs(self.parent, list(inputs))
         self.client.log_text(self.parent, packages(), "requirements.txt")
 
-    def _enter(self, parent: str) -> None:
+    def _enter(self, parent: str, out: Path) -> None:
         self.client.update_run(parent, status="RUNNING")
-        self.parent, self.runs = parent, TrialRuns(self.client, self.experiment, parent)
+        self.parent, self.runs = parent, TrialRuns(self.client, self.experiment, parent, out.name)
         self.watch = Watch(self.client.tracking_uri, parent)
         self.watch.go_on()
 

@@ -39,10 +39,13 @@ class Ended:
 
 
 class TrialRuns:
-    """The children of one parent run. Which trials have one is asked of the server, once and after every failure."""
+    """The children of one parent run. Which trials have one is asked of the server, once and after every failure.
 
-    def __init__(self, client: MlflowClient, experiment: str, parent: str) -> None:
-        self.client, self.experiment, self.parent = client, experiment, parent
+    `search` is the name of the search, which all names of children end with.
+    """
+
+    def __init__(self, client: MlflowClient, experiment: str, parent: str, search: str) -> None:
+        self.client, self.experiment, self.parent, self.search = client, experiment, parent, search
         self.written: set[int] | None = None
 
     def write(self, trial: Ended) -> None:
@@ -78,7 +81,7 @@ class TrialRuns:
     def _create(self, trial: Ended) -> None:
         record, plan = trial.record, trial.plan()
         tags = {PARENT_TAG: self.parent, "baklava.status": record.status, TRIAL_TAG: str(record.trial)}
-        named = {"run_name": name_of(record), "tags": tags}
+        named = {"run_name": name_of(record, self.search), "tags": tags}
         run = self.client.create_run(self.experiment, start_time=trial.started, **named).info.run_id
         params = [Param(key, str(value)) for key, value in record.params.items() if key != SHIFTS]
         error = [RunTag("baklava.error", record.error[:5000])] if record.error else []
@@ -99,12 +102,12 @@ def plan_files(client: MlflowClient, run: str, plan: BudgetPlan, folder: str = "
     client.log_text(run, standalone(heat_map(plan)), "budgets.svg")
 
 
-def name_of(record: TrialRecord) -> str:
-    """What a trial is called where runs are compared: `trial 07 from 03, blended, k4v2, heavy_hitter, 12.5%`."""
+def name_of(record: TrialRecord, search: str) -> str:
+    """What a trial is called where runs are compared: `trial 07 from 03, blended, k4v2, heavy_hitter, 12.5%, mine`."""
     base = [f"from {record.refines:02}"] if record.refines else []
     choices = [str(record.params[name]) for name in CHOICES if name in record.params]
     size = [share(record.metrics["ratio"])] if "ratio" in record.metrics else []
-    return ", ".join([" ".join([f"trial {record.trial:02}", *base]), *choices, *size])
+    return ", ".join([" ".join([f"trial {record.trial:02}", *base]), *choices, *size, search])
 
 
 def _metrics(record: TrialRecord, at: int) -> list[Metric]:
