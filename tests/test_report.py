@@ -161,9 +161,9 @@ def test_the_winner_is_marked_and_heuristics_are_told_from_trials(tmp_path: Path
 
 
 def test_a_trial_that_failed_has_a_cross_with_its_reason() -> None:
-    failed = TrialRecord(trial=2, params={}, metrics={}, status="failed", error="no <room>")
+    failed = TrialRecord(trial=2, params={}, metrics={}, status="failed", error="no \x1b[36m<room>")
     chart = ElementTree.fromstring(trial_chart([record(1, [0.1] * 4), failed], KL))
-    assert "trial 2 failed: no <room>" in [title.text for title in chart.iter("title")]
+    assert "trial 2 failed: no [36m<room>" in [title.text for title in chart.iter("title")]
 
 
 def test_pictures_are_files_of_their_own_with_their_colours(tmp_path: Path) -> None:

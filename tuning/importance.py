@@ -11,10 +11,14 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
 from tuning.goal import Goal
+from tuning.pareto import thinned
 from tuning.trials import TrialRecord, finished
 
 LEAST_TRIALS = 6
 """Finished trials below which nothing is said; a few times as many say it with some certainty."""
+
+MOST_TRIALS = 500
+"""Trials that are looked at, spread evenly over the search: four times as many take half a minute."""
 
 ABSENT = "none"
 """Stands for a choice that a trial did not have."""
@@ -27,17 +31,17 @@ def importance(records: Sequence[TrialRecord], goal: Goal) -> dict[str, float]:
     every window. A knob that only some trials have counts as its median in the others, so that what comes of having it
     is put down to the choice that it belongs to. Empty where trials are too few, or all the same.
     """
-    trials = compared(records)
-    spaces = {name: found for name in _names(trials) if (found := _distribution(name, trials))}
+    trials = thinned(compared(records), MOST_TRIALS)
+    columns = {name: found for name in _names(trials) if len(set(found := _column(name, trials))) > 1}
     values = [goal.value(trial.metrics) for trial in trials]
-    if len(trials) < LEAST_TRIALS or not spaces or len(set(values)) < 2:
+    if len(trials) < LEAST_TRIALS or not columns or len(set(values)) < 2:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        study = _study(trials, spaces, values)
+        study = _study(columns, values)
         shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
-    return {name: value for name, value in shares.items() if math.isfinite(value)}
+    return {name: float(value) for name, value in shares.items() if math.isfinite(value)}
 
 
 def compared(records: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -54,29 +58,26 @@ def _names(trials: Sequence[TrialRecord]) -> list[str]:
     return sorted({name for trial in trials for name in trial.params})
 
 
-def _study(
-    trials: Sequence[TrialRecord], spaces: dict[str, BaseDistribution], values: Sequence[float]
-) -> optuna.study.Study:
+def _column(name: str, trials: Sequence[TrialRecord]) -> list[Any]:
+    """The value of a parameter in every trial, and what stands for it in those without."""
+    absent = ABSENT
+    if numeric(name, trials):
+        absent = median(trial.params[name] for trial in trials if name in trial.params)
+    return [trial.params.get(name, absent) for trial in trials]
+
+
+def _study(columns: dict[str, list[Any]], values: Sequence[float]) -> optuna.study.Study:
     study = optuna.create_study()
-    for trial, value in zip(trials, values, strict=True):
-        params = {name: _value(name, trial, trials) for name in spaces}
-        study.add_trial(
-            optuna.trial.create_trial(params=params, distributions=spaces, value=math.log(max(value, 1e-12)))
-        )
+    spaces = {name: _distribution(column) for name, column in columns.items()}
+    for number, value in enumerate(values):
+        params = {name: column[number] for name, column in columns.items()}
+        logarithm = math.log(max(value, 1e-12))
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=logarithm))
     return study
 
 
-def _distribution(name: str, trials: Sequence[TrialRecord]) -> BaseDistribution | None:
-    """What a parameter was drawn from, as far as the trials show; None where it was the same in all of them."""
-    values = {_value(name, trial, trials) for trial in trials}
-    if len(values) < 2:
-        return None
-    if numeric(name, trials):
-        return FloatDistribution(min(values), max(values))
-    return CategoricalDistribution(sorted(values, key=str))
-
-
-def _value(name: str, trial: TrialRecord, trials: Sequence[TrialRecord]) -> Any:
-    if not numeric(name, trials):
-        return trial.params.get(name, ABSENT)
-    return trial.params.get(name, median(each.params[name] for each in trials if name in each.params))
+def _distribution(column: Sequence[Any]) -> BaseDistribution:
+    """What a parameter was drawn from, as far as the trials show."""
+    if all(isinstance(value, float) for value in column):
+        return FloatDistribution(min(column), max(column))
+    return CategoricalDistribution(sorted(set(column), key=str))

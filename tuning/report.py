@@ -7,7 +7,7 @@ from pathlib import Path
 from baklava.formats import counted, share
 from tuning.fidelity_chart import fidelity_chart
 from tuning.heat_map import heat_map
-from tuning.importance import compared
+from tuning.importance import MOST_TRIALS, compared
 from tuning.learned_charts import importance_chart, slices_chart
 from tuning.outcome import Outcome
 from tuning.page import figures, filled, pairs, steps, write_page
@@ -97,7 +97,7 @@ def _parameters(outcome: Outcome) -> str:
     fields = {
         "importance": importance_chart(shares),
         "slices": slices_chart(outcome.trials, goal, shares),
-        "trials": str(len(compared(outcome.trials))),
+        "trials": str(min(MOST_TRIALS, len(compared(outcome.trials)))),
         "objective": escape(goal.value_name),
     }
     return filled("report_parameters.html", fields)

@@ -120,7 +120,7 @@ class Tracker:
     ) -> None:
         own = {"baklava.out": str(out.absolute()), "baklava.kind": "search", "mlflow.source.name": "jobs/search.py"}
         tags = {**own, **{f"baklava.{name}": value for name, value in machine().items()}, **more}
-        name = f"{settings.goal.asked}, {' '.join(Path(text).name for text in settings.texts)}, {out.name}"
+        name = f"{settings.goal.asked}, {_few(settings.texts)}, {out.name}"
         self._enter(self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id, out)
         params = [Param(key, str(value)) for key, value in settings.model_dump().items()]
         self.client.log_batch(self.parent, params=params)
@@ -224,4 +224,18 @@ class MissingRunError(Exception):
 
 
 def _lazily(record: TrialRecord, plan_of: Callable[[Params], BudgetPlan]) -> Callable[[], BudgetPlan | None]:
-    return lambda: None if record.status == "failed" else plan_of(record.params)
+    def plan() -> BudgetPlan | None:
+        if record.status == "failed":
+            return None
+        try:
+            return plan_of(record.params)
+        except UserError:  # what held the plan before a change of version may hold it no more
+            return None
+
+    return plan
+
+
+def _few(texts: Sequence[str]) -> str:
+    """The first texts by their last names, and how many more there are."""
+    named = " ".join(Path(text).name for text in texts[:2])
+    return named + (f" and {len(texts) - 2} more" if len(texts) > 2 else "")

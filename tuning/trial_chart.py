@@ -54,7 +54,8 @@ def _best_line(records: Sequence[TrialRecord], goal: Goal, x: Scale, y: Scale) -
 
 
 def _cross(record: TrialRecord, x: Scale) -> str:
-    told = f"trial {record.trial} failed: {record.error}"
+    # What Ray says may be pages, with colours, which no XML holds.
+    told = f"trial {record.trial} failed: {''.join(filter(str.isprintable, record.error or ''))[:300]}"
     return f'<text class="cross" x="{x(record.trial):.1f}" y="{TOP}">&#215;<title>{escape(told)}</title></text>'
 
 
