@@ -67,7 +67,7 @@ lint: $(READY) ## check style and types
 search: setup assets ## find a plan for the demo model and register it (more options in ARGS=)
 	@$(PY) jobs/search.py --trials $(TRIALS) --budget $(BUDGET) $(ARGS)
 
-serve: setup assets ## serve the plan that the last search registered
+serve: setup assets ## serve the champion among the plans for the demo model
 	@$(PY) jobs/serve.py --plan models:/baklava-demo@champion --model demo $(ARGS)
 
 bench: setup assets ## time decode and prefill against transformers' own cache (up to two hours)

@@ -1,7 +1,10 @@
-"""Facts about clusters: the search as a job on a real Ray head with a token, and a cluster.yaml that Ray accepts."""
+"""Facts about clusters: the search as a job on a real Ray head with a token, and cluster files that Ray accepts."""
 
-import json
+import argparse
 import os
+import re
+import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 from searching import ROOT, SMALL, descendants, kill, lines, make_model, make_texts
 
@@ -21,25 +25,59 @@ from baklava.plan import BudgetPlan
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-@pytest.fixture
-def config() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+FILES = ("cluster.yaml", "cluster.local.yaml")
+
+
+@pytest.fixture(params=FILES)
+def config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / request.param).read_text())
 
 
 def test_ray_accepts_the_cluster_file(config: dict[str, Any]) -> None:
     validate_config(prepare_config(config))
 
 
+def test_ray_would_not_accept_a_misspelt_cluster_file(config: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="max_wokers"):
+        validate_config(prepare_config({**config, "max_wokers": 3}))
+
+
+def test_a_cluster_of_ones_own_machines_has_a_worker_on_each() -> None:
+    config = prepare_config(yaml.safe_load((ROOT / "cluster.local.yaml").read_text()))
+    nodes = config["available_node_types"]["local.cluster.node"]
+    assert nodes["min_workers"] == nodes["max_workers"] == len(config["provider"]["worker_ips"]) > 0
+
+
 def test_every_node_gets_the_token_and_starts_with_it(config: dict[str, Any]) -> None:
     assert "~/.ray/auth_token" in config["file_mounts"]
+    assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"]
     for where in ("head_start_ray_commands", "worker_start_ray_commands"):
         starts = [command for command in config[where] if "ray start" in command]
         assert len(starts) == 1
-        assert "RAY_AUTH_MODE=token" in starts[0]
+        before, _, _ = starts[0].partition("ray start")
+        assert "export " in before
+        assert "RAY_AUTH_MODE=token" in before
+
+
+def test_the_dashboard_stays_on_the_head(config: dict[str, Any]) -> None:
+    assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
 
 
 def test_the_cluster_file_uploads_neither_results_nor_environments(config: dict[str, Any]) -> None:
     assert {".git", ".venv", "runs"} <= set(config["rsync_exclude"])
+
+
+def test_the_page_on_clusters_names_options_and_files_that_there_are() -> None:
+    page = (ROOT / "docs/cluster.md").read_text()
+    commands = [line.partition("jobs/search.py ")[2] for line in page.splitlines() if "jobs/search.py --" in line]
+    known = {option for action in search_parser()._actions for option in action.option_strings}
+    assert commands
+    assert {word for command in commands for word in command.split() if word.startswith("--")} <= known
+    assert all((ROOT / name).exists() for name in re.findall(r"`([\w./-]+\.(?:yaml|py|md))`", page))
+
+
+def search_parser() -> argparse.ArgumentParser:
+    return runpy.run_path(str(ROOT / "jobs/search.py"))["parser"]()
 
 
 def free_port() -> int:
@@ -48,32 +86,64 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-class Head:
-    """A head node of its own, with a token of its own, on this machine's loopback address."""
+class Loopback:
+    """A network namespace that has nothing but loopback, where this machine lets us make one; else its own network."""
 
-    def __init__(self, root: Path, temp: str) -> None:
-        token, self.port, self.dashboard = root / "token", free_port(), free_port()
-        token.write_text("b" * 64)
-        token.chmod(0o600)
-        own = {
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "BAKLAVA_DATA": str(root / "data"),
-            "BAKLAVA_CACHE": str(root / "cache"),
-        }
-        self.env = {**os.environ, **own, "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}
+    def __init__(self) -> None:
+        inside = "ip link set lo up && echo up && exec sleep infinity"
+        self.process = subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", inside], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert self.process.stdout is not None
+        made = self.process.stdout.readline() == "up\n"
+        self.prefix = ["nsenter", "--net", "--target", str(self.process.pid)] if made else []
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+class Head:
+    """A head node with a token of its own, and another machine that submits jobs to it: it shares no folder with it."""
+
+    def __init__(self, root: Path, temp: str, network: Loopback) -> None:
+        self.token, self.port, self.dashboard = root / "token", free_port(), free_port()
+        self.token.write_text("b" * 64)
+        self.token.chmod(0o600)
+        self.network, self.temp, self.home = network, Path(temp), root / "laptop"
+        own = {"BAKLAVA_DATA": str(root / "data"), "BAKLAVA_CACHE": str(root / "cache")}
+        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+        self.env = {**os.environ, **own, **secret, "OMP_NUM_THREADS": "1"}
         self.log = root / "head.log"
         where = [f"--port={self.port}", f"--dashboard-port={self.dashboard}", f"--temp-dir={temp}"]
         only_here = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
         sizes = ["--num-cpus=2", "--object-store-memory=268435456"]
-        command = [RAY, "start", "--head", "--block", *where, *only_here, *sizes]
+        command = [*network.prefix, RAY, "start", "--head", "--block", *where, *only_here, *sizes]
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=self.env)
 
-    def job(self, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
-        """`ray job submit` of a script in the checkout; waits for its end."""
-        submit = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{self.dashboard}", "--working-dir", str(ROOT)]
-        command = [*submit, "--", sys.executable, *map(str, arguments)]
-        return subprocess.run(command, env={**self.env, **env}, capture_output=True, text=True, timeout=300)
+    @property
+    def checkout(self) -> Path:
+        """The checkout of the machine that submits."""
+        copy = self.home / "baklava"
+        if not copy.exists():
+            rest = shutil.ignore_patterns(".*", "runs", "__pycache__", "docs", "plans", "tests")
+            shutil.copytree(ROOT, copy, ignore=rest)
+        return copy
+
+    def job(self, *arguments: object, token: str | None = None) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` of a script in the checkout, from a machine that has the token; waits for its end."""
+        (self.home / ".ray").mkdir(parents=True, exist_ok=True)
+        (self.home / ".ray/auth_token").write_text(token or self.token.read_text())
+        env = {"HOME": str(self.home), "PATH": os.environ["PATH"], "RAY_AUTH_MODE": "token", "LANG": "C.UTF-8"}
+        submit = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{self.dashboard}", "--working-dir", "."]
+        command = [*self.network.prefix, *submit, "--", sys.executable, *map(str, arguments)]
+        return subprocess.run(command, env=env, cwd=self.checkout, capture_output=True, text=True, timeout=300)
+
+    def job_log(self) -> str:
+        """What the dashboard shows of the last job."""
+        logs = self.temp.glob("session_latest/logs/job-driver-*.log")
+        return max(logs, key=lambda path: path.stat().st_mtime).read_bytes().decode()
 
     def wait(self) -> None:
         """Wait until jobs are taken."""
@@ -94,26 +164,45 @@ class Head:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     # Ray's sockets lie in its folder, and their paths may have 107 characters only.
+    network = Loopback()
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as temp:
-        head = Head(tmp_path_factory.mktemp("head"), temp)
+        head = Head(tmp_path_factory.mktemp("head"), temp, network)
         try:
             head.wait()
             yield head
         finally:
             head.stop()
+            network.stop()
+
+
+@pytest.fixture(scope="module")
+def searched(head: Head, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    root = tmp_path_factory.mktemp("job")
+    named = ["--model", make_model(root / "model"), "--texts", make_texts(root / "texts")]
+    ended = head.job("jobs/search.py", *named, *SMALL, "--trials", 3, "--replicas", 1)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended
 
 
 @pytest.mark.ray
-def test_a_search_runs_as_a_job_of_a_cluster(head: Head, tmp_path: Path) -> None:
-    out, summary = tmp_path / "run", tmp_path / "run.json"
-    named = ["--model", make_model(tmp_path / "model"), "--texts", make_texts(tmp_path / "texts")]
-    where = ["--out", out, "--json", summary]
-    ended = head.job("jobs/search.py", *named, *SMALL, "--trials", 3, "--replicas", 1, *where)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "connecting to" in ended.stdout
-    assert "trial 3 of 3" in ended.stdout
-    assert BudgetPlan.read(out / "plan.json").ratio <= 0.5
-    assert lines(out / "trials.jsonl") == json.loads(summary.read_text())["trials"]["finished"] == 3
+def test_a_job_leaves_its_results_where_ray_does_not_delete_them(
+    head: Head, searched: subprocess.CompletedProcess[str]
+) -> None:
+    plan = next(Path(head.env["BAKLAVA_DATA"]).glob("runs/*/plan.json"))
+    assert str(plan) in searched.stdout
+    assert BudgetPlan.read(plan).ratio <= 0.5
+    assert lines(plan.with_name("trials.jsonl")) == 3
+
+
+@pytest.mark.ray
+def test_the_log_of_a_job_can_be_read(head: Head, searched: subprocess.CompletedProcess[str]) -> None:
+    log = head.job_log()
+    assert "connecting to" in log
+    assert "trial 3 of 3" in log
+    assert "winner: " in log
+    assert not re.findall("[\x00-\x08\x0b-\x1f]", log)  # neither colours nor bars that are drawn again and again
+    assert "it/s]" not in log
+    assert max(map(len, log.splitlines())) < 600
 
 
 @pytest.mark.ray
@@ -125,9 +214,7 @@ def test_a_job_that_fails_says_so_to_who_submitted_it(head: Head, tmp_path: Path
 
 
 @pytest.mark.ray
-def test_a_job_without_the_token_is_turned_away(head: Head, tmp_path: Path) -> None:
-    other = tmp_path / "token"
-    other.write_text("c" * 64)
-    ended = head.job("jobs/search.py", "--help", RAY_AUTH_TOKEN_PATH=str(other))
+def test_a_job_without_the_token_is_turned_away(head: Head) -> None:
+    ended = head.job("jobs/search.py", "--help", token="c" * 64)
     assert ended.returncode != 0
     assert "usage: search.py" not in ended.stdout

@@ -15,8 +15,8 @@ from test_space import SPACE, WINDOWS, record, report, task
 from baklava.bootstrap import Interval
 from baklava.errors import UserError
 from tuning.arguments import check_resumed
+from tuning.fidelity_chart import fidelity_chart
 from tuning.front import Front, write_front
-from tuning.front_chart import front_chart
 from tuning.goal import Goal
 from tuning.heuristics import first_params, heuristics
 from tuning.journal import Journal
@@ -198,7 +198,7 @@ def test_a_front_holds_every_plan_that_no_other_beats(tmp_path: Path) -> None:
         f"front/plan-0{number}.json" for number in (1, 2, 3)
     ]
     assert [point.chosen for point in points] == [False, True, False]
-    assert "<svg" in front_chart(said.front, said.winner, [record(1, [0.1] * 4)], Goal(front=True))
+    assert 'class="best"' in fidelity_chart(said, [record(1, [0.1] * 4)], Goal(front=True))
 
 
 def test_a_front_is_thinned_evenly_and_its_knee_is_below_the_line_between_its_ends() -> None:

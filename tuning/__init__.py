@@ -1,6 +1,7 @@
 """The search: many plans tried on resident replicas, the winner recorded and registered."""
 
 import os
+import sys
 
 # Ray and MLflow read these when they are first imported, here and in every process that Ray starts, so they stand
 # before any import of ours. What is set already stays.
@@ -13,6 +14,9 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default asks a dead server for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+if sys.stderr is None or not sys.stderr.isatty():
+    _ENVIRONMENT["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # a log keeps every redraw of a bar
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)

@@ -50,6 +50,16 @@ class Goal(Record):
         """What a plan of its size should lower."""
         return metrics[LOWERED[self.objective] if self.max_dnll is None else "dnll"]
 
+    @property
+    def loss_name(self) -> str:
+        """What the loss is called."""
+        return NAMES[self.objective] if self.max_dnll is None else "dNLL"
+
+    @property
+    def value_name(self) -> str:
+        """What the number is called that the search lowers."""
+        return "size" if self.max_dnll is not None else self.loss_name
+
     def value(self, metrics: Metrics) -> float:
         """The number that the search lowers.
 

@@ -1,24 +1,24 @@
 """What a search hands over when it is done."""
 
-import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from baklava.bootstrap import Interval
-from baklava.formats import with_bounds
 from baklava.plan import BudgetPlan
+from tuning.champion import Registered
+from tuning.importance import importance
 from tuning.settings import SearchSettings
 from tuning.trials import TrialRecord
 from tuning.validate import Validated, Verdict
-from tuning.worth import Rival
+from tuning.worth import Rival, told
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Where a finished search is, and what came out.
 
-    `rivals` say what the search was worth. `champion` is the `models:/` URI of the winner, None where the tracking
+    `rivals` say what the search was worth. `registered` is the winner in MLflow's registry, None where the tracking
     server was down.
     """
 
@@ -28,7 +28,7 @@ class Outcome:
     verdict: Verdict
     rivals: tuple[Rival, ...]
     trials: tuple[TrialRecord, ...]
-    champion: str | None
+    registered: Registered | None
 
     @property
     def winner(self) -> Validated:
@@ -42,8 +42,8 @@ class Outcome:
 
     @property
     def served_by(self) -> str:
-        """What jobs/serve.py takes as --plan: the champion, else the file."""
-        return self.champion or str(self.out / "plan.json")
+        """What jobs/serve.py takes as --plan: the plan in the registry, else the file."""
+        return self.registered.uri if self.registered else str(self.out / "plan.json")
 
     @property
     def next_steps(self) -> dict[str, str]:
@@ -55,6 +55,11 @@ class Outcome:
             "evaluate it": f"python jobs/evaluate.py --plan {file} --model {model} --texts ifcraft",
         }
 
+    @cached_property
+    def importance(self) -> dict[str, float]:
+        """How much each parameter decided, see `tuning.importance`."""
+        return importance(self.trials, self.settings.goal)
+
     @property
     def worth(self) -> list[str]:
         """How many times the winner's KL that of each rival is, as sentences."""
@@ -65,25 +70,21 @@ class Outcome:
         return {
             "out": str(self.out),
             "plan": str(self.out / "plan.json"),
-            "champion": self.champion,
+            "champion": self.registered.uri if self.registered and self.registered.claim.holds else None,
+            "registered": self.registered.uri if self.registered else None,
             "ratio": self.plan.ratio,
             "bytes_per_sequence": self.plan.bytes_per_sequence,
             "winner": self.winner.candidate.name,
             "validation": [{"name": v.candidate.name, "metrics": v.metrics} for v in self.ranking],
             "front": str(self.out / "front.json") if self.verdict.front else None,
             "rivals": [{"name": r.name, "log_kl_above": _without_nan(asdict(r.above))} for r in self.rivals],
+            "importance": self.importance,
             "trials": {status: self.count(status) for status in ("finished", "pruned", "failed")},
         }
 
     def count(self, status: str) -> int:
         """Trials that ended this way."""
         return sum(record.status == status for record in self.trials)
-
-
-def told(above: Interval) -> str:
-    """The ratio whose logarithm this is, with its interval."""
-    mean, low, high = (math.exp(value) for value in (above.mean, above.low, above.high))
-    return with_bounds(replace(above, mean=mean, low=low, high=high), ".2f")
 
 
 def _without_nan(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,23 +1,27 @@
 """The report: one HTML file that needs nothing else, neither a network nor a script."""
 
+import json
 from html import escape
 from pathlib import Path
 
-from baklava.formats import share
-from tuning.charts import heat_map, trial_chart
-from tuning.front_chart import front_chart
-from tuning.outcome import Outcome, told
-from tuning.page import figures, pairs, steps, write_page
-from tuning.validate import Validated, above
+from baklava.formats import counted, share
+from tuning.fidelity_chart import fidelity_chart
+from tuning.heat_map import heat_map
+from tuning.importance import MOST_TRIALS, compared
+from tuning.learned_charts import importance_chart, slices_chart
+from tuning.outcome import Outcome
+from tuning.page import figures, filled, pairs, steps, write_page
+from tuning.rivals_chart import rivals_chart
+from tuning.svg import standalone
+from tuning.trial_chart import trial_chart
+from tuning.trials import best_of
+from tuning.validate import Validated, above, size_of
+from tuning.worth import told
 
-TRIALS_NOTE = (
-    "Filled: scored on every window. Hollow: stopped early, at the mean over the windows it got to. Cross: failed. The "
-    "line is the best so far."
-)
+FIDELITY_NOTE = "Down and to the left is better; both scales are logarithmic."
 FRONT_NOTE = (
-    "The line is the front on validation windows: no plan that was scored there beats one of its points in both bytes "
-    "and loss. The large point became plan.json. Hollow: finished trials, on the windows of the search. Every point is "
-    "a plan file in front/."
+    "The line is the front of what was validated: no plan beats one of its points in both bytes and loss. Every point "
+    "of it is a plan file in front/, and the marked one became plan.json."
 )
 
 
@@ -28,25 +32,90 @@ def write_report(outcome: Outcome, path: Path) -> None:
         "title": escape(f"{settings.model_name} at {share(outcome.plan.ratio)} of its KV cache"),
         "lead": escape(_lead(outcome)),
         "figures": _figures(outcome),
+        "registered": escape(_registered(outcome)),
+        "fidelity_note": escape(f"{FIDELITY_NOTE} {FRONT_NOTE if settings.front else ''}"),
         "ranking": "".join(_row(entry, winner) for entry in outcome.ranking),
         "knobs": pairs(_knobs(outcome)),
         "worth": escape("; ".join(outcome.worth)),
+        "learned": "".join(f"<li>{escape(sentence)}</li>" for sentence in learned(outcome)),
+        "parameters": _parameters(outcome),
         "settings": pairs(_settings(outcome)),
-        "steps": steps(outcome.next_steps),
+        "steps": steps(_steps(outcome)),
     }
-    charts = {"heat": heat_map(outcome.plan), "chart": _chart(outcome), "chart_note": escape(_chart_note(outcome))}
+    charts = {"heat": heat_map(outcome.plan), "rivals": rivals_chart(outcome)}
+    charts["chart"] = trial_chart(outcome.trials, settings.goal)
+    charts["fidelity"] = fidelity_chart(outcome.verdict, outcome.trials, settings.goal)
     write_page(path, "report.html", {**fields, **charts})
 
 
-def _chart(outcome: Outcome) -> str:
-    goal, verdict = outcome.settings.goal, outcome.verdict
-    if goal.front:
-        return front_chart(verdict.front, verdict.winner, outcome.trials, goal)
-    return trial_chart(outcome.trials, goal)
+def pictures(outcome: Outcome) -> dict[str, str]:
+    """The charts of the report that are worth a file, by name."""
+    goal = outcome.settings.goal
+    drawn = {
+        "fidelity.svg": fidelity_chart(outcome.verdict, outcome.trials, goal),
+        "against_heuristics.svg": rivals_chart(outcome),
+        "trials.svg": trial_chart(outcome.trials, goal),
+    }
+    if outcome.importance:
+        drawn["importance.svg"] = importance_chart(outcome.importance)
+        drawn["slices.svg"] = slices_chart(outcome.trials, goal, outcome.importance)
+    return {name: standalone(picture) for name, picture in drawn.items() if picture.startswith("<svg")}
 
 
-def _chart_note(outcome: Outcome) -> str:
-    return FRONT_NOTE if outcome.settings.front else TRIALS_NOTE
+def learned(outcome: Outcome) -> list[str]:
+    """What the trials taught, in sentences."""
+    told = _sizes(outcome) if outcome.settings.front else _bests(outcome)
+    names = [f"{name.replace('_', ' ')} ({part:.0%})" for name, part in list(outcome.importance.items())[:3]]
+    if names:
+        told.append(f"Most of the difference between trials came from {', '.join(names)}.")
+    else:
+        told.append("Too few trials scored every window to tell which parameters decided.")
+    stopped, failed = outcome.count("pruned"), outcome.count("failed")
+    told += [f"{counted(stopped, 'trial')} stopped early, as others lost less on the same windows."] if stopped else []
+    return told + ([f"{counted(failed, 'trial')} failed."] if failed else [])
+
+
+def _bests(outcome: Outcome) -> list[str]:
+    goal, found = outcome.settings.goal, []
+    for refines, what in ((False, "trial that was drawn"), (True, "refinement")):
+        for best in best_of([trial for trial in outcome.trials if bool(trial.refines) is refines], goal):
+            found.append(f"The best {what} came to {goal.told(best.metrics)} (trial {best.trial}).")
+    return found
+
+
+def _sizes(outcome: Outcome) -> list[str]:
+    """Losses of different sizes do not compare: there is a front instead of a best."""
+    smallest, largest = (share(size_of(outcome.verdict.front[end])) for end in (0, -1))
+    plans = counted(len(outcome.verdict.front), "plan")
+    return [f"The front has {plans} between {smallest} and {largest} of the bytes."]
+
+
+def _parameters(outcome: Outcome) -> str:
+    goal, shares = outcome.settings.goal, outcome.importance
+    if not shares:
+        return ""
+    fields = {
+        "importance": importance_chart(shares),
+        "slices": slices_chart(outcome.trials, goal, shares),
+        "trials": str(min(MOST_TRIALS, len(compared(outcome.trials)))),
+        "objective": escape(goal.value_name),
+    }
+    return filled("report_parameters.html", fields)
+
+
+def _registered(outcome: Outcome) -> str:
+    if outcome.registered:
+        told = outcome.registered.told
+        return f"{told[:1].upper()}{told[1:]}."
+    return "MLflow was down when the search ended, so the plan is not registered; its file serves as well."
+
+
+def _steps(outcome: Outcome) -> dict[str, str]:
+    """Serving first, and a question to the server behind it."""
+    body = json.dumps({"model": outcome.plan.model.id, "prompt": "Once upon a time", "max_tokens": 32})
+    asked = f"curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+    first = {"serve it": outcome.next_steps["serve it"], "ask it": asked}
+    return {**first, **outcome.next_steps}
 
 
 def _settings(outcome: Outcome) -> dict[str, object]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,16 +15,18 @@ from baklava.model import describe
 from baklava.plan import BudgetPlan, Provenance
 from baklava.profile import flat_profile
 from baklava.progress import say
+from tuning.champion import claim
 from tuning.cluster import Crew, present_fleet, session
 from tuning.folders import check_new
 from tuning.front import write_front
 from tuning.heuristics import Heuristic
+from tuning.inputs import inputs
 from tuning.journal import Journal
 from tuning.outcome import Outcome
 from tuning.phases import run_trials
 from tuning.prepare import Material, prepare
 from tuning.recorder import Recorder
-from tuning.report import write_report
+from tuning.report import pictures, write_report
 from tuning.settings import SearchRecord, SearchSettings
 from tuning.space import PAIRS
 from tuning.task import Task
@@ -96,6 +99,7 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
         # The first file is written only now that nothing a user can get wrong is left.
         run = Run(settings, out, tracker, material, task, _journal(settings, out, tracker, material, earlier))
         with _closing(tracker, out):
+            tracker.replay(run.journal.records, task.plan)
             recorder = Recorder(run.journal, tracker, crew, task, settings.trials)
             run_trials(settings, task, run.journal, crew, recorder)
             crew.hold(held_out)
@@ -107,9 +111,9 @@ def _journal(
 ) -> Journal[TrialRecord]:
     """The trials so far, in a folder that can be resumed and under a parent run."""
     if earlier:
-        tracker.resume(earlier.run)
+        tracker.resume(earlier, out, inputs(material.corpora, material.splits))
         return Journal.open(out / FILE, TrialRecord.model_validate_json)
-    parent = tracker.begin(settings, out)
+    parent = tracker.begin(settings, out, inputs(material.corpora, material.splits))
     out.mkdir(parents=True, exist_ok=True)
     profile = material.profile.digest
     SearchRecord(
@@ -139,8 +143,9 @@ def _finish(run: Run, crew: Crew, windows: tuple[str, ...]) -> Outcome:
         raise UserError(f"no plan could be scored ({reason}); try another budget or model")
     worth = rivals(crew, verdict, windows, run.task)
     winner, plan = verdict.winner, _signed(run, verdict.winner)
-    champion = run.tracker.champion(plan, _tags(run.settings, plan, winner))
-    outcome = Outcome(run.out, run.settings, plan, verdict, worth, records, champion)
+    claims = partial(claim, crew, winner=winner, windows=windows, task=run.task, corpora=run.material.corpora)
+    registered = run.tracker.register(plan, _tags(run.settings, plan, winner), claims)
+    outcome = Outcome(run.out, run.settings, plan, verdict, worth, records, registered)
     _write(run, outcome)
     return outcome
 
@@ -156,7 +161,8 @@ def _write(run: Run, outcome: Outcome) -> None:
     # Last of all: where there is a plan.json, the search is complete.
     outcome.plan.write(out / "plan.json")
     validation = {f"validation_{name}": value for name, value in outcome.winner.metrics.items()}
-    run.tracker.end({**validation, "ratio": outcome.plan.ratio}, files)
+    learned = {f"importance/{name}": value for name, value in outcome.importance.items()}
+    run.tracker.end({**validation, **learned, "ratio": outcome.plan.ratio}, files, texts=pictures(outcome))
 
 
 def _signed(run: Run, entry: Validated) -> BudgetPlan:
@@ -168,6 +174,7 @@ def _tags(settings: SearchSettings, plan: BudgetPlan, winner: Validated) -> dict
     numbers = {"ratio": plan.ratio, "dnll": winner.metrics["dnll"], "kl": winner.metrics["kl"]}
     budget = plan.ratio if settings.budget is None else settings.budget
     names = {"model": settings.model, "budget": f"{budget:.4g}", "winner": winner.candidate.name}
+    names |= {"goal": settings.goal.asked, "texts": " ".join(settings.texts), "digest": plan.digest}
     return {**names, **{name: f"{value:.4f}" for name, value in numbers.items()}}
 
 

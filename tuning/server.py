@@ -49,6 +49,11 @@ def refused(remedy: str) -> Iterator[None]:
         ) from None
 
 
+def rejects(error: Exception) -> bool:
+    """Whether a server that is there does not take what it was given."""
+    return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
+
+
 def now() -> int:
     """The time as MLflow counts it, in milliseconds."""
     return int(time.time() * 1000)

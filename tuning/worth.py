@@ -1,10 +1,12 @@
 """What the search was worth: the winner against greedy, and against its own budgets dealt out at random."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baklava.allocation import Greedy, permuted
 from baklava.bootstrap import Interval
+from baklava.formats import with_bounds
 from tuning.cluster import Crew
 from tuning.task import Task
 from tuning.validate import Candidate, Validated, Verdict, above, validate
@@ -33,6 +35,12 @@ def rivals(crew: Crew, verdict: Verdict, windows: Sequence[str], task: Task) -> 
         (f"its own budgets, dealt out at random {len(dealt)} times", dealt),
     ]
     return tuple(Rival(name, above(entries, winner)) for name, entries in groups if entries)
+
+
+def told(above: Interval) -> str:
+    """The ratio whose logarithm this is, with its interval."""
+    mean, low, high = (math.exp(value) for value in (above.mean, above.low, above.high))
+    return with_bounds(replace(above, mean=mean, low=low, high=high), ".2f")
 
 
 def shuffles(winner: Validated) -> list[Candidate]:

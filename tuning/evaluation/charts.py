@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from baklava.comparison import Evaluation
-from tuning.svg import level, svg, text
+from tuning.svg import level, round_values, svg, text
 
 WIDTH, LEFT, RIGHT, TOP = 720, 64, 24, 16
 HEIGHT, BOTTOM = 340, 44
@@ -39,7 +39,7 @@ def quality_chart(evaluations: Sequence[Evaluation]) -> str:
 
     powers = [10.0**power for power in range(round(math.log10(LEAST_KL)), round(math.log10(top)) + 1)]
     grid = [level(y(kl), LEFT, WIDTH - RIGHT, f"{kl:g}") for kl in powers]
-    ticks = [text(x(size), HEIGHT - BOTTOM + 18, f"{size:g}", "middle") for size in _round_values(0, widest)]
+    ticks = [text(x(size), HEIGHT - BOTTOM + 18, f"{size:g}", "middle") for size in round_values(0, widest)]
     axis = text((LEFT + WIDTH) / 2, HEIGHT - 6, "MiB per sequence", "middle")
     sizes = [each.named.plan.bytes_per_sequence for each in evaluations]
     points = [_point(number, each, x, y, sizes[:number]) for number, each in enumerate(evaluations)]
@@ -56,7 +56,7 @@ def window_chart(evaluations: Sequence[Evaluation]) -> str:
         return NAMES + (loss - low) / (high - low) * (WIDTH - NAMES - RIGHT)
 
     bottom = TOP + ROW * len(first.scores)
-    parts = [_column(loss, x, bottom) for loss in _round_values(low, high)]
+    parts = [_column(loss, x, bottom) for loss in round_values(low, high)]
     for row, (score, gain) in enumerate(zip(first.scores, first.gain, strict=True)):
         y = TOP + ROW * (row + 0.5)
         parts.append(_named_row(score.window, gain, y))
@@ -92,14 +92,6 @@ def _point(number: int, evaluation: Evaluation, x: Scale, y: Scale, before: Sequ
 def _column(loss: float, x: Scale, bottom: float) -> str:
     line = f'<line class="grid" x1="{x(loss):.1f}" x2="{x(loss):.1f}" y1="{TOP}" y2="{bottom}"/>'
     return line + text(x(loss), bottom + 16, f"{loss:.3g}", "middle")
-
-
-def _round_values(low: float, high: float) -> list[float]:
-    """Round numbers between two values, about five of them."""
-    rough = (high - low) / 5
-    unit = 10 ** math.floor(math.log10(rough))
-    step = next(unit * times for times in (1, 2, 5, 10) if unit * times >= rough)
-    return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _named_row(name: str, gain: float, y: float) -> str:
