@@ -22,7 +22,7 @@ class Texts:
     """
 
     searched: str = "botocore"
-    test: tuple[tuple[str, int], ...] = (("botocore", 4), ("ifcraft", 4), ("factbook", 1))
+    test: tuple[tuple[str, int], ...] = (("botocore", 3), ("ifcraft", 3), ("factbook", 1))
     seen: int = 5
     controls: tuple[str, ...] = ("factbook",)
     context: int = 3072
