@@ -62,7 +62,7 @@ def _add_timed(to: argparse.ArgumentParser, rounds: int, batches: list[int]) -> 
 
 def _add_studied(to: argparse.ArgumentParser) -> None:
     to.add_argument("--split", choices=("test", "validation"), default="test", help="validation is for choosing")
-    to.add_argument("--windows", type=count, metavar="N", help="windows of each corpus (default: 4, 4 and 1)")
+    to.add_argument("--windows", type=count, metavar="N", help="windows of each corpus (default: 3, 3 and 1)")
     to.add_argument("--methods", nargs="+", metavar="NAME", help="some contestants (default: all)")
     to.add_argument("--budgets", type=float, nargs="+", metavar="SHARE", help="shares of the full cache's bytes")
     to.add_argument("--context", type=count, default=3072, metavar="TOKENS", help="prefilled per window (3072)")

@@ -117,6 +117,10 @@ CONTESTANTS: Mapping[str, Contestant] = {
 }
 
 
+CONTROLLED = (BASELINE.name, OURS.name, "shuffled")
+"""Who is scored on corpora that are controls: they are to show that such text cannot tell plans apart, once."""
+
+
 def chosen(names: Sequence[str] | None) -> list[Contestant]:
     """The contestants of these names, all by default; raises UserError for a name that is none."""
     for name in names or ():

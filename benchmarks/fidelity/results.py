@@ -12,7 +12,7 @@ from typing import Any, Literal
 from baklava.bootstrap import Interval, interval, ratio
 from baklava.windows import Window
 from benchmarks.fidelity.entries import Entry
-from benchmarks.fidelity.methods import BASELINE, OURS
+from benchmarks.fidelity.methods import BASELINE, CONTROLLED, OURS
 from benchmarks.fidelity.study import Study
 from benchmarks.rounds import machine
 
@@ -36,7 +36,12 @@ def figures(found: Study) -> dict[str, Any]:
         "methods": [{"name": each.name, "label": each.label, "group": each.group} for each in methods.values()],
         "left_out": [asdict(one) for one in found.left_out],
         "factors": [factor for name, windows in corpora.items() for factor in _factors(found, name, windows)],
-        "rows": [_row(found, entry, name, windows) for name, windows in corpora.items() for entry in found.entries],
+        "rows": [
+            _row(found, entry, name, windows)
+            for name, windows in corpora.items()
+            for entry in found.entries
+            if name not in found.asked.texts.controls or entry.contestant.name in CONTROLLED
+        ],
     }
 
 

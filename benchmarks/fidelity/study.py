@@ -16,7 +16,7 @@ from baklava.profiling import cached_profile
 from baklava.progress import bar, say
 from baklava.windows import Window
 from benchmarks.fidelity.entries import Entry, LeftOut, entries
-from benchmarks.fidelity.methods import BUDGETS, CONTESTANTS, Contestant, chosen
+from benchmarks.fidelity.methods import BUDGETS, CONTESTANTS, CONTROLLED, Contestant, chosen
 from benchmarks.fidelity.scoring import Row, rows, run_of
 from benchmarks.fidelity.windows import Cut, Split, Texts, cut
 from benchmarks.fidelity.workers import Task, in_processes
@@ -75,8 +75,14 @@ class Prepared:
 
     material: Cut
     runs: Mapping[str, Window]
+    controls: tuple[str, ...]
     entries: tuple[Entry, ...]
     left_out: tuple[LeftOut, ...]
+
+    def on(self, window: Window) -> tuple[Entry, ...]:
+        """The entries that are scored on a window: on those of a control few."""
+        control = any(window in self.material.scored.get(name, ()) for name in self.controls)
+        return tuple(entry for entry in self.entries if not control or entry.contestant.name in CONTROLLED)
 
 
 def study(asked: Asked, folder: Path, workers: int = 1) -> Study:
@@ -108,7 +114,7 @@ def _prepare(asked: Asked) -> Prepared:
         raise UserError(f"no contestant has a plan, the first because {left_out[0].reason}")
     windows = (window for each in material.scored.values() for window in each)
     runs = {run_of(loaded.weights_digest, window): window for window in windows}
-    return Prepared(material, runs, tuple(found), tuple(left_out))
+    return Prepared(material, runs, asked.texts.controls, tuple(found), tuple(left_out))
 
 
 def _entries(asked: Asked, material: Cut, loaded: LoadedModel) -> tuple[list[Entry], list[LeftOut]]:
@@ -126,12 +132,12 @@ def _entries(asked: Asked, material: Cut, loaded: LoadedModel) -> tuple[list[Ent
 
 def _missing(prepared: Prepared, held: set[tuple[str, str]]) -> list[Task]:
     """The windows with the plans that have no row there yet; plans that do the same are scored once."""
-    plans = {plan.digest: plan for entry in prepared.entries for plan in entry.plans}
-    tasks = [
-        (window, tuple(plan for digest, plan in plans.items() if (run, digest) not in held))
-        for run, window in prepared.runs.items()
-    ]
-    return [task for task in tasks if task[1]]
+    tasks = []
+    for run, window in prepared.runs.items():
+        plans = {plan.digest: plan for entry in prepared.on(window) for plan in entry.plans}
+        missing = tuple(plan for digest, plan in plans.items() if (run, digest) not in held)
+        tasks += [(window, missing)] if missing else []
+    return tasks
 
 
 def _run(model: str, tasks: Sequence[Task], journal: Journal[Row], workers: int) -> None:
