@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from baklava.grades import grades
 from baklava.heads.rotation import Rotation
-from baklava.plan import FULL_BITS, grades
+from baklava.plan import FULL_BITS
 from baklava.storage import Layout, storage_for
 from baklava.storage.bits import WIDTHS
 

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from baklava.errors import UserError
 from baklava.files import write_whole
 from baklava.geometry import CacheGeometry, ModelIdentity
+from baklava.grades import Grades, grades
 from baklava.records import Record
 
 Bits = Literal[32, 16, 8, 6, 5, 4, 3, 2]
@@ -28,9 +29,6 @@ CENTROID_STATE_BYTES = 8
 
 SCALE_BYTES = 2
 """Bytes beside the codes of a packed key or value, or of a grade of its channels: their scale (float16)."""
-
-Grades = tuple[tuple[int, int], ...]
-"""Channels of a key or value and the bits that they are coded in, one pair after another."""
 
 
 class LayerBudget(Record):
@@ -257,22 +255,6 @@ def _check_channels(plan: BudgetPlan) -> None:
         named = [sorted(order[i : i + 2] for i in range(0, len(order), 2)) for order in plan.key_channels[index] or ()]
         if named != [[f"{channel:02x}" for channel in range(head_dim)]] * plan.geometry.kv_heads:
             raise ValueError(f"layer {index}: key_channels must order all {head_dim} channels of every KV head")
-
-
-def gradable(head_dim: int) -> bool:
-    """Whether the channels of a key can be coded in two halves, and named in two hexadecimal digits."""
-    return head_dim % 16 == 0 and head_dim <= 256
-
-
-def grades(head_dim: int, bits: int, graded: bool) -> Grades:
-    """How the bits of a packed entry are dealt to its channels, the most important ones first.
-
-    The better half gets one more, the other one less, where that fills whole bytes and nothing takes more than 8.
-    """
-    half = head_dim // 2
-    if graded and bits < 8 and gradable(head_dim):
-        return ((half, bits + 1), (half, bits - 1))
-    return ((head_dim, bits),)
 
 
 def head_bytes(

@@ -14,11 +14,11 @@ from baklava.curves import Lattice, channel_sizes
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Reconstruction
 from baklava.geometry import CacheGeometry
+from baklava.grades import gradable
 from baklava.importance import Meter
 from baklava.model import LoadedModel
 from baklava.packing import packable
 from baklava.paths import cache_dir
-from baklava.plan import gradable
 from baklava.prefilling import record
 from baklava.profile import Curves, Grid, Measure, Profile, Ranker
 from baklava.rankings import ranking

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from baklava.errors import UserError
 from baklava.geometry import CacheGeometry
+from baklava.grades import Grades, grades
 from baklava.heads.rotation import Rotation
 from baklava.packing import read_back
-from baklava.plan import EvictionChoice, Grades, grades, head_bytes, side_bytes
+from baklava.plan import EvictionChoice, head_bytes, side_bytes
 from baklava.storage import NOTHING, Layout, Storage, storage_for
 from baklava.storage.bits import pack, unpack
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from baklava.attention import Grouped, Heads, Kernel
 from baklava.eviction import Eviction
+from baklava.grades import Grades, grades
 from baklava.heads.rotation import Rotation
-from baklava.plan import FULL_BITS, Grades, grades
+from baklava.plan import FULL_BITS
 from baklava.storage import Layout, Mirrored, storage_for
 
 SPARE = 64

@@ -1,0 +1,20 @@
+"""How the bits of a packed key or value are dealt to its channels."""
+
+Grades = tuple[tuple[int, int], ...]
+"""Channels of a key or value and the bits that they are coded in, one pair after another."""
+
+
+def gradable(head_dim: int) -> bool:
+    """Whether the channels of a key can be coded in two halves, and named in two hexadecimal digits."""
+    return head_dim % 16 == 0 and head_dim <= 256
+
+
+def grades(head_dim: int, bits: int, graded: bool) -> Grades:
+    """How the bits of a packed entry are dealt to its channels, the most important ones first.
+
+    The better half gets one more, the other one less, where that fills whole bytes and nothing takes more than 8.
+    """
+    half = head_dim // 2
+    if graded and bits < 8 and gradable(head_dim):
+        return ((half, bits + 1), (half, bits - 1))
+    return ((head_dim, bits),)
