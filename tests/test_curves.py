@@ -34,8 +34,8 @@ def test_a_continuation_attends_as_the_model_does_and_leaves_no_gradients_behind
     loaded, ids = tiny(), random_ids(1, CONTEXT + CONTINUATION)
     layer = layers_of(loaded, ids)[0]
     weights = layer.weights(0, layer.key[0], 1)
-    assert weights.shape == (2, CONTINUATION, CONTEXT + CONTINUATION)
-    assert int((weights[0, 0] > 0).sum()) <= CONTEXT + 1
+    assert weights.of_entries.shape == (2, CONTINUATION, CONTEXT + CONTINUATION)
+    assert int((weights.of_entries[0, 0] > 0).sum()) <= CONTEXT + 1
     assert all(parameter.grad is None and parameter.requires_grad for parameter in loaded.model.parameters())
 
 
@@ -58,7 +58,8 @@ def test_a_head_is_taken_to_hold_sinks_the_best_and_the_newest() -> None:
     context, entries, capacity = 20, 30, 12
     order = torch.randperm(context, generator=torch.Generator().manual_seed(1))
     queries = torch.arange(context, entries)
-    mask = Kept(order, queries, HeavyHitter(sinks=2, recent=0.5, interval=2)).mask(capacity, entries)
+    scores = torch.empty(context).scatter_(0, order, torch.arange(context, 0, -1.0))
+    mask = Kept(scores, queries, HeavyHitter(sinks=2, recent=0.5, interval=2)).mask(capacity, entries)
     newest, quota = int(0.5 * (capacity - 2 - 2)) + 1, capacity - 2 - 5 - 1
     for row, query in enumerate(queries.tolist()):
         competing = [p for p in [*order.tolist(), *range(context, entries)] if 2 <= p <= query - newest]
@@ -69,8 +70,19 @@ def test_a_head_is_taken_to_hold_sinks_the_best_and_the_newest() -> None:
 
 def test_a_head_with_room_for_all_is_taken_to_hold_all() -> None:
     queries = torch.arange(20, 30)
-    mask = Kept(torch.arange(20), queries, HeavyHitter(sinks=2, interval=2)).mask(30, 30)
+    mask = Kept(torch.arange(20.0), queries, HeavyHitter(sinks=2, interval=2)).mask(30, 30)
     assert torch.equal(mask, torch.arange(30) <= queries[:, None])
+
+
+def test_centroids_lower_the_curves_where_entries_are_gone_and_nowhere_else(tiny: Maker) -> None:
+    loaded, ids = tiny(), random_ids(1, CONTEXT + CONTINUATION)
+    layer, scores = layers_of(loaded, ids)[1], torch.rand(2, CONTEXT, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for centroids in (0, 4):
+        lattice = Lattice(HeavyHitter(sinks=2, interval=2, centroids=centroids), (12, 200), ((16, 16),))
+        errors.append(curves.losses(layer, scores, lattice)[1][:, 0])
+    assert float(errors[1][:, 0].mean()) < float(errors[0][:, 0].mean())
+    assert torch.equal(errors[0][:, 1], errors[1][:, 1])
 
 
 def test_the_loss_of_a_pair_is_that_of_keys_and_values_together() -> None:
