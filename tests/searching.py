@@ -54,7 +54,8 @@ def start_search(*arguments: object, log: Path, env: Mapping[str, str] | None = 
     with log.open("wb") as file:
         # A shell that runs the tests in the background has them ignore Ctrl-C, and they would hand that down.
         attentive = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, preexec_fn=attentive)
+        how = {"env": environment, "preexec_fn": attentive, "start_new_session": True}
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **how)
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:

@@ -123,9 +123,10 @@ def test_a_file_store_which_mlflow_no_longer_writes_is_refused(monkeypatch: pyte
 class Server:
     """`mlflow server` as a process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int = 0) -> None:
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            free.bind(("127.0.0.1", port))
             self.port = free.getsockname()[1]
         store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "a")]
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port), *store]
