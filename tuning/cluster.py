@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -124,18 +124,21 @@ def present_fleet(asked: int | str, gpus: int = 1) -> Fleet:
 class Crew:
     """The running replicas and the pool before them; `score` is all that a trial needs of it."""
 
-    def __init__(
-        self, model: str, fleet: Fleet, windows: Sequence[Window], task: Task, memory: float | None = None
-    ) -> None:
-        replica = ray.remote(Replica).options(**fleet.options)
-        kept = {"spread": fleet.gpus > 1, "memory": memory, "host_share": fleet.host_share}
-        self.actors = [replica.remote(model, fleet.threads, **kept) for _ in range(fleet.replicas)]
+    def __init__(self, actors: Sequence[Any], windows: Sequence[Window], task: Task) -> None:
+        self.actors = list(actors)
         self.windows = {window.name: ray.put(window) for window in windows}
         # Beside the search itself, so that no other node's death takes the pool along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.pool = (
             ray.remote(Pool).options(num_cpus=0, scheduling_strategy=here).remote(self.actors, self.windows, task)
         )
+
+    @classmethod
+    def of(cls, model: str, fleet: Fleet, windows: Sequence[Window], task: Task, memory: float | None = None) -> Self:
+        """A crew of a fleet's replicas, which keep at most `memory` GiB of windows each beside the model."""
+        replica = ray.remote(Replica).options(**fleet.options)
+        kept = {"spread": fleet.gpus > 1, "memory": memory, "host_share": fleet.host_share}
+        return cls([replica.remote(model, fleet.threads, **kept) for _ in range(fleet.replicas)], windows, task)
 
     def start(self) -> None:
         """Wait until every replica has the model in memory."""

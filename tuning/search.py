@@ -97,7 +97,7 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
     warm = warm_start(settings, material, task)
     with session():
         fleet = present_fleet(settings.replicas, settings.gpus_per_replica)
-        crew = Crew(settings.model, fleet, splits.search + splits.validation, task, settings.memory)
+        crew = Crew.of(settings.model, fleet, splits.search + splits.validation, task, settings.memory)
         crew.start()
         crew.hold(searched)
         # The first file is written only now that nothing a user can get wrong is left.
