@@ -51,13 +51,13 @@ class Phases:
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed; after one press, the trials that were under way have ended.
+            UserError: trials can no longer be recorded.
         """
         with stoppable() as stop:
-            self._draw(stop)
-            if not stop.asked:
-                self._refine(stop)
-        if stop.asked:
-            raise KeyboardInterrupt
+            self.recorder.stop = stop
+            for phase in (self._draw, self._refine):
+                phase(stop)
+                stop.check()
 
     def _draw(self, stop: Stop) -> None:
         settings, task, known = self.settings, self.task, drawn(self.journal.records)

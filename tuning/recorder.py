@@ -2,24 +2,33 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayError
 
+from baklava.errors import UserError
 from baklava.progress import say
 from tuning.cluster import Crew
 from tuning.journal import Journal
 from tuning.replay import Sync
+from tuning.stopping import Stop
 from tuning.task import Task
 from tuning.tracking import Tracker
 from tuning.trials import Status, TrialRecord, best_of
 
 
 class Recorder(tune.Callback):
-    """Tells everyone about finished trials, the journal first."""
+    """Tells everyone about finished trials, the journal first.
+
+    It never raises: Tune would call that a failure of the trial, and have it recorded once more. Where the journal
+    takes no more, the search is stopped.
+    """
 
     def __init__(self, journal: Journal[TrialRecord], tracker: Tracker, crew: Crew, task: Task, trials: int) -> None:
         self.journal, self.tracker, self.crew, self.task, self.trials = journal, tracker, crew, task, trials
+        self.stop = Stop()
         self.started, self.before = time.monotonic(), len(journal.records)
         self.sync, self.plans = Sync(tracker, journal, task), _plans(journal.records, task)
 
@@ -38,7 +47,7 @@ class Recorder(tune.Callback):
     def _record(self, params: dict[str, Any], result: dict[str, Any], error: str | None) -> None:
         windows, number = tuple(result.get("windows", ())), len(self.journal.records) + 1
         plan = None if error else self.task.plan(params)
-        first = self.plans.setdefault(plan.digest, number) if plan else number
+        first = self.plans.get(plan.digest, number) if plan else number
         record = TrialRecord(
             trial=number,
             params=params,
@@ -48,10 +57,17 @@ class Recorder(tune.Callback):
             error=error,
             twin=first if first < number else None,
         )
-        self.journal.append(record)
+        try:
+            self.journal.append(record)
+        except UserError as full:
+            self.stop.asked, self.stop.error = True, full
+            return
+        if plan:
+            self.plans.setdefault(plan.digest, number)
         self.tracker.trial(record, plan, result.get("time_total_s", 0.0))
         self.sync.now_and_then()
-        self.crew.tell()
+        with suppress(RayError):  # without a pool, no trial will be scored, and each will say so
+            self.crew.tell()
         say(self._line(record))
 
     def _status(self, windows: int, error: str | None) -> Status:

@@ -7,14 +7,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from baklava.errors import UserError
+
 SAID = b"stopping: no new trials, those under way are finished and recorded; Ctrl-C again stops now\n"
 
 
 @dataclass
 class Stop:
-    """Whether a search was asked to begin no more trials."""
+    """Whether a search is to begin no more trials, and the error that it ends with, where it is for one."""
 
     asked: bool = False
+    error: UserError | None = None
+
+    def check(self) -> None:
+        """Raise what the search ends with, if it was to stop."""
+        if self.asked:
+            raise self.error or KeyboardInterrupt
 
 
 @contextmanager
