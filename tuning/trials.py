@@ -13,6 +13,9 @@ FILE = "trials.jsonl"
 Status = Literal["finished", "pruned", "failed"]
 WINDOW_METRICS = ("nll_full", "nll", "dnll", "kl", "allocated_bytes", "seconds")
 
+GRACE_WINDOWS = 2
+"""Windows that every trial is scored on: the spread between documents makes one window too few to stop on."""
+
 LEAST_KL = 1e-6
 """Nats per token below which a KL is rounding: what a cache that keeps everything in 16 bits shows."""
 
@@ -21,7 +24,8 @@ class TrialRecord(Record):
     """A trial that ended: every window scored, stopped early ("pruned"), or failed with the reason in `error`.
 
     `metrics` are means over the scored windows (nats per token; bytes per sequence) and the plan's size; `windows` are
-    the scores they come from, in the order of scoring.
+    the scores they come from, in the order of scoring. `twin` is an earlier trial with the same plan, whose scores they
+    are.
     """
 
     trial: int
@@ -30,6 +34,7 @@ class TrialRecord(Record):
     status: Status
     windows: tuple[dict[str, Any], ...] = ()
     error: str | None = None
+    twin: int | None = None
 
     @property
     def refines(self) -> int | None:
