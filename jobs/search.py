@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--budget", type=float, help="share of the 16-bit full cache's bytes (default 0.30)")
     made.add_argument("--max-dnll", type=float, metavar="NATS", help="most loss over the full cache, in nats per token")
     made.add_argument("--front", action="store_true", help="a front of bytes and loss instead of one size")
+    made.add_argument("--latency", action="store_true", help="seconds of decoding as a third side of the front")
     made.add_argument("--context", type=int, metavar="TOKENS", help="tokens prefilled per window (default 3072)")
     made.add_argument("--continuation", type=int, metavar="TOKENS", help="tokens scored per window (default 512)")
     made.add_argument("--trials", type=int, metavar="N", help="plans to try (default 32)")

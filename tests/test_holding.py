@@ -4,14 +4,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from searching import make_model
 
 from baklava.allocation import Uniform, allocate
 from baklava.eviction import Streaming
 from baklava.model import LoadedModel
 from baklava.profile import flat_profile
-from baklava.scoring import Prefilled, prefill, score
+from baklava.scoring import Prefilled, Score, prefill, score
 from baklava.windows import Window
 from tuning.holding import Holding, restored, size_of, spilled
+from tuning.replica import Replica
 from tuning.space import evictions
 
 
@@ -117,3 +119,56 @@ def test_a_device_that_ran_out_of_memory_is_emptied_once(loaded: LoadedModel) ->
     kept.get(1)
     assert kept.holding.where["w1"] == "host"
     assert kept.prefills == 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model(tmp_path_factory.mktemp("model") / "model"))
+
+
+def test_a_replica_that_is_spread_short_of_memory_and_timed_scores_as_any_other(model: str) -> None:
+    usual = Replica(model, 1)
+    plan = allocate(
+        flat_profile(usual.loaded.identity, usual.loaded.geometry),
+        budget=0.5,
+        context_length=56,
+        method=Uniform(),
+        eviction=Streaming(sinks=1),
+        bits=(16, 16),
+    ).model_dump_json()
+    other = Replica(model, 1, spread=True, memory=1e-9, timed=True)
+    assert {str(parameter.device) for parameter in other.loaded.model.parameters()} == {"cpu"}
+    for number in (0, 1):
+        other.warm(window(number))
+        expected, found = usual.score(plan, window(number)), other.score(plan, window(number))
+        assert found.pop("decode_seconds") > 0
+        assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    told = other.told()
+    assert told is not None
+    assert "2 not at all" in told
+    assert usual.told() is None
+
+
+def test_a_replica_out_of_memory_moves_its_windows_away_and_tries_once_more(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = Replica(model, 1, host_share=0.1)
+    replica.warm(window(0))
+    tries: list[int] = []
+
+    def short_of_memory(*arguments: object) -> Score:
+        tries.append(len(replica.holding.held))
+        if replica.holding.device is None:
+            raise torch.OutOfMemoryError("out of memory")
+        return Score(window="w0", document="d0", nll_full=1, nll=2, kl=1, allocated_bytes=1, seconds=1)
+
+    monkeypatch.setattr("tuning.replica.score", short_of_memory)
+    monkeypatch.setattr("tuning.replica.BudgetPlan.model_validate_json", lambda text: None)
+    assert replica.score("plan", window(0))["nll"] == 2
+    assert len(tries) == 2
+    monkeypatch.setattr("tuning.replica.score", raise_out_of_memory)
+    assert "OutOfMemoryError" in replica.score("plan", window(0))["error"]
+
+
+def raise_out_of_memory(*arguments: object) -> Score:
+    raise torch.OutOfMemoryError("out of memory")

@@ -16,6 +16,7 @@ from test_space import SPACE, record, report, task
 from baklava.errors import UserError
 from baklava.geometry import ModelIdentity
 from tuning.heuristics import first_params
+from tuning.pareto import non_dominated
 from tuning.phases import lanes
 from tuning.samplers import CONTINUOUS, Sampling, check_sampler, lies_in
 from tuning.searcher import PlanSearch
@@ -61,6 +62,30 @@ def test_every_sampler_draws_from_the_space_after_the_heuristics_and_again_the_s
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "cmaes"])
 def test_samplers_of_several_objectives_draw_sizes_too(name: str) -> None:
     assert len({params["budget"] for params in searched(name, front=True)}) > DRAWN // 2
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga2"])
+def test_a_front_of_bytes_loss_and_latency_lowers_all_three(name: str) -> None:
+    three = task(None, front=True, latency=True)
+    known = [timed(1, 0.2, 0.1, 5.0), timed(2, 0.1, 0.2, 5.0), timed(3, 0.3, 0.3, 1.0), timed(4, 0.3, 0.3, 2.0)]
+    search = PlanSearch(three, Sampling(name, 0, DRAWN), known, Stop())
+    best = {tuple(trial.values) for trial in search._ot_study.best_trials}
+    assert best == {(0.2, 0.1, 5.0), (0.1, 0.2, 5.0), (0.3, 0.3, 1.0)}
+    assert non_dominated(known, lambda each: three.goal.axes(each.metrics)) == [known[1], known[0], known[2]]
+    for number in range(DRAWN):
+        search.suggest(str(number))
+        search.on_trial_complete(str(number), {**report([0.2] * 4), "decode_seconds": 1.0})
+    assert {len(trial.values) for trial in search._ot_study.trials} == {3}
+
+
+def timed(number: int, ratio: float, loss: float, seconds: float) -> TrialRecord:
+    made = record(number, [loss] * 4, ratio=ratio, budget=ratio)
+    return made.model_copy(update={"metrics": {**made.metrics, "decode_seconds": seconds}})
+
+
+def test_latency_alone_is_no_goal() -> None:
+    with pytest.raises(UserError, match="--latency is a part of --front"):
+        SearchSettings.of(model="m", texts=["t"], budget=0.3, context=10, continuation=2, trials=8, latency=True)
 
 
 def test_cma_es_moves_all_its_numbers_together_towards_less_loss() -> None:

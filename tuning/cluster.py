@@ -137,8 +137,9 @@ class Crew:
     def of(cls, model: str, fleet: Fleet, windows: Sequence[Window], task: Task, memory: float | None = None) -> Self:
         """A crew of a fleet's replicas, which keep at most `memory` GiB of windows each beside the model."""
         replica = ray.remote(Replica).options(**fleet.options)
-        kept = {"spread": fleet.gpus > 1, "memory": memory, "host_share": fleet.host_share}
-        return cls([replica.remote(model, fleet.threads, **kept) for _ in range(fleet.replicas)], windows, task)
+        kept = {"memory": memory, "host_share": fleet.host_share}
+        kind = {"spread": fleet.gpus > 1, "timed": task.goal.latency, **kept}
+        return cls([replica.remote(model, fleet.threads, **kind) for _ in range(fleet.replicas)], windows, task)
 
     def start(self) -> None:
         """Wait until every replica has the model in memory."""

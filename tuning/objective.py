@@ -11,7 +11,7 @@ import ray
 from ray import tune
 
 from tuning.goal import Goal
-from tuning.trials import GRACE_WINDOWS, means, not_finite
+from tuning.trials import DECODING, GRACE_WINDOWS, means, not_finite
 
 WORST = 1e9
 """Reported by a failed trial, since every report must carry the objective; the searcher never sees it."""
@@ -32,7 +32,7 @@ def trial(params: dict[str, Any], *, pool: Any, windows: Sequence[str], goal: Go
             return _fail(reason)
         scores.append(score)
         metrics = {**means(scores), **plan["size"]}
-        numbers = {"objective": goal.value(metrics), "ratio": metrics["ratio"]}
+        numbers = {"objective": goal.value(metrics), "ratio": metrics["ratio"], DECODING: metrics.get(DECODING)}
         tune.report({**numbers, "metrics": metrics, "windows": scores})
 
 

@@ -9,10 +9,11 @@ import torch
 
 from baklava.model import load
 from baklava.plan import BudgetPlan
-from baklava.scoring import Prefilled, Score, prefill, score
+from baklava.scoring import Prefilled, Score, decode_seconds, prefill, score
 from baklava.windows import Window
 from tuning.holding import GIB, Holding
 from tuning.space import evictions
+from tuning.trials import DECODING
 
 Result = TypeVar("Result")
 
@@ -22,12 +23,20 @@ class Replica:
 
     Runs as a Ray actor. A killed one comes back with the model and no windows. `spread` lays the model over all GPUs
     that the actor has. At most `memory` GiB of windows stay on the model's device, and others in `host_share` of the
-    host's memory.
+    host's memory. `timed` ones time decoding, too.
     """
 
     def __init__(
-        self, model: str, threads: int, *, spread: bool = False, memory: float | None = None, host_share: float = 0
+        self,
+        model: str,
+        threads: int,
+        *,
+        spread: bool = False,
+        memory: float | None = None,
+        host_share: float = 0,
+        timed: bool = False,
     ) -> None:
+        self.timed = timed
         self.loaded = load(model, threads=threads, spread=spread)
         limit = None if memory is None else int(memory * GIB)
         # On a CPU the device's memory is the host's.
@@ -55,9 +64,13 @@ class Replica:
         """Scores of a plan on a window, or {"error": reason}: a plan that fails once would fail again."""
         try:
             plan = BudgetPlan.model_validate_json(plan_json)
-            return _plain(self._with_room(lambda: score(self.loaded, self._held(window), plan)))
+            return self._with_room(lambda: self._scored(self._held(window), plan))
         except Exception as error:  # whatever a plan causes is the trial's result, not the end of the replica
             return {"error": f"{type(error).__name__}: {error}"}
+
+    def _scored(self, held: Prefilled, plan: BudgetPlan) -> dict[str, Any]:
+        found = _plain(score(self.loaded, held, plan))
+        return {**found, DECODING: decode_seconds(self.loaded, held, plan)} if self.timed else found
 
     def _held(self, window: Window) -> Prefilled:
         return self.holding.get(window.name, lambda: prefill(self.loaded, window, evictions()))

@@ -15,7 +15,7 @@ from tuning.samplers import Sampling, not_tried
 from tuning.space import Params
 from tuning.stopping import Stop
 from tuning.task import Task
-from tuning.trials import GRACE_WINDOWS, TrialRecord, finished, geometric_mean
+from tuning.trials import DECODING, GRACE_WINDOWS, TrialRecord, finished, geometric_mean
 
 BEHIND = 1.5
 """How many times the best trial's KL a trial may lose on the same windows before it is hopeless."""
@@ -26,7 +26,7 @@ class PlanSearch(OptunaSearch):
 
     Tune hands over the last report of a stopped trial as if it were its result; a mean over the first windows would
     mix into the model as if it were over all of them. Optuna has states for both cases. For a front it lowers two
-    numbers at once, the size and the loss.
+    numbers at once, the size and the loss, or three with the time of decoding.
 
     `known` trials are those of this search, `told` those of an earlier one; `points` come before the heuristics.
     """
@@ -44,10 +44,11 @@ class PlanSearch(OptunaSearch):
         self.windows, self.stop, space = len(task.windows), stop, task.space
         taught = [record for record in (*told, *known) if sampling.admits(record.params)]
         first = [params for params in (*points, *first_params(space)) if sampling.admits(params)]
+        axes = ["ratio", "objective", *([DECODING] if task.goal.latency else [])]
         super().__init__(
             space.suggest,
-            metric=["ratio", "objective"] if task.goal.front else "objective",
-            mode=["min", "min"] if task.goal.front else "min",
+            metric=axes if task.goal.front else "objective",
+            mode=["min"] * len(axes) if task.goal.front else "min",
             points_to_evaluate=not_tried(first, [record.params for record in known]),
             sampler=sampling.sampler(len(known)),
         )
@@ -114,11 +115,10 @@ def _recalled(record: TrialRecord, task: Task) -> optuna.trial.FrozenTrial:
         values=_values(record, task) if state is TrialState.COMPLETE else None,
         params=record.params,
         distributions=task.space.distributions(record.params),
-        # Optuna has none for two objectives.
+        # Optuna has none for several objectives.
         intermediate_values={} if goal.front else {step: goal.value(record.after(step)) for step in steps},
     )
 
 
 def _values(record: TrialRecord, task: Task) -> list[float]:
-    value = task.goal.value(record.metrics)
-    return [record.metrics["ratio"], value] if task.goal.front else [value]
+    return list(task.goal.axes(record.metrics)) if task.goal.front else [task.goal.value(record.metrics)]

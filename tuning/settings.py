@@ -56,6 +56,7 @@ class SearchSettings(Record):
     budget: Annotated[float, Field(gt=0, le=1)] | None = None
     max_dnll: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     front: bool = False
+    latency: bool = False
     context: PositiveInt
     continuation: PositiveInt
     trials: PositiveInt
@@ -77,6 +78,8 @@ class SearchSettings(Record):
         if self.max_dnll is not None and (self.front or self.budget is not None):
             other = "--front" if self.front else "--budget"
             raise ValueError(f"--max-dnll {self.max_dnll:g} and {other} are two goals; give one of them")
+        if self.latency and not self.front:
+            raise ValueError("--latency is a part of --front; give both, or leave out --latency")
         if self.refine is not None and self.refine >= self.trials:
             raise ValueError(
                 f"--refine {self.refine} leaves none of {self.trials} trials to refine from; refine fewer, or give "
@@ -87,7 +90,7 @@ class SearchSettings(Record):
     @property
     def goal(self) -> Goal:
         """What the search lowers."""
-        return Goal(objective=self.objective, budget=self.budget, max_dnll=self.max_dnll, front=self.front)
+        return Goal.model_validate(self.model_dump(include=set(Goal.model_fields)))
 
     @property
     def refinements(self) -> int:

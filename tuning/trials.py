@@ -13,6 +13,9 @@ FILE = "trials.jsonl"
 Status = Literal["finished", "pruned", "failed"]
 WINDOW_METRICS = ("nll_full", "nll", "dnll", "kl", "allocated_bytes", "seconds")
 
+DECODING = "decode_seconds"
+"""Seconds of one decoding step, measured only where a front of latency is asked for."""
+
 GRACE_WINDOWS = 2
 """Windows that every trial is scored on: the spread between documents makes one window too few to stop on."""
 
@@ -58,6 +61,8 @@ def means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
     mean["seconds"] = sum(score["seconds"] for score in scores)
     mean["allocated_bytes"] = max(score["allocated_bytes"] for score in scores)
     mean["kl_geometric"] = geometric_mean([score["kl"] for score in scores])
+    if all(DECODING in score for score in scores):
+        mean[DECODING] = fmean(score[DECODING] for score in scores)
     return {**mean, "ppl": perplexity(mean["nll"]), "ppl_full": perplexity(mean["nll_full"])}
 
 

@@ -87,7 +87,7 @@ def verdict(scored: Sequence[Validated], goal: Goal, winner: Validated | None = 
 def chosen(scored: Sequence[Validated], goal: Goal) -> Validated:
     """The plan that the goal asks for; raises UserError where none keeps the bound."""
     if goal.front:
-        front = front_of(scored, goal)
+        front = non_dominated(front_of(scored, goal), _size_and_loss(goal))
         return nearest(front, size_of, goal.budget) if goal.budget else knee(front, _size_and_loss(goal))
     best = min(scored, key=lambda each: goal.value(each.metrics))
     if not goal.keeps(best.metrics):
@@ -100,8 +100,8 @@ def chosen(scored: Sequence[Validated], goal: Goal) -> Validated:
 
 
 def front_of(scored: Sequence[Validated], goal: Goal) -> list[Validated]:
-    """The plans that no other one beats in both bytes and loss, the smallest first."""
-    return non_dominated(scored, _size_and_loss(goal))
+    """The plans that no other one beats in bytes and loss, and latency if that counts, the smallest first."""
+    return non_dominated(scored, lambda entry: goal.axes(entry.metrics))
 
 
 def size_of(entry: Validated) -> float:

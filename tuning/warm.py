@@ -76,6 +76,8 @@ def differs(record: SearchRecord, settings: SearchSettings, material: Material) 
         return "its texts were others"
     if record.profile != material.profile.digest:
         return "its weights or calibration were others"
+    if settings.latency and not earlier.latency:
+        return "it timed no decoding"
     goals = earlier.goal, settings.goal
     if goals[0].draws_budget != goals[1].draws_budget or (
         not goals[1].draws_budget and goals[0].budget != goals[1].budget
