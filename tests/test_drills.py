@@ -88,10 +88,18 @@ class Cluster:
     """A head with two CPUs and a second node with one: two raylets with their own folders, on loopback addresses."""
 
     def __init__(self, root: Path, temp: Path) -> None:
+        self.root, self.temp, self.log = root, temp, root / "worker.log"
         self.head = Head(root, str(temp / "head"))
+        self.node: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Wait for the head, then for the node."""
         self.head.wait()
-        self.log = root / "worker.log"
-        where = [f"--address=127.0.0.1:{self.head.port}", "--node-ip-address=127.0.0.2", f"--temp-dir={temp / 'node'}"]
+        where = [
+            f"--address=127.0.0.1:{self.head.port}",
+            "--node-ip-address=127.0.0.2",
+            f"--temp-dir={self.temp / 'node'}",
+        ]
         command = [RAY, "start", "--block", *where, "--num-cpus=1", "--object-store-memory=134217728"]
         with self.log.open("wb") as file:
             self.node = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=self.head.env)
@@ -115,7 +123,7 @@ class Cluster:
         self.node.wait()
 
     def stop(self) -> None:
-        if self.node.poll() is None:
+        if self.node and self.node.poll() is None:
             self.lose_the_node()
         self.head.stop()
 
@@ -129,6 +137,7 @@ def cluster(ground: Ground) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as temp:
         cluster = Cluster(ground.root, Path(temp))
         try:
+            cluster.start()
             yield cluster
         finally:
             cluster.stop()
