@@ -3,7 +3,7 @@
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import optuna
 from optuna.distributions import CategoricalDistribution
@@ -31,10 +31,11 @@ class Sampling:
     name: SamplerName = "tpe"
     seed: int = 0
     trials: int = 32
-    fixed: Mapping[str, str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "fixed", CONTINUOUS if self.name == "cmaes" else {})
+    @property
+    def fixed(self) -> Mapping[str, str]:
+        """Choices that all its trials make."""
+        return CONTINUOUS if self.name == "cmaes" else {}
 
     def admits(self, params: Params) -> bool:
         """Whether trials with these parameters can teach the sampler anything."""
