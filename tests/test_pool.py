@@ -35,6 +35,9 @@ class Worker:
     def windows(self) -> list[str]:
         return self.scored
 
+    def told(self) -> str | None:
+        return f"keeps {len(self.held)} windows" if len(self.held) < 4 else None
+
     def ready(self) -> int:
         return os.getpid()
 
@@ -173,6 +176,11 @@ def test_parameters_of_one_plan_share_its_scores_and_so_do_recorded_ones(hands: 
     assert known == windows[1]
     assert new["window"] == "c"
     assert pool.scored() == ["c"]
+
+
+def test_replicas_that_do_not_keep_all_their_windows_are_named(hands: Callable[..., Hands]) -> None:
+    assert ray.get(hands(workers=1).pool.kept.remote()) == []
+    assert ray.get(hands(workers=2).pool.kept.remote()) == ["replica 1 keeps 2 windows", "replica 2 keeps 2 windows"]
 
 
 def test_windows_no_longer_wanted_are_freed(hands: Callable[..., Hands]) -> None:
