@@ -163,7 +163,7 @@ def output(
     if cut.summary is not None:
         extra = layer.standing_in(head, cut.summary, QUERY_STRIDE, weights.peak)
         means = cut.summary.value[0, 0].repeat(1, value.shape[1] // cut.summary.value.shape[3])
-        total, output = total + extra.sum(-1, keepdim=True), output + extra @ means
+        total, output = total + extra.sum(-1, keepdim=True), output + extra.to(means.dtype) @ means
     return output / total.clamp(min=1e-30)
 
 

@@ -223,9 +223,10 @@ class BudgetPlan(Record):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "file"
-            raise UserError(
-                f"{path} is not a valid plan ({where}: {first['msg']}); give the unchanged plan.json of a search"
-            ) from None
+            remedy = "give the unchanged plan.json of a search"
+            if first["type"] == "extra_forbidden":
+                remedy = "it was changed, or another version of baklava wrote it: search again with this one"
+            raise UserError(f"{path} is not a valid plan ({where}: {first['msg']}); {remedy}") from None
 
 
 def full_plan(

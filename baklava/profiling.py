@@ -138,9 +138,11 @@ def _measure(
         name: [layer[method.observation][0] for layer in recorded.recording.scores] for name, method in rankers.items()
     }
     kept_by = scores["heavy_hitter"]
+    # One pass at a time: each holds the keys, values and gradients of all layers.
     layers = passed(loaded, recorded.recording, _ids(loaded, window.ids[window.context :]), number)
     text, error = _losses(layers, kept_by, lattice)
-    channels = [channel_sizes(layer, KEEPS.sinks) for layer in layers]
+    channels = [channel_sizes(layer, KEEPS.sinks).cpu() for layer in layers]
+    del layers
     losses: dict[Measure, list[Tensor]] = {"text": text, "error": error}
     if "reconstruction" in rankers:
         start = (number * REPEATED) % max(1, window.context - REPEATED)
@@ -171,7 +173,7 @@ def _curves(measured: Sequence[Measured], lattice: Lattice) -> Curves:
 def _ordered(measured: Sequence[Measured]) -> tuple[tuple[str, ...], ...]:
     """Channels of every head by their size, the geometric mean over windows, as a plan names them."""
     sizes = torch.stack([torch.stack(each.channels) for each in measured])
-    orders = sizes.clamp(min=1e-12).log().mean(0).argsort(-1, descending=True)
+    orders = sizes.clamp(min=1e-12).log().mean(0).argsort(stable=True, dim=-1, descending=True)
     return tuple(tuple(bytes(head).hex() for head in layer) for layer in orders.tolist())
 
 

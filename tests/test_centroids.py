@@ -7,6 +7,7 @@ import pytest
 import torch
 from handmade import chunked, plan_of, random_ids
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from baklava.attention import Kernel, probabilities, weighted
 from baklava.errors import UserError
@@ -58,6 +59,33 @@ def test_members_that_come_late_count_as_those_that_came_first() -> None:
     parts = parts.with_members(key[:, :, 25:], value[:, :, 25:], weight[:, :, 25:])
     for mine, all_at_once in zip(parts.tensors, whole.tensors, strict=True):
         torch.testing.assert_close(mine, all_at_once, atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_centroids_follow_what_comes_for_ever(dtype: torch.dtype) -> None:
+    found = Centroids.none_yet(torch.empty(1, 1, 0, 4, dtype=dtype), 1, 1)
+    steps = torch.linspace(1, 4, 1500)
+    for step in steps:
+        entries = torch.full((1, 1, 16, 4), float(step), dtype=dtype)
+        found = found.with_members(entries, entries, torch.ones(1, 1, 16))
+    assert float(found.key.mean()) == pytest.approx(float(steps.mean()), rel=0.02)
+    assert float(found.summary(dtype).bias.exp()) == pytest.approx(1500 * 16, rel=1e-3)
+
+
+def test_a_prompt_is_folded_in_without_a_copy_of_it() -> None:
+    key, value = (draw(1, 2, 20_000, 64, seed=seed).half() for seed in (0, 1))
+    largest, given = [0], {each.untyped_storage().data_ptr() for each in (key, value)}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
+                largest.append(result.untyped_storage().nbytes())
+            return result
+
+    with Watch():
+        of(key, value, torch.ones(1, 2, 20_000), 4)
+    assert max(largest) < key.untyped_storage().nbytes() / 5
 
 
 def test_more_centroids_keep_more_and_none_is_lost_on_entries_that_take_no_part() -> None:

@@ -85,6 +85,18 @@ def test_centroids_lower_the_curves_where_entries_are_gone_and_nowhere_else(tiny
     assert torch.equal(errors[0][:, 1], errors[1][:, 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_models_in_half_precision_have_curves_too(tiny: Maker, dtype: torch.dtype) -> None:
+    loaded = tiny()
+    scores = torch.rand(2, CONTEXT, generator=torch.Generator().manual_seed(0))
+    lattice = Lattice(HeavyHitter(sinks=2, interval=2, centroids=4), (12, 40), ((16, 16), (4, 4)))
+    exact, _ = curves.losses(layers_of(loaded, random_ids(1, CONTEXT + CONTINUATION))[1], scores, lattice)
+    half = LoadedModel.of(loaded.model.to(dtype), tokenizer=None, id="half")
+    found, _ = curves.losses(layers_of(half, random_ids(1, CONTEXT + CONTINUATION))[1], scores, lattice)
+    assert bool(found.isfinite().all())
+    assert float((found.log() - exact.log()).abs().mean()) < 1
+
+
 def test_the_loss_of_a_pair_is_that_of_keys_and_values_together() -> None:
     lattice = Lattice(HeavyHitter(), (10,), ((16, 16), (8, 4), (4, 4)))
     keys, values = torch.tensor([[[1.0], [1.5], [3.0]]]), torch.tensor([[[1.0], [2.0]]])

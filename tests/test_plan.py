@@ -38,8 +38,8 @@ CHANNELS = ("0001020304050607", "0706050403020100")
 
 
 def test_bytes_count_the_scales_of_both_halves_of_graded_keys_and_centroids() -> None:
-    geometry = GEOMETRY.model_copy(update={"head_dim": 16})
-    order = bytes(range(16)).hex()
+    geometry = GEOMETRY.model_copy(update={"head_dim": 32})
+    order = bytes(range(32)).hex()
     layer = LayerBudget(tokens=(10, 20), key_bits=(4, 8), value_bits=(4, 8))
     ring = {"geometry": geometry, "layers": (layer, None, layer), "sliding_bits": 16}
     plain, graded = (plan(**ring, key_channels=each) for each in (None, ((order, order), None, (order, order))))
@@ -48,7 +48,7 @@ def test_bytes_count_the_scales_of_both_halves_of_graded_keys_and_centroids() ->
     assert graded.digest != plain.digest
     scored = EvictionChoice(method="heavy_hitter", scored=True, interval=4)
     more = plan(**ring, eviction=scored.model_copy(update={"centroids": 3}))
-    assert more.bytes_per_sequence == plan(**ring, eviction=scored).bytes_per_sequence + 4 * 3 * (2 * 2 * 16 + 8)
+    assert more.bytes_per_sequence == plan(**ring, eviction=scored).bytes_per_sequence + 4 * 3 * (2 * 2 * 32 + 8)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,14 @@ def test_orders_of_channels_that_are_none_are_refused(channels: object) -> None:
     plan(key_channels=(CHANNELS, None, CHANNELS))
     with pytest.raises(ValidationError, match="key_channels"):
         plan(key_channels=channels)
+
+
+def test_a_plan_of_another_version_says_what_to_do(tmp_path: Path) -> None:
+    content = json.loads(plan().model_dump_json())
+    content["eviction"]["merging"] = 0.0
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"eviction\.merging.* another version of baklava wrote it: search again"):
+        BudgetPlan.read(tmp_path / "plan.json")
 
 
 def test_a_written_plan_reads_back_equal(tmp_path: Path) -> None:

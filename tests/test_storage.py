@@ -17,7 +17,7 @@ from baklava.plan import EvictionChoice, head_bytes, side_bytes
 from baklava.storage import NOTHING, Layout, Storage, storage_for
 from baklava.storage.bits import pack, unpack
 
-BATCH, HEADS, DIM, TOKENS = 2, 3, 16, 24
+BATCH, HEADS, DIM, TOKENS = 2, 3, 32, 24
 LAYOUTS = [Layout(TOKENS), Layout(TOKENS, sinks=3), Layout(TOKENS, sinks=2, staged=5), Layout(TOKENS, staged=4)]
 CODED = [((DIM, bits),) for bits in (32, 16, 8, 6, 5, 4, 3, 2)] + [grades(DIM, bits, True) for bits in (6, 5, 4, 3, 2)]
 
@@ -241,6 +241,15 @@ def test_a_rotation_keeps_products_and_is_turned_back(parts: list[int], seed: in
     torch.testing.assert_close((turned[0] * turned[1]).sum(-1), (pair[0] * pair[1]).sum(-1), atol=1e-4, rtol=1e-4)
     grouped = rotation.turned(pair[:, :, None])
     assert torch.equal(grouped[:, :, 0], turned)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 112, 128])
+def test_graded_keys_are_never_worse_than_plain_ones(head_dim: int) -> None:
+    keys = torch.randn(HEADS, 2000, head_dim, generator=torch.Generator().manual_seed(0))
+    keys = keys * torch.linspace(0.05, 3, head_dim)
+    order = torch.arange(head_dim).flip(0).expand(HEADS, -1)
+    plain, graded = (read_back(keys, 4, 0, centred=True, order=each) for each in (None, order))
+    assert float((graded - keys).square().mean()) <= float((plain - keys).square().mean())
 
 
 def test_channels_that_matter_most_are_coded_best() -> None:

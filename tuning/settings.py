@@ -19,6 +19,9 @@ BitsName = Literal["16", "8", "k8v4", "k6v5", "k6v4", "k5v4", "4", "k4v3", "k4v2
 BITS: tuple[BitsName, ...] = get_args(BitsName)
 """Bits that plans may store in: of keys and values alike, of each, or "curves", where each head has its own."""
 
+CENTROIDS = (0, 4, 8, 16)
+"""Centroids per head that trials draw."""
+
 Replicas = Literal["auto"] | Annotated[int, Field(ge=1)]
 
 _RULES = {

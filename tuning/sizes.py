@@ -3,6 +3,7 @@
 from baklava.eviction import HeavyHitter
 from baklava.geometry import CacheGeometry
 from baklava.plan import FULL_BITS, full_bytes, head_bytes, sliding_bytes
+from tuning.settings import CENTROIDS
 
 SMALLEST, LARGEST = 0.02, 0.6
 """Shares of the full cache's bytes: what is worth searching, if a model and its texts leave that much room."""
@@ -13,7 +14,7 @@ ROOM = 1.5
 
 def sizes_of(geometry: CacheGeometry, context_length: int) -> tuple[float, float]:
     """The least and the largest budget to draw: all that is drawn fits into the least, in 16 bits too."""
-    choice = HeavyHitter().choice
+    choice = HeavyHitter(centroids=max(CENTROIDS)).choice
     heads = len(geometry.budgetable) * geometry.kv_heads
     needed = heads * head_bytes(geometry, choice.minimum_tokens, FULL_BITS, FULL_BITS, choice)
     least = ROOM * (needed + sliding_bytes(geometry, FULL_BITS)) / full_bytes(geometry, context_length)

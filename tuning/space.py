@@ -10,13 +10,12 @@ from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Streaming
 from baklava.plan import BudgetPlan, Provenance
 from baklava.profile import Profile
-from tuning.settings import BitsName
+from tuning.settings import CENTROIDS, BitsName
 
 Params = dict[str, Any]
 
 GROUP_REDUCTIONS: tuple[Literal["mean", "max"], ...] = ("mean", "max")
 ROUNDINGS = (8, 16, 32)
-CENTROIDS = (0, 4, 8, 16)
 
 CURVES: BitsName = "curves"
 

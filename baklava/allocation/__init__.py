@@ -131,9 +131,11 @@ def limits_of(
     most = context_length + (eviction.interval if eviction.scored else 0)
     limits = Limits(geometry, eviction, max(0, spendable), eviction.minimum_tokens, most, bits, graded)
     if limits.total // limits.heads < limits.least:
+        beside = f" beside {eviction.centroids} centroids" if eviction.centroids else ""
         raise UserError(
-            f"budget {budget:g} leaves {limits.total // limits.heads} entries per head, but {eviction.sinks} sinks and "
-            f"an eviction every {eviction.interval} tokens need {limits.least}; raise the budget or lower the interval"
+            f"budget {budget:g} leaves {limits.total // limits.heads} entries per head{beside}, but {eviction.sinks} "
+            f"sinks and an eviction every {eviction.interval} tokens need {limits.least}; raise the budget or lower "
+            f"the interval{' or the centroids' if beside else ''}"
         )
     return limits
 

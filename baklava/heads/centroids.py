@@ -1,5 +1,6 @@
 """Centroids: a few entries per head that stand for all that it evicted, so that the mass of what left is not lost."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from baklava.attention import Heads, Summary
 from baklava.eviction import Eviction
-from baklava.storage import stored_dtype
 
 Means = Float[Tensor, "batch heads count head_dim"]
 Weights = Float[Tensor, "batch heads tokens"]
@@ -16,13 +16,20 @@ Weights = Float[Tensor, "batch heads tokens"]
 ITERATIONS = 4
 """Rounds of k-means over the many entries that a prompt leaves behind; the few of decoding take one."""
 
+BLOCK = 512
+"""Entries that are copied at a time."""
+
+LARGEST = torch.finfo(torch.float16).max
+
 LEAST = 1e-12
 """What an entry weighs at the least: nothing, but with a logarithm."""
 
 
 @dataclass(frozen=True, eq=False)
 class Centroids:
-    """Weighted means of evicted keys and values, in 16 bits, and what their members weigh.
+    """Weighted means of evicted keys and values, in float16, and what their members weigh.
+
+    bfloat16 would stop moving after some thousand members: a step towards a new one is lost in its rounding.
 
     A member i weighs m_i, about the mean attention that it had. A query q gives the members of one centroid about
     sum_i exp(q·k_i); at the mean key k = sum m_i k_i / sum m_i, exp(q·k) is the weighted geometric mean of their
@@ -39,10 +46,9 @@ class Centroids:
     @classmethod
     def none_yet(cls, like: Heads, heads: int, count: int) -> "Centroids":
         """Centroids without members, for entries like these."""
-        half = stored_dtype(like.dtype, 16)
-        shape = (like.shape[0], heads, count)
-        key, value = (torch.zeros(*shape, like.shape[3], dtype=half, device=like.device) for _ in range(2))
-        weight, entropy = (torch.zeros(shape, dtype=torch.float32, device=like.device) for _ in range(2))
+        shape, device = (like.shape[0], heads, count), like.device
+        key, value = (torch.zeros(*shape, like.shape[3], dtype=torch.float16, device=device) for _ in range(2))
+        weight, entropy = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
         return cls(key, value, weight, entropy)
 
     @property
@@ -58,22 +64,36 @@ class Centroids:
 
     def with_members(self, key: Heads, value: Heads, weight: Weights, iterations: int = 1) -> "Centroids":
         """These entries folded in by k-means, which begins where it is; an entry of weight 0 takes no part."""
-        weight = weight.float()
-        keys, values = (torch.cat([own.float(), new.float()], 2) for own, new in ((self.key, key), (self.value, value)))
-        weights = torch.cat([self.weight, weight], 2)
-        entropies = torch.cat([self.entropy, weight * weight.clamp(min=LEAST).log()], 2)
-        centres = torch.where(self.weight[..., None] > 0, self.key.float(), _seeds(key.float(), weight, self._count))
-        for _ in range(iterations):
-            members = _nearest(keys, centres) * weights[..., None]
-            total = members.sum(2)
-            centres = torch.where(total[..., None] > 0, _mean(members, keys, total), centres)
-        joined = (members > 0).float()
-        return Centroids(
-            torch.where(total[..., None] > 0, centres, 0).to(self.key.dtype),
-            _mean(members, values, total).to(self.value.dtype),
-            total,
-            (joined.transpose(2, 3) @ entropies[..., None])[..., 0],
-        )
+        centres = torch.where(self.weight[..., None] > 0, self.key.float(), _seeds(key, weight, self._count))
+        for _ in range(iterations - 1):
+            sums = self._summed(centres, key, value, weight)
+            centres = torch.where(sums.weight[..., None] > 0, sums.key, centres)
+        found = self._summed(centres, key, value, weight)
+        key, value = (means.clamp(-LARGEST, LARGEST).half() for means in (found.key, found.value))
+        return Centroids(key, value, found.weight, found.entropy)
+
+    def _summed(self, centres: Means, key: Heads, value: Heads, weight: Weights) -> "Centroids":
+        """Means over what is nearest to each centre, in 32 bits, of the own members and of these entries.
+
+        A block at a time: a copy of a whole prompt would be as large as a layer of the full cache.
+        """
+        sums = [torch.zeros_like(centres), torch.zeros_like(centres), *map(torch.zeros_like, self.tensors[2:])]
+        for keys, values, weights, entropies in self._blocks(key, value, weight):
+            members = _nearest(keys.float(), centres) * (weights > 0)[..., None]
+            parts = keys * weights[..., None], values * weights[..., None], weights[..., None], entropies[..., None]
+            for total, part in zip(sums, parts, strict=True):
+                total += (members.transpose(2, 3) @ part.float()).view(total.shape)
+        weighed = sums[2][..., None].clamp(min=LEAST)
+        return Centroids(sums[0] / weighed, sums[1] / weighed, sums[2], sums[3])
+
+    def _blocks(self, key: Heads, value: Heads, weight: Weights) -> Iterator[tuple[Tensor, ...]]:
+        """Keys, values, weights and entropies: of the own members, then of the entries."""
+        yield self.tensors
+        for start in range(0, key.shape[2], BLOCK):
+            part = slice(start, start + BLOCK)
+            weights = weight[..., part].float()
+            entropies = weights * weights.clamp(min=LEAST).log()
+            yield key[:, :, part].float(), value[:, :, part].float(), weights, entropies
 
     def of_rows(self, rows: Int[Tensor, " rows"]) -> "Centroids":
         """These rows of the batch, in this order."""
@@ -96,14 +116,10 @@ def _seeds(key: Heads, weight: Weights, count: int) -> Means:
     steps = (torch.arange(count, device=key.device) + 0.5) / count
     wanted = (rank[..., -1:] * steps).floor() + 1
     index = torch.searchsorted(rank, wanted).clamp(max=key.shape[2] - 1)
-    return key.gather(2, index[..., None].expand(*index.shape, key.shape[3]))
+    return key.gather(2, index[..., None].expand(*index.shape, key.shape[3])).float()
 
 
 def _nearest(keys: Heads, centres: Means) -> Float[Tensor, "batch heads tokens count"]:
     """One-hot: the centre that each key is nearest to."""
     closeness = keys @ centres.transpose(2, 3) - centres.square().sum(-1)[:, :, None] / 2
     return torch.nn.functional.one_hot(closeness.argmax(-1), centres.shape[2]).float()
-
-
-def _mean(members: Tensor, entries: Heads, total: Tensor) -> Means:
-    return members.transpose(2, 3) @ entries / total[..., None].clamp(min=LEAST)

@@ -12,8 +12,7 @@ from baklava.eviction import Eviction, Sample
 from baklava.heads.base import Budget, HeadGroup, Tokens
 from baklava.heads.centroids import ITERATIONS, Centroids, attention_of
 from baklava.heads.observing import Forward, Scorekeeper, observe
-from baklava.storage import NOTHING, Storage
-from baklava.storage.base import wide
+from baklava.storage import NOTHING
 
 
 class Ranked(HeadGroup):
@@ -125,8 +124,11 @@ class Ranked(HeadGroup):
         """Keep the best of what is held and of these new entries behind it, in the order that they have there."""
         winners = self._winners(scores, positions)
         if self.centroids is not None and winners.shape[2] < positions.shape[2]:
-            keys, values = (torch.cat([own.read(self.filled), new], 2) for own, new in self._beside(key, value))
-            self._merge(_others(winners, positions.shape[2]), scores, positions, keys, values, ITERATIONS)
+            keys, values = (
+                torch.cat([own.read(self.filled), new], 2) if self.filled else new
+                for own, new in ((self.keys, key), (self.values, value))
+            )
+            self._merge(winners, scores, positions, keys, values, ITERATIONS)
         scores, positions = scores.gather(2, winners), positions.gather(2, winners)
         self._replace(key, value, torch.where(positions < 0, NOTHING, winners))
         self.positions = _resized(positions, self.size)
@@ -150,7 +152,8 @@ class Ranked(HeadGroup):
         rank = self._rank(self.scores[..., : self.filled], self.positions[..., : self.filled])
         winners = rank.topk(self.keep, sorted=False).indices
         if self.centroids is not None:
-            self._merge(_others(winners, self.filled), self.scores, self.positions, forward.key, forward.value)
+            scores, positions = self.scores[..., : self.filled], self.kept()
+            self._merge(winners, scores, positions, forward.key, forward.value)
         stays = torch.zeros_like(rank, dtype=torch.bool).scatter_(2, winners, True)
         source, target = _moves(stays, self.keep)
         for storage in (self.keys, self.values):
@@ -160,17 +163,12 @@ class Ranked(HeadGroup):
         self.filled = self.keep
 
     def _merge(
-        self, leaves: Tensor, scores: Tensor, positions: Tensor, key: Heads, value: Heads, iterations: int = 1
+        self, stays: Tensor, scores: Tensor, positions: Tensor, key: Heads, value: Heads, iterations: int = 1
     ) -> None:
-        """Fold the entries in these slots into the centroids, weighted by the attention that they had."""
+        """Fold all entries but those in these slots into the centroids, weighted by the attention that they had."""
         assert self.centroids is not None
-        weights, positions = attention_of(scores.gather(2, leaves), self.eviction), positions.gather(2, leaves)
-        keys, values = (each.gather(2, wide(leaves, each)) for each in (key, value))
-        weights = weights.masked_fill(positions < 0, 0)
-        self.centroids = self.centroids.with_members(keys, values, weights, iterations)
-
-    def _beside(self, key: Heads, value: Heads) -> tuple[tuple[Storage, Heads], tuple[Storage, Heads]]:
-        return (self.keys, key), (self.values, value)
+        weights = attention_of(scores, self.eviction).masked_fill(positions < 0, 0).scatter(2, stays, 0.0)
+        self.centroids = self.centroids.with_members(key, value, weights, iterations)
 
     def _keeper(self) -> Scorekeeper:
         return Scorekeeper(self.eviction, self.scores[..., : self.filled])
@@ -203,12 +201,6 @@ class Ranked(HeadGroup):
     def _state(self) -> tuple[Tensor, ...]:
         held = () if self.centroids is None else self.centroids.tensors
         return self.positions, self.scores, *held
-
-
-def _others(stays: Tensor, entries: int) -> Tensor:
-    """All slots but these, in order."""
-    mask = torch.zeros(*stays.shape[:2], entries, dtype=torch.int8, device=stays.device).scatter_(2, stays, 1)
-    return mask.argsort(dim=2, stable=True)[..., : entries - stays.shape[2]]
 
 
 def _moves(stays: Tensor, keep: int) -> tuple[Tensor, Tensor]:
