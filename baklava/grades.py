@@ -4,6 +4,10 @@ Grades = tuple[tuple[int, int], ...]
 """Channels of a key or value and the bits that they are coded in, one pair after another."""
 
 
+GRADED = 8
+"""Bits of a key below which its channels are graded."""
+
+
 def gradable(head_dim: int) -> bool:
     """Whether the channels of a key can be coded in two halves, and named in two hexadecimal digits.
 
@@ -19,6 +23,6 @@ def grades(head_dim: int, bits: int, graded: bool) -> Grades:
     The better half gets one more, the other one less, where that fills whole bytes and nothing takes more than 8.
     """
     half = head_dim // 2
-    if graded and bits < 8 and gradable(head_dim):
+    if graded and bits < GRADED and gradable(head_dim):
         return ((half, bits + 1), (half, bits - 1))
     return ((head_dim, bits),)

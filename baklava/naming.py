@@ -7,6 +7,7 @@ from pathlib import Path
 
 from baklava import allocation
 from baklava.errors import UserError
+from baklava.grades import GRADED
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan, full_plan
 from baklava.profile import Profile, flat_profile
@@ -44,8 +45,10 @@ def _allocated(text: str, loaded: LoadedModel, context_length: int, profile: Cal
     spec = spec_of(text)
     if spec.budget is None:
         raise UserError(f"plan {text!r} names a method without a budget; write {text}:0.3")
+    # Packed keys are graded by what the profile says of their channels, whatever spreads the bytes.
+    asked = spec.method.profiled or spec.bits[0] < GRADED
     return allocation.allocate(
-        profile() if spec.method.profiled else flat_profile(loaded.identity, loaded.geometry),
+        profile() if asked else flat_profile(loaded.identity, loaded.geometry),
         budget=spec.budget,
         context_length=context_length,
         method=spec.method,
