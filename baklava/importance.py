@@ -108,5 +108,5 @@ def _norm_after_attention(layer: Any) -> Any:
 
 
 def _mean(parts: list[Tensor]) -> Tensor:
-    """Mean over tokens and windows."""
-    return torch.cat(parts, -1).mean(-1)
+    """Mean over tokens and windows, on the host, since layers may lie on several devices."""
+    return torch.cat(parts, -1).mean(-1).cpu()

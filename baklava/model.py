@@ -87,11 +87,12 @@ class LoadedModel:
         return cls(model.eval(), tokenizer, identity, CacheGeometry.of(model.config))
 
 
-def load(name: str, *, device: str | None = None, threads: int | None = None) -> LoadedModel:
+def load(name: str, *, device: str | None = None, threads: int | None = None, spread: bool = False) -> LoadedModel:
     """Load `demo`, a directory, or a hub id; safetensors only, and never code from the checkpoint.
 
     The CPU computes in float32, four times faster there than bfloat16; other devices in the checkpoint's own dtype.
-    `threads` sets torch's threads for the whole process.
+    `threads` sets torch's threads for the whole process. `spread` lays the layers over all visible devices, for a model
+    that is larger than one of them.
 
     Raises:
         UserError: nothing loadable under this name, or a model that cannot be budgeted.
@@ -105,11 +106,16 @@ def load(name: str, *, device: str | None = None, threads: int | None = None) ->
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation=attention.NAME
+            path,
+            dtype=dtype,
+            device_map="auto" if spread else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=attention.NAME,
         )
     except _UNLOADABLE as error:
         raise UserError(_unloadable(name, error)) from None
-    return LoadedModel.of(model.to(device), tokenizer, id=name, revision=_revision(name, model))
+    return LoadedModel.of(model if spread else model.to(device), tokenizer, id=name, revision=_revision(name, model))
 
 
 def describe(name: str) -> tuple[ModelIdentity, CacheGeometry]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from jaxtyping import Float, Int
@@ -94,6 +95,19 @@ def score(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> Score:
         allocated_bytes=held,
         seconds=time.perf_counter() - started,
     )
+
+
+@torch.inference_mode()
+def decode_seconds(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan, steps: int = 8) -> float:
+    """Median seconds of one decoding step inside a plan, behind the window's context; a step before warms up."""
+    cache, _ = cut(loaded, prefilled.recorded, plan)
+    taken = []
+    for token in _targets(prefilled)[: steps + 1]:
+        started = time.perf_counter()
+        logits = loaded.model(token[None, None], past_key_values=cache).logits
+        float(logits[0, -1, 0])  # a GPU answers only when it is done
+        taken.append(time.perf_counter() - started)
+    return median(taken[1:] or taken)
 
 
 def _first(logits: Tensor, prefilled: Prefilled) -> tuple[float, float]:

@@ -18,6 +18,8 @@ EXAMPLES = """examples:
   python jobs/benchmark.py prefill --contexts 1024 2048 --no-memory
   python jobs/benchmark.py fidelity --workers 2 --json docs/fidelity.json --readme README.md
   python jobs/benchmark.py fidelity --split validation --methods uniform ours --budgets 0.125
+  python jobs/benchmark.py search --json docs/search.json --readme README.md --scale docs/scale.md
+  python jobs/benchmark.py search --quick --parts dispatch
 
 Beside the JSON lies a picture with the same name."""
 
@@ -26,6 +28,8 @@ TIMED = (
 )
 STUDIED = """Every method at every budget on the same windows of documents that no search saw. The rows go into a
 journal in --out: the same command goes on after a kill, and scores only what is new."""
+SEARCHED = """What a search takes beside its scoring: as a script, next to a process per trial, with two replicas
+next to one, and with replicas that only sleep. Run it on a machine that does nothing else; about an hour."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +52,13 @@ def parser() -> argparse.ArgumentParser:
     studied = names.add_parser("fidelity", parents=[shared], help="loss over bytes", description=STUDIED)
     studied.set_defaults(run=fidelity)
     _add_studied(studied)
+    searched = names.add_parser("search", parents=[shared], help="the search itself", description=SEARCHED)
+    searched.set_defaults(run=search)
+    searched.add_argument("--texts", default="botocore", metavar="NAME|FOLDER", help="what it searches on (botocore)")
+    searched.add_argument("--parts", nargs="+", metavar="NAME", help="some of overhead, naive, replicas, dispatch")
+    searched.add_argument("--quick", action="store_true", help="small sizes, whose figures mean nothing")
+    searched.add_argument("--readme", type=Path, metavar="FILE", help="page to write the tables into")
+    searched.add_argument("--scale", type=Path, metavar="FILE", help="page on scale to write its tables into")
     return made
 
 
@@ -125,6 +136,28 @@ def fidelity(chosen: argparse.Namespace) -> None:
         put(chosen.readme, text)
 
 
+def search(chosen: argparse.Namespace) -> None:
+    from benchmarks.page import check_page, put
+    from benchmarks.search.asked import Asked, quick
+    from benchmarks.search.study import PARTS, study
+    from benchmarks.search.table import NAME, SCALE, scale, table
+
+    parts = tuple(chosen.parts or PARTS)
+    if chosen.readme:
+        check_page(chosen.readme, NAME)
+    if chosen.scale:
+        check_page(chosen.scale, SCALE, "--scale")
+        if "dispatch" not in parts:
+            raise UserError("--scale tells what dispatch measures, which is not among --parts; add it there")
+    found = study((quick if chosen.quick else Asked)(chosen.model, chosen.texts), parts)
+    _written(chosen, json.dumps(found, indent=1) + "\n")
+    print(table(found))
+    if chosen.readme:
+        put(chosen.readme, NAME, table(found))
+    if chosen.scale:
+        put(chosen.scale, SCALE, scale(found), "--scale")
+
+
 def _check_share(share: float) -> None:
     if not 0 < share < 1:
         raise UserError(f"--share {share}: the share of the entries kept is between 0 and 1; try 0.2")
@@ -134,7 +167,7 @@ def _written(chosen: argparse.Namespace, text: str) -> Path:
     path: Path = chosen.json or Path("runs") / f"benchmark-{chosen.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
-    say(f"figures: {path}; beside it a picture")
+    say(f"figures: {path}" + ("; beside it a picture" if chosen.name != "search" else ""))
     return path
 
 

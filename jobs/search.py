@@ -31,6 +31,8 @@ examples:
   python jobs/search.py --front --trials 96                      a plan for every budget, in one run
   python jobs/search.py --budget 0.125 --refine 24 --trials 48   half of the trials refine the best of the others
   python jobs/search.py --bits 16 8                              nothing below 8 bits
+  python jobs/search.py --sampler nsga2 --front --warm-start runs/20260101T120000Z
+  python jobs/search.py --replicas 2 --gpus-per-replica 4 --memory 20      a model that no GPU holds alone
   python jobs/search.py --resume runs/20260101T120000Z           go on after a kill
   ray job submit --working-dir . -- python jobs/search.py --replicas 8"""
 
@@ -48,6 +50,7 @@ DEFAULTS = {
 BUDGET = 0.30
 """What is searched for where no goal is given."""
 
+SAMPLERS = "tpe cmaes nsga2 random qmc"
 BITS = "16 8 k8v4 k6v5 k6v4 k5v4 4 k4v3 k4v2 3 k3v2 2 curves"
 
 
@@ -66,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--budget", type=float, help="share of the 16-bit full cache's bytes (default 0.30)")
     made.add_argument("--max-dnll", type=float, metavar="NATS", help="most loss over the full cache, in nats per token")
     made.add_argument("--front", action="store_true", help="a front of bytes and loss instead of one size")
+    made.add_argument("--latency", action="store_true", help="seconds of decoding as a third side of the front")
     made.add_argument("--context", type=int, metavar="TOKENS", help="tokens prefilled per window (default 3072)")
     made.add_argument("--continuation", type=int, metavar="TOKENS", help="tokens scored per window (default 512)")
     made.add_argument("--trials", type=int, metavar="N", help="plans to try (default 32)")
@@ -75,6 +79,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--objective", choices=["kl", "ppl"], help="KL to the full cache, or perplexity (default kl)")
     made.add_argument("--replicas", type=replicas, metavar="auto|N", help="copies of the model (default auto)")
+    made.add_argument(
+        "--gpus-per-replica", type=int, metavar="K", help="GPUs that one copy is spread over (default 1, where any are)"
+    )
+    made.add_argument("--memory", type=float, metavar="GIB", help="most that a replica's windows may take (no limit)")
+    made.add_argument("--concurrent", type=int, metavar="N", help="trials at a time (default: for that many replicas)")
+    made.add_argument("--sampler", choices=SAMPLERS.split(), help="what draws the trials (default tpe)")
+    made.add_argument("--warm-start", metavar="RUN", help="the folder of an earlier search of this model to learn from")
     made.add_argument("--seed", type=int, help="of the windows and of the draws (default 0)")
     made.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default runs/ and the UTC time)")
     made.add_argument("--resume", type=Path, metavar="RUN", help="the folder of a killed search, with its own settings")

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -47,14 +47,17 @@ def make_texts(folder: Path, count: int = 6, words: int = 400) -> Path:
     return folder
 
 
-def start_search(*arguments: object, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """jobs/search.py as a process that writes to `log`."""
-    command = [sys.executable, str(ROOT / "jobs/search.py"), *map(str, arguments)]
+def start_search(
+    *arguments: object, log: Path, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    """jobs/search.py as a process that writes to `log`; `prefix` is what enters the network that it runs in."""
+    command = [*prefix, sys.executable, str(ROOT / "jobs/search.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     with log.open("wb") as file:
         # A shell that runs the tests in the background has them ignore Ctrl-C, and they would hand that down.
         attentive = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, preexec_fn=attentive)
+        how = {"env": environment, "preexec_fn": attentive, "start_new_session": True}
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **how)
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:

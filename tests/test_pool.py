@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import ray
 from searching import kill
+from test_space import SPACE, record, task
 
 from baklava.errors import UserError
 from tuning.cluster import fleet_of
+from tuning.heuristics import first_params
 from tuning.pool import ATTEMPTS, Pool, homes
 
 pytestmark = pytest.mark.ray
@@ -28,6 +30,13 @@ class Worker:
         if os.path.exists(broken):
             raise UserError("the model is gone")
         self.held: list[str] = []
+        self.scored: list[str] = []
+
+    def windows(self) -> list[str]:
+        return self.scored
+
+    def told(self) -> str | None:
+        return f"keeps {len(self.held)} windows" if len(self.held) < 4 else None
 
     def ready(self) -> int:
         return os.getpid()
@@ -43,8 +52,9 @@ class Worker:
             os._exit(1)
         if plan == "wrong":
             return {"error": "this plan is wrong"}
-        if plan == "slow":
+        if plan.startswith("slow"):
             time.sleep(1)
+        self.scored.append(window)
         fresh = window not in self.held
         self.held += [window] * fresh
         return {"pid": os.getpid(), "window": window, "prefilled": fresh}
@@ -53,10 +63,10 @@ class Worker:
 class Hands:
     """A pool with its workers, called without `.remote`."""
 
-    def __init__(self, workers: int, windows: list[str], broken: Path) -> None:
+    def __init__(self, workers: int, windows: list[str], broken: Path, task: Any = None) -> None:
         self.workers = [Worker.remote(str(broken)) for _ in range(workers)]
         held = {window: ray.put(window) for window in windows}
-        self.pool = ray.remote(Pool).options(num_cpus=0).remote(self.workers, held, None)
+        self.pool = ray.remote(Pool).options(num_cpus=0).remote(self.workers, held, task)
         self.pairs = ray.get(self.pool.assign.remote(windows))
         assert ray.get([self.pool.warm.remote(*pair) for pair in self.pairs]) == [None] * len(self.pairs)
 
@@ -65,6 +75,11 @@ class Hands:
 
     def score(self, *tasks: tuple[str, str]) -> list[dict[str, Any]]:
         return ray.get([self.pool.score.remote(*task) for task in tasks], timeout=120)
+
+    def scored(self) -> list[str]:
+        return [
+            window for windows in ray.get([worker.windows.remote() for worker in self.workers]) for window in windows
+        ]
 
     def told(self) -> str:
         return " | ".join(ray.get(self.pool.tell.remote()))
@@ -81,8 +96,8 @@ def session() -> Iterator[None]:
 def hands(tmp_path: Path) -> Iterator[Callable[..., Hands]]:
     made: list[Hands] = []
 
-    def make(workers: int = 2, windows: str = "abcd") -> Hands:
-        made.append(Hands(workers, list(windows), tmp_path / "broken"))
+    def make(workers: int = 2, windows: str = "abcd", task: Any = None) -> Hands:
+        made.append(Hands(workers, list(windows), tmp_path / "broken", task))
         return made[-1]
 
     yield make
@@ -93,7 +108,7 @@ def hands(tmp_path: Path) -> Iterator[Callable[..., Hands]]:
 
 def test_a_window_is_scored_where_it_was_prefilled(hands: Callable[..., Hands]) -> None:
     pool = hands()
-    scores = pool.score(*[("plan", window) for window in "abcdabcd"])
+    scores = pool.score(*[(f"plan {number}", window) for number, window in enumerate("abcdabcd")])
     assert [score["window"] for score in scores] == list("abcdabcd")
     assert not any(score["prefilled"] for score in scores)
     assert len({score["pid"] for score in scores if score["window"] in "ac"}) == 1
@@ -102,12 +117,12 @@ def test_a_window_is_scored_where_it_was_prefilled(hands: Callable[..., Hands]) 
 def test_a_dead_replica_costs_no_score_and_comes_back_with_its_windows(hands: Callable[..., Hands]) -> None:
     pool = hands()
     kill(pool.pids()[0])
-    scores = pool.score(*[("slow", window) for window in "abcdabcd"])
+    scores = pool.score(*[(f"slow {number}", window) for number, window in enumerate("abcdabcd")])
     assert [score.get("window") for score in scores] == list("abcdabcd")
     while "replica 1 is back" not in (news := pool.told()):
         assert "stays away" not in news
         time.sleep(0.1)
-    scores = pool.score(*[("slow", window) for window in "aabb"])
+    scores = pool.score(*[(f"slow again {number}", window) for number, window in enumerate("aabb")])
     assert not any(score["prefilled"] for score in scores)
     assert pool.pids()[0] in {score["pid"] for score in scores if score["window"] == "a"}
 
@@ -141,6 +156,33 @@ def test_when_no_replica_can_come_back_the_reason_is_told_instead_of_waiting(
     assert "the model is gone" in pool.score(("plan", "a"))[0]["error"]
 
 
+def test_no_plan_is_scored_twice_on_a_window_not_even_at_once(hands: Callable[..., Hands]) -> None:
+    pool = hands()
+    pool.score(("slow", "a"), ("slow", "a"), ("slow", "b"), ("slow", "a"))
+    pool.score(("slow", "a"), ("slow", "b"))
+    assert sorted(pool.scored()) == ["a", "b"]
+
+
+def test_parameters_of_one_plan_share_its_scores_and_so_do_recorded_ones(hands: Callable[..., Hands]) -> None:
+    first = first_params(SPACE)[0]
+    same = {**first, "floor": first["floor"] + 1e-9}
+    assert task().plan(first).digest == task().plan(same).digest
+    pool = hands(task=task())
+    windows = tuple(score | {"window": name} for score, name in zip(record(1, [0.1] * 2).windows, "ab", strict=True))
+    ray.get(pool.pool.recall.remote([(first, windows)]))
+    plans = ray.get([pool.pool.plan.remote(params) for params in (first, same)])
+    assert plans[0]["json"] == plans[1]["json"]
+    known, new = pool.score((plans[1]["json"], "b"), (plans[1]["json"], "c"))
+    assert known == windows[1]
+    assert new["window"] == "c"
+    assert pool.scored() == ["c"]
+
+
+def test_replicas_that_do_not_keep_all_their_windows_are_named(hands: Callable[..., Hands]) -> None:
+    assert ray.get(hands(workers=1).pool.kept.remote()) == []
+    assert ray.get(hands(workers=2).pool.kept.remote()) == ["replica 1 keeps 2 windows", "replica 2 keeps 2 windows"]
+
+
 def test_windows_no_longer_wanted_are_freed(hands: Callable[..., Hands]) -> None:
     pool = hands()
     ray.get(pool.pool.assign.remote(["a", "b"]))
@@ -170,7 +212,32 @@ def test_a_fleet_has_a_replica_per_gpu_and_threads_that_fit(
     nodes: list[dict[str, float]], asked: int | str, replicas: int, threads: int, gpu: bool
 ) -> None:
     fleet = fleet_of(nodes, asked)
-    assert (fleet.replicas, fleet.threads, fleet.gpu) == (replicas, threads, gpu)
+    assert (fleet.replicas, fleet.threads, fleet.gpus) == (replicas, threads, int(gpu))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "gpus", "replicas", "threads"),
+    [
+        ([{"CPU": 32, "GPU": 8}], "auto", 4, 2, 16),
+        ([{"CPU": 16, "GPU": 3}, {"CPU": 16, "GPU": 2}], "auto", 2, 2, 16),  # a replica never spans two nodes
+        ([{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}], 3, 2, 3, 8),
+    ],
+)
+def test_a_replica_of_several_gpus_has_them_on_one_node(
+    nodes: list[dict[str, float]], asked: int | str, gpus: int, replicas: int, threads: int
+) -> None:
+    fleet = fleet_of(nodes, asked, gpus)
+    assert (fleet.replicas, fleet.threads, fleet.options["num_gpus"]) == (replicas, threads, gpus)
+
+
+def test_every_node_of_cpus_gets_replicas_of_its_own() -> None:
+    assert fleet_of([{"CPU": 8}, {"CPU": 8}, {"CPU": 2}], "auto").replicas == 10
+
+
+@pytest.mark.parametrize("nodes", [[{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}], [{"CPU": 8}]])
+def test_more_gpus_for_a_replica_than_a_node_has_are_refused(nodes: list[dict[str, float]]) -> None:
+    with pytest.raises(UserError, match="2 GPUs of one node for each"):
+        fleet_of(nodes, "auto", 2)
 
 
 def test_more_replicas_than_fit_are_refused_with_what_there_is() -> None:

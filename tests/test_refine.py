@@ -25,6 +25,7 @@ from tuning.pareto import knee, nearest, non_dominated, thinned
 from tuning.refine import FIRST_STEP, LEAST_STEP, Paired, Refinement, proposal, step_size, vector
 from tuning.report import write_report
 from tuning.settings import SearchRecord, SearchSettings
+from tuning.stopping import Stop
 from tuning.task import Task
 from tuning.trials import TrialRecord
 from tuning.validate import Candidate, Validated, Verdict, above, candidates, decide, verdict
@@ -96,7 +97,7 @@ def test_shifts_are_of_one_length_and_trade_between_layers_or_heads() -> None:
 
 def test_a_resumed_refinement_proposes_what_the_search_would_have() -> None:
     records = run(distance, 6, task(), start())
-    goes_on, resumed = (Refinement(task(), 0, Journal(Path("none"), records)) for _ in range(2))
+    goes_on, resumed = (Refinement(task(), 0, Journal(Path("none"), records), Stop()) for _ in range(2))
     expected = proposal(task(), 0, records, [each.params for each in records[1:]])
     assert goes_on.suggest("a") == resumed.suggest("b") == expected
     assert goes_on.suggest("c") != expected

@@ -400,8 +400,12 @@ def test_ctrl_c_ends_a_search_that_can_be_resumed(place: Place) -> None:
     out, log = place.root / "stopped", place.root / "stopped.log"
     process = start_search(*place.half, "--replicas", 1, "--trials", 200, "--out", out, log=log)
     wait_until(lambda: lines(out / "trials.jsonl") >= 1, process, log)
-    os.kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the replicas, too
     assert process.wait(timeout=60) == 130
+    assert "those under way are finished and recorded" in log.read_text()
+    records = Journal.open(out / FILE, TrialRecord.model_validate_json).records
+    assert {record.status for record in records} <= {"finished", "pruned"}
+    assert [record.trial for record in records] == list(range(1, len(records) + 1))
     assert f"python jobs/search.py --resume {out}" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert not (out / "plan.json").exists()

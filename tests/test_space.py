@@ -12,12 +12,14 @@ from baklava.geometry import CacheGeometry, ModelIdentity
 from baklava.profile import Curves, Profile
 from tuning.goal import Goal
 from tuning.heuristics import BALANCED, SHARPEST, first_params, heuristics
-from tuning.searcher import COMPARED_TRIALS, GRACE_WINDOWS, Halving, PlanSearch
+from tuning.samplers import Sampling
+from tuning.searcher import BEHIND, Hopeless, PlanSearch
 from tuning.settings import BITS
 from tuning.sizes import sizes_of
 from tuning.space import PAIRS, Space, allocation_of, eviction_of, evictions
+from tuning.stopping import Stop
 from tuning.task import Task
-from tuning.trials import LEAST_KL, TrialRecord, means
+from tuning.trials import GRACE_WINDOWS, LEAST_KL, TrialRecord, means
 
 SOURCES = ("value", "key", "query", "hidden")
 WINDOWS = ("a", "b", "c", "d")
@@ -168,7 +170,7 @@ def report(values: list[float], ratio: float = 0.3) -> dict[str, object]:
 
 
 def searcher(known: list[TrialRecord] | None = None, **goal: object) -> PlanSearch:
-    return PlanSearch(task(**goal), seed=0, known=known or [])
+    return PlanSearch(task(**goal), Sampling(), known or [], Stop())
 
 
 def test_optuna_learns_which_trials_finished_were_stopped_or_failed() -> None:
@@ -203,32 +205,35 @@ def test_a_resumed_search_does_not_draw_again_what_was_drawn_before() -> None:
     assert all(params not in first for params in again if params not in first_params(SPACE))
 
 
-def decisions(rule: Halving, values: list[float]) -> list[str]:
-    return [rule.on_trial_result(None, None, report(values[: step + 1])) for step in range(len(values))]
+def decisions(rule: Hopeless, values: list[float], ratio: float = 0.3) -> list[str]:
+    return [rule.on_trial_result(None, None, report(values[: step + 1], ratio)) for step in range(len(values))]
 
 
-def test_a_trial_worse_than_half_of_the_others_is_stopped_after_its_grace() -> None:
-    rule = Halving(task(), [record(number, [0.1] * 4) for number in range(COMPARED_TRIALS)])
-    taken = decisions(rule, [0.2] * 4)
-    assert taken.index(TrialScheduler.STOP) == GRACE_WINDOWS - 1
+GOES_ON = {TrialScheduler.CONTINUE}
 
 
-def test_a_trial_better_than_half_of_the_others_goes_on_to_its_end() -> None:
-    rule = Halving(task(), [record(number, [0.1] * 4) for number in range(COMPARED_TRIALS)])
-    assert set(decisions(rule, [0.05] * 4)) == {TrialScheduler.CONTINUE}
+def test_a_trial_far_behind_the_best_on_the_same_windows_is_stopped_after_its_grace() -> None:
+    rule = Hopeless(task(), [record(1, [0.1] * 4), record(2, [0.5] * 4)])
+    assert decisions(rule, [0.2] * 4).index(TrialScheduler.STOP) == GRACE_WINDOWS - 1
+    assert set(decisions(rule, [0.9 * BEHIND * 0.1] * 4)) == GOES_ON
 
 
-def test_nothing_is_stopped_before_there_are_enough_trials_to_compare_with() -> None:
-    rule = Halving(task(), [record(number, [0.1] * 4) for number in range(COMPARED_TRIALS - 1)])
-    assert set(decisions(rule, [9.0] * 4)) == {TrialScheduler.CONTINUE}
+def test_windows_that_are_hard_for_all_plans_stop_none() -> None:
+    rule = Hopeless(task(), [record(1, [0.9, 0.9, 0.01, 0.01])])
+    assert set(decisions(rule, [0.8, 0.8, 0.02, 0.01])) == GOES_ON
+
+
+def test_a_trial_that_ends_becomes_what_others_are_compared_with_and_a_stopped_one_does_not() -> None:
+    rule = Hopeless(task(), [record(1, [0.01] * 2, "pruned")])
+    assert set(decisions(rule, [0.9] * 4)) == GOES_ON
+    assert set(decisions(rule, [0.1] * 4)) == GOES_ON
+    assert TrialScheduler.STOP in decisions(rule, [0.2] * 4)
 
 
 def test_where_sizes_are_drawn_a_trial_is_compared_with_those_that_are_no_larger() -> None:
-    rule = Halving(task(None, front=True), [record(number, [0.1] * 4, ratio=0.2) for number in range(COMPARED_TRIALS)])
-    small = [rule.on_trial_result(None, None, report([0.3] * step, ratio=0.1)) for step in range(1, 5)]
-    large = [rule.on_trial_result(None, None, report([0.3] * step, ratio=0.4)) for step in range(1, 5)]
-    assert set(small) == {TrialScheduler.CONTINUE}
-    assert TrialScheduler.STOP in large
+    rule = Hopeless(task(None, front=True), [record(1, [0.1] * 4, ratio=0.2)])
+    assert set(decisions(rule, [0.3] * 4, ratio=0.1)) == GOES_ON
+    assert TrialScheduler.STOP in decisions(rule, [0.3] * 4, ratio=0.4)
 
 
 def test_a_front_lowers_bytes_and_loss_together() -> None:

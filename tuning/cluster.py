@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -18,6 +18,7 @@ from baklava.windows import Window
 from tuning.pool import Pool, reason_of
 from tuning.replica import Replica
 from tuning.task import Task
+from tuning.trials import TrialRecord
 
 MOST_CPU_REPLICAS = 4
 """More copies of a model than this rarely pay on one machine's memory bandwidth."""
@@ -33,17 +34,26 @@ OBJECT_STORE_BYTES = 256 << 20  # only windows of token ids and plans travel thr
 
 @dataclass(frozen=True)
 class Fleet:
-    """How many replicas, with how many torch threads each, and whether each has a GPU."""
+    """How many replicas, with how many torch threads and GPUs each, and the most that one node may hold."""
 
     replicas: int
     threads: int
-    gpu: bool
+    gpus: int = 0
+    most_per_node: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
-        """Ray's options of one replica. A killed one restarts for ever, its task is for the pool to send elsewhere."""
-        options = {"num_cpus": self.threads - SPARE_CPUS, "max_restarts": -1, "max_task_retries": 0}
-        return {**options, "num_gpus": 1} if self.gpu else options
+        """Ray's options of one replica. A killed one restarts for ever, its task is for the pool to send elsewhere.
+
+        Replicas are spread over the nodes: on one they would share its memory bandwidth.
+        """
+        kind = {"max_restarts": -1, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
+        return {**kind, "num_cpus": self.threads - SPARE_CPUS, "num_gpus": self.gpus}
+
+    @property
+    def host_share(self) -> float:
+        """Part of a node's memory that each replica may keep windows in: half of it, for all of them together."""
+        return 0.5 / self.most_per_node
 
 
 @contextmanager
@@ -76,48 +86,60 @@ def _connect(address: str | None) -> None:
         raise UserError(f"no Ray cluster answers at {address} ({error}); check RAY_ADDRESS and the token") from error
 
 
-def fleet_of(nodes: Sequence[Mapping[str, float]], asked: int | str) -> Fleet:
-    """The fleet for a cluster's nodes, each given by its resources.
+def fleet_of(nodes: Sequence[Mapping[str, float]], asked: int | str, gpus: int = 1) -> Fleet:
+    """The fleet for a cluster's nodes, each given by its resources; a replica takes `gpus` of one node, if it has any.
 
-    "auto" is one replica per GPU, else as many as there are CPUs, up to four. Threads are as many as still fit.
+    "auto" is as many replicas as the GPUs are enough for, else one per CPU, up to four a node. Threads are as many as
+    still fit.
 
     Raises:
         UserError: the nodes do not hold that many replicas.
     """
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    slots = [(int(node.get("CPU", 0)), int(node.get("GPU", 0)) if gpus else int(node.get("CPU", 0))) for node in nodes]
-    most = sum(slot for _, slot in slots)
-    replicas = (gpus or min(MOST_CPU_REPLICAS, most)) if asked == "auto" else int(asked)
+    present = sum(int(node.get("GPU", 0)) for node in nodes)
+    each = gpus if present or gpus > 1 else 0
+    kind = "GPU" if each else "CPU"
+    slots = [(int(node.get("CPU", 0)), int(node.get(kind, 0)) // (each or 1)) for node in nodes]
+    usual = sum(min(slot, slot if each else MOST_CPU_REPLICAS) for _, slot in slots)
+    replicas = usual if asked == "auto" else int(asked)
     fitting = [
         threads
         for threads in range(1, max(cpus for cpus, _ in slots) + 1)
-        if sum(min(cpus // threads, slot) for cpus, slot in slots) >= replicas
+        if sum(min(cpus // threads, slot) for cpus, slot in slots) >= replicas > 0
     ]
     if not fitting:
-        raise UserError(
-            f"--replicas {asked} does not fit on {most} {'GPUs' if gpus else 'CPUs'}, one replica each; "
-            "ask for fewer, or for auto"
-        )
-    return Fleet(replicas, max(fitting), gpu=bool(gpus))
+        raise UserError(_too_many(asked, sum(int(node.get(kind, 0)) for node in nodes), kind, each or 1))
+    return Fleet(replicas, max(fitting), each, max(1, *(slot for _, slot in slots)))
 
 
-def present_fleet(asked: int | str) -> Fleet:
+def _too_many(asked: int | str, present: int, kind: str, each: int) -> str:
+    share = f"{each} {kind}s of one node for each" if each > 1 else "one replica each"
+    return f"--replicas {asked} does not fit on {present} {kind}s, {share}; ask for fewer, or for auto"
+
+
+def present_fleet(asked: int | str, gpus: int = 1) -> Fleet:
     """The fleet for the nodes that the connected cluster has now."""
-    return fleet_of([node["Resources"] for node in ray.nodes() if node["Alive"]], asked)
+    return fleet_of([node["Resources"] for node in ray.nodes() if node["Alive"]], asked, gpus)
 
 
 class Crew:
     """The running replicas and the pool before them; `score` is all that a trial needs of it."""
 
-    def __init__(self, model: str, fleet: Fleet, windows: Sequence[Window], task: Task) -> None:
-        replica = ray.remote(Replica).options(**fleet.options)
-        self.actors = [replica.remote(model, fleet.threads) for _ in range(fleet.replicas)]
+    def __init__(self, actors: Sequence[Any], windows: Sequence[Window], task: Task) -> None:
+        self.actors = list(actors)
         self.windows = {window.name: ray.put(window) for window in windows}
         # Beside the search itself, so that no other node's death takes the pool along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.pool = (
             ray.remote(Pool).options(num_cpus=0, scheduling_strategy=here).remote(self.actors, self.windows, task)
         )
+
+    @classmethod
+    def of(cls, model: str, fleet: Fleet, windows: Sequence[Window], task: Task, memory: float | None = None) -> Self:
+        """A crew of a fleet's replicas, which keep at most `memory` GiB of windows each beside the model."""
+        replica = ray.remote(Replica).options(**fleet.options)
+        kept = {"memory": memory, "host_share": fleet.host_share}
+        kind = {"spread": fleet.gpus > 1, "timed": task.goal.latency, **kept}
+        return cls([replica.remote(model, fleet.threads, **kind) for _ in range(fleet.replicas)], windows, task)
 
     def start(self) -> None:
         """Wait until every replica has the model in memory."""
@@ -139,6 +161,12 @@ class Crew:
         failed = next(filter(None, reasons), None)
         if failed:
             raise UserError(f"a window cannot be prefilled ({failed}); try another model or shorter windows")
+        for sentence in ray.get(self.pool.kept.remote()):
+            say(sentence)
+
+    def recall(self, records: Sequence[TrialRecord]) -> None:
+        """Take in what was scored before, so that it is not scored again."""
+        ray.get(self.pool.recall.remote([(record.params, record.windows) for record in records if record.windows]))
 
     def scores(self, tasks: Sequence[tuple[str, str]], label: str) -> list[dict[str, Any]]:
         """Scores of (plan as JSON, window) tasks, in their order."""

@@ -17,6 +17,11 @@ def check_new(out: Path, what: str) -> None:
         raise UserError(f"--out {out} cannot be made, since {place} is no folder to write in; choose another one")
 
 
+def unwritable(out: Path, error: OSError) -> str:
+    """A sentence for a disk that is full, or for another reason takes nothing more."""
+    return f"cannot write to {out} ({error.strerror or error}); make room there, nothing that it holds is lost"
+
+
 def new_folder(prefix: str = "") -> Path:
     """A folder in runs/ named by the time; under `ray job submit` in the data folder, as Ray deletes a job's own."""
     in_job = "runtime_resources" in Path.cwd().parts

@@ -12,7 +12,9 @@ FILE, FOLDER = "front.json", "front"
 
 
 class Point(Record):
-    """A plan that no other one beats in both bytes and loss, with its means on the validation windows.
+    """A plan that no other one beats in bytes and loss, and in seconds of a decoding step where those are counted.
+
+    The losses are means on the validation windows.
 
     `plan` is its file, as seen from the folder of the search; `chosen` marks the one that became plan.json.
     """
@@ -25,6 +27,7 @@ class Point(Record):
     kl_geometric: float
     dnll: float
     ppl: float
+    decode_seconds: float | None = None
     chosen: bool
 
 
@@ -51,4 +54,5 @@ def _point(file: str, entry: Validated, chosen: bool) -> Point:
     plan, metrics = entry.candidate.plan, entry.metrics
     losses = {name: metrics[name] for name in ("kl", "kl_geometric", "dnll", "ppl")}
     size = {"ratio": plan.ratio, "bytes_per_sequence": plan.bytes_per_sequence}
-    return Point(plan=file, name=entry.candidate.name, chosen=chosen, **size, **losses)
+    timed = metrics.get("decode_seconds")
+    return Point(plan=file, name=entry.candidate.name, chosen=chosen, decode_seconds=timed, **size, **losses)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from baklava.errors import UserError
 from baklava.records import Record
+from tuning.folders import unwritable
 
 Entry = TypeVar("Entry", bound=Record)
 
@@ -27,25 +29,41 @@ class Journal(Generic[Entry]):
         Raises:
             UserError: the file was changed by hand.
         """
-        text = _text(path) if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
+        whole = _whole(path)
+        if path.exists() and path.stat().st_size > len(whole.encode()):
             os.truncate(path, len(whole.encode()))
-        return cls(path, [_parsed(parse, line, path) for line in whole.splitlines()])
+        return cls(path, cls.read(path, parse))
+
+    @staticmethod
+    def read(path: Path, parse: Callable[[str], Entry]) -> list[Entry]:
+        """The records of a journal that somebody may be writing to; raises as `open`."""
+        return [_parsed(parse, line, path) for line in _whole(path).splitlines()]
 
     def append(self, record: Entry) -> None:
-        """Add one record, and return when it is on disk."""
-        self.records.append(record)
+        """Add one record, and return when it is on disk.
+
+        Raises:
+            UserError: the disk does not take it; the file is then as it was before.
+        """
         line = json.dumps(record.model_dump(mode="json", exclude_none=True), allow_nan=False)
-        with self.path.open("a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, whole)
+            raise UserError(unwritable(self.path.parent, error)) from None
+        self.records.append(record)
 
 
-def _text(path: Path) -> str:
+def _whole(path: Path) -> str:
+    """The lines that are complete."""
     try:
-        return path.read_text()
+        text = path.read_text() if path.exists() else ""
+        return text[: text.rfind("\n") + 1]
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read journal {path} ({type(error).__name__}); begin anew without --resume") from None
 

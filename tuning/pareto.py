@@ -1,18 +1,19 @@
-"""Fronts: what nothing else beats in two numbers that are both lowered."""
+"""Fronts: what nothing else beats in two or more numbers that are all lowered."""
 
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
-Key = Callable[[Item], tuple[float, float]]
+Key = Callable[[Item], tuple[float, ...]]
 
 
 def non_dominated(items: Sequence[Item], key: Key[Item]) -> list[Item]:
-    """The items that no other one beats in both numbers, by the first number; the first of equals stays."""
+    """The items that no other one beats in every number, by the first number; the first of equals stays."""
     front: list[Item] = []
     for item in sorted(items, key=key):
-        if not front or key(item)[1] < key(front[-1])[1]:
+        # Whatever beats it in every number was sorted before it.
+        if not any(all(a <= b for a, b in zip(key(other), key(item), strict=True)) for other in front):
             front.append(item)
     return front
 
@@ -26,7 +27,7 @@ def thinned(front: Sequence[Item], count: int) -> list[Item]:
 
 def knee(front: Sequence[Item], key: Key[Item]) -> Item:
     """The item furthest below the line between both ends of a front, in the logarithms of both numbers."""
-    points = [(math.log(max(x, 1e-9)), math.log(max(y, 1e-9))) for x, y in map(key, front)]
+    points = [(math.log(max(x, 1e-9)), math.log(max(y, 1e-9))) for x, y, *_ in map(key, front)]
     (left, top), (right, bottom) = points[0], points[-1]
     slope = (bottom - top) / (right - left) if right > left else 0.0
     below = [top + slope * (x - left) - y for x, y in points]

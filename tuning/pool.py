@@ -44,12 +44,15 @@ class Pool:
     """Hands tasks to idle replicas, one at a time each. Runs as an async Ray actor without CPUs of its own.
 
     A window goes to a living replica that holds it, or waits for one; when none lives, any idle replica takes it over.
+    No plan is scored twice on a window: equal plans are one text here, whatever parameters they came from.
     """
 
     def __init__(self, actors: Sequence[Any], windows: Mapping[str, Any], task: Any) -> None:
         self.members = [Member(index, actor) for index, actor in enumerate(actors)]
         self.task = task  # a `Task`, whose import would load torch into the processes of the trials
         self.windows = windows  # by name, as references: Ray brings each to a replica's machine once
+        self.plans: dict[str, str] = {}
+        self.scores: dict[tuple[str, str], asyncio.Task[dict[str, Any]]] = {}
         self.changed = asyncio.Condition()
         self.healers: set[asyncio.Task[None]] = set()
         self.news: list[str] = []
@@ -83,12 +86,25 @@ class Pool:
         except UserError as error:
             return {"error": str(error)}
         return {
-            "json": plan.model_dump_json(),
+            "json": self.plans.setdefault(plan.digest, plan.model_dump_json()),
             "size": {"ratio": plan.ratio, "bytes_per_sequence": plan.bytes_per_sequence},
         }
 
+    async def recall(self, trials: Sequence[tuple[dict[str, Any], Sequence[dict[str, Any]]]]) -> None:
+        """Take in scores that were recorded, each trial as its parameters and its windows' scores."""
+        for params, scores in trials:
+            plan = await self.plan(params)
+            for score in scores if "json" in plan else ():
+                self.scores[plan["json"], score["window"]] = asyncio.create_task(_same(score))
+
     async def score(self, plan_json: str, window: str) -> dict[str, Any]:
-        """Scores of a plan on a window, or {"error": reason}."""
+        """Scores of a plan on a window, or {"error": reason}; what is known or under way is not scored again."""
+        key = (plan_json, window)
+        if key not in self.scores:
+            self.scores[key] = asyncio.create_task(self._score(plan_json, window))
+        return await asyncio.shield(self.scores[key])  # who asked first may give up, others wait for it too
+
+    async def _score(self, plan_json: str, window: str) -> dict[str, Any]:
         for _ in range(ATTEMPTS):
             member = await self._take(window)
             if member is None:
@@ -105,6 +121,15 @@ class Pool:
                 await self._free(member)
                 return result
         return {"error": f"{ATTEMPTS} replicas died while they scored this plan on window {window}"}
+
+    async def kept(self) -> list[str]:
+        """Which replicas do not keep all their windows where they are used, as sentences."""
+        told = []
+        for member in self.members:
+            with suppress(RayError):
+                found = await member.actor.told.remote() if member.alive else None
+                told += [f"replica {member.index + 1} {found}"] if found else []
+        return told
 
     async def tell(self) -> list[str]:
         """What happened to replicas since the last call, as sentences."""
@@ -178,6 +203,10 @@ class Pool:
             member.lost = f"replica {member.index + 1}: {reason}"
             self.news.append(f"{member.lost}; it stays away")
             self.changed.notify_all()
+
+
+async def _same(score: dict[str, Any]) -> dict[str, Any]:
+    return score
 
 
 def reason_of(error: Exception) -> str:

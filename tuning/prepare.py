@@ -38,7 +38,7 @@ def prepare(settings: SearchSettings) -> Material:
     say(f"texts: loading {', '.join(settings.texts)}")
     texts = {name: documents([name]) for name in settings.texts}
     say(f"model: loading {settings.model}")
-    loaded = load(settings.model)
+    loaded = load(settings.model, spread=settings.gpus_per_replica > 1)
     splits = split(
         [document for each in texts.values() for document in each],
         loaded.tokenizer,

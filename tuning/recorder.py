@@ -1,25 +1,35 @@
 """What happens when a trial ends: its line in `trials.jsonl`, its run in MLflow, its line on the screen."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayError
 
+from baklava.errors import UserError
 from baklava.progress import say
 from tuning.cluster import Crew
 from tuning.journal import Journal
+from tuning.stopping import Stop
 from tuning.task import Task
 from tuning.tracking import Tracker
 from tuning.trials import Status, TrialRecord, best_of
 
 
 class Recorder(tune.Callback):
-    """Tells everyone about finished trials, the journal first."""
+    """Tells everyone about finished trials, the journal first.
+
+    It never raises: Tune would call that a failure of the trial, and have it recorded once more. Where the journal
+    takes no more, the search is stopped.
+    """
 
     def __init__(self, journal: Journal[TrialRecord], tracker: Tracker, crew: Crew, task: Task, trials: int) -> None:
         self.journal, self.tracker, self.crew, self.task, self.trials = journal, tracker, crew, task, trials
+        self.stop = Stop()
         self.started, self.before = time.monotonic(), len(journal.records)
+        self.plans = _plans(journal.records, task)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles callbacks into its snapshots, which `trials.jsonl` makes needless."""
@@ -34,18 +44,28 @@ class Recorder(tune.Callback):
         self._record(trial.config, trial.last_result or {}, f"{trial.get_error() or 'its process died'}")
 
     def _record(self, params: dict[str, Any], result: dict[str, Any], error: str | None) -> None:
-        windows = tuple(result.get("windows", ()))
+        windows, number = tuple(result.get("windows", ())), len(self.journal.records) + 1
+        plan = None if error else self.task.plan(params)
+        first = self.plans.get(plan.digest, number) if plan else number
         record = TrialRecord(
-            trial=len(self.journal.records) + 1,
+            trial=number,
             params=params,
             metrics=result.get("metrics", {}),
             status=self._status(len(windows), error),
             windows=windows,
             error=error,
+            twin=first if first < number else None,
         )
-        self.journal.append(record)
-        self.tracker.trial(record, None if error else self.task.plan(params), result.get("time_total_s", 0.0))
-        self.crew.tell()
+        try:
+            self.journal.append(record)
+        except UserError as full:
+            self.stop.asked, self.stop.error = True, full
+            return
+        if plan:
+            self.plans.setdefault(plan.digest, number)
+        self.tracker.trial(record, plan, result.get("time_total_s", 0.0))
+        with suppress(RayError):  # without a pool, no trial will be scored, and each will say so
+            self.crew.tell()
         say(self._line(record))
 
     def _status(self, windows: int, error: str | None) -> Status:
@@ -55,7 +75,8 @@ class Recorder(tune.Callback):
 
     def _line(self, record: TrialRecord) -> str:
         refined = [f"refined from trial {record.refines}"] if record.refines else []
-        parts = [f"trial {record.trial} of {self.trials}: {self._outcome(record)}", *refined, *self._best()]
+        same = [f"the same plan as trial {record.twin}"] if record.twin else []
+        parts = [f"trial {record.trial} of {self.trials}: {self._outcome(record)}", *refined, *same, *self._best()]
         return ", ".join([*parts, f"{self._minutes_left()} left"])
 
     def _best(self) -> list[str]:
@@ -79,3 +100,12 @@ class Recorder(tune.Callback):
         done = len(self.journal.records) - self.before
         seconds = (time.monotonic() - self.started) / max(1, done) * (self.trials - len(self.journal.records))
         return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _plans(records: Sequence[TrialRecord], task: Task) -> dict[str, int]:
+    """The first trial of each plan, by digest."""
+    first: dict[str, int] = {}
+    for record in records:
+        if record.status != "failed":
+            first.setdefault(task.plan(record.params).digest, record.trial)
+    return first

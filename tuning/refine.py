@@ -16,6 +16,7 @@ from baklava.geometry import CacheGeometry
 from tuning.journal import Journal
 from tuning.pareto import non_dominated
 from tuning.space import Params
+from tuning.stopping import Stop
 from tuning.task import Task
 from tuning.trials import TrialRecord, best_of, finished, reported
 
@@ -37,13 +38,15 @@ Shifts = Float[np.ndarray, "layers kv_heads"]
 class Refinement(Searcher):
     """Proposes refinements of the best finished trial, or of the trials of the front in turn."""
 
-    def __init__(self, task: Task, seed: int, journal: Journal[TrialRecord]) -> None:
+    def __init__(self, task: Task, seed: int, journal: Journal[TrialRecord], stop: Stop) -> None:
         super().__init__(metric="objective", mode="min")
-        self.task, self.seed, self.journal = task, seed, journal
+        self.task, self.seed, self.journal, self.stop = task, seed, journal, stop
         self.proposed = [record.params for record in journal.records if record.refines]
 
-    def suggest(self, trial_id: str) -> Params | None:
-        """Parameters of the next refinement."""
+    def suggest(self, trial_id: str) -> Params | str | None:
+        """Parameters of the next refinement, unless the search was asked to stop."""
+        if self.stop.asked:
+            return Searcher.FINISHED
         self.proposed.append(proposal(self.task, self.seed, self.journal.records, self.proposed))
         return self.proposed[-1]
 

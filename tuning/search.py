@@ -1,5 +1,6 @@
 """The search from settings to a registered champion."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,25 +18,28 @@ from baklava.profile import flat_profile
 from baklava.progress import say
 from tuning.champion import claim
 from tuning.cluster import Crew, present_fleet, session
-from tuning.folders import check_new
+from tuning.folders import check_new, unwritable
 from tuning.front import write_front
 from tuning.heuristics import Heuristic
 from tuning.inputs import inputs
 from tuning.journal import Journal
 from tuning.outcome import Outcome
-from tuning.phases import run_trials
+from tuning.phases import Phases
 from tuning.prepare import Material, prepare
 from tuning.recorder import Recorder
 from tuning.report import pictures, write_report
+from tuning.samplers import check_sampler
 from tuning.settings import SearchRecord, SearchSettings
 from tuning.space import PAIRS
 from tuning.task import Task
 from tuning.tracking import Tracker
 from tuning.trials import FILE, TrialRecord
 from tuning.validate import UnkeptError, Validated, decide
+from tuning.warm import warm_start
 from tuning.worth import rivals
 
 SCORES = ("kl_geometric", "kl", "dnll", "nll", "nll_full")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("baklava", "torch", "transformers", "ray", "optuna", "numpy")
 
 
@@ -58,6 +62,7 @@ def search(settings: SearchSettings, out: Path) -> Outcome:
         UserError: anything a user can put right. Nothing has been written to `out` then.
     """
     check_new(out, "search")
+    check_sampler(settings.sampler, settings.front)
     tracker = Tracker.connect(settings.model_name)
     check_budget(settings)
     return _run(settings, out, tracker, None)
@@ -92,8 +97,10 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
     splits = material.splits
     searched, held_out = (tuple(window.name for window in part) for part in (splits.search, splits.validation))
     task = Task(material.profile, settings.goal, settings.context_length, searched, settings.bits)
+    warm = warm_start(settings, material, task)
     with session():
-        crew = Crew(settings.model, present_fleet(settings.replicas), splits.search + splits.validation, task)
+        fleet = present_fleet(settings.replicas, settings.gpus_per_replica)
+        crew = Crew.of(settings.model, fleet, splits.search + splits.validation, task, settings.memory)
         crew.start()
         crew.hold(searched)
         # The first file is written only now that nothing a user can get wrong is left.
@@ -101,7 +108,8 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
         with _closing(tracker, out):
             tracker.replay(run.journal.records, task.plan)
             recorder = Recorder(run.journal, tracker, crew, task, settings.trials)
-            run_trials(settings, task, run.journal, crew, recorder)
+            crew.recall((*warm.scored, *run.journal.records))
+            Phases(settings, task, run.journal, crew, recorder, warm).run()
             crew.hold(held_out)
             return _finish(run, crew, held_out)
 
@@ -129,9 +137,11 @@ def _closing(tracker: Tracker, out: Path) -> Iterator[None]:
     except UnkeptError:
         tracker.end({}, [], "FAILED")
         raise
-    except BaseException:
+    except BaseException as error:
         say(f"the search ended early; go on with it: python jobs/search.py --resume {out}")
         tracker.end({}, [], "KILLED")
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise UserError(unwritable(out, error)) from None
         raise
 
 

@@ -1,28 +1,24 @@
-"""What proposes trials and what stops them early: Optuna's TPE and a rule of halving, both told of earlier trials."""
+"""What proposes trials and what stops them early: Optuna and a rule for hopeless ones, both told of earlier trials."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState, create_trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from tuning.goal import Metrics
 from tuning.heuristics import first_params
+from tuning.samplers import Sampling, not_tried
 from tuning.space import Params
+from tuning.stopping import Stop
 from tuning.task import Task
-from tuning.trials import TrialRecord, reported
+from tuning.trials import DECODING, GRACE_WINDOWS, TrialRecord, finished, geometric_mean
 
-STARTUP_TRIALS = 8
-"""Trials, the heuristics among them, before TPE models the space: a quarter of a usual search."""
-
-GRACE_WINDOWS = 2
-"""Windows that every trial is scored on: the spread between documents makes one window too few to stop on."""
-
-COMPARED_TRIALS = 5
-"""Trials that must have reached a window before another is stopped there."""
+BEHIND = 1.5
+"""How many times the best trial's KL a trial may lose on the same windows before it is hopeless."""
 
 
 class PlanSearch(OptunaSearch):
@@ -30,22 +26,38 @@ class PlanSearch(OptunaSearch):
 
     Tune hands over the last report of a stopped trial as if it were its result; a mean over the first windows would
     mix into the model as if it were over all of them. Optuna has states for both cases. For a front it lowers two
-    numbers at once, the size and the loss.
+    numbers at once, the size and the loss, or three with the time of decoding.
+
+    `known` trials are those of this search, `told` those of an earlier one; `points` come before the heuristics.
     """
 
-    def __init__(self, task: Task, seed: int, known: Sequence[TrialRecord]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        sampling: Sampling,
+        known: Sequence[TrialRecord],
+        stop: Stop,
+        told: Sequence[TrialRecord] = (),
+        points: Sequence[Params] = (),
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.windows, space = len(task.windows), task.space
+        self.windows, self.stop, space = len(task.windows), stop, task.space
+        taught = [record for record in (*told, *known) if sampling.admits(record.params)]
+        first = [params for params in (*points, *first_params(space)) if sampling.admits(params)]
+        axes = ["ratio", "objective", *([DECODING] if task.goal.latency else [])]
         super().__init__(
             space.suggest,
-            metric=["ratio", "objective"] if task.goal.front else "objective",
-            mode=["min", "min"] if task.goal.front else "min",
-            points_to_evaluate=_not_tried(first_params(space), known),
-            # The draws before a resume are not to be repeated after it.
-            sampler=_sampler(seed + len(known)),
+            metric=axes if task.goal.front else "objective",
+            mode=["min"] * len(axes) if task.goal.front else "min",
+            points_to_evaluate=not_tried(first, [record.params for record in known]),
+            sampler=sampling.sampler(len(known)),
         )
-        for record in known:
+        for record in taught:
             self._ot_study.add_trial(_recalled(record, task))
+
+    def suggest(self, trial_id: str) -> Params | str | None:
+        """Parameters of the next trial, unless the search was asked to stop."""
+        return Searcher.FINISHED if self.stop.asked else super().suggest(trial_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """The running mean after one more window."""
@@ -59,50 +71,40 @@ class PlanSearch(OptunaSearch):
         super().on_trial_complete(trial_id, complete, error=failed)
 
 
-class Halving(FIFOScheduler):
-    """Stops a trial after a window if most trials of no more bytes lost less up to there.
+class Hopeless(FIFOScheduler):
+    """Stops a trial once it loses half as much again as the best of no more bytes did on the same windows.
 
-    All trials are scored on the same windows in the same order, so running means compare exactly, and half of them
-    going on is successive halving without its rungs. Unlike ASHA it stops nothing before it has seen a handful, so
-    that there are always finished trials to choose from on validation. Where the budget is given, all plans count as of
-    one size.
+    All trials are scored on the same windows in the same order, so the best one is compared up to the same window and
+    no further. Losses are KLs, whatever is lowered: they have the least noise. Where the budget is given, all plans
+    count as of one size. Next to other rules in docs/lab-notes.md.
     """
 
     def __init__(self, task: Task, known: Sequence[TrialRecord]) -> None:
         super().__init__()
-        self.goal, self.windows = task.goal, len(task.windows)
-        self.seen: dict[int, list[tuple[float, float]]] = {step: [] for step in range(1, self.windows + 1)}
-        for record in known:
-            for step in range(1, len(record.windows) + 1):
-                self.seen[step].append(self._size_and_loss(record.after(step)))
+        self.sized, self.windows = task.goal.draws_budget, len(task.windows)
+        self.ended: list[tuple[float, list[float]]] = []
+        for record in finished(known):
+            self.ended.append((self._size(record.metrics), _kls(record.windows)))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether the trial goes on."""
         if "failed" in result:
             return TrialScheduler.CONTINUE
-        step, (size, loss) = len(result["windows"]), self._size_and_loss(reported(result))
-        others = [lost for held, lost in self.seen[step] if held <= size]
-        better = sum(lost < loss for lost in others)
-        stop = GRACE_WINDOWS <= step < self.windows and len(others) >= COMPARED_TRIALS and 2 * better > len(others)
-        self.seen[step].append((size, loss))
-        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+        size, kls = self._size(result), _kls(result["windows"])
+        if len(kls) == self.windows:
+            self.ended.append((size, kls))
+        rivals = [ended for held, ended in self.ended if held <= size]
+        if not rivals or not GRACE_WINDOWS <= len(kls) < self.windows:
+            return TrialScheduler.CONTINUE
+        best = min(rivals, key=geometric_mean)[: len(kls)]
+        return TrialScheduler.STOP if geometric_mean(kls) > BEHIND * geometric_mean(best) else TrialScheduler.CONTINUE
 
-    def _size_and_loss(self, metrics: Metrics) -> tuple[float, float]:
-        return (metrics["ratio"] if self.goal.draws_budget else 0.0), self.goal.loss(metrics)
-
-
-def _sampler(seed: int) -> optuna.samplers.BaseSampler:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # Several trials run at once: counting those under way as bad keeps them apart.
-        return optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, group=True, constant_liar=True
-        )
+    def _size(self, numbers: Metrics) -> float:
+        return numbers["ratio"] if self.sized else 0.0
 
 
-def _not_tried(points: Sequence[Params], known: Sequence[TrialRecord]) -> list[Params]:
-    tried = [record.params for record in known]
-    return [params for params in points if params not in tried]
+def _kls(windows: Sequence[dict[str, Any]]) -> list[float]:
+    return [window["kl"] for window in windows]
 
 
 def _recalled(record: TrialRecord, task: Task) -> optuna.trial.FrozenTrial:
@@ -113,11 +115,10 @@ def _recalled(record: TrialRecord, task: Task) -> optuna.trial.FrozenTrial:
         values=_values(record, task) if state is TrialState.COMPLETE else None,
         params=record.params,
         distributions=task.space.distributions(record.params),
-        # Optuna has none for two objectives.
+        # Optuna has none for several objectives.
         intermediate_values={} if goal.front else {step: goal.value(record.after(step)) for step in steps},
     )
 
 
 def _values(record: TrialRecord, task: Task) -> list[float]:
-    value = task.goal.value(record.metrics)
-    return [record.metrics["ratio"], value] if task.goal.front else [value]
+    return list(task.goal.axes(record.metrics)) if task.goal.front else [task.goal.value(record.metrics)]

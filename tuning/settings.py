@@ -22,6 +22,9 @@ BITS: tuple[BitsName, ...] = get_args(BitsName)
 CENTROIDS = (0, 4, 8, 16)
 """Centroids per head that trials draw."""
 
+SamplerName = Literal["tpe", "cmaes", "nsga2", "random", "qmc"]
+"""What draws the trials that are no refinements: Optuna's samplers, the last quasi-random."""
+
 Replicas = Literal["auto"] | Annotated[int, Field(ge=1)]
 
 _RULES = {
@@ -35,6 +38,10 @@ _RULES = {
     "objective": "--objective is kl or ppl",
     "replicas": "--replicas is auto or a number, at least 1",
     "seed": "--seed is a number, at least 0",
+    "sampler": f"--sampler is one of {', '.join(get_args(SamplerName))}",
+    "concurrent": "--concurrent is a number of trials, at least 1",
+    "gpus_per_replica": "--gpus-per-replica is a number of GPUs, at least 1",
+    "memory": "--memory is a number of GiB, above 0",
 }
 
 
@@ -43,6 +50,8 @@ class SearchSettings(Record):
 
     A search is for a `budget`, for the least bytes that lose at most `max_dnll`, or for a `front` of both, of which
     `budget` may choose a point. The last `refine` of the trials refine the best of the others, a third of them if None.
+    `warm_start` is the folder of an earlier search. A replica spans `gpus_per_replica` GPUs where there are any, and
+    keeps at most `memory` GiB of prefilled windows beside the model. `concurrent` trials are under way at a time.
     """
 
     model: str
@@ -50,6 +59,7 @@ class SearchSettings(Record):
     budget: Annotated[float, Field(gt=0, le=1)] | None = None
     max_dnll: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     front: bool = False
+    latency: bool = False
     context: PositiveInt
     continuation: PositiveInt
     trials: PositiveInt
@@ -58,6 +68,11 @@ class SearchSettings(Record):
     objective: Objective = "kl"
     replicas: Replicas = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
+    sampler: SamplerName = "tpe"
+    warm_start: str | None = None
+    concurrent: PositiveInt | None = None
+    gpus_per_replica: PositiveInt = 1
+    memory: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def _one_goal(self) -> "SearchSettings":
@@ -66,6 +81,8 @@ class SearchSettings(Record):
         if self.max_dnll is not None and (self.front or self.budget is not None):
             other = "--front" if self.front else "--budget"
             raise ValueError(f"--max-dnll {self.max_dnll:g} and {other} are two goals; give one of them")
+        if self.latency and not self.front:
+            raise ValueError("--latency is a part of --front; give both, or leave out --latency")
         if self.refine is not None and self.refine >= self.trials:
             raise ValueError(
                 f"--refine {self.refine} leaves none of {self.trials} trials to refine from; refine fewer, or give "
@@ -76,7 +93,7 @@ class SearchSettings(Record):
     @property
     def goal(self) -> Goal:
         """What the search lowers."""
-        return Goal(objective=self.objective, budget=self.budget, max_dnll=self.max_dnll, front=self.front)
+        return Goal.model_validate(self.model_dump(include=set(Goal.model_fields)))
 
     @property
     def refinements(self) -> int:
@@ -97,6 +114,8 @@ class SearchSettings(Record):
     def of(cls, *, model: str, texts: Sequence[str], **values: Any) -> Self:
         """Checked settings; files are made absolute, so that a resumed search finds them from any folder."""
         try:
+            if values.get("warm_start"):
+                values["warm_start"] = settled(values["warm_start"])
             return cls(model=settled(model), texts=tuple(map(settled, texts)), **values)
         except ValidationError as error:
             raise UserError(_told(error, values)) from None
@@ -120,12 +139,12 @@ class SearchRecord(Record):
         write_whole(out / FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
-    def read(cls, out: Path) -> Self:
+    def read(cls, out: Path, option: str = "--resume") -> Self:
         """The record of an earlier search; raises UserError when its folder holds none."""
         try:
             return cls.model_validate_json((out / FILE).read_text())
         except (OSError, ValueError):
-            raise UserError(f"--resume {out} holds no valid {FILE}; give the --out folder of a search") from None
+            raise UserError(f"{option} {out} holds no valid {FILE}; give the --out folder of a search") from None
 
     def check_same(self, model: ModelIdentity, profile: str, corpora: dict[str, str]) -> None:
         """Raise UserError when the model or a text has changed since."""

@@ -13,6 +13,12 @@ FILE = "trials.jsonl"
 Status = Literal["finished", "pruned", "failed"]
 WINDOW_METRICS = ("nll_full", "nll", "dnll", "kl", "allocated_bytes", "seconds")
 
+DECODING = "decode_seconds"
+"""Seconds of one decoding step, measured only where a front of latency is asked for."""
+
+GRACE_WINDOWS = 2
+"""Windows that every trial is scored on: the spread between documents makes one window too few to stop on."""
+
 LEAST_KL = 1e-6
 """Nats per token below which a KL is rounding: what a cache that keeps everything in 16 bits shows."""
 
@@ -21,7 +27,8 @@ class TrialRecord(Record):
     """A trial that ended: every window scored, stopped early ("pruned"), or failed with the reason in `error`.
 
     `metrics` are means over the scored windows (nats per token; bytes per sequence) and the plan's size; `windows` are
-    the scores they come from, in the order of scoring.
+    the scores they come from, in the order of scoring. `twin` is an earlier trial with the same plan, whose scores they
+    are.
     """
 
     trial: int
@@ -30,6 +37,7 @@ class TrialRecord(Record):
     status: Status
     windows: tuple[dict[str, Any], ...] = ()
     error: str | None = None
+    twin: int | None = None
 
     @property
     def refines(self) -> int | None:
@@ -53,6 +61,8 @@ def means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
     mean["seconds"] = sum(score["seconds"] for score in scores)
     mean["allocated_bytes"] = max(score["allocated_bytes"] for score in scores)
     mean["kl_geometric"] = geometric_mean([score["kl"] for score in scores])
+    if all(DECODING in score for score in scores):
+        mean[DECODING] = fmean(score[DECODING] for score in scores)
     return {**mean, "ppl": perplexity(mean["nll"]), "ppl_full": perplexity(mean["nll_full"])}
 
 

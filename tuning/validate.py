@@ -87,7 +87,7 @@ def verdict(scored: Sequence[Validated], goal: Goal, winner: Validated | None = 
 def chosen(scored: Sequence[Validated], goal: Goal) -> Validated:
     """The plan that the goal asks for; raises UserError where none keeps the bound."""
     if goal.front:
-        front = front_of(scored, goal)
+        front = non_dominated(front_of(scored, goal), _size_and_loss(goal))
         return nearest(front, size_of, goal.budget) if goal.budget else knee(front, _size_and_loss(goal))
     best = min(scored, key=lambda each: goal.value(each.metrics))
     if not goal.keeps(best.metrics):
@@ -100,8 +100,8 @@ def chosen(scored: Sequence[Validated], goal: Goal) -> Validated:
 
 
 def front_of(scored: Sequence[Validated], goal: Goal) -> list[Validated]:
-    """The plans that no other one beats in both bytes and loss, the smallest first."""
-    return non_dominated(scored, _size_and_loss(goal))
+    """The plans that no other one beats in bytes and loss, and latency if that counts, the smallest first."""
+    return non_dominated(scored, lambda entry: goal.axes(entry.metrics))
 
 
 def size_of(entry: Validated) -> float:
@@ -113,8 +113,23 @@ def candidates(records: Sequence[TrialRecord], task: Task) -> list[Candidate]:
     """The best trials as drawn and the best refined ones."""
     drawn, refined = ([r for r in records if bool(r.refines) is refines] for refines in (False, True))
     count = TOP_TRIALS * (2 if task.goal.draws_budget else 1) * (1 if refined else 2)
-    best = [*_best(drawn, task.goal, count), *_best(refined, task.goal, count)]
+    best = [*leaders(drawn, task.goal, count), *leaders(refined, task.goal, count)]
     return [Candidate(_name(record), task.plan(record.params), record) for record in best]
+
+
+def leaders(records: Sequence[TrialRecord], goal: Goal, count: int) -> list[TrialRecord]:
+    """The best trials that scored every window; of several sizes, those nearest to what the goal asks for."""
+    if not goal.draws_budget:
+        return best_of(records, goal, count)
+    whole = finished(records)
+    front = non_dominated(whole, lambda record: (record.metrics["ratio"], goal.loss(record.metrics)))
+    if goal.max_dnll is None:
+        return thinned(front, count)
+    # What just failed the bound may keep it elsewhere, and the other way round: those nearest to it, from both sides.
+    keeping = [record for record in front if goal.keeps(record.metrics)]
+    failing = [record for record in front if goal.max_dnll < record.metrics["dnll"] <= HOPEFUL * goal.max_dnll]
+    failing = failing[-max(count // 2, count - len(keeping)) :]
+    return [*failing, *keeping[: count - len(failing)]] or front[-1:]
 
 
 def heuristic_candidates(task: Task, budget: float) -> list[Candidate]:
@@ -146,20 +161,6 @@ def above(entries: Sequence[Validated], winner: Validated) -> Interval:
     pairs = [pair for entry in entries for pair in zip(entry.windows, winner.windows, strict=True)]
     ratios = [math.log(max(ours["kl"], LEAST_KL) / max(theirs["kl"], LEAST_KL)) for ours, theirs in pairs]
     return interval(ratios, [ours["document"] for ours, _ in pairs])
-
-
-def _best(records: Sequence[TrialRecord], goal: Goal, count: int) -> list[TrialRecord]:
-    if not goal.draws_budget:
-        return best_of(records, goal, count)
-    whole = finished(records)
-    front = non_dominated(whole, lambda record: (record.metrics["ratio"], goal.loss(record.metrics)))
-    if goal.max_dnll is None:
-        return thinned(front, count)
-    # What just failed the bound may keep it elsewhere, and the other way round: those nearest to it, from both sides.
-    keeping = [record for record in front if goal.keeps(record.metrics)]
-    failing = [record for record in front if goal.max_dnll < record.metrics["dnll"] <= HOPEFUL * goal.max_dnll]
-    failing = failing[-max(count // 2, count - len(keeping)) :]
-    return [*failing, *keeping[: count - len(failing)]] or front[-1:]
 
 
 def _size_and_loss(goal: Goal) -> Callable[[Validated], tuple[float, float]]:

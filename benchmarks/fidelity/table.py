@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from baklava.errors import UserError
-from baklava.files import write_whole
+from benchmarks import page as pages
 from benchmarks.fidelity.methods import BASELINE, OURS
 from benchmarks.fidelity.results import TOGETHER
 
-BEGIN, END = "<!-- fidelity -->", "<!-- /fidelity -->"
+NAME = "fidelity"
+BEGIN, END = pages.markers(NAME)
 NONE = "–"
 SHUFFLED = "shuffled"
 
@@ -24,23 +24,12 @@ def table(figures: Figures) -> str:
 
 def put(page: Path, text: str) -> None:
     """Write `text` between the markers of a page, in the place of what is there; raises as `check_page`."""
-    before, _, rest = check_page(page).partition(BEGIN)
-    write_whole(page, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    pages.put(page, NAME, text)
 
 
 def check_page(page: Path) -> str:
-    """What is on a page.
-
-    Raises:
-        UserError: it has not got both markers once.
-    """
-    try:
-        content = page.read_text()
-    except OSError as error:
-        raise UserError(f"--readme {page} cannot be read ({error.strerror}); name a Markdown file") from None
-    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
-        raise UserError(f"--readme {page} needs one line {BEGIN} and below it one line {END}; add them")
-    return content
+    """What is on a page; raises UserError where it has not got both markers once."""
+    return pages.check_page(page, NAME)
 
 
 def row_of(figures: Figures, method: str, budget: float, corpus: str = TOGETHER) -> Row | None:

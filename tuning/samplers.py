@@ -1,0 +1,116 @@
+"""The samplers that draw trials, by name: Optuna's, told what a search of this kind needs."""
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.samplers import BaseSampler
+
+from baklava.allocation import Blended
+from baklava.errors import UserError
+from baklava.eviction import HeavyHitter
+from tuning.settings import SamplerName
+from tuning.space import Params, Space
+
+STARTUP_TRIALS = 8
+"""Trials, the heuristics among them, before a model of the space is trusted: a quarter of a usual search."""
+
+LARGEST_POPULATION = 50
+
+CONTINUOUS = {"allocation": Blended.name, "eviction": HeavyHitter.name}
+"""What CMA-ES holds on to: it moves in the numbers that all trials have, and other choices have other numbers."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a search draws: by which sampler, from which seed, how many trials at most."""
+
+    name: SamplerName = "tpe"
+    seed: int = 0
+    trials: int = 32
+
+    @property
+    def fixed(self) -> Mapping[str, str]:
+        """Choices that all its trials make."""
+        return CONTINUOUS if self.name == "cmaes" else {}
+
+    def admits(self, params: Params) -> bool:
+        """Whether trials with these parameters can teach the sampler anything."""
+        return all(params.get(name) == value for name, value in self.fixed.items())
+
+    def sampler(self, known: int) -> BaseSampler:
+        """The sampler after `known` recorded trials, whose draws it does not repeat."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return _MAKERS[self.name](self, self.seed + known)
+
+
+def check_sampler(name: SamplerName, front: bool) -> None:
+    """Raise UserError when a sampler cannot do what is asked, or a package that it needs is missing."""
+    if name == "cmaes" and front:
+        raise UserError("--sampler cmaes lowers one number, and --front asks for several; take nsga2 or tpe")
+    if name == "cmaes" and importlib.util.find_spec("cmaes") is None:
+        raise UserError("--sampler cmaes needs the package cmaes; run make setup, or pip install cmaes")
+
+
+def _tpe(sampling: Sampling, seed: int) -> BaseSampler:
+    # Several trials run at once: counting those under way as bad keeps them apart.
+    kinds = {"multivariate": True, "group": True, "constant_liar": True}
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, **kinds)
+
+
+def _cmaes(sampling: Sampling, seed: int) -> BaseSampler:
+    others = _tpe(sampling, seed)
+    free = optuna.samplers.CmaEsSampler(seed=seed, independent_sampler=others, warn_independent_sampling=False)
+    return optuna.samplers.PartialFixedSampler(dict(sampling.fixed), free)
+
+
+def _nsga2(sampling: Sampling, seed: int) -> BaseSampler:
+    # The usual 50 would spend a usual search on its first generation, which is random.
+    population = min(LARGEST_POPULATION, max(STARTUP_TRIALS, sampling.trials // 6))
+    return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
+
+
+def _random(sampling: Sampling, seed: int) -> BaseSampler:
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _qmc(sampling: Sampling, seed: int) -> BaseSampler:
+    quiet = {"warn_asynchronous_seeding": False, "warn_independent_sampling": False}
+    return optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=seed, **quiet)
+
+
+_MAKERS: Mapping[SamplerName, Callable[[Sampling, int], BaseSampler]] = {
+    "tpe": _tpe,
+    "cmaes": _cmaes,
+    "nsga2": _nsga2,
+    "random": _random,
+    "qmc": _qmc,
+}
+
+
+def lies_in(space: Space, params: Params) -> bool:
+    """Whether the space could have drawn these parameters."""
+    try:
+        kinds = space.distributions(params)
+    except ValueError:
+        return False
+    return kinds.keys() == params.keys() and all(_holds(kind, params[name]) for name, kind in kinds.items())
+
+
+def not_tried(points: Sequence[Params], tried: Sequence[Params]) -> list[Params]:
+    """The points that are not among those that were tried, each once."""
+    left: list[Params] = []
+    for params in points:
+        if params not in tried and params not in left:
+            left.append(params)
+    return left
+
+
+def _holds(kind: optuna.distributions.BaseDistribution, value: object) -> bool:
+    if isinstance(kind, CategoricalDistribution):
+        return value in kind.choices
+    return isinstance(value, int | float) and kind.low <= value <= kind.high
