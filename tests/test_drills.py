@@ -101,7 +101,8 @@ class Cluster:
             "--node-ip-address=127.0.0.2",
             f"--temp-dir={self.temp / 'node'}",
         ]
-        command = [*self.network.prefix, RAY, "start", "--block", *where, "--num-cpus=1", "--object-store-memory=134217728"]
+        sizes = ["--num-cpus=1", "--object-store-memory=134217728"]
+        command = [*self.network.prefix, RAY, "start", "--block", *where, *sizes]
         with self.log.open("wb") as file:
             self.node = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=self.head.env)
         wait_until(lambda: "Ray runtime started" in self.log.read_text(), self.node, self.log)
