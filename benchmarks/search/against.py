@@ -24,34 +24,38 @@ def against(ran: Ran, count: int, material: Material, task: Task, trial_seconds:
     """The first trials that scored every window, naively: trials per hour of both ways, and how far scores differ.
 
     The search's trials per hour are those of all its trials, the stopped ones included; per window both ways compare
-    without that.
+    without that. Naively, continuations go in token by token, and once more in one forward each.
     """
-    records = finished(ran.trials)[:count]
-    with bar(len(records), "naive trials", "trials") as progress:
-        runs = []
-        for record in records:
-            runs.append(_naively(ran.out, record, task, material.splits.search))
-            progress.update(1)
-    seconds = sum(run["seconds"] for run in runs) / len(runs)
-    windows = sum(len(record.windows) for record in ran.trials if record.twin is None)
+    records, windows = finished(ran.trials)[:count], material.splits.search
+    per_trial, per_window = (trial_seconds / each for each in (len(ran.trials), _scored(ran.trials)))
+    found: dict[str, Any] = {"trials": len(records), "search_per_hour": 3600 / per_trial}
+    with bar(len(records) * 2, "naive trials", "trials") as progress:
+        for way, step in (("stepped", 1), ("at_once", max(len(window.ids) for window in windows))):
+            runs = []
+            for record in records:
+                runs.append(_naively(ran.out, record, task, windows, step))
+                progress.update(1)
+            seconds = sum(run["seconds"] for run in runs) / len(runs)
+            ratios = {"times": seconds / per_trial, "times_per_window": seconds / len(windows) / per_window}
+            found[way] = {"seconds_per_trial": seconds, **ratios, **_apart(records, runs)}
+    return found
+
+
+def _scored(trials: Sequence[TrialRecord]) -> int:
+    return sum(len(record.windows) for record in trials if record.twin is None)
+
+
+def _apart(records: Sequence[TrialRecord], runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The largest difference of a window's scores."""
     scores = [(ours, other) for record, run in zip(records, runs, strict=True) for ours, other in _pairs(record, run)]
-    return {
-        "trials": len(records),
-        "seconds_per_trial": seconds,
-        "naive_per_hour": 3600 / seconds,
-        "search_per_hour": 3600 * len(ran.trials) / trial_seconds,
-        "times": len(ran.trials) / trial_seconds * seconds,
-        "times_per_window": windows / trial_seconds * seconds / len(task.windows),
-        "nll_apart": max(abs(ours["nll"] - other["nll"]) for ours, other in scores),
-        "kl_apart": max(abs(ours["kl"] - other["kl"]) for ours, other in scores),
-    }
+    return {f"{name}_apart": max(abs(ours[name] - other[name]) for ours, other in scores) for name in ("nll", "kl")}
 
 
-def _naively(folder: Path, record: TrialRecord, task: Task, windows: Sequence[Window]) -> dict[str, Any]:
+def _naively(folder: Path, record: TrialRecord, task: Task, windows: Sequence[Window], step: int) -> dict[str, Any]:
     plan, file = folder / "naive-plan.json", folder / "naive-windows.json"
     task.plan(record.params).write(plan)
     file.write_text(json.dumps([asdict(window) for window in windows]))
-    command = [sys.executable, "-m", "benchmarks.search.naive", task.profile.model.id, str(plan), str(file)]
+    command = [sys.executable, "-m", "benchmarks.search.naive", task.profile.model.id, str(plan), str(file), str(step)]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
