@@ -15,6 +15,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default asks a dead server for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines of addresses for every trial
 }
 if sys.stderr is None or not sys.stderr.isatty():
     _ENVIRONMENT["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # a log keeps every redraw of a bar

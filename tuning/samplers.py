@@ -1,5 +1,6 @@
 """The samplers that draw trials, by name: Optuna's, told what a search of this kind needs."""
 
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +64,7 @@ def _tpe(sampling: Sampling, seed: int) -> BaseSampler:
 
 
 def _cmaes(sampling: Sampling, seed: int) -> BaseSampler:
+    importlib.import_module("cmaes")  # Optuna would do it amid the first draw, and Tune complain how long that takes
     others = _tpe(sampling, seed)
     free = optuna.samplers.CmaEsSampler(seed=seed, independent_sampler=others, warn_independent_sampling=False)
     return optuna.samplers.PartialFixedSampler(dict(sampling.fixed), free)

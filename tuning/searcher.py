@@ -21,6 +21,10 @@ BEHIND = 1.5
 """How many times the best trial's KL a trial may lose on the same windows before it is hopeless."""
 
 
+REDRAWS = 16
+"""Times that a point is drawn anew which was drawn before, until it is scored once more as what it is: a twin."""
+
+
 class PlanSearch(OptunaSearch):
     """OptunaSearch that tells a stopped or failed trial from a finished one, and starts from recorded trials.
 
@@ -54,10 +58,20 @@ class PlanSearch(OptunaSearch):
         )
         for record in taught:
             self._ot_study.add_trial(_recalled(record, task))
+        self.drawn = [record.params for record in (*told, *known)]
 
     def suggest(self, trial_id: str) -> Params | str | None:
         """Parameters of the next trial, unless the search was asked to stop."""
-        return Searcher.FINISHED if self.stop.asked else super().suggest(trial_id)
+        if self.stop.asked:
+            return Searcher.FINISHED
+        params = super().suggest(trial_id)
+        for _ in range(REDRAWS):
+            if params not in self.drawn:
+                break
+            self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
+            params = super().suggest(trial_id)
+        self.drawn.append(params)
+        return params
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """The running mean after one more window."""
