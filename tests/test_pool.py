@@ -114,6 +114,18 @@ def test_a_window_is_scored_where_it_was_prefilled(hands: Callable[..., Hands]) 
     assert len({score["pid"] for score in scores if score["window"] in "ac"}) == 1
 
 
+def test_a_window_that_is_about_to_be_held_is_waited_for_and_prefilled_nowhere_else(
+    hands: Callable[..., Hands],
+) -> None:
+    pool = hands()
+    ray.get([worker.forget.remote("abcd") for worker in pool.workers])
+    for windows in ("", "abcd"):  # all are assigned anew, and not one is warm yet
+        ray.get(pool.pool.assign.remote(list(windows)))
+    scores = pool.score(*[(f"slow {number}", window) for number, window in enumerate("aaacca")])
+    assert len({score["pid"] for score in scores}) == 1
+    assert [score["prefilled"] for score in scores].count(True) == 2
+
+
 def test_a_dead_replica_costs_no_score_and_comes_back_with_its_windows(hands: Callable[..., Hands]) -> None:
     pool = hands()
     kill(pool.pids()[0])

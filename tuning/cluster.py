@@ -3,9 +3,10 @@
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any, Self
 
 import ray
@@ -156,7 +157,30 @@ class Crew:
         Raises:
             UserError: the model does not take one of them.
         """
+        self._prefill(ray.get(self.pool.assign.remote(windows)))
+
+    @contextmanager
+    def holding(self, windows: Sequence[str], failed: Callable[[UserError], None]) -> Iterator[None]:
+        """The same beside what the block does, which waits only for what it needs; at its end all are held.
+
+        `failed` is told of a window that the model does not take.
+        """
         pairs = ray.get(self.pool.assign.remote(windows))
+
+        def prefill() -> None:
+            try:
+                self._prefill(pairs)
+            except UserError as error:
+                failed(error)
+            except RayError:
+                pass  # the cluster is gone, which the block finds out by itself
+
+        thread = Thread(target=prefill, name="prefilling", daemon=True)
+        thread.start()
+        yield
+        thread.join()
+
+    def _prefill(self, pairs: Sequence[tuple[int, str]]) -> None:
         reasons = _count([self.pool.warm.remote(*pair) for pair in pairs], "prefilling", "windows")
         failed = next(filter(None, reasons), None)
         if failed:

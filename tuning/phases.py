@@ -54,6 +54,7 @@ class Phases:
             UserError: trials can no longer be recorded.
         """
         with stoppable() as stop:
+            stop.asked, stop.error = self.recorder.stop.asked, self.recorder.stop.error
             self.recorder.stop = stop
             for phase in (self._draw, self._refine):
                 phase(stop)

@@ -147,7 +147,9 @@ class Pool:
     def _idle(self, window: str) -> Member | None:
         alive = [member for member in self.members if member.alive]
         holders = [member for member in alive if window in member.holds]
-        return next((member for member in holders or alive if not member.busy), None)
+        # Where a window is only about to be held, waiting for that costs less than prefilling it elsewhere as well.
+        homes = [member for member in alive if window in member.home]
+        return next((member for member in holders or homes or alive if not member.busy), None)
 
     async def _holds(self, member: Member, window: str) -> None:
         async with self.changed:

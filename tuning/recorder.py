@@ -43,6 +43,10 @@ class Recorder(tune.Callback):
         """A trial whose process died, again after its restarts."""
         self._record(trial.config, trial.last_result or {}, f"{trial.get_error() or 'its process died'}")
 
+    def end(self, error: UserError) -> None:
+        """Begin no more trials, and end the search with this error."""
+        self.stop.asked, self.stop.error = True, error
+
     def _record(self, params: dict[str, Any], result: dict[str, Any], error: str | None) -> None:
         windows, number = tuple(result.get("windows", ())), len(self.journal.records) + 1
         plan = None if error else self.task.plan(params)
@@ -59,7 +63,7 @@ class Recorder(tune.Callback):
         try:
             self.journal.append(record)
         except UserError as full:
-            self.stop.asked, self.stop.error = True, full
+            self.end(full)
             return
         if plan:
             self.plans.setdefault(plan.digest, number)

@@ -102,14 +102,14 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
         fleet = present_fleet(settings.replicas, settings.gpus_per_replica)
         crew = Crew.of(settings.model, fleet, splits.search + splits.validation, task, settings.memory)
         crew.start()
-        crew.hold(searched)
         # The first file is written only now that nothing a user can get wrong is left.
         run = Run(settings, out, tracker, material, task, _journal(settings, out, tracker, material, earlier))
         with _closing(tracker, out):
             tracker.replay(run.journal.records, task.plan)
             recorder = Recorder(run.journal, tracker, crew, task, settings.trials)
             crew.recall((*warm.scored, *run.journal.records))
-            Phases(settings, task, run.journal, crew, recorder, warm).run()
+            with crew.holding(searched, recorder.end):
+                Phases(settings, task, run.journal, crew, recorder, warm).run()
             crew.hold(held_out)
             return _finish(run, crew, held_out)
 
