@@ -208,28 +208,32 @@ def test_generate_gives_the_tokens_of_the_cpu(tiny: Maker, eviction: Eviction, o
 def test_the_allocator_holds_what_the_cache_says_and_a_plan_frees_the_rest(
     tiny: Maker, eviction: Eviction, bits: int, dtype: torch.dtype
 ) -> None:
-    loaded, ids = moved(tiny(vocab_size=256, head_dim=64), dtype), torch.randint(1, 256, (4, 2048), device=DEVICE)
-    plan = plan_of(loaded, [[256, 256], [128, 300]], eviction, bits=bits, context_length=2048)
-    full, in_full = filled(loaded, DynamicCache(), ids)
+    loaded, ids = moved(tiny(vocab_size=256, head_dim=64), dtype), torch.randint(1, 256, (8, 4096), device=DEVICE)
+    plan = plan_of(loaded, [[512, 512], [256, 600]], eviction, bits=bits, context_length=4096)
+    full, in_full = filled(loaded, DynamicCache, ids)
     entries = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
     del full
-    cache, in_plan = filled(loaded, BudgetedCache(plan), ids)
-    assert 0.9 * plan.bytes_per_sequence * len(ids) <= cache.nbytes <= plan.bytes_per_sequence * len(ids)
+    cache, in_plan = filled(loaded, lambda: BudgetedCache(plan), ids)
+    assert 0.95 * plan.bytes_per_sequence * len(ids) <= cache.nbytes <= plan.bytes_per_sequence * len(ids)
     # Blocks of 512 bytes; what a ring knows of positions, a rotation of signs, is not the cache's.
     assert abs(in_plan - cache.nbytes) < 0.02 * cache.nbytes + 100_000
     assert in_full - in_plan > 0.95 * (entries - cache.nbytes)
 
 
-def filled(loaded: LoadedModel, cache: Any, ids: Tensor) -> tuple[Any, int]:
-    """The cache after a prompt and some tokens, and how many bytes more than before the allocator holds."""
-    loaded.model(ids[:, :8])  # what a first forward leaves for good
+def filled(loaded: LoadedModel, make: Callable[[], Any], ids: Tensor) -> tuple[Any, int]:
+    """A cache after a prompt and some tokens, and how many bytes more than before the allocator holds."""
+    fed(loaded, make(), ids[:, :700])  # first forwards leave workspaces behind for good
     gc.collect()
-    before = torch.cuda.memory_allocated()
+    before, cache = torch.cuda.memory_allocated(), make()
+    fed(loaded, cache, ids)
+    gc.collect()
+    return cache, torch.cuda.memory_allocated() - before
+
+
+def fed(loaded: LoadedModel, cache: Any, ids: Tensor) -> None:
     loaded.model(ids[:, :-40], past_key_values=cache, logits_to_keep=1)
     for t in range(ids.shape[1] - 40, ids.shape[1]):
         loaded.model(ids[:, t : t + 1], past_key_values=cache)
-    gc.collect()
-    return cache, torch.cuda.memory_allocated() - before
 
 
 def test_a_model_is_profiled_and_its_plans_are_scored_as_on_the_cpu(tiny: Maker) -> None:
