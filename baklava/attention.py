@@ -137,14 +137,12 @@ def _mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | No
 
 def grouped(query: Queries, group: int) -> Grouped:
     """Query heads as rows of their KV head."""
-    batch, heads, queries, head_dim = query.shape
-    return query.reshape(batch, heads // group, group, queries, head_dim)
+    return query.unflatten(1, (query.shape[1] // group, group))
 
 
 def ungrouped(output: Grouped) -> Queries:
     """The inverse of `grouped`."""
-    batch, heads, group, queries, head_dim = output.shape
-    return output.reshape(batch, heads * group, queries, head_dim)
+    return output.flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -240,9 +238,7 @@ def weighted(attention: Attention, value: Heads, summary: Summary | None = None)
     if summary is not None:
         first = summary.value.shape[2]
         return weighted(attention[..., :first], summary.value) + weighted(attention[..., first:], value)
-    batch, heads, group, queries, entries = attention.shape
-    output = attention.reshape(batch, heads, group * queries, entries) @ value
-    return output.view(batch, heads, group, queries, -1)
+    return (attention.flatten(2, 3) @ value).unflatten(2, attention.shape[2:4])
 
 
 def _softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
@@ -293,6 +289,10 @@ def attend(
 def _fused(query: Grouped, key: Heads, value: Heads, visible: Tensor | None, kernel: Kernel) -> Grouped:
     batch, heads, group, queries, head_dim = query.shape
     if visible is None and queries > 1:
+        if group > 1 and query.dtype.itemsize > 2:
+            # In 32 bits no fused kernel of a GPU knows groups; what does holds all probabilities. These are views.
+            key, value = (each.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for each in (key, value))
+            return sdpa(query.flatten(0, 1), key, value, is_causal=True, scale=kernel.scaling).view(query.shape)
         prompt = sdpa(ungrouped(query), key, value, is_causal=True, scale=kernel.scaling, enable_gqa=group > 1)
         return grouped(prompt, group)
     rows = query.reshape(batch, heads, group * queries, head_dim)

@@ -1,9 +1,10 @@
 """Compiled against plain decoding of a tiny model, in a process of its own: no compiler follows checked signatures.
 
-Usage: compiling.py EVICTION BITS [COMPILER]; prints JSON.
+Usage: compiling.py EVICTION BITS [COMPILER]; prints JSON. It runs on `BAKLAVA_TEST_DEVICE`, usually the CPU.
 """
 
 import json
+import os
 import sys
 import warnings
 
@@ -26,10 +27,9 @@ def main(eviction: str, bits: str, compiler: str | None = None) -> None:
     torch.manual_seed(0)
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.25, "eos_token_id": None}
-    loaded, ids = (
-        LoadedModel.of(LlamaForCausalLM(LlamaConfig(**shape, **heads, pad_token_id=0)).eval()),
-        random_ids(2, 90),
-    )
+    device = os.environ.get("BAKLAVA_TEST_DEVICE", "cpu")
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, pad_token_id=0)).eval()
+    loaded, ids = LoadedModel.of(model.to(device)), random_ids(2, 90).to(device)
     knobs = {} if eviction == "streaming" else {"interval": 8, "staged": int(bits) < 16}
     plan = plan_of(loaded, [[24, 40]], method_of(eviction)(**knobs), bits=int(bits))
     expected = loaded.model.generate(ids, past_key_values=BudgetedCache(plan), **OPTIONS)

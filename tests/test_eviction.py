@@ -96,6 +96,12 @@ def test_heavy_hitter_is_the_mean_attention_received() -> None:
     assert (scored[..., 6:] == 0).all()
 
 
+def test_heavy_hitter_tells_small_attention_apart_in_half_precision() -> None:
+    attention = torch.tensor([1e-4, 2e-4, 3e-4]).expand(1, 1, 1, 1, 3)
+    score = HeavyHitter(distance=0).score(observe(attention.half(), first_query=2))
+    assert score.diff().min() > 0
+
+
 def test_heavy_hitter_over_every_third_query_is_the_mean_over_those() -> None:
     attention = causal_attention(10)
     sampled = [0, 3, 6, 9]

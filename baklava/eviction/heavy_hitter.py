@@ -62,7 +62,7 @@ class HeavyHitter(Eviction):
         return (since + 1).clamp(min=0)
 
     def _received(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
-        attention = seen.over_group(self.reduction)
+        attention = seen.over_group(self.reduction).float()  # the square of 1/5000 is nothing in float16
         attention = attention if self.power == 1 else attention.square()
         if self.distance:
             apart = seen.query_positions[:, None, :, None] - seen.key_positions[:, :, None, :]

@@ -11,6 +11,8 @@ from baklava.storage.base import FRESH, Codec, Coded, Entries, Index, Storage, a
 
 TILE_BYTES = 4 << 20
 """Converted entries at a time: what a processor keeps near. Fresh memory costs more than the conversion itself."""
+DEVICE_TILE_BYTES = 256 << 20
+"""The same on a GPU, where launching the work on a part costs more than memory does."""
 MINIMUM_TILE = 256
 
 
@@ -82,7 +84,8 @@ class Slots(Storage):
         size = slots
         # A compiler wants the same number of parts for every length.
         if self.copies and not torch.compiler.is_compiling():
-            size = max(MINIMUM_TILE, TILE_BYTES // self.slot_bytes)
+            tile = TILE_BYTES if self.coded[0].device.type == "cpu" else DEVICE_TILE_BYTES
+            size = max(MINIMUM_TILE, tile // self.slot_bytes)
         if slots <= size:
             yield self.read(slots)
             return
