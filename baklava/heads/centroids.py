@@ -16,8 +16,10 @@ Weights = Float[Tensor, "batch heads tokens"]
 ITERATIONS = 4
 """Rounds of k-means over the many entries that a prompt leaves behind; the few of decoding take one."""
 
-BLOCK = 512
-"""Entries that are copied at a time."""
+BLOCK_BYTES = 1 << 20
+"""Keys that are looked at at a time, in 32 bits; at least `LEAST_BLOCK` entries."""
+
+LEAST_BLOCK = 512
 
 LARGEST = torch.finfo(torch.float16).max
 
@@ -66,34 +68,37 @@ class Centroids:
         """These entries folded in by k-means, which begins where it is; an entry of weight 0 takes no part."""
         centres = torch.where(self.weight[..., None] > 0, self.key.float(), _seeds(key, weight, self._count))
         for _ in range(iterations - 1):
-            sums = self._summed(centres, key, value, weight)
-            centres = torch.where(sums.weight[..., None] > 0, sums.key, centres)
-        found = self._summed(centres, key, value, weight)
-        key, value = (means.clamp(-LARGEST, LARGEST).half() for means in (found.key, found.value))
-        return Centroids(key, value, found.weight, found.entropy)
-
-    def _summed(self, centres: Means, key: Heads, value: Heads, weight: Weights) -> "Centroids":
-        """Means over what is nearest to each centre, in 32 bits, of the own members and of these entries.
-
-        A block at a time: a copy of a whole prompt would be as large as a layer of the full cache.
-        """
+            centres = self._moved(centres, key, value, weight)
         sums = [torch.zeros_like(centres), torch.zeros_like(centres), *map(torch.zeros_like, self.tensors[2:])]
         for keys, values, weights, entropies in self._blocks(key, value, weight):
-            members = _nearest(keys.float(), centres) * (weights > 0)[..., None]
-            parts = keys * weights[..., None], values * weights[..., None], weights[..., None], entropies[..., None]
+            members = _nearest(keys.float(), centres)
+            mass = members * weights[..., None]
+            parts = _total(mass, keys), _total(mass, values), mass.sum(2), (members * entropies[..., None]).sum(2)
             for total, part in zip(sums, parts, strict=True):
-                total += (members.transpose(2, 3) @ part.float()).view(total.shape)
-        weighed = sums[2][..., None].clamp(min=LEAST)
-        return Centroids(sums[0] / weighed, sums[1] / weighed, sums[2], sums[3])
+                total += part
+        means = (sum_ / sums[2][..., None].clamp(min=LEAST) for sum_ in sums[:2])
+        return Centroids(*(mean.clamp(-LARGEST, LARGEST).half() for mean in means), *sums[2:])
+
+    def _moved(self, centres: Means, key: Heads, value: Heads, weight: Weights) -> Means:
+        """The means of the keys that are nearest to each centre, of the own members and of these entries."""
+        total, mass = torch.zeros_like(centres), torch.zeros_like(self.weight)
+        for keys, _, weights, _ in self._blocks(key, value, weight):
+            share = _nearest(keys.float(), centres) * weights[..., None]
+            total += _total(share, keys)
+            mass += share.sum(2)
+        return torch.where(mass[..., None] > 0, total / mass[..., None].clamp(min=LEAST), centres)
 
     def _blocks(self, key: Heads, value: Heads, weight: Weights) -> Iterator[tuple[Tensor, ...]]:
-        """Keys, values, weights and entropies: of the own members, then of the entries."""
+        """Keys, values, weights and entropies: of the own members, then of the entries, a block at a time.
+
+        A copy in 32 bits of a whole prompt would be as large as a layer of the full cache.
+        """
         yield self.tensors
-        for start in range(0, key.shape[2], BLOCK):
-            part = slice(start, start + BLOCK)
+        size = max(LEAST_BLOCK, BLOCK_BYTES // (4 * key[:, :, :1].numel()))
+        for start in range(0, key.shape[2], size):
+            part = slice(start, start + size)
             weights = weight[..., part].float()
-            entropies = weights * weights.clamp(min=LEAST).log()
-            yield key[:, :, part].float(), value[:, :, part].float(), weights, entropies
+            yield key[:, :, part], value[:, :, part], weights, weights * weights.clamp(min=LEAST).log()
 
     def of_rows(self, rows: Int[Tensor, " rows"]) -> "Centroids":
         """These rows of the batch, in this order."""
@@ -121,6 +126,11 @@ def _seeds(key: Heads, weight: Weights, count: int) -> Means:
     wanted = (rank[..., -1:] * steps).floor() + 1
     index = torch.searchsorted(rank, wanted).clamp(max=key.shape[2] - 1)
     return key.gather(2, index[..., None].expand(*index.shape, key.shape[3])).float()
+
+
+def _total(mass: Float[Tensor, "batch heads tokens count"], entries: Heads) -> Means:
+    """Sums of entries by what of their mass goes to each centre."""
+    return mass.transpose(2, 3) @ entries.float()
 
 
 def _nearest(keys: Heads, centres: Means) -> Float[Tensor, "batch heads tokens count"]:
