@@ -73,7 +73,7 @@ def test_centroids_follow_what_comes_for_ever(dtype: torch.dtype) -> None:
 
 
 def test_a_prompt_is_folded_in_without_a_copy_of_it() -> None:
-    key, value = (draw(1, 2, 20_000, 64, seed=seed).half() for seed in (0, 1))
+    key, value = (draw(1, 2, 40_000, 64, seed=seed).half() for seed in (0, 1))
     largest, given = [0], {each.untyped_storage().data_ptr() for each in (key, value)}
 
     class Watch(TorchDispatchMode):
@@ -84,7 +84,7 @@ def test_a_prompt_is_folded_in_without_a_copy_of_it() -> None:
             return result
 
     with Watch():
-        of(key, value, torch.ones(1, 2, 20_000), 4)
+        of(key, value, torch.ones(1, 2, 40_000), 4)
     assert max(largest) < key.untyped_storage().nbytes() / 5
 
 
