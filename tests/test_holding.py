@@ -142,6 +142,8 @@ def test_a_replica_that_is_spread_short_of_memory_and_timed_scores_as_any_other(
         other.warm(window(number))
         expected, found = usual.score(plan, window(number)), other.score(plan, window(number))
         assert found.pop("decode_seconds") > 0
+        assert "not at all" in found.pop("kept")
+        assert expected.pop("kept") is None
         assert {**found, "seconds": 0} == {**expected, "seconds": 0}
     told = other.told()
     assert told is not None

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,10 @@ class Worker:
         return os.getpid()
 
     def warm(self, window: str) -> None:
+        if window.startswith("slow"):
+            time.sleep(1)
         self.held.append(window)
+        self.scored.append(f"{window} warmed")
 
     def forget(self, windows: list[str]) -> None:
         self.held = [window for window in self.held if window not in windows]
@@ -64,6 +67,7 @@ class Hands:
     """A pool with its workers, called without `.remote`."""
 
     def __init__(self, workers: int, windows: list[str], broken: Path, task: Any = None) -> None:
+        self.windows = windows
         self.workers = [Worker.remote(str(broken)) for _ in range(workers)]
         held = {window: ray.put(window) for window in windows}
         self.pool = ray.remote(Pool).options(num_cpus=0).remote(self.workers, held, task)
@@ -96,7 +100,7 @@ def session() -> Iterator[None]:
 def hands(tmp_path: Path) -> Iterator[Callable[..., Hands]]:
     made: list[Hands] = []
 
-    def make(workers: int = 2, windows: str = "abcd", task: Any = None) -> Hands:
+    def make(workers: int = 2, windows: Sequence[str] = "abcd", task: Any = None) -> Hands:
         made.append(Hands(workers, list(windows), tmp_path / "broken", task))
         return made[-1]
 
@@ -124,6 +128,22 @@ def test_a_window_that_is_about_to_be_held_is_waited_for_and_prefilled_nowhere_e
     scores = pool.score(*[(f"slow {number}", window) for number, window in enumerate("aaacca")])
     assert len({score["pid"] for score in scores}) == 1
     assert [score["prefilled"] for score in scores].count(True) == 2
+
+
+def test_a_score_waits_for_its_own_window_and_not_for_all_that_are_still_to_be_held(
+    hands: Callable[..., Hands],
+) -> None:
+    pool = hands(windows=["slow a", "slow b", "slow c", "slow d"])
+    ray.get(pool.pool.assign.remote([]))
+    before = len(pool.scored())
+    pairs = ray.get(pool.pool.assign.remote(list(pool.windows)))
+    assert [window for _, window in pairs] == list(pool.windows)
+    warming = [pool.pool.warm.remote(*pair) for pair in pairs]
+    pool.score(("plan", "slow a"))
+    ray.get(warming)
+    assert len(pool.scored()) == before + 5
+    mine = ray.get(pool.workers[0].windows.remote())
+    assert mine[-3:] == ["slow a warmed", "slow a", "slow c warmed"]
 
 
 def test_a_dead_replica_costs_no_score_and_comes_back_with_its_windows(hands: Callable[..., Hands]) -> None:

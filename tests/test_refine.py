@@ -302,7 +302,7 @@ def test_what_is_resumed_from_a_binary_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"\xff\xfe\x80\n")
     with pytest.raises(UserError, match=r"holds no valid search\.json"):
         SearchRecord.read(tmp_path)
-    with pytest.raises(UserError, match=r"cannot read journal .*; begin anew without --resume"):
+    with pytest.raises(UserError, match=r"cannot read journal .*; put it back, or begin anew without it"):
         Journal.open(tmp_path / "trials.jsonl", TrialRecord.model_validate_json)
 
 

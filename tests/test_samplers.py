@@ -10,19 +10,22 @@ from typing import get_args
 
 import pytest
 from optuna.trial import TrialState
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from test_space import SPACE, record, report, task
 
 from baklava.errors import UserError
 from baklava.geometry import ModelIdentity
 from tuning.heuristics import first_params
+from tuning.objective import _fail
 from tuning.pareto import non_dominated
 from tuning.phases import lanes
 from tuning.samplers import CONTINUOUS, Sampling, check_sampler, lies_in
-from tuning.searcher import PlanSearch
+from tuning.searcher import Hopeless, PlanSearch
 from tuning.settings import SamplerName, SearchRecord, SearchSettings
 from tuning.stopping import Stop, stoppable
 from tuning.trials import TrialRecord
+from tuning.validate import leaders
 from tuning.warm import POINTS, Warm, warm_start
 
 NAMES = get_args(SamplerName)
@@ -192,7 +195,7 @@ def test_a_warm_start_from_another_model_or_from_nothing_is_refused(tmp_path: Pa
 
 
 def test_the_first_ctrl_c_asks_to_stop_and_the_second_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
-    with stoppable() as stop:
+    with stoppable(stop := Stop()):
         search = PlanSearch(task(), Sampling(), [], stop)
         assert search.suggest("before") != Searcher.FINISHED
         os.kill(os.getpid(), signal.SIGINT)
@@ -207,9 +210,57 @@ def test_the_first_ctrl_c_asks_to_stop_and_the_second_interrupts(capfd: pytest.C
 def test_a_search_in_the_background_that_ignores_ctrl_c_goes_on_ignoring_it() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with stoppable() as stop:
+        with stoppable(stop := Stop()):
             os.kill(os.getpid(), signal.SIGINT)
         assert not stop.asked
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_cma_es_goes_on_from_what_an_earlier_search_learned() -> None:
+    def losing(params: dict[str, object]) -> float:
+        return abs(float(params.get("recent", 0.9)) - 0.25) + 0.01
+
+    def drawn(told: list[TrialRecord], count: int) -> list[dict[str, object]]:
+        search = PlanSearch(task(), Sampling("cmaes", 1, 200), [], Stop(), told)
+        found = []
+        for number in range(count):
+            found.append(search.suggest(str(number)))
+            search.on_trial_complete(str(number), report([losing(found[-1])] * 4))
+        return found
+
+    told = [
+        record(number, [losing(params)] * 4).model_copy(update={"params": params})
+        for number, params in enumerate(drawn([], 60), 1)
+    ]
+    begun_anew, gone_on = ([abs(each["recent"] - 0.25) for each in drawn(known, 14)[4:]] for known in ([], told))
+    assert sum(gone_on) < sum(begun_anew) / 4
+
+
+def test_where_latency_counts_no_trial_is_hopeless_and_the_fastest_reaches_validation() -> None:
+    three = task(None, front=True, latency=True)
+    known = [timed(1, 0.2, 0.1, 5.0), timed(2, 0.2, 0.3, 1.0), timed(3, 0.2, 0.31, 4.0)]
+    assert [each.trial for each in leaders(known, three.goal, 8)] == [1, 2]
+    for goal, said in ((three, TrialScheduler.CONTINUE), (task(None, front=True), TrialScheduler.STOP)):
+        result = report([0.3] * 2, ratio=0.2)
+        assert Hopeless(goal, known).on_trial_result(None, None, result) == said
+
+
+def test_a_trial_that_fails_reports_every_number_that_a_search_lowers(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[dict[str, object]] = []
+    monkeypatch.setattr("tuning.objective.tune.report", reported.append)
+    _fail("it broke")
+    for goal in (task(), task(None, front=True), task(None, front=True, latency=True)):
+        lowered = PlanSearch(goal, Sampling(), [], Stop()).metric
+        assert {*([lowered] if isinstance(lowered, str) else lowered)} <= reported[0].keys()
+
+
+def test_what_a_search_began_with_is_kept_beside_its_results(tmp_path: Path) -> None:
+    warm = Warm(points=({"recent": 0.5, "bits": "4"},), scored=(record(1, [0.1] * 4),))
+    warm.write(tmp_path)
+    assert Warm.read(tmp_path) == warm
+    assert Warm.read(tmp_path / "elsewhere") == Warm()
+    (tmp_path / "warm.json").write_text("{")
+    with pytest.raises(UserError, match="put that back"):
+        Warm.read(tmp_path)

@@ -49,7 +49,7 @@ def test_the_naive_way_has_the_same_scores(
 def ran() -> Ran:
     trials = [record(1, [2.0] * 4), record(2, [2.0] * 2, "pruned"), record(3, [2.0] * 4).model_copy(update={"twin": 1})]
     timed = [each.model_copy(update={"metrics": {"seconds": 2.0 * len(each.windows)}}) for each in trials]
-    said = [(1.0, "starting replicas 2/2 replicas, 0:01 spent"), (9.0, "search: 3 trials for 30 % of the bytes")]
+    said = [(1.0, "starting replicas 2/2 replicas, 0:01 spent"), (9.0, "trials: the first one is under way")]
     said += [(13.0, "trial 1 of 3: KL 0.1"), (14.0, "trial 2 of 3: KL"), (18.0, "trial 3 of 3: KL"), (30.0, "ended")]
     return Ran(Path("none"), tuple(timed), tuple(said))
 

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Self
 
 import ray
@@ -163,13 +163,13 @@ class Crew:
     def holding(self, windows: Sequence[str], failed: Callable[[UserError], None]) -> Iterator[None]:
         """The same beside what the block does, which waits only for what it needs; at its end all are held.
 
-        `failed` is told of a window that the model does not take.
+        `failed` is told at once of a window that the model does not take.
         """
-        pairs = ray.get(self.pool.assign.remote(windows))
+        pairs, left = ray.get(self.pool.assign.remote(windows)), Event()
 
         def prefill() -> None:
             try:
-                self._prefill(pairs)
+                self._prefill(pairs, left)
             except UserError as error:
                 failed(error)
             except RayError:
@@ -177,14 +177,20 @@ class Crew:
 
         thread = Thread(target=prefill, name="prefilling", daemon=True)
         thread.start()
-        yield
-        thread.join()
+        try:
+            yield
+        except BaseException:
+            left.set()
+            raise
+        finally:
+            thread.join()
 
-    def _prefill(self, pairs: Sequence[tuple[int, str]]) -> None:
-        reasons = _count([self.pool.warm.remote(*pair) for pair in pairs], "prefilling", "windows")
-        failed = next(filter(None, reasons), None)
-        if failed:
-            raise UserError(f"a window cannot be prefilled ({failed}); try another model or shorter windows")
+    def _prefill(self, pairs: Sequence[tuple[int, str]], left: Event | None = None) -> None:
+        for failed in _ended([self.pool.warm.remote(*pair) for pair in pairs], "prefilling", "windows", left):
+            if failed:
+                raise UserError(f"a window cannot be prefilled ({failed}); try another model or shorter windows")
+        if left and left.is_set():
+            return
         for sentence in ray.get(self.pool.kept.remote()):
             say(sentence)
 
@@ -203,10 +209,17 @@ class Crew:
 
 
 def _count(refs: list[Any], label: str, unit: str) -> list[Any]:
-    waiting = list(refs)
-    with bar(len(refs), label, unit) as progress:
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1)
-            ray.get(done)
-            progress.update(len(done))
+    for _ in _ended(refs, label, unit):
+        pass
     return ray.get(refs)
+
+
+def _ended(refs: Sequence[Any], label: str, unit: str, left: Event | None = None) -> Iterator[Any]:
+    """Results as they come, counted on the screen, until nobody waits for them any more."""
+    waiting = list(refs)
+    with bar(len(waiting), label, unit) as progress:
+        while waiting and not (left and left.is_set()):
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=None if left is None else 0.5)
+            for result in ray.get(done):
+                progress.update(1)
+                yield result

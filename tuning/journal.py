@@ -65,7 +65,9 @@ def _whole(path: Path) -> str:
         text = path.read_text() if path.exists() else ""
         return text[: text.rfind("\n") + 1]
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read journal {path} ({type(error).__name__}); begin anew without --resume") from None
+        raise UserError(
+            f"cannot read journal {path} ({type(error).__name__}); put it back, or begin anew without it"
+        ) from None
 
 
 def _parsed(parse: Callable[[str], Entry], line: str, path: Path) -> Entry:

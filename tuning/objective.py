@@ -47,4 +47,4 @@ def _in_order(pool: Any, plan: str, windows: Sequence[str], ahead: int) -> Itera
 
 def _fail(reason: str) -> None:
     # Raising would have Tune start the trial again, as it should when a node dies under it and only then.
-    tune.report({"objective": WORST, "failed": reason})
+    tune.report({"objective": WORST, "ratio": WORST, DECODING: WORST, "failed": reason})

@@ -53,9 +53,8 @@ class Phases:
             KeyboardInterrupt: Ctrl-C was pressed; after one press, the trials that were under way have ended.
             UserError: trials can no longer be recorded.
         """
-        with stoppable() as stop:
-            stop.asked, stop.error = self.recorder.stop.asked, self.recorder.stop.error
-            self.recorder.stop = stop
+        stop = self.recorder.stop
+        with stoppable(stop):
             for phase in (self._draw, self._refine):
                 phase(stop)
                 stop.check()

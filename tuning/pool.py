@@ -29,7 +29,10 @@ def homes(replicas: int, windows: Sequence[str]) -> list[set[str]]:
 
 @dataclass
 class Member:
-    """What the pool knows of one replica. `lost` is the reason why it will not come back."""
+    """What the pool knows of one replica.
+
+    `lost` is the reason why it will not come back, `kept` what it said last of windows that it has not at hand.
+    """
 
     index: int
     actor: Any
@@ -38,6 +41,8 @@ class Member:
     home: set[str] = field(default_factory=set)
     holds: set[str] = field(default_factory=set)
     lost: str | None = None
+    kept: str | None = None
+    warming: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Pool:
@@ -64,13 +69,17 @@ class Pool:
             member.holds -= stale
             if stale and member.alive:
                 member.actor.forget.remote(tuple(stale))
-        return [(member.index, window) for member in self.members for window in sorted(member.home)]
+        return [(member.index, window) for window in windows for member in self.members if window in member.home]
 
     async def warm(self, replica: int, window: str) -> str | None:
-        """Prefill a window on one replica; returns why it could not be, which also a scored plan would meet."""
+        """Prefill a window on one replica; returns why it could not be, which also a scored plan would meet.
+
+        One at a time: plans to be scored would wait behind all that are sent at once.
+        """
         member = self.members[replica]
         try:
-            await member.actor.warm.remote(self.windows[window])
+            async with member.warming:
+                await member.actor.warm.remote(self.windows[window])
         except RayActorError as death:
             await self._bury(member, death)
         except RayError as error:
@@ -119,6 +128,7 @@ class Pool:
             else:
                 await self._holds(member, window)
                 await self._free(member)
+                self._notice(member, result.pop("kept", None))
                 return result
         return {"error": f"{ATTEMPTS} replicas died while they scored this plan on window {window}"}
 
@@ -127,14 +137,19 @@ class Pool:
         told = []
         for member in self.members:
             with suppress(RayError):
-                found = await member.actor.told.remote() if member.alive else None
-                told += [f"replica {member.index + 1} {found}"] if found else []
+                member.kept = await member.actor.told.remote() if member.alive else None
+                told += [f"replica {member.index + 1} {member.kept}"] if member.kept else []
         return told
 
     async def tell(self) -> list[str]:
         """What happened to replicas since the last call, as sentences."""
         news, self.news = self.news, []
         return news
+
+    def _notice(self, member: Member, kept: str | None) -> None:
+        if kept and kept != member.kept:
+            self.news.append(f"replica {member.index + 1} {kept}")
+        member.kept = kept
 
     async def _take(self, window: str) -> Member | None:
         async with self.changed:

@@ -27,13 +27,19 @@ class Recorder(tune.Callback):
 
     def __init__(self, journal: Journal[TrialRecord], tracker: Tracker, crew: Crew, task: Task, trials: int) -> None:
         self.journal, self.tracker, self.crew, self.task, self.trials = journal, tracker, crew, task, trials
-        self.stop = Stop()
+        self.stop, self.begun = Stop(), False
         self.started, self.before = time.monotonic(), len(journal.records)
         self.plans = _plans(journal.records, task)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles callbacks into its snapshots, which `trials.jsonl` makes needless."""
         return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The first one ends what people wait for at the start."""
+        if not self.begun:
+            self.begun = True
+            say("trials: the first one is under way")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial that scored all windows, was stopped, or gave a reason why it cannot be scored."""
@@ -44,10 +50,13 @@ class Recorder(tune.Callback):
         self._record(trial.config, trial.last_result or {}, f"{trial.get_error() or 'its process died'}")
 
     def end(self, error: UserError) -> None:
-        """Begin no more trials, and end the search with this error."""
-        self.stop.asked, self.stop.error = True, error
+        """Record and begin no more trials, and end the search with this error."""
+        self.stop.error = self.stop.error or error
+        self.stop.asked = True
 
     def _record(self, params: dict[str, Any], result: dict[str, Any], error: str | None) -> None:
+        if self.stop.error:  # what ends the search may be what this trial failed of, and a resumed one has it anew
+            return
         windows, number = tuple(result.get("windows", ())), len(self.journal.records) + 1
         plan = None if error else self.task.plan(params)
         first = self.plans.get(plan.digest, number) if plan else number

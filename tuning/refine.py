@@ -130,7 +130,7 @@ def improves(task: Task, record: TrialRecord, base: TrialRecord) -> bool:
 def _base(task: Task, records: Sequence[TrialRecord], number: int) -> TrialRecord:
     if not task.goal.front:
         return best_of(records, task.goal)[0]
-    front = non_dominated(finished(records), lambda record: (record.metrics["ratio"], task.goal.loss(record.metrics)))
+    front = non_dominated(finished(records), lambda record: task.goal.axes(record.metrics))
     return front[number % len(front)]
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,9 @@ from tuning.space import evictions
 from tuning.trials import DECODING
 
 Result = TypeVar("Result")
+
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says what a container may use."""
 
 
 class Replica:
@@ -61,10 +65,11 @@ class Replica:
             self.holding.forget(name)
 
     def score(self, plan_json: str, window: Window) -> dict[str, Any]:
-        """Scores of a plan on a window, or {"error": reason}: a plan that fails once would fail again."""
+        """Scores of a plan on a window and what `told` says, or {"error": reason}: what fails once would fail again."""
         try:
             plan = BudgetPlan.model_validate_json(plan_json)
-            return self._with_room(lambda: self._scored(self._held(window), plan))
+            scored = self._with_room(lambda: self._scored(self._held(window), plan))
+            return {**scored, "kept": self.holding.told()}
         except Exception as error:  # whatever a plan causes is the trial's result, not the end of the replica
             return {"error": f"{type(error).__name__}: {error}"}
 
@@ -87,8 +92,10 @@ class Replica:
 
 
 def host_memory() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of memory of this machine, or of the container that it looks like one from."""
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [path.read_text().strip() for path in map(Path, MEMORY_LIMITS) if path.exists()]
+    return min([present, *(int(limit) for limit in limits if limit.isdecimal())])
 
 
 def _plain(result: Score) -> dict[str, Any]:

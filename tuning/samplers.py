@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, create_trial
 
 from baklava.allocation import Blended
 from baklava.errors import UserError
@@ -20,6 +21,8 @@ STARTUP_TRIALS = 8
 """Trials, the heuristics among them, before a model of the space is trusted: a quarter of a usual search."""
 
 LARGEST_POPULATION = 50
+
+Taught = Sequence[FrozenTrial]
 
 CONTINUOUS = {"allocation": Blended.name, "eviction": HeavyHitter.name}
 """What CMA-ES holds on to: it moves in the numbers that all trials have, and other choices have other numbers."""
@@ -42,11 +45,14 @@ class Sampling:
         """Whether trials with these parameters can teach the sampler anything."""
         return all(params.get(name) == value for name, value in self.fixed.items())
 
-    def sampler(self, known: int) -> BaseSampler:
-        """The sampler after `known` recorded trials, whose draws it does not repeat."""
+    def sampler(self, known: int, taught: Sequence[FrozenTrial] = ()) -> BaseSampler:
+        """The sampler after `known` recorded trials, whose draws it does not repeat.
+
+        `taught` are complete trials for the one that learns only from its own, and would begin anew beside others.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return _MAKERS[self.name](self, self.seed + known)
+            return _MAKERS[self.name](self, self.seed + known, taught)
 
 
 def check_sampler(name: SamplerName, front: bool) -> None:
@@ -57,35 +63,42 @@ def check_sampler(name: SamplerName, front: bool) -> None:
         raise UserError("--sampler cmaes needs the package cmaes; run make setup, or pip install cmaes")
 
 
-def _tpe(sampling: Sampling, seed: int) -> BaseSampler:
+def _tpe(sampling: Sampling, seed: int, taught: Taught) -> BaseSampler:
     # Several trials run at once: counting those under way as bad keeps them apart.
     kinds = {"multivariate": True, "group": True, "constant_liar": True}
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, **kinds)
 
 
-def _cmaes(sampling: Sampling, seed: int) -> BaseSampler:
+def _cmaes(sampling: Sampling, seed: int, taught: Taught) -> BaseSampler:
     importlib.import_module("cmaes")  # Optuna would do it amid the first draw, and Tune complain how long that takes
-    others = _tpe(sampling, seed)
-    free = optuna.samplers.CmaEsSampler(seed=seed, independent_sampler=others, warn_independent_sampling=False)
+    kinds = {"independent_sampler": _tpe(sampling, seed, taught), "warn_independent_sampling": False}
+    free = optuna.samplers.CmaEsSampler(seed=seed, source_trials=[*map(_numeric, taught)] or None, **kinds)
     return optuna.samplers.PartialFixedSampler(dict(sampling.fixed), free)
 
 
-def _nsga2(sampling: Sampling, seed: int) -> BaseSampler:
+def _numeric(trial: FrozenTrial) -> FrozenTrial:
+    """The trial with the parameters alone that CMA-ES moves in."""
+    kinds = {name: kind for name, kind in trial.distributions.items() if not isinstance(kind, CategoricalDistribution)}
+    params = {name: trial.params[name] for name in kinds}
+    return create_trial(values=trial.values, params=params, distributions=kinds)
+
+
+def _nsga2(sampling: Sampling, seed: int, taught: Taught) -> BaseSampler:
     # The usual 50 would spend a usual search on its first generation, which is random.
     population = min(LARGEST_POPULATION, max(STARTUP_TRIALS, sampling.trials // 6))
     return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
 
 
-def _random(sampling: Sampling, seed: int) -> BaseSampler:
+def _random(sampling: Sampling, seed: int, taught: Taught) -> BaseSampler:
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def _qmc(sampling: Sampling, seed: int) -> BaseSampler:
+def _qmc(sampling: Sampling, seed: int, taught: Taught) -> BaseSampler:
     quiet = {"warn_asynchronous_seeding": False, "warn_independent_sampling": False}
     return optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=seed, **quiet)
 
 
-_MAKERS: Mapping[SamplerName, Callable[[Sampling, int], BaseSampler]] = {
+_MAKERS: Mapping[SamplerName, Callable[[Sampling, int, Taught], BaseSampler]] = {
     "tpe": _tpe,
     "cmaes": _cmaes,
     "nsga2": _nsga2,

@@ -35,7 +35,7 @@ from tuning.task import Task
 from tuning.tracking import Tracker
 from tuning.trials import FILE, TrialRecord
 from tuning.validate import UnkeptError, Validated, decide
-from tuning.warm import warm_start
+from tuning.warm import Warm, warm_start
 from tuning.worth import rivals
 
 SCORES = ("kl_geometric", "kl", "dnll", "nll", "nll_full")
@@ -77,6 +77,7 @@ def resume(out: Path) -> Outcome:
     record = SearchRecord.read(out)
     if (out / "plan.json").exists():
         raise UserError(f"--resume {out} has ended, its plan is {out}/plan.json; start a new search without --resume")
+    check_sampler(record.settings.sampler, record.settings.front)
     return _run(record.settings, out, Tracker.connect(record.settings.model_name), record)
 
 
@@ -97,36 +98,48 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
     splits = material.splits
     searched, held_out = (tuple(window.name for window in part) for part in (splits.search, splits.validation))
     task = Task(material.profile, settings.goal, settings.context_length, searched, settings.bits)
-    warm = warm_start(settings, material, task)
+    warm = Warm.read(out) if earlier else warm_start(settings, material, task)
     with session():
         fleet = present_fleet(settings.replicas, settings.gpus_per_replica)
         crew = Crew.of(settings.model, fleet, splits.search + splits.validation, task, settings.memory)
         crew.start()
         # The first file is written only now that nothing a user can get wrong is left.
-        run = Run(settings, out, tracker, material, task, _journal(settings, out, tracker, material, earlier))
+        run = Run(settings, out, tracker, material, task, _journal(settings, out, tracker, material, earlier, warm))
         with _closing(tracker, out):
             tracker.replay(run.journal.records, task.plan)
             recorder = Recorder(run.journal, tracker, crew, task, settings.trials)
             crew.recall((*warm.scored, *run.journal.records))
             with crew.holding(searched, recorder.end):
                 Phases(settings, task, run.journal, crew, recorder, warm).run()
+            recorder.stop.check()
             crew.hold(held_out)
             return _finish(run, crew, held_out)
 
 
 def _journal(
-    settings: SearchSettings, out: Path, tracker: Tracker, material: Material, earlier: SearchRecord | None
+    settings: SearchSettings,
+    out: Path,
+    tracker: Tracker,
+    material: Material,
+    earlier: SearchRecord | None,
+    warm: Warm,
 ) -> Journal[TrialRecord]:
     """The trials so far, in a folder that can be resumed and under a parent run."""
     if earlier:
         tracker.resume(earlier, out, inputs(material.corpora, material.splits))
         return Journal.open(out / FILE, TrialRecord.model_validate_json)
     parent = tracker.begin(settings, out, inputs(material.corpora, material.splits))
-    out.mkdir(parents=True, exist_ok=True)
     profile = material.profile.digest
-    SearchRecord(
+    record = SearchRecord(
         settings=settings, model=material.identity, corpora=material.corpora, profile=profile, run=parent
-    ).write(out)
+    )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        warm.write(out)
+        record.write(out)
+    except OSError as error:
+        tracker.end({}, [], "FAILED")
+        raise UserError(unwritable(out, error)) from None
     return Journal.open(out / FILE, TrialRecord.model_validate_json)
 
 
@@ -150,7 +163,7 @@ def _finish(run: Run, crew: Crew, windows: tuple[str, ...]) -> Outcome:
     verdict = decide(crew, records, windows, run.task)
     if verdict is None:
         reason = next((record.error for record in records if record.error), "see above")
-        raise UserError(f"no plan could be scored ({reason}); try another budget or model")
+        raise UnkeptError(f"no plan could be scored ({reason}); try another budget or model")
     worth = rivals(crew, verdict, windows, run.task)
     winner, plan = verdict.winner, _signed(run, verdict.winner)
     claims = partial(claim, crew, winner=winner, windows=windows, task=run.task, corpora=run.material.corpora)

@@ -46,7 +46,9 @@ class PlanSearch(OptunaSearch):
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.windows, self.stop, space = len(task.windows), stop, task.space
-        taught = [record for record in (*told, *known) if sampling.admits(record.params)]
+        earlier = [record for record in (*told, *known) if sampling.admits(record.params)]
+        taught = [_recalled(record, task) for record in earlier]
+        complete = [trial for trial in taught if trial.state is TrialState.COMPLETE]
         first = [params for params in (*points, *first_params(space)) if sampling.admits(params)]
         axes = ["ratio", "objective", *([DECODING] if task.goal.latency else [])]
         super().__init__(
@@ -54,10 +56,10 @@ class PlanSearch(OptunaSearch):
             metric=axes if task.goal.front else "objective",
             mode=["min"] * len(axes) if task.goal.front else "min",
             points_to_evaluate=not_tried(first, [record.params for record in known]),
-            sampler=sampling.sampler(len(known)),
+            sampler=sampling.sampler(len(known), complete),
         )
-        for record in taught:
-            self._ot_study.add_trial(_recalled(record, task))
+        for trial in taught:
+            self._ot_study.add_trial(trial)
         self.drawn = [record.params for record in (*told, *known)]
 
     def suggest(self, trial_id: str) -> Params | str | None:
@@ -90,19 +92,20 @@ class Hopeless(FIFOScheduler):
 
     All trials are scored on the same windows in the same order, so the best one is compared up to the same window and
     no further. Losses are KLs, whatever is lowered: they have the least noise. Where the budget is given, all plans
-    count as of one size. Next to other rules in docs/lab-notes.md.
+    count as of one size. Where latency counts, none is hopeless: what loses more may be the fastest. Next to other
+    rules in docs/lab-notes.md.
     """
 
     def __init__(self, task: Task, known: Sequence[TrialRecord]) -> None:
         super().__init__()
-        self.sized, self.windows = task.goal.draws_budget, len(task.windows)
+        self.sized, self.windows, self.idle = task.goal.draws_budget, len(task.windows), task.goal.latency
         self.ended: list[tuple[float, list[float]]] = []
         for record in finished(known):
             self.ended.append((self._size(record.metrics), _kls(record.windows)))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether the trial goes on."""
-        if "failed" in result:
+        if "failed" in result or self.idle:
             return TrialScheduler.CONTINUE
         size, kls = self._size(result), _kls(result["windows"])
         if len(kls) == self.windows:

@@ -26,9 +26,8 @@ class Stop:
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
+def stoppable(stop: Stop) -> Iterator[None]:
     """Within it the first Ctrl-C only asks to stop, and the second is a KeyboardInterrupt as ever."""
-    stop = Stop()
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.asked = True
@@ -42,7 +41,7 @@ def stoppable() -> Iterator[Stop]:
     except ValueError:
         ours = False
     try:
-        yield stop
+        yield
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -25,7 +25,7 @@ HOPEFUL = 1.5
 
 
 class UnkeptError(UserError):
-    """No plan keeps the bound: the search is over, and going on with it would change nothing."""
+    """No plan keeps the bound, or none can be scored: the search is over, and going on with it would change nothing."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def leaders(records: Sequence[TrialRecord], goal: Goal, count: int) -> list[Tria
     if not goal.draws_budget:
         return best_of(records, goal, count)
     whole = finished(records)
-    front = non_dominated(whole, lambda record: (record.metrics["ratio"], goal.loss(record.metrics)))
+    front = non_dominated(whole, lambda record: goal.axes(record.metrics))
     if goal.max_dnll is None:
         return thinned(front, count)
     # What just failed the bound may keep it elsewhere, and the other way round: those nearest to it, from both sides.

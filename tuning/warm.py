@@ -1,38 +1,58 @@
 """A warm start: what an earlier search found, for the sampler of a new one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from baklava.errors import UserError
+from baklava.files import write_whole
 from baklava.progress import say
+from baklava.records import Record
+from tuning import trials as recorded
 from tuning.journal import Journal
 from tuning.prepare import Material
 from tuning.samplers import lies_in
 from tuning.settings import SearchRecord, SearchSettings
-from tuning.space import Params
 from tuning.task import Task
-from tuning.trials import FILE, TrialRecord, finished
+from tuning.trials import TrialRecord, finished
 from tuning.validate import leaders
 
 POINTS = 4
 """The best earlier trials that are tried again, first of all."""
 
 
-@dataclass(frozen=True)
-class Warm:
+FILE = "warm.json"
+
+
+class Warm(Record):
     """Parameters to begin with, and trials whose scores count as if they were of this search.
 
-    `told` are those among the `scored` that are not tried again.
+    `told` are those among the `scored` that are not tried again. It is kept beside the results: whatever becomes of
+    the earlier search, a resumed one goes on from the same.
     """
 
-    points: tuple[Params, ...] = ()
+    points: tuple[dict[str, Any], ...] = ()
     scored: tuple[TrialRecord, ...] = ()
 
     @property
     def told(self) -> tuple[TrialRecord, ...]:
         """What the sampler learns at once."""
         return tuple(record for record in self.scored if record.params not in self.points)
+
+    def write(self, out: Path) -> None:
+        """Keep it in a search's folder, if there is anything to keep."""
+        if self.points:
+            write_whole(out / FILE, self.model_dump_json(exclude_none=True) + "\n")
+
+    @classmethod
+    def read(cls, out: Path) -> Self:
+        """What a search began with, nothing where it began with nothing; raises UserError for a file of other kinds."""
+        try:
+            return cls.model_validate_json((out / FILE).read_text())
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError):
+            raise UserError(f"{out / FILE} is not what the search wrote there; put that back") from None
 
 
 def warm_start(settings: SearchSettings, material: Material, task: Task) -> Warm:
@@ -53,7 +73,7 @@ def warm_start(settings: SearchSettings, material: Material, task: Task) -> Warm
             f"--warm-start {out} searched plans for {record.settings.model}, which are none for {settings.model}; "
             "give a search of the same model, or leave it out"
         )
-    trials = _fitting(Journal.read(out / FILE, TrialRecord.model_validate_json), task)
+    trials = _fitting(Journal.read(out / recorded.FILE, TrialRecord.model_validate_json), task)
     if not finished(trials):
         raise UserError(
             f"--warm-start {out} has no finished trial that this search could draw; leave it out, or search the same "
@@ -63,7 +83,7 @@ def warm_start(settings: SearchSettings, material: Material, task: Task) -> Warm
     say(f"warm start: {_taken(reason, len(trials))} of {out}")
     best = tuple(each.params for each in leaders(finished(trials), record.settings.goal, POINTS))
     # The best are tried again, which costs nothing where their scores are known, so that they can win.
-    return Warm(best, () if reason else tuple(trials))
+    return Warm(points=best, scored=() if reason else tuple(trials))
 
 
 def differs(record: SearchRecord, settings: SearchSettings, material: Material) -> str | None:

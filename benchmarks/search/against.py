@@ -24,7 +24,8 @@ def against(ran: Ran, count: int, material: Material, task: Task, trial_seconds:
     """The first trials that scored every window, naively: trials per hour of both ways, and how far scores differ.
 
     The search's trials per hour are those of all its trials, the stopped ones included; per window both ways compare
-    without that. Naively, continuations go in token by token, and once more in one forward each.
+    without that. Naively, continuations go in token by token, and once more in one forward each; the full cache's part
+    of it, which a search for perplexity could leave out, is not counted.
     """
     records, windows = finished(ran.trials)[:count], material.splits.search
     per_trial, per_window = (trial_seconds / each for each in (len(ran.trials), _scored(ran.trials)))
@@ -35,9 +36,11 @@ def against(ran: Ran, count: int, material: Material, task: Task, trial_seconds:
             for record in records:
                 runs.append(_naively(ran.out, record, task, windows, step))
                 progress.update(1)
-            seconds = sum(run["seconds"] for run in runs) / len(runs)
+            seconds = sum(run["seconds"] - run["reference_seconds"] for run in runs) / len(runs)
             ratios = {"times": seconds / per_trial, "times_per_window": seconds / len(windows) / per_window}
-            found[way] = {"seconds_per_trial": seconds, **ratios, **_apart(records, runs)}
+            reference = sum(run["reference_seconds"] for run in runs) / len(runs)
+            apart = _apart(records, runs)
+            found[way] = {"seconds_per_trial": seconds, "reference_seconds": reference, **ratios, **apart}
     return found
 
 
@@ -60,8 +63,7 @@ def _naively(folder: Path, record: TrialRecord, task: Task, windows: Sequence[Wi
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise UserError(f"a naive trial failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
-    scores = json.loads(done.stdout.splitlines()[-1])["scores"]
-    return {"seconds": time.perf_counter() - started, "scores": scores}
+    return json.loads(done.stdout.splitlines()[-1]) | {"seconds": time.perf_counter() - started}
 
 
 def _pairs(record: TrialRecord, run: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

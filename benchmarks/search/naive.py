@@ -2,7 +2,7 @@
 
 python -m benchmarks.search.naive MODEL PLAN WINDOWS STEP feeds STEP tokens of a continuation per forward (1 is how it
 is served; as many as there are is the least that can be done) and prints {"seconds", "scores": [{"window", "nll",
-"kl"}]}.
+"kl"}], "reference_seconds"}. The last are those of the full cache, which a KL needs and a perplexity does not.
 """
 
 import json
@@ -30,16 +30,17 @@ LogProbs = Float[Tensor, "tokens vocabulary"]
 @torch.inference_mode()
 def score(loaded: LoadedModel, plan: BudgetPlan, window: Window, step: int) -> dict[str, Any]:
     """NLL of the continuation, in nats per token, and KL to the full cache, which is prefilled once more for that."""
-    ids = torch.tensor([window.ids], device=loaded.device)
+    started, ids = time.perf_counter(), torch.tensor([window.ids], device=loaded.device)
     full = DynamicCache()
     logits = loaded.model(ids[:, : window.context], past_key_values=full, logits_to_keep=1).logits[:, -1]
     reference = _stepped(loaded, ids, window.context, step, full, logits)
+    referred = time.perf_counter() - started
     cache, logits = prefill(loaded, plan, ids[:, : window.context])
     with cache.teacher_forcing() if step > 1 else nullcontext():
         found = _stepped(loaded, ids, window.context, step, cache, logits)
     nll = -found.gather(-1, ids[0, window.context :, None]).mean()
     kl = (reference.exp() * (reference - found)).sum(-1).mean()
-    return {"window": window.name, "nll": float(nll), "kl": float(kl)}
+    return {"window": window.name, "nll": float(nll), "kl": float(kl), "reference_seconds": referred}
 
 
 def _stepped(loaded: LoadedModel, ids: Ids, context: int, step: int, cache: Any, logits: Tensor) -> LogProbs:
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str]) -> None:
     loaded, plan = load(model), BudgetPlan.read(plan_file)
     windows = [Window(**{**each, "ids": tuple(each["ids"])}) for each in json.loads(Path(windows_file).read_text())]
     scores = [score(loaded, plan, window, int(step)) for window in windows]
-    print(json.dumps({"seconds": time.perf_counter() - started, "scores": scores}))
+    referred = sum(each["reference_seconds"] for each in scores)
+    print(json.dumps({"seconds": time.perf_counter() - started, "scores": scores, "reference_seconds": referred}))
 
 
 if __name__ == "__main__":

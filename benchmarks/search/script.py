@@ -50,7 +50,7 @@ def search(asked: Asked, out: Path) -> Ran:
 
 def overhead(ran: Ran) -> dict[str, Any]:
     """Seconds of the trials over what their scores took, shared out over the replicas; 1 is no overhead at all."""
-    first, last = ran.when("search:"), ran.when(f"trial {len(ran.trials)} of")
+    first, last = ran.when("trials: the first"), ran.when(f"trial {len(ran.trials)} of")
     scored = sum(record.metrics.get("seconds", 0.0) for record in ran.trials if record.twin is None)
     return {
         "trials": len(ran.trials),
