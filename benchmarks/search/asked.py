@@ -12,7 +12,7 @@ class Asked:
     context: int = 3072
     continuation: int = 512
     trials: int = 32
-    naive: int = 2
+    naive: int = 1
     scaled_trials: int = 16
     dispatched: tuple[int, ...] = (1, 2, 4, 8, 16)
     dispatched_trials: int = 48
