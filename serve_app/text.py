@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.engine import Engine, Finish
+from serve_app.work import Finish
 from serve_app.sampling import Sampling
 
 _LONGEST_CHARACTER = 8  # tokens; UTF-8 needs up to 4 bytes, and what is still no text after twice that never will be
