@@ -27,6 +27,10 @@ class Sampling:
     stop_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 class Sampler:
