@@ -13,7 +13,8 @@ from baklava.geometry import CacheGeometry
 from baklava.grades import Grades, grades
 from baklava.heads.rotation import Rotation
 from baklava.packing import read_back
-from baklava.plan import EvictionChoice, head_bytes, side_bytes
+from baklava.plan import EvictionChoice, head_bytes
+from baklava.sizes import side_bytes
 from baklava.storage import NOTHING, Layout, Storage, storage_for
 from baklava.storage.bits import pack, unpack
 

@@ -10,6 +10,6 @@ from baklava.heads.ring import Ring
 __all__ = ["Budget", "Forward", "HeadGroup", "Ranked", "Ring", "Scorekeeper", "Tokens", "head_group", "observe"]
 
 
-def head_group(budget: Budget, eviction: Eviction, like: Heads) -> HeadGroup:
+def head_group(budget: Budget, eviction: Eviction, like: Heads, room: int | None = None) -> HeadGroup:
     """The kind of group that an eviction method needs."""
-    return (Ranked if eviction.scored else Ring)(budget, eviction, like)
+    return (Ranked if eviction.scored else Ring)(budget, eviction, like, room)

@@ -22,8 +22,8 @@ class Ranked(HeadGroup):
     the losers, so it copies at most `interval` entries.
     """
 
-    def __init__(self, budget: Budget, eviction: Eviction, like: Heads) -> None:
-        super().__init__(budget, eviction, like)
+    def __init__(self, budget: Budget, eviction: Eviction, like: Heads, room: int | None = None) -> None:
+        super().__init__(budget, eviction, like, room)
         shape = (like.shape[0], len(budget.heads), 0)
         self.positions = torch.empty(shape, dtype=torch.int32, device=like.device)
         self.scores = torch.empty(shape, dtype=torch.float32, device=like.device)
