@@ -6,7 +6,7 @@ Serve finds it by the name in `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` of the
 import json
 from dataclasses import dataclass
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -65,7 +65,10 @@ class _Answer:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = Headers(raw=message["headers"])
+            headers = MutableHeaders(raw=list(message["headers"]))
+            if HEADER in headers:  # the replica has named it, and Serve once more
+                headers[HEADER] = headers[HEADER]
+            message = {**message, "headers": headers.raw}
             kind = headers.get("content-type", "")
             if message["status"] >= 400 and not kind.startswith("application/json"):
                 self.refused = message["status"]

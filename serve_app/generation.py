@@ -136,8 +136,6 @@ async def _next(arrived: "asyncio.Queue[_Arrived]", latest: float) -> _Arrived:
         raise DeadlineError(waiting=False) from None
 
 
-def _hand_over(
-    loop: asyncio.AbstractEventLoop, arrived: "asyncio.Queue[_Arrived]", number: int, event: Event
-) -> None:
+def _hand_over(loop: asyncio.AbstractEventLoop, arrived: "asyncio.Queue[_Arrived]", number: int, event: Event) -> None:
     with contextlib.suppress(RuntimeError):  # the loop has ended, and whoever waited with it
         loop.call_soon_threadsafe(arrived.put_nowait, (number, event))

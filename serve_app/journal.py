@@ -60,4 +60,5 @@ class Journal:
 def _log(line: dict[str, Any]) -> None:
     status = line.setdefault("status", 499)  # nothing was sent: the client had gone
     if status >= 500 or line["path"] not in _QUIET:
-        logger.log(logging.WARNING if status >= 500 else logging.INFO, "request", extra={"log_to_stderr": False, **line})
+        level = logging.WARNING if status >= 500 else logging.INFO
+        logger.log(level, "request", extra={"log_to_stderr": False, **line})

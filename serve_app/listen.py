@@ -39,6 +39,10 @@ class Keys:
         return bool(self.all)
 
 
+NO_KEYS = Keys()
+"""Nobody is asked for a key."""
+
+
 def api_keys(file: Path | None, kind: str = "api") -> list[str]:
     """Keys of a kind, api or admin, from the file, else from the environment; none leaves the server open."""
     if file is None:

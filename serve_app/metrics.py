@@ -32,9 +32,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 class Metrics:
     """The metrics of one replica; `state` and `plan` are asked at every look."""
 
-    def __init__(
-        self, model: str, replica: str, state: Callable[[], State], plan: Callable[[], BudgetPlan]
-    ) -> None:
+    def __init__(self, model: str, replica: str, state: Callable[[], State], plan: Callable[[], BudgetPlan]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Engine((model, replica), state, plan))
         self._labels = (model, replica)
@@ -125,9 +123,7 @@ class Watch:
 class _Engine(Collector):
     """The engine's own numbers, as they are at the time of the look."""
 
-    def __init__(
-        self, labels: tuple[str, str], state: Callable[[], State], plan: Callable[[], BudgetPlan]
-    ) -> None:
+    def __init__(self, labels: tuple[str, str], state: Callable[[], State], plan: Callable[[], BudgetPlan]) -> None:
         self._labels, self._state, self._plan = labels, state, plan
 
     def collect(self) -> Iterator[Metric]:

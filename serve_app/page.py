@@ -1,6 +1,9 @@
-"""The status page: what is served, how full the pool is, and where the plan spends its bytes. No script, no request
-to anywhere: it is drawn anew every few seconds."""
+"""The status page: what is served, how full the pool is, and where the plan spends its bytes.
 
+It has no script and asks nobody else for anything; a browser draws it anew every few seconds.
+"""
+
+import math
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -105,7 +108,7 @@ def _kept(state: dict[str, Any]) -> str:
     if not state["seen"]:
         return "No sequence is running."
     share = state["kept"] / state["seen"]
-    return f"{state['kept']:,} of {state['seen']:,} entries seen are kept ({share:.1%}), counted in the caches themselves."
+    return f"{state['kept']:,} of {state['seen']:,} entries are kept ({share:.1%}), as counted in the caches."
 
 
 def heat_map(plan: BudgetPlan) -> str:
@@ -152,8 +155,7 @@ def _legend(plan: BudgetPlan) -> str:
 
 def size(amount: float) -> str:
     """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024 or unit == "GiB":
-            return f"{amount:,.0f} {unit}" if unit == "B" else f"{amount:,.1f} {unit}"
-        amount /= 1024
-    raise AssertionError(amount)
+    if amount < 1024:
+        return f"{amount:,.0f} B"
+    power = min(3, int(math.log(amount, 1024)))
+    return f"{amount / 1024**power:,.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

@@ -12,7 +12,7 @@ from serve_app import errors
 from serve_app.errors import ApiError
 from serve_app.guards import BodyGuard, HostGuard, KeyGuard, is_among, presented_key
 from serve_app.journal import Journal
-from serve_app.listen import Keys
+from serve_app.listen import NO_KEYS, Keys
 from serve_app.metrics import CONTENT_TYPE, merged
 from serve_app.page import PAGE_HEADERS, page
 from serve_app.plans import REGISTRY, resolve
@@ -26,7 +26,7 @@ BODY_LIMIT = 2 * 2**20
 """Most bytes of a request body; a context of 100,000 tokens fits several times over."""
 
 
-def create_app(replica: Replica, keys: Keys = Keys()) -> FastAPI:
+def create_app(replica: Replica, keys: Keys = NO_KEYS) -> FastAPI:
     """The endpoint over one replica; with keys, every route but /health asks for one."""
     app = FastAPI(title="baklava", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyGuard, limit=BODY_LIMIT)
@@ -131,4 +131,5 @@ def _states(replica: Replica) -> dict[str, dict[str, Any]]:
 
 
 def _told(reports: Iterable[Any]) -> dict[str, dict[str, str]]:
-    return {one.replica: {"plan": one.state["plan"]} | ({"failed": one.failed} if one.failed else {}) for one in reports}
+    told = {one.replica: {"plan": one.state["plan"], "failed": one.failed} for one in reports}
+    return {name: {key: text for key, text in one.items() if text} for name, one in told.items()}

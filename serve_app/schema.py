@@ -113,7 +113,8 @@ class GenerationRequest(Body):
 
     @model_validator(mode="after")
     def _warn_about_unknown(self) -> Self:
-        if unknown := sorted((self.model_extra or {}).keys() - NEUTRAL.keys() - CHAT_ONLY.keys() - COMPLETION_ONLY.keys()):
+        known = NEUTRAL.keys() | CHAT_ONLY.keys() | COMPLETION_ONLY.keys()
+        if unknown := sorted((self.model_extra or {}).keys() - known):
             logger.warning("ignored unknown request fields %.200r", unknown)
         return self
 
@@ -256,7 +257,7 @@ class ChatRequest(GenerationRequest):
 
 
 def _misplaced(field: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("misplaced", message, {"param": field})  # type: ignore[arg-type]  # no literal
+    return PydanticCustomError("misplaced", message, {"param": field})
 
 
 def _are_ids(value: Any) -> bool:

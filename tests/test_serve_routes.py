@@ -5,6 +5,7 @@ import threading
 import httpx
 import pytest
 from byte_model import byte_model
+from serve_app.turns import Turns
 
 from baklava.plan import full_plan
 from serve_app.engine import Engine
@@ -15,7 +16,6 @@ from serve_app.replies import CHAT, Reply
 from serve_app.routes import BODY_LIMIT, Replica, create_app
 from serve_app.schema import StreamOptions
 from serve_app.text import Piece
-from serve_app.turns import Turns
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6, "temperature": 0}
 ONCE = {"prompt": "Once", "max_tokens": 6, "temperature": 0}
