@@ -29,7 +29,7 @@ _TEMPLATE = Template((Path(__file__).parent / "page.html").read_text())
 
 _MOST_CELLS = 64
 
-CELL, GAP = 20, 2  # pixels of the heat map
+CELL, GAP, WIDEST = 20, 2, 32  # units of the heat map, and pixels that a cell grows to
 
 
 def page(card: dict[str, Any], plan: BudgetPlan, reports: Sequence[Report]) -> str:
@@ -55,7 +55,7 @@ def _facts(plan: BudgetPlan) -> str:
         "Prefill": escape(plan.prefill.mode + (f", {plan.prefill.chunk} tokens" if plan.prefill.chunk else "")),
         "Allocation": escape(plan.allocation.method),
     }
-    return "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
+    return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
 
 
 def _replica(report: Report, plan: BudgetPlan) -> str:
@@ -80,17 +80,23 @@ def _pool(state: dict[str, Any]) -> str:
     snapshots = state["snapshot_bytes"]
     promised = max(0, state["promised_bytes"] - snapshots)
     held = max(0, min(state["held_bytes"], state["promised_bytes"]) - snapshots)
-    parts = [("snapshot", snapshots), ("held", held), ("promised", promised - held)]
+    parts = [("declared", snapshots), ("held", held), ("promised", promised - held)]
     place, bars = 0.0, []
     for name, amount in parts:
         width = 100 * amount / pool
         bars.append(f'<rect class={name} x="{place:.3f}%" width="{width:.3f}%" height="18"/>')
         place += width
-    words = f"{size(held)} held of {size(promised)} promised, {size(snapshots)} of declared prompts, pool {size(pool)}"
+    words = f"{size(held)} held of {size(promised)} promised in a pool of {size(pool)}"
+    legend = {
+        "declared": f"{size(snapshots)} of declared prompts",
+        "held": f"{size(held)} held",
+        "promised": f"of {size(promised)} promised",
+        "free": f"in a pool of {size(pool)}; {size(state['most_bytes'])} were ever held",
+    }
+    keys = "".join(f"<span><i class={name}></i>{text}</span> " for name, text in legend.items())
     return (
         f'<svg class=pool width="100%" height="18" role=img aria-label="{words}"><rect class=free width="100%" '
-        f'height="18"/>{"".join(bars)}</svg><p class=quiet>{words}; the most ever held was '
-        f"{size(state['most_bytes'])}</p>"
+        f'height="18"/>{"".join(bars)}</svg><p class="quiet keys">{keys}</p>'
     )
 
 
@@ -112,15 +118,15 @@ def _kept(state: dict[str, Any]) -> str:
 
 
 def heat_map(plan: BudgetPlan) -> str:
-    """Budgets per (layer, KV head) as SVG, layers from left to right; darker keeps more, hatched layers slide."""
-    wide, high = plan.geometry.layers * CELL, plan.geometry.kv_heads * CELL
+    """Budgets per (layer, KV head) as SVG, layers from left to right; the stronger the colour, the more is kept; dashed layers slide."""
+    layers, high = plan.geometry.layers, plan.geometry.kv_heads * CELL
     cells = "".join(_cells(plan))
     ticks = "".join(
         f'<text x="{layer * CELL + CELL / 2}" y="{high + 14}" text-anchor="middle">{layer}</text>'
-        for layer in range(0, plan.geometry.layers, 5)
+        for layer in range(0, layers, 5)
     )
     return (
-        f'<svg class=map viewBox="0 0 {wide} {high + 18}" style="max-width:{wide}px" role=img '
+        f'<svg class=map viewBox="0 0 {layers * CELL} {high + 18}" style="max-width:{layers * WIDEST}px" role=img '
         f'aria-label="budget of every layer and KV head">{cells}{ticks}</svg>'
     )
 
@@ -149,7 +155,7 @@ def _legend(plan: BudgetPlan) -> str:
     mean = sum(tokens) / len(tokens)
     return (
         f"Layers from left to right, KV heads from top to bottom; {min(tokens):,} to {max(tokens):,} tokens per head, "
-        f"{mean:,.0f} in the mean, of {plan.context_length:,}. Darker keeps more; point at a cell for its numbers."
+        f"{mean:,.0f} in the mean, of {plan.context_length:,}. The stronger the colour, the more is kept; point at a cell for its numbers."
     )
 
 

@@ -1,6 +1,6 @@
 """How the next token is chosen: the wishes of one request, and the draw."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -30,7 +30,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
+    logit_bias: dict[int, float] = field(default_factory=dict)
 
 
 class Sampler:

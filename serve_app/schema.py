@@ -129,7 +129,7 @@ class GenerationRequest(Body):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
-            logit_bias=tuple(sorted(self.logit_bias.items())),
+            logit_bias=dict(self.logit_bias),
             seed=self.seed,
             stop_ids=self.stop_token_ids,
             min_tokens=self.min_tokens,

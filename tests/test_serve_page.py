@@ -64,7 +64,7 @@ def test_the_page_tells_what_is_promised_held_and_kept(replica):
     report = replica.follower.say()
     state = report.state | {"promised_bytes": 30 << 20, "held_bytes": 10 << 20, "running": 3, "seen": 100, "kept": 25}
     told = page(replica.card, replica.engine.plan, [dataclasses.replace(report, state=state)])
-    assert "10.0 MiB held of 30.0 MiB promised" in told
+    assert "10.0 MiB held of 30.0 MiB promised" in told  # for those who do not see the bar
     assert "25 of 100 entries are kept (25.0%)" in told
     assert "<b>3</b> running" in told
 
