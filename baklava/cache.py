@@ -32,7 +32,7 @@ class BudgetedCache(Cache):
 
     def __init__(self, plan: BudgetPlan, room: int | None = None) -> None:
         attention.register()
-        self.plan, self.room = plan, room
+        self.plan, self.room, self._promised = plan, room, plan.bytes_for(room)
         self.eviction = eviction_of(plan.eviction)
         if self.eviction.sample.repeated and plan.prefill.mode != "dense":
             raise UserError(
@@ -51,7 +51,7 @@ class BudgetedCache(Cache):
     def copy(self, room: int | None = None) -> "BudgetedCache":
         """An independent cache that goes on from here, for a sequence of at most `room` tokens."""
         copied = copy.deepcopy(self, {id(shared): shared for shared in (self.plan, self.eviction)})
-        copied.room = room
+        copied.room, copied._promised = room, self.plan.bytes_for(room)
         for layer in copied.ragged():
             layer.limit_to(room)
         return copied
@@ -110,9 +110,19 @@ class BudgetedCache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
     @property
+    def entries(self) -> int:
+        """Entries that a row holds in its budgeted layers, over all (layer, KV head)."""
+        return sum(layer.entries for layer in self.ragged())
+
+    @property
+    def slots(self) -> int:
+        """Slots that a row holds in its budgeted layers, used or not; while it is the same, so are the bytes."""
+        return sum(group.size * len(group.budget.heads) for layer in self.ragged() for group in layer.groups)
+
+    @property
     def promised_bytes(self) -> int:
         """Most bytes that one sequence may hold between two forwards."""
-        return self.plan.bytes_for(self.room)
+        return self._promised
 
     def kept_positions(self, layer: int, head: int, row: int = 0) -> Int[Tensor, " entries"]:
         """Positions that a KV head holds for a row, ascending, counted from the row's first real token."""

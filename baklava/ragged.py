@@ -117,6 +117,11 @@ class RaggedLayer(CacheLayerMixin):
         """Bytes held, over the whole batch."""
         return sum(group.nbytes for group in self.groups)
 
+    @property
+    def entries(self) -> int:
+        """Entries held by a row, over all KV heads."""
+        return sum(group.filled * len(group.budget.heads) for group in self.groups)
+
     def kept_positions(self, head: int, row: int) -> Int[Tensor, " entries"]:
         """Positions that a KV head holds for a row, ascending, counted from the row's first real token."""
         for group in self.groups:

@@ -3,11 +3,22 @@
 from baklava.attention import Heads
 from baklava.eviction import Eviction
 from baklava.heads.base import Budget, HeadGroup, Tokens
-from baklava.heads.observing import Forward, Scorekeeper, observe
+from baklava.heads.observing import Forward, Scorekeeper, first_sampled, observe
 from baklava.heads.ranked import Ranked
 from baklava.heads.ring import Ring
 
-__all__ = ["Budget", "Forward", "HeadGroup", "Ranked", "Ring", "Scorekeeper", "Tokens", "head_group", "observe"]
+__all__ = [
+    "Budget",
+    "Forward",
+    "HeadGroup",
+    "Ranked",
+    "Ring",
+    "Scorekeeper",
+    "Tokens",
+    "first_sampled",
+    "head_group",
+    "observe",
+]
 
 
 def head_group(budget: Budget, eviction: Eviction, like: Heads, room: int | None = None) -> HeadGroup:
