@@ -132,7 +132,8 @@ def _drain(board: RemoteBoard, seconds: float) -> None:
 
 
 def _works(state: dict[str, Any]) -> bool:
-    return not state["draining"] or state["running"] > 0 or state["waiting"] > 0
+    entering = state["held_bytes"] > state["snapshot_bytes"]  # a prompt is not running before all of it is there
+    return not state["draining"] or entering or state["running"] > 0 or state["waiting"] > 0
 
 
 def _run(application: serve.Application) -> Any:

@@ -118,7 +118,7 @@ def _kept(state: dict[str, Any]) -> str:
 
 
 def heat_map(plan: BudgetPlan) -> str:
-    """Budgets per (layer, KV head) as SVG, layers from left to right; the stronger the colour, the more is kept; dashed layers slide."""
+    """Budgets per (layer, KV head) as SVG, a column per layer; the stronger, the more is kept; dashed layers slide."""
     layers, high = plan.geometry.layers, plan.geometry.kv_heads * CELL
     cells = "".join(_cells(plan))
     ticks = "".join(
@@ -155,7 +155,8 @@ def _legend(plan: BudgetPlan) -> str:
     mean = sum(tokens) / len(tokens)
     return (
         f"Layers from left to right, KV heads from top to bottom; {min(tokens):,} to {max(tokens):,} tokens per head, "
-        f"{mean:,.0f} in the mean, of {plan.context_length:,}. The stronger the colour, the more is kept; point at a cell for its numbers."
+        f"{mean:,.0f} in the mean, of {plan.context_length:,}. The stronger the colour, the more is kept; point at a "
+        "cell for its numbers."
     )
 
 
