@@ -6,7 +6,6 @@ from handmade import chunked, mixed, plan_of, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baklava.cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.eviction import METHODS, HeavyHitter, Streaming
 from baklava.plan import BudgetPlan
