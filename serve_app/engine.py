@@ -149,7 +149,7 @@ class Engine:
     def _loop(self) -> None:
         try:
             while self._wait():
-                self._stepper.step(self._queue, self._changed, self.plan)
+                self._stepper.step(self._queue, self._changed, lambda: self.plan)
         except Exception:
             logger.exception("the engine died")
         with self._changed:

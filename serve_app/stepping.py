@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from threading import Condition
 
@@ -39,13 +39,16 @@ class Stepper:
         return bool(self.running or self.entrance)
 
     @torch.inference_mode()
-    def step(self, queue: deque[Request], changed: Condition, plan: BudgetPlan) -> None:
-        """A token of every running sequence, and a part of the prompt that enters."""
+    def step(self, queue: deque[Request], changed: Condition, plan: Callable[[], BudgetPlan]) -> None:
+        """A token of every running sequence, and a part of the prompt that enters.
+
+        The queue changes only by who holds `changed`, and the plan that is in force for those who come in as well.
+        """
         with changed:
             self._sweep(queue)
         self._decode()
         with changed:
-            self._admit(queue, plan)
+            self._admit(queue, plan())
         self._enter()
         self._count(steps=1)
         self._measure()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from scripted import ScriptedEngine
-from serving import ask, byte_loaded, events, full, replica_of
+from replicas import ask, byte_loaded, events, full, replica_of
 
 from serve_app.routes import create_app
 from serve_app.work import (

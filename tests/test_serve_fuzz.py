@@ -5,7 +5,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
-from serving import byte_loaded, make_replica
+from replicas import byte_loaded, make_replica
 
 from serve_app.engine import Limits
 from serve_app.listen import Keys

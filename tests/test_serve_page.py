@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 from handmade import plan_of
-from serving import ask, byte_loaded, full, make_replica
+from replicas import ask, byte_loaded, full, make_replica
 
 from baklava.eviction import Streaming
 from serve_app.page import heat_map, page, size

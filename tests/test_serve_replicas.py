@@ -10,7 +10,7 @@ import pytest
 from handmade import plan_of
 from prometheus_client.parser import text_string_to_metric_families
 from scripted import STATE, ScriptedEngine
-from serving import LOCAL, POOL, ask, byte_loaded, full, make_replica, replica_of
+from replicas import LOCAL, POOL, ask, byte_loaded, full, make_replica, replica_of
 
 from baklava.errors import UserError
 from baklava.eviction import Streaming

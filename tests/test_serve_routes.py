@@ -3,7 +3,7 @@ import base64
 import json
 
 import pytest
-from serving import LOCAL, ask, byte_loaded, events, make_replica
+from replicas import LOCAL, ask, byte_loaded, events, make_replica
 
 from baklava.plan import BudgetPlan
 from serve_app.listen import Keys

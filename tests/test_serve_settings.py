@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from serving import byte_loaded, full
+from replicas import byte_loaded, full
 
 from baklava.errors import UserError
 from baklava.sizes import full_bytes
