@@ -8,8 +8,9 @@ from pathlib import Path
 import psutil
 
 from baklava.errors import UserError
-from baklava.plan import BudgetPlan
-from baklava.sizes import full_bytes
+from baklava.model import LoadedModel
+from baklava.plan import BudgetPlan, full_plan
+from serve_app.pool import capacity
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -64,10 +65,16 @@ def _number(name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def table(plan: BudgetPlan, pool: int, longest: int, lengths: Sequence[int] = LENGTHS) -> list[tuple[int, int, int]]:
+def table(
+    loaded: LoadedModel, plan: BudgetPlan, pool: int, lengths: Sequence[int] = LENGTHS
+) -> list[tuple[int, int, int]]:
     """Tokens, sequences of so many that fit into the pool with the full 16-bit cache, and those inside the plan.
 
-    Lengths beyond the model's are left out, but for the model's own.
+    Room for one prompt that enters is set aside in both. Lengths beyond the model's are left out, but for its own.
     """
-    rows = sorted({min(length, longest) for length in lengths})
-    return [(tokens, pool // full_bytes(plan.geometry, tokens), pool // plan.bytes_for(tokens)) for tokens in rows]
+    itemsize = loaded.model.dtype.itemsize
+    rows = []
+    for tokens in sorted({min(length, loaded.max_length) for length in lengths}):
+        full = full_plan(loaded.identity, loaded.geometry, tokens)
+        rows.append((tokens, capacity(full, pool, tokens, itemsize), capacity(plan, pool, tokens, itemsize)))
+    return rows

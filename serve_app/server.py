@@ -81,7 +81,7 @@ class Server:
 
     def __init__(self, settings: Settings, actor: Any) -> None:
         disable_progress_bar()
-        loaded = load(settings.model, threads=settings.threads)
+        self._loaded = loaded = load(settings.model, threads=settings.threads)
         board = RemoteBoard(actor)
         order = board.order()
         self._engine, followed = _started(loaded, settings, order)
@@ -125,7 +125,7 @@ class Server:
     def about(self) -> dict[str, Any]:
         """The model, the plan and the pool as the replica really has them."""
         pool = self._engine.limits.pool_bytes
-        fits = table(self._engine.plan, pool, self._replica.prompts.limit)
+        fits = table(self._loaded, self._engine.plan, pool)
         return {"model": self._replica.card, "plan": self._replica.plan, "pool_bytes": pool, "fits": fits}
 
 

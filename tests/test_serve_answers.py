@@ -4,8 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from scripted import ScriptedEngine
 from replicas import ask, byte_loaded, events, full, replica_of
+from scripted import ScriptedEngine
 
 from serve_app.routes import create_app
 from serve_app.work import (

@@ -3,9 +3,9 @@
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from replicas import byte_loaded, make_replica
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
-from replicas import byte_loaded, make_replica
 
 from serve_app.engine import Limits
 from serve_app.listen import Keys

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from handmade import plan_of
 from prometheus_client.parser import text_string_to_metric_families
-from scripted import STATE, ScriptedEngine
 from replicas import LOCAL, POOL, ask, byte_loaded, full, make_replica, replica_of
+from scripted import STATE, ScriptedEngine
 
 from baklava.errors import UserError
 from baklava.eviction import Streaming

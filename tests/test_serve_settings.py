@@ -3,9 +3,11 @@
 import json
 
 import pytest
-from replicas import byte_loaded, full
+from handmade import plan_of
+from replicas import byte_loaded
 
 from baklava.errors import UserError
+from baklava.eviction import Streaming
 from baklava.sizes import full_bytes
 from serve_app import memory
 from serve_app.declared import Declared
@@ -48,13 +50,15 @@ def test_a_containers_limit_bounds_what_is_free(tmp_path, monkeypatch):
     assert free_bytes() > 2000
 
 
-def test_the_table_tells_how_many_sequences_fit_at_each_length(prompts, tiny):
-    plan = full(byte_loaded(tiny))
-    pool = 10 * full_bytes(plan.geometry, 256)
-    rows = table(plan, pool, longest=256, lengths=(64, 128, 1024))
+def test_the_table_tells_how_many_sequences_fit_at_each_length_next_to_a_prompt_that_enters(tiny):
+    loaded = byte_loaded(tiny)
+    plan = plan_of(loaded, [[16, 16]] * loaded.geometry.layers, Streaming(), context_length=256)
+    whole = full_bytes(plan.geometry, 256)
+    rows = table(loaded, plan, 10 * whole, lengths=(64, 128, 1024))
     assert [tokens for tokens, _, _ in rows] == [64, 128, 256]
-    assert [dense for _, dense, _ in rows] == [40, 20, 10]
-    assert [budgeted for _, _, budgeted in rows] == [pool // plan.bytes_for(tokens) for tokens in (64, 128, 256)]
+    assert [dense for _, dense, _ in rows] == [38, 18, 8]  # a prompt enters in 32 bits, twice the 16 of the full cache
+    left = [10 * whole - tokens * whole // 128 for tokens in (64, 128, 256)]
+    assert [budgeted for _, _, budgeted in rows] == [room // plan.bytes_per_sequence for room in left]
 
 
 def test_a_text_is_a_system_prompt_and_its_tokens_begin_every_chat(tmp_path, prompts):
