@@ -113,18 +113,23 @@ async def events(engine: Submits, works: Sequence[Work]) -> AsyncGenerator[tuple
     """
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[_Arrived] = asyncio.Queue()
-    cancels: list[Cancel] = []
+    cancels: dict[int, Cancel] = {}
+    left = [work.n for work in works]
     latest = max(work.deadline for work in works)
     try:
         for number, work in enumerate(works):
-            cancels.append(engine.submit(work, partial(_hand_over, loop, arrived, number)))
+            cancels[number] = engine.submit(work, partial(_hand_over, loop, arrived, number))
         while True:
             number, event = await _next(arrived, latest)
             if isinstance(event, Exception):
                 raise event
+            if event.finish:  # of a prompt alone, that ends all of its continuations
+                left[number] -= left[number] if isinstance(event, Started) else 1
+            if not left[number]:
+                del cancels[number]  # it has ended by itself
             yield number, event
     finally:
-        for cancel in cancels:
+        for cancel in cancels.values():
             cancel()
 
 

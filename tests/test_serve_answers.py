@@ -104,6 +104,21 @@ def test_a_stop_string_ends_the_engines_work(serve):
     assert engine.cancelled == engine.works
 
 
+def test_what_has_ended_by_itself_is_not_cancelled(serve):
+    """The engine would count it among those whose client went away."""
+
+    def script(work):
+        yield Started(finish=None if work.sampling.max_tokens else "length")
+        if work.sampling.max_tokens:
+            yield from spelt("ab", index=0)
+            yield from spelt("cd", index=1)
+
+    _, engine, _ = serve(script, "/v1/completions", ONCE | {"prompt": ["abc", "xyz"], "n": 2})
+    assert engine.cancelled == []
+    _, engine, _ = serve(script, "/v1/completions", ONCE | {"max_tokens": 0, "echo": True, "n": 2})
+    assert engine.cancelled == []
+
+
 def test_an_echo_begins_with_the_prompt_and_tells_how_likely_it_was(serve):
     prompt = tuple(None if place == 0 else Logprob(byte, -0.5, ((byte, -0.5),)) for place, byte in enumerate(b"Once"))
 
