@@ -58,7 +58,7 @@ class Token:
     logprob: Logprob | None = None
 
 
-class Refusal(Exception):
+class Refusal(Exception):  # noqa: N818  # its kinds are errors
     """Why the engine does not begin or go on with a request; nothing else is harmed by it."""
 
 
