@@ -15,6 +15,7 @@ from baklava.cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.model import LoadedModel
 from baklava.prefilling import Logits
+from baklava.ragged import RaggedLayer, attend_together
 
 
 class BatchedLayer(CacheLayerMixin):
@@ -40,15 +41,37 @@ class BatchedLayer(CacheLayerMixin):
     def attend(self, query: Queries, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Queries:
         """What the new token of each row attends to in the row's own cache; zeros in a row that has failed."""
         output = torch.zeros_like(query)
-        for row, cache in enumerate(self.batch.caches):
-            if row in self.batch.failed:
+        for rows in self.batch.teams:
+            rows = [row for row in rows if row not in self.batch.failed]
+            layers = [self.batch.caches[row].layers[self.index] for row in rows]
+            if len(rows) > 1 and all(map(_joins, layers)):
+                self._together(rows, layers, query, key, value, kernel, output)
                 continue
-            own = slice(row, row + 1)
-            try:
-                output[own] = self._attend(cache, query[own], key[own], value[own], kernel)
-            except Exception as error:
-                self.batch.failed[row] = error
+            for row in rows:
+                own = slice(row, row + 1)
+                try:
+                    output[own] = self._attend(self.batch.caches[row], query[own], key[own], value[own], kernel)
+                except Exception as error:
+                    self.batch.failed[row] = error
         return output
+
+    def _together(
+        self,
+        rows: list[int],
+        layers: list[RaggedLayer],
+        query: Queries,
+        key: Heads,
+        value: Heads,
+        kernel: Kernel,
+        output: Queries,
+    ) -> None:
+        try:
+            made, failed = attend_together(layers, query[rows], key[rows], value[rows], kernel)
+        except Exception as error:  # of what all of them share
+            self.batch.failed |= dict.fromkeys(rows, error)
+            return
+        output[rows] = made
+        self.batch.failed |= {rows[place]: error for place, error in failed.items()}
 
     def _attend(self, cache: BudgetedCache, query: Queries, key: Heads, value: Heads, kernel: Kernel) -> Queries:
         layer = cache.layers[self.index]
@@ -75,14 +98,23 @@ class BatchedLayer(CacheLayerMixin):
         return -1
 
 
+def _joins(layer: CacheLayerMixin) -> bool:
+    return isinstance(layer, RaggedLayer) and layer.joinable
+
+
 class BatchedCache(Cache):
     """Caches of one sequence each, behind one forward of one new token of every sequence.
 
-    What fails in the cache of one row is in `failed`, and harms no other row; that row's output means nothing.
+    `teams` are rows of one plan each, which may work together. What fails in the cache of one row is in `failed`, and
+    harms no other row; that row's output means nothing.
     """
 
     def __init__(self, caches: Sequence[BudgetedCache]) -> None:
         self.caches, self.failed = tuple(caches), dict[int, Exception]()
+        plans: dict[int, list[int]] = {}
+        for row, cache in enumerate(self.caches):
+            plans.setdefault(id(cache.plan), []).append(row)
+        self.teams = list(plans.values())
         super().__init__(layers=[BatchedLayer(index, self) for index in range(len(self.caches[0].layers))])
 
 

@@ -1,5 +1,6 @@
 """A layer whose KV heads hold different numbers of entries."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from baklava import attention
 from baklava.attention import Grouped, Heads, Kernel, Queries, grouped, ungrouped
 from baklava.errors import UserError
 from baklava.eviction import Eviction
-from baklava.heads import Budget, HeadGroup, Tokens, head_group
+from baklava.heads import Budget, HeadGroup, Tokens, head_group, joinable, step_together
 from baklava.padding import Padding
 from baklava.plan import LayerBudget
 
@@ -69,16 +70,20 @@ class RaggedLayer(CacheLayerMixin):
                 "another model"
             )
         self.waiting = False
-        self._check_room(key.shape[2])
         positions = self._positions(key, padding)
         queries = grouped(query, query.shape[1] // key.shape[1])
         tokens = Tokens(self.seen, queries, key, value, positions, self.pads is not None, self.forced)
-        self.seen += tokens.count
+        self.take(tokens.count)
         if self.chunk is None or tokens.count <= self.chunk:
             return ungrouped(self._attend(tokens, kernel))
         starts = range(0, tokens.count, self.chunk)
         parts = [tokens.part(start, min(start + self.chunk, tokens.count)) for start in starts]
         return ungrouped(torch.cat([self._attend(part, kernel) for part in parts], 3))
+
+    def take(self, new: int) -> None:
+        """Count new tokens; raises UserError where there is no room for them."""
+        self._check_room(new)
+        self.seen += new
 
     def _check_room(self, new: int) -> None:
         if self.room is not None and self.seen + new > self.room:
@@ -86,6 +91,12 @@ class RaggedLayer(CacheLayerMixin):
                 f"{new} tokens behind {self.seen} in a cache that was made for a sequence of {self.room}; make it with "
                 "more room"
             )
+
+    @property
+    def joinable(self) -> bool:
+        """Whether one more token may be taken in together with those of other sequences."""
+        alone = self.waiting or self.forced or self.pads is not None
+        return bool(self.groups) and not alone and all(map(joinable, self.groups))
 
     def _attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
         if len(self.groups) == 1:
@@ -190,3 +201,29 @@ def _groups(budget: LayerBudget, channels: tuple[str, ...] | None) -> list[Budge
     return [
         Budget(heads, *shape, channels and tuple(channels[head] for head in heads)) for shape, heads in members.items()
     ]
+
+
+def attend_together(
+    layers: Sequence[RaggedLayer], query: Queries, key: Heads, value: Heads, kernel: Kernel
+) -> tuple[Queries, dict[int, Exception]]:
+    """`attend` of one new token of each sequence, a row each; all are `joinable`, and of one plan.
+
+    Also gives what failed in which rows; their output means nothing.
+    """
+    positions = torch.tensor([[layer.seen] for layer in layers], device=key.device)
+    failed: dict[int, Exception] = {}
+    for row, layer in enumerate(layers):
+        try:
+            layer.take(1)
+        except UserError as error:
+            failed[row] = error
+    tokens = Tokens(0, grouped(query, query.shape[1] // key.shape[1]), key, value, positions, False, False)
+    output = torch.empty_like(tokens.query)
+    for place, group in enumerate(layers[0].groups):
+        groups, of_group = (
+            [layer.groups[place] for layer in layers],
+            kernel.for_heads(group.index, tokens.query.shape[2]),
+        )
+        output[:, group.index], broken = step_together(groups, tokens.of_heads(group.index), of_group)
+        failed |= broken
+    return ungrouped(output), failed

@@ -103,8 +103,7 @@ def test_what_fails_in_one_cache_is_told_and_harms_no_other(tiny, monkeypatch):
     def explode(*args):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(caches[1].layers[1].groups[0].keys, "write", explode)
-    monkeypatch.setattr(caches[1].layers[1].groups[0].keys, "read", explode)
+    monkeypatch.setattr(caches[1].layers[1].groups[0], "_grow", explode)
     logits, failed = decode_step(loaded, caches, [1, 2, 3])
     assert [type(error) for error in failed.values()] == [MemoryError]
     assert list(failed) == [1]

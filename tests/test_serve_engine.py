@@ -277,7 +277,7 @@ def boom(*args, **kwargs):
 
 
 def break_cache(each: Continuation):
-    each.cache.layers[1].groups[0].attend = boom
+    each.cache.layers[1].groups[0]._grow = boom
 
 
 def break_sampler(each: Continuation):

@@ -6,6 +6,7 @@ from baklava.heads.base import Budget, HeadGroup, Tokens
 from baklava.heads.observing import Forward, Scorekeeper, first_sampled, observe
 from baklava.heads.ranked import Ranked
 from baklava.heads.ring import Ring
+from baklava.heads.together import joinable, step_together
 
 __all__ = [
     "Budget",
@@ -17,7 +18,9 @@ __all__ = [
     "Tokens",
     "first_sampled",
     "head_group",
+    "joinable",
     "observe",
+    "step_together",
 ]
 
 

@@ -59,6 +59,18 @@ class Ranked(HeadGroup):
             self._evict(forward)
         return output
 
+    def make_room(self, positions: Int[Tensor, "1 1"]) -> None:
+        """A slot for a token of a sequence without padding, which is about to be written and scored."""
+        self._grow(self.filled + 1)
+        self.filled += 1
+        self.positions[:, :, self.filled - 1] = positions
+
+    def age(self, tokens: Tokens, kernel: Kernel) -> None:
+        """A token has been taken in and attended to: evict, if it is time."""
+        self.since += 1
+        if self.since >= self.eviction.interval:
+            self._evict(self._forward(tokens, kernel))
+
     def _append(self, tokens: Tokens) -> None:
         start, self.filled = self.filled, self.filled + tokens.count
         self._grow(self.filled)
