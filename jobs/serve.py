@@ -134,6 +134,7 @@ def _settings(arguments: argparse.Namespace, plan: BudgetPlan | None, keys: Keys
         declared=declared,
         keys=keys,
         seconds=float(arguments.timeout),
+        host=arguments.host,
     )
     return settings, Scale(arguments.replicas, most, logs)
 

@@ -34,7 +34,7 @@ class Usage:
     cached_tokens: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answering:
     """The answer to one request: a `Work` per prompt, whose continuations are numbered through.
 
@@ -47,9 +47,11 @@ class Answering:
     stops: Sequence[str] = ()
     echo: bool = False
     usage: Usage = field(init=False)
+    _writers: dict[int, Writer] = field(default_factory=dict, init=False)
+    _echoes: dict[int, Piece] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "usage", Usage(sum(len(work.prompt) for work in self.works)))
+        self.usage = Usage(sum(len(work.prompt) for work in self.works))
 
     async def pieces(self, engine: Submits) -> AsyncGenerator[Piece]:
         """The pieces as they are made, one per token, until every continuation has its finish.
@@ -59,47 +61,39 @@ class Answering:
         Raises:
             Refusal: the engine does not begin with it or does not end it in time.
         """
-        writers: dict[int, Writer] = {}
-        echoes: dict[int, Piece] = {}
         left = sum(work.n for work in self.works)
         async with contextlib.aclosing(events(engine, self.works)) as arriving:
             async for number, event in arriving:
-                if isinstance(event, Started):
-                    self.usage.cached_tokens += event.cached_tokens
-                    opened = self._open(number, event)
-                    echoes |= {piece.index: piece for piece in opened if self.echo}
-                    writers |= {piece.index: self._writer(len(piece.text)) for piece in opened}
-                    if event.finish:
-                        left -= len(opened)
-                        for piece in opened:
-                            yield replace(piece, finish=event.finish)
-                else:
-                    index = self._index(number, event.index)
-                    writer = writers[index]
-                    if writer.finish:
-                        continue  # a stop string ended it; the engine goes on for the others
-                    piece = self._written(writer, index, event, echoes)
+                made = self._opened(number, event) if isinstance(event, Started) else self._written(number, event)
+                for piece in made:
                     left -= piece.finish is not None
                     yield piece
                 if not left:
                     return
 
-    def _open(self, number: int, started: Started) -> list[Piece]:
+    def _opened(self, number: int, started: Started) -> list[Piece]:
+        """Begin the continuations of a prompt; they are pieces already if nothing is to be generated."""
+        self.usage.cached_tokens += started.cached_tokens
         text = self.prompts[number].text if self.echo else ""
         logprobs = started.prompt_logprobs
         words = prompt_words(self.tokenizer, self.works[number].prompt, logprobs) if logprobs else ()
-        return [Piece(text, self._index(number, one), None, words, 0) for one in range(self.works[number].n)]
+        first = self._index(number, 0)
+        opened = [Piece(text, first + one, started.finish, words, 0) for one in range(self.works[number].n)]
+        self._writers |= {piece.index: Writer(self.tokenizer, self.stops, len(text)) for piece in opened}
+        self._echoes |= {piece.index: piece for piece in opened if self.echo}
+        return opened if started.finish else []
 
-    def _writer(self, offset: int) -> Writer:
-        return Writer(self.tokenizer, self.stops, offset)
-
-    def _written(self, writer: Writer, index: int, token: Token, echoes: dict[int, Piece]) -> Piece:
+    def _written(self, number: int, token: Token) -> list[Piece]:
+        """What a token adds; nothing if a stop string has ended its text, while the engine goes on for the others."""
+        index = self._index(number, token.index)
+        if self._writers[index].finish:
+            return []
         self.usage.completion_tokens += 1
-        piece = replace(writer.write(token), index=index)
+        piece = replace(self._writers[index].write(token), index=index)
         # What is echoed goes with the first token: a client takes the first piece for it.
-        if (echo := echoes.pop(index, None)) is not None:
+        if (echo := self._echoes.pop(index, None)) is not None:
             piece = replace(piece, text=echo.text + piece.text, words=echo.words + piece.words)
-        return piece
+        return [piece]
 
     def _index(self, number: int, index: int) -> int:
         return sum(work.n for work in self.works[:number]) + index

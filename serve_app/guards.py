@@ -71,24 +71,25 @@ class HostGuard:
     """Answers 403 to requests for a machine of another name, where no key protects the server.
 
     A web page that someone on this machine looks at could otherwise talk to it, under a name of its own that
-    resolves to a loopback address.
+    resolves to a loopback address. `name` is one that the server was told to listen on.
     """
 
     app: ASGIApp
+    name: str = "localhost"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI protocol."""
         host = Headers(scope=scope).get("host", "") if scope["type"] == "http" else "localhost"
-        if _is_this_machine(host):
+        if _is_this_machine(host, self.name):
             await self.app(scope, receive, send)
         else:
             message = "Without API keys this server is only for requests to localhost; set BAKLAVA_API_KEYS for others."
             await ApiError(message, 403, code="unknown_host").response(scope, receive, send)
 
 
-def _is_this_machine(host: str) -> bool:
+def _is_this_machine(host: str, own: str) -> bool:
     name = host[1:].partition("]")[0] if host.startswith("[") else host.rpartition(":")[0] or host
-    if name in ("", "localhost") or name.endswith(".localhost"):
+    if name in ("", "localhost", own) or name.endswith(".localhost"):
         return True
     try:
         return ipaddress.ip_address(name).is_loopback

@@ -26,12 +26,12 @@ BODY_LIMIT = 2 * 2**20
 """Most bytes of a request body; a context of 100,000 tokens fits several times over."""
 
 
-def create_app(replica: Replica, keys: Keys = NO_KEYS) -> FastAPI:
-    """The endpoint over one replica; with keys, every route but /health asks for one."""
+def create_app(replica: Replica, keys: Keys = NO_KEYS, host: str = "localhost") -> FastAPI:
+    """The endpoint over one replica; with keys, every route but /health asks for one, without, only `host` is served."""
     app = FastAPI(title="baklava", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyGuard, limit=BODY_LIMIT)
     if not keys.any:
-        app.add_middleware(HostGuard)
+        app.add_middleware(HostGuard, name=host)
     app.add_middleware(KeyGuard, digests=keys.all)
     app.add_middleware(Journal)
     errors.install(app)

@@ -89,11 +89,6 @@ class GenerationRequest(Body):
         """Most tokens to generate; None is what is left of the context."""
         return self.max_tokens
 
-    @property
-    def alternatives(self) -> int | None:
-        """Log-probabilities of generated tokens are asked for, each with so many alternatives; None: not at all."""
-        raise NotImplementedError
-
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:

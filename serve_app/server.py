@@ -34,7 +34,7 @@ _BOARD_SECONDS = 5.0
 class Settings:
     """What a replica needs to come up. Without a plan it keeps every entry; `threads` are torch's, 0 its default.
 
-    `waiting` is the number of requests that wait, `seconds` the longest life of one.
+    `waiting` is the number of requests that wait, `seconds` the longest life of one, `host` where Serve listens.
     """
 
     model: str
@@ -46,6 +46,7 @@ class Settings:
     declared: tuple[Declared, ...] = ()
     keys: Keys = NO_KEYS
     seconds: float = REQUEST_SECONDS
+    host: str = "localhost"
 
 
 class RemoteBoard:
@@ -102,13 +103,13 @@ class Server:
             settings.created,
             settings.seconds,
         )
-        self._keys = settings.keys
+        self._keys, self._host = settings.keys, settings.host
         self._follower.once()
         self._follower.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve asks a replica for once it is up."""
-        return create_app(self._replica, self._keys)
+        return create_app(self._replica, self._keys, self._host)
 
     def check_health(self) -> None:
         """Ray Serve replaces a replica that raises here."""

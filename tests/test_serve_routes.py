@@ -192,6 +192,8 @@ def test_without_keys_only_this_machines_own_names_are_answered(replica):
         assert ask(app, "GET", "/v1/models", base=base).status_code == 200
     for base in ("http://evil.example", "http://127.0.0.1.evil.example:8000", "http://10.0.0.7"):
         assert ask(app, "POST", "/v1/completions", base=base, json=ONCE).json()["error"]["code"] == "unknown_host"
+    named = create_app(replica, host="box.lan")
+    assert ask(named, "GET", "/v1/models", base="http://box.lan:8000").status_code == 200
     keyed = create_app(replica, KEYS)
     headers = {"Authorization": "Bearer first"}
     assert ask(keyed, "GET", "/v1/models", base="http://model.example", headers=headers).status_code == 200
