@@ -79,7 +79,7 @@ class HostGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI protocol."""
-        host = Headers(scope=scope).get("host", "") if scope["type"] == "http" else "localhost"
+        host = Headers(scope=scope).get("host", "").lower() if scope["type"] == "http" else "localhost"
         if _is_this_machine(host, self.name):
             await self.app(scope, receive, send)
         else:

@@ -27,7 +27,7 @@ BODY_LIMIT = 2 * 2**20
 
 
 def create_app(replica: Replica, keys: Keys = NO_KEYS, host: str = "localhost") -> FastAPI:
-    """The endpoint over one replica; with keys, every route but /health asks for one, without, only `host` is served."""
+    """The endpoint over one replica: with keys, all routes but /health ask for one; without, it answers as `host`."""
     app = FastAPI(title="baklava", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyGuard, limit=BODY_LIMIT)
     if not keys.any:
