@@ -41,7 +41,7 @@ def plan_file(plan, tmp_path_factory):
 def server(plan, plan_file):
     keys = plan_file.with_name("keys")
     keys.write_text(f"another\n{KEY}\n")
-    arguments = ("--plan", plan_file, "--model", "demo", "--api-keys", keys, "--pool", "256MiB")
+    arguments = ("--plan", plan_file, "--model", "demo", "--api-keys", keys, "--pool", "2GiB")
     with serving(*arguments, folder=plan_file.parent, key=KEY) as running:
         yield running
 
