@@ -44,7 +44,7 @@ class BatchedLayer(CacheLayerMixin):
         for rows in self.batch.teams:
             rows = [row for row in rows if row not in self.batch.failed]
             layers = [self.batch.caches[row].layers[self.index] for row in rows]
-            if len(rows) > 1 and all(map(_joins, layers)):
+            if rows and all(map(_joins, layers)):
                 self._together(rows, layers, query, key, value, kernel, output)
                 continue
             for row in rows:

@@ -23,6 +23,9 @@ from baklava.prefilling import Logits, prefill
 TURN = 128
 """Tokens per forward of a text that goes on from a cut cache. What is kept of it depends on this number."""
 
+LAYER = 16
+"""Tokens in whose place a step cuts a layer to the plan, which takes about as long."""
+
 SCORE_BYTES = 4
 
 Entered = tuple[BudgetedCache, Logits]
@@ -119,35 +122,42 @@ class Turn(Entering):
 
 
 class _Dense(Entering):
-    """The prompt's full cache grows step by step, scored as it does; the last step cuts it to the plan."""
+    """The prompt's full cache grows step by step, scored as it does; the last steps cut its layers to the plan."""
 
     def __init__(self, loaded: LoadedModel, plan: BudgetPlan, ids: Sequence[int], room: int | None) -> None:
         self._loaded, self._plan, self._ids, self._room = loaded, plan, tuple(ids), room
         attention.register()
         eviction = eviction_of(plan.eviction)
         self._layers = [_Layer(eviction, len(ids)) for _ in range(loaded.geometry.layers)]
-        self._cache, self._fed = Cache(layers=list(self._layers)), 0
+        self._full, self._fed = Cache(layers=list(self._layers)), 0
+        self._cache, self._cut = BudgetedCache(plan, room), 0
+        self._logits: Logits | None = None
 
     @override
     @torch.inference_mode()
     def step(self, tokens: int) -> Entered | None:
         part = self._ids[self._fed : self._fed + max(1, tokens)]
-        fed = torch.tensor([part], device=self._loaded.device)
-        output = self._loaded.model(fed, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._fed += len(part)
-        return (self._cut(), output.logits[:, -1]) if self._fed == len(self._ids) else None
+        if part:
+            fed = torch.tensor([part], device=self._loaded.device)
+            output = self._loaded.model(fed, past_key_values=self._full, use_cache=True, logits_to_keep=1)
+            self._logits, self._fed = output.logits[:, -1], self._fed + len(part)
+        if self._fed < len(self._ids) or self._logits is None:
+            return None
+        self._cut_layers(max(1, (tokens - len(part)) // LAYER))
+        return (self._cache, self._logits) if self._cut == len(self._layers) else None
 
-    def _cut(self) -> BudgetedCache:
-        cache = BudgetedCache(self._plan, self._room)
-        for budgeted, layer in zip(cache.ragged(), self._layers, strict=True):
-            budgeted.fill(layer.keys, layer.values, layer.scores)
+    def _cut_layers(self, most: int) -> None:
+        budgeted = self._cache.ragged()
+        for index in range(self._cut, min(self._cut + most, len(self._layers))):
+            layer = self._layers[index]
+            budgeted[index].fill(layer.keys, layer.values, layer.scores)
             layer.free()  # so that the peak is the prompt, and one layer of the plan
-        return cache
+            self._cut = index + 1
 
     @override
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self._layers)
+        return self._cache.nbytes + sum(layer.nbytes for layer in self._layers)
 
 
 class _Layer(CacheLayerMixin):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 BESIDE = 0.9
 """Time that a step's part of a prompt may take, as a share of its decode batch: others wait no longer than that."""
 
-LEAST = 16
+LEAST = 8
 """Fewest tokens of a prompt in a step: the model's weights are read for one as for many."""
 
 ALONE = 512

@@ -34,7 +34,7 @@ def alike(groups: Sequence[Ranked]) -> list[list[int]]:
         if not together or groups[row].filled < ALIKE * groups[together[-1][0]].filled:
             together.append([])
         together[-1].append(row)
-    return together
+    return [sorted(rows) for rows in together]
 
 
 def step_together(heads: Sequence[HeadGroup], tokens: Tokens, kernel: Kernel) -> tuple[Grouped, dict[int, Exception]]:
@@ -57,7 +57,7 @@ def step_together(heads: Sequence[HeadGroup], tokens: Tokens, kernel: Kernel) ->
 
 
 def _rows_of(tokens: Tokens, rows: Sequence[int]) -> Tokens:
-    if len(rows) == len(tokens.key) and list(rows) == sorted(rows):
+    if len(rows) == len(tokens.key):  # they come in order
         return tokens
     index = list(rows)
     query, key, value = (each[index] for each in (tokens.query, tokens.key, tokens.value))
@@ -114,6 +114,8 @@ class _Joined:
 
 
 def _stacked(states: Sequence[Tensor], most: int) -> Tensor:
+    if len(states) == 1:
+        return states[0][..., :most]
     if min(state.shape[2] for state in states) >= most:
         return torch.cat([state[..., :most] for state in states])
     return torch.cat(

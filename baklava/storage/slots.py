@@ -143,7 +143,9 @@ class Slots(Storage):
 
 
 def _rows(parts: Sequence[Tensor], slots: int) -> Tensor:
-    """One batch of the first slots of all; zeros where one has fewer."""
+    """One batch of the first slots of all; zeros where one has fewer. Of one alone it is a view."""
+    if len(parts) == 1:
+        return parts[0][:, :, :slots]
     if min(part.shape[2] for part in parts) >= slots:
         return torch.cat([part[:, :, :slots] for part in parts])
     first = parts[0]
