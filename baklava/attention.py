@@ -249,8 +249,7 @@ def weighted(attention: Attention, value: Heads, summary: Summary | None = None)
 def _softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
     if sink_logits is None:
         return torch.softmax(logits, -1)
-    batch, heads, group, queries, _ = logits.shape
-    sinks = sink_logits.view(1, heads, group, 1, 1).expand(batch, -1, -1, queries, 1).to(logits.dtype)
+    sinks = sink_logits.view(1, *logits.shape[1:3], 1, 1).expand(*logits.shape[:4], 1).to(logits.dtype)
     return torch.softmax(torch.cat([logits, sinks], -1), -1)[..., :-1].contiguous()
 
 

@@ -11,10 +11,21 @@ from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
 from baklava import attention
-from baklava.attention import Grouped, Heads, Kernel, Queries, grouped, ungrouped
+from baklava.attention import (
+    QUERY_BLOCK,
+    Grouped,
+    Heads,
+    Kernel,
+    Queries,
+    grouped,
+    probabilities,
+    seen,
+    ungrouped,
+    weighted,
+)
 from baklava.cache import BudgetedCache
 from baklava.errors import UserError
-from baklava.eviction import Eviction, eviction_of
+from baklava.eviction import Eviction, Sample, eviction_of
 from baklava.heads import Forward, Scorekeeper, first_sampled, observe
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
@@ -194,15 +205,32 @@ class _Layer(CacheLayerMixin):
         """Attend to the prompt so far, and score it."""
         first, self.seen = self.seen, self.seen + key.shape[2]
         queries = grouped(query, query.shape[1] // key.shape[1])
+        if self.scores is not None and self.eviction.sample == Sample():
+            return ungrouped(self._attend_and_score(queries, first, kernel))
         output = self._forward(queries, kernel).attend(masked=first > 0)
         if self.scores is not None:
             self._observe(queries, first, kernel)
         return ungrouped(output)
 
-    def _forward(self, queries: Grouped, kernel: Kernel) -> Forward:
-        held = slice(0, self.seen)
-        positions = torch.arange(self.seen, device=queries.device)[None]
-        own = positions[:, self.seen - queries.shape[3] :]
+    def _attend_and_score(self, queries: Grouped, first: int, kernel: Kernel) -> Grouped:
+        """Where every query is observed, its probabilities give the output as well, and are computed once."""
+        assert self.scores is not None
+        outputs, keeper = [], Scorekeeper(self.eviction, self.scores)
+        for start in range(0, queries.shape[3], QUERY_BLOCK):
+            part = queries[:, :, :, start : start + QUERY_BLOCK]
+            forward = self._forward(part, kernel, first + start + part.shape[3])
+            own = forward.query_positions
+            attention = probabilities(part, forward.key, seen(own, own[:, None]), kernel)
+            outputs.append(weighted(attention, forward.value))
+            keeper.take(forward.observation(slice(0, part.shape[3]), forward.key.shape[2], attention))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)
+
+    def _forward(self, queries: Grouped, kernel: Kernel, reach: int | None = None) -> Forward:
+        """These queries, of which the last is the last of the first `reach` tokens, by default of all so far."""
+        tokens = reach or self.seen
+        held = slice(0, tokens)
+        positions = torch.arange(tokens, device=queries.device)[None]
+        own = positions[:, tokens - queries.shape[3] :]
         return Forward(queries, self.keys[:, :, held], self.values[:, :, held], own, positions[:, None], kernel)
 
     def _observe(self, queries: Grouped, first: int, kernel: Kernel) -> None:

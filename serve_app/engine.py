@@ -108,9 +108,12 @@ class Engine:
 
     def state(self) -> State:
         """What it does now; may be called from any thread."""
+        waiting, present = self._waiting(), len(self._stepper.present)
+        state = self._stepper.state
         return replace(
-            self._stepper.state,
-            waiting=self._waiting(),
+            state,
+            running=max(state.running if present else 0, present),
+            waiting=waiting,
             draining=self._draining,
             alive=self._thread.is_alive(),
             plan=self.plan.digest,

@@ -13,12 +13,15 @@ from serve_app.work import Logprob
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a request needs: its caches, what its prompt holds beside them while it enters, and a new snapshot."""
+    """Bytes that a request needs: its caches, what its prompt holds beside them while it enters, and a new snapshot.
 
-    each: int
+    `prefix` is the declared prompt that it begins with, if any.
+    """
+
     caches: int
     transient: int
     snapshot: int
+    prefix: Prefix | None
 
     @property
     def total(self) -> int:
@@ -29,14 +32,13 @@ class Needs:
 def needs(loaded: LoadedModel, plan: BudgetPlan, request: Request, snapshots: Snapshots) -> Needs:
     """What a request needs inside a plan, given the snapshots that there are."""
     work, prefix = request.work, _prefix(request, snapshots)
-    each = plan.bytes_for(request.tokens)
-    caches = work.n * each if work.sampling.max_tokens or prefix != work.prompt else 0
+    caches = work.n * plan.bytes_for(request.tokens) if work.sampling.max_tokens or prefix != work.prompt else 0
     if prefix is None:
         entering = 0 if work.prompt_logprobs is not None else len(work.prompt)
-        return Needs(each, caches, _transient(loaded, plan, entering), 0)
+        return Needs(caches, _transient(loaded, plan, entering), 0, None)
     if snapshots.of(prefix):
-        return Needs(each, caches, 0, 0)
-    return Needs(each, caches, _transient(loaded, plan, len(prefix)), plan.bytes_for(len(prefix)))
+        return Needs(caches, 0, 0, prefix)
+    return Needs(caches, _transient(loaded, plan, len(prefix)), plan.bytes_for(len(prefix)), prefix)
 
 
 def _transient(loaded: LoadedModel, plan: BudgetPlan, tokens: int) -> int:
@@ -54,10 +56,11 @@ class Entrance:
     snapshot was there. Where it was not, this leaves it.
     """
 
-    def __init__(self, loaded: LoadedModel, plan: BudgetPlan, request: Request, snapshots: Snapshots) -> None:
-        self.plan, self.request, self.cached_tokens = plan, request, 0
+    def __init__(
+        self, loaded: LoadedModel, plan: BudgetPlan, request: Request, prefix: Prefix | None, snapshots: Snapshots
+    ) -> None:
+        self.plan, self.request, self.prefix, self.cached_tokens = plan, request, prefix, 0
         self._loaded, self._snapshots = loaded, snapshots
-        self._prefix = _prefix(request, snapshots)
         self._entry, self._begins = self._start()
 
     def _start(self) -> tuple[Entering, bool]:
@@ -65,12 +68,12 @@ class Entrance:
         work, room = self.request.work, self.request.tokens
         if work.prompt_logprobs is not None:
             return Spelling(self._loaded, self.plan, work.prompt, room, work.prompt_logprobs), False
-        if self._prefix is None:
+        if self.prefix is None:
             return entering(self._loaded, self.plan, work.prompt, room), False
-        if snapshot := self._snapshots.of(self._prefix):
-            self.cached_tokens = len(self._prefix)
-            return self._behind(snapshot, self._prefix), False
-        return entering(self._loaded, self.plan, self._prefix, len(self._prefix)), True
+        if snapshot := self._snapshots.of(self.prefix):
+            self.cached_tokens = len(self.prefix)
+            return self._behind(snapshot, self.prefix), False
+        return entering(self._loaded, self.plan, self.prefix, len(self.prefix)), True
 
     def _behind(self, snapshot: Snapshot, prefix: Prefix) -> Turn:
         rest = self.request.work.prompt[len(prefix) :]
@@ -79,13 +82,13 @@ class Entrance:
     def step(self, tokens: int) -> Entered | None:
         """Take about so many tokens more in; at the end, the cache that holds the prompt, and the logits behind it."""
         entered = self._entry.step(tokens)
-        if entered is None or not self._begins or self._prefix is None:
+        if entered is None or not self._begins or self.prefix is None:
             return entered
         snapshot, self._begins = Snapshot(*entered), False
-        self._snapshots.keep(self._prefix, snapshot)
-        if len(self._prefix) == len(self.request.work.prompt) and not self.request.work.sampling.max_tokens:
+        self._snapshots.keep(self.prefix, snapshot)
+        if len(self.prefix) == len(self.request.work.prompt) and not self.request.work.sampling.max_tokens:
             return entered
-        self._entry = self._behind(snapshot, self._prefix)
+        self._entry = self._behind(snapshot, self.prefix)
         return None
 
     @property

@@ -1,5 +1,6 @@
 """Prompts that were declared beforehand: entered once, and copied by every request that begins with one of them."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ class Snapshots:
 
     def __init__(self, plan: BudgetPlan) -> None:
         self.plan = plan
+        self._writing = threading.Lock()  # what is read is never changed, but replaced
         self._known: dict[Prefix, Snapshot | None] = {}
 
     @property
@@ -38,7 +40,8 @@ class Snapshots:
 
     def declare(self, prefix: Prefix) -> None:
         """From now on, prompts that begin so are cut here."""
-        self._known.setdefault(prefix, None)
+        with self._writing:
+            self._known = {**self._known, prefix: self._known.get(prefix)}
 
     def begins(self, prompt: Sequence[int]) -> Prefix | None:
         """The longest declared prompt that this one begins with."""
@@ -56,13 +59,15 @@ class Snapshots:
 
     def keep(self, prefix: Prefix, snapshot: Snapshot) -> None:
         """Keep the snapshot of a declared prompt, unless it was made inside another plan."""
-        if snapshot.cache.plan is self.plan:
-            self._known[prefix] = snapshot
+        with self._writing:
+            if snapshot.cache.plan is self.plan:
+                self._known = self._known | {prefix: snapshot}
 
     def forget(self, plan: BudgetPlan) -> list[Prefix]:
         """Drop all snapshots, because another plan is in force; gives their prompts, which stay declared."""
-        dropped = [prefix for prefix, snapshot in self._known.items() if snapshot is not None]
-        self._known, self.plan = dict.fromkeys(self._known), plan
+        with self._writing:
+            dropped = [prefix for prefix, snapshot in self._known.items() if snapshot is not None]
+            self._known, self.plan = dict.fromkeys(self._known), plan
         return dropped
 
     @property

@@ -12,7 +12,7 @@ from baklava.batching import decode_step
 from baklava.entering import Entered
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
-from serve_app.entrance import Entrance, needs
+from serve_app.entrance import Entrance, Needs, needs
 from serve_app.pace import Pace
 from serve_app.pool import BrokenPromiseError, Meter, Pool, check_promise
 from serve_app.request import Continuation, Request, begin
@@ -29,6 +29,7 @@ class Stepper:
         self._loaded, self.pool, self.pace, self._snapshots = loaded, Pool(pool_bytes), Pace(chunk), snapshots
         self.running: list[Continuation] = []
         self.entrance: Entrance | None = None
+        self.present: set[Request] = set()  # from the moment that it leaves the queue until its end
         self._meter, self._most, self._counts = Meter(), 0, Counts()
         self.refused = 0
         self.state = self._measured({})
@@ -48,7 +49,9 @@ class Stepper:
             self._sweep(queue)
         self._decode()
         with changed:
-            self._admit(queue, plan())
+            admitted = self._admitted(queue, plan())
+        if admitted:
+            self._admit(*admitted)
         self._enter()
         self._count(steps=1)
         self._measure()
@@ -72,26 +75,27 @@ class Stepper:
             queue.remove(request)
             self._end(request, None if request.cancelled else DeadlineError(waiting=True))
 
-    def _admit(self, queue: deque[Request], plan: BudgetPlan) -> None:
-        """Let the first in line begin to enter, if there is room for all that it can ever hold."""
+    def _admitted(self, queue: deque[Request], plan: BudgetPlan) -> tuple[Request, Needs] | None:
+        """The first in line, if there is room for all that it can ever hold and no other prompt is entering."""
         if plan is not self._snapshots.plan:
             self._forget(self._snapshots.forget(plan))
         while queue and self.entrance is None:
             wanted = needs(self._loaded, plan, queue[0], self._snapshots)
-            if not self.pool.fits(wanted.total):
-                if self.running:
-                    return
-                self._end(queue.popleft(), TooLargeError("The request needs more bytes of KV cache than there are."))
-                continue
-            self._open(queue.popleft(), plan, wanted.caches + wanted.transient, wanted.snapshot)
+            if self.pool.fits(wanted.total):
+                self.present.add(queue[0])
+                return queue.popleft(), wanted
+            if self.running:
+                return None
+            self._end(queue.popleft(), TooLargeError("The request needs more bytes of KV cache than there are."))
+        return None
 
-    def _open(self, request: Request, plan: BudgetPlan, own: int, snapshot: int) -> None:
-        prefix: Prefix | None = self._snapshots.begins(request.work.prompt) if snapshot else None
+    def _admit(self, request: Request, wanted: Needs) -> None:
+        """Promise a request its bytes, and let it begin to enter."""
         try:
-            if prefix is not None:
-                self.pool.promise(prefix, snapshot)
-            self.pool.promise(request, own)
-            self.entrance = Entrance(self._loaded, plan, request, self._snapshots)
+            if wanted.snapshot:
+                self.pool.promise(wanted.prefix, wanted.snapshot)
+            self.pool.promise(request, wanted.caches + wanted.transient)
+            self.entrance = Entrance(self._loaded, self._snapshots.plan, request, wanted.prefix, self._snapshots)
         except Exception as error:
             self._end(request, error)
 
@@ -171,6 +175,7 @@ class Stepper:
         if self.entrance is not None and self.entrance.request is request:
             self.entrance = None
         self.pool.release(request)
+        self.present.discard(request)
         self._forget_unborn()
         self._account(request, error)
         if error is not None:
@@ -220,8 +225,7 @@ class Stepper:
         if self.entrance is None:
             return
         request, held = self.entrance.request, self.entrance.nbytes
-        prefix = self._snapshots.begins(request.work.prompt)
-        own = self.pool.promised_to(request) + (self.pool.promised_to(prefix) if prefix else 0)
+        own = self.pool.promised_to(request) + self.pool.promised_to(self.entrance.prefix)
         try:
             check_promise(held, own)
         except BrokenPromiseError as error:

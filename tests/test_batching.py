@@ -33,7 +33,7 @@ def decoded(loaded, caches, rows, steps):
     return torch.stack(said)
 
 
-def check_like_alone(loaded, starts, steps=60):
+def check_like_alone(loaded, starts, steps=30):
     """`starts` are (plan, prompt); every sequence says and keeps in the batch what it does alone."""
     rows = random_ids(len(starts), steps, seed=5)
     together = [prefill(loaded, plan, prompt, room=prompt.shape[1] + steps)[0] for plan, prompt in starts]
@@ -66,7 +66,7 @@ def test_sequences_of_different_plans_and_lengths_say_and_keep_what_they_do_alon
 def test_sequences_of_one_plan_say_and_keep_what_they_do_alone(tiny, eviction, bits):
     loaded = tiny(head_dim=16)
     plan = mixed(plan_of(loaded, [[20, 40], [28, 64]], eviction), [bits, bits])
-    starts = [(plan, random_ids(1, tokens, seed=tokens)) for tokens in (50, 50, 51, 57, 3, 90, 31)]
+    starts = [(plan, random_ids(1, tokens, seed=tokens)) for tokens in (50, 50, 57, 3, 90)]
     for cache in check_like_alone(loaded, starts):
         assert cache.nbytes <= cache.promised_bytes
 

@@ -364,6 +364,16 @@ def test_a_drained_engine_ends_what_it_has_and_takes_no_more(loaded, plan):
         assert engine.state().draining
 
 
+def test_a_request_waits_or_runs_at_every_moment_until_its_end(loaded, plan):
+    with engine_of(loaded, plan, chunk=8) as engine:
+        answer, looks = ask(engine, prompts(1, 200)[0], 20), 0
+        while not answer.ended.is_set():
+            state = engine.state()
+            assert state.running + state.waiting >= 1 or answer.ended.wait(1)
+            looks += 1
+        assert looks > 20
+
+
 def test_a_closed_engine_tells_everybody(loaded, plan):
     with engine_of(loaded, plan) as engine:
         answer = ask(engine, PROMPT, 200)
