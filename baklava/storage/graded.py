@@ -50,8 +50,8 @@ class Graded(Codec):
 
     @override
     def joined(self, others: Sequence[Self]) -> Self:
-        columns = zip(*(other.parts for other in others), strict=True)
-        return type(self)([part.joined(column) for part, column in zip(self.parts, columns, strict=True)])
+        columns = zip(self.parts, *(other.parts for other in others), strict=True)
+        return type(self)([part.joined(rest) for part, *rest in columns])
 
     @override
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
