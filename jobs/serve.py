@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
     from serve_app.app import deployed, session
 
     say(f"starting {arguments.replicas} replica(s) of {arguments.model}")
-    with session(most):
+    with session(most, quiet=scale.logs is not None):
         signals = taken_signals()
         with deployed(settings, arguments.host, arguments.port, scale) as server:
             print(welcome(server.about, arguments.host, arguments.port, guarded=keys.any), flush=True)

@@ -49,13 +49,17 @@ class Scale:
 
 
 @contextmanager
-def session(replicas: int) -> Iterator[None]:
+def session(replicas: int, *, quiet: bool = False) -> Iterator[None]:
     """A connection to the cluster at `$RAY_ADDRESS`, else to one of this machine's own that ends with the block.
+
+    With `quiet`, what Serve logs on it goes to files alone.
 
     Raises:
         UserError: no cluster answers, it is too small, or it serves something already.
     """
     address = os.environ.get("RAY_ADDRESS")
+    if quiet:
+        os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address:
         check_answers(address)
