@@ -31,7 +31,7 @@ PIP_INSTALL := -m pip --disable-pip-version-check install --no-input --progress-
 PIP := $(PY) $(PIP_INSTALL)
 QUIETLY := quietly() { "$$@" 2> >(grep -vE '^(WARNING|DEPRECATION)|\[notice\]|^$$' >&2) | sed -nuE '$(FETCHED)'; }
 
-.PHONY: help setup assets test drill lint search serve bench fidelity windows peers ui clean
+.PHONY: help setup assets test drill soak lint search serve bench fidelity windows peers ui clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -64,8 +64,11 @@ test: setup assets ## run every test (under 15 minutes on two cores)
 	part -n 2 -m 'not ray and not drill'; part -m 'ray and not drill'; \
 	[ $$none -lt 2 ] || { echo 'no test was selected' >&2; exit 5; }
 
-drill: setup assets ## kill nodes, drivers, servers and disks under real searches (ten minutes)
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) -m pytest -m drill $(ARGS)
+drill: setup assets ## kill nodes, drivers, servers and disks under real searches, replicas under load (15 minutes)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) -m pytest -m 'drill and not soak' $(ARGS)
+
+soak: setup assets ## ask a server for half an hour, and see that it stays inside its promises
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) -m pytest -s -m soak $(ARGS)
 
 lint: $(READY) ## check style and types
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

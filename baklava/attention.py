@@ -192,7 +192,7 @@ def probabilities(
     if summary is not None:
         standing_in = _logits(query, summary.key, kernel) + summary.bias[:, :, None, None].to(logits.dtype)
         logits = torch.cat([standing_in, logits], -1)
-    return _normalised(logits, visible, kernel)
+    return normalised(logits, visible, kernel)
 
 
 def attend_tiles(
@@ -207,7 +207,7 @@ def attend_tiles(
     Logits and sums are in 32 bits, as a fused kernel has them: half of that would cost more than packing does.
     """
     logits = torch.cat([_logits(query.float(), key.float(), kernel) for key in keys], -1)
-    attention, output, start = _normalised(logits, visible, kernel), torch.zeros_like(query, dtype=torch.float32), 0
+    attention, output, start = normalised(logits, visible, kernel), torch.zeros_like(query, dtype=torch.float32), 0
     for value in values:
         stop = start + value.shape[2]
         output += weighted(attention[..., start:stop], value.float())
@@ -225,7 +225,8 @@ def _logits(query: Grouped, key: Heads, kernel: Kernel) -> Float[Tensor, "batch 
     return logits.view(batch, heads, group, queries, -1)
 
 
-def _normalised(logits: Attention, visible: Tensor | None, kernel: Kernel) -> Attention:
+def normalised(logits: Attention, visible: Tensor | None, kernel: Kernel) -> Attention:
+    """Probabilities; `visible` may be of the last entries only, and with None every query sees all. Logits change."""
     if visible is not None:
         # The lowest finite number, not -inf: a padding query sees nothing, and must not spread NaN.
         unsure = logits[..., logits.shape[-1] - visible.shape[-1] :]
@@ -244,8 +245,7 @@ def weighted(attention: Attention, value: Heads, summary: Summary | None = None)
 def _softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
     if sink_logits is None:
         return torch.softmax(logits, -1)
-    batch, heads, group, queries, _ = logits.shape
-    sinks = sink_logits.view(1, heads, group, 1, 1).expand(batch, -1, -1, queries, 1).to(logits.dtype)
+    sinks = sink_logits.view(1, *logits.shape[1:3], 1, 1).expand(*logits.shape[:4], 1).to(logits.dtype)
     return torch.softmax(torch.cat([logits, sinks], -1), -1)[..., :-1].contiguous()
 
 

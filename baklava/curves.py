@@ -18,8 +18,8 @@ from baklava.attention import Summary
 from baklava.eviction import Eviction
 from baklava.heads.centroids import ITERATIONS, Centroids, attention_of
 from baklava.packing import read_back
-from baklava.plan import FULL_BITS
 from baklava.sensitivity import LayerPass, Weights
+from baklava.sizes import FULL_BITS
 
 QUERY_STRIDE = 4
 """Of the continuation every fourth query is measured: neighbours agree."""

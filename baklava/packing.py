@@ -6,7 +6,7 @@ from torch import Tensor
 
 from baklava.grades import grades
 from baklava.heads.rotation import Rotation
-from baklava.plan import FULL_BITS
+from baklava.sizes import FULL_BITS
 from baklava.storage import Layout, storage_for
 from baklava.storage.bits import WIDTHS
 

@@ -11,24 +11,18 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from baklava.errors import UserError
 from baklava.files import write_whole
 from baklava.geometry import CacheGeometry, ModelIdentity
-from baklava.grades import Grades, grades
+from baklava.grades import grades
 from baklava.records import Record
+from baklava.sizes import FULL_BITS, DenseBits, full_bytes, side_bytes, sliding_bytes
 
 Bits = Literal[32, 16, 8, 6, 5, 4, 3, 2]
-DenseBits = Literal[32, 16]
 Knob = bool | int | float | str
-
-FULL_BITS = 16
-"""The full cache that a ratio refers to stores keys and values in 16 bits."""
 
 STATE_BYTES = 8
 """Bytes beside the payload of an entry that is scored: its position (int32) and its score (float32)."""
 
 CENTROID_STATE_BYTES = 8
 """Bytes beside the key and the value of a centroid: what its members weigh, and their entropy (both float32)."""
-
-SCALE_BYTES = 2
-"""Bytes beside the codes of a packed key or value, or of a grade of its channels: their scale (float16)."""
 
 
 class LayerBudget(Record):
@@ -74,10 +68,10 @@ class EvictionChoice(Record):
         """Fewest entries that a head can live with: the sinks, the slack of one interval, and one more."""
         return self.sinks + self.interval + 1
 
-    @property
-    def dense_tokens(self) -> int:
-        """Entries of a packed head that are in 16 bits all the same: the sinks and what is staged."""
-        return self.sinks + (self.interval if self.staged else 0)
+    def dense_slots(self, tokens: int, slots: int) -> int:
+        """Of the first slots of a packed head of this capacity, those in 16 bits: the sinks, and what is staged."""
+        staged = slots - (tokens - self.interval) if self.staged else 0
+        return min(slots, self.sinks) + max(0, staged)
 
 
 class AllocationChoice(Record):
@@ -170,8 +164,12 @@ class BudgetPlan(Record):
     @property
     def bytes_per_sequence(self) -> int:
         """Most bytes that one sequence keeps between two forward passes."""
-        budgeted = sum(self._layer_bytes(layer) for layer in self.layers if layer)
-        return budgeted + sliding_bytes(self.geometry, self.sliding_bits)
+        return self.bytes_for(None)
+
+    def bytes_for(self, tokens: int | None) -> int:
+        """Most bytes that a sequence of at most so many tokens keeps; from the largest budget on the same for all."""
+        budgeted = sum(self._layer_bytes(layer, tokens) for layer in self.layers if layer)
+        return budgeted + sliding_bytes(self.geometry, self.sliding_bits, tokens)
 
     @property
     def full_bytes_per_sequence(self) -> int:
@@ -195,10 +193,10 @@ class BudgetPlan(Record):
         content = self.model_dump(mode="json", exclude={"provenance", "allocation"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _layer_bytes(self, layer: LayerBudget) -> int:
+    def _layer_bytes(self, layer: LayerBudget, room: int | None) -> int:
         heads = zip(layer.tokens, layer.key_bits, layer.value_bits, strict=True)
         graded = self.key_channels is not None
-        return sum(head_bytes(self.geometry, tokens, k, v, self.eviction, graded) for tokens, k, v in heads)
+        return sum(head_bytes(self.geometry, tokens, k, v, self.eviction, graded, room) for tokens, k, v in heads)
 
     def check_fits(self, identity: ModelIdentity, geometry: CacheGeometry) -> None:
         """Raise UserError when this plan was made for another model."""
@@ -259,35 +257,22 @@ def _check_channels(plan: BudgetPlan) -> None:
 
 
 def head_bytes(
-    geometry: CacheGeometry, tokens: int, key_bits: int, value_bits: int, eviction: EvictionChoice, graded: bool = False
+    geometry: CacheGeometry,
+    tokens: int,
+    key_bits: int,
+    value_bits: int,
+    eviction: EvictionChoice,
+    graded: bool = False,
+    room: int | None = None,
 ) -> int:
-    """Most bytes that one KV head of this capacity holds, with positions, scores and centroids where they are kept."""
-    dense, head_dim = eviction.dense_tokens, geometry.head_dim
+    """Most bytes that one KV head of this capacity holds, with positions, scores and centroids where they are kept.
+
+    `room` is the most tokens that the sequence will have: slots behind them are never held.
+    """
+    slots, head_dim = tokens if room is None else min(tokens, room), geometry.head_dim
+    dense = eviction.dense_slots(tokens, slots)
     keys, values = grades(head_dim, key_bits, graded), grades(head_dim, value_bits, False)
-    payload = side_bytes(tokens, keys, dense) + side_bytes(tokens, values, dense)
+    payload = side_bytes(slots, keys, dense) + side_bytes(slots, values, dense)
     mean = head_dim * FULL_BITS // 8 if key_bits < FULL_BITS else 0
     centroids = eviction.centroids * (2 * head_dim * FULL_BITS // 8 + CENTROID_STATE_BYTES)
-    return payload + mean + centroids + (tokens * STATE_BYTES if eviction.scored else 0)
-
-
-def side_bytes(tokens: int, coded: Grades, dense: int) -> int:
-    """Bytes of the keys or the values of one KV head, of which `dense` are in 16 bits where the others are packed."""
-    head_dim = sum(channels for channels, _ in coded)
-    if coded[0][1] >= FULL_BITS:
-        return tokens * head_dim * coded[0][1] // 8
-    packed = sum(channels * bits // 8 + SCALE_BYTES for channels, bits in coded)
-    return dense * head_dim * FULL_BITS // 8 + (tokens - dense) * packed
-
-
-def full_bytes(geometry: CacheGeometry, context_length: int) -> int:
-    """Bytes of the full 16-bit cache of one sequence; sliding layers count the tokens in their window."""
-    entries = len(geometry.budgetable) * geometry.kv_heads * context_length
-    payload = entries * 2 * geometry.head_dim * FULL_BITS // 8
-    return payload + sliding_bytes(geometry, FULL_BITS, context_length)
-
-
-def sliding_bytes(geometry: CacheGeometry, bits: int, at_most: int | None = None) -> int:
-    """Bytes of the sliding layers of one sequence, of `at_most` tokens if given: each keeps its window at the most."""
-    windows = [window for window in geometry.windows if window is not None]
-    entries = sum(window if at_most is None else min(window, at_most) for window in windows)
-    return entries * geometry.kv_heads * 2 * geometry.head_dim * bits // 8
+    return payload + mean + centroids + (slots * STATE_BYTES if eviction.scored else 0)

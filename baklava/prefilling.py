@@ -44,7 +44,9 @@ def record(loaded: LoadedModel, ids: Ids, evictions: Sequence[Eviction]) -> Reco
 
 
 @torch.inference_mode()
-def cut(loaded: LoadedModel, recorded: Recorded, plan: BudgetPlan) -> tuple[BudgetedCache, Logits]:
+def cut(
+    loaded: LoadedModel, recorded: Recorded, plan: BudgetPlan, room: int | None = None
+) -> tuple[BudgetedCache, Logits]:
     """What `prefill` gives, from a recorded prompt: a copy of its cache, cut to the plan.
 
     Raises:
@@ -52,17 +54,22 @@ def cut(loaded: LoadedModel, recorded: Recorded, plan: BudgetPlan) -> tuple[Budg
     """
     plan.check_fits(loaded.identity, loaded.geometry)
     if plan.prefill.mode == "dense":
-        return BudgetedCache.cut(plan, recorded.recording), recorded.logits
+        return BudgetedCache.cut(plan, recorded.recording, room), recorded.logits
     # What a chunk's tokens are depends on what was kept of the chunks before, so such a plan prefills for itself.
-    return prefill(loaded, plan, recorded.ids)
+    return prefill(loaded, plan, recorded.ids, room=room)
 
 
 @torch.inference_mode()
 def prefill(
-    loaded: LoadedModel, plan: BudgetPlan, ids: Ids, attention_mask: Ids | None = None
+    loaded: LoadedModel,
+    plan: BudgetPlan,
+    ids: Ids,
+    attention_mask: Ids | None = None,
+    room: int | None = None,
 ) -> tuple[BudgetedCache, Logits]:
     """A cache that holds a prompt as its plan says, and the logits of the token behind it.
 
+    `room` is the most tokens that any row will have in the end, as in `BudgetedCache`.
     A plain forward does as well, and takes any plan but those that score by context reconstruction; chunk by chunk here
     also bounds what the rest of the model holds.
 
@@ -72,9 +79,9 @@ def prefill(
     plan.check_fits(loaded.identity, loaded.geometry)
     if ids.shape[1] == 0:
         raise UserError("a prompt of 0 tokens leaves nothing to go on from; give at least one token")
-    cache = BudgetedCache(plan)
+    cache = BudgetedCache(plan, room)
     if cache.eviction.sample.repeated:
-        return _reconstructed(loaded, plan, ids, attention_mask)
+        return _reconstructed(loaded, plan, ids, attention_mask, room)
     size = plan.prefill.chunk or ids.shape[1]
     for start in range(0, ids.shape[1], size):
         stop = min(start + size, ids.shape[1])
@@ -90,10 +97,10 @@ def _padding(attention_mask: Ids, start: int, stop: int) -> dict[str, Tensor]:
 
 
 def _reconstructed(
-    loaded: LoadedModel, plan: BudgetPlan, ids: Ids, attention_mask: Ids | None
+    loaded: LoadedModel, plan: BudgetPlan, ids: Ids, attention_mask: Ids | None, room: int | None
 ) -> tuple[BudgetedCache, Logits]:
     if attention_mask is not None and not bool(attention_mask.all()):
         raise UserError(
             f"{plan.eviction.method} repeats the prompt, which needs rows without padding; prefill one row at a time"
         )
-    return cut(loaded, record(loaded, ids, (eviction_of(plan.eviction),)), plan)
+    return cut(loaded, record(loaded, ids, (eviction_of(plan.eviction),)), plan, room)

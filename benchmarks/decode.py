@@ -10,10 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import DynamicCache
 
 from baklava import attention
-from baklava.cache import BudgetedCache, RaggedLayer
+from baklava.cache import BudgetedCache
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
 from baklava.progress import bar
+from baklava.ragged import RaggedLayer
 from benchmarks.peer import PEER, as_peer
 from benchmarks.plans import FLOOR, decode_plans, filled
 from benchmarks.rounds import machine, take_turns

@@ -20,6 +20,8 @@ EXAMPLES = """examples:
   python jobs/benchmark.py fidelity --split validation --methods uniform ours --budgets 0.125
   python jobs/benchmark.py search --json docs/search.json --readme README.md --scale docs/scale.md
   python jobs/benchmark.py search --quick --parts dispatch
+  python jobs/benchmark.py serve --json docs/serve.json --readme README.md
+  python jobs/benchmark.py serve --quick --parts fits closed
 
 Beside the JSON lies a picture with the same name."""
 
@@ -30,6 +32,9 @@ STUDIED = """Every method at every budget on the same windows of documents that 
 journal in --out: the same command goes on after a kill, and scores only what is new."""
 SEARCHED = """What a search takes beside its scoring: as a script, next to a process per trial, with two replicas
 next to one, and with replicas that only sleep. Run it on a machine that does nothing else; about an hour."""
+
+SERVED = """Serving over HTTP: our server inside a plan and with the full cache, and transformers serve, with the same
+prompts. Run it on a machine that does nothing else; some hours."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,6 +64,17 @@ def parser() -> argparse.ArgumentParser:
     searched.add_argument("--quick", action="store_true", help="small sizes, whose figures mean nothing")
     searched.add_argument("--readme", type=Path, metavar="FILE", help="page to write the tables into")
     searched.add_argument("--scale", type=Path, metavar="FILE", help="page on scale to write its tables into")
+    served = names.add_parser("serve", parents=[shared], help="serving over HTTP", description=SERVED)
+    served.set_defaults(run=serve)
+    served.add_argument("--plan", default="plans/demo-12.5.json", metavar="PLAN.json", help="the plan that is measured")
+    served.add_argument(
+        "--texts", default="botocore", metavar="NAME|FOLDER", help="what prompts are cut from (botocore)"
+    )
+    served.add_argument(
+        "--parts", nargs="+", metavar="NAME", help="some of fits, together, overhead, beside, closed, open"
+    )
+    served.add_argument("--quick", action="store_true", help="small sizes, whose figures mean nothing")
+    served.add_argument("--readme", type=Path, metavar="FILE", help="page to write the tables into")
     return made
 
 
@@ -156,6 +172,25 @@ def search(chosen: argparse.Namespace) -> None:
         put(chosen.readme, NAME, table(found))
     if chosen.scale:
         put(chosen.scale, SCALE, scale(found), "--scale")
+
+
+def serve(chosen: argparse.Namespace) -> None:
+    from benchmarks.page import check_page, put
+    from benchmarks.serve.asked import Asked, quick
+    from benchmarks.serve.picture import draw
+    from benchmarks.serve.study import PARTS, study
+    from benchmarks.serve.table import NAME, table
+
+    if chosen.readme:
+        check_page(chosen.readme, NAME)
+    asked = (quick if chosen.quick else Asked)(chosen.model, chosen.plan, chosen.texts)
+    found = study(asked, tuple(chosen.parts or PARTS))
+    path = _written(chosen, json.dumps(found, indent=1) + "\n")
+    if "fits" in found:
+        draw(found, path.with_suffix(".svg"))
+    print(table(found))
+    if chosen.readme:
+        put(chosen.readme, NAME, table(found))
 
 
 def _check_share(share: float) -> None:

@@ -2,26 +2,29 @@
 
 import argparse
 import os
+import queue
 import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from baklava.errors import UserError
 from baklava.plan import BudgetPlan
 from baklava.progress import say
 from baklava.script import exit_code
-from serve_app.listen import api_keys, check_address, key_digest
+from serve_app.listen import Keys, api_keys, check_address
 
 EXAMPLES = """examples:
   python jobs/serve.py --plan runs/my-search/plan.json --model demo
-  python jobs/serve.py --plan models:/baklava-demo@champion --model demo --port 8080
+  python jobs/serve.py --plan models:/baklava-demo@champion --model demo --port 8080 --pool 2GiB
   python jobs/serve.py --plan full --model HuggingFaceTB/SmolLM2-360M-Instruct
+  python jobs/serve.py --plan plan.json --model demo --prefix system-prompt.txt --replicas 2 --autoscale 4
   BAKLAVA_API_KEYS=secret1,secret2 python jobs/serve.py --plan plan.json --model demo --host 0.0.0.0
 
 Requests that name no temperature are sampled at 1.0, as with OpenAI; give 0 for greedy decoding.
+SIGHUP reads --plan again, a file or an alias of the registry, and swaps it in: requests under way end in the old one.
 Ctrl-C or SIGTERM ends the server once the requests under way have ended; a second one ends it at once."""
 
 MEBIBYTE = 2**20
@@ -45,31 +48,95 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="demo, a directory, or the id of a hub model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=_port, default=8000, help="port to listen on (default: 8000)")
+    _add_capacity(parser)
+    _add_access(parser)
+    return parser.parse_args(argv)
+
+
+def _add_capacity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pool",
+        default="50%",
+        metavar="SIZE",
+        help="memory for KV caches, per replica in bytes (2GiB), or of all in share of what is free (default: 50%%)",
+    )
+    parser.add_argument(
+        "--waiting", type=_count, default=64, metavar="N", help="requests that may wait in a replica (default: 64)"
+    )
     parser.add_argument("--replicas", type=_count, default=1, metavar="N", help="copies of the model (default: 1)")
+    parser.add_argument(
+        "--autoscale", type=_count, metavar="N", help="add replicas, up to so many, while the pools are nearly full"
+    )
+    parser.add_argument(
+        "--timeout", type=_count, default=600, metavar="S", help="longest life of a request, seconds (default: 600)"
+    )
+    parser.add_argument(
+        "--prefix",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a prompt that many requests begin with, kept in the cache: a system prompt as text, or messages as .json",
+    )
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-keys",
         type=Path,
         metavar="FILE",
         help="file with one accepted API key a line; or set BAKLAVA_API_KEYS to keys with commas between them",
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--admin-keys",
+        type=Path,
+        metavar="FILE",
+        help="the same for keys that may also change the plan; or set BAKLAVA_ADMIN_KEYS",
+    )
+    parser.add_argument("--logs", metavar="FOLDER", help="write a JSON line per request there, without what was said")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Check what can be checked in a moment, start the server, and wait for its end."""
-    keys = api_keys(arguments.api_keys)
-    check_address(arguments.host, arguments.port, guarded=bool(keys))
+    keys = Keys.of(api_keys(arguments.api_keys), api_keys(arguments.admin_keys, "admin"))
+    check_address(arguments.host, arguments.port, guarded=keys.any)
+    most = max(arguments.replicas, arguments.autoscale or 0)
     plan = checked_plan(arguments.plan, arguments.model)
-    from serve_app.app import Settings, deployed, session
+    settings, scale = _settings(arguments, plan, keys, most)
+    from serve_app.app import deployed, session
 
-    threads = max(1, (os.cpu_count() or 1) // arguments.replicas)
-    settings = Settings(arguments.model, plan, int(time.time()), threads, frozenset(map(key_digest, keys)))
     say(f"starting {arguments.replicas} replica(s) of {arguments.model}")
-    with session(arguments.replicas):
-        end_by_signals()
-        with deployed(settings, arguments.host, arguments.port, arguments.replicas) as about:
-            print(welcome(about, arguments.host, arguments.port, guarded=bool(keys)), flush=True)
-            wait_for_the_end()
+    with session(most, quiet=scale.logs is not None):
+        signals = taken_signals()
+        with deployed(settings, arguments.host, arguments.port, scale) as server:
+            print(welcome(server.about, arguments.host, arguments.port, guarded=keys.any), flush=True)
+            while wait(signals) == signal.SIGHUP:
+                _reload(arguments, server.board)
+
+
+def _settings(arguments: argparse.Namespace, plan: BudgetPlan | None, keys: Keys, most: int) -> tuple[Any, Any]:
+    from serve_app.declared import Declared
+    from serve_app.memory import PoolSize
+
+    pool = PoolSize.parse(arguments.pool, most)
+    declared = tuple(Declared.read(path) for path in arguments.prefix)
+    logs = str(Path(arguments.logs).absolute()) if arguments.logs else None
+    from serve_app.app import Scale
+    from serve_app.server import Settings
+
+    settings = Settings(
+        model=arguments.model,
+        plan=plan,
+        created=int(time.time()),
+        threads=max(1, (os.cpu_count() or 1) // most),
+        pool=pool,
+        waiting=arguments.waiting,
+        declared=declared,
+        keys=keys,
+        seconds=float(arguments.timeout),
+        host=arguments.host,
+    )
+    return settings, Scale(arguments.replicas, most, logs)
 
 
 def checked_plan(source: str, model: str) -> BudgetPlan | None:
@@ -88,7 +155,7 @@ def checked_plan(source: str, model: str) -> BudgetPlan | None:
 
 
 def welcome(about: dict[str, Any], host: str, port: int, *, guarded: bool) -> str:
-    """What is served where, and how to ask it something."""
+    """What is served where, how many sequences fit, and how to ask it something."""
     plan, model = about["plan"], about["model"]["id"]
     tokens = plan["context_length"]
     held, full = plan["bytes_per_sequence"] / MEBIBYTE, plan["full_bytes_per_sequence"] / MEBIBYTE
@@ -100,25 +167,55 @@ baklava listens on {base}
   model        {model}, up to {about["model"]["max_model_len"]:,} tokens
   plan         {plan["digest"]}, {plan["eviction"]["method"]} eviction
   memory       {held:,.1f} MiB per sequence; the full cache of {tokens:,} tokens has {full:,.1f} ({plan["ratio"]:.1%})
+  pool         {about["pool_bytes"] / MEBIBYTE:,.0f} MiB of KV caches per replica
+{fits(about["fits"])}
   base_url     {base}/v1
+  status page  {base}/
 
 curl -N {base}/v1/chat/completions -H "Content-Type: application/json" {key}\\
   -d '{body}'
 """
 
 
-def end_by_signals() -> None:
-    """Make SIGTERM end the server as Ctrl-C does. Ray sets handlers of its own when it starts, so this comes after."""
+def fits(rows: Sequence[tuple[int, int, int]]) -> str:
+    """How many sequences fit into the pool, by their length, with the full cache and inside the plan."""
+    head = f"  {'tokens per sequence':<22}" + "".join(f"{tokens:>9,}" for tokens, _, _ in rows)
+    full = f"  {'sequences, full cache':<22}" + "".join(f"{dense:>9,}" for _, dense, _ in rows)
+    plan = f"  {'sequences, this plan':<22}" + "".join(f"{budgeted:>9,}" for _, _, budgeted in rows)
+    return "\n".join((head, full, plan))
+
+
+def taken_signals() -> "queue.SimpleQueue[int]":
+    """Signals as they come. Ray sets handlers of its own when it starts, so this comes after.
+
+    SIGTERM does what Ctrl-C does; SIGHUP is put into the queue.
+    """
+    taken: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, lambda number, _: taken.put(number))
+    return taken
 
 
-def wait_for_the_end() -> None:
-    """Wait for Ctrl-C or SIGTERM."""
+def wait(signals: "queue.SimpleQueue[int]") -> int:
+    """Wait for a SIGHUP, or for Ctrl-C or SIGTERM, which both are SIGTERM here."""
     try:
-        threading.Event().wait()
+        return signals.get()
     except KeyboardInterrupt:
         say("stopping: requests under way may end")
+        return signal.SIGTERM
+
+
+def _reload(arguments: argparse.Namespace, board: Any) -> None:
+    try:
+        plan = checked_plan(arguments.plan, arguments.model)
+    except UserError as error:
+        say(f"the plan stays as it is: {error}")
+        return
+    if plan is None:
+        return
+    board.offer(plan.model_dump_json())
+    say(f"new requests live inside plan {plan.digest} ({plan.ratio:.1%})")
 
 
 def _port(text: str) -> int:
@@ -129,7 +226,7 @@ def _port(text: str) -> int:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of replicas; give 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is no number; give 1 or more")
     return int(text)
 
 

@@ -3,91 +3,63 @@
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app import front
+
 # Ray reads these when it is imported. Token auth must be asked for, since Ray listens on all interfaces.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault(front.VARIABLE, front.PATH)
 
 import ray
-from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.config import BackpressureConfig, HTTPOptions
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
-from transformers.utils.logging import disable_progress_bar
 
 from baklava.errors import UserError
-from baklava.model import load
-from baklava.plan import BudgetPlan, full_plan
-from serve_app.engine import Engine
+from baklava.progress import say
+from serve_app.board import Board
 from serve_app.listen import check_answers
-from serve_app.prompts import Prompts
-from serve_app.routes import Replica, create_app
-from serve_app.turns import Turns
+from serve_app.server import RemoteBoard, Server, Settings
 
 APP = "baklava"
-
-WAITING = 16
-"""Requests that wait for a replica's one generation at a time; more are told to come back."""
-
-REQUEST_SECONDS = 600.0
-"""Longest life of a request, its wait included; a whole context of a small model on a CPU fits."""
-
-DRAIN_SECONDS = 60.0
-"""How long a replica that is told to stop may take to end its requests."""
 
 OBJECT_STORE_BYTES = 128 << 20  # nothing large travels through it
 
 # Serve's own bounds are an outer net: the replica refuses first, with a body that clients can read, and never keeps
 # /health and /v1/models waiting behind a generation.
-_NET = 4 * WAITING
-_NET_SECONDS = 10.0
+_NET = 4096
+_NET_SECONDS = 30.0
+_LOOK = 0.25  # seconds between looks at the board
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a replica needs to come up. Without a plan it keeps every entry; `threads` are torch's, 0 its default."""
+class Scale:
+    """Replicas to begin with, and the most that the load may bring about. `logs` is a folder for their logs."""
 
-    model: str
-    plan: BudgetPlan | None
-    created: int
-    threads: int
-    key_digests: frozenset[str] = frozenset()
-
-
-@serve.ingress()
-class Server:
-    """One replica: loads the model, holds it inside the plan, and answers HTTP."""
-
-    def __init__(self, settings: Settings) -> None:
-        disable_progress_bar()
-        loaded = load(settings.model, threads=settings.threads)
-        plan = settings.plan or full_plan(loaded.identity, loaded.geometry, loaded.max_length)
-        turns = Turns(WAITING, REQUEST_SECONDS)
-        self._replica = Replica(Engine(loaded, plan), Prompts.of(loaded), turns, loaded.identity.id, settings.created)
-        self._key_digests = settings.key_digests
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """What Ray Serve asks a replica for once it is up."""
-        return create_app(self._replica, self._key_digests)
-
-    def about(self) -> dict[str, Any]:
-        """The model and the plan as the replica really has them."""
-        return {"model": self._replica.card, "plan": self._replica.plan}
+    replicas: int = 1
+    most: int = 1
+    logs: str | None = None
 
 
 @contextmanager
-def session(replicas: int) -> Iterator[None]:
+def session(replicas: int, *, quiet: bool = False) -> Iterator[None]:
     """A connection to the cluster at `$RAY_ADDRESS`, else to one of this machine's own that ends with the block.
+
+    With `quiet`, what Serve logs on it goes to files alone.
 
     Raises:
         UserError: no cluster answers, it is too small, or it serves something already.
     """
     address = os.environ.get("RAY_ADDRESS")
+    if quiet:
+        os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address:
         check_answers(address)
@@ -116,24 +88,56 @@ def _check_room(replicas: int) -> None:
         raise UserError("Ray Serve already runs on this cluster; end it with `serve shutdown`, or use another cluster")
 
 
+@dataclass(frozen=True)
+class Deployed:
+    """A server that is up: what a replica said about itself, and the board of all of them."""
+
+    about: dict[str, Any]
+    board: RemoteBoard
+
+
 @contextmanager
-def deployed(settings: Settings, host: str, port: int, replicas: int) -> Iterator[dict[str, Any]]:
-    """Serve for as long as the block lasts; yields what a replica says about itself once all of them are ready.
+def deployed(settings: Settings, host: str, port: int, scale: Scale) -> Iterator[Deployed]:
+    """Serve for as long as the block lasts; yields once all replicas are ready, and ends when their work has.
 
     Raises:
-        UserError: the model cannot be loaded, or the plan is not for it.
+        UserError: the model cannot be loaded, the plan is not for it, or the pool does not hold one sequence.
     """
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    http = HTTPOptions(host=host, port=port, request_timeout_s=REQUEST_SECONDS + _NET_SECONDS)
+    log = LoggingConfig(
+        log_level="INFO" if scale.logs else "WARNING",
+        encoding="JSON" if scale.logs else "TEXT",
+        logs_dir=scale.logs,
+        enable_access_log=False,
+    )
+    http = HTTPOptions(host=host, port=port, request_timeout_s=settings.seconds + _NET_SECONDS)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
+    board = RemoteBoard(actor)
     try:
-        serve.start(http_options=http, logging_config=quiet)
-        yield _run(_deployment(replicas, quiet).bind(settings)).about.remote().result()
+        serve.start(http_options=http, logging_config=log)
+        about = _run(_deployment(settings, scale, log).bind(settings, actor)).about.remote().result()
+        yield Deployed(about, board)
     finally:
         try:
-            # Lets requests under way end, for at most DRAIN_SECONDS; shutting down at once would cut them.
+            _drain(board, settings.seconds)
             serve.delete(APP)
         finally:
             serve.shutdown()
+
+
+def _drain(board: RemoteBoard, seconds: float) -> None:
+    """Let requests under way end while new ones are told 503; no longer than a request may live."""
+    until = time.monotonic() + seconds
+    try:
+        board.drain()
+        while time.monotonic() < until and any(_works(report.state) for report in board.reports()):
+            time.sleep(_LOOK)
+    except RayError as error:
+        say(f"cannot wait for requests under way: {error}")
+
+
+def _works(state: dict[str, Any]) -> bool:
+    entering = state["held_bytes"] > state["snapshot_bytes"]  # a prompt is not running before all of it is there
+    return not state["draining"] or entering or state["running"] > 0 or state["waiting"] > 0
 
 
 def _run(application: serve.Application) -> Any:
@@ -148,17 +152,37 @@ def _run(application: serve.Application) -> Any:
         raise UserError(sentence[1]) from None
 
 
-def _deployment(replicas: int, log: LoggingConfig) -> serve.Deployment:
+def _deployment(settings: Settings, scale: Scale, log: LoggingConfig) -> serve.Deployment:
     gpus = ray.cluster_resources().get("GPU", 0)
     return serve.deployment(
         Server,
         name=APP,
-        num_replicas=replicas,
-        ray_actor_options={"num_cpus": 1, "num_gpus": min(1, gpus / replicas)},
+        **_size(scale),
+        ray_actor_options={"num_cpus": 1, "num_gpus": min(1, gpus / scale.most)},
         max_ongoing_requests=_NET,
         max_queued_requests=_NET,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
-        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        # A replica that the autoscaler takes away ends its requests first.
+        graceful_shutdown_timeout_s=settings.seconds,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
         logging_config=log,
         max_constructor_retry_count=1,
     )
+
+
+def _size(scale: Scale) -> dict[str, Any]:
+    if scale.most <= scale.replicas:
+        return {"num_replicas": scale.replicas}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=scale.replicas,
+            max_replicas=scale.most,
+            metrics_interval_s=1,
+            look_back_period_s=5,
+            upscale_delay_s=5,
+            downscale_delay_s=60,
+            policy=AutoscalingPolicy(policy_function="serve_app.scaling:replicas_for"),
+        )
+    }

@@ -1,88 +1,177 @@
-"""One sequence at a time through the model, inside the plan's bytes."""
+"""The engine: a thread that runs the model for many requests at a time, inside the bytes that it was given."""
 
 import logging
 import threading
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import torch
-
-from baklava.cache import BudgetedCache
+from baklava.errors import UserError
 from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
-from baklava.prefilling import prefill
-from serve_app.sampling import Sampler, Sampling
+from serve_app.entrance import needs
+from serve_app.pool import BrokenPromiseError
+from serve_app.request import Request
+from serve_app.sampling import Sampling
+from serve_app.snapshots import Snapshots
+from serve_app.stepping import Stepper
+from serve_app.work import Cancel, Deliver, DrainingError, QueueFullError, State, TooLargeError, Work
+
+__all__ = ["BrokenPromiseError", "Engine", "Limits"]
 
 logger = logging.getLogger("ray.serve")
 
-Finish = Literal["stop", "length"]
-
 
 @dataclass(frozen=True)
-class Token:
-    """A generated token, and why the text ends with it, if it does."""
+class Limits:
+    """What an engine may take: bytes for KV caches, requests that wait, tokens of a prompt per step beside decoding."""
 
-    id: int
-    finish: Finish | None = None
-
-
-class BrokenPromiseError(RuntimeError):
-    """A cache held more bytes than its plan promised: a fault of ours, never the client's."""
+    pool_bytes: int
+    waiting: int = 64
+    chunk: int = 128
 
 
 class Engine:
-    """Generates with a fresh budgeted cache for each sequence; a second caller waits for the first to end.
+    """Runs requests inside a plan: first come, first served, as many together as have room.
 
-    `held_last` and `held_most` are the bytes that the caches were measured to hold: by the latest sequence, and ever.
+    A step is a token of every running sequence, and a part of one prompt. A request is let in when all the bytes that
+    it can ever need are there, so nothing is preempted, and nothing runs out of memory.
 
     Raises:
-        UserError: the plan was made for another model, or names an eviction method that does not exist.
+        UserError: the plan was made for another model, or the pool does not hold one sequence.
     """
 
-    def __init__(self, loaded: LoadedModel, plan: BudgetPlan) -> None:
-        plan.check_fits(loaded.identity, loaded.geometry)
-        eviction_of(plan.eviction)  # a plan that no cache can be made of is refused before the first request
-        self.plan = plan
-        self.held_last = self.held_most = 0
-        self._loaded, self._device = loaded, loaded.device
-        self._end_ids = loaded.end_ids
-        self._turn = threading.Lock()
+    def __init__(self, loaded: LoadedModel, plan: BudgetPlan, limits: Limits) -> None:
+        self.limits, self._loaded = limits, loaded
+        self._check(plan, 0)
+        self.plan, self._snapshots = plan, Snapshots(plan)
+        self._changed = threading.Condition()
+        self._queue: deque[Request] = deque()
+        self._draining = self._closed = False
+        self._stepper = Stepper(loaded, limits.pool_bytes, limits.chunk, self._snapshots)
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
 
-    @torch.inference_mode()
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generator[Token]:
-        """Yield tokens as they are made: the prompt enters as the plan says, then one forward per token.
+    def submit(self, work: Work, deliver: Deliver) -> Cancel:
+        """Take a request in; its events come through `deliver`, on the engine's thread.
 
-        Closing the generator ends the sequence. Raises BrokenPromiseError rather than hand out a token of a cache that
-        outgrew its plan.
+        Raises:
+            Refusal: the queue is full, the request can never fit, or the engine drains or has died.
         """
-        with self._turn:
-            sampler = Sampler(sampling, self._device)
-            ends = sampling.stop_ids if sampling.ignore_eos else sampling.stop_ids | self._end_ids
-            cache, logits = prefill(self._loaded, self.plan, torch.tensor([list(prompt)], device=self._device))
-            for made in range(sampling.max_tokens):
-                self._measure(cache)
-                if made < sampling.min_tokens:
-                    logits[:, list(ends)] = -torch.inf
-                token = sampler.draw(logits)
-                finish = _finish(token, ends, last=made + 1 == sampling.max_tokens)
-                yield Token(token, finish)
-                if finish:
-                    return
-                ids = torch.tensor([[token]], device=self._device)
-                logits = self._loaded.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        request = Request(work, deliver)
+        with self._changed:
+            self._check_open()
+            self._check_size(request)
+            if (waiting := self._waiting()) >= self.limits.waiting:
+                self._stepper.refused += 1
+                raise QueueFullError(self._stepper.pace.wait(waiting))
+            self._queue.append(request)
+            self._changed.notify()
+        return request.cancel
 
-    def _measure(self, cache: BudgetedCache) -> None:
-        self.held_last = cache.nbytes
-        self.held_most = max(self.held_most, self.held_last)
-        if cache.nbytes > cache.promised_bytes:
-            message = f"the cache holds {cache.nbytes} bytes, but its plan promises at most {cache.promised_bytes}"
-            logger.error(message)
-            raise BrokenPromiseError(message)
+    def declare(self, prompt: Sequence[int]) -> None:
+        """Keep a snapshot of this prompt, from which requests that begin with it go on.
+
+        Raises:
+            UserError: the prompt is empty, or the pool does not hold its snapshot and one sequence.
+        """
+        prefix = tuple(prompt)
+        if not prefix:
+            raise UserError("a declared prompt of 0 tokens is the beginning of nothing; give at least one token")
+        with self._changed:
+            promised = self._promised_to_snapshots(self.plan) + self.plan.bytes_for(len(prefix))
+            self._check(self.plan, promised)
+            self._snapshots.declare(prefix)
+            self._queue.appendleft(_snapshot_request(prefix))
+            self._changed.notify()
+
+    def swap(self, plan: BudgetPlan) -> None:
+        """New requests live inside this plan, those under way end inside theirs. Raises UserError as `__init__`."""
+        with self._changed:
+            self._check(plan, self._promised_to_snapshots(plan))
+            self.plan = plan
+            for prefix in reversed(self._snapshots.declared):
+                self._queue.appendleft(_snapshot_request(prefix))
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Take no more requests; those under way and those that wait are ended first."""
+        self._draining = True
+
+    def close(self) -> None:
+        """End the thread once the step under way is done; what is still to be answered is told that it will not be."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def state(self) -> State:
+        """What it does now; may be called from any thread."""
+        waiting, present = self._waiting(), len(self._stepper.present)
+        state = self._stepper.state
+        return replace(
+            state,
+            running=max(state.running if present else 0, present),
+            waiting=waiting,
+            draining=self._draining,
+            alive=self._thread.is_alive(),
+            plan=self.plan.digest,
+        )
+
+    def _waiting(self) -> int:
+        return sum(not request.internal for request in tuple(self._queue))
+
+    def _check(self, plan: BudgetPlan, snapshots: int) -> None:
+        plan.check_fits(self._loaded.identity, self._loaded.geometry)
+        eviction_of(plan.eviction)
+        needed = plan.bytes_for(self._loaded.max_length) + snapshots
+        if needed > self.limits.pool_bytes:
+            raise UserError(
+                f"the pool of {self.limits.pool_bytes} bytes does not hold one sequence of {self._loaded.max_length} "
+                f"tokens and what is declared, which are {needed} bytes; give it more, or choose a smaller plan"
+            )
+
+    def _check_open(self) -> None:
+        if self._draining or self._closed or not self._thread.is_alive():
+            raise DrainingError("The server is shutting down; ask another one.")
+
+    def _check_size(self, request: Request) -> None:
+        needed = needs(self._loaded, self.plan, request, Snapshots(self.plan)).total
+        room = self.limits.pool_bytes - self._promised_to_snapshots(self.plan)
+        if needed > room:
+            self._stepper.refused += 1
+            raise TooLargeError(
+                f"The request needs {needed} bytes of KV cache, more than the {room} that this server has for "
+                "requests; shorten the prompt, or ask for fewer tokens or fewer continuations."
+            )
+
+    def _promised_to_snapshots(self, plan: BudgetPlan) -> int:
+        return sum(plan.bytes_for(len(prefix)) for prefix in self._snapshots.declared)
+
+    def _loop(self) -> None:
+        try:
+            while self._wait():
+                self._stepper.step(self._queue, self._changed, lambda: self.plan)
+        except Exception:
+            logger.exception("the engine died")
+        with self._changed:
+            self._closed = True
+            self._stepper.give_up(self._queue)
+
+    def _wait(self) -> bool:
+        """Wait for something to do; whether there is more to come."""
+        with self._changed:
+            while not (self._closed or self._queue or self._stepper.busy):
+                self._changed.wait()
+            return not self._closed
 
 
-def _finish(token: int, ends: frozenset[int], *, last: bool) -> Finish | None:
-    if token in ends:
-        return "stop"
-    return "length" if last else None
+def _snapshot_request(prefix: tuple[int, ...]) -> Request:
+    """The engine's own request for the snapshot of a declared prompt."""
+
+    def told(event: object) -> None:
+        if isinstance(event, Exception):
+            logger.error("a declared prompt of %d tokens has no snapshot: %s", len(prefix), event)
+
+    return Request(Work(prefix, Sampling(max_tokens=0)), told, internal=True)

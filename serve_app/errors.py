@@ -9,10 +9,21 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from baklava.errors import UserError
+from serve_app.work import DeadlineError, DrainingError, QueueFullError, Refusal
 
 logger = logging.getLogger("ray.serve")
 
-_KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "overloaded_error"}
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "overloaded_error",
+}
+
+
+DRAINING_RETRY = 5
+"""Seconds after which a client may ask again: whoever stands in front has found another server by then."""
 
 
 class ApiError(Exception):
@@ -70,10 +81,25 @@ def as_api_error(error: Exception) -> ApiError:
         return _of_validation(error)
     if isinstance(error, HTTPException):
         return ApiError(str(error.detail), error.status_code)
+    if isinstance(error, Refusal):
+        return _of_refusal(error)
     if isinstance(error, UserError):
         return ApiError(str(error))
     logger.error("request failed", exc_info=error)
     return ApiError("The server failed on this request; its log says why.", 500)
+
+
+def _of_refusal(refusal: Refusal) -> ApiError:
+    match refusal:
+        case QueueFullError():
+            return ApiError(str(refusal), 429, code="queue_full", retry_after=refusal.retry_after)
+        case DrainingError():
+            return ApiError(str(refusal), 503, code="draining", retry_after=DRAINING_RETRY)
+        case DeadlineError(waiting=True):
+            return ApiError(f"{refusal} It was still waiting for its turn.", 408, code="deadline")
+        case DeadlineError():
+            return ApiError(str(refusal), 408, code="deadline")
+    return ApiError(str(refusal), code="request_too_large")
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:

@@ -5,6 +5,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from baklava.errors import UserError
@@ -15,16 +16,43 @@ def key_digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def api_keys(file: Path | None) -> list[str]:
-    """Keys from the file, else from the environment; none leaves the server open."""
+@dataclass(frozen=True)
+class Keys:
+    """Digests of the API keys, and of those among them that may change what is served."""
+
+    plain: frozenset[str] = frozenset()
+    admin: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, plain: Sequence[str], admin: Sequence[str]) -> "Keys":
+        """What is kept of keys."""
+        return cls(frozenset(map(key_digest, plain)), frozenset(map(key_digest, admin)))
+
+    @property
+    def all(self) -> frozenset[str]:
+        """Every key that is let in."""
+        return self.plain | self.admin
+
+    @property
+    def any(self) -> bool:
+        """Whether keys are asked for at all."""
+        return bool(self.all)
+
+
+NO_KEYS = Keys()
+"""Nobody is asked for a key."""
+
+
+def api_keys(file: Path | None, kind: str = "api") -> list[str]:
+    """Keys of a kind, api or admin, from the file, else from the environment; none leaves the server open."""
     if file is None:
-        return _entries(os.environ.get("BAKLAVA_API_KEYS", "").split(","))
+        return _entries(os.environ.get(f"BAKLAVA_{kind.upper()}_KEYS", "").split(","))
     try:
         keys = _entries(file.read_text().splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --api-keys {file} ({error}); give a text file with one key a line") from None
+        raise UserError(f"cannot read --{kind}-keys {file} ({error}); give a text file with one key a line") from None
     if not keys:
-        raise UserError(f"--api-keys {file} has no keys; write one a line")
+        raise UserError(f"--{kind}-keys {file} has no keys; write one a line")
     return keys
 
 

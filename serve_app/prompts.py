@@ -1,14 +1,27 @@
 """From what a client wrote to token ids that the model can take."""
 
+import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
 
+from baklava.errors import UserError
 from baklava.model import LoadedModel
 from serve_app.errors import ApiError, context_length_exceeded
 from serve_app.schema import ChatRequest, CompletionRequest, GenerationRequest, Message
+
+Turn = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt, the text that an echo repeats, and the number of tokens to generate at most."""
+
+    ids: tuple[int, ...]
+    text: str
+    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -24,31 +37,87 @@ class Prompts:
         """The encoder that belongs to a model."""
         return cls(loaded.tokenizer, loaded.model.get_input_embeddings().num_embeddings, loaded.max_length)
 
-    def encode(self, request: ChatRequest | CompletionRequest) -> tuple[list[int], int]:
-        """Token ids of the prompt and the number of tokens to generate at most; raises ApiError."""
-        ids = self._chat(request.messages) if isinstance(request, ChatRequest) else self._text(request.prompt)
-        self._check_ids("prompt", ids)
-        self._check_ids("stop_token_ids", request.stop_token_ids)
-        if not ids:
-            raise ApiError("The prompt has no tokens; give at least one.", param="prompt")
-        return ids, self._room(request, len(ids))
+    def encode(self, request: ChatRequest | CompletionRequest) -> list[Prompt]:
+        """The prompts of a request; raises ApiError."""
+        self.check_ids("stop_token_ids", request.stop_token_ids)
+        self.check_ids("logit_bias", request.logit_bias)
+        if isinstance(request, ChatRequest):
+            return [self._checked(request, self.chat(request.messages, request.chat_template_kwargs), "")]
+        return [self._completion(request, prompt) for prompt in request.prompt]
 
-    def _text(self, prompt: str | list[int]) -> list[int]:
-        return self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+    def text(self, prompt: str, *, special: bool) -> list[int]:
+        """Token ids of a text, with those that the tokenizer puts around it if they are wanted."""
+        return self.tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]
 
-    def _chat(self, messages: Sequence[Message]) -> list[int]:
+    def chat(self, messages: Sequence[Message], variables: dict[str, Any]) -> list[int]:
+        """Token ids of a chat up to the answer that it asks for; raises ApiError."""
         if not self.tokenizer.chat_template:
             raise ApiError("This model has no chat template; use /v1/completions.", param="messages")
+        # A template is code, and it is given beside its variables; only the latter may come from outside.
+        taken = inspect.signature(self.tokenizer.apply_chat_template).parameters.keys() & variables.keys()
+        if taken:
+            raise ApiError(f"`{min(taken)}` is not for requests to set; leave it out.", param="chat_template_kwargs")
         turns = [{"role": _role(message), "content": message.content} for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+            return self._render(turns, variables)
         except TemplateError as error:
             raise ApiError(f"The model's chat template refuses these messages: {error}", param="messages") from None
 
-    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included; raises ApiError."""
+        self.check_ids("tokens", ids)
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def opening(self, turns: Sequence[Turn]) -> tuple[int, ...]:
+        """Token ids that every chat begins with whose first turns are these.
+
+        Raises:
+            UserError: the model's template does not take these turns, or what it makes of them depends on the rest.
+        """
+        try:
+            chats = [self._render([*turns, {"role": "user", "content": rest}], {}) for rest in ("Why?", "23 is prime.")]
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses the declared prompt: {error}") from None
+        same = next(place for place, (one, other) in enumerate(zip(*chats, strict=False)) if one != other)
+        opening = tuple(chats[0][:same])
+        if turns[-1]["content"].strip() not in self.tokenizer.decode(list(opening)):
+            raise UserError("the model's chat template does not keep the declared prompt together; declare another")
+        return opening
+
+    def check_ids(self, field: str, ids: Iterable[int]) -> None:
+        """Raise ApiError for a token that the model does not have."""
         outside = next((id for id in ids if not 0 <= id < self.vocabulary), None)
         if outside is not None:
             raise ApiError(f"Token id {outside} is not one of the model's, 0 to {self.vocabulary - 1}.", param=field)
+
+    def _render(self, turns: Sequence[Turn], variables: dict[str, Any]) -> list[int]:
+        rendered = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, **variables)
+        return rendered["input_ids"]
+
+    def _completion(self, request: CompletionRequest, prompt: str | list[int]) -> Prompt:
+        if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
+            return self._checked(request, self.text(prompt, special=request.add_special_tokens), prompt)
+        ids = self.text(prompt, special=request.add_special_tokens) if isinstance(prompt, str) else prompt
+        checked = self._checked(request, ids, "")
+        return replace(checked, text=self._echo(checked.ids)) if request.echo else checked
+
+    def _echo(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _checked(self, request: GenerationRequest, ids: list[int], text: str) -> Prompt:
+        ids = self._truncated(request, ids)
+        if not ids:
+            raise ApiError("The prompt has no tokens; give at least one.", param="prompt")
+        self.check_ids("prompt", ids)
+        return Prompt(tuple(ids), text, self._room(request, len(ids)))
+
+    def _truncated(self, request: GenerationRequest, ids: list[int]) -> list[int]:
+        keep = request.truncate_prompt_tokens
+        if keep is None:
+            return ids
+        if keep == -1:
+            keep = self.limit - (request.wanted_tokens or 1)
+        return ids[max(0, len(ids) - keep) :]
 
     def _room(self, request: GenerationRequest, prompt: int) -> int:
         room = self.limit - prompt

@@ -3,15 +3,14 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from serve_app.errors import as_api_error
+from serve_app.generation import Usage
+from serve_app.likely import Json, Names, of_chat, of_completion
 from serve_app.schema import StreamOptions
-from serve_app.text import Piece
-
-Json = dict[str, Any]
+from serve_app.text import Piece, Word
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -27,6 +26,7 @@ class Style:
     part: Callable[[str], Json]
     opening: Json | None
     closing: Json
+    logprobs: Callable[[Sequence[Word], Names], Json]
 
 
 CHAT = Style(
@@ -37,6 +37,7 @@ CHAT = Style(
     part=lambda text: {"delta": {"content": text}},
     opening={"delta": {"role": "assistant", "content": ""}},
     closing={"delta": {}},
+    logprobs=of_chat,
 )
 COMPLETION = Style(
     prefix="cmpl",
@@ -46,26 +47,32 @@ COMPLETION = Style(
     part=lambda text: {"text": text},
     opening=None,
     closing={"text": ""},
+    logprobs=of_completion,
 )
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer under way. `fingerprint` names the plan, on which the text depends as much as on the model."""
+    """One answer under way. `fingerprint` names the plan, on which the text depends as much as on the model.
+
+    `names` are there if log-probabilities were asked for.
+    """
 
     style: Style
     model: str
     fingerprint: str
-    prompt_tokens: int
+    usage: Usage
+    names: Names | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     async def whole(self, pieces: AsyncIterator[Piece]) -> Json:
-        """The answer at once."""
-        made = [piece async for piece in pieces]
-        text = "".join(piece.text for piece in made)
-        answer = self._envelope(self.style.answer, [_choice(self.style.whole(text), made[-1].finish)])
-        return answer | {"usage": self._usage(len(made))}
+        """The answer at once, its choices in order."""
+        made: dict[int, list[Piece]] = {}
+        async for piece in pieces:
+            made.setdefault(piece.index, []).append(piece)
+        choices = [self._whole(index, made[index]) for index in sorted(made)]
+        return self._envelope(self.style.answer, choices) | {"usage": usage_of(self.usage)}
 
     async def events(self, pieces: AsyncIterator[Piece], options: StreamOptions) -> AsyncGenerator[str]:
         """The answer as server-sent events, one per token; an error on the way is an event too, and [DONE] ends all."""
@@ -77,20 +84,29 @@ class Reply:
         yield "data: [DONE]\n\n"
 
     async def _chunks(self, pieces: AsyncIterator[Piece], options: StreamOptions) -> AsyncGenerator[Json]:
-        made = 0
+        opened: set[int] = set()
         async for piece in pieces:
             # A client takes the first chunk for the first token, so nothing may be sent before there is one.
-            if made == 0 and self.style.opening:
-                yield self._chunk(_choice(self.style.opening, None), 0, options)
-            made += 1
-            yield self._chunk(_choice(self.style.part(piece.text), None), made, options)
+            if self.style.opening and piece.index not in opened:
+                opened.add(piece.index)
+                yield self._chunk(self._choice(piece.index, self.style.opening), options)
+            yield self._chunk(self._choice(piece.index, self.style.part(piece.text), words=piece.words), options)
             if piece.finish:
-                yield self._chunk(_choice(self.style.closing, piece.finish), made, options)
+                yield self._chunk(self._choice(piece.index, self.style.closing, piece.finish), options)
         if options.include_usage:
-            yield self._envelope(self.style.chunk, []) | {"usage": self._usage(made)}
+            yield self._envelope(self.style.chunk, []) | {"usage": usage_of(self.usage)}
 
-    def _chunk(self, choice: Json, made: int, options: StreamOptions) -> Json:
-        usage = {"usage": self._usage(made)} if options.continuous_usage_stats else {}
+    def _whole(self, index: int, pieces: Sequence[Piece]) -> Json:
+        text = "".join(piece.text for piece in pieces)
+        words = [word for piece in pieces for word in piece.words]
+        return self._choice(index, self.style.whole(text), pieces[-1].finish, words)
+
+    def _choice(self, index: int, content: Json, finish: str | None = None, words: Sequence[Word] = ()) -> Json:
+        logprobs = self.style.logprobs(words, self.names) if self.names and words else None
+        return {"index": index, "finish_reason": finish, "logprobs": logprobs} | content
+
+    def _chunk(self, choice: Json, options: StreamOptions) -> Json:
+        usage = {"usage": usage_of(self.usage)} if options.continuous_usage_stats else {}
         return self._envelope(self.style.chunk, [choice]) | usage
 
     def _envelope(self, kind: str, choices: list[Json]) -> Json:
@@ -103,13 +119,15 @@ class Reply:
             "choices": choices,
         }
 
-    def _usage(self, made: int) -> Json:
-        prompt = self.prompt_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
-
-def _choice(content: Json, finish: str | None) -> Json:
-    return {"index": 0, "finish_reason": finish, "logprobs": None} | content
+def usage_of(usage: Usage) -> Json:
+    """The tokens of a request; those that came from a declared prompt are among the prompt's."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
 
 
 def _event(data: Json) -> str:

@@ -1,117 +1,75 @@
 """The HTTP routes of one replica, as a FastAPI app that knows nothing of Ray."""
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from baklava import __version__
 from serve_app import errors
-from serve_app.engine import Engine
-from serve_app.errors import ApiError, as_api_error
-from serve_app.guards import BodyGuard, KeyGuard
-from serve_app.prompts import Prompts
-from serve_app.replies import CHAT, COMPLETION, STREAM_HEADERS, Reply, Style
+from serve_app.errors import ApiError
+from serve_app.guards import BodyGuard, HostGuard, KeyGuard, is_among, presented_key
+from serve_app.journal import Journal
+from serve_app.listen import NO_KEYS, Keys
+from serve_app.metrics import CONTENT_TYPE, merged
+from serve_app.page import PAGE_HEADERS, page
+from serve_app.plans import REGISTRY, resolve
+from serve_app.replica import Replica
+from serve_app.replies import CHAT, COMPLETION
 from serve_app.schema import ChatRequest, CompletionRequest
-from serve_app.text import Piece, pieces
-from serve_app.turns import Turns
+from serve_app.swapping import PlanRequest
+from serve_app.tokens import DetokenizeRequest, TokenizeRequest, information, tokenized
 
 BODY_LIMIT = 2 * 2**20
 """Most bytes of a request body; a context of 100,000 tokens fits several times over."""
 
 
-@dataclass(frozen=True)
-class Replica:
-    """What the routes need: a model inside its plan, its tokenizer, the line in front of it, and when it came up."""
-
-    engine: Engine
-    prompts: Prompts
-    turns: Turns
-    model: str
-    created: int
-
-    async def generate(self, request: ChatRequest | CompletionRequest, style: Style) -> Response:
-        """Answer a request at once or as a stream, whose first token exists when this returns; raises ApiError only."""
-        try:
-            return await self._answer(request, style)
-        except Exception as error:
-            raise as_api_error(error) from None
-
-    async def _answer(self, request: ChatRequest | CompletionRequest, style: Style) -> Response:
-        self.check_model(request.model)
-        prompt, max_tokens = await run_in_threadpool(self.prompts.encode, request)
-        reply = Reply(style, self.model, f"baklava-{self.engine.plan.digest}", len(prompt))
-        sampling = request.sampling(max_tokens)
-        made = self.turns.stream(lambda: pieces(self.engine, self.prompts.tokenizer, prompt, sampling, request.stop))
-        if not request.stream:
-            return JSONResponse(await reply.whole(made))
-        events = reply.events(_resume(await anext(made), made), request.stream_options)
-        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
-
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 for any model but the one that is served."""
-        if name not in (None, self.model):
-            raise ApiError(
-                f"The model `{name}` does not exist; this server has `{self.model}`.",
-                404,
-                param="model",
-                code="model_not_found",
-            )
-
-    @property
-    def card(self) -> dict[str, Any]:
-        """The served model as /v1/models lists it."""
-        return {
-            "id": self.model,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "baklava",
-            "root": self.model,
-            "parent": None,
-            "max_model_len": self.prompts.limit,
-        }
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """What the plan promises and what this replica's caches were measured to hold."""
-        plan = self.engine.plan
-        return {
-            "digest": plan.digest,
-            "bytes_per_sequence": plan.bytes_per_sequence,
-            "full_bytes_per_sequence": plan.full_bytes_per_sequence,
-            "ratio": plan.ratio,
-            "context_length": plan.context_length,
-            "eviction": plan.eviction.model_dump(),
-            "held_bytes": {"last": self.engine.held_last, "max": self.engine.held_most},
-        }
-
-
-def create_app(replica: Replica, key_digests: frozenset[str] = frozenset()) -> FastAPI:
-    """The endpoint over one replica; with key digests, every route but /health asks for a key."""
-    app = FastAPI(title="baklava", docs_url=None, redoc_url=None, openapi_url=None)
+def create_app(replica: Replica, keys: Keys = NO_KEYS, host: str = "localhost") -> FastAPI:
+    """The endpoint over one replica: with keys, all routes but /health ask for one; without, it answers as `host`."""
+    app = FastAPI(title="baklava", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyGuard, limit=BODY_LIMIT)
-    app.add_middleware(KeyGuard, digests=key_digests)
+    if not keys.any:
+        app.add_middleware(HostGuard, name=host)
+    app.add_middleware(KeyGuard, digests=keys.all)
+    app.add_middleware(Journal)
     errors.install(app)
-    _add_reading_routes(app, replica)
-
-    @app.post("/v1/completions", response_model=None)
-    async def complete(request: CompletionRequest) -> Response:
-        return await replica.generate(request, COMPLETION)
-
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat(request: ChatRequest) -> Response:
-        return await replica.generate(request, CHAT)
-
+    _add_generating_routes(app, replica)
+    _add_token_routes(app, replica)
+    _add_model_routes(app, replica)
+    _add_watching_routes(app, replica)
+    _add_plan_routes(app, replica, keys)
     return app
 
 
-def _add_reading_routes(app: FastAPI, replica: Replica) -> None:
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+def _add_generating_routes(app: FastAPI, replica: Replica) -> None:
+    @app.post("/v1/completions", response_model=None)
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        return await replica.generate(body, COMPLETION, request)
 
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await replica.generate(body, CHAT, request)
+
+
+def _add_token_routes(app: FastAPI, replica: Replica) -> None:
+    @app.post("/tokenize")
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        replica.check_model(body.model)
+        return tokenized(replica.prompts, body)
+
+    @app.post("/detokenize")
+    def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        replica.check_model(body.model)
+        return {"prompt": replica.prompts.decode(body.tokens)}
+
+    @app.get("/tokenizer_info")
+    def tokenizer_info() -> dict[str, Any]:
+        return information(replica.prompts.tokenizer)
+
+
+def _add_model_routes(app: FastAPI, replica: Replica) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [replica.card]}
@@ -121,12 +79,57 @@ def _add_reading_routes(app: FastAPI, replica: Replica) -> None:
         replica.check_model(name)
         return replica.card
 
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+
+def _add_watching_routes(app: FastAPI, replica: Replica) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        replica.check_alive()
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, Any]:
+        state = replica.check_ready()
+        return {"status": "ready", "running": state.running, "waiting": state.waiting}
+
+    @app.get("/metrics")
+    def metrics() -> PlainTextResponse:
+        texts = [report.metrics for report in replica.follower.everyone()]
+        return PlainTextResponse(merged(texts), media_type=CONTENT_TYPE)
+
+    @app.get("/")
+    def status() -> HTMLResponse:
+        return HTMLResponse(page(replica.card, replica.engine.plan, replica.follower.everyone()), headers=PAGE_HEADERS)
+
+
+def _add_plan_routes(app: FastAPI, replica: Replica, keys: Keys) -> None:
     @app.get("/v1/plan")
-    async def plan() -> dict[str, Any]:
-        return replica.plan
+    def plan() -> dict[str, Any]:
+        return replica.plan | {"replicas": _states(replica)}
+
+    @app.post("/v1/plan")
+    async def swap(body: PlanRequest, request: Request) -> JSONResponse:
+        _check_may_swap(request, keys)
+        plan = await run_in_threadpool(body.resolved, resolve, REGISTRY)
+        version = await run_in_threadpool(replica.follower.propose, plan)
+        reports = await replica.swapped(version)
+        return JSONResponse({"digest": plan.digest, "ratio": plan.ratio, "replicas": _told(reports)})
 
 
-async def _resume(first: Piece, rest: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
-    yield first
-    async for piece in rest:
-        yield piece
+def _check_may_swap(request: Request, keys: Keys) -> None:
+    # Without any key the server listens on loopback only, and HostGuard has seen to the rest.
+    if keys.any and not is_among(presented_key(request.scope) or "", keys.admin):
+        message = "This key may not change the plan; use one of BAKLAVA_ADMIN_KEYS or --admin-keys."
+        raise ApiError(message, 403, code="not_an_admin_key")
+
+
+def _states(replica: Replica) -> dict[str, dict[str, Any]]:
+    return {report.replica: report.state for report in replica.follower.everyone()}
+
+
+def _told(reports: Iterable[Any]) -> dict[str, dict[str, str]]:
+    told = {one.replica: {"plan": one.state["plan"], "failed": one.failed} for one in reports}
+    return {name: {key: text for key, text in one.items() if text} for name, one in told.items()}

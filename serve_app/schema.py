@@ -5,11 +5,13 @@ known, would change the answer and is not supported is refused by name.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from serve_app.refused import CHAT_ONLY, COMPLETION_ONLY, NEUTRAL, refuse
 from serve_app.sampling import Sampling
 
 logger = logging.getLogger("ray.serve")
@@ -20,35 +22,19 @@ COMPLETION_TOKENS = 16
 STOP_LENGTH = 256
 """Most characters of a stop string; that much text can be held back while it may still become one."""
 
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "modalities": (["text"],),
-    "audio": (),
-    "n": (1,),
-    "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (),
-    "prompt_logprobs": (),
-    "echo": (False,),
-    "suffix": ("",),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "use_beam_search": (False,),
-    "truncate_prompt_tokens": (),
-    "add_special_tokens": (True,),
-}
-"""Fields that are recognised and not supported, each with the values that ask for nothing."""
+MOST_PROMPTS = 32
+"""Most prompts of one text completion."""
+
+MOST_CHOICES = 16
+"""Most continuations of one prompt, `n`."""
+
+MOST_SEQUENCES = 64
+"""Most continuations of all prompts of a request together."""
+
+COMPLETION_LOGPROBS, CHAT_LOGPROBS = 5, 20
+"""Most alternatives per token, as with OpenAI; each is one more entry of every answer."""
+
+Ids = list[Annotated[int, Field(strict=True)]]
 
 
 class Body(BaseModel):
@@ -73,16 +59,27 @@ class GenerationRequest(Body):
     """The fields that chat and completion share. `top_k` 0 or -1 keeps all tokens; temperature 0 is greedy."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES, strict=True)] = 1
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: tuple[Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)], ...] = Field((), max_length=4)
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)], ...],
+        Field(max_length=4),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+    ] = ()
     stop_token_ids: Annotated[frozenset[int], Field(max_length=64)] = frozenset()
     ignore_eos: bool = False
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    return_tokens_as_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
@@ -95,11 +92,7 @@ class GenerationRequest(Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
-        for name in _NEUTRAL.keys() & (data.keys() if isinstance(data, dict) else ()):
-            if data[name] is not None and not _is_neutral(name, data[name]):
-                raise PydanticCustomError(
-                    "unsupported", "this server does not support it; leave it out", {"param": name}
-                )
+        refuse(data, NEUTRAL)
         return data
 
     @field_validator("stop", mode="before")
@@ -110,12 +103,13 @@ class GenerationRequest(Body):
     @model_validator(mode="after")
     def _options_belong_to_streams(self) -> Self:
         if not self.stream and "stream_options" in self.model_fields_set:
-            raise PydanticCustomError("misplaced", "only allowed when stream is true", {"param": "stream_options"})
+            raise _misplaced("stream_options", "only allowed when stream is true")
         return self
 
     @model_validator(mode="after")
     def _warn_about_unknown(self) -> Self:
-        if unknown := sorted((self.model_extra or {}).keys() - _NEUTRAL.keys()):
+        known = NEUTRAL.keys() | CHAT_ONLY.keys() | COMPLETION_ONLY.keys()
+        if unknown := sorted((self.model_extra or {}).keys() - known):
             logger.warning("ignored unknown request fields %.200r", unknown)
         return self
 
@@ -127,6 +121,10 @@ class GenerationRequest(Body):
             top_p=self.top_p,
             top_k=max(self.top_k, 0),
             min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=dict(self.logit_bias),
             seed=self.seed,
             stop_ids=self.stop_token_ids,
             min_tokens=self.min_tokens,
@@ -135,32 +133,77 @@ class GenerationRequest(Body):
 
 
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions: one prompt, as text or as token ids; a list may hold it."""
+    """POST /v1/completions: prompts as text or as token ids, one or a list of them.
 
-    prompt: str | list[int]
+    With `echo` an answer begins with its prompt, and log-probabilities are told for it as well; with `max_tokens` 0
+    it is all there is.
+    """
+
+    prompt: Annotated[
+        tuple[str | Ids, ...],
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "array", "items": {"type": "string"}},
+                    {"type": "array", "items": {"type": "integer"}},
+                    {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+                ]
+            }
+        ),
+    ]
+    logprobs: Annotated[int, Field(ge=0, le=COMPLETION_LOGPROBS, strict=True)] | None = None
+    echo: bool = False
+    best_of: Annotated[int, Field(strict=True)] | None = None
+    add_special_tokens: bool = True
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _one_prompt(cls, prompt: Any) -> Any:
-        if isinstance(prompt, list) and any(isinstance(item, str | list) for item in prompt):
-            if len(prompt) > 1:
-                raise ValueError(f"{len(prompt)} prompts, but a request takes one; send one request each")
-            prompt = prompt[0]
-        if not isinstance(prompt, str) and not _are_ids(prompt):
-            raise ValueError("must be a string, token ids, or a list that holds one of these")
-        return prompt
+    def _as_prompts(cls, prompt: Any) -> Any:
+        prompts = [prompt] if isinstance(prompt, str) or _are_ids(prompt) else prompt
+        if not isinstance(prompts, list) or not all(isinstance(one, str) or _are_ids(one) for one in prompts):
+            raise ValueError("must be a string, token ids, or a list of either")
+        if len({type(one) for one in prompts}) > 1:
+            raise ValueError("must be all strings or all token ids")
+        if not 1 <= len(prompts) <= MOST_PROMPTS:
+            raise ValueError(f"{len(prompts)} prompts; send 1 to {MOST_PROMPTS}")
+        return tuple(prompts)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_logprobs_is_none_of_them(cls, data: Any) -> Any:
+        refuse(data, COMPLETION_ONLY)
+        return {**data, "logprobs": None} if isinstance(data, dict) and data.get("logprobs") is False else data
+
+    @model_validator(mode="after")
+    def _is_not_too_much(self) -> Self:
+        if self.best_of not in (None, self.n):
+            raise _misplaced("best_of", f"{self.best_of}, but {self.n} answers; leave it out, or make it equal to n")
+        if len(self.prompt) * self.n > MOST_SEQUENCES:
+            raise _misplaced("n", f"{len(self.prompt)} prompts of {self.n} answers; {MOST_SEQUENCES} at most together")
+        if self.max_tokens == 0 and not self.echo:
+            raise _misplaced("max_tokens", "0 leaves nothing to answer without echo; ask for at least 1")
+        return self
 
     @property
     def wanted_tokens(self) -> int:
         """Most tokens to generate."""
-        return self.max_tokens or COMPLETION_TOKENS
+        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """Log-probabilities of generated tokens are asked for, each with so many alternatives; None: not at all."""
+        return self.logprobs
 
 
 class Message(Body):
     """One turn of a chat; its content may come as a list of text parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str = ""
+    content: Annotated[
+        str,
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
+    ] = ""
 
     @field_validator("content", mode="before")
     @classmethod
@@ -175,24 +218,45 @@ class Message(Body):
 
 
 class ChatRequest(GenerationRequest):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. `chat_template_kwargs` are variables of the model's template."""
 
     messages: Annotated[tuple[Message, ...], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[bool, Field(strict=True)] = False
+    top_logprobs: Annotated[int, Field(ge=0, le=CHAT_LOGPROBS, strict=True)] | None = None
+    add_special_tokens: bool = False
+    chat_template_kwargs: Annotated[dict[str, bool | int | float | str], Field(max_length=16)] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_those_of_completions(cls, data: Any) -> Any:
+        refuse(data, CHAT_ONLY)
+        return data
+
+    @model_validator(mode="after")
+    def _alternatives_belong_to_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise _misplaced("top_logprobs", "only allowed when logprobs is true")
+        return self
 
     @property
     def wanted_tokens(self) -> int | None:
         """Most tokens to generate; None is what is left of the context."""
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def alternatives(self) -> int | None:
+        """Log-probabilities of generated tokens are asked for, each with so many alternatives; None: not at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
-def _is_neutral(name: str, value: object) -> bool:
-    # 0 == False, but `logprobs: 0` asks for something that `logprobs: false` does not.
-    return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[name])
+
+def _misplaced(field: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("misplaced", message, {"param": field})
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+    return isinstance(value, Sequence) and bool(value) and all(type(item) is int for item in value)
 
 
 def _part_text(part: Any) -> str:

@@ -1,22 +1,41 @@
 """From tokens to the text that may be sent already: no half characters, nothing that may become a stop string."""
 
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.engine import Engine, Finish
-from serve_app.sampling import Sampling
+from serve_app.work import Finish, Logprob, Token
 
 _LONGEST_CHARACTER = 8  # tokens; UTF-8 needs up to 4 bytes, and what is still no text after twice that never will be
 
 
 @dataclass(frozen=True)
+class Word:
+    """A token of an answer, where its text begins, in characters, and how likely it and others were, in nats."""
+
+    id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+    offset: int
+
+    @classmethod
+    def of(cls, logprob: Logprob, offset: int) -> "Word":
+        """A token at its place."""
+        return cls(logprob.id, logprob.logprob, logprob.top, offset)
+
+
+@dataclass(frozen=True)
 class Piece:
-    """What one token adds to the answer: its text, which may be empty, and why the answer ends with it, if it does."""
+    """What is added to an answer: text, which may be empty, and why the answer ends with it, if it does.
+
+    `words` are there if log-probabilities were asked for. `tokens` were generated for it: one, or none for an echo.
+    """
 
     text: str
+    index: int = 0
     finish: Finish | None = None
+    words: tuple[Word, ...] = ()
+    tokens: int = 1
 
 
 class Detokenizer:
@@ -79,17 +98,38 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def pieces(
-    engine: Engine, tokenizer: Any, prompt: Sequence[int], sampling: Sampling, stops: Sequence[str]
-) -> Generator[Piece]:
-    """Generate, one piece per token; the last has a `finish`. A token or string that stops is not part of the text."""
-    detokenizer, stop_strings = Detokenizer(tokenizer), StopStrings(stops)
-    with closing(engine.generate(prompt, sampling)) as tokens:
-        for token in tokens:
-            text = "" if token.finish == "stop" else stop_strings.push(detokenizer.push(token.id))
-            if token.finish and not stop_strings.hit:
-                text += stop_strings.push(detokenizer.flush())
-            if stop_strings.hit:
-                yield Piece(text, "stop")
-                return
-            yield Piece(text + stop_strings.flush() if token.finish else text, token.finish)
+class Writer:
+    """Writes one continuation: tokens go in, text that may be sent comes out, until a finish.
+
+    `offset` counts the characters of an answer before this text, such as an echoed prompt.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], offset: int = 0) -> None:
+        self._detokenizer, self._stops, self._offset = Detokenizer(tokenizer), StopStrings(stops), offset
+        self.finish: Finish | None = None
+
+    def write(self, token: Token) -> Piece:
+        """What a token adds; a token or string that stops is not part of the text."""
+        place = self._offset
+        decoded = "" if token.finish == "stop" else self._detokenizer.push(token.id)
+        text = self._push(decoded)
+        if token.finish and not self._stops.hit:
+            text += self._push(self._detokenizer.flush())
+        if token.finish and not self._stops.hit:
+            text += self._stops.flush()
+        self.finish = "stop" if self._stops.hit else token.finish
+        word = Word.of(token.logprob, place) if token.logprob else None
+        return Piece(text, token.index, self.finish, (word,) if word else ())
+
+    def _push(self, decoded: str) -> str:
+        self._offset += len(decoded)
+        return self._stops.push(decoded)
+
+
+def prompt_words(tokenizer: Any, ids: Sequence[int], logprobs: Sequence[Logprob | None]) -> tuple[Word, ...]:
+    """The tokens of a prompt with their log-probabilities, each where it is in the text."""
+    detokenizer, offset, words = Detokenizer(tokenizer), 0, []
+    for id, logprob in zip(ids, logprobs, strict=True):
+        words.append(Word.of(logprob, offset) if logprob else Word(id, None, (), offset))
+        offset += len(detokenizer.push(id))
+    return tuple(words)

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from baklava.attention import Kernel
-from baklava.cache import BudgetedCache, RaggedLayer
+from baklava.cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, KeyNorm, SnapKV, Streaming, Tova
 from baklava.model import LoadedModel
 from baklava.plan import LayerBudget, full_plan
+from baklava.ragged import RaggedLayer
 
 Maker = Callable[..., LoadedModel]
 

@@ -31,11 +31,12 @@ from transformers import (
 )
 
 from baklava import attention
-from baklava.cache import BudgetedCache, RaggedLayer
+from baklava.cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.geometry import CacheGeometry, ModelIdentity
 from baklava.model import LoadedModel
 from baklava.plan import full_plan
+from baklava.ragged import RaggedLayer
 
 MIXED = ["sliding_attention", "full_attention"] * 2
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -16,12 +16,13 @@ from transformers.cache_utils import (
 )
 
 from baklava.attention import Kernel
-from baklava.cache import BudgetedCache, RaggedLayer
+from baklava.cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Streaming
 from baklava.geometry import CacheGeometry
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan, LayerBudget, full_plan
+from baklava.ragged import RaggedLayer
 from baklava.scoring import prefill, score
 from baklava.texts import documents
 from baklava.windows import windows

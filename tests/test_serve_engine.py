@@ -1,184 +1,525 @@
+"""What the engine does with many requests at a time."""
+
+import dataclasses
+import threading
+import time
+
 import pytest
 import torch
-from byte_model import END, byte_model, byte_tokenizer
-from handmade import plan_of
-from hypothesis import given
-from hypothesis import strategies as st
+from byte_model import byte_model
+from handmade import chunked, mixed, plan_of
+from serving import Answer, ask, engine_of, idle, until
 
 from baklava.cache import BudgetedCache
+from baklava.entering import TURN, Entering, transient_bytes
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, Streaming
+from baklava.likelihood import ending
 from baklava.plan import full_plan
-from serve_app.engine import BrokenPromiseError, Engine
-from serve_app.sampling import Sampling
-from serve_app.text import Detokenizer, StopStrings, pieces
+from baklava.prefilling import prefill
+from serve_app.engine import BrokenPromiseError, Engine, Limits
+from serve_app.request import Continuation
+from serve_app.work import DeadlineError, DrainingError, QueueFullError, TooLargeError
 
-PROMPT = list(b"A river is a line of water.")
+PROMPT = tuple(b"A river is a line of water that goes down to the sea.")
+GRID = [(0, 0), (0, 1), (1, 0), (1, 1)]
+BUDGETS = [[12, 24], [16, 20]]
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny):
-    return byte_model(tiny)
+    return byte_model(tiny, head_dim=16)
 
 
 @pytest.fixture(scope="module")
-def engine(loaded):
-    return Engine(loaded, full_plan(loaded.identity, loaded.geometry, 256, bits=32))
+def plan(loaded):
+    return plan_of(loaded, BUDGETS, HeavyHitter(interval=4, distance=0), bits=16, context_length=256)
 
 
-def ids(engine, **wishes):
-    return [token.id for token in engine.generate(PROMPT, Sampling(**({"max_tokens": 24} | wishes)))]
+@pytest.fixture
+def engine(loaded, plan):
+    with engine_of(loaded, plan) as engine:
+        yield engine
 
 
-@pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter(interval=4, distance=0)])
-def test_a_plan_that_covers_the_text_gives_the_tokens_of_transformers_own_cache(loaded, eviction):
-    engine = Engine(loaded, plan_of(loaded, [[64, 72]] * loaded.geometry.layers, eviction, context_length=256))
-    reference = loaded.model.generate(
-        torch.tensor([PROMPT]), attention_mask=torch.ones(1, len(PROMPT)), max_new_tokens=24, do_sample=False
-    )
-    assert ids(engine, temperature=0) == reference[0, len(PROMPT) :].tolist()
+def prompts(count, length=53, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(32, 127, (length,), generator=generator).tolist()) for _ in range(count)]
 
 
-def test_a_seed_gives_the_same_tokens_whatever_else_draws_random_numbers(engine):
-    first = ids(engine, seed=7)
-    torch.manual_seed(0)
-    torch.rand(10)
-    assert ids(engine, seed=7) == first
-    assert ids(engine, seed=8) != first
+@torch.inference_mode()
+def alone(loaded, plan, prompt, tokens):
+    """Greedy tokens of one sequence, without an engine."""
+    cache, logits = prefill(loaded, plan, torch.tensor([prompt]))
+    made = []
+    for _ in range(tokens):
+        made.append(int(logits.argmax()))
+        logits = loaded.model(torch.tensor([made[-1:]]), past_key_values=cache).logits[:, -1]
+    return made
 
 
-def test_requests_without_a_seed_differ(engine):
-    assert ids(engine) != ids(engine)
+def caches(engine):
+    return [each.cache for each in engine._stepper.running]
 
 
-@pytest.mark.parametrize("wish", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-7}])
-def test_truncation_to_one_token_is_greedy(engine, wish):
-    assert ids(engine, **wish) == ids(engine, temperature=0)
+EVERY_PLAN = {
+    "full": lambda loaded: full_plan(loaded.identity, loaded.geometry, 256, bits=32),
+    "ring": lambda loaded: plan_of(loaded, BUDGETS, Streaming(), bits=32, context_length=256),
+    "scored": lambda loaded: plan_of(loaded, BUDGETS, HeavyHitter(interval=4, distance=0), 32, 256),
+    "chunked": lambda loaded: chunked(plan_of(loaded, BUDGETS, HeavyHitter(interval=4, distance=0), 32, 256), 11),
+}
 
 
-@pytest.fixture(scope="module")
-def ending(engine):
-    """Greedy tokens and the place of one that had not come before: a token to stop on."""
-    tokens = ids(engine, temperature=0)
-    return tokens, next(place for place in range(3, 24) if tokens[place] not in tokens[:place])
+@pytest.mark.parametrize("kind", EVERY_PLAN)
+def test_requests_together_get_what_each_gets_alone(loaded, kind):
+    plan = EVERY_PLAN[kind](loaded)
+    wanted = [*prompts(4), *prompts(3, 20, seed=1), *prompts(2, 130, seed=2)]
+    with engine_of(loaded, plan, chunk=7) as engine:
+        answers = [ask(engine, prompt, 25) for prompt in wanted]
+        for prompt, answer in zip(wanted, answers, strict=True):
+            assert answer.tokens() == alone(loaded, plan, prompt, 25)
 
 
-def test_a_stop_token_ends_the_text(engine, ending):
-    tokens, place = ending
-    made = list(engine.generate(PROMPT, Sampling(24, temperature=0, stop_ids=frozenset([tokens[place]]))))
-    assert [token.id for token in made] == tokens[: place + 1]
-    assert [token.finish for token in made] == [None] * place + ["stop"]
+def test_under_concurrency_every_cache_holds_what_the_plan_says_and_no_dense_cache_does(loaded, plan):
+    seen = []
+
+    def look(engine):
+        for cache in caches(engine):
+            kept = [len(cache.kept_positions(*place)) for place in GRID]
+            budgets = [tokens for row in BUDGETS for tokens in row]
+            assert all(budget - 4 <= count <= budget for count, budget in zip(kept, budgets, strict=True))
+            assert cache.nbytes <= cache.promised_bytes
+            cache.check_integrity()
+            seen.append(cache.get_seq_length())
+
+    with engine_of(loaded, plan) as engine:
+        answers = [ask(engine, prompt, 30, take=lambda _: look(engine)) for prompt in prompts(8)]
+        for answer in answers:
+            assert len(answer.tokens()) == 30
+    assert len(seen) > 1000
+    assert max(seen) > 80
 
 
-def test_the_models_end_token_ends_the_text_unless_it_is_ignored(tiny, ending):
-    tokens, place = ending
-    other = byte_model(tiny, eos_token_id=tokens[place])
-    engine = Engine(other, full_plan(other.identity, other.geometry, 256, bits=32))
-    assert ids(engine, temperature=0) == tokens[: place + 1]
-    assert ids(engine, temperature=0, ignore_eos=True) == tokens
-    longer = ids(engine, temperature=0, min_tokens=place + 5)
-    assert len(longer) >= place + 5
-    assert tokens[place] not in longer[: place + 5]
+def test_a_batch_path_that_keeps_everything_fails(loaded, plan, monkeypatch):
+    """The check behind the others: a cache that grows beyond its plan is noticed, and its request fails."""
+    dense = full_plan(loaded.identity, loaded.geometry, 256, bits=32)
+    made = BudgetedCache.copy
+    with engine_of(loaded, plan) as engine:
+        honest = engine._stepper._enter
+
+        def swap_in_dense():
+            honest()
+            for each in engine._stepper.running:
+                if each.cache.plan is plan:
+                    each.cache = prefill(loaded, dense, torch.tensor([PROMPT]))[0]
+                    each.cache._promised = plan.bytes_for(each.request.tokens)
+
+        monkeypatch.setattr(engine._stepper, "_enter", swap_in_dense)
+        assert isinstance(ask(engine, PROMPT).error, BrokenPromiseError)
+    assert made is BudgetedCache.copy
 
 
-def test_the_last_token_says_that_the_length_is_reached(engine):
-    made = list(engine.generate(PROMPT, Sampling(max_tokens=5, temperature=0)))
-    assert [token.finish for token in made] == [None, None, None, None, "length"]
+def test_state_counts_seen_and_kept_entries_from_the_caches(loaded, plan):
+    states = []
+    with engine_of(loaded, plan) as engine:
+        measure = engine._stepper._measure
+
+        def measured():
+            measure()
+            state = engine.state()
+            real = sum(len(cache.kept_positions(*place)) for cache in caches(engine) for place in GRID)
+            states.append((state.seen, state.kept, real, state.held_bytes, state.promised_bytes))
+            assert state.held_bytes >= sum(cache.nbytes for cache in caches(engine))
+
+        engine._stepper._measure = measured
+        for answer in [ask(engine, prompt, 30) for prompt in prompts(5)]:
+            answer.wait()
+        idle(engine)
+    full = max(states)
+    assert full[0] > 5 * 4 * 70 > 3 * full[1] > 0
+    assert all(kept == real for _, kept, real, _, _ in states)
+    assert all(held <= promised for *_, held, promised in states)
 
 
-@pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter(interval=4, distance=0)])
-def test_a_sequence_far_over_the_budget_holds_what_was_promised_and_no_more(loaded, eviction):
-    plan = plan_of(loaded, [[12, 24]] * loaded.geometry.layers, eviction, context_length=256)
-    engine = Engine(loaded, plan)
-    ids(engine, max_tokens=60)
-    assert 0 < engine.held_last <= engine.held_most <= plan.bytes_per_sequence
-    assert engine.held_most < plan.full_bytes_per_sequence / 4
+def pool_for(plan, loaded, sequences, tokens, prompt):
+    return sequences * plan.bytes_for(tokens) + transient_bytes(plan, prompt, loaded.model.dtype.itemsize)
 
 
-def test_a_broken_promise_is_an_error_and_no_token(engine, monkeypatch):
-    monkeypatch.setattr(BudgetedCache, "promised_bytes", property(lambda cache: 100))
-    with pytest.raises(BrokenPromiseError, match="promises at most 100"):
-        ids(engine)
+def test_as_many_run_as_have_room_and_bytes_never_pass_the_pool(loaded):
+    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    # The prompt of the last needs its transient beside the others' caches.
+    pool = pool_for(plan, loaded, 3, 256, 53) + plan.bytes_for(256) // 2
+    most, held = [], []
+    with engine_of(loaded, plan, pool) as engine:
+
+        def look(_):
+            most.append(len(engine._stepper.running))
+            held.append(sum(cache.nbytes for cache in caches(engine)))
+            assert engine._stepper.pool.promised <= pool
+
+        answers = [ask(engine, prompt, 40, take=look) for prompt in prompts(9)]
+        assert all(len(answer.tokens()) == 40 for answer in answers)
+        idle(engine)
+        state = engine.state()
+    assert max(most) == 3
+    assert max(held) <= state.most_bytes <= pool
+    assert (state.promised_bytes, state.held_bytes) == (0, 0)
+    assert state.counts.finished == 9
 
 
-def test_a_plan_for_another_model_is_refused(engine, tiny):
+def test_short_requests_take_less_so_that_more_of_them_run(loaded):
+    plan = plan_of(loaded, [[200, 200], [200, 200]], Streaming(), bits=16, context_length=256)
+    most = []
+    with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 10)) as engine:
+        look = lambda _: most.append(len(engine._stepper.running))  # noqa: E731
+        for answer in [ask(engine, prompt, 20, take=look) for prompt in prompts(12, 10)]:
+            answer.wait()
+    assert max(most) >= 6
+
+
+def test_first_come_first_served_and_nobody_overtakes(loaded):
+    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    order = []
+    with engine_of(loaded, plan, pool_for(plan, loaded, 2, 256, 100)) as engine:
+        answers = []
+        for place, prompt in enumerate([*prompts(1, 100), *prompts(1, 120), *prompts(4, 5), *prompts(2, 90)]):
+            note = lambda event, place=place: order.append(place) if hasattr(event, "cached_tokens") else None  # noqa: E731
+            answers.append(ask(engine, prompt, 15, take=note))
+        for answer in answers:
+            answer.wait()
+    assert order == sorted(order)
+    assert len(order) == 8
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(loaded):
+    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 53), waiting=3) as engine:
+        first = ask(engine, PROMPT, 150)
+        until(lambda: engine.state().running)
+        others = [ask(engine, PROMPT, 5) for _ in range(3)]
+        with pytest.raises(QueueFullError) as refused:
+            ask(engine, PROMPT, 5)
+        assert 1 <= refused.value.retry_after <= 120
+        assert engine.state().waiting == 3
+        assert len(first.tokens()) == 150
+        assert [len(other.tokens()) for other in others] == [5, 5, 5]
+        assert len(ask(engine, PROMPT, 5).tokens()) == 5
+        assert engine.state().counts.refused == 1
+
+
+def test_what_can_never_fit_is_refused_at_once(loaded):
+    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    pool = pool_for(plan, loaded, 2, 256, 60)
+    with engine_of(loaded, plan, pool) as engine:
+        with pytest.raises(TooLargeError, match="shorten the prompt"):
+            ask(engine, prompts(1, 200)[0], 50)
+        with pytest.raises(TooLargeError):
+            ask(engine, PROMPT, 180, n=3)
+        assert len(ask(engine, PROMPT, 180, n=2).tokens(1)) == 180
+
+
+def test_a_pool_that_does_not_hold_one_sequence_and_another_models_plan_are_refused(loaded, plan, tiny):
+    with pytest.raises(UserError, match="does not hold one sequence of 256 tokens"):
+        Engine(loaded, plan, Limits(plan.bytes_per_sequence - 1))
     with pytest.raises(UserError, match="was made for"):
-        Engine(tiny(layers=3), engine.plan)
+        Engine(tiny(layers=3), plan, Limits(1 << 20))
 
 
-def test_closing_a_generation_lets_the_next_one_in(engine):
-    tokens = engine.generate(PROMPT, Sampling(max_tokens=100))
-    next(tokens)
-    tokens.close()
-    assert len(ids(engine, max_tokens=3)) == 3
+def test_a_deadline_ends_who_waits_and_who_runs(loaded):
+    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 53)) as engine:
+        now = time.monotonic()
+        running = ask(engine, PROMPT, 200, deadline=now + 0.2)
+        waiting = ask(engine, PROMPT, 5, deadline=now + 0.1)
+        patient = ask(engine, PROMPT, 5)
+        assert isinstance(waiting.error, DeadlineError)
+        assert waiting.error.waiting
+        assert isinstance(running.error, DeadlineError)
+        assert not running.error.waiting
+        assert len(patient.tokens()) == 5
+        idle(engine)
+        assert engine.state().promised_bytes == 0
 
 
-def text_of(engine, loaded, stops=(), **wishes):
-    made = list(pieces(engine, loaded.tokenizer, PROMPT, Sampling(**({"max_tokens": 24} | wishes)), stops))
-    return "".join(piece.text for piece in made), made
+def test_a_cancelled_request_is_gone_within_a_step(engine):
+    steps = []
+    answer: Answer = ask(engine, PROMPT, 200, take=lambda _: steps.append(engine._stepper._counts.steps))
+    until(lambda: len(answer.events) > 5)
+    answer.cancel()
+    cancelled = engine.state().counts.steps
+    idle(engine)
+    assert max(steps) <= cancelled + 1
+    assert engine.state().counts.cancelled == 1
+    answer.cancel()
 
 
-def test_the_pieces_make_up_the_decoded_text_one_per_token(engine, loaded):
-    text, made = text_of(engine, loaded, temperature=0)
-    assert text == bytes(ids(engine, temperature=0)).decode()
-    assert len(made) == 24
-    assert made[-1].finish == "length"
+def test_two_hundred_cancelled_requests_leave_nothing(loaded, plan):
+    with engine_of(loaded, plan, waiting=1000, chunk=8) as engine:
+        answers = []
+        for place, prompt in enumerate(prompts(200)):
+            answers.append(ask(engine, prompt, 100, n=1 + place % 2))
+            if place % 3 == 0:
+                until(lambda own=answers[-1]: len(own.events) > 2 or engine.state().waiting > 20)
+            for answer in answers[::2]:
+                answer.cancel()
+        for answer in answers:
+            answer.cancel()
+        idle(engine)
+        state = engine.state()
+        assert (state.running, state.waiting, state.promised_bytes, state.held_bytes) == (0, 0, 0, 0)
+        assert state.counts.cancelled + state.counts.finished == 200
+        assert state.counts.cancelled > 90
+        assert len(ask(engine, PROMPT, 5).tokens()) == 5
 
 
-def test_a_stop_string_across_tokens_ends_the_text_and_is_left_out(engine, loaded):
-    whole, _ = text_of(engine, loaded, seed=1)
-    stop = whole[10:13]
-    text, made = text_of(engine, loaded, (stop, "never"), seed=1)
-    assert text == whole[: whole.find(stop)]
-    assert made[-1].finish == "stop"
-    assert len(made) == len(text) + 3
+def boom(*args, **kwargs):
+    raise MemoryError("no room")
 
 
-def test_a_token_that_stops_adds_no_text(engine, loaded, ending):
-    tokens, place = ending
-    text, made = text_of(engine, loaded, temperature=0, stop_ids=frozenset([tokens[place]]))
-    assert text == bytes(tokens[:place]).decode()
-    assert made[-1].finish == "stop"
+def break_cache(each: Continuation):
+    each.cache.layers[1].groups[0]._grow = boom
 
 
-TOKENIZER = byte_tokenizer()
+def break_sampler(each: Continuation):
+    each.sampler.draw = boom
 
 
-@given(st.text(max_size=30))
-def test_no_character_is_sent_before_its_last_byte(text):
-    detokenizer = Detokenizer(TOKENIZER)
-    sent = ""
-    for byte in text.encode():
-        sent += detokenizer.push(byte)
-        assert text.startswith(sent)
-    assert sent == text or text.endswith("\ufffd")
-    assert sent + detokenizer.flush() == text
+@pytest.mark.parametrize("harm", [break_cache, break_sampler])
+def test_a_request_that_fails_while_it_runs_harms_nobody(loaded, plan, harm, caplog):
+    with engine_of(loaded, plan) as engine:
+
+        def at_the_tenth(_):
+            if len(victim[0].events) == 10:
+                for each in engine._stepper.running:
+                    if each.sampler._sampling.seed == 99:
+                        harm(each)
+
+        victim = []
+        others = [ask(engine, prompt, 40) for prompt in prompts(3)]
+        victim.append(ask(engine, PROMPT, 100, temperature=1.0, seed=99, take=at_the_tenth))
+        more = [ask(engine, prompt, 40) for prompt in prompts(3, seed=1)]
+        assert isinstance(victim[0].error, MemoryError)
+        wanted = [*prompts(3), *prompts(3, seed=1)]
+        for prompt, answer in zip(wanted, [*others, *more], strict=True):
+            assert answer.tokens() == alone(loaded, plan, prompt, 40)
+        idle(engine)
+        state = engine.state()
+        assert (state.counts.failed, state.counts.finished, state.promised_bytes, state.alive) == (1, 6, 0, True)
 
 
-@given(st.binary(max_size=24))
-def test_bytes_that_are_no_text_come_out_as_replacement_characters_in_the_end(data):
-    detokenizer = Detokenizer(TOKENIZER)
-    sent = "".join(map(detokenizer.push, data)) + detokenizer.flush()
-    assert sent.replace("\ufffd", "") == data.decode(errors="replace").replace("\ufffd", "")
+def test_a_prompt_that_fails_and_a_client_that_fails_harm_nobody(loaded, plan):
+    with engine_of(loaded, plan) as engine:
+        bad = ask(engine, (1, 2, 10**6), 5)
+        other = ask(engine, PROMPT, 30)
+        sulky = Answer()
+
+        def deliver(event):
+            sulky.take(event)
+            if len(sulky.events) == 3:
+                raise RuntimeError("the client cannot take it")
+
+        engine.submit(dataclasses.replace(work_of(PROMPT, 30)), deliver)
+        assert isinstance(bad.error, Exception)
+        assert isinstance(sulky.error, RuntimeError)
+        assert other.tokens() == alone(loaded, plan, PROMPT, 30)
+        idle(engine)
+        assert engine.state().counts.failed == 2
 
 
-def test_the_end_token_has_no_text():
-    detokenizer = Detokenizer(TOKENIZER)
-    assert detokenizer.push(END) + detokenizer.push(65) == "A"
+def work_of(prompt, tokens):
+    from serve_app.sampling import Sampling
+    from serve_app.work import Work
+
+    return Work(tuple(prompt), Sampling(tokens, temperature=0))
 
 
-@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=5), max_size=4), st.data())
-def test_text_before_the_first_stop_string_is_sent_and_never_part_of_one(text, stops, data):
-    found = [place for stop in stops if (place := text.find(stop)) >= 0]
-    finder, sent, rest = StopStrings(stops), "", text
-    while rest and not finder.hit:
-        size = data.draw(st.integers(1, 3))
-        sent += finder.push(rest[:size])
-        rest = rest[size:]
-    if not finder.hit:
-        sent += finder.flush()
-    assert finder.hit == bool(found)
-    # Of two stop strings the one that is complete first wins, and it may begin later.
-    assert text.startswith(sent)
-    assert not any(stop in sent for stop in stops)
-    assert found or sent == text
+def test_a_forward_that_fails_for_all_fails_those_in_it_and_the_engine_goes_on(loaded, plan, monkeypatch):
+    with engine_of(loaded, plan) as engine:
+        answers = [ask(engine, prompt, 100) for prompt in prompts(2)]
+        until(lambda: engine.state().running == 2)
+        with monkeypatch.context() as broken:
+            broken.setattr(loaded.model.lm_head, "forward", boom)
+            assert [type(answer.error) for answer in answers] == [MemoryError, MemoryError]
+        assert ask(engine, PROMPT, 30).tokens() == alone(loaded, plan, PROMPT, 30)
+
+
+def test_an_engine_whose_thread_dies_says_so_and_leaves_nobody_waiting(loaded, plan, monkeypatch):
+    with engine_of(loaded, plan) as engine:
+        answer = ask(engine, PROMPT, 150)
+        until(lambda: engine.state().running)
+        monkeypatch.setattr(engine._stepper, "_measure", boom)
+        assert isinstance(answer.error, DrainingError)
+        until(lambda: not engine.state().alive)
+        with pytest.raises(DrainingError):
+            ask(engine, PROMPT)
+
+
+def test_a_drained_engine_ends_what_it_has_and_takes_no_more(loaded, plan):
+    with engine_of(loaded, plan) as engine:
+        answers = [ask(engine, prompt, 40) for prompt in prompts(4)]
+        engine.drain()
+        with pytest.raises(DrainingError):
+            ask(engine, PROMPT)
+        assert [len(answer.tokens()) for answer in answers] == [40] * 4
+        assert engine.state().draining
+
+
+def test_a_request_waits_or_runs_at_every_moment_until_its_end(loaded, plan):
+    with engine_of(loaded, plan, chunk=8) as engine:
+        answer, looks = ask(engine, prompts(1, 200)[0], 20), 0
+        while not answer.ended.is_set():
+            state = engine.state()
+            assert state.running + state.waiting >= 1 or answer.ended.wait(1)
+            looks += 1
+        assert looks > 20
+
+
+def test_a_closed_engine_tells_everybody(loaded, plan):
+    with engine_of(loaded, plan) as engine:
+        answer = ask(engine, PROMPT, 200)
+        engine.close()
+        assert isinstance(answer.error, DrainingError)
+        assert threading.active_count() < 50
+
+
+def test_prompt_logprobs_are_those_of_the_budgeted_cache(loaded, plan):
+    dense = full_plan(loaded.identity, loaded.geometry, 256, bits=32)
+    with engine_of(loaded, plan) as engine:
+        prompt = prompts(1, 120)[0]
+        others = [ask(engine, each, 60) for each in prompts(3, seed=4)]
+        answer = ask(engine, prompt, 1, prompt_logprobs=2, logprobs=2)
+        scored = answer.started.prompt_logprobs
+        only = ask(engine, prompt, 0, prompt_logprobs=0)
+        assert (only.started.finish, only.events[1:]) == ("length", [])
+        assert [len(each.tokens()) for each in others] == [60] * 3
+    assert scored[0] is None
+    assert [each.id for each in scored[1:]] == list(prompt[1:])
+    total, expected = sum(each.logprob for each in scored[1:]), ending(loaded, plan, prompt, 119)
+    assert total == pytest.approx(expected.log_prob, abs=0.02)
+    assert abs(total - ending(loaded, dense, prompt, 119).log_prob) > 1
+    assert all(len(each.top) == 2 for each in scored[1:])
+    assert [each.logprob for each in only.started.prompt_logprobs[1:]] == pytest.approx(
+        [each.logprob for each in scored[1:]], abs=1e-3
+    )
+
+
+SUFFIXES = [b"", b"x", b" And so it goes.", bytes(range(40, 120)) + bytes(range(32, 90)) * 2]
+
+
+@pytest.mark.parametrize("bits", [(16, 16), (5, 4)])
+@pytest.mark.parametrize("chunk", [None, 11])
+def test_warm_is_cold_token_for_token(tiny, bits, chunk):
+    loaded = byte_model(tiny, head_dim=16, max_position_embeddings=512)
+    plan = plan_of(loaded, BUDGETS, HeavyHitter(interval=4, distance=0, centroids=2), context_length=512)
+    plan = mixed(chunked(plan, chunk) if chunk else plan, [bits, bits])
+    for suffix in SUFFIXES:
+        prompt = (*PROMPT, *suffix)
+        with engine_of(loaded, plan) as engine:
+            engine._snapshots.declare(PROMPT)  # its snapshot is not there yet
+            cold = ask(engine, prompt, 40, logprobs=0)
+            warm = ask(engine, prompt, 40, logprobs=0)
+            again = [ask(engine, prompt, 40) for _ in range(3)]
+            assert cold.tokens() == warm.tokens() == again[2].tokens()
+            assert warm.started.cached_tokens == again[0].started.cached_tokens == len(PROMPT)
+            said = [[token.logprob.logprob for token in each.made()] for each in (cold, warm)]
+            assert said[0] == pytest.approx(said[1], abs=1e-3)
+
+
+def test_a_declared_prompt_is_a_boundary_and_nothing_else(loaded, plan):
+    prompt = (*PROMPT, *b" And so on.")
+    with torch.inference_mode():
+        cache, _ = prefill(loaded, plan, torch.tensor([PROMPT]))
+        logits = loaded.model(torch.tensor([prompt[len(PROMPT) :]]), past_key_values=cache).logits[:, -1]
+        expected = []
+        for _ in range(20):
+            expected.append(int(logits.argmax()))
+            logits = loaded.model(torch.tensor([expected[-1:]]), past_key_values=cache).logits[:, -1]
+    assert len(prompt) - len(PROMPT) <= TURN
+    with engine_of(loaded, plan) as engine:
+        engine.declare(PROMPT)
+        assert ask(engine, prompt).tokens() == expected
+        assert ask(engine, prompt).started.cached_tokens == len(PROMPT)
+        assert ask(engine, prompts(1)[0]).started.cached_tokens == 0
+        assert ask(engine, PROMPT[:-1]).started.cached_tokens == 0
+        assert ask(engine, prompt, prompt_logprobs=0).started.cached_tokens == 0
+
+
+def test_snapshots_count_in_the_pool_and_the_longest_wins(loaded, plan):
+    with engine_of(loaded, plan) as engine:
+        engine.declare(PROMPT[:20])
+        engine.declare(PROMPT)
+        idle(engine)
+        until(lambda: engine.state().snapshot_bytes)
+        state = engine.state()
+        promised = plan.bytes_for(20) + plan.bytes_for(len(PROMPT))
+        until(lambda: engine.state().promised_bytes == promised)
+        assert 0 < engine.state().snapshot_bytes <= promised
+        assert state.counts.prompt_tokens == state.counts.finished == 0
+        assert ask(engine, (*PROMPT, 65)).started.cached_tokens == len(PROMPT)
+        assert ask(engine, (*PROMPT[:30], 65)).started.cached_tokens == 20
+        held = engine._snapshots.of(PROMPT).cache
+        assert held.get_seq_length() == len(PROMPT)
+    small = plan.bytes_per_sequence + plan.bytes_for(30) - 1
+    with engine_of(loaded, plan, small) as engine:
+        with pytest.raises(UserError, match="does not hold one sequence"):
+            engine.declare(PROMPT[:30])
+        with pytest.raises(UserError, match="0 tokens"):
+            engine.declare([])
+
+
+def test_a_swap_drops_nobody_and_makes_snapshots_anew(loaded, plan):
+    other = plan_of(loaded, [[40, 40], [40, 40]], Streaming(), bits=32, context_length=256)
+    prompt, tight = (*PROMPT, *b" And so on."), prompts(1, seed=3)[0]
+    with engine_of(loaded, plan, chunk=8) as engine:
+        engine.declare(PROMPT)
+        before = ask(engine, tight, 60)
+        until(lambda: before.events)
+        engine.swap(other)
+        assert engine.state().plan == engine.plan.digest == other.digest
+        after, declared = ask(engine, tight, 60), ask(engine, prompt, 30)
+        assert before.tokens() == alone(loaded, plan, tight, 60)
+        assert after.tokens() == alone(loaded, other, tight, 60)
+        assert declared.started.cached_tokens == len(PROMPT)
+        assert engine._snapshots.of(PROMPT).cache.plan is other
+        idle(engine)
+        until(lambda: engine.state().promised_bytes == other.bytes_for(len(PROMPT)))
+    with engine_of(loaded, plan, other.bytes_per_sequence - 1) as engine:
+        with pytest.raises(UserError, match="does not hold one sequence"):
+            engine.swap(other)
+        assert engine.plan is plan
+
+
+def test_a_cache_that_holds_more_than_it_promised_fails_alone(loaded, plan, caplog):
+    with engine_of(loaded, plan) as engine:
+
+        def lower(_):
+            if len(answers) == 2 and len(answers[1].events) == 5:
+                each = next(one for one in engine._stepper.running if one.request.work.prompt == PROMPT)
+                each.cache._promised = 100
+
+        answers = []
+        answers.append(ask(engine, prompts(1)[0], 60))
+        answers.append(ask(engine, PROMPT, 60, take=lower))
+        assert isinstance(answers[1].error, BrokenPromiseError)
+        assert len(answers[0].tokens()) == 60
+
+
+def test_while_others_decode_a_prompt_enters_in_small_parts(loaded, plan, monkeypatch):
+    asked = []
+    step = Entering.__subclasses__()
+    for kind in step:
+        plain = kind.step
+
+        def noted(self, tokens, plain=plain):
+            asked.append(tokens)
+            return plain(self, tokens)
+
+        monkeypatch.setattr(kind, "step", noted)
+    with engine_of(loaded, plan, chunk=24) as engine:
+        first = ask(engine, PROMPT, 200)
+        until(lambda: first.events)
+        ask(engine, prompts(1, 200)[0], 5).wait()
+        first.wait()
+    assert asked[0] > 200
+    assert all(8 <= tokens <= 24 for tokens in asked[1:])
+    assert len(asked) > 8

@@ -5,50 +5,21 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from server import PATIENCE, command, free_port, serving
 
 from baklava.allocation import Baklava, allocate
 from baklava.eviction import HeavyHitter
-from baklava.plan import BudgetPlan
 from baklava.profiling import profile
 from baklava.windows import Window
 
-ROOT = Path(__file__).parent.parent
 KEY = "a key of the test"
 HELLO = [{"role": "user", "content": "Name three rivers of Europe."}]
 
-PATIENCE = 120  # seconds; a busy machine is slow, not broken
-
 pytestmark = [pytest.mark.demo, pytest.mark.ray]
-
-
-@dataclass
-class Running:
-    process: subprocess.Popen
-    base: str
-    welcome: str
-    plan: BudgetPlan
-
-    def get(self, path, **headers):
-        return httpx.get(self.base + path, headers={"Authorization": f"Bearer {KEY}"} | headers, timeout=PATIENCE)
-
-    def post(self, path, **body):
-        return httpx.post(self.base + path, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=PATIENCE)
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / "jobs" / "serve.py"), *map(str, arguments)]
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -68,29 +39,11 @@ def plan_file(plan, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(plan, plan_file):
-    port = free_port()
     keys = plan_file.with_name("keys")
     keys.write_text(f"another\n{KEY}\n")
-    with (plan_file.with_name("stderr")).open("w+") as errors:
-        arguments = ("--plan", plan_file, "--model", "demo", "--port", port, "--api-keys", keys)
-        process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=errors, text=True)
-        try:
-            welcome = welcome_of(process)
-            assert "listens on" in welcome, Path(errors.name).read_text()
-            yield Running(process, f"http://127.0.0.1:{port}", welcome, plan)
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-
-
-def welcome_of(process):
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("  -d"):
-            break
-    return "".join(lines)
+    arguments = ("--plan", plan_file, "--model", "demo", "--api-keys", keys, "--pool", "2GiB")
+    with serving(*arguments, folder=plan_file.parent, key=KEY) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +52,23 @@ def client(server):
         yield client
 
 
-def test_the_welcome_says_where_what_and_how_much(server):
+def test_the_welcome_says_where_what_and_how_much(server, plan):
     assert f"listens on {server.base}" in server.welcome
-    assert server.plan.digest in server.welcome
-    assert f"{server.plan.bytes_per_sequence / 2**20:.1f} MiB per sequence" in server.welcome
+    assert plan.digest in server.welcome
+    assert f"{plan.bytes_per_sequence / 2**20:.1f} MiB per sequence" in server.welcome
     assert "curl -N" in server.welcome
     assert KEY not in server.welcome
+
+
+def test_the_welcome_says_how_many_sequences_fit(server):
+    lengths, full, budgeted = (
+        [int(word.replace(",", "")) for word in line.split()[3:]]
+        for line in server.welcome.splitlines()
+        if line.startswith(("  tokens per", "  sequences,"))
+    )
+    assert lengths == [1024, 4096, 8192]
+    assert all(many >= 3 * few for few, many in zip(full, budgeted, strict=True))
+    assert full[0] > full[1] > full[2] > 0
 
 
 def test_the_openai_client_lists_the_model(client):
@@ -145,15 +109,14 @@ def test_a_seed_gives_the_same_text_again(client):
     assert texts[0] == texts[1]
 
 
-def test_a_long_prompt_is_held_inside_the_plan(server, client):
+def test_a_long_prompt_is_held_inside_the_plan(server, client, plan):
     prompt = "The rivers of Europe are long, and there are many of them. " * 24
     usage = client.completions.create(model="demo", prompt=prompt, max_tokens=12, extra_body={"ignore_eos": True}).usage
-    told = server.get("/v1/plan").json()
-    assert usage.prompt_tokens > server.plan.context_length
+    (state,) = server.states().values()
+    assert usage.prompt_tokens > plan.context_length
     assert usage.completion_tokens == 12
-    assert told["digest"] == server.plan.digest
-    assert 0.9 * told["bytes_per_sequence"] < told["held_bytes"]["last"] <= told["bytes_per_sequence"]
-    assert told["held_bytes"]["last"] < told["full_bytes_per_sequence"] / 3
+    assert state["plan"] == plan.digest
+    assert 0 < state["most_bytes"] <= state["pool_bytes"]
 
 
 def test_refusals_have_the_shape_that_clients_read(server):

@@ -15,13 +15,22 @@ def complaint(error: pytest.ExceptionInfo[ValidationError]) -> tuple[str, str]:
 
 @pytest.mark.parametrize(
     ("prompt", "taken"),
-    [("Hello", "Hello"), (["Hello"], "Hello"), ([1, 2, 3], [1, 2, 3]), ([[1, 2, 3]], [1, 2, 3])],
+    [
+        ("Hello", ("Hello",)),
+        (["Hello"], ("Hello",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2, 3], ([1, 2, 3],)),
+        ([[1, 2, 3]], ([1, 2, 3],)),
+        ([[1], [2]], ([1], [2])),
+    ],
 )
-def test_a_prompt_is_text_or_ids_alone_or_in_a_list_of_one(prompt, taken):
+def test_a_prompt_is_text_or_ids_alone_or_in_a_list(prompt, taken):
     assert CompletionRequest(prompt=prompt).prompt == taken
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], [1, "a"], [True], [1.5], {"text": "a"}, 7])
+@pytest.mark.parametrize(
+    "prompt", [[1, "a"], ["a", [1]], [True], [1.5], [[True]], {"text": "a"}, 7, [], [[]], ["a"] * 33]
+)
 def test_other_prompts_are_refused_by_name(prompt):
     with pytest.raises(ValidationError) as error:
         CompletionRequest(prompt=prompt)
@@ -55,18 +64,13 @@ def test_both_names_of_the_most_tokens_are_taken():
         ("tools", [{"type": "function"}]),
         ("functions", [{"name": "f"}]),
         ("response_format", {"type": "json_object"}),
-        ("n", 2),
-        ("n", True),
         ("best_of", 3),
-        ("logprobs", True),
-        ("logprobs", 0),
-        ("top_logprobs", 2),
         ("echo", True),
         ("suffix", "end"),
-        ("logit_bias", {"1": 5}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("repetition_penalty", 1.1),
+        ("prompt_logprobs", 0),
+        ("reasoning_effort", "high"),
+        ("chat_template", "{{ x }}"),
+        ("use_beam_search", True),
     ],
 )
 def test_a_field_that_is_known_and_unsupported_is_refused_by_name(field, value):
@@ -79,6 +83,7 @@ def test_a_field_that_is_known_and_unsupported_is_refused_by_name(field, value):
 
 def test_values_that_ask_for_nothing_are_taken():
     neutral = {"n": 1, "best_of": 1, "logprobs": False, "echo": False, "tools": [], "logit_bias": {}, "suffix": ""}
+    CompletionRequest(prompt="a", top_logprobs=None, **neutral)
     neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0, "repetition_penalty": 1.0, "tool_choice": "auto"}
     ChatRequest(messages=MESSAGES, response_format={"type": "text"}, **neutral)
 
@@ -105,9 +110,21 @@ def test_unknown_fields_are_ignored_with_a_warning(caplog, monkeypatch):
         ("top_p", 1.1),
         ("top_k", -2),
         ("min_p", 1.5),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("min_tokens", -1),
         ("seed", 2**63),
+        ("n", 0),
+        ("n", 17),
+        ("n", True),
+        ("logprobs", 6),
+        ("logprobs", -1),
+        ("logprobs", True),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -3),
+        ("repetition_penalty", 0),
+        ("logit_bias", {"1": 101}),
+        ("logit_bias", {"one": 1}),
+        ("truncate_prompt_tokens", -2),
         ("stop", ["a", "b", "c", "d", "e"]),
         ("stop", [""]),
         ("stop", "x" * 257),
@@ -160,3 +177,40 @@ def test_stream_options_belong_to_streams():
     with pytest.raises(ValidationError) as error:
         CompletionRequest(prompt="a", stream_options={"include_usage": True})
     assert complaint(error)[0] == "stream_options"
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"prompt": ["a"] * 32, "n": 3}, "n"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+    ],
+)
+def test_what_a_completion_cannot_do_is_refused_by_name(fields, name):
+    with pytest.raises(ValidationError) as error:
+        CompletionRequest(**({"prompt": "a"} | fields))
+    assert complaint(error)[0] == name
+
+
+def test_a_completion_may_be_only_scored_and_have_as_many_answers_as_the_best_of():
+    assert CompletionRequest(prompt="a", max_tokens=0, echo=True, logprobs=0).wanted_tokens == 0
+    assert CompletionRequest(prompt="a", n=2, best_of=2).n == 2
+
+
+def test_a_chat_tells_likelihoods_of_up_to_twenty_alternatives():
+    assert ChatRequest(messages=MESSAGES, logprobs=True).alternatives == 0
+    assert ChatRequest(messages=MESSAGES, logprobs=True, top_logprobs=20).alternatives == 20
+    assert ChatRequest(messages=MESSAGES).alternatives is None
+    for wrong in ({"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}, {"logprobs": 2}, {"max_tokens": 0}):
+        with pytest.raises(ValidationError):
+            ChatRequest(messages=MESSAGES, **wrong)
+
+
+def test_penalties_and_biases_reach_the_sampler():
+    asked = CompletionRequest(prompt="a", presence_penalty=1, repetition_penalty=1.5, logit_bias={"7": -100})
+    assert asked.sampling(1).presence_penalty == 1
+    assert asked.sampling(1).repetition_penalty == 1.5
+    assert dict(asked.sampling(1).logit_bias) == {7: -100}

@@ -13,7 +13,8 @@ from baklava.geometry import CacheGeometry
 from baklava.grades import Grades, grades
 from baklava.heads.rotation import Rotation
 from baklava.packing import read_back
-from baklava.plan import EvictionChoice, head_bytes, side_bytes
+from baklava.plan import EvictionChoice, head_bytes
+from baklava.sizes import side_bytes
 from baklava.storage import NOTHING, Layout, Storage, storage_for
 from baklava.storage.bits import pack, unpack
 
@@ -57,6 +58,48 @@ def filled(coded: Grades, layout: Layout, centred: bool) -> Storage:
     storage.resize(TOKENS)
     storage.write(20, draw(TOKENS - 20, seed=1))
     return storage
+
+
+@every_storage
+def test_products_with_entries_are_those_with_what_is_read_out(coded: Grades, layout: Layout, centred: bool) -> None:
+    storage = filled(coded, layout, centred)
+    rows = torch.randn(BATCH, HEADS, 4, DIM, generator=torch.Generator().manual_seed(1))
+    for slots_used in (1, 5, TOKENS):
+        entries = storage.read(slots_used)
+        torch.testing.assert_close(storage.dots(rows, slots_used), rows @ entries.transpose(2, 3), atol=1e-4, rtol=1e-4)
+        weights = rows[..., :slots_used].softmax(-1)[..., :slots_used]
+        weights = torch.nn.functional.pad(weights, (0, slots_used - weights.shape[-1]), value=0.1)
+        torch.testing.assert_close(storage.mixed(weights), weights @ entries, atol=1e-4, rtol=1e-4)
+
+
+def row_of(storage: Storage, row: int) -> Storage:
+    alone = copy.deepcopy(storage)
+    alone.select_rows(torch.tensor([row]))
+    return alone
+
+
+@every_storage
+def test_rows_that_are_joined_read_as_they_do_alone_and_are_written_alone(
+    coded: Grades, layout: Layout, centred: bool
+) -> None:
+    rows = [row_of(filled(coded, layout, centred), row) for row in (0, 1)]
+    short = storage_for(coded, draw(1)[:1], layout, centred=centred)
+    short.select(torch.arange(6)[None, None], 0, draw(6)[:1], 6)
+    rows.append(short)
+    for slots_used in (4, 6, 15):
+        joined = rows[0].joined(rows[1:], slots_used)
+        for place, alone in enumerate(rows):
+            held = min(slots_used, 6) if alone is short else slots_used
+            read = joined.read(slots_used)[place : place + 1, :, :held]
+            assert torch.equal(read, alone.read(held))
+    entries = draw(3, seed=4)[:1].transpose(0, 2).transpose(1, 2).reshape(3, HEADS, 1, DIM)
+    for starts in ((2, 20, 1), (9, 10, 4), (22, 23, 5), (0, 23, 3)):
+        expected = [row_of(each, 0) for each in rows]
+        rows[0].write_each(rows[1:], starts, entries)
+        for place, (each, start) in enumerate(zip(expected, starts, strict=True)):
+            each.write(start, entries[place : place + 1])
+            size = 6 if rows[place] is short else TOKENS
+            assert torch.equal(rows[place].read(size), each.read(size))
 
 
 @every_storage

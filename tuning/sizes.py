@@ -2,7 +2,8 @@
 
 from baklava.eviction import HeavyHitter
 from baklava.geometry import CacheGeometry
-from baklava.plan import FULL_BITS, full_bytes, head_bytes, sliding_bytes
+from baklava.plan import head_bytes
+from baklava.sizes import FULL_BITS, full_bytes, sliding_bytes
 from tuning.settings import CENTROIDS
 
 SMALLEST, LARGEST = 0.02, 0.6

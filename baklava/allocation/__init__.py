@@ -19,17 +19,9 @@ from baklava.allocation.uniform import Uniform
 from baklava.errors import UserError
 from baklava.eviction import Eviction
 from baklava.geometry import CacheGeometry
-from baklava.plan import (
-    FULL_BITS,
-    AllocationChoice,
-    BudgetPlan,
-    EvictionChoice,
-    LayerBudget,
-    Provenance,
-    full_bytes,
-    sliding_bytes,
-)
+from baklava.plan import AllocationChoice, BudgetPlan, EvictionChoice, LayerBudget, Provenance
 from baklava.profile import Profile
+from baklava.sizes import FULL_BITS, full_bytes, sliding_bytes
 
 _METHODS: tuple[type[Allocation], ...] = (
     Uniform,

@@ -13,7 +13,7 @@ from baklava.attention import Grouped, Heads, Kernel
 from baklava.eviction import Eviction
 from baklava.grades import Grades, grades
 from baklava.heads.rotation import Rotation
-from baklava.plan import FULL_BITS
+from baklava.sizes import FULL_BITS
 from baklava.storage import Layout, Mirrored, storage_for
 
 SPARE = 64
@@ -90,12 +90,15 @@ class Tokens:
 class HeadGroup(ABC):
     """Entries of KV heads with equal budgets; between two forwards at most `budget.tokens` per head.
 
+    `room` is the most tokens that a row will have: slots behind it are never held, and nothing else changes.
+
     Keys that are packed are held rotated, those in 16 bits among them too, and so are values: new tokens and their
     queries are rotated as they come in, outputs are rotated back. Whatever scores entries sees rotated ones.
     """
 
-    def __init__(self, budget: Budget, eviction: Eviction, like: Heads) -> None:
+    def __init__(self, budget: Budget, eviction: Eviction, like: Heads, room: int | None = None) -> None:
         self.budget, self.eviction = budget, eviction
+        self.limit_to(room)
         self.index = _index(budget.heads, like.device)
         like = like[:, : len(budget.heads)]
         keys, values = (of(like.shape[3]) for of in (budget.key_grades, budget.value_grades))
@@ -125,6 +128,10 @@ class HeadGroup(ABC):
     def fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
         """Cut a prompt that has been attended to elsewhere to the budget."""
         self._fill(_turned(self.key_rotation, key), _turned(self.value_rotation, value), score, positions)
+
+    def limit_to(self, room: int | None) -> None:
+        """From now on, hold no more slots than a sequence of so many tokens can fill."""
+        self.slots = self.budget.tokens if room is None else min(self.budget.tokens, room)
 
     @contextmanager
     def mirrored(self) -> Iterator[None]:
@@ -157,14 +164,14 @@ class HeadGroup(ABC):
 
     def _grow(self, needed: int) -> None:
         if needed > self.size:
-            self.size = min(self.budget.tokens, max(needed + SPARE, self.size * 3 // 2))
+            self.size = min(self.slots, max(needed + SPARE, self.size * 3 // 2))
             self.keys.resize(self.size)
             self.values.resize(self.size)
 
     def _replace(self, key: Heads, value: Heads, slots: Int[Tensor, "#batch #heads kept"]) -> None:
         """Hold, of the entries held and these new ones behind them, those at the given slots, and no others."""
         held, self.filled = self.filled, slots.shape[2]
-        self.size = min(self.budget.tokens, self.filled + SPARE)
+        self.size = min(self.slots, self.filled + SPARE)
         for storage, new in ((self.keys, key), (self.values, value)):
             storage.select(slots, held, new, self.size)
 

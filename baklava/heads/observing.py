@@ -95,20 +95,31 @@ class Forward:
         return attention if self.summary is None else attention[..., self.summary.key.shape[2] :]
 
 
-def observe(forward: Forward, sample: Sample, keepers: Sequence[Scorekeeper]) -> None:
-    """Show a forward's queries, as far as they are in the sample, to methods that ask for the same sample."""
+def observe(
+    forward: Forward, sample: Sample, keepers: Sequence[Scorekeeper], first: int = 0, prompt: int | None = None
+) -> None:
+    """Show a forward's queries, as far as they are in the sample, to methods that ask for the same sample.
+
+    They are those from `first` on of a prompt of so many tokens; by default, all of it.
+    """
     queries, entries = forward.query.shape[3], forward.key.shape[2]
-    for rows in _blocks(queries, sample):
+    for rows in _blocks(first, first + queries, prompt or queries, sample):
         observation = forward.observation(rows, entries - queries + rows.stop)
         for keeper in keepers:
             keeper.take(observation)
 
 
-def _blocks(queries: int, sample: Sample) -> Iterator[slice]:
-    """The sampled queries, of which the last is always one, in blocks."""
-    window = queries if sample.window is None else min(max(1, sample.window), queries)
-    first = queries - window + (window - 1) % sample.stride
-    step = sample.stride * (window if sample.whole else QUERY_BLOCK)
-    for start in range(first, queries, step):
-        last = min(start + step - sample.stride, queries - 1)
-        yield slice(start, last + 1, sample.stride)
+def first_sampled(prompt: int, sample: Sample) -> int:
+    """The first query of a prompt of so many tokens that is in the sample; the last one always is."""
+    window = prompt if sample.window is None else min(max(1, sample.window), prompt)
+    return prompt - window + (window - 1) % sample.stride
+
+
+def _blocks(start: int, stop: int, prompt: int, sample: Sample) -> Iterator[slice]:
+    """The sampled queries from `start` to `stop` of a prompt, in blocks, counted from `start`."""
+    first = first_sampled(prompt, sample)
+    first = max(first, start + (first - start) % sample.stride)
+    step = sample.stride * (stop - start if sample.whole else QUERY_BLOCK)
+    for begin in range(first - start, stop - start, step):
+        last = min(begin + step - sample.stride, stop - start - 1)
+        yield slice(begin, last + 1, sample.stride)

@@ -22,8 +22,8 @@ class Ranked(HeadGroup):
     the losers, so it copies at most `interval` entries.
     """
 
-    def __init__(self, budget: Budget, eviction: Eviction, like: Heads) -> None:
-        super().__init__(budget, eviction, like)
+    def __init__(self, budget: Budget, eviction: Eviction, like: Heads, room: int | None = None) -> None:
+        super().__init__(budget, eviction, like, room)
         shape = (like.shape[0], len(budget.heads), 0)
         self.positions = torch.empty(shape, dtype=torch.int32, device=like.device)
         self.scores = torch.empty(shape, dtype=torch.float32, device=like.device)
@@ -58,6 +58,18 @@ class Ranked(HeadGroup):
         if self.since >= self.eviction.interval:
             self._evict(forward)
         return output
+
+    def make_room(self, positions: Int[Tensor, "1 1"]) -> None:
+        """A slot for a token of a sequence without padding, which is about to be written and scored."""
+        self._grow(self.filled + 1)
+        self.filled += 1
+        self.positions[:, :, self.filled - 1] = positions
+
+    def age(self, tokens: Tokens, kernel: Kernel) -> None:
+        """A token has been taken in and attended to: evict, if it is time."""
+        self.since += 1
+        if self.since >= self.eviction.interval:
+            self._evict(self._forward(tokens, kernel))
 
     def _append(self, tokens: Tokens) -> None:
         start, self.filled = self.filled, self.filled + tokens.count

@@ -14,8 +14,8 @@ from baklava.storage import NOTHING
 class Ring(HeadGroup):
     """Sinks and the newest tokens. A token's slot follows from its position, so nothing is kept beside the payload."""
 
-    def __init__(self, budget: Budget, eviction: Eviction, like: Heads) -> None:
-        super().__init__(budget, eviction, like)
+    def __init__(self, budget: Budget, eviction: Eviction, like: Heads, room: int | None = None) -> None:
+        super().__init__(budget, eviction, like, room)
         self.window = Window(eviction.sinks, budget.tokens - eviction.sinks)
         self.last = torch.full((1, 1), -1, device=like.device)
 

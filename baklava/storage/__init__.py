@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from baklava.grades import Grades
-from baklava.plan import FULL_BITS
+from baklava.sizes import FULL_BITS
 from baklava.storage.base import FRESH, NOTHING, Codec, Entries, Storage
 from baklava.storage.dense import Dense, stored_dtype
 from baklava.storage.graded import Graded

@@ -1,13 +1,15 @@
 """The storage plug-ins: how the entries of a group of KV heads lie in memory, and how each of them is encoded."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Entries = Float[Tensor, "batch heads tokens head_dim"]
+Rows = Float[Tensor, "batch heads rows head_dim"]
 Index = Int[Tensor, "#batch #heads tokens"]
 Coded = tuple[Tensor, ...]
 """Encoded entries: tensors [batch, heads, tokens, any], of which a slot is a row of each."""
@@ -76,6 +78,14 @@ class Storage(ABC):
         """The same as `read`, a part at a time where a whole copy would be large; one part where nothing is copied."""
 
     @abstractmethod
+    def dots(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
+        """Products of rows with the entries of the first slots, in 32 bits, without reading these out."""
+
+    @abstractmethod
+    def mixed(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
+        """Sums of the entries of the first slots, weighted by each row, in 32 bits, without reading these out."""
+
+    @abstractmethod
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
         """Copy entries from the source slots to the target slots of each row and head."""
 
@@ -108,6 +118,18 @@ class Codec(ABC):
         """The entries that these tensors stand for, in the dtype that the model computes in."""
 
     @abstractmethod
+    def dots(self, coded: Coded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
+        """Products of rows with the entries that these tensors stand for, in 32 bits."""
+
+    @abstractmethod
+    def mixed(self, coded: Coded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
+        """Sums of the entries that these tensors stand for, weighted by each row, in 32 bits."""
+
+    @abstractmethod
+    def joined(self, others: "Sequence[Self]") -> Self:
+        """The codec of a batch whose rows are this one's and those of others of its kind."""
+
+    @abstractmethod
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
         """Learn what there is to learn from the first entries that come together, before any slot is held."""
 
@@ -130,3 +152,9 @@ def among(slots: Tensor, held: int, new: Tensor) -> Tensor:
     """The new entries of a selection, at their places in it; elsewhere any."""
     index = (slots - held).clamp(0, new.shape[2] - 1)
     return new.gather(2, wide(index, new))
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Products of matrices over [batch, heads], as one batch of them."""
+    product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1))
+    return product.view(*left.shape[:2], *product.shape[1:])

@@ -1,11 +1,14 @@
 """Entries as they are, in 16 or 32 bits."""
 
+from collections.abc import Sequence
+from typing import Self
+
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.storage.base import Codec, Coded, Entries
+from baklava.storage.base import Codec, Coded, Entries, Rows, matmul
 
 
 class Dense(Codec):
@@ -32,6 +35,18 @@ class Dense(Codec):
     @override
     def decode(self, coded: Coded) -> Entries:
         return coded[0].to(self.compute_dtype)
+
+    @override
+    def dots(self, coded: Coded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
+        return matmul(rows.float(), coded[0].float().transpose(2, 3))
+
+    @override
+    def mixed(self, coded: Coded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
+        return matmul(weights.float(), coded[0].float())
+
+    @override
+    def joined(self, others: Sequence[Self]) -> Self:
+        return self
 
     @override
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:

@@ -1,13 +1,14 @@
 """Entries whose channels are coded in different numbers of bits, because not all of them matter alike."""
 
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.storage.base import Codec, Coded, Entries
+from baklava.storage.base import Codec, Coded, Entries, Rows
 from baklava.storage.packed import Packed
 
 
@@ -34,8 +35,23 @@ class Graded(Codec):
 
     @override
     def decode(self, coded: Coded) -> Entries:
-        pairs = zip(coded[::2], coded[1::2], strict=True)
-        return torch.cat([part.decode(pair) for part, pair in zip(self.parts, pairs, strict=True)], -1)
+        return torch.cat([part.decode(pair) for part, pair in zip(self.parts, self._pairs(coded), strict=True)], -1)
+
+    @override
+    def dots(self, coded: Coded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
+        parts = zip(self._each(rows), self._pairs(coded), strict=True)
+        first, second = (part.dots(pair, own) for (part, own), pair in parts)
+        return first.add_(second)
+
+    @override
+    def mixed(self, coded: Coded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
+        pairs = zip(self.parts, self._pairs(coded), strict=True)
+        return torch.cat([part.mixed(pair, weights) for part, pair in pairs], -1)
+
+    @override
+    def joined(self, others: Sequence[Self]) -> Self:
+        columns = zip(self.parts, *(other.parts for other in others), strict=True)
+        return type(self)([part.joined(rest) for part, *rest in columns])
 
     @override
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
@@ -46,6 +62,10 @@ class Graded(Codec):
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         for part in self.parts:
             part.select_rows(rows)
+
+    @staticmethod
+    def _pairs(coded: Coded) -> list[Coded]:
+        return list(zip(coded[::2], coded[1::2], strict=True))
 
     def _each(self, entries: Entries) -> Iterator[tuple[Packed, Entries]]:
         channels = entries.split([part.head_dim for part in self.parts], -1)

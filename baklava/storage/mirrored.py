@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.storage.base import Entries, Index, Storage, wide
+from baklava.storage.base import Entries, Index, Rows, Storage, matmul, wide
 
 
 class Mirrored(Storage):
@@ -76,6 +76,14 @@ class Mirrored(Storage):
     @override
     def tiles(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
         yield self.read(slots)
+
+    @override
+    def dots(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
+        return matmul(rows.float(), self.read(slots).float().transpose(2, 3))
+
+    @override
+    def mixed(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
+        return matmul(weights.float(), self.read(weights.shape[3]).float())
 
     @override
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:

@@ -1,12 +1,16 @@
 """Entries in 1 to 8 bits per element."""
 
+import copy
+from collections.abc import Sequence
+from typing import Self
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
 from baklava.errors import UserError
-from baklava.storage.base import Codec, Coded, Entries
+from baklava.storage.base import Codec, Coded, Entries, Rows, matmul
 from baklava.storage.bits import WIDTHS, pack, unpack
 from baklava.storage.dense import stored_dtype
 
@@ -71,6 +75,32 @@ class Packed(Codec):
         entries = unpack(packed, self.bits, self.head_dim).to(self.compute_dtype)
         entries = entries.sub_(self.half).mul_(scale.to(self.compute_dtype))
         return entries if self.mean is None else entries.add_(self.mean)
+
+    # A scale and what lies around zero are taken out of the products: so a code is only made a number.
+
+    @override
+    def dots(self, coded: Coded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
+        packed, scale = coded
+        rows = rows.float()
+        codes = unpack(packed, self.bits, self.head_dim).float()
+        found = matmul(rows, codes.transpose(2, 3)).sub_(rows.sum(-1, keepdim=True) * self.half)
+        found *= scale.float().transpose(2, 3)
+        return found if self.mean is None else found.add_(matmul(rows, self.mean.float().transpose(2, 3)))
+
+    @override
+    def mixed(self, coded: Coded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
+        packed, scale = coded
+        scaled = weights.float() * scale.float().transpose(2, 3)
+        codes = unpack(packed, self.bits, self.head_dim).float()
+        found = matmul(scaled, codes).sub_(scaled.sum(-1, keepdim=True) * self.half)
+        return found if self.mean is None else found.add_(weights.float().sum(-1, keepdim=True) * self.mean.float())
+
+    @override
+    def joined(self, others: Sequence[Self]) -> Self:
+        joined = copy.copy(self)
+        if self.mean is not None:
+            joined.mean = torch.cat([self.mean, *(other.mean for other in others if other.mean is not None)])
+        return joined
 
     @override
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:

@@ -1,13 +1,14 @@
 """Slots whose entries are all encoded in one way."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.storage.base import FRESH, Codec, Coded, Entries, Index, Storage, among, origin, wide
+from baklava.storage.base import FRESH, Codec, Coded, Entries, Index, Rows, Storage, among, origin, wide
 
 TILE_BYTES = 4 << 20
 """Converted entries at a time: what a processor keeps near. Fresh memory costs more than the conversion itself."""
@@ -93,6 +94,30 @@ class Slots(Storage):
             yield self._between(start, min(start + size, slots))
 
     @override
+    def dots(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
+        return self.codec.dots(self._first(slots), rows)
+
+    @override
+    def mixed(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
+        return self.codec.mixed(self._first(weights.shape[3]), weights)
+
+    def joined(self, others: "Sequence[Slots]", slots: int) -> "Slots":
+        """A copy of the first slots of this one and of others of its kind, as rows of one batch."""
+        joined = copy.copy(self)
+        joined.codec = self.codec.joined([other.codec for other in others])
+        parts = zip(self.coded, *(other.coded for other in others), strict=True)
+        joined.coded = tuple(_rows(part, slots) for part in parts)
+        return joined
+
+    def write_each(self, others: "Sequence[Slots]", starts: Sequence[int], entries: Entries) -> None:
+        """Put an entry into this one and into each of the others, a row each, at slots of their own."""
+        coded = self.codec.joined([other.codec for other in others]).encode(entries)
+        columns = zip(*(part[:, :, 0].split(1) for part in coded), strict=True)
+        for each, start, row in zip((self, *others), starts, columns, strict=True):
+            for mine, new in zip(each.coded, row, strict=True):
+                mine.select(2, start).copy_(new)
+
+    @override
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
         self._put(target, _gathered(self.coded, source))
 
@@ -103,6 +128,9 @@ class Slots(Storage):
 
     def _between(self, start: int, stop: int) -> Entries:
         return self.codec.decode(tuple(part[:, :, start:stop] for part in self.coded))
+
+    def _first(self, slots: int) -> Coded:
+        return tuple(part[:, :, :slots] for part in self.coded)
 
     def _picked(self, source: Index, fresh: Entries) -> Coded:
         new = self.codec.encode(fresh)
@@ -115,6 +143,20 @@ class Slots(Storage):
     def _put(self, target: Index, coded: Coded) -> None:
         for mine, new in zip(self.coded, coded, strict=True):
             mine.scatter_(2, wide(target, new), new)
+
+
+def _rows(parts: Sequence[Tensor], slots: int) -> Tensor:
+    """One batch of the first slots of all; zeros where one has fewer. Of one alone it is a view."""
+    if len(parts) == 1:
+        return parts[0][:, :, :slots]
+    if min(part.shape[2] for part in parts) >= slots:
+        return torch.cat([part[:, :, :slots] for part in parts])
+    first = parts[0]
+    batch = first.new_zeros(len(parts), first.shape[1], slots, first.shape[3])
+    for row, part in enumerate(parts):
+        held = min(slots, part.shape[2])
+        batch[row, :, :held] = part[0, :, :held]
+    return batch
 
 
 def _gathered(coded: Coded, slots: Tensor) -> Coded:

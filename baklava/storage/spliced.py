@@ -1,5 +1,6 @@
 """Slots in parts that are encoded in different ways, such as sinks in 16 bits before packed entries."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.storage.base import FRESH, Entries, Index, Storage, among, origin, wide
+from baklava.storage.base import FRESH, Entries, Index, Rows, Storage, among, origin, wide
 from baklava.storage.slots import Slots
 
 
@@ -107,6 +108,36 @@ class Spliced(Storage):
     def tiles(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
         for part in self._reached(slots):
             yield from part.slots.tiles(part.share(slots))
+
+    @override
+    def dots(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
+        found = [part.slots.dots(rows, part.share(slots)) for part in self._reached(slots)]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+    @override
+    def mixed(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
+        slots = weights.shape[3]
+        mixed = [part.slots.mixed(weights[..., part.within(0, slots)]) for part in self._reached(slots)]
+        return functools.reduce(torch.add, mixed)
+
+    def joined(self, others: "Sequence[Spliced]", slots: int) -> "Spliced":
+        """A copy of the first slots of this one and of others of its kind, as rows of one batch."""
+        columns = zip(self.parts, *(other.parts for other in others), strict=True)
+        parts = []
+        for part, *more in columns:
+            held = part.slots.joined([each.slots for each in more], part.share(slots))
+            parts.append(Part(part.start, part.stop, held))
+        return Spliced(parts)
+
+    def write_each(self, others: "Sequence[Spliced]", starts: Sequence[int], entries: Entries) -> None:
+        """Put an entry into this one and into each of the others, a row each, at slots of their own."""
+        for place, part in enumerate(self.parts):
+            if all(part.start <= start < part.stop for start in starts):
+                slots = [each.parts[place].slots for each in others]
+                part.slots.write_each(slots, [start - part.start for start in starts], entries)
+                return
+        for row, (each, start) in enumerate(zip((self, *others), starts, strict=True)):
+            each.write(start, entries[row : row + 1])
 
     @override
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:

@@ -1,0 +1,271 @@
+"""A prompt on its way into a budgeted cache, some tokens at a time, so that others can be served in between."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+from typing_extensions import override
+
+from baklava import attention
+from baklava.attention import (
+    QUERY_BLOCK,
+    Grouped,
+    Heads,
+    Kernel,
+    Queries,
+    grouped,
+    probabilities,
+    seen,
+    ungrouped,
+    weighted,
+)
+from baklava.cache import BudgetedCache
+from baklava.errors import UserError
+from baklava.eviction import Eviction, Sample, eviction_of
+from baklava.heads import Forward, Scorekeeper, first_sampled, observe
+from baklava.model import LoadedModel
+from baklava.plan import BudgetPlan
+from baklava.prefilling import Logits, prefill
+
+TURN = 128
+"""Tokens per forward of a text that goes on from a cut cache. What is kept of it depends on this number."""
+
+LAYER = 16
+"""Tokens in whose place a step cuts a layer to the plan, which takes about as long."""
+
+SCORE_BYTES = 4
+
+Entered = tuple[BudgetedCache, Logits]
+
+
+class Entering(ABC):
+    """Takes a step at a time until it gives a cache with all of the text in it, and the logits behind its end."""
+
+    @abstractmethod
+    def step(self, tokens: int) -> Entered | None:
+        """Take about so many tokens more in; raises UserError where the text cannot enter."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held between two steps."""
+
+
+def entering(loaded: LoadedModel, plan: BudgetPlan, ids: Sequence[int], room: int | None = None) -> Entering:
+    """A prompt that enters as its plan says, to what `prefill` gives up to rounding.
+
+    A dense plan's prompt enters in steps of any size; until the last, all of its keys and values are held. A chunked
+    plan's enters a chunk a step. Methods that repeat the prompt, and models with sliding layers, take it in one step.
+
+    Raises:
+        UserError: the plan is for another model, or the prompt is empty.
+    """
+    plan.check_fits(loaded.identity, loaded.geometry)
+    if not ids:
+        raise UserError("a prompt of 0 tokens leaves nothing to go on from; give at least one token")
+    if plan.prefill.chunk is not None:
+        return Turn(loaded, BudgetedCache(plan, room), None, ids, plan.prefill.chunk)
+    return _Dense(loaded, plan, ids, room) if _in_steps(plan) else _AtOnce(loaded, plan, ids, room)
+
+
+def transient_bytes(plan: BudgetPlan, tokens: int, itemsize: int) -> int:
+    """Most bytes that a prompt holds beside its cache while it enters; a model's numbers have `itemsize` bytes.
+
+    Of a prompt that enters in one step these are what lives until its end, if it is repeated.
+    """
+    geometry, sample = plan.geometry, eviction_of(plan.eviction).sample
+    if plan.prefill.chunk is not None or not (_in_steps(plan) or sample.repeated):
+        return 0
+    per_entry = 2 * geometry.head_dim * itemsize + (SCORE_BYTES if plan.eviction.scored else 0)
+    queries = min(tokens, sample.window or 0) if sample.whole else 0
+    per_layer = tokens * geometry.kv_heads * per_entry + queries * geometry.query_heads * geometry.head_dim * itemsize
+    return geometry.layers * per_layer
+
+
+def _in_steps(plan: BudgetPlan) -> bool:
+    return not eviction_of(plan.eviction).sample.repeated and len(plan.geometry.budgetable) == plan.geometry.layers
+
+
+class _AtOnce(Entering):
+    def __init__(self, loaded: LoadedModel, plan: BudgetPlan, ids: Sequence[int], room: int | None) -> None:
+        self._take = lambda: prefill(loaded, plan, torch.tensor([list(ids)], device=loaded.device), room=room)
+
+    @override
+    def step(self, tokens: int) -> Entered:
+        return self._take()
+
+    @override
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+
+class Turn(Entering):
+    """More tokens for a cache, a fixed number per forward; with none, the logits that it came with."""
+
+    def __init__(
+        self, loaded: LoadedModel, cache: BudgetedCache, logits: Logits | None, ids: Sequence[int], size: int = TURN
+    ) -> None:
+        self._loaded, self._cache, self._logits, self._ids, self._size = loaded, cache, logits, tuple(ids), size
+        self._fed = 0
+
+    @override
+    @torch.inference_mode()
+    def step(self, tokens: int) -> Entered | None:
+        if part := self._ids[self._fed : self._fed + self._size]:
+            fed = torch.tensor([part], device=self._loaded.device)
+            output = self._loaded.model(fed, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            self._logits, self._fed = output.logits[:, -1], self._fed + len(part)
+        if self._fed < len(self._ids):
+            return None
+        if self._logits is None:
+            raise UserError("no tokens to go on with; give at least one")
+        return self._cache, self._logits
+
+    @override
+    @property
+    def nbytes(self) -> int:
+        return self._cache.nbytes
+
+
+class _Dense(Entering):
+    """The prompt's full cache grows step by step, scored as it does; the last steps cut its layers to the plan."""
+
+    def __init__(self, loaded: LoadedModel, plan: BudgetPlan, ids: Sequence[int], room: int | None) -> None:
+        self._loaded, self._plan, self._ids, self._room = loaded, plan, tuple(ids), room
+        attention.register()
+        eviction = eviction_of(plan.eviction)
+        self._layers = [_Layer(eviction, len(ids)) for _ in range(loaded.geometry.layers)]
+        self._full, self._fed = Cache(layers=list(self._layers)), 0
+        self._cache, self._cut = BudgetedCache(plan, room), 0
+        self._logits: Logits | None = None
+
+    @override
+    @torch.inference_mode()
+    def step(self, tokens: int) -> Entered | None:
+        part = self._ids[self._fed : self._fed + max(1, tokens)]
+        if part:
+            fed = torch.tensor([part], device=self._loaded.device)
+            output = self._loaded.model(fed, past_key_values=self._full, use_cache=True, logits_to_keep=1)
+            self._logits, self._fed = output.logits[:, -1], self._fed + len(part)
+        if self._fed < len(self._ids) or self._logits is None:
+            return None
+        self._cut_layers(max(1, (tokens - len(part)) // LAYER))
+        return (self._cache, self._logits) if self._cut == len(self._layers) else None
+
+    def _cut_layers(self, most: int) -> None:
+        budgeted = self._cache.ragged()
+        for index in range(self._cut, min(self._cut + most, len(self._layers))):
+            layer = self._layers[index]
+            budgeted[index].fill(layer.keys, layer.values, layer.scores)
+            layer.free()  # so that the peak is the prompt, and one layer of the plan
+            self._cut = index + 1
+
+    @override
+    @property
+    def nbytes(self) -> int:
+        return self._cache.nbytes + sum(layer.nbytes for layer in self._layers)
+
+
+class _Layer(CacheLayerMixin):
+    """A layer with room for a whole prompt, whose entries are scored while its queries come by."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, eviction: Eviction, tokens: int) -> None:
+        super().__init__()
+        self.eviction, self.tokens, self.seen = eviction, tokens, 0
+        self.scores: Tensor | None = None
+        self.queries: list[Grouped] = []
+
+    @override
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        shape = (*key_states.shape[:2], self.tokens, key_states.shape[3])
+        self.keys, self.values = key_states.new_empty(shape), value_states.new_empty(shape)
+        if self.eviction.scored:
+            self.scores = torch.zeros(shape[:3], device=key_states.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the new keys in, and hand them on, tagged with this layer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        here = slice(self.seen, self.seen + key_states.shape[2])
+        self.keys[:, :, here], self.values[:, :, here] = key_states, value_states
+        return attention.tagged(key_states, self), value_states
+
+    def attend(self, query: Queries, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Queries:
+        """Attend to the prompt so far, and score it."""
+        first, self.seen = self.seen, self.seen + key.shape[2]
+        queries = grouped(query, query.shape[1] // key.shape[1])
+        if self.scores is not None and self.eviction.sample == Sample():
+            return ungrouped(self._attend_and_score(queries, first, kernel))
+        output = self._forward(queries, kernel).attend(masked=first > 0)
+        if self.scores is not None:
+            self._observe(queries, first, kernel)
+        return ungrouped(output)
+
+    def _attend_and_score(self, queries: Grouped, first: int, kernel: Kernel) -> Grouped:
+        """Where every query is observed, its probabilities give the output as well, and are computed once."""
+        assert self.scores is not None
+        outputs, keeper = [], Scorekeeper(self.eviction, self.scores)
+        for start in range(0, queries.shape[3], QUERY_BLOCK):
+            part = queries[:, :, :, start : start + QUERY_BLOCK]
+            forward = self._forward(part, kernel, first + start + part.shape[3])
+            own = forward.query_positions
+            attention = probabilities(part, forward.key, seen(own, own[:, None]), kernel)
+            outputs.append(weighted(attention, forward.value))
+            keeper.take(forward.observation(slice(0, part.shape[3]), forward.key.shape[2], attention))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)
+
+    def _forward(self, queries: Grouped, kernel: Kernel, reach: int | None = None) -> Forward:
+        """These queries, of which the last is the last of the first `reach` tokens, by default of all so far."""
+        tokens = reach or self.seen
+        held = slice(0, tokens)
+        positions = torch.arange(tokens, device=queries.device)[None]
+        own = positions[:, tokens - queries.shape[3] :]
+        return Forward(queries, self.keys[:, :, held], self.values[:, :, held], own, positions[:, None], kernel)
+
+    def _observe(self, queries: Grouped, first: int, kernel: Kernel) -> None:
+        assert self.scores is not None
+        sample, keepers = self.eviction.sample, [Scorekeeper(self.eviction, self.scores)]
+        if not sample.whole:
+            observe(self._forward(queries, kernel), sample, keepers, first, self.tokens)
+            return
+        # What is to be seen in one block is kept until its last query has come.
+        wanted = first_sampled(self.tokens, sample) - first
+        if wanted < queries.shape[3]:
+            self.queries.append(queries[:, :, :, max(0, wanted) :].clone())
+        if self.seen == self.tokens:
+            observe(self._forward(torch.cat(self.queries, 3), kernel), sample, keepers)
+            self.queries.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = (self.keys, self.values, self.scores, *self.queries) if self.is_initialized else ()
+        return sum(each.untyped_storage().nbytes() for each in held if each is not None)
+
+    def free(self) -> None:
+        """Hold nothing any more."""
+        self.keys = self.values = self.scores = None  # type: ignore[assignment]
+        self.queries.clear()
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.seen
+
+    @override
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    @override
+    def get_max_length(self) -> int:
+        return -1

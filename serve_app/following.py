@@ -1,0 +1,117 @@
+"""How a replica keeps to what is in force for all of them, and says how it is doing."""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from baklava.errors import UserError
+from baklava.plan import BudgetPlan
+from serve_app.board import Order, Report
+from serve_app.engine import Engine
+
+logger = logging.getLogger("ray.serve")
+
+EVERY = 0.5
+"""Seconds between two reports; so old is what one replica knows of another."""
+
+
+class Notices(Protocol):
+    """The board as replicas see it."""
+
+    def report(self, report: Report) -> Order:
+        """Hear a replica, and tell it what to do."""
+
+    def offer(self, plan: str) -> Order:
+        """Put a plan in force."""
+
+    def reports(self) -> list[Report]:
+        """The last word of every replica."""
+
+
+class Follower:
+    """Follows the board's orders for one engine. `card` and `metrics` are what is reported beside its state."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        board: Notices,
+        replica: str,
+        card: Callable[[], dict[str, Any]],
+        metrics: Callable[[], str],
+        order: Order | None = None,
+    ) -> None:
+        self._engine, self._board, self.replica = engine, board, replica
+        self._card, self._metrics = card, metrics
+        self._order = order or Order()
+        self._failed, self._refused = "", 0
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+
+    def start(self) -> None:
+        """Report twice a second from a thread of its own, until `stop`."""
+        threading.Thread(target=self._loop, name="follow", daemon=True).start()
+
+    def stop(self) -> None:
+        """No more reports."""
+        self._over.set()
+
+    def say(self) -> Report:
+        """What this replica would report now."""
+        state = dataclasses.asdict(self._engine.state())
+        return Report(self.replica, self._order, state, self._card(), self._metrics(), self._failed)
+
+    def once(self) -> None:
+        """Report, and do what is said."""
+        with self._lock:
+            self._follow(self._board.report(self.say()))
+
+    def propose(self, plan: BudgetPlan) -> int:
+        """Swap this replica's plan and then everybody's; the version that this is.
+
+        Raises:
+            UserError: the plan is for another model, or the pool does not hold one sequence.
+        """
+        with self._lock:
+            self._engine.swap(plan)
+            self._order = dataclasses.replace(self._board.offer(plan.model_dump_json()), draining=self._order.draining)
+            return self._order.version
+
+    def everyone(self) -> list[Report]:
+        """What all replicas say, this one as it is now."""
+        return sorted([self.say(), *self.others()], key=lambda report: report.replica)
+
+    def others(self) -> list[Report]:
+        """What all other replicas said last; none where the board cannot be reached."""
+        try:
+            return [report for report in self._board.reports() if report.replica != self.replica]
+        except Exception:  # whatever the cluster raises
+            logger.warning("the board of the replicas does not answer", exc_info=True)
+            return []
+
+    def _loop(self) -> None:
+        while not self._over.wait(EVERY):
+            try:
+                self.once()
+            except Exception:
+                logger.warning("cannot report to the other replicas", exc_info=True, extra={"log_to_stderr": False})
+
+    def _follow(self, order: Order) -> None:
+        if order.draining and not self._order.draining:
+            self._engine.drain()
+            self._order = dataclasses.replace(self._order, draining=True)
+        if order.version > max(self._order.version, self._refused):
+            self._take(order)
+
+    def _take(self, order: Order) -> None:
+        try:
+            self._engine.swap(BudgetPlan.model_validate_json(order.plan))
+        except (UserError, ValidationError) as error:
+            self._failed, self._refused = str(error), order.version
+            logger.error("stays in plan %s: %s", self._engine.plan.digest, error)
+        else:
+            self._order = dataclasses.replace(order, draining=self._order.draining)
+            self._failed = ""

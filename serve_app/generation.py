@@ -1,0 +1,140 @@
+"""From requests to the pieces of their answers: the engine's thread on one side, an event loop on the other."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+from serve_app.prompts import Prompt
+from serve_app.text import Piece, Writer, prompt_words
+from serve_app.work import Cancel, DeadlineError, Deliver, Event, Started, Token, Work
+
+GRACE = 5.0
+"""Seconds after a deadline by which the engine has said so; after that it is not waited for."""
+
+_Arrived = tuple[int, Event]
+
+
+class Submits(Protocol):
+    """What is needed of an engine."""
+
+    def submit(self, work: Work, deliver: Deliver) -> Cancel:
+        """Take a request in."""
+
+
+@dataclass
+class Usage:
+    """Tokens of a request so far, over all its prompts and continuations."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass
+class Answering:
+    """The answer to one request: a `Work` per prompt, whose continuations are numbered through.
+
+    `stops` are the strings that end a text; with `echo` each continuation begins with its prompt.
+    """
+
+    tokenizer: Any
+    prompts: Sequence[Prompt]
+    works: Sequence[Work]
+    stops: Sequence[str] = ()
+    echo: bool = False
+    usage: Usage = field(init=False)
+    _writers: dict[int, Writer] = field(default_factory=dict, init=False)
+    _echoes: dict[int, Piece] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.usage = Usage(sum(len(work.prompt) for work in self.works))
+
+    async def pieces(self, engine: Submits) -> AsyncGenerator[Piece]:
+        """The pieces as they are made, one per token, until every continuation has its finish.
+
+        Closing or cancelling this, as a client's disconnect does, ends the request within a step of the engine.
+
+        Raises:
+            Refusal: the engine does not begin with it or does not end it in time.
+        """
+        left = sum(work.n for work in self.works)
+        async with contextlib.aclosing(events(engine, self.works)) as arriving:
+            async for number, event in arriving:
+                made = self._opened(number, event) if isinstance(event, Started) else self._written(number, event)
+                for piece in made:
+                    left -= piece.finish is not None
+                    yield piece
+                if not left:
+                    return
+
+    def _opened(self, number: int, started: Started) -> list[Piece]:
+        """Begin the continuations of a prompt; they are pieces already if nothing is to be generated."""
+        self.usage.cached_tokens += started.cached_tokens
+        text = self.prompts[number].text if self.echo else ""
+        logprobs = started.prompt_logprobs
+        words = prompt_words(self.tokenizer, self.works[number].prompt, logprobs) if logprobs else ()
+        first = self._index(number, 0)
+        opened = [Piece(text, first + one, started.finish, words, 0) for one in range(self.works[number].n)]
+        self._writers |= {piece.index: Writer(self.tokenizer, self.stops, len(text)) for piece in opened}
+        self._echoes |= {piece.index: piece for piece in opened if self.echo}
+        return opened if started.finish else []
+
+    def _written(self, number: int, token: Token) -> list[Piece]:
+        """What a token adds; nothing if a stop string has ended its text, while the engine goes on for the others."""
+        index = self._index(number, token.index)
+        if self._writers[index].finish:
+            return []
+        self.usage.completion_tokens += 1
+        piece = replace(self._writers[index].write(token), index=index)
+        # What is echoed goes with the first token: a client takes the first piece for it.
+        if (echo := self._echoes.pop(index, None)) is not None:
+            piece = replace(piece, text=echo.text + piece.text, words=echo.words + piece.words)
+        return [piece]
+
+    def _index(self, number: int, index: int) -> int:
+        return sum(work.n for work in self.works[:number]) + index
+
+
+async def events(engine: Submits, works: Sequence[Work]) -> AsyncGenerator[tuple[int, Started | Token]]:
+    """What the engine makes of these requests, each event with the number of its request; never ends by itself.
+
+    Raises:
+        Refusal: as the engine does; the other requests are cancelled then, as they are when this is closed.
+    """
+    loop = asyncio.get_running_loop()
+    arrived: asyncio.Queue[_Arrived] = asyncio.Queue()
+    cancels: dict[int, Cancel] = {}
+    left = [work.n for work in works]
+    latest = max(work.deadline for work in works)
+    try:
+        for number, work in enumerate(works):
+            cancels[number] = engine.submit(work, partial(_hand_over, loop, arrived, number))
+        while True:
+            number, event = await _next(arrived, latest)
+            if isinstance(event, Exception):
+                raise event
+            if event.finish:  # of a prompt alone, that ends all of its continuations
+                left[number] -= left[number] if isinstance(event, Started) else 1
+            if not left[number]:
+                del cancels[number]  # it has ended by itself
+            yield number, event
+    finally:
+        for cancel in cancels.values():
+            cancel()
+
+
+async def _next(arrived: "asyncio.Queue[_Arrived]", latest: float) -> _Arrived:
+    patience = None if latest == float("inf") else max(0.0, latest - time.monotonic()) + GRACE
+    try:
+        return await asyncio.wait_for(arrived.get(), patience)
+    except TimeoutError:
+        raise DeadlineError(waiting=False) from None
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, arrived: "asyncio.Queue[_Arrived]", number: int, event: Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and whoever waited with it
+        loop.call_soon_threadsafe(arrived.put_nowait, (number, event))

@@ -1,0 +1,66 @@
+"""Fields of a request that are recognised and not supported: refused by name, never passed over in silence."""
+
+from collections.abc import Mapping
+
+from pydantic_core import PydanticCustomError
+
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "suffix": ("",),
+    "prompt_logprobs": (),
+    "prompt_embeds": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "return_token_ids": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "priority": (0,),
+    "cache_salt": (),
+    "kv_transfer_params": (),
+    "vllm_xargs": (),
+}
+"""Each field with the values that ask for nothing."""
+
+CHAT_ONLY = {"echo": (False,), "best_of": (1,)}
+"""The same for fields that belong to text completions, when a chat has them."""
+
+COMPLETION_ONLY: dict[str, tuple[object, ...]] = {"top_logprobs": (), "chat_template_kwargs": ({},)}
+"""The same for fields that belong to chats, when a text completion has them."""
+
+
+def refuse(data: object, fields: Mapping[str, tuple[object, ...]]) -> None:
+    """Raise for the first of these fields that asks for something; null asks for nothing."""
+    for name in sorted(fields.keys() & (data.keys() if isinstance(data, dict) else ())):
+        value = data[name]  # type: ignore[index]  # a dict, or there would be no name
+        if value is not None and not _is_among(value, fields[name]):
+            raise PydanticCustomError("unsupported", "this server does not support it; leave it out", {"param": name})
+
+
+def _is_among(value: object, neutral: tuple[object, ...]) -> bool:
+    # 0 == False, but `logprobs: 0` asks for something that `logprobs: false` does not.
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)

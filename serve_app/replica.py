@@ -1,0 +1,163 @@
+"""One replica: a model inside its plan, and how it answers requests."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from serve_app.board import Report
+from serve_app.engine import Engine
+from serve_app.errors import ApiError, as_api_error
+from serve_app.following import EVERY, Follower
+from serve_app.generation import Answering
+from serve_app.journal import notes
+from serve_app.likely import Names
+from serve_app.metrics import Metrics, Watch
+from serve_app.prompts import Prompt, Prompts
+from serve_app.replies import STREAM_HEADERS, Reply, Style
+from serve_app.schema import ChatRequest, CompletionRequest
+from serve_app.text import Piece
+from serve_app.work import State, Work
+
+REQUEST_SECONDS = 600.0
+"""Longest life of a request, its wait included; a whole context of a small model on a CPU fits."""
+
+_SWAP_SECONDS = 10.0
+
+CACHE_HEADER = "x-baklava-plan"
+"""Header of every generated answer: the plan whose budgets all of its tokens and log-probabilities went through."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What the routes need: an engine, its tokenizer, its metrics, the other replicas, and when it came up.
+
+    `seconds` is the longest life of a request, its wait included.
+    """
+
+    engine: Engine
+    prompts: Prompts
+    metrics: Metrics
+    follower: Follower
+    model: str
+    created: int
+    seconds: float = REQUEST_SECONDS
+
+    async def generate(self, body: ChatRequest | CompletionRequest, style: Style, request: Request) -> Response:
+        """Answer a request at once or as a stream, whose first token exists when this returns; raises ApiError only."""
+        try:
+            return await self._answer(body, style, request)
+        except Exception as error:
+            refusal = as_api_error(error)
+            self.metrics.refused(refusal.status)
+            raise refusal from None
+
+    async def _answer(self, body: ChatRequest | CompletionRequest, style: Style, request: Request) -> Response:
+        self.check_model(body.model)
+        deadline = time.monotonic() + self.seconds
+        prompts = await run_in_threadpool(self.prompts.encode, body)
+        answering = self._answering(body, prompts, deadline)
+        names = None if body.alternatives is None else Names(self.prompts.tokenizer, body.return_tokens_as_token_ids)
+        digest = self.engine.plan.digest
+        reply = Reply(style, self.model, f"baklava-{digest}", answering.usage, names)
+        watch = Watch(self.metrics, answering.usage)
+        pieces = watch.over(answering.pieces(self.engine), notes(request.scope))
+        headers = {CACHE_HEADER: digest}
+        if not body.stream:
+            async with aclosing(pieces):
+                return JSONResponse(await reply.whole(pieces), headers=headers)
+        events = reply.events(_resume(await anext(pieces), pieces), body.stream_options)
+        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS | headers)
+
+    def _answering(self, body: ChatRequest | CompletionRequest, prompts: list[Prompt], deadline: float) -> Answering:
+        echo = isinstance(body, CompletionRequest) and body.echo
+        works = [
+            Work(
+                prompt=prompt.ids,
+                sampling=body.sampling(prompt.max_tokens),
+                n=body.n,
+                logprobs=body.alternatives,
+                prompt_logprobs=body.alternatives if echo else None,
+                deadline=deadline,
+            )
+            for prompt in prompts
+        ]
+        return Answering(self.prompts.tokenizer, prompts, works, body.stop, echo)
+
+    async def swapped(self, version: int) -> list[Report]:
+        """What all replicas say once each has taken up this version of the plan, or after some seconds."""
+        for _ in range(int(_SWAP_SECONDS / EVERY)):
+            reports = await run_in_threadpool(self.follower.everyone)
+            if all(report.order.version >= version or report.failed for report in reports):
+                break
+            await asyncio.sleep(EVERY)
+        return reports
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError 404 for any model but the one that is served."""
+        if name not in (None, self.model):
+            raise ApiError(
+                f"The model `{name}` does not exist; this server has `{self.model}`.",
+                404,
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_ready(self) -> State:
+        """Raise ApiError 503 unless new requests are taken."""
+        state = self.check_alive()
+        if state.draining:
+            raise ApiError("The server is shutting down; ask another one.", 503, code="draining", retry_after=5)
+        return state
+
+    def check_alive(self) -> State:
+        """Raise ApiError 503 unless the engine runs."""
+        state = self.engine.state()
+        if not state.alive:
+            raise ApiError("The engine has died; the server is about to start anew.", 503, code="dead", retry_after=10)
+        return state
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """The served model as /v1/models lists it; the context was validated up to the length of the plan."""
+        return {
+            "id": self.model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "baklava",
+            "root": self.model,
+            "parent": None,
+            "max_model_len": self.prompts.limit,
+            "validated_context": min(self.engine.plan.context_length, self.prompts.limit),
+            "plan": self.engine.plan.digest,
+        }
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What the plan in force promises."""
+        plan = self.engine.plan
+        return {
+            "digest": plan.digest,
+            "model": plan.model.id,
+            "bytes_per_sequence": plan.bytes_per_sequence,
+            "full_bytes_per_sequence": plan.full_bytes_per_sequence,
+            "ratio": plan.ratio,
+            "context_length": plan.context_length,
+            "eviction": plan.eviction.model_dump(),
+            "prefill": plan.prefill.model_dump(),
+            "allocation": plan.allocation.model_dump(),
+            "tokens": plan.tokens,
+        }
+
+
+async def _resume(first: Piece, rest: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
+    async with aclosing(rest):
+        yield first
+        async for piece in rest:
+            yield piece

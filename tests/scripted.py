@@ -1,0 +1,49 @@
+"""An engine that says what a test tells it to, for facts about what is made of its words."""
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from serve_app.work import Cancel, Deliver, Event, State, Work
+
+STATE = State(
+    running=0,
+    waiting=0,
+    pool_bytes=1 << 20,
+    promised_bytes=0,
+    held_bytes=0,
+    most_bytes=0,
+    snapshot_bytes=0,
+    seen=0,
+    kept=0,
+    draining=False,
+    alive=True,
+    plan="plan",
+)
+
+
+class ScriptedEngine:
+    """`script` gives the events of a request; an exception in its place is raised by submit."""
+
+    def __init__(self, plan: Any, script: Callable[[Work], Iterable[Event]]) -> None:
+        self.plan, self._script = plan, script
+        self.works: list[Work] = []
+        self.cancelled: list[Work] = []
+        self.now = STATE
+
+    def submit(self, work: Work, deliver: Deliver) -> Cancel:
+        self.works.append(work)
+        events = self._script(work)
+        if isinstance(events, Exception):
+            raise events
+        threading.Thread(target=lambda: [deliver(event) for event in events], daemon=True).start()
+        return lambda: self.cancelled.append(work)
+
+    def swap(self, plan: Any) -> None:
+        self.plan = plan
+
+    def drain(self) -> None:
+        pass
+
+    def state(self) -> State:
+        return self.now
