@@ -82,7 +82,7 @@ def test_the_table_has_every_figure_next_to_its_aim() -> None:
 
 
 def test_the_reach_of_a_head_is_its_rate_times_the_seconds_of_a_trial() -> None:
-    assert "| replicas that one head keeps busy | 2 | 6 | 22 | 90 | 360 |" in scale(FIGURES)
+    assert "| replicas that one head keeps busy | 1 | 5 | 19 | 75 | 300 |" in scale(FIGURES)
 
 
 def test_a_table_takes_the_place_between_its_own_markers_alone(tmp_path: Path) -> None:
