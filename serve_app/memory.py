@@ -3,17 +3,14 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
 
 from baklava.errors import UserError
+from baklava.memory import free_host_bytes
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan, full_plan
 from serve_app.pool import capacity
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 LENGTHS = (1024, 4096, 8192, 32768)
 """Tokens per sequence that the table of a starting server tells about."""
@@ -52,17 +49,7 @@ def free_bytes(cuda: bool = False) -> int:
         import torch
 
         return torch.cuda.mem_get_info()[0]
-    free = psutil.virtual_memory().available
-    limit, used = _number("memory.max"), _number("memory.current")
-    return free if limit is None or used is None else max(0, min(free, limit - used))
-
-
-def _number(name: str) -> int | None:
-    try:
-        text = (_CONTROL_GROUP / name).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
+    return free_host_bytes()
 
 
 def table(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from handmade import chunked, plan_of
+from serving import ask, engine_of
 from test_compiling import drill
 from test_packed import graded
 from torch import Tensor
@@ -39,8 +40,6 @@ from baklava.profiling import profile
 from baklava.scoring import decode_seconds, score
 from baklava.scoring import prefill as prefilled
 from baklava.windows import Window
-from serve_app.engine import Engine
-from serve_app.sampling import Sampling
 from tuning.holding import restored, spilled
 
 Maker = Callable[..., LoadedModel]
@@ -288,13 +287,14 @@ def test_continuations_of_one_context_are_as_likely_as_on_the_cpu(tiny: Maker) -
 @some_evictions
 def test_a_server_writes_on_the_device_what_it_writes_on_the_cpu(tiny: Maker, eviction: Eviction) -> None:
     loaded, prompt = tiny(vocab_size=256), different_ids(1, 80)[0].tolist()
-    plan, wish = tight(loaded, eviction), Sampling(max_tokens=40, temperature=0)
-    ours, theirs = (
-        [token.id for token in Engine(model, plan).generate(prompt, wish)] for model in (moved(loaded), loaded)
-    )
-    assert ours == theirs
-    drawn = [token.id for token in Engine(moved(loaded), plan).generate(prompt, Sampling(max_tokens=40, seed=1))]
-    assert len(drawn) == 40
+    plan = tight(loaded, eviction)
+
+    def written(model: LoadedModel, **wishes: float) -> list[int]:
+        with engine_of(model, plan) as engine:
+            return ask(engine, prompt, 40, ignore_eos=True, **wishes).tokens()
+
+    assert written(moved(loaded)) == written(loaded)
+    assert len(written(moved(loaded), temperature=1.0, seed=1)) == 40
 
 
 @pytest.mark.parametrize(("eviction", "bits"), [("streaming", "16"), ("heavy_hitter", "3")])

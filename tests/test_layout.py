@@ -23,7 +23,7 @@ FORBIDDEN = {
 
 # the three wings of the library, each of which knows only itself and those before it
 WINGS = {
-    "what a plan is": "errors names paths files records progress script assets geometry grades sizes plan",
+    "what a plan is": "errors names paths memory files records progress script assets geometry grades sizes plan",
     "living inside one": "packing attention model eviction storage heads padding recording sliding ragged cache "
     "repetition prefilling entering batching likelihood spelling decoding compiling",
     "finding one": "hub published corpora texts windows profile importance rankings sensitivity curves profiling "

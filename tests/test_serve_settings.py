@@ -6,10 +6,10 @@ import pytest
 from handmade import plan_of
 from replicas import byte_loaded
 
+from baklava import memory
 from baklava.errors import UserError
 from baklava.eviction import Streaming
 from baklava.sizes import full_bytes
-from serve_app import memory
 from serve_app.declared import Declared
 from serve_app.listen import Keys, api_keys, key_digest
 from serve_app.memory import PoolSize, free_bytes, table
@@ -41,7 +41,7 @@ def test_what_is_no_size_is_refused_with_examples(text):
 
 
 def test_a_containers_limit_bounds_what_is_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
     unbounded = free_bytes()
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")

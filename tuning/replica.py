@@ -3,11 +3,11 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from baklava.memory import host_bytes
 from baklava.model import load
 from baklava.plan import BudgetPlan
 from baklava.scoring import Prefilled, Score, decode_seconds, prefill, score
@@ -17,9 +17,6 @@ from tuning.space import evictions
 from tuning.trials import DECODING
 
 Result = TypeVar("Result")
-
-MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where Linux says what a container may use."""
 
 
 class Replica:
@@ -44,7 +41,7 @@ class Replica:
         self.loaded = load(model, threads=threads, spread=spread)
         limit = None if memory is None else int(memory * GIB)
         # On a CPU the device's memory is the host's.
-        host = 0 if self.loaded.device.type == "cpu" else int(host_share * host_memory())
+        host = 0 if self.loaded.device.type == "cpu" else int(host_share * host_bytes())
         self.holding = Holding(limit, host)
 
     def ready(self) -> int:
@@ -89,13 +86,6 @@ class Replica:
                 raise
         torch.cuda.empty_cache()
         return work()
-
-
-def host_memory() -> int:
-    """Bytes of memory of this machine, or of the container that it looks like one from."""
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [path.read_text().strip() for path in map(Path, MEMORY_LIMITS) if path.exists()]
-    return min([present, *(int(limit) for limit in limits if limit.isdecimal())])
 
 
 def _plain(result: Score) -> dict[str, Any]:

@@ -8,20 +8,19 @@ from baklava.errors import UserError
 from baklava.files import write_whole
 from baklava.progress import say
 from baklava.records import Record
-from tuning import trials as recorded
 from tuning.journal import Journal
 from tuning.prepare import Material
 from tuning.samplers import lies_in
 from tuning.settings import SearchRecord, SearchSettings
 from tuning.task import Task
-from tuning.trials import TrialRecord, finished
+from tuning.trials import FILE, TrialRecord, finished
 from tuning.validate import leaders
 
 POINTS = 4
 """The best earlier trials that are tried again, first of all."""
 
 
-FILE = "warm.json"
+KEPT = "warm.json"
 
 
 class Warm(Record):
@@ -42,17 +41,17 @@ class Warm(Record):
     def write(self, out: Path) -> None:
         """Keep it in a search's folder, if there is anything to keep."""
         if self.points:
-            write_whole(out / FILE, self.model_dump_json(exclude_none=True) + "\n")
+            write_whole(out / KEPT, self.model_dump_json(exclude_none=True) + "\n")
 
     @classmethod
     def read(cls, out: Path) -> Self:
         """What a search began with, nothing where it began with nothing; raises UserError for a file of other kinds."""
         try:
-            return cls.model_validate_json((out / FILE).read_text())
+            return cls.model_validate_json((out / KEPT).read_text())
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError):
-            raise UserError(f"{out / FILE} is not what the search wrote there; put that back") from None
+            raise UserError(f"{out / KEPT} is not what the search wrote there; put that back") from None
 
 
 def warm_start(settings: SearchSettings, material: Material, task: Task) -> Warm:
@@ -73,7 +72,7 @@ def warm_start(settings: SearchSettings, material: Material, task: Task) -> Warm
             f"--warm-start {out} searched plans for {record.settings.model}, which are none for {settings.model}; "
             "give a search of the same model, or leave it out"
         )
-    trials = _fitting(Journal.read(out / recorded.FILE, TrialRecord.model_validate_json), task)
+    trials = _fitting(Journal.read(out / FILE, TrialRecord.model_validate_json), task)
     if not finished(trials):
         raise UserError(
             f"--warm-start {out} has no finished trial that this search could draw; leave it out, or search the same "
