@@ -49,6 +49,10 @@ class Kernel:
         """Whether a fused kernel computes it."""
         return self.softcap is None and self.sink_logits is None
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits inside the softcap, if there is one."""
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
     def for_heads(self, heads: slice | Int[Tensor, " heads"], group: int) -> "Kernel":
         """The kernel of some KV heads of the layer."""
         if self.sink_logits is None:
@@ -216,13 +220,10 @@ def attend_tiles(
 
 
 def _logits(query: Grouped, key: Heads, kernel: Kernel) -> Float[Tensor, "batch heads group queries entries"]:
-    batch, heads, group, queries, head_dim = query.shape
-    rows, columns = query.reshape(batch * heads, group * queries, head_dim), key.flatten(0, 1).transpose(1, 2)
+    rows, columns = query.flatten(0, 1).flatten(1, 2), key.flatten(0, 1).transpose(1, 2)
     # The scale goes into the product: one pass less over the logits, and no rounding of scaled half-precision queries.
     logits = torch.baddbmm(rows.new_empty(1, 1, 1), rows, columns, beta=0, alpha=kernel.scaling)
-    if kernel.softcap is not None:
-        logits = torch.tanh(logits / kernel.softcap) * kernel.softcap
-    return logits.view(batch, heads, group, queries, -1)
+    return kernel.capped(logits).view(*query.shape[:4], -1)
 
 
 def normalised(logits: Attention, visible: Tensor | None, kernel: Kernel) -> Attention:
@@ -287,7 +288,7 @@ def attend(
 
 
 def _fused(query: Grouped, key: Heads, value: Heads, visible: Tensor | None, kernel: Kernel) -> Grouped:
-    batch, heads, group, queries, head_dim = query.shape
+    group, queries = query.shape[2:4]
     if visible is None and queries > 1:
         if group > 1 and query.dtype.itemsize > 2:
             # In 32 bits no fused kernel of a GPU knows groups; what does holds all probabilities. These are views.
@@ -295,6 +296,5 @@ def _fused(query: Grouped, key: Heads, value: Heads, visible: Tensor | None, ker
             return sdpa(query.flatten(0, 1), key, value, is_causal=True, scale=kernel.scaling).view(query.shape)
         prompt = sdpa(ungrouped(query), key, value, is_causal=True, scale=kernel.scaling, enable_gqa=group > 1)
         return grouped(prompt, group)
-    rows = query.reshape(batch, heads, group * queries, head_dim)
     mask = None if visible is None else visible[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
-    return sdpa(rows, key, value, attn_mask=mask, scale=kernel.scaling).view(query.shape)
+    return sdpa(query.flatten(2, 3), key, value, attn_mask=mask, scale=kernel.scaling).view(query.shape)

@@ -80,9 +80,14 @@ def _one_by_one(loaded: LoadedModel, cache: BudgetedCache, ids: Sequence[int]) -
 
 def _judged(logits: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Per token its log-probability, and whether it is the likeliest one."""
-    expected = torch.tensor(list(targets), device=logits.device)
+    log_probs, found = log_probabilities(logits, targets)
+    return found, log_probs.argmax(-1) == torch.tensor(list(targets), device=logits.device)
+
+
+def log_probabilities(logits: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [tokens, vocabulary] in nats, and those of the targets alone, a token each."""
     log_probs = torch.log_softmax(logits.float(), -1)
-    return log_probs.gather(-1, expected[:, None])[:, 0], log_probs.argmax(-1) == expected
+    return log_probs, log_probs.gather(-1, torch.tensor(list(targets), device=logits.device)[:, None])[:, 0]
 
 
 def _likelihood(judged: Sequence[tuple[Tensor, Tensor]], scored: int) -> Likelihood:

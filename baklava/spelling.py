@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from baklava.entering import Entered, Entering
 from baklava.errors import UserError
+from baklava.likelihood import log_probabilities
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
 from baklava.prefilling import prefill
@@ -70,10 +71,8 @@ def judged(logits: Tensor, ids: Sequence[int], top: int = 0) -> list[Judged]:
     """What the model, by its logits [tokens, vocabulary], made of these tokens."""
     if not ids:
         return []
-    expected = torch.tensor(list(ids), device=logits.device)
-    log_probs = torch.log_softmax(logits[: len(ids)].float(), -1)
-    found = log_probs.gather(-1, expected[:, None])[:, 0].tolist()
+    log_probs, found = log_probabilities(logits[: len(ids)], ids)
     best = log_probs.topk(min(top, log_probs.shape[-1]))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     alternatives = [tuple(zip(*pair, strict=True)) for pair in pairs]
-    return [Judged(*each) for each in zip(ids, found, alternatives, strict=True)]
+    return [Judged(*each) for each in zip(ids, found.tolist(), alternatives, strict=True)]

@@ -139,9 +139,9 @@ def _attended(joined: _Joined, tokens: Tokens, kernel: Kernel) -> Grouped:
         first = joined.summary.key.shape[2]
         bias = joined.summary.bias[:, :, None]
         standing_in = torch.matmul(query.float() * kernel.scaling, joined.summary.key.transpose(2, 3))
-        logits = torch.cat([_capped(standing_in, kernel) + bias, _capped(logits, kernel)], -1)
+        logits = torch.cat([kernel.capped(standing_in) + bias, kernel.capped(logits)], -1)
     else:
-        logits = _capped(logits, kernel)
+        logits = kernel.capped(logits)
     visible = None if joined.hidden is None else ~joined.hidden[:, :, None]
     attention = normalised(logits[:, :, :, None], visible, kernel)
     own = attention[..., first:]
@@ -150,10 +150,6 @@ def _attended(joined: _Joined, tokens: Tokens, kernel: Kernel) -> Grouped:
         output += torch.matmul(attention[:, :, :, 0, :first], joined.summary.value)
     _score(joined, tokens, own, kernel)
     return output[:, :, :, None].to(query.dtype)
-
-
-def _capped(logits: Tensor, kernel: Kernel) -> Tensor:
-    return logits if kernel.softcap is None else torch.tanh(logits / kernel.softcap) * kernel.softcap
 
 
 def _score(joined: _Joined, tokens: Tokens, attention: Attention, kernel: Kernel) -> None:
