@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
 from baklava import attention
+from baklava.attending import AttendingLayer
 from baklava.attention import Heads, Kernel, Queries, attend, grouped, ungrouped
 from baklava.cache import BudgetedCache
 from baklava.errors import UserError
@@ -18,13 +19,11 @@ from baklava.prefilling import Logits
 from baklava.ragged import RaggedLayer, attend_together
 
 
-class BatchedLayer(CacheLayerMixin):
-    """The same layer of several caches of one sequence each, which share nothing."""
+class BatchedLayer(AttendingLayer):
+    """The same layer of several caches of one sequence each, which share nothing.
 
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
+    Rows differ in what they have seen, so it says 0 and positions must be given.
+    """
 
     def __init__(self, index: int, batch: "BatchedCache") -> None:
         super().__init__()
@@ -84,18 +83,6 @@ class BatchedLayer(CacheLayerMixin):
         positions = torch.zeros(1, key.shape[2], dtype=torch.long, device=key.device)
         queries = grouped(query, query.shape[1] // key.shape[1])
         return ungrouped(attend(queries, key, value, positions[:, :1], positions[:, None], kernel, masked=False))
-
-    def get_seq_length(self) -> int:
-        """Rows differ in what they have seen, so positions must be given."""
-        return 0
-
-    @override
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    @override
-    def get_max_length(self) -> int:
-        return -1
 
 
 def _joins(layer: CacheLayerMixin) -> bool:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
 from baklava import attention
+from baklava.attending import AttendingLayer
 from baklava.attention import (
     QUERY_BLOCK,
     Grouped,
@@ -171,17 +171,12 @@ class _Dense(Entering):
         return self._cache.nbytes + sum(layer.nbytes for layer in self._layers)
 
 
-class _Layer(CacheLayerMixin):
+class _Layer(AttendingLayer):
     """A layer with room for a whole prompt, whose entries are scored while its queries come by."""
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
 
     def __init__(self, eviction: Eviction, tokens: int) -> None:
         super().__init__()
-        self.eviction, self.tokens, self.seen = eviction, tokens, 0
+        self.eviction, self.tokens = eviction, tokens
         self.scores: Tensor | None = None
         self.queries: list[Grouped] = []
 
@@ -257,15 +252,3 @@ class _Layer(CacheLayerMixin):
         """Hold nothing any more."""
         self.keys = self.values = self.scores = None  # type: ignore[assignment]
         self.queries.clear()
-
-    def get_seq_length(self) -> int:
-        """Tokens seen."""
-        return self.seen
-
-    @override
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    @override
-    def get_max_length(self) -> int:
-        return -1

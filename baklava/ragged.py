@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
 from baklava import attention
+from baklava.attending import AttendingLayer
 from baklava.attention import Grouped, Heads, Kernel, Queries, grouped, ungrouped
 from baklava.errors import UserError
 from baklava.eviction import Eviction
@@ -18,13 +18,8 @@ from baklava.padding import Padding
 from baklava.plan import LayerBudget
 
 
-class RaggedLayer(CacheLayerMixin):
+class RaggedLayer(AttendingLayer):
     """A layer whose KV heads hold different numbers of entries, grouped by equal budgets."""
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
 
     def __init__(
         self,
@@ -39,7 +34,6 @@ class RaggedLayer(CacheLayerMixin):
         self.budgets, self.eviction, self.chunk, self.room = _groups(budget, channels), eviction, chunk, room
         self.padding = padding or Padding()
         self.groups: list[HeadGroup] = []
-        self.seen = 0
         self.pads: Int[Tensor, " batch"] | None = None
         self.forced = False
         self.waiting = False
@@ -141,18 +135,6 @@ class RaggedLayer(CacheLayerMixin):
                 kept = kept.expand(self._batch(), len(group.budget.heads), -1)[row, group.budget.heads.index(head)]
                 return kept[kept >= 0].long().sort().values
         return torch.empty(0, dtype=torch.long)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, not entries held: positions and masks count from it."""
-        return self.seen
-
-    @override
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    @override
-    def get_max_length(self) -> int:
-        return -1
 
     @override
     def reset(self) -> None:

@@ -24,8 +24,8 @@ FORBIDDEN = {
 # the three wings of the library, each of which knows only itself and those before it
 WINGS = {
     "what a plan is": "errors names paths memory files records progress script assets geometry grades sizes plan",
-    "living inside one": "packing attention model eviction storage heads padding recording sliding ragged cache "
-    "repetition prefilling entering batching likelihood spelling decoding compiling",
+    "living inside one": "packing attention attending model eviction storage heads padding recording sliding ragged "
+    "cache repetition prefilling entering batching likelihood spelling decoding compiling",
     "finding one": "hub published corpora texts windows profile importance rankings sensitivity curves profiling "
     "allocation scoring bootstrap tasks suites answering specs naming evaluation comparison formats verdict tally "
     "model_args harness",
