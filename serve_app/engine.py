@@ -16,7 +16,7 @@ from serve_app.request import Request
 from serve_app.sampling import Sampling
 from serve_app.snapshots import Snapshots
 from serve_app.stepping import Stepper
-from serve_app.work import Cancel, Deliver, DrainingError, QueueFullError, State, TooLargeError, Work
+from serve_app.work import Deliver, DrainingError, Handle, QueueFullError, State, TooLargeError, Work
 
 __all__ = ["BrokenPromiseError", "Engine", "Limits"]
 
@@ -53,7 +53,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Work, deliver: Deliver) -> Cancel:
+    def submit(self, work: Work, deliver: Deliver) -> Handle:
         """Take a request in; its events come through `deliver`, on the engine's thread.
 
         Raises:
@@ -68,7 +68,7 @@ class Engine:
                 raise QueueFullError(self._stepper.pace.wait(waiting))
             self._queue.append(request)
             self._changed.notify()
-        return request.cancel
+        return request
 
     def declare(self, prompt: Sequence[int]) -> None:
         """Keep a snapshot of this prompt, from which requests that begin with it go on.

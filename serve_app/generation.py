@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from serve_app.prompts import Prompt
 from serve_app.text import Piece, Writer, prompt_words
-from serve_app.work import Cancel, DeadlineError, Deliver, Event, Started, Token, Work
+from serve_app.work import DeadlineError, Deliver, Event, Handle, Started, Token, Work
 
 GRACE = 5.0
 """Seconds after a deadline by which the engine has said so; after that it is not waited for."""
@@ -21,7 +21,7 @@ _Arrived = tuple[int, Event]
 class Submits(Protocol):
     """What is needed of an engine."""
 
-    def submit(self, work: Work, deliver: Deliver) -> Cancel:
+    def submit(self, work: Work, deliver: Deliver) -> Handle:
         """Take a request in."""
 
 
@@ -61,15 +61,14 @@ class Answering:
         Raises:
             Refusal: the engine does not begin with it or does not end it in time.
         """
-        left = sum(work.n for work in self.works)
-        async with contextlib.aclosing(events(engine, self.works)) as arriving:
+        asked = Asked(self.works)
+        async with contextlib.aclosing(asked.events(engine)) as arriving:
             async for number, event in arriving:
                 made = self._opened(number, event) if isinstance(event, Started) else self._written(number, event)
                 for piece in made:
-                    left -= piece.finish is not None
+                    if piece.finish and isinstance(event, Token) and not event.finish:  # a stop string
+                        asked.complete(number, event.index)
                     yield piece
-                if not left:
-                    return
 
     def _opened(self, number: int, started: Started) -> list[Piece]:
         """Begin the continuations of a prompt; they are pieces already if nothing is to be generated."""
@@ -84,7 +83,7 @@ class Answering:
         return opened if started.finish else []
 
     def _written(self, number: int, token: Token) -> list[Piece]:
-        """What a token adds; nothing if a stop string has ended its text, while the engine goes on for the others."""
+        """What a token adds; nothing if a stop string has ended its text, and the engine has not heard of it yet."""
         index = self._index(number, token.index)
         if self._writers[index].finish:
             return []
@@ -99,32 +98,48 @@ class Answering:
         return sum(work.n for work in self.works[:number]) + index
 
 
-async def events(engine: Submits, works: Sequence[Work]) -> AsyncGenerator[tuple[int, Started | Token]]:
-    """What the engine makes of these requests, each event with the number of its request; never ends by itself.
+class Asked:
+    """Requests that are asked of an engine together. A continuation is open until it has its finish."""
 
-    Raises:
-        Refusal: as the engine does; the other requests are cancelled then, as they are when this is closed.
-    """
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[_Arrived] = asyncio.Queue()
-    cancels: dict[int, Cancel] = {}
-    left = [work.n for work in works]
-    latest = max(work.deadline for work in works)
-    try:
-        for number, work in enumerate(works):
-            cancels[number] = engine.submit(work, partial(_hand_over, loop, arrived, number))
-        while True:
-            number, event = await _next(arrived, latest)
-            if isinstance(event, Exception):
-                raise event
-            if event.finish:  # of a prompt alone, that ends all of its continuations
-                left[number] -= left[number] if isinstance(event, Started) else 1
-            if not left[number]:
-                del cancels[number]  # it has ended by itself
-            yield number, event
-    finally:
-        for cancel in cancels.values():
-            cancel()
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works, self._handles = works, dict[int, Handle]()
+        self._open = {number: set(range(work.n)) for number, work in enumerate(works)}
+
+    async def events(self, engine: Submits) -> AsyncGenerator[tuple[int, Started | Token]]:
+        """What the engine makes of them, each event with the number of its request, until no continuation is open.
+
+        Raises:
+            Refusal: as the engine does; the other requests are cancelled then, as they are when this is closed.
+        """
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[_Arrived] = asyncio.Queue()
+        latest = max(work.deadline for work in self._works)
+        try:
+            for number, work in enumerate(self._works):
+                self._handles[number] = engine.submit(work, partial(_hand_over, loop, arrived, number))
+            while self._open:
+                number, event = await _next(arrived, latest)
+                if number not in self._open:
+                    continue
+                if isinstance(event, Exception):
+                    raise event
+                if event.finish:  # of a prompt alone, that ends all of its continuations
+                    self._close(number, None if isinstance(event, Started) else event.index)
+                yield number, event
+        finally:
+            for number in self._open.keys() & self._handles.keys():
+                self._handles[number].cancel()
+
+    def complete(self, number: int, index: int) -> None:
+        """One continuation has all the text that it needs, whatever the engine would still make of it."""
+        self._handles[number].complete(index)
+        self._close(number, index)
+
+    def _close(self, number: int, index: int | None) -> None:
+        still = self._open.get(number, set())
+        still -= still if index is None else {index}
+        if not still:
+            self._open.pop(number, None)
 
 
 async def _next(arrived: "asyncio.Queue[_Arrived]", latest: float) -> _Arrived:

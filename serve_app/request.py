@@ -21,6 +21,7 @@ class Request:
     def __init__(self, work: Work, deliver: Deliver, internal: bool = False) -> None:
         self.work, self._deliver, self.internal = work, deliver, internal
         self._gone = threading.Event()
+        self._complete: set[int] = set()
 
     @property
     def tokens(self) -> int:
@@ -35,6 +36,14 @@ class Request:
     def cancelled(self) -> bool:
         """Whether nobody wants it any more."""
         return self._gone.is_set()
+
+    def complete(self, index: int) -> None:
+        """Say that a continuation has all the text that it needs; may be called from any thread."""
+        self._complete.add(index)
+
+    def is_complete(self, index: int) -> bool:
+        """Whether that was said of a continuation."""
+        return index in self._complete
 
     @property
     def late(self) -> bool:
@@ -69,6 +78,11 @@ class Continuation:
     made: int = 0
     last: int = -1
     finish: Finish | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has all the text that it needs, such as up to a stop string."""
+        return self.request.is_complete(self.index)
 
     def go_on(self, logits: Tensor, likeliest: int) -> Token:
         """Choose the next token from its logits [vocabulary], of which the likeliest is known."""

@@ -67,10 +67,13 @@ class Stepper:
         return [self.entrance.request] if self.entrance else []
 
     def _sweep(self, queue: deque[Request]) -> None:
-        """Let go of what is cancelled or late."""
+        """Let go of what is cancelled, late or complete."""
         for request in {*(each.request for each in self.running), *self._entering()}:
             if request.cancelled or request.late:
                 self._end(request, None if request.cancelled else DeadlineError(waiting=False))
+        for each in [each for each in self.running if each.complete]:
+            self.running.remove(each)
+            self._shrink(each.request)
         for request in [each for each in queue if each.cancelled or each.late]:
             queue.remove(request)
             self._end(request, None if request.cancelled else DeadlineError(waiting=True))

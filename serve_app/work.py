@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from serve_app.sampling import Sampling
 
@@ -92,8 +92,15 @@ Event = Started | Token | Exception
 Deliver = Callable[[Event], None]
 """Called on the engine's thread; must return at once."""
 
-Cancel = Callable[[], None]
-"""Ends a request within one step; may be called from any thread, and more than once."""
+
+class Handle(Protocol):
+    """A request that the engine has taken in. Both may be called from any thread, and more than once."""
+
+    def cancel(self) -> None:
+        """Nobody wants it any more: it ends within one step, and is told nothing more."""
+
+    def complete(self, index: int) -> None:
+        """One continuation has all the text that it needs: it ends within one step, and the others go on."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from serve_app.work import Cancel, Deliver, Event, State, Work
+from serve_app.work import Deliver, Event, Handle, State, Work
 
 STATE = State(
     running=0,
@@ -22,6 +22,17 @@ STATE = State(
 )
 
 
+class _Handle:
+    def __init__(self, engine: "ScriptedEngine", work: Work) -> None:
+        self._engine, self._work = engine, work
+
+    def cancel(self) -> None:
+        self._engine.cancelled.append(self._work)
+
+    def complete(self, index: int) -> None:
+        self._engine.completed.append((self._work, index))
+
+
 class ScriptedEngine:
     """`script` gives the events of a request; an exception in its place is raised by submit."""
 
@@ -29,15 +40,16 @@ class ScriptedEngine:
         self.plan, self._script = plan, script
         self.works: list[Work] = []
         self.cancelled: list[Work] = []
+        self.completed: list[tuple[Work, int]] = []
         self.now = STATE
 
-    def submit(self, work: Work, deliver: Deliver) -> Cancel:
+    def submit(self, work: Work, deliver: Deliver) -> Handle:
         self.works.append(work)
         events = self._script(work)
         if isinstance(events, Exception):
             raise events
         threading.Thread(target=lambda: [deliver(event) for event in events], daemon=True).start()
-        return lambda: self.cancelled.append(work)
+        return _Handle(self, work)
 
     def swap(self, plan: Any) -> None:
         self.plan = plan

@@ -10,7 +10,7 @@ from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
 from serve_app.engine import Engine, Limits
 from serve_app.sampling import Sampling
-from serve_app.work import Event, Started, Token, Work
+from serve_app.work import Event, Handle, Started, Token, Work
 
 TIMEOUT = 60.0
 
@@ -21,7 +21,7 @@ class Answer:
     def __init__(self, n: int = 1) -> None:
         self.events: list[Event] = []
         self.ended = threading.Event()
-        self.cancel: Callable[[], None] = lambda: None
+        self.handle: Handle | None = None
         self._left = n
 
     def take(self, event: Event) -> None:
@@ -35,6 +35,10 @@ class Answer:
         """Until it has ended."""
         assert self.ended.wait(TIMEOUT), f"no end after {len(self.events)} events"
         return self
+
+    def cancel(self) -> None:
+        assert self.handle is not None
+        self.handle.cancel()
 
     @property
     def started(self) -> Started:
@@ -76,7 +80,7 @@ def ask(engine: Engine, prompt: Any, tokens: int = 20, take: Any = None, **optio
             take(event)
 
     sampling = Sampling(tokens, **({"temperature": 0.0} | options))
-    answer.cancel = engine.submit(Work(tuple(prompt), sampling, **own), deliver)
+    answer.handle = engine.submit(Work(tuple(prompt), sampling, **own), deliver)
     return answer
 
 

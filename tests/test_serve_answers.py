@@ -101,7 +101,19 @@ def test_a_stop_string_ends_the_engines_work(serve):
 
     response, engine, _ = serve(script, "/v1/completions", ONCE | {"stop": "."})
     assert response.json()["choices"][0]["text"] == "ab"
-    assert engine.cancelled == engine.works
+    assert engine.completed == [(engine.works[0], 0)]
+    assert engine.cancelled == []  # its client has not gone away
+
+
+def test_a_stop_string_ends_one_of_several_continuations_alone(serve):
+    def script(work):
+        yield Started()
+        yield from spelt("a.", index=0, finish=None)
+        yield from spelt("wxyz", index=1)
+
+    _, engine, _ = serve(script, "/v1/completions", ONCE | {"n": 2, "stop": "."})
+    assert (engine.works[0], 0) in engine.completed
+    assert engine.cancelled == []
 
 
 def test_what_has_ended_by_itself_is_not_cancelled(serve):

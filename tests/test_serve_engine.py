@@ -19,7 +19,7 @@ from baklava.plan import full_plan
 from baklava.prefilling import prefill
 from serve_app.engine import BrokenPromiseError, Engine, Limits
 from serve_app.request import Continuation
-from serve_app.work import DeadlineError, DrainingError, QueueFullError, TooLargeError
+from serve_app.work import DeadlineError, DrainingError, QueueFullError, Token, TooLargeError
 
 PROMPT = tuple(b"A river is a line of water that goes down to the sea.")
 GRID = [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -251,6 +251,21 @@ def test_a_cancelled_request_is_gone_within_a_step(engine):
     assert max(steps) <= cancelled + 1
     assert engine.state().counts.cancelled == 1
     answer.cancel()
+
+
+def test_a_continuation_that_is_complete_ends_alone(engine):
+    """As one that has met its stop string; what it was promised is given back, and it was not cancelled."""
+    answer = ask(engine, PROMPT, 400, n=2)
+    until(lambda: len(answer.events) > 5)
+    both = engine.state().promised_bytes
+    answer.handle.complete(0)
+    until(lambda: engine.state().running == 1)
+    until(lambda: engine.state().promised_bytes < both)
+    answer.handle.complete(1)
+    idle(engine)
+    counts = engine.state().counts
+    assert (counts.finished, counts.cancelled, engine.state().promised_bytes) == (1, 0, 0)
+    assert max(len([e for e in answer.events if isinstance(e, Token) and e.index == one]) for one in (0, 1)) < 400
 
 
 def test_two_hundred_cancelled_requests_leave_nothing(loaded, plan):
