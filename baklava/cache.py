@@ -100,6 +100,15 @@ class BudgetedCache(Cache):
             for layer in self.ragged():
                 layer.forced = False
 
+    def stand_alone(self) -> None:
+        """Hold copies of what is shared with the sequences that this one has decoded together with.
+
+        Where one of them is dropped its memory is free once the others stand alone, or decode again.
+        """
+        for layer in self.ragged():
+            for group in layer.groups:
+                group.stand_alone()
+
     def ragged(self) -> list[RaggedLayer]:
         """The budgeted layers, in order."""
         return [layer for layer in self.layers if isinstance(layer, RaggedLayer)]

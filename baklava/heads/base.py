@@ -1,9 +1,11 @@
 """KV heads of one layer that share a budget: their entries, and how they attend, take in tokens and evict."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from jaxtyping import Int
@@ -87,6 +89,14 @@ class Tokens:
         )
 
 
+class Shared(Protocol):
+    """Tensors of which heads of several sequences hold a row each."""
+
+    @property
+    def sharers(self) -> int:
+        """Rows that still need it."""
+
+
 class HeadGroup(ABC):
     """Entries of KV heads with equal budgets; between two forwards at most `budget.tokens` per head.
 
@@ -94,7 +104,12 @@ class HeadGroup(ABC):
 
     Keys that are packed are held rotated, those in 16 bits among them too, and so are values: new tokens and their
     queries are rotated as they come in, outputs are rotated back. Whatever scores entries sees rotated ones.
+
+    While sequences decode together, what is held may be a row of something `shared`; whatever else is done with the
+    heads has them stand alone first.
     """
+
+    shared: Shared | None = None
 
     def __init__(self, budget: Budget, eviction: Eviction, like: Heads, room: int | None = None) -> None:
         self.budget, self.eviction = budget, eviction
@@ -112,11 +127,24 @@ class HeadGroup(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held between two forwards."""
-        return self.keys.nbytes + self.values.nbytes + sum(t.untyped_storage().nbytes() for t in self._state())
+        """Bytes held between two forwards; of what is shared, a share."""
+        held = self.keys.nbytes + self.values.nbytes + sum(t.untyped_storage().nbytes() for t in self._state())
+        return held if self.shared is None else held // self.shared.sharers
+
+    def stand_alone(self) -> None:
+        """Hold copies of all that is shared with others."""
+        if self.shared is not None:
+            self.select_rows(torch.zeros(1, dtype=torch.long))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        self.stand_alone()  # a copy of a row would be one of all rows
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
         """Take in new tokens and return what they attend to; leaves at most the capacity behind."""
+        self.stand_alone()
         if tokens.forced and not self.filled:  # one by one, the first token would come as a prompt of its own
             parts = [replace(tokens.part(0, 1), forced=False), tokens.part(1, tokens.count)]
             return torch.cat([self.attend(part, kernel) for part in parts if part.count], 3)
@@ -127,6 +155,7 @@ class HeadGroup(ABC):
 
     def fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
         """Cut a prompt that has been attended to elsewhere to the budget."""
+        self.stand_alone()
         self._fill(_turned(self.key_rotation, key), _turned(self.value_rotation, value), score, positions)
 
     def limit_to(self, room: int | None) -> None:
@@ -136,6 +165,7 @@ class HeadGroup(ABC):
     @contextmanager
     def mirrored(self) -> Iterator[None]:
         """Within it, entries that are stored in another form than they are computed with are read out once."""
+        self.stand_alone()
         before = self.keys, self.values
         self.keys, self.values = (Mirrored(each, self.size) if each.copies else each for each in before)
         try:

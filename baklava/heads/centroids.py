@@ -1,6 +1,6 @@
 """Centroids: a few entries per head that stand for all that it evicted, so that the mass of what left is not lost."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -99,6 +99,16 @@ class Centroids:
             part = slice(start, start + size)
             weights = weight[..., part].float()
             yield key[:, :, part], value[:, :, part], weights, weights * weights.clamp(min=LEAST).log()
+
+    @classmethod
+    def joined(cls, rows: "Sequence[Centroids]") -> "Centroids | None":
+        """Copies of all of them, as rows of one batch; nothing of none."""
+        columns = zip(*(each.tensors for each in rows), strict=True)
+        return cls(*(torch.cat(column) for column in columns)) if rows else None
+
+    def row(self, row: int) -> "Centroids":
+        """One row, which shares memory with this."""
+        return Centroids(*(each[row : row + 1] for each in self.tensors))
 
     def of_rows(self, rows: Int[Tensor, " rows"]) -> "Centroids":
         """These rows of the batch, in this order."""

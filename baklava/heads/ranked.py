@@ -59,17 +59,19 @@ class Ranked(HeadGroup):
             self._evict(forward)
         return output
 
-    def make_room(self, positions: Int[Tensor, "1 1"]) -> None:
+    def make_room(self) -> None:
         """A slot for a token of a sequence without padding, which is about to be written and scored."""
         self._grow(self.filled + 1)
         self.filled += 1
-        self.positions[:, :, self.filled - 1] = positions
 
-    def age(self, tokens: Tokens, kernel: Kernel) -> None:
-        """A token has been taken in and attended to: evict, if it is time."""
+    def age(self) -> bool:
+        """A token has been taken in and attended to; whether it is time to evict."""
         self.since += 1
-        if self.since >= self.eviction.interval:
-            self._evict(self._forward(tokens, kernel))
+        return self.since >= self.eviction.interval
+
+    def evict(self, tokens: Tokens, kernel: Kernel) -> None:
+        """Cut to what is kept, seen by the tokens that came last."""
+        self._evict(self._forward(tokens, kernel))
 
     def _append(self, tokens: Tokens) -> None:
         start, self.filled = self.filled, self.filled + tokens.count
@@ -198,6 +200,7 @@ class Ranked(HeadGroup):
 
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        self.shared = None
         self.keys.select_rows(rows)
         self.values.select_rows(rows)
         rows = rows.to(self.positions.device)

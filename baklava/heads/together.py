@@ -1,6 +1,6 @@
 """Heads with equal budgets of several sequences, which take a token in together: the same work in fewer steps."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from baklava.eviction import Observation
 from baklava.heads.base import HeadGroup, Tokens
 from baklava.heads.centroids import Centroids
 from baklava.heads.ranked import Ranked
+from baklava.heads.stack import Stack, stackable
 from baklava.storage import NOTHING, Slots, Spliced
 
 ALIKE = 0.7
@@ -26,9 +27,9 @@ def joinable(group: HeadGroup) -> bool:
     return sample.window != 0 and not sample.whole
 
 
-def alike(groups: Sequence[Ranked]) -> list[list[int]]:
-    """Which of these have about as many entries, so that little is computed for nothing."""
-    order = sorted(range(len(groups)), key=lambda row: -groups[row].filled)
+def alike(groups: Sequence[Ranked], rows: Iterable[int]) -> list[list[int]]:
+    """Which of these rows have about as many entries, so that little is computed for nothing."""
+    order = sorted(rows, key=lambda row: -groups[row].filled)
     together: list[list[int]] = []
     for row in order:
         if not together or groups[row].filled < ALIKE * groups[together[-1][0]].filled:
@@ -45,15 +46,39 @@ def step_together(heads: Sequence[HeadGroup], tokens: Tokens, kernel: Kernel) ->
     query = tokens.query if first.key_rotation is None else first.key_rotation.turned(tokens.query)
     value = tokens.value if first.value_rotation is None else first.value_rotation.turned(tokens.value)
     turned = Tokens(0, query, key, value, tokens.positions, False, False)
-    failed: dict[int, Exception] = {}
+    failed = _make_room(groups)
     output = torch.zeros_like(query)
-    _append(groups, turned, failed)
-    for rows in alike(groups):
-        rows = [row for row in rows if row not in failed]
-        if rows:
-            output[rows] = _attended(_Joined.of([groups[row] for row in rows]), _rows_of(turned, rows), kernel)
-    _age(groups, turned, kernel, failed)
+    for rows in _together(groups, failed):
+        own, members = _rows_of(turned, rows), [groups[row] for row in rows]
+        output[rows] = _attended(_stacked(members, own) if _lasting(members) else _copied(members, own), own, kernel)
+    for row, group in enumerate(groups):
+        if row not in failed and group.age():
+            _evict(group, row, turned, kernel, failed)
     return output if first.value_rotation is None else first.value_rotation.turned_back(output), failed
+
+
+def _make_room(groups: Sequence[Ranked]) -> dict[int, Exception]:
+    failed: dict[int, Exception] = {}
+    for row, group in enumerate(groups):
+        try:
+            group.make_room()
+        except Exception as error:
+            failed[row] = error
+    return failed
+
+
+def _together(groups: Sequence[Ranked], failed: Container[int]) -> list[list[int]]:
+    """Rows that are one batch each: those that can be stacked by their slots, the others by how much they hold."""
+    by_slots: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        if row not in failed:
+            by_slots.setdefault(group.size if stackable(group) else -1, []).append(row)
+    loose = by_slots.pop(-1, []) + [rows.pop() for rows in by_slots.values() if len(rows) == 1]
+    return [rows for rows in by_slots.values() if rows] + alike(groups, loose)
+
+
+def _lasting(groups: Sequence[Ranked]) -> bool:
+    return len(groups) > 1 and all(stackable(group) and group.size == groups[0].size for group in groups)
 
 
 def _rows_of(tokens: Tokens, rows: Sequence[int]) -> Tokens:
@@ -64,28 +89,21 @@ def _rows_of(tokens: Tokens, rows: Sequence[int]) -> Tokens:
     return Tokens(0, query, key, value, tokens.positions[index], False, False)
 
 
-def _append(groups: Sequence[Ranked], tokens: Tokens, failed: dict[int, Exception]) -> None:
-    for row, group in enumerate(groups):
-        try:
-            group.make_room(tokens.positions[row : row + 1])
-        except Exception as error:
-            failed[row] = error
-    rows = [row for row in range(len(groups)) if row not in failed]
-    if not rows:
-        return
-    starts, tokens = [groups[row].filled - 1 for row in rows], _rows_of(tokens, rows)
-    for storages, entries in (
-        ([groups[row].keys for row in rows], tokens.key),
-        ([groups[row].values for row in rows], tokens.value),
-    ):
-        head, *others = storages
-        assert isinstance(head, Slots | Spliced)
-        head.write_each(others, starts, entries)  # type: ignore[arg-type]
+def _evict(group: Ranked, row: int, tokens: Tokens, kernel: Kernel, failed: dict[int, Exception]) -> None:
+    try:
+        group.evict(_rows_of(tokens, [row]), kernel)
+        if isinstance(group.shared, Stack):
+            group.shared.fold(group)
+    except Exception as error:
+        failed[row] = error
 
 
 @dataclass(frozen=True)
-class _Joined:
-    """Copies of what these heads hold, as rows of one batch; `filled` has how many entries each row has."""
+class _Batch:
+    """What these heads hold, as rows of one batch, of which the first entries count.
+
+    Where rows have fewer of them, `hidden` tells which are none. `summary` stands for what was evicted.
+    """
 
     groups: Sequence[Ranked]
     keys: Slots | Spliced
@@ -95,25 +113,45 @@ class _Joined:
     hidden: Tensor | None
     summary: Summary | None
 
-    @classmethod
-    def of(cls, groups: Sequence[Ranked]) -> "_Joined":
-        filled = [group.filled for group in groups]
-        most = max(filled)
-        keys, values = (
-            storages[0].joined(storages[1:], most)  # type: ignore[attr-defined]
-            for storages in ([group.keys for group in groups], [group.values for group in groups])
-        )
-        positions, scores = (_stacked([getattr(g, name) for g in groups], most) for name in ("positions", "scores"))
-        last = torch.tensor(filled, device=scores.device)[:, None, None]
-        scores.scatter_(2, (last - 1).expand(*scores.shape[:2], 1), 0.0)  # the new token's, of which nothing is known
-        hidden = None
-        if min(filled) < most:
-            hidden = torch.arange(most, device=scores.device) >= last
-            positions = positions.masked_fill(hidden, NOTHING)
-        return cls(groups, keys, values, positions, scores, hidden, _summary(groups))
+
+def _stacked(groups: Sequence[Ranked], tokens: Tokens) -> _Batch:
+    """A view of the stack that these heads are in, with the new tokens."""
+    stack, filled = Stack.of(groups), [group.filled for group in groups]
+    stack.write([each - 1 for each in filled], tokens.key, tokens.value, tokens.positions)
+    most = max(filled)
+    positions, hidden = _hidden(stack.positions[..., :most], filled)
+    summary = None if stack.centroids is None else stack.centroids.summary(torch.float32)
+    return _Batch(groups, stack.keys, stack.values, positions, stack.scores[..., :most], hidden, summary)
 
 
-def _stacked(states: Sequence[Tensor], most: int) -> Tensor:
+def _copied(groups: Sequence[Ranked], tokens: Tokens) -> _Batch:
+    """Copies of what these heads hold, with the new tokens; those may grow, or differ in their slots."""
+    filled = [group.filled for group in groups]
+    most = max(filled)
+    starts = [each - 1 for each in filled]
+    keys, values = [group.keys for group in groups], [group.values for group in groups]
+    for storages, entries in ((keys, tokens.key), (values, tokens.value)):
+        storages[0].write_each(storages[1:], starts, entries)  # type: ignore[attr-defined]
+    for row, group in enumerate(groups):
+        group.positions[..., starts[row]], group.scores[..., starts[row]] = tokens.positions[row], 0.0
+    positions, scores = (_padded([getattr(g, name) for g in groups], most) for name in ("positions", "scores"))
+    positions, hidden = _hidden(positions, filled)
+    centroids = Centroids.joined([each.centroids for each in groups if each.centroids is not None])
+    summary = None if centroids is None else centroids.summary(torch.float32)
+    key, value = (each[0].joined(each[1:], most) for each in (keys, values))  # type: ignore[attr-defined]
+    return _Batch(groups, key, value, positions, scores, hidden, summary)
+
+
+def _hidden(positions: Tensor, filled: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Positions that say NOTHING behind what a row has, and where that is."""
+    if min(filled) == positions.shape[2]:
+        return positions, None
+    last = torch.tensor(filled, device=positions.device)[:, None, None]
+    hidden = torch.arange(positions.shape[2], device=positions.device) >= last
+    return positions.masked_fill(hidden, NOTHING), hidden
+
+
+def _padded(states: Sequence[Tensor], most: int) -> Tensor:
     if len(states) == 1:
         return states[0][..., :most]
     if min(state.shape[2] for state in states) >= most:
@@ -123,59 +161,44 @@ def _stacked(states: Sequence[Tensor], most: int) -> Tensor:
     )
 
 
-def _summary(groups: Sequence[Ranked]) -> Summary | None:
-    centroids = [group.centroids for group in groups if group.centroids is not None]
-    if not centroids:
-        return None
-    columns = zip(*(each.tensors for each in centroids), strict=True)
-    return Centroids(*(torch.cat(column) for column in columns)).summary(torch.float32)
-
-
-def _attended(joined: _Joined, tokens: Tokens, kernel: Kernel) -> Grouped:
+def _attended(batch: _Batch, tokens: Tokens, kernel: Kernel) -> Grouped:
     query = tokens.query[:, :, :, 0]
-    logits = joined.keys.dots(query.float() * kernel.scaling, joined.positions.shape[2])
+    logits = batch.keys.dots(query.float() * kernel.scaling, batch.positions.shape[2])
     first = 0
-    if joined.summary is not None:
-        first = joined.summary.key.shape[2]
-        bias = joined.summary.bias[:, :, None]
-        standing_in = torch.matmul(query.float() * kernel.scaling, joined.summary.key.transpose(2, 3))
+    if batch.summary is not None:
+        first = batch.summary.key.shape[2]
+        bias = batch.summary.bias[:, :, None]
+        standing_in = torch.matmul(query.float() * kernel.scaling, batch.summary.key.transpose(2, 3))
         logits = torch.cat([kernel.capped(standing_in) + bias, kernel.capped(logits)], -1)
     else:
         logits = kernel.capped(logits)
-    visible = None if joined.hidden is None else ~joined.hidden[:, :, None]
+    visible = None if batch.hidden is None else ~batch.hidden[:, :, None]
     attention = normalised(logits[:, :, :, None], visible, kernel)
     own = attention[..., first:]
-    output = joined.values.mixed(own[:, :, :, 0])
-    if joined.summary is not None:
-        output += torch.matmul(attention[:, :, :, 0, :first], joined.summary.value)
-    _score(joined, tokens, own, kernel)
+    output = batch.values.mixed(own[:, :, :, 0])
+    if batch.summary is not None:
+        output += torch.matmul(attention[:, :, :, 0, :first], batch.summary.value)
+    _score(batch, tokens, own, kernel)
     return output[:, :, :, None].to(query.dtype)
 
 
-def _score(joined: _Joined, tokens: Tokens, attention: Attention, kernel: Kernel) -> None:
+def _score(batch: _Batch, tokens: Tokens, attention: Attention, kernel: Kernel) -> None:
     # Who observes probabilities in decoding asks for nothing else of the entries; they are never read out.
-    nothing = attention.new_zeros(()).expand(*joined.scores.shape, tokens.key.shape[3])
+    nothing = attention.new_zeros(()).expand(*batch.scores.shape, tokens.key.shape[3])
     seen = Observation(
         query=tokens.query,
         key=nothing,
         value=nothing,
         query_positions=tokens.positions,
-        key_positions=joined.positions,
-        previous=joined.scores,
+        key_positions=batch.positions,
+        previous=batch.scores,
         scaling=kernel.scaling,
         attend=lambda: attention,
         decoding=True,
     )
-    scores = joined.groups[0].eviction.score(seen)
-    for row, group in enumerate(joined.groups):
+    scores = batch.groups[0].eviction.score(seen)
+    if isinstance(batch.groups[0].shared, Stack):
+        batch.scores.copy_(scores)
+        return
+    for row, group in enumerate(batch.groups):
         group.scores[..., : group.filled] = scores[row : row + 1, :, : group.filled]
-
-
-def _age(groups: Sequence[Ranked], tokens: Tokens, kernel: Kernel, failed: dict[int, Exception]) -> None:
-    for row, group in enumerate(groups):
-        if row in failed:
-            continue
-        try:
-            group.age(_rows_of(tokens, [row]), kernel)
-        except Exception as error:
-            failed[row] = error

@@ -130,6 +130,10 @@ class Codec(ABC):
         """The codec of a batch whose rows are this one's and those of others of its kind."""
 
     @abstractmethod
+    def row(self, row: int) -> Self:
+        """The codec of one row; it shares memory with this one."""
+
+    @abstractmethod
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
         """Learn what there is to learn from the first entries that come together, before any slot is held."""
 

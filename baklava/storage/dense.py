@@ -49,6 +49,10 @@ class Dense(Codec):
         return self
 
     @override
+    def row(self, row: int) -> Self:
+        return self
+
+    @override
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
         pass
 

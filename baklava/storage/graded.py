@@ -54,6 +54,10 @@ class Graded(Codec):
         return type(self)([part.joined(rest) for part, *rest in columns])
 
     @override
+    def row(self, row: int) -> Self:
+        return type(self)([part.row(row) for part in self.parts])
+
+    @override
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
         for part, own in self._each(entries):
             part.fit(own, real)

@@ -103,6 +103,12 @@ class Packed(Codec):
         return joined
 
     @override
+    def row(self, row: int) -> Self:
+        own = copy.copy(self)
+        own.mean = None if self.mean is None else self.mean[row : row + 1]
+        return own
+
+    @override
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
         if self.mean is None:
             return

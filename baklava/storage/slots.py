@@ -109,6 +109,16 @@ class Slots(Storage):
         joined.coded = tuple(_rows(part, slots) for part in parts)
         return joined
 
+    def row(self, row: int) -> "Slots":
+        """One row, which shares memory with this."""
+        own = copy.copy(self)
+        own.codec, own.coded = self.codec.row(row), tuple(part[row : row + 1] for part in self.coded)
+        return own
+
+    def write_rows(self, starts: Sequence[int], entries: Entries) -> None:
+        """Put an entry into each row, at a slot of its own."""
+        self.scatter(torch.tensor(starts, device=entries.device)[:, None, None], entries)
+
     def write_each(self, others: "Sequence[Slots]", starts: Sequence[int], entries: Entries) -> None:
         """Put an entry into this one and into each of the others, a row each, at slots of their own."""
         coded = self.codec.joined([other.codec for other in others]).encode(entries)

@@ -129,6 +129,18 @@ class Spliced(Storage):
             parts.append(Part(part.start, part.stop, held))
         return Spliced(parts)
 
+    def row(self, row: int) -> "Spliced":
+        """One row, which shares memory with this."""
+        return Spliced([Part(part.start, part.stop, part.slots.row(row)) for part in self.parts])
+
+    def write_rows(self, starts: Sequence[int], entries: Entries) -> None:
+        """Put an entry into each row, at a slot of its own."""
+        for part in self.parts:
+            if all(part.start <= start < part.stop for start in starts):
+                part.slots.write_rows([start - part.start for start in starts], entries)
+                return
+        self.scatter(torch.tensor(starts, device=entries.device)[:, None, None].expand(entries.shape[:3]), entries)
+
     def write_each(self, others: "Sequence[Spliced]", starts: Sequence[int], entries: Entries) -> None:
         """Put an entry into this one and into each of the others, a row each, at slots of their own."""
         for place, part in enumerate(self.parts):
