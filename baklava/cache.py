@@ -125,8 +125,9 @@ class BudgetedCache(Cache):
 
     @property
     def slots(self) -> int:
-        """Slots that a row holds in its budgeted layers, used or not; while it is the same, so are the bytes."""
-        return sum(group.size * len(group.budget.heads) for layer in self.ragged() for group in layer.groups)
+        """Slots that a row holds, used or not; while it is the same, so are the bytes."""
+        budgeted = sum(group.size * len(group.budget.heads) for layer in self.ragged() for group in layer.groups)
+        return budgeted + sum(layer.entries for layer in self.layers if isinstance(layer, SlidingLayer))
 
     @property
     def promised_bytes(self) -> int:

@@ -31,7 +31,7 @@ from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
 from baklava.prefilling import Logits, prefill
 
-TURN = 128
+TURN = 64
 """Tokens per forward of a text that goes on from a cut cache. What is kept of it depends on this number."""
 
 LAYER = 16
@@ -48,6 +48,11 @@ class Entering(ABC):
     @abstractmethod
     def step(self, tokens: int) -> Entered | None:
         """Take about so many tokens more in; raises UserError where the text cannot enter."""
+
+    @property
+    @abstractmethod
+    def taken(self) -> int:
+        """Tokens taken in so far; what takes as long as so many more is counted like them."""
 
     @property
     @abstractmethod
@@ -93,10 +98,17 @@ def _in_steps(plan: BudgetPlan) -> bool:
 class _AtOnce(Entering):
     def __init__(self, loaded: LoadedModel, plan: BudgetPlan, ids: Sequence[int], room: int | None) -> None:
         self._take = lambda: prefill(loaded, plan, torch.tensor([list(ids)], device=loaded.device), room=room)
+        self._tokens, self._taken = len(ids), 0
 
     @override
     def step(self, tokens: int) -> Entered:
+        self._taken = self._tokens
         return self._take()
+
+    @override
+    @property
+    def taken(self) -> int:
+        return self._taken
 
     @override
     @property
@@ -105,18 +117,26 @@ class _AtOnce(Entering):
 
 
 class Turn(Entering):
-    """More tokens for a cache, a fixed number per forward; with none, the logits that it came with."""
+    """More tokens for a cache, a fixed number per forward; with none, the logits that it came with.
+
+    A step that may take fewer is one of several that wait for the next forward.
+    """
 
     def __init__(
         self, loaded: LoadedModel, cache: BudgetedCache, logits: Logits | None, ids: Sequence[int], size: int = TURN
     ) -> None:
         self._loaded, self._cache, self._logits, self._ids, self._size = loaded, cache, logits, tuple(ids), size
-        self._fed = 0
+        self._fed = self._allowed = 0
 
     @override
     @torch.inference_mode()
     def step(self, tokens: int) -> Entered | None:
-        if part := self._ids[self._fed : self._fed + self._size]:
+        part = self._ids[self._fed : self._fed + self._size]
+        self._allowed += tokens
+        if self._allowed < len(part):
+            return None
+        if part:
+            self._allowed = 0
             fed = torch.tensor([part], device=self._loaded.device)
             output = self._loaded.model(fed, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
             self._logits, self._fed = output.logits[:, -1], self._fed + len(part)
@@ -125,6 +145,11 @@ class Turn(Entering):
         if self._logits is None:
             raise UserError("no tokens to go on with; give at least one")
         return self._cache, self._logits
+
+    @override
+    @property
+    def taken(self) -> int:
+        return self._fed
 
     @override
     @property
@@ -164,6 +189,11 @@ class _Dense(Entering):
             budgeted[index].fill(layer.keys, layer.values, layer.scores)
             layer.free()  # so that the peak is the prompt, and one layer of the plan
             self._cut = index + 1
+
+    @override
+    @property
+    def taken(self) -> int:
+        return self._fed + self._cut * LAYER
 
     @override
     @property

@@ -32,6 +32,11 @@ class SlidingLayer(DynamicSlidingWindowLayer):
             setattr(self, name, kept.to(stored_dtype(self.dtype, self.bits), copy=True))
 
     @property
+    def entries(self) -> int:
+        """Entries that a row holds for each of its KV heads."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, over the whole batch."""
         held = [kept for kept in (self.keys, self.values) if kept is not None]

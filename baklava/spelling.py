@@ -58,6 +58,11 @@ class Spelling(Entering):
 
     @override
     @property
+    def taken(self) -> int:
+        return self._fed
+
+    @override
+    @property
     def nbytes(self) -> int:
         return self._cache.nbytes
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from baklava.entering import transient_bytes
 from baklava.errors import UserError
 from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
@@ -44,7 +45,7 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, plan: BudgetPlan, limits: Limits) -> None:
         self.limits, self._loaded = limits, loaded
-        self._check(plan, 0)
+        self._check(plan, [])
         self.plan, self._snapshots = plan, Snapshots(plan)
         self._changed = threading.Condition()
         self._queue: deque[Request] = deque()
@@ -53,22 +54,21 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Work, deliver: Deliver) -> Handle:
-        """Take a request in; its events come through `deliver`, on the engine's thread.
+    def submit(self, *asked: tuple[Work, Deliver]) -> Sequence[Handle]:
+        """Take requests in, all or none of them; the events of each come to it on the engine's thread.
 
         Raises:
-            Refusal: the queue is full, the request can never fit, or the engine drains or has died.
+            Refusal: the queue is full, a request can never fit, or the engine drains or has died.
         """
-        request = Request(work, deliver)
+        requests = [Request(work, deliver) for work, deliver in asked]
         with self._changed:
             self._check_open()
-            self._check_size(request)
-            if (waiting := self._waiting()) >= self.limits.waiting:
-                self._stepper.refused += 1
-                raise QueueFullError(self._stepper.pace.wait(waiting))
-            self._queue.append(request)
+            for request in requests:
+                self._check_size(request)
+            self._check_queue(len(requests))
+            self._queue.extend(requests)
             self._changed.notify()
-        return request
+        return requests
 
     def declare(self, prompt: Sequence[int]) -> None:
         """Keep a snapshot of this prompt, from which requests that begin with it go on.
@@ -80,8 +80,7 @@ class Engine:
         if not prefix:
             raise UserError("a declared prompt of 0 tokens is the beginning of nothing; give at least one token")
         with self._changed:
-            promised = self._promised_to_snapshots(self.plan) + self.plan.bytes_for(len(prefix))
-            self._check(self.plan, promised)
+            self._check(self.plan, [*self._snapshots.declared, prefix])
             self._snapshots.declare(prefix)
             self._queue.appendleft(_snapshot_request(prefix))
             self._changed.notify()
@@ -89,7 +88,8 @@ class Engine:
     def swap(self, plan: BudgetPlan) -> None:
         """New requests live inside this plan, those under way end inside theirs. Raises UserError as `__init__`."""
         with self._changed:
-            self._check(plan, self._promised_to_snapshots(plan))
+            self._check(plan, self._snapshots.declared)
+            self._check_waiting(plan)
             self.plan = plan
             for prefix in reversed(self._snapshots.declared):
                 self._queue.appendleft(_snapshot_request(prefix))
@@ -122,32 +122,54 @@ class Engine:
     def _waiting(self) -> int:
         return sum(not request.internal for request in tuple(self._queue))
 
-    def _check(self, plan: BudgetPlan, snapshots: int) -> None:
+    def _check(self, plan: BudgetPlan, declared: Sequence[Sequence[int]]) -> None:
         plan.check_fits(self._loaded.identity, self._loaded.geometry)
         eviction_of(plan.eviction)
-        needed = plan.bytes_for(self._loaded.max_length) + snapshots
+        entering = max((len(prefix) for prefix in declared), default=0)
+        transient = transient_bytes(plan, entering, self._loaded.model.dtype.itemsize)
+        snapshots = sum(plan.bytes_for(len(prefix)) for prefix in declared)
+        needed = plan.bytes_for(self._loaded.max_length) + snapshots + transient
         if needed > self.limits.pool_bytes:
             raise UserError(
                 f"the pool of {self.limits.pool_bytes} bytes does not hold one sequence of {self._loaded.max_length} "
                 f"tokens and what is declared, which are {needed} bytes; give it more, or choose a smaller plan"
             )
 
+    def _check_queue(self, more: int) -> None:
+        waiting = self._waiting()
+        if waiting and waiting + more > self.limits.waiting:
+            self._stepper.refused += more
+            raise QueueFullError(self._stepper.pace.wait(waiting))
+        if more > max(1, self.limits.waiting):
+            self._stepper.refused += more
+            raise TooLargeError(f"The request has {more} prompts, and at most {self.limits.waiting} may wait here.")
+
     def _check_open(self) -> None:
         if self._draining or self._closed or not self._thread.is_alive():
             raise DrainingError("The server is shutting down; ask another one.")
 
+    def _check_waiting(self, plan: BudgetPlan) -> None:
+        for request in self._queue:
+            if not request.internal and self._needed(plan, request) > self._room(plan):
+                raise UserError(
+                    f"a request waits that would need {self._needed(plan, request)} bytes of KV cache inside this "
+                    f"plan, and the pool has {self._room(plan)} for requests; try again when it has ended"
+                )
+
+    def _needed(self, plan: BudgetPlan, request: Request) -> int:
+        return needs(self._loaded, plan, request, Snapshots(plan)).total
+
+    def _room(self, plan: BudgetPlan) -> int:
+        return self.limits.pool_bytes - sum(plan.bytes_for(len(prefix)) for prefix in self._snapshots.declared)
+
     def _check_size(self, request: Request) -> None:
-        needed = needs(self._loaded, self.plan, request, Snapshots(self.plan)).total
-        room = self.limits.pool_bytes - self._promised_to_snapshots(self.plan)
+        needed, room = self._needed(self.plan, request), self._room(self.plan)
         if needed > room:
             self._stepper.refused += 1
             raise TooLargeError(
                 f"The request needs {needed} bytes of KV cache, more than the {room} that this server has for "
                 "requests; shorten the prompt, or ask for fewer tokens or fewer continuations."
             )
-
-    def _promised_to_snapshots(self, plan: BudgetPlan) -> int:
-        return sum(plan.bytes_for(len(prefix)) for prefix in self._snapshots.declared)
 
     def _loop(self) -> None:
         try:

@@ -60,7 +60,7 @@ class Entrance:
         self, loaded: LoadedModel, plan: BudgetPlan, request: Request, prefix: Prefix | None, snapshots: Snapshots
     ) -> None:
         self.plan, self.request, self.prefix, self.cached_tokens = plan, request, prefix, 0
-        self._loaded, self._snapshots = loaded, snapshots
+        self._loaded, self._snapshots, self._entered = loaded, snapshots, 0
         self._entry, self._begins = self._start()
 
     def _start(self) -> tuple[Entering, bool]:
@@ -88,6 +88,7 @@ class Entrance:
         self._snapshots.keep(self.prefix, snapshot)
         if len(self.prefix) == len(self.request.work.prompt) and not self.request.work.sampling.max_tokens:
             return entered
+        self._entered += self._entry.taken
         self._entry = self._behind(snapshot, self.prefix)
         return None
 
@@ -97,6 +98,11 @@ class Entrance:
         if not isinstance(self._entry, Spelling):
             return ()
         return (None, *map(as_logprob, self._entry.judged))
+
+    @property
+    def taken(self) -> int:
+        """Tokens taken in so far, or work that takes as long."""
+        return self._entered + self._entry.taken
 
     @property
     def nbytes(self) -> int:

@@ -21,8 +21,8 @@ _Arrived = tuple[int, Event]
 class Submits(Protocol):
     """What is needed of an engine."""
 
-    def submit(self, work: Work, deliver: Deliver) -> Handle:
-        """Take a request in."""
+    def submit(self, *asked: tuple[Work, Deliver]) -> Sequence[Handle]:
+        """Take requests in, all or none of them."""
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Asked:
     """Requests that are asked of an engine together. A continuation is open until it has its finish."""
 
     def __init__(self, works: Sequence[Work]) -> None:
-        self._works, self._handles = works, dict[int, Handle]()
+        self._works, self._handles = works, list[Handle]()
         self._open = {number: set(range(work.n)) for number, work in enumerate(works)}
 
     async def events(self, engine: Submits) -> AsyncGenerator[tuple[int, Started | Token]]:
@@ -115,8 +115,8 @@ class Asked:
         arrived: asyncio.Queue[_Arrived] = asyncio.Queue()
         latest = max(work.deadline for work in self._works)
         try:
-            for number, work in enumerate(self._works):
-                self._handles[number] = engine.submit(work, partial(_hand_over, loop, arrived, number))
+            asked = ((work, partial(_hand_over, loop, arrived, number)) for number, work in enumerate(self._works))
+            self._handles = list(engine.submit(*asked))
             while self._open:
                 number, event = await _next(arrived, latest)
                 if number not in self._open:
@@ -127,8 +127,9 @@ class Asked:
                     self._close(number, None if isinstance(event, Started) else event.index)
                 yield number, event
         finally:
-            for number in self._open.keys() & self._handles.keys():
-                self._handles[number].cancel()
+            for number, handle in enumerate(self._handles):
+                if number in self._open:
+                    handle.cancel()
 
     def complete(self, number: int, index: int) -> None:
         """One continuation has all the text that it needs, whatever the engine would still make of it."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 BESIDE = 0.9
@@ -44,11 +44,12 @@ class Pace:
         self._decode.add(time.perf_counter() - began)
 
     @contextmanager
-    def entering(self, tokens: int) -> Iterator[None]:
-        """Around so many tokens of a prompt."""
+    def entering(self, taken: Callable[[], int]) -> Iterator[None]:
+        """Around a part of a prompt, of which `taken` says afterwards how many tokens it was."""
         began = time.perf_counter()
         yield
-        self._token.add((time.perf_counter() - began) / tokens)
+        if tokens := taken():
+            self._token.add((time.perf_counter() - began) / tokens)
 
     def chunk(self, beside: bool) -> int:
         """Tokens of a prompt for the next step, which has a decode batch `beside` it or not."""

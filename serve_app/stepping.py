@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from threading import Condition
 
@@ -12,6 +12,7 @@ from baklava.batching import decode_step
 from baklava.entering import Entered
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
+from baklava.prefilling import Logits
 from serve_app.entrance import Entrance, Needs, needs
 from serve_app.pace import Pace
 from serve_app.pool import BrokenPromiseError, Meter, Pool, check_promise
@@ -105,12 +106,13 @@ class Stepper:
     def _enter(self) -> None:
         if self.entrance is None:
             return
-        request, tokens = self.entrance.request, self.pace.chunk(beside=bool(self.running))
+        entrance, request = self.entrance, self.entrance.request
+        before = entrance.taken
         try:
-            with self.pace.entering(tokens):
-                entered = self.entrance.step(tokens)
+            with self.pace.entering(lambda: entrance.taken - before):
+                entered = entrance.step(self.pace.chunk(beside=bool(self.running)))
             if entered is not None:
-                self._begin(self.entrance, entered)
+                self._begin(entrance, entered)
         except Exception as error:
             self._end(request, error)
 
@@ -144,6 +146,14 @@ class Stepper:
             except Exception as error:  # whose fault it is cannot be told
                 logits, failed = torch.empty(len(batch), 0), dict.fromkeys(range(len(batch)), error)
             likeliest = logits.argmax(-1).tolist() if logits.numel() else []
+        self._deliver(batch, logits, likeliest, failed)
+        if len(self.running) < len(batch):  # so that the bytes of those that have ended are free
+            for each in self.running:
+                each.cache.stand_alone()
+
+    def _deliver(
+        self, batch: Sequence[Continuation], logits: Logits, likeliest: Sequence[int], failed: Mapping[int, Exception]
+    ) -> None:
         for row, each in enumerate(batch):
             if each.finish is not None or each not in self.running:
                 continue  # a sibling has failed
@@ -219,7 +229,8 @@ class Stepper:
             try:
                 check_promise(nbytes, each.cache.promised_bytes)
             except BrokenPromiseError as error:
-                self._end(each.request, error)
+                if each in self.running:  # a sibling may have ended it
+                    self._end(each.request, error)
         self._check_entrance()
         self._meter.turn([each.cache for each in self.running])
         self.state = self._measured({each: held[each] for each in self.running})
@@ -228,7 +239,9 @@ class Stepper:
         if self.entrance is None:
             return
         request, held = self.entrance.request, self.entrance.nbytes
-        own = self.pool.promised_to(request) + self.pool.promised_to(self.entrance.prefix)
+        own = self.pool.promised_to(request)
+        if self.entrance.prefix in self._snapshots.missing:  # it holds what will be the snapshot
+            own += self.pool.promised_to(self.entrance.prefix)
         try:
             check_promise(held, own)
         except BrokenPromiseError as error:

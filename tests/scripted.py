@@ -33,6 +33,11 @@ class _Handle:
         self._engine.completed.append((self._work, index))
 
 
+def _tell(deliver: Deliver, events: Iterable[Event]) -> None:
+    for event in events:
+        deliver(event)
+
+
 class ScriptedEngine:
     """`script` gives the events of a request; an exception in its place is raised by submit."""
 
@@ -43,13 +48,17 @@ class ScriptedEngine:
         self.completed: list[tuple[Work, int]] = []
         self.now = STATE
 
-    def submit(self, work: Work, deliver: Deliver) -> Handle:
-        self.works.append(work)
-        events = self._script(work)
-        if isinstance(events, Exception):
-            raise events
-        threading.Thread(target=lambda: [deliver(event) for event in events], daemon=True).start()
-        return _Handle(self, work)
+    def submit(self, *asked: tuple[Work, Deliver]) -> list[Handle]:
+        scripts = []
+        for work, deliver in asked:
+            self.works.append(work)
+            events = self._script(work)
+            if isinstance(events, Exception):
+                raise events
+            scripts.append((deliver, events))
+        for deliver, events in scripts:
+            threading.Thread(target=_tell, args=(deliver, events), daemon=True).start()
+        return [_Handle(self, work) for work, _ in asked]
 
     def swap(self, plan: Any) -> None:
         self.plan = plan

@@ -80,7 +80,7 @@ def ask(engine: Engine, prompt: Any, tokens: int = 20, take: Any = None, **optio
             take(event)
 
     sampling = Sampling(tokens, **({"temperature": 0.0} | options))
-    answer.handle = engine.submit(Work(tuple(prompt), sampling, **own), deliver)
+    (answer.handle,) = engine.submit((Work(tuple(prompt), sampling, **own), deliver))
     return answer
 
 

@@ -71,6 +71,47 @@ def test_sequences_of_one_plan_say_and_keep_what_they_do_alone(tiny, eviction, b
         assert cache.nbytes <= cache.promised_bytes
 
 
+def tensors(held):
+    """All tensors that are held, but for what is common to all caches."""
+    if isinstance(held, torch.Tensor):
+        return [held]
+    if isinstance(held, list | tuple):
+        return [tensor for each in held for tensor in tensors(each)]
+    own = ("coded", "slots", "codec", "parts", "mean", "key", "value", "weight", "entropy")
+    return [tensor for name in own if hasattr(held, name) for tensor in tensors(getattr(held, name))]
+
+
+def really_held(caches):
+    """Bytes of the memory behind all of these caches, each piece counted once."""
+    groups = [group for cache in caches for layer in cache.ragged() for group in layer.groups]
+    found = tensors([(g.keys, g.values, g.positions, g.scores, g.centroids or ()) for g in groups])
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found}.values())
+
+
+@pytest.mark.parametrize("centroids", [0, 2])
+@pytest.mark.parametrize("bits", [(32, 32), (16, 16), (5, 4)])
+@torch.inference_mode()
+def test_what_sequences_share_while_they_decode_is_held_once_and_leaves_with_them(tiny, bits, centroids):
+    loaded = tiny(head_dim=16)
+    plan = mixed(plan_of(loaded, [[20, 40], [28, 64]], HeavyHitter(interval=4, distance=0)), [bits, bits])
+    plan = plan.model_copy(update={"eviction": plan.eviction.model_copy(update={"centroids": centroids})})
+    caches = [prefill(loaded, plan, random_ids(1, 80, seed=seed), room=120)[0] for seed in range(4)]
+    alone = really_held(caches)
+    decoded(loaded, caches, random_ids(4, 10), 10)
+    shared = caches[0].layers[0].groups[0].shared
+    assert all(cache.layers[0].groups[0].shared is shared is not None for cache in caches)
+    assert sum(cache.nbytes for cache in caches) == pytest.approx(really_held(caches), abs=64)
+    assert really_held(caches) == pytest.approx(alone, rel=0.01)
+    copied = caches[1].copy(120)
+    assert really_held([copied]) == copied.nbytes <= copied.promised_bytes
+    caches.pop()
+    decoded(loaded, caches[:2], random_ids(2, 3), 3)
+    caches[2].stand_alone()
+    assert really_held(caches) == pytest.approx(alone * 3 / 4, rel=0.01)
+    for cache in caches:
+        cache.check_integrity()
+
+
 def test_a_batch_holds_the_plan_and_not_the_text(tiny):
     loaded = tiny()
     plan = plan_of(loaded, [[20, 40], [28, 64]], HeavyHitter(interval=4, distance=0), bits=16)

@@ -276,7 +276,7 @@ def test_a_refusal_has_its_status_and_tells_when_to_come_back(serve, refusal, st
 
 def test_a_refusal_of_one_prompt_ends_the_others(serve):
     def script(work):
-        return QueueFullError(3) if work.prompt[0] == ord("x") else [Started()]
+        return [QueueFullError(3)] if work.prompt[0] == ord("x") else [Started()]
 
     response, engine, _ = serve(script, "/v1/completions", ONCE | {"prompt": ["abc", "xyz"]})
     assert response.status_code == 429

@@ -126,6 +126,8 @@ def _stacked(groups: Sequence[Ranked], tokens: Tokens) -> _Batch:
 
 def _copied(groups: Sequence[Ranked], tokens: Tokens) -> _Batch:
     """Copies of what these heads hold, with the new tokens; those may grow, or differ in their slots."""
+    for group in groups:
+        group.stand_alone()
     filled = [group.filled for group in groups]
     most = max(filled)
     starts = [each - 1 for each in filled]

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Asked:
-    """Sizes of all measurements. Prompts and generated tokens are counted in tokens, the pool in bytes.
+    """Sizes of all measurements. Prompts and generated tokens are counted in tokens, pools in bytes.
+
+    `pool` is what sequences are packed into; under load servers have `roomy`, in which all `concurrent` sequences run
+    together even with the full cache.
 
     `closed` requests are sent by `concurrent` clients, each waiting for its answer; in the open loop requests come at
     random times, on average at a share `rates` of what the closed loop of the plan served. A request is good that meets
@@ -19,10 +22,11 @@ class Asked:
     prompts: tuple[int, int] = (2048, 6144)
     generated: int = 64
     concurrent: int = 8
-    closed: int = 24
-    open: int = 24
-    rates: tuple[float, ...] = (0.5, 0.9)
+    closed: int = 16
+    open: int = 12
+    rates: tuple[float, ...] = (0.8,)
     pool: int = 640 << 20
+    roomy: int = 1 << 30
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192)
     batch: int = 8
     steps: int = 64
@@ -47,6 +51,7 @@ def quick(model: str = "demo", plan: str = "plans/demo-12.5.json", texts: str = 
         open=4,
         rates=(0.5,),
         pool=256 << 20,
+        roomy=256 << 20,
         contexts=(1024, 2048),
         batch=2,
         steps=6,

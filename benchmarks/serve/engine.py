@@ -57,7 +57,7 @@ def engine_of(loaded: LoadedModel, plan: BudgetPlan, pool: int) -> Iterator[Engi
 def ask(engine: Engine, prompt: Sequence[int], tokens: int) -> Waiter:
     """A request for exactly so many tokens."""
     waiter = Waiter()
-    engine.submit(Work(tuple(prompt), Sampling(tokens, temperature=0, ignore_eos=True)), waiter.take)
+    engine.submit((Work(tuple(prompt), Sampling(tokens, temperature=0, ignore_eos=True)), waiter.take))
     return waiter
 
 

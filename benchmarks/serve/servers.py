@@ -25,7 +25,9 @@ JOB = Path(__file__).parents[2] / "jobs/serve.py"
 UP = 300.0
 """Seconds that a server may take to come up."""
 
-PLAN, FULL, PEER = "ours, 12.5 % plan", "ours, full plan", "transformers serve"
+PLAN, FULL = "ours, 12.5 % plan", "ours, full plan"
+PEER, BATCHED = "transformers serve", "transformers serve --continuous-batching"
+PEERS = (PEER, BATCHED)
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,15 @@ class Server:
 
 
 @contextmanager
-def server(name: str, asked: Asked, pool: int | None = None) -> Iterator[Server]:
+def server(name: str, asked: Asked) -> Iterator[Server]:
     """One of the contestants, for as long as the block lasts.
 
     Raises:
         UserError: it did not come up; with the last that it said.
     """
     port = _free_port()
-    model = asked.model if name != PEER else _directory(asked.model)
-    command = _peer(model, port) if name == PEER else _ours(asked, name, pool or asked.pool, port)
+    model = _directory(asked.model) if name in PEERS else asked.model
+    command = _peer(name, model, port) if name in PEERS else _ours(asked, name, port)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(asked.threads)}
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
@@ -69,14 +71,15 @@ def server(name: str, asked: Asked, pool: int | None = None) -> Iterator[Server]
             _end(process)
 
 
-def _ours(asked: Asked, name: str, pool: int, port: int) -> list[str]:
+def _ours(asked: Asked, name: str, port: int) -> list[str]:
     plan = asked.plan if name == PLAN else "full"
-    options = ["--plan", plan, "--model", asked.model, "--port", str(port), "--pool", str(pool)]
+    options = ["--plan", plan, "--model", asked.model, "--port", str(port), "--pool", str(asked.roomy)]
     return [sys.executable, str(JOB), *options, "--waiting", "256", "--timeout", "3600"]
 
 
-def _peer(model: str, port: int) -> list[str]:
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", model, "--device", "cpu"]
+def _peer(name: str, model: str, port: int) -> list[str]:
+    _, verb, *batching = name.split()
+    command = [str(Path(sys.executable).with_name("transformers")), verb, model, *batching, "--device", "cpu"]
     return [*command, "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
 
 

@@ -13,7 +13,7 @@ from benchmarks.serve import engine
 from benchmarks.serve.asked import Asked
 from benchmarks.serve.load import closed, figures, opened
 from benchmarks.serve.prompts import Prompt, Prompts
-from benchmarks.serve.servers import FULL, PEER, PLAN, Server, server
+from benchmarks.serve.servers import BATCHED, FULL, PEER, PLAN, Server, server
 
 PARTS = ("fits", "together", "overhead", "beside", "closed", "open")
 """Sequences that fit, by sum and by trial; steps of the engine alone; servers over HTTP, under two kinds of load."""
@@ -67,7 +67,7 @@ def _over_http(prompts: Prompts, asked: Asked, with_open: bool) -> dict[str, Any
     same = [prompts.of(asked.prompt) for _ in range(asked.closed)]
     warm_up = [prompts.of(min(64, asked.prompt))]
     found: dict[str, Any] = {"closed": {}}
-    for name in (PLAN, FULL, PEER):
+    for name in (PLAN, FULL, PEER, BATCHED):
         with server(name, asked) as up:
             say(f"closed loop: {name}")
             found["closed"][name] = _closed(up, asked, warm_up, same)
@@ -86,7 +86,7 @@ def _closed(up: Server, asked: Asked, warm_up: Sequence[Prompt], prompts: Sequen
 def _opened(prompts: Prompts, asked: Asked, served: float, warm_up: Sequence[Prompt]) -> list[dict[str, Any]]:
     """Every contestant at the same rates, with the same prompts at the same times."""
     sent, rows = [prompts.between(*asked.prompts) for _ in range(asked.open)], []
-    for name in (PLAN, FULL, PEER):
+    for name in (PLAN, FULL, PEER, BATCHED):
         with server(name, asked) as up:
             closed(up.address, up.model, warm_up, 4, 1, PATIENCE)
             for share in asked.rates:
