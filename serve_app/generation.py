@@ -122,6 +122,7 @@ class Asked:
                 if number not in self._open:
                     continue
                 if isinstance(event, Exception):
+                    self._close(number, None)
                     raise event
                 if event.finish:  # of a prompt alone, that ends all of its continuations
                     self._close(number, None if isinstance(event, Started) else event.index)
