@@ -100,7 +100,7 @@ class Follower:
                 logger.warning("cannot report to the other replicas", exc_info=True, extra={"log_to_stderr": False})
 
     def _follow(self, order: Order) -> None:
-        if order.draining and not self._order.draining:
+        if order.draining:  # the engine of a replica that comes up only now has not heard of it
             self._engine.drain()
             self._order = dataclasses.replace(self._order, draining=True)
         if order.version > max(self._order.version, self._refused):

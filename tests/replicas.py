@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan, full_plan
-from serve_app.board import Board
+from serve_app.board import Board, Order
 from serve_app.engine import Engine, Limits
 from serve_app.following import Follower
 from serve_app.metrics import Metrics
@@ -37,10 +37,12 @@ def make_replica(
     return replica_of(engine, loaded, name, **more)
 
 
-def replica_of(engine: Any, loaded: LoadedModel, name: str = "one", board: Any = None, **more: Any) -> Replica:
-    """A replica around an engine, or around whatever is asked as one."""
+def replica_of(
+    engine: Any, loaded: LoadedModel, name: str = "one", board: Any = None, order: Order | None = None, **more: Any
+) -> Replica:
+    """A replica around an engine, or around whatever is asked as one, that follows an order when it comes up."""
     metrics = Metrics("tiny", name, engine.state, lambda: engine.plan)
-    follower = Follower(engine, board or Board(), name, lambda: {"id": "tiny"}, lambda: metrics.text)
+    follower = Follower(engine, board or Board(), name, lambda: {"id": "tiny"}, lambda: metrics.text, order)
     return Replica(engine, Prompts.of(loaded), metrics, follower, "tiny", created=1, **more)
 
 

@@ -177,6 +177,14 @@ def test_draining_reaches_every_replica_and_new_requests_are_told(pair):
     assert {report.state["draining"] for report in (one.follower.say(), two.follower.say())} == {True}
 
 
+def test_a_replica_that_comes_up_during_a_drain_takes_no_requests(loaded):
+    board = Board()
+    late = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=board, order=board.drain())
+    late.follower.once()
+    assert ask(create_app(late), "GET", "/ready").status_code == 503
+    assert late.follower.say().state["draining"]
+
+
 def test_a_replica_that_is_silent_counts_as_gone(pair, monkeypatch):
     (one, two), board = pair
     one.follower.once()
