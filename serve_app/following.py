@@ -12,6 +12,7 @@ from baklava.errors import UserError
 from baklava.plan import BudgetPlan
 from serve_app.board import Order, Report
 from serve_app.engine import Engine
+from serve_app.errors import ApiError
 
 logger = logging.getLogger("ray.serve")
 
@@ -74,11 +75,19 @@ class Follower:
 
         Raises:
             UserError: the plan is for another model, or the pool does not hold one sequence.
+            ApiError: 503, the others cannot be told; this replica is back in the plan that it had.
         """
         with self._lock:
+            before = self._engine.plan
             self._engine.swap(plan)
-            self._order = dataclasses.replace(self._board.offer(plan.model_dump_json()), draining=self._order.draining)
-            return self._order.version
+            try:
+                order = self._board.offer(plan.model_dump_json())
+            except Exception:  # whatever the cluster raises
+                self._engine.swap(before)
+                logger.warning("the board of the replicas does not answer", exc_info=True)
+                raise ApiError("The other replicas cannot be told; the plan stays.", 503, retry_after=5) from None
+            self._order, self._failed = dataclasses.replace(order, draining=self._order.draining), ""
+            return order.version
 
     def everyone(self) -> list[Report]:
         """What all replicas say, this one as it is now."""

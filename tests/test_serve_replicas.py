@@ -196,16 +196,24 @@ def test_a_replica_that_is_silent_counts_as_gone(pair, monkeypatch):
     assert [report.replica for report in board.reports()] == ["one"]
 
 
+class Gone:
+    def reports(self, *_):
+        raise ConnectionError
+
+    offer = report = reports
+
+
 def test_a_board_that_does_not_answer_leaves_a_replica_by_itself(loaded):
-    class Gone:
-        def report(self, _):
-            raise ConnectionError
-
-        offer = reports = report
-
     replica = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=Gone())
     assert [report.replica for report in replica.follower.everyone()] == ["one"]
     assert ask(create_app(replica), "GET", "/metrics").status_code == 200
+
+
+def test_a_plan_that_the_others_cannot_be_told_of_is_not_put_in_force(loaded, tight):
+    replica = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=Gone())
+    response = ask(create_app(replica), "POST", "/v1/plan", json={"plan": tight.model_dump(mode="json")})
+    assert (response.status_code, "retry-after" in response.headers) == (503, True)
+    assert replica.engine.plan == full(loaded)
 
 
 def samples(text):
