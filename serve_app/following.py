@@ -29,6 +29,9 @@ class Notices(Protocol):
     def offer(self, plan: str) -> Order:
         """Put a plan in force."""
 
+    def leave(self, replica: str) -> None:
+        """A replica ends."""
+
     def reports(self) -> list[Report]:
         """The last word of every replica."""
 
@@ -57,8 +60,10 @@ class Follower:
         threading.Thread(target=self._loop, name="follow", daemon=True).start()
 
     def stop(self) -> None:
-        """No more reports."""
+        """This replica ends: no more reports, and the others do not wait until it counts as gone."""
         self._over.set()
+        with self._lock:
+            self._board.leave(self.replica)
 
     def say(self) -> Report:
         """What this replica would report now."""
@@ -68,7 +73,8 @@ class Follower:
     def once(self) -> None:
         """Report, and do what is said."""
         with self._lock:
-            self._follow(self._board.report(self.say()))
+            if not self._over.is_set():
+                self._follow(self._board.report(self.say()))
 
     def propose(self, plan: BudgetPlan) -> int:
         """Swap this replica's plan and then everybody's; the version that this is.

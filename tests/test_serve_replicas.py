@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ from serve_app.listen import Keys
 from serve_app.metrics import merged
 from serve_app.routes import create_app
 from serve_app.scaling import LOAD, load, replicas_for
+from serve_app.server import Server
 from serve_app.work import Started, Token
 
 ONCE = {"prompt": "Once", "max_tokens": 6, "temperature": 0}
@@ -201,6 +203,15 @@ class Gone:
         raise ConnectionError
 
     offer = report = reports
+
+
+def test_a_replica_that_serve_ends_is_gone_at_once(pair):
+    (one, two), board = pair
+    one.follower.once()
+    two.follower.once()
+    asyncio.run(Server.__del__(SimpleNamespace(_follower=one.follower)))
+    one.follower.once()  # as its thread may have been about to
+    assert [report.replica for report in board.reports()] == ["two"]
 
 
 def test_a_board_that_does_not_answer_leaves_a_replica_by_itself(loaded):
