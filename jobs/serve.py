@@ -1,12 +1,13 @@
 """Serve a model inside its budget plan over HTTP, as OpenAI's clients speak it."""
 
 import argparse
+import contextlib
 import os
 import queue
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
         signals = taken_signals()
         with deployed(settings, arguments.host, arguments.port, scale) as server:
             print(welcome(server.about, arguments.host, arguments.port, guarded=keys.any), flush=True)
-            while wait(signals) == signal.SIGHUP:
-                _reload(arguments, server.board)
+            wait(signals, lambda: reload(arguments, server.board))
 
 
 def _settings(arguments: argparse.Namespace, plan: BudgetPlan | None, keys: Keys, most: int) -> tuple[Any, Any]:
@@ -197,25 +197,24 @@ def taken_signals() -> "queue.SimpleQueue[int]":
     return taken
 
 
-def wait(signals: "queue.SimpleQueue[int]") -> int:
-    """Wait for a SIGHUP, or for Ctrl-C or SIGTERM, which both are SIGTERM here."""
-    try:
-        return signals.get()
-    except KeyboardInterrupt:
-        say("stopping: requests under way may end")
-        return signal.SIGTERM
+def wait(signals: "queue.SimpleQueue[int]", hung_up: Callable[[], None]) -> None:
+    """Wait for Ctrl-C or SIGTERM; until then, do at every SIGHUP what it asks for."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while signals.get():
+            hung_up()
+    say("stopping: requests under way may end")
 
 
-def _reload(arguments: argparse.Namespace, board: Any) -> None:
+def reload(arguments: argparse.Namespace, board: Any) -> None:
+    """Read the plan again and say what has come of it; whatever is wrong with it, the server goes on."""
+    from serve_app.swapping import put_in_force
+
     try:
         plan = checked_plan(arguments.plan, arguments.model)
     except UserError as error:
         say(f"the plan stays as it is: {error}")
-        return
-    if plan is None:
-        return
-    board.offer(plan.model_dump_json())
-    say(f"new requests live inside plan {plan.digest} ({plan.ratio:.1%})")
+    else:
+        say(put_in_force(board, plan) if plan else "the plan stays as it is: --plan full has nothing to read again")
 
 
 def _port(text: str) -> int:

@@ -68,7 +68,7 @@ class Follower:
     def say(self) -> Report:
         """What this replica would report now."""
         state = dataclasses.asdict(self._engine.state())
-        return Report(self.replica, self._order, state, self._card(), self._metrics(), self._failed)
+        return Report(self.replica, self._order, state, self._card(), self._metrics(), self._failed, self._refused)
 
     def once(self) -> None:
         """Report, and do what is said."""

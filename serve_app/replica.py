@@ -1,6 +1,5 @@
 """One replica: a model inside its plan, and how it answers requests."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -11,10 +10,9 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from serve_app.board import Report
 from serve_app.engine import Engine
 from serve_app.errors import ApiError, as_api_error
-from serve_app.following import EVERY, Follower
+from serve_app.following import Follower
 from serve_app.generation import Answering
 from serve_app.journal import notes
 from serve_app.likely import Names
@@ -27,8 +25,6 @@ from serve_app.work import State, Work
 
 REQUEST_SECONDS = 600.0
 """Longest life of a request, its wait included; a whole context of a small model on a CPU fits."""
-
-_SWAP_SECONDS = 10.0
 
 CACHE_HEADER = "x-baklava-plan"
 """Header of every generated answer: the plan whose budgets all of its tokens and log-probabilities went through."""
@@ -89,15 +85,6 @@ class Replica:
             for prompt in prompts
         ]
         return Answering(self.prompts.tokenizer, prompts, works, body.stop, echo)
-
-    async def swapped(self, version: int) -> list[Report]:
-        """What all replicas say once each has taken up this version of the plan, or after some seconds."""
-        for _ in range(int(_SWAP_SECONDS / EVERY)):
-            reports = await run_in_threadpool(self.follower.everyone)
-            if all(report.order.version >= version or report.failed for report in reports):
-                break
-            await asyncio.sleep(EVERY)
-        return reports
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError 404 for any model but the one that is served."""

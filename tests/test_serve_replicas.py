@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import runpy
 import threading
 import time
 from types import SimpleNamespace
@@ -10,11 +11,15 @@ import httpx
 import pytest
 from handmade import plan_of
 from prometheus_client.parser import text_string_to_metric_families
+from ray.exceptions import GetTimeoutError
 from replicas import LOCAL, POOL, ask, byte_loaded, full, make_replica, replica_of
 from scripted import STATE, ScriptedEngine
+from server import ROOT, small_model
 
 from baklava.errors import UserError
 from baklava.eviction import Streaming
+from baklava.model import describe
+from baklava.plan import full_plan
 from serve_app.board import SILENT_SECONDS, Board, Order
 from serve_app.engine import Engine, Limits
 from serve_app.listen import Keys
@@ -22,6 +27,7 @@ from serve_app.metrics import merged
 from serve_app.routes import create_app
 from serve_app.scaling import LOAD, load, replicas_for
 from serve_app.server import Server
+from serve_app.swapping import put_in_force
 from serve_app.work import Started, Token
 
 ONCE = {"prompt": "Once", "max_tokens": 6, "temperature": 0}
@@ -98,6 +104,25 @@ def test_a_plan_that_a_replica_cannot_take_is_told_and_not_tried_again(pair, tig
     assert two.engine.plan != tight
     told = ask(create_app(two), "GET", "/").text
     assert "does not hold one sequence" in told
+
+
+def test_a_plan_counts_as_in_force_when_every_replica_has_taken_it_up(pair, tight, monkeypatch):
+    (one, two), board = pair
+    one.follower.once()
+    two.follower.once()
+    monkeypatch.setattr("serve_app.swapping.PATIENCE", 0.1)
+    assert "0 of 2 replicas have taken it up so far" in put_in_force(board, tight)
+    over = [following(replica) for replica in (one, two)]
+    monkeypatch.setattr("serve_app.swapping.PATIENCE", 30)
+    assert put_in_force(board, tight) == f"new requests live inside plan {tight.digest} ({tight.ratio:.1%})"
+    monkeypatch.setattr(two.engine, "_check", lambda *_: refuse_plan())
+    assert "1 of 2 replicas stay in the plan that they have: too small" in put_in_force(board, full(two.engine._loaded))
+    for event in over:
+        event.set()
+
+
+def refuse_plan():
+    raise UserError("too small")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +225,7 @@ def test_a_replica_that_is_silent_counts_as_gone(pair, monkeypatch):
 
 class Gone:
     def reports(self, *_):
-        raise ConnectionError
+        raise GetTimeoutError("it does not answer")
 
     offer = report = reports
 
@@ -218,6 +243,16 @@ def test_a_board_that_does_not_answer_leaves_a_replica_by_itself(loaded):
     replica = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=Gone())
     assert [report.replica for report in replica.follower.everyone()] == ["one"]
     assert ask(create_app(replica), "GET", "/metrics").status_code == 200
+
+
+def test_a_signal_to_read_the_plan_again_never_ends_the_server(tmp_path, tight, capsys):
+    script = runpy.run_path(str(ROOT / "jobs/serve.py"))
+    model, file = small_model(tmp_path / "model"), tmp_path / "plan.json"
+    identity, geometry = describe(str(model))
+    full_plan(identity, geometry, 64).write(file)
+    for plan, words in ((file, "cannot be told"), ("full", "nothing to read again"), ("none.json", "cannot read plan")):
+        script["reload"](script["parse"](["--plan", str(plan), "--model", str(model)]), Gone())
+        assert words in capsys.readouterr().err
 
 
 def test_a_plan_that_the_others_cannot_be_told_of_is_not_put_in_force(loaded, tight):
