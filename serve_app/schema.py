@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from serve_app.refused import CHAT_ONLY, COMPLETION_ONLY, NEUTRAL, refuse
@@ -37,6 +37,18 @@ COMPLETION_LOGPROBS, CHAT_LOGPROBS = 5, 20
 Ids = list[Annotated[int, Field(strict=True)]]
 
 
+def whole(text: str) -> str:
+    """The same text; raises ValueError for half of a surrogate pair, which JSON can write and nobody can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("has half of a surrogate pair, which is no character; send whole ones") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(whole)]
+
+
 class Body(BaseModel):
     """An object of a request in which null is absent and unknown fields are kept apart."""
 
@@ -58,7 +70,7 @@ class StreamOptions(Body):
 class GenerationRequest(Body):
     """The fields that chat and completion share. `top_k` 0 or -1 keeps all tokens; temperature 0 is greedy."""
 
-    model: str | None = None
+    model: Text | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES, strict=True)] = 1
@@ -72,7 +84,7 @@ class GenerationRequest(Body):
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)], ...],
+        tuple[Annotated[Text, Field(min_length=1, max_length=STOP_LENGTH)], ...],
         Field(max_length=4),
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
     ] = ()
@@ -82,7 +94,7 @@ class GenerationRequest(Body):
     return_tokens_as_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: str | None = None
+    user: Text | None = None
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -167,7 +179,7 @@ class CompletionRequest(GenerationRequest):
             raise ValueError("must be all strings or all token ids")
         if not 1 <= len(prompts) <= MOST_PROMPTS:
             raise ValueError(f"{len(prompts)} prompts; send 1 to {MOST_PROMPTS}")
-        return tuple(prompts)
+        return tuple(whole(one) if isinstance(one, str) else one for one in prompts)
 
     @model_validator(mode="before")
     @classmethod
@@ -201,7 +213,7 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        str,
+        Text,
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
     ] = ""
 
@@ -226,7 +238,7 @@ class ChatRequest(GenerationRequest):
     logprobs: Annotated[bool, Field(strict=True)] = False
     top_logprobs: Annotated[int, Field(ge=0, le=CHAT_LOGPROBS, strict=True)] | None = None
     add_special_tokens: bool = False
-    chat_template_kwargs: Annotated[dict[str, bool | int | float | str], Field(max_length=16)] = {}
+    chat_template_kwargs: Annotated[dict[Text, bool | int | float | Text], Field(max_length=16)] = {}
 
     @model_validator(mode="before")
     @classmethod

@@ -5,14 +5,14 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from serve_app.prompts import Prompts
-from serve_app.schema import Body, Ids, Message
+from serve_app.schema import Body, Ids, Message, Text
 
 
 class TokenizeRequest(Body):
     """A text, or the messages of a chat."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: Text | None = None
+    prompt: Text | None = None
     messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
 
@@ -26,7 +26,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """Token ids."""
 
-    model: str | None = None
+    model: Text | None = None
     tokens: Ids
 
 

@@ -139,6 +139,37 @@ def test_a_text_that_is_too_long_is_refused_in_the_known_words(post):
     )
 
 
+HALF = "\ud83d"  # of a pair that would be one character
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", ONCE | {"prompt": HALF}),
+        ("/v1/completions", ONCE | {"prompt": ["whole", HALF], "echo": True}),
+        ("/v1/completions", ONCE | {"model": HALF}),
+        ("/v1/completions", ONCE | {"stop": HALF}),
+        ("/v1/completions", ONCE | {"logit_bias": {HALF: 1}}),
+        ("/v1/completions", ONCE | {HALF: 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": HALF}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}),
+        ("/v1/chat/completions", {"messages": [{"role": HALF, "content": ""}]}),
+        ("/v1/chat/completions", HELLO | {"chat_template_kwargs": {"name": HALF}}),
+        ("/v1/chat/completions", HELLO | {"chat_template_kwargs": {HALF: "x"}}),
+        ("/tokenize", {"prompt": HALF}),
+        ("/tokenize", {"prompt": "whole", "model": HALF}),
+        ("/detokenize", {"tokens": [1], "model": HALF}),
+        ("/v1/plan", {"plan": HALF}),
+        ("/v1/plan", {HALF: {}}),
+    ],
+)
+def test_half_a_character_is_the_clients_fault(replica, path, body):
+    headers = {"Content-Type": "application/json"}
+    response = ask(create_app(replica), "POST", path, content=json.dumps(body), headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_bodies_that_are_no_json_are_refused(replica):
     headers = {"Content-Type": "application/json"}
     for content in (b"{", b"\xff\xfe", b"[" * 100_000):
