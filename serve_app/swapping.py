@@ -1,5 +1,6 @@
 """Another plan for new requests, while those under way end in theirs: by POST /v1/plan, or by a signal."""
 
+import json
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ class PlanRequest(BaseModel):
                 raise ApiError(f"plan: give a plan's JSON or {registry}NAME@ALIAS, no path.", param="plan")
             return resolve(self.plan)
         try:
-            return BudgetPlan.model_validate(self.plan, strict=False)
+            return BudgetPlan.model_validate_json(json.dumps(self.plan))  # as a file is read
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "plan"

@@ -170,6 +170,16 @@ def test_half_a_character_is_the_clients_fault(replica, path, body):
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_plan_with_half_a_character_is_the_clients_fault(replica):
+    plan = replica.engine.plan.model_dump(mode="json")
+    headers = {"Content-Type": "application/json"}
+    for name in ("id", "config_hash"):
+        body = json.dumps({"plan": plan | {"model": plan["model"] | {name: HALF}}})
+        response = ask(create_app(replica), "POST", "/v1/plan", content=body, headers=headers)
+        assert response.status_code == 400
+        assert "not a valid plan" in response.json()["error"]["message"]
+
+
 def test_bodies_that_are_no_json_are_refused(replica):
     headers = {"Content-Type": "application/json"}
     for content in (b"{", b"\xff\xfe", b"[" * 100_000):
