@@ -243,9 +243,12 @@ def test_without_keys_only_this_machines_own_names_are_answered(replica):
 def test_a_form_of_another_site_cannot_ask_for_anything(replica):
     """Browsers send such a body without asking first; JSON they would ask for, and no answer allows it."""
     app = create_app(replica)
-    for path in ("/v1/completions", "/v1/plan"):
-        response = ask(app, "POST", path, content=json.dumps(ONCE), headers={"Content-Type": "text/plain"})
-        assert response.status_code == 400
+    plan = {"plan": replica.engine.plan.model_dump(mode="json")}
+    for path, body in (("/v1/completions", ONCE), ("/v1/plan", plan)):
+        assert ask(app, "POST", path, json=body).status_code == 200
+        for headers in ({"Content-Type": "text/plain"}, {}):
+            response = ask(app, "POST", path, content=json.dumps(body), headers=headers)
+            assert response.status_code == 400
     asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in ask(app, "OPTIONS", "/v1/completions", headers=asked).headers
 
