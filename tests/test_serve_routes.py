@@ -335,10 +335,18 @@ def test_requests_are_named_and_a_fair_name_is_kept(get):
 def test_the_template_gets_variables_but_never_another_template(post):
     asked = {"chat_template_kwargs": {"enable_thinking": False}}
     assert post("/v1/chat/completions", HELLO | asked).status_code == 200
-    for name in ("chat_template", "tokenize", "tools", "conversation"):
+    for name in ("chat_template", "tokenize", "tools", "conversation", "conversations", "messages", "self"):
         refused = post("/v1/chat/completions", HELLO | {"chat_template_kwargs": {name: "x"}})
         assert refused.status_code == 400
         assert name in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("template", ["{{ 'a' + 1 }}", "{{ 1 // 0 }}", "{{ raise_exception('no') }}", "{{ x.y.z }}"])
+def test_a_template_that_fails_is_told_as_a_refusal(replica, post, monkeypatch, template):
+    monkeypatch.setattr(replica.prompts.tokenizer, "chat_template", template)
+    for body in (HELLO, HELLO | {"chat_template_kwargs": {"raise_exception": "shadowed"}}):
+        response = post("/v1/chat/completions", body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
 
 
 def test_a_long_prompt_is_cut_from_the_left_where_that_is_asked_for(post):
