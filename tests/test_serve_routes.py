@@ -225,6 +225,8 @@ def test_a_browser_is_asked_for_a_key_and_may_only_read_with_it(replica):
     assert ask(app, "GET", "/", headers=basic("first")).status_code == 200
     assert ask(app, "GET", "/", headers=basic("wrong")).status_code == 401
     assert ask(app, "POST", "/v1/completions", json=ONCE, headers=basic("first")).status_code == 401
+    for garbage in (b"\xe9", b"=", b"/w=="):
+        assert ask(app, "GET", "/", headers={"Authorization": b"Basic " + garbage}).status_code == 401
 
 
 def test_without_keys_only_this_machines_own_names_are_answered(replica):
