@@ -121,7 +121,7 @@ class Prompts:
         if keep is None:
             return ids
         if keep == -1:
-            keep = self.limit - (request.wanted_tokens or 1)
+            keep = max(1, self.limit - (request.wanted_tokens or 1))  # what is too much together is told as such
         return ids[max(0, len(ids) - keep) :]
 
     def _room(self, request: GenerationRequest, prompt: int) -> int:

@@ -357,3 +357,6 @@ def test_a_long_prompt_is_cut_from_the_left_where_that_is_asked_for(post):
     assert answer["usage"]["prompt_tokens"] == 4
     assert answer["choices"][0]["text"].startswith("Once")
     assert post("/v1/completions", asked | {"truncate_prompt_tokens": -1}).json()["usage"]["prompt_tokens"] == 255
+    for many in (256, 300):
+        refused = post("/v1/completions", asked | {"truncate_prompt_tokens": -1, "max_tokens": many})
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
