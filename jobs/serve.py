@@ -59,7 +59,8 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
         "--pool",
         default="50%",
         metavar="SIZE",
-        help="memory for KV caches, per replica in bytes (2GiB), or of all in share of what is free (default: 50%%)",
+        help="memory for KV caches, per replica in bytes (2GiB), or of all on a device in share of what is free there "
+        "(default: 50%%)",
     )
     parser.add_argument(
         "--waiting", type=_count, default=64, metavar="N", help="requests that may wait in a replica (default: 64)"
@@ -118,7 +119,7 @@ def _settings(arguments: argparse.Namespace, plan: BudgetPlan | None, keys: Keys
     from serve_app.declared import Declared
     from serve_app.memory import PoolSize
 
-    pool = PoolSize.parse(arguments.pool, most)
+    pool = PoolSize.parse(arguments.pool)
     declared = tuple(Declared.read(path) for path in arguments.prefix)
     logs = str(Path(arguments.logs).absolute()) if arguments.logs else None
     from serve_app.app import Scale

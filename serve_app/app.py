@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve_app import front
@@ -114,7 +114,7 @@ def deployed(settings: Settings, host: str, port: int, scale: Scale) -> Iterator
     board = RemoteBoard(actor)
     try:
         serve.start(http_options=http, logging_config=log)
-        about = _run(_deployment(settings, scale, log).bind(settings, actor)).about.remote().result()
+        about = _run(_application(settings, scale, log, actor)).about.remote().result()
         yield Deployed(about, board)
     finally:
         try:
@@ -152,13 +152,14 @@ def _run(application: serve.Application) -> Any:
         raise UserError(sentence[1]) from None
 
 
-def _deployment(settings: Settings, scale: Scale, log: LoggingConfig) -> serve.Deployment:
-    gpus = ray.cluster_resources().get("GPU", 0)
-    return serve.deployment(
+def _application(settings: Settings, scale: Scale, log: LoggingConfig, actor: Any) -> serve.Application:
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    pool = settings.pool.between(scale.most, gpus)
+    deployment = serve.deployment(
         Server,
         name=APP,
         **_size(scale),
-        ray_actor_options={"num_cpus": 1, "num_gpus": min(1, gpus / scale.most)},
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 / pool.sharing if gpus else 0},
         max_ongoing_requests=_NET,
         max_queued_requests=_NET,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
@@ -170,6 +171,7 @@ def _deployment(settings: Settings, scale: Scale, log: LoggingConfig) -> serve.D
         logging_config=log,
         max_constructor_retry_count=1,
     )
+    return deployment.bind(replace(settings, pool=pool), actor)
 
 
 def _size(scale: Scale) -> dict[str, Any]:
