@@ -38,6 +38,11 @@ _NET = 4096
 _NET_SECONDS = 30.0
 _LOOK = 0.25  # seconds between looks at the board
 
+_OPEN = (
+    "warning: on a cluster that was started elsewhere, Ray Serve's own pages (/-/routes, /-/healthz) ask nobody for a "
+    f"key, unless its nodes have {front.VARIABLE}={front.PATH}"
+)
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -63,6 +68,7 @@ def session(replicas: int, *, quiet: bool = False) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address:
         check_answers(address)
+        say(_OPEN)
     try:
         # Without "local", Ray would join any cluster that was started on this machine.
         ray.init(address or "local", logging_level="ERROR", **({} if address else _own_cluster(replicas)))

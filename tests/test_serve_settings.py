@@ -11,7 +11,7 @@ from baklava import memory
 from baklava.errors import UserError
 from baklava.eviction import Streaming
 from baklava.sizes import full_bytes
-from serve_app.app import Scale, _application
+from serve_app.app import Scale, _application, session
 from serve_app.declared import Declared
 from serve_app.listen import Keys, api_keys, key_digest
 from serve_app.memory import PoolSize, free_bytes, table
@@ -68,6 +68,17 @@ def test_the_table_tells_how_many_sequences_fit_at_each_length_next_to_a_prompt_
     assert [dense for _, dense, _ in rows] == [38, 18, 8]  # a prompt enters in 32 bits, twice the 16 of the full cache
     left = [10 * whole - tokens * whole // 128 for tokens in (64, 128, 256)]
     assert [budgeted for _, _, budgeted in rows] == [room // plan.bytes_per_sequence for room in left]
+
+
+def test_on_a_cluster_of_others_a_warning_tells_what_serve_answers_by_itself(monkeypatch, capsys):
+    for name in ("ray.init", "ray.shutdown", "serve_app.app._check_room", "serve_app.app.check_answers"):
+        monkeypatch.setattr(name, lambda *_, **__: None)
+    for address, words in (("head:6379", ("/-/routes", "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")), ("", ())):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with session(1):
+            told = capsys.readouterr().err
+        assert all(word in told for word in words)
+        assert bool(told) == bool(words)
 
 
 def test_a_text_is_a_system_prompt_and_its_tokens_begin_every_chat(tmp_path, prompts):
