@@ -324,6 +324,22 @@ def test_text_goes_to_tokens_and_back(post, get):
     assert post("/tokenize", {}).status_code == 400
 
 
+def test_tokens_are_counted_as_they_were_asked_for_or_not_at_all(post):
+    chat = {"messages": HELLO["messages"]}
+    neutral = {
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "chat_template_kwargs": {},
+        "tools": None,
+    }
+    assert post("/tokenize", chat | neutral | {"add_special_tokens": False}).json()["tokens"] == list(b"u:Hello;")
+    unsupported = {"add_generation_prompt": False, "tools": [{}], "chat_template": "x", "add_special_tokens": True}
+    unsupported |= {"chat_template_kwargs": {"a": 1}, "return_token_strs": True}
+    for field, value in unsupported.items():
+        refused = post("/tokenize", chat | {field: value})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+
+
 def test_the_version_is_told(get):
     assert get("/version").json()["version"]
 
