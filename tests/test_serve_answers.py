@@ -105,6 +105,29 @@ def test_a_stop_string_ends_the_engines_work(serve):
     assert engine.cancelled == []  # its client has not gone away
 
 
+@pytest.mark.parametrize(
+    ("least", "text"),
+    [
+        (0, "a"),
+        (2, "a"),
+        (3, "a.b"),
+        (6, "a.b.c"),
+        (7, "a.b.c.<"),
+        (8, "a.b.c.<"),
+        (10, "a.b.c.<!x"),
+        (12, "a.b.c.<!x.d"),
+    ],
+)
+def test_no_stop_string_ends_a_text_before_it_has_its_least_tokens(serve, least, text):
+    def script(work):
+        yield Started()
+        yield from spelt("a.b.c.<!x.d.")
+
+    body = ONCE | {"max_tokens": 12, "min_tokens": least, "stop": [".", "!x"]}
+    response, _, _ = serve(script, "/v1/completions", body)
+    assert response.json()["choices"][0]["text"] == text
+
+
 def test_a_stop_string_ends_one_of_several_continuations_alone(serve):
     def script(work):
         yield Started()
