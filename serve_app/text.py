@@ -28,14 +28,13 @@ class Word:
 class Piece:
     """What is added to an answer: text, which may be empty, and why the answer ends with it, if it does.
 
-    `words` are there if log-probabilities were asked for. `tokens` were generated for it: one, or none for an echo.
+    `words` are there if log-probabilities were asked for.
     """
 
     text: str
     index: int = 0
     finish: Finish | None = None
     words: tuple[Word, ...] = ()
-    tokens: int = 1
 
 
 class Detokenizer:
