@@ -21,7 +21,7 @@ from serve_app.prompts import Prompt, Prompts
 from serve_app.replies import STREAM_HEADERS, Reply, Style
 from serve_app.schema import ChatRequest, CompletionRequest
 from serve_app.text import Piece
-from serve_app.work import State, Work
+from serve_app.work import DrainingError, State, Work
 
 REQUEST_SECONDS = 600.0
 """Longest life of a request, its wait included; a whole context of a small model on a CPU fits."""
@@ -97,10 +97,10 @@ class Replica:
             )
 
     def check_ready(self) -> State:
-        """Raise ApiError 503 unless new requests are taken."""
+        """Raise DrainingError, or ApiError 503, unless new requests are taken."""
         state = self.check_alive()
         if state.draining:
-            raise ApiError("The server is shutting down; ask another one.", 503, code="draining", retry_after=5)
+            raise DrainingError("The server is shutting down; ask another one.")
         return state
 
     def check_alive(self) -> State:

@@ -46,9 +46,11 @@ def replica_of(
     return Replica(engine, Prompts.of(loaded), metrics, follower, "tiny", created=1, **more)
 
 
-def ask(app: FastAPI, method: str, path: str, base: str = LOCAL, **options: Any) -> httpx.Response:
+def ask(app: FastAPI, method: str, path: str, base: str = LOCAL, faults: bool = True, **options: Any) -> httpx.Response:
+    """The answer of an app. Without `faults`, what the app would log as a fault of its own is raised here."""
+
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=not faults)
         async with httpx.AsyncClient(transport=transport, base_url=base, timeout=60) as client:
             return await client.request(method, path, **options)
 

@@ -148,7 +148,7 @@ def test_a_plan_for_another_model_is_refused(pair, tiny):
     (one, _), board = pair
     foreign = tiny(layers=3)
     plan = full(dataclasses.replace(foreign, tokenizer=None))
-    response = ask(create_app(one), "POST", "/v1/plan", json={"plan": plan.model_dump(mode="json")})
+    response = ask(create_app(one), "POST", "/v1/plan", faults=False, json={"plan": plan.model_dump(mode="json")})
     assert response.status_code == 400
     assert "was made for" in response.json()["error"]["message"]
     assert board.order() == Order()
@@ -196,7 +196,8 @@ def test_draining_reaches_every_replica_and_new_requests_are_told(pair):
     for replica in (one, two):
         replica.follower.once()
         app = create_app(replica)
-        assert ask(app, "GET", "/ready").status_code == 503
+        ready = ask(app, "GET", "/ready", faults=False)
+        assert (ready.status_code, ready.headers["retry-after"]) == (503, "5")
         assert ask(app, "GET", "/health").status_code == 200
         refused = ask(app, "POST", "/v1/completions", json=ONCE)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")

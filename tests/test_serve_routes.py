@@ -255,6 +255,12 @@ def test_a_form_of_another_site_cannot_ask_for_anything(replica):
     assert "access-control-allow-origin" not in ask(app, "OPTIONS", "/v1/completions", headers=asked).headers
 
 
+def test_a_method_that_a_route_does_not_have_is_told_with_those_that_it_has(get):
+    refused = get("/v1/completions")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert refused.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_there_are_no_docs(get):
     assert {get(path).status_code for path in ("/docs", "/redoc", "/openapi.json")} == {404}
 
