@@ -1,6 +1,5 @@
 """One replica: a model inside its plan, and how it answers requests."""
 
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from serve_app.engine import Engine
-from serve_app.errors import ApiError, as_api_error
+from serve_app.errors import ApiError
 from serve_app.following import Follower
 from serve_app.generation import Answering
 from serve_app.journal import notes
@@ -47,23 +46,22 @@ class Replica:
 
     async def generate(self, body: ChatRequest | CompletionRequest, style: Style, request: Request) -> Response:
         """Answer a request at once or as a stream, whose first token exists when this returns; raises ApiError only."""
+        watch = Watch(self.metrics, self.engine)
         try:
-            return await self._answer(body, style, request)
+            return await self._answer(body, style, request, watch)
         except Exception as error:
-            refusal = as_api_error(error)
-            self.metrics.refused(refusal.status)
-            raise refusal from None
+            raise watch.refusal(error) from None
 
-    async def _answer(self, body: ChatRequest | CompletionRequest, style: Style, request: Request) -> Response:
+    async def _answer(
+        self, body: ChatRequest | CompletionRequest, style: Style, request: Request, watch: Watch
+    ) -> Response:
         self.check_model(body.model)
-        deadline = time.monotonic() + self.seconds
         prompts = await run_in_threadpool(self.prompts.encode, body)
-        answering = self._answering(body, prompts, deadline)
+        answering = self._answering(body, prompts, watch.began + self.seconds)
         names = None if body.alternatives is None else Names(self.prompts.tokenizer, body.return_tokens_as_token_ids)
         digest = self.engine.plan.digest
         reply = Reply(style, self.model, f"baklava-{digest}", answering.usage, names)
-        watch = Watch(self.metrics, answering.usage)
-        pieces = watch.over(answering.pieces(self.engine), notes(request.scope))
+        pieces = watch.over(answering.pieces(watch), answering.usage, notes(request.scope))
         headers = {CACHE_HEADER: digest}
         if not body.stream:
             async with aclosing(pieces):

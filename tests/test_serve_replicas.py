@@ -15,7 +15,10 @@ from ray.exceptions import GetTimeoutError
 from replicas import LOCAL, POOL, ask, byte_loaded, full, make_replica, replica_of
 from scripted import STATE, ScriptedEngine
 from server import ROOT, small_model
+from serving import ask as submit
+from serving import engine_of
 
+from baklava.entering import transient_bytes
 from baklava.errors import UserError
 from baklava.eviction import Streaming
 from baklava.model import describe
@@ -28,7 +31,7 @@ from serve_app.routes import create_app
 from serve_app.scaling import LOAD, load, replicas_for
 from serve_app.server import Server
 from serve_app.swapping import put_in_force
-from serve_app.work import Started, Token
+from serve_app.work import DeadlineError, Started, Token
 
 ONCE = {"prompt": "Once", "max_tokens": 6, "temperature": 0}
 
@@ -271,6 +274,15 @@ def samples(text):
     ]
 
 
+def told(replica):
+    """Values of a replica's metrics, buckets aside."""
+    return {
+        name.removeprefix("baklava:"): value
+        for name, _, labels, value in samples(replica.metrics.text)
+        if "le" not in labels
+    }
+
+
 def test_any_replica_tells_the_metrics_of_all_each_name_described_once(pair):
     (one, two), _ = pair
     for replica in (one, two):
@@ -300,15 +312,60 @@ def test_the_metrics_count_what_happened(loaded):
     app = create_app(replica)
     ask(app, "POST", "/v1/completions", json=ONCE)
     ask(app, "POST", "/v1/completions", json={"prompt": [5000]})
-    told = {name: value for name, _, labels, value in samples(replica.metrics.text) if "le" not in labels}
-    assert told["baklava:inter_token_latency_seconds_count"] == 2
-    assert told["baklava:request_success_total"] == 1
-    assert told["baklava:admission_rejections_total"] == 1
-    assert told["baklava:request_generation_tokens_sum"] == 3
-    assert told["baklava:num_requests_running"] == 2
-    assert told["baklava:kv_cache_usage_perc"] == 0.5
-    assert (told["baklava:kv_tokens_kept"], told["baklava:kv_tokens_seen"]) == (5, 9)
-    assert told["baklava:num_preemptions_total"] == 0
+    now = told(replica)
+    assert now["inter_token_latency_seconds_count"] == 2
+    assert now["request_success_total"] == 1
+    assert now["admission_rejections_total"] == 1
+    assert now["request_generation_tokens_sum"] == 3
+    assert now["num_requests_running"] == 2
+    assert now["kv_cache_usage_perc"] == 0.5
+    assert (now["kv_tokens_kept"], now["kv_tokens_seen"]) == (5, 9)
+    assert now["num_preemptions_total"] == 0
+
+
+def test_a_requests_time_is_divided_at_its_admission_and_its_first_token(loaded):
+    def script(work):
+        time.sleep(0.05)
+        admitted = time.monotonic()
+        time.sleep(0.15)
+        yield Started(admitted=admitted)
+        yield Token(97)
+        time.sleep(0.3)
+        yield Token(98, finish="length")
+
+    replica = replica_of(ScriptedEngine(full(loaded), script), loaded)
+    ask(create_app(replica), "POST", "/v1/completions", json=ONCE)
+    seconds = {name: told(replica)[f"request_{name}_time_seconds_sum"] for name in ("queue", "prefill", "decode")}
+    for name, least in (("queue", 0.05), ("prefill", 0.15), ("decode", 0.3)):
+        assert seconds[name] > least - 0.02
+    first, whole = told(replica)["time_to_first_token_seconds_sum"], told(replica)["e2e_request_latency_seconds_sum"]
+    assert seconds["queue"] + seconds["prefill"] == pytest.approx(first)
+    inference = told(replica)["request_inference_time_seconds_sum"]
+    assert seconds["prefill"] + seconds["decode"] == pytest.approx(inference)
+    assert seconds["queue"] + inference <= whole
+
+
+def test_a_request_is_admitted_before_its_prompt_enters_and_not_before_there_is_room(loaded):
+    plan, entered, ended = full(loaded), [], []
+    hook = loaded.model.register_forward_pre_hook(lambda *_: entered.append(time.monotonic()))
+    with engine_of(loaded, plan, pool=plan.bytes_for(256) + transient_bytes(plan, 60, 4)) as engine:
+        first = submit(engine, b"x" * 60, 190, take=lambda _: ended.append(time.monotonic()))
+        second = submit(engine, b"y" * 60, 190)
+        assert first.started.admitted <= entered[0]
+        assert ended[-1] <= second.started.admitted
+    hook.remove()
+
+
+@pytest.mark.parametrize(("delivered", "counted"), [(0, 1), (1, 0)])
+def test_only_a_request_of_which_nothing_was_delivered_counts_as_refused(loaded, delivered, counted):
+    def script(work):
+        yield Started()
+        yield from [Token(97)] * delivered
+        yield DeadlineError(waiting=False)
+
+    replica = replica_of(ScriptedEngine(full(loaded), script), loaded)
+    assert ask(create_app(replica), "POST", "/v1/completions", json=ONCE).status_code == 408
+    assert told(replica).get("admission_rejections_total", 0) == counted
 
 
 def test_the_names_are_vllms_behind_a_prefix_of_our_own(loaded):
@@ -319,7 +376,12 @@ def test_the_names_are_vllms_behind_a_prefix_of_our_own(loaded):
     theirs |= {"prompt_tokens", "generation_tokens", "request_success", "time_to_first_token_seconds"}
     theirs |= {"inter_token_latency_seconds", "e2e_request_latency_seconds", "prefix_cache_hits"}
     theirs |= {"prefix_cache_queries", "request_prompt_tokens", "request_generation_tokens"}
+    theirs |= {f"request_{part}_time_seconds" for part in ("queue", "prefill", "decode", "inference")}
+    theirs |= {"cache_config_info"}
     assert {f"baklava:{name}" for name in theirs} <= names
+    (pool,) = [labels for name, _, labels, _ in samples(replica.metrics.text) if name == "baklava:cache_config_info"]
+    assert int(pool["block_size"]) == 256
+    assert int(pool["num_gpu_blocks"]) == POOL // full(loaded).bytes_per_sequence
 
 
 def test_merging_keeps_every_sample():
