@@ -1,6 +1,5 @@
 """One replica: a model inside its plan, and how it answers requests."""
 
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,8 @@ from serve_app.journal import notes
 from serve_app.likely import Names
 from serve_app.metrics import Metrics, Watch
 from serve_app.prompts import Prompt, Prompts
-from serve_app.replies import STREAM_HEADERS, Reply, Style
+from serve_app.replies import STREAM_HEADERS, Reply, Style, begun
 from serve_app.schema import ChatRequest, CompletionRequest
-from serve_app.text import Piece
 from serve_app.work import DrainingError, State, Work
 
 REQUEST_SECONDS = 600.0
@@ -45,7 +43,10 @@ class Replica:
     seconds: float = REQUEST_SECONDS
 
     async def generate(self, body: ChatRequest | CompletionRequest, style: Style, request: Request) -> Response:
-        """Answer a request at once or as a stream, whose first token exists when this returns; raises ApiError only."""
+        """Answer a request at once or as a stream; raises ApiError only.
+
+        When this returns, a stream has its first token, unless whoever stands between would hang up before.
+        """
         watch = Watch(self.metrics, self.engine)
         try:
             return await self._answer(body, style, request, watch)
@@ -66,7 +67,7 @@ class Replica:
         if not body.stream:
             async with aclosing(pieces):
                 return JSONResponse(await reply.whole(pieces), headers=headers)
-        events = reply.events(_resume(await anext(pieces), pieces), body.stream_options)
+        events = reply.events(await begun(pieces), body.stream_options)
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS | headers)
 
     def _answering(self, body: ChatRequest | CompletionRequest, prompts: list[Prompt], deadline: float) -> Answering:
@@ -139,10 +140,3 @@ class Replica:
             "allocation": plan.allocation.model_dump(),
             "tokens": plan.tokens,
         }
-
-
-async def _resume(first: Piece, rest: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
-    async with aclosing(rest):
-        yield first
-        async for piece in rest:
-            yield piece
