@@ -1,12 +1,13 @@
 """Serve a model inside its budget plan over HTTP, as OpenAI's clients speak it."""
 
 import argparse
+import contextlib
 import os
 import queue
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
         "--pool",
         default="50%",
         metavar="SIZE",
-        help="memory for KV caches, per replica in bytes (2GiB), or of all in share of what is free (default: 50%%)",
+        help="memory for KV caches, per replica in bytes (2GiB), or of all on a device in share of what is free there "
+        "(default: 50%%)",
     )
     parser.add_argument(
         "--waiting", type=_count, default=64, metavar="N", help="requests that may wait in a replica (default: 64)"
@@ -110,15 +112,14 @@ def run(arguments: argparse.Namespace) -> None:
         signals = taken_signals()
         with deployed(settings, arguments.host, arguments.port, scale) as server:
             print(welcome(server.about, arguments.host, arguments.port, guarded=keys.any), flush=True)
-            while wait(signals) == signal.SIGHUP:
-                _reload(arguments, server.board)
+            wait(signals, lambda: reload(arguments, server.board))
 
 
 def _settings(arguments: argparse.Namespace, plan: BudgetPlan | None, keys: Keys, most: int) -> tuple[Any, Any]:
     from serve_app.declared import Declared
     from serve_app.memory import PoolSize
 
-    pool = PoolSize.parse(arguments.pool, most)
+    pool = PoolSize.parse(arguments.pool)
     declared = tuple(Declared.read(path) for path in arguments.prefix)
     logs = str(Path(arguments.logs).absolute()) if arguments.logs else None
     from serve_app.app import Scale
@@ -197,25 +198,24 @@ def taken_signals() -> "queue.SimpleQueue[int]":
     return taken
 
 
-def wait(signals: "queue.SimpleQueue[int]") -> int:
-    """Wait for a SIGHUP, or for Ctrl-C or SIGTERM, which both are SIGTERM here."""
-    try:
-        return signals.get()
-    except KeyboardInterrupt:
-        say("stopping: requests under way may end")
-        return signal.SIGTERM
+def wait(signals: "queue.SimpleQueue[int]", hung_up: Callable[[], None]) -> None:
+    """Wait for Ctrl-C or SIGTERM; until then, do at every SIGHUP what it asks for."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while signals.get():
+            hung_up()
+    say("stopping: requests under way may end")
 
 
-def _reload(arguments: argparse.Namespace, board: Any) -> None:
+def reload(arguments: argparse.Namespace, board: Any) -> None:
+    """Read the plan again and say what has come of it; whatever is wrong with it, the server goes on."""
+    from serve_app.swapping import put_in_force
+
     try:
         plan = checked_plan(arguments.plan, arguments.model)
     except UserError as error:
         say(f"the plan stays as it is: {error}")
-        return
-    if plan is None:
-        return
-    board.offer(plan.model_dump_json())
-    say(f"new requests live inside plan {plan.digest} ({plan.ratio:.1%})")
+    else:
+        say(put_in_force(board, plan) if plan else "the plan stays as it is: --plan full has nothing to read again")
 
 
 def _port(text: str) -> int:

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve_app import front
@@ -38,6 +38,11 @@ _NET = 4096
 _NET_SECONDS = 30.0
 _LOOK = 0.25  # seconds between looks at the board
 
+_OPEN = (
+    "warning: on a cluster that was started elsewhere, Ray Serve's own pages (/-/routes, /-/healthz) ask nobody for a "
+    f"key, unless its nodes have {front.VARIABLE}={front.PATH}"
+)
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -63,6 +68,7 @@ def session(replicas: int, *, quiet: bool = False) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address:
         check_answers(address)
+        say(_OPEN)
     try:
         # Without "local", Ray would join any cluster that was started on this machine.
         ray.init(address or "local", logging_level="ERROR", **({} if address else _own_cluster(replicas)))
@@ -114,7 +120,7 @@ def deployed(settings: Settings, host: str, port: int, scale: Scale) -> Iterator
     board = RemoteBoard(actor)
     try:
         serve.start(http_options=http, logging_config=log)
-        about = _run(_deployment(settings, scale, log).bind(settings, actor)).about.remote().result()
+        about = _run(_application(settings, scale, log, actor)).about.remote().result()
         yield Deployed(about, board)
     finally:
         try:
@@ -152,13 +158,14 @@ def _run(application: serve.Application) -> Any:
         raise UserError(sentence[1]) from None
 
 
-def _deployment(settings: Settings, scale: Scale, log: LoggingConfig) -> serve.Deployment:
-    gpus = ray.cluster_resources().get("GPU", 0)
-    return serve.deployment(
+def _application(settings: Settings, scale: Scale, log: LoggingConfig, actor: Any) -> serve.Application:
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    pool = settings.pool.between(scale.most, gpus)
+    deployment = serve.deployment(
         Server,
         name=APP,
         **_size(scale),
-        ray_actor_options={"num_cpus": 1, "num_gpus": min(1, gpus / scale.most)},
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 / pool.sharing if gpus else 0},
         max_ongoing_requests=_NET,
         max_queued_requests=_NET,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
@@ -170,6 +177,7 @@ def _deployment(settings: Settings, scale: Scale, log: LoggingConfig) -> serve.D
         logging_config=log,
         max_constructor_retry_count=1,
     )
+    return deployment.bind(replace(settings, pool=pool), actor)
 
 
 def _size(scale: Scale) -> dict[str, Any]:

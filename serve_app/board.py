@@ -25,7 +25,7 @@ class Order:
 class Report:
     """What a replica says of itself: the order that it follows, what it does, and its metrics.
 
-    `failed` is why it could not follow an order.
+    `failed` is why it could not follow the order of version `refused`.
     """
 
     replica: str
@@ -34,7 +34,12 @@ class Report:
     card: dict[str, Any]
     metrics: str
     failed: str = ""
+    refused: int = 0
     at: float = field(default_factory=time.time)
+
+    def heard(self, version: int) -> bool:
+        """Whether it has taken up or refused this version of the plan."""
+        return max(self.order.version, self.refused) >= version
 
 
 class Board:

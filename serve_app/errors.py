@@ -1,6 +1,7 @@
 """What a client is told when a request cannot be answered: always `{"error": {message, type, param, code}}`."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -29,7 +30,7 @@ DRAINING_RETRY = 5
 class ApiError(Exception):
     """One sentence for a client of the endpoint, with its HTTP status, the field it is about and a code to branch on.
 
-    `retry_after` is in seconds; without it clients are asked not to retry what would fail again.
+    `retry_after` is in seconds; without it clients are asked not to retry what would fail again. `more` are headers.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        more: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message, self.status, self.param, self.code = message, status, param, code
-        self.retry_after = retry_after
+        self.retry_after, self._more = retry_after, dict(more or {})
 
     @property
     def body(self) -> dict[str, Any]:
@@ -55,7 +57,7 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """What generic HTTP clients, and openai's (`x-should-retry`), act on."""
         retry = {"x-should-retry": "false"} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return retry | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        return retry | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {}) | self._more
 
     @property
     def response(self) -> JSONResponse:
@@ -80,7 +82,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestValidationError):
         return _of_validation(error)
     if isinstance(error, HTTPException):
-        return ApiError(str(error.detail), error.status_code)
+        return ApiError(str(error.detail), error.status_code, more=error.headers)
     if isinstance(error, Refusal):
         return _of_refusal(error)
     if isinstance(error, UserError):
@@ -119,5 +121,5 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
 
 def install(app: FastAPI) -> None:
     """Give every error of `app` this one shape, FastAPI's own included."""
-    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+    for kind in (ApiError, Refusal, UserError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)

@@ -12,6 +12,7 @@ from baklava.errors import UserError
 from baklava.plan import BudgetPlan
 from serve_app.board import Order, Report
 from serve_app.engine import Engine
+from serve_app.errors import ApiError
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,6 +28,9 @@ class Notices(Protocol):
 
     def offer(self, plan: str) -> Order:
         """Put a plan in force."""
+
+    def leave(self, replica: str) -> None:
+        """A replica ends."""
 
     def reports(self) -> list[Report]:
         """The last word of every replica."""
@@ -56,29 +60,40 @@ class Follower:
         threading.Thread(target=self._loop, name="follow", daemon=True).start()
 
     def stop(self) -> None:
-        """No more reports."""
+        """This replica ends: no more reports, and the others do not wait until it counts as gone."""
         self._over.set()
+        with self._lock:
+            self._board.leave(self.replica)
 
     def say(self) -> Report:
         """What this replica would report now."""
         state = dataclasses.asdict(self._engine.state())
-        return Report(self.replica, self._order, state, self._card(), self._metrics(), self._failed)
+        return Report(self.replica, self._order, state, self._card(), self._metrics(), self._failed, self._refused)
 
     def once(self) -> None:
         """Report, and do what is said."""
         with self._lock:
-            self._follow(self._board.report(self.say()))
+            if not self._over.is_set():
+                self._follow(self._board.report(self.say()))
 
     def propose(self, plan: BudgetPlan) -> int:
         """Swap this replica's plan and then everybody's; the version that this is.
 
         Raises:
             UserError: the plan is for another model, or the pool does not hold one sequence.
+            ApiError: 503, the others cannot be told; this replica is back in the plan that it had.
         """
         with self._lock:
+            before = self._engine.plan
             self._engine.swap(plan)
-            self._order = dataclasses.replace(self._board.offer(plan.model_dump_json()), draining=self._order.draining)
-            return self._order.version
+            try:
+                order = self._board.offer(plan.model_dump_json())
+            except Exception:  # whatever the cluster raises
+                self._engine.swap(before)
+                logger.warning("the board of the replicas does not answer", exc_info=True)
+                raise ApiError("The other replicas cannot be told; the plan stays.", 503, retry_after=5) from None
+            self._order, self._failed = dataclasses.replace(order, draining=self._order.draining), ""
+            return order.version
 
     def everyone(self) -> list[Report]:
         """What all replicas say, this one as it is now."""
@@ -100,7 +115,7 @@ class Follower:
                 logger.warning("cannot report to the other replicas", exc_info=True, extra={"log_to_stderr": False})
 
     def _follow(self, order: Order) -> None:
-        if order.draining and not self._order.draining:
+        if order.draining:  # the engine of a replica that comes up only now has not heard of it
             self._engine.drain()
             self._order = dataclasses.replace(self._order, draining=True)
         if order.version > max(self._order.version, self._refused):

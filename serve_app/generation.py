@@ -77,8 +77,9 @@ class Answering:
         logprobs = started.prompt_logprobs
         words = prompt_words(self.tokenizer, self.works[number].prompt, logprobs) if logprobs else ()
         first = self._index(number, 0)
-        opened = [Piece(text, first + one, started.finish, words, 0) for one in range(self.works[number].n)]
-        self._writers |= {piece.index: Writer(self.tokenizer, self.stops, len(text)) for piece in opened}
+        opened = [Piece(text, first + one, started.finish, words) for one in range(self.works[number].n)]
+        least = self.works[number].sampling.min_tokens
+        self._writers |= {piece.index: Writer(self.tokenizer, self.stops, len(text), least) for piece in opened}
         self._echoes |= {piece.index: piece for piece in opened if self.echo}
         return opened if started.finish else []
 

@@ -1,7 +1,6 @@
 """What stands before every route: API keys, the names that this machine goes by, and a bound on the body."""
 
 import base64
-import binascii
 import hmac
 import ipaddress
 from collections.abc import Iterable
@@ -53,7 +52,7 @@ def presented_key(scope: Scope) -> str | None:
     if scheme.lower() == "basic" and scope["method"] in _READING:
         try:
             _, colon, password = base64.b64decode(rest.strip(), validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # no base64, no ASCII or no UTF-8
             return None
         return password if colon else None
     return None

@@ -1,8 +1,9 @@
 """How large the pool of KV caches is, and how many sequences fit into it."""
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baklava.errors import UserError
 from baklava.memory import free_host_bytes
@@ -20,27 +21,31 @@ LENGTHS = (1024, 4096, 8192, 32768)
 class PoolSize:
     """Bytes, or a share of the memory that is free once the model is loaded; one of both.
 
-    A share is divided between `replicas` that may stand on one machine.
+    A share is divided between the replicas that stand on one device, `sharing`.
     """
 
     amount: int | None = None
     share: float | None = None
-    replicas: int = 1
+    sharing: int = 1
 
     @classmethod
-    def parse(cls, text: str, replicas: int = 1) -> "PoolSize":
+    def parse(cls, text: str) -> "PoolSize":
         """From `2GiB` or `50%`; raises UserError."""
         found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*|%)", text.strip())
         unit = found[2].upper() if found else "?"
         if found and unit == "%" and 0 < float(found[1]) <= 100:
-            return cls(share=float(found[1]) / 100, replicas=replicas)
+            return cls(share=float(found[1]) / 100)
         if found and unit in _UNITS and float(found[1]) > 0:
             return cls(amount=int(float(found[1]) * _UNITS[unit]))
         raise UserError(f"--pool {text} is no size; give bytes like 2GiB, or a share of the free memory like 50%")
 
+    def between(self, replicas: int, gpus: int = 0) -> "PoolSize":
+        """The same for so many replicas: on as many GPUs, or, where there are none, on one machine."""
+        return replace(self, sharing=math.ceil(replicas / (gpus or 1)))
+
     def bytes_of(self, free: int) -> int:
         """The pool's size where so many bytes are free."""
-        return self.amount if self.amount is not None else int(free * (self.share or 0) / self.replicas)
+        return self.amount if self.amount is not None else int(free * (self.share or 0) / self.sharing)
 
 
 def free_bytes(cuda: bool = False) -> int:

@@ -14,9 +14,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from baklava.plan import BudgetPlan
-from serve_app.generation import Usage
+from serve_app.errors import ApiError, as_api_error
+from serve_app.generation import Submits, Usage
 from serve_app.text import Piece
-from serve_app.work import State
+from serve_app.work import Deliver, Event, Handle, Started, State, Work
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -39,6 +40,10 @@ class Metrics:
         self.first = self._histogram("time_to_first_token_seconds", "From a request to its first token.", _FIRST)
         self.between = self._histogram("inter_token_latency_seconds", "Between tokens of a continuation.", _BETWEEN)
         self.whole = self._histogram("e2e_request_latency_seconds", "From a request to its end.", _WHOLE)
+        self.queue = self._histogram("request_queue_time_seconds", "From a request to its admission.", _WHOLE)
+        self.prefill = self._histogram("request_prefill_time_seconds", "From admission to the first token.", _WHOLE)
+        self.decode = self._histogram("request_decode_time_seconds", "From the first token to the last.", _WHOLE)
+        self.inference = self._histogram("request_inference_time_seconds", "From admission to the last token.", _WHOLE)
         self.asked = self._histogram("request_prompt_tokens", "Tokens of a request's prompts.", _TOKENS)
         self.made = self._histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS)
         self._ends = self._counter("request_success", "Ended continuations.", "finished_reason")
@@ -67,17 +72,39 @@ class Metrics:
 
 @dataclass
 class Watch:
-    """Follows one request, and writes down how it went when it has ended."""
+    """Follows one request, whose engine is asked through it, and writes down how it went when it has ended.
+
+    `admitted` and `first` are the seconds until the engine let its first prompt in, and until its first token.
+    """
 
     metrics: Metrics
-    usage: Usage
+    engine: Submits
     began: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
     first: float | None = None
     _last: dict[int, float] = field(default_factory=dict)
-    _ended: int = 0
+    _refused: bool = False
 
-    async def over(self, pieces: AsyncGenerator[Piece], notes: dict[str, Any]) -> AsyncGenerator[Piece]:
-        """The same pieces. What is found goes to the metrics and to the notes of the log."""
+    def submit(self, work: Work, deliver: Deliver) -> Handle:
+        """As the engine does."""
+
+        def noted(event: Event) -> None:
+            if isinstance(event, Started) and self.admitted is None:
+                self.admitted = event.admitted - self.began
+            deliver(event)
+
+        return self.engine.submit(work, noted)
+
+    def refusal(self, error: Exception) -> ApiError:
+        """What to tell the client about an exception, which counts as a refusal while nothing was delivered."""
+        told = as_api_error(error)
+        if self.first is None and not self._refused:
+            self._refused = True
+            self.metrics.refused(told.status)
+        return told
+
+    async def over(self, pieces: AsyncGenerator[Piece], usage: Usage, notes: dict[str, Any]) -> AsyncGenerator[Piece]:
+        """The same pieces. What is found goes to the metrics and to the notes of the log. Raises ApiError."""
         reason = "abort"
         try:
             async with aclosing(pieces):
@@ -85,11 +112,11 @@ class Watch:
                     self._see(piece)
                     yield piece
             reason = "stop"
-        except Exception:
+        except Exception as error:
             reason = "error"
-            raise
+            raise self.refusal(error) from None
         finally:
-            self._end(reason, notes)
+            self._end(reason, usage, notes)
 
     def _see(self, piece: Piece) -> None:
         now = time.monotonic()
@@ -100,24 +127,29 @@ class Watch:
             self.metrics.between.observe(now - self._last[piece.index])
         self._last[piece.index] = now
         if piece.finish:
-            self._ended += 1
             self.metrics.ended(piece.finish)
 
-    def _end(self, reason: str, notes: dict[str, Any]) -> None:
+    def _end(self, reason: str, usage: Usage, notes: dict[str, Any]) -> None:
         if reason in ("abort", "error") and (self.first is not None or reason == "abort"):
             self.metrics.ended(reason)
-        seconds = time.monotonic() - self.began
         if self.first is not None:
-            self.metrics.whole.observe(seconds)
-            self.metrics.asked.observe(self.usage.prompt_tokens)
-            self.metrics.made.observe(self.usage.completion_tokens)
+            self.metrics.whole.observe(time.monotonic() - self.began)
+            self.metrics.asked.observe(usage.prompt_tokens)
+            self.metrics.made.observe(usage.completion_tokens)
+            self._divide(self.admitted or 0.0, self.first, max(self._last.values()) - self.began)
             notes["first_token_seconds"] = round(self.first, 4)
         notes |= {
-            "prompt_tokens": self.usage.prompt_tokens,
-            "cached_tokens": self.usage.cached_tokens,
-            "completion_tokens": self.usage.completion_tokens,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
             "generation": reason,
         }
+
+    def _divide(self, admitted: float, first: float, last: float) -> None:
+        self.metrics.queue.observe(admitted)
+        self.metrics.prefill.observe(first - admitted)
+        self.metrics.decode.observe(last - first)
+        self.metrics.inference.observe(last - admitted)
 
 
 class _Engine(Collector):
@@ -133,11 +165,15 @@ class _Engine(Collector):
             yield self._one(GaugeMetricFamily(f"baklava:{name}", text, labels=_LABELS), value)
         for name, text, value in _counts(state):
             yield self._one(CounterMetricFamily(f"baklava:{name}", text, labels=_LABELS), value)
-        info = GaugeMetricFamily(
-            "baklava:plan_info", "The plan in force.", labels=(*_LABELS, "plan", "eviction", "prefill", "ratio")
-        )
-        info.add_metric([*self._labels, plan.digest, plan.eviction.method, plan.prefill.mode, f"{plan.ratio:.4f}"], 1)
-        yield info
+        told = {"eviction": plan.eviction.method, "prefill": plan.prefill.mode, "ratio": f"{plan.ratio:.4f}"}
+        yield self._info("plan_info", "The plan in force.", {"plan": plan.digest} | told)
+        whole = {"block_size": plan.context_length, "num_gpu_blocks": state.pool_bytes // plan.bytes_per_sequence}
+        yield self._info("cache_config_info", "The pool; a block is a sequence of the plan's length.", whole)
+
+    def _info(self, name: str, text: str, told: dict[str, Any]) -> Metric:
+        family = GaugeMetricFamily(f"baklava:{name}", text, labels=(*_LABELS, *told))
+        family.add_metric([*self._labels, *map(str, told.values())], 1)
+        return family
 
     def _one(self, family: Any, value: float) -> Metric:
         family.add_metric(list(self._labels), value)

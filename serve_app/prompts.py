@@ -14,6 +14,11 @@ from serve_app.schema import ChatRequest, CompletionRequest, GenerationRequest, 
 
 Turn = dict[str, str]
 
+_OF_RENDERING = frozenset({"self", "messages", "conversations"})  # names under which a template is given the chat
+
+# A template is code, and what it makes of messages and variables from outside can fail as code does.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -54,13 +59,13 @@ class Prompts:
         if not self.tokenizer.chat_template:
             raise ApiError("This model has no chat template; use /v1/completions.", param="messages")
         # A template is code, and it is given beside its variables; only the latter may come from outside.
-        taken = inspect.signature(self.tokenizer.apply_chat_template).parameters.keys() & variables.keys()
-        if taken:
+        known = inspect.signature(self.tokenizer.apply_chat_template).parameters.keys() | _OF_RENDERING
+        if taken := known & variables.keys():
             raise ApiError(f"`{min(taken)}` is not for requests to set; leave it out.", param="chat_template_kwargs")
         turns = [{"role": _role(message), "content": message.content} for message in messages]
         try:
             return self._render(turns, variables)
-        except TemplateError as error:
+        except _TEMPLATE_ERRORS as error:
             raise ApiError(f"The model's chat template refuses these messages: {error}", param="messages") from None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -76,7 +81,7 @@ class Prompts:
         """
         try:
             chats = [self._render([*turns, {"role": "user", "content": rest}], {}) for rest in ("Why?", "23 is prime.")]
-        except TemplateError as error:
+        except _TEMPLATE_ERRORS as error:
             raise UserError(f"the model's chat template refuses the declared prompt: {error}") from None
         same = next(place for place, (one, other) in enumerate(zip(*chats, strict=False)) if one != other)
         opening = tuple(chats[0][:same])
@@ -116,7 +121,7 @@ class Prompts:
         if keep is None:
             return ids
         if keep == -1:
-            keep = self.limit - (request.wanted_tokens or 1)
+            keep = max(1, self.limit - (request.wanted_tokens or 1))  # what is too much together is told as such
         return ids[max(0, len(ids) - keep) :]
 
     def _room(self, request: GenerationRequest, prompt: int) -> int:

@@ -46,11 +46,17 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 """Each field with the values that ask for nothing."""
 
-CHAT_ONLY = {"echo": (False,), "best_of": (1,)}
+CHAT_ONLY: dict[str, tuple[object, ...]] = {"echo": (False,), "best_of": (1,), "add_special_tokens": (False,)}
 """The same for fields that belong to text completions, when a chat has them."""
 
 COMPLETION_ONLY: dict[str, tuple[object, ...]] = {"top_logprobs": (), "chat_template_kwargs": ({},)}
 """The same for fields that belong to chats, when a text completion has them."""
+
+TOKENIZE_ONLY: dict[str, tuple[object, ...]] = {"chat_template_kwargs": ({},), "return_token_strs": (False,)}
+"""The same for fields of chats, and of other servers, when a text or a chat is to become tokens."""
+
+KNOWN = frozenset(NEUTRAL | CHAT_ONLY | COMPLETION_ONLY | TOKENIZE_ONLY)
+"""All of their names."""
 
 
 def refuse(data: object, fields: Mapping[str, tuple[object, ...]]) -> None:

@@ -1,8 +1,5 @@
 """One replica: a model inside its plan, and how it answers requests."""
 
-import asyncio
-import time
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -11,24 +8,20 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from serve_app.board import Report
 from serve_app.engine import Engine
-from serve_app.errors import ApiError, as_api_error
-from serve_app.following import EVERY, Follower
+from serve_app.errors import ApiError
+from serve_app.following import Follower
 from serve_app.generation import Answering
 from serve_app.journal import notes
 from serve_app.likely import Names
 from serve_app.metrics import Metrics, Watch
 from serve_app.prompts import Prompt, Prompts
-from serve_app.replies import STREAM_HEADERS, Reply, Style
+from serve_app.replies import STREAM_HEADERS, Reply, Style, begun
 from serve_app.schema import ChatRequest, CompletionRequest
-from serve_app.text import Piece
-from serve_app.work import State, Work
+from serve_app.work import DrainingError, State, Work
 
 REQUEST_SECONDS = 600.0
 """Longest life of a request, its wait included; a whole context of a small model on a CPU fits."""
-
-_SWAP_SECONDS = 10.0
 
 CACHE_HEADER = "x-baklava-plan"
 """Header of every generated answer: the plan whose budgets all of its tokens and log-probabilities went through."""
@@ -50,29 +43,31 @@ class Replica:
     seconds: float = REQUEST_SECONDS
 
     async def generate(self, body: ChatRequest | CompletionRequest, style: Style, request: Request) -> Response:
-        """Answer a request at once or as a stream, whose first token exists when this returns; raises ApiError only."""
-        try:
-            return await self._answer(body, style, request)
-        except Exception as error:
-            refusal = as_api_error(error)
-            self.metrics.refused(refusal.status)
-            raise refusal from None
+        """Answer a request at once or as a stream; raises ApiError only.
 
-    async def _answer(self, body: ChatRequest | CompletionRequest, style: Style, request: Request) -> Response:
+        When this returns, a stream has its first token, unless whoever stands between would hang up before.
+        """
+        watch = Watch(self.metrics, self.engine)
+        try:
+            return await self._answer(body, style, request, watch)
+        except Exception as error:
+            raise watch.refusal(error) from None
+
+    async def _answer(
+        self, body: ChatRequest | CompletionRequest, style: Style, request: Request, watch: Watch
+    ) -> Response:
         self.check_model(body.model)
-        deadline = time.monotonic() + self.seconds
         prompts = await run_in_threadpool(self.prompts.encode, body)
-        answering = self._answering(body, prompts, deadline)
+        answering = self._answering(body, prompts, watch.began + self.seconds)
         names = None if body.alternatives is None else Names(self.prompts.tokenizer, body.return_tokens_as_token_ids)
         digest = self.engine.plan.digest
         reply = Reply(style, self.model, f"baklava-{digest}", answering.usage, names)
-        watch = Watch(self.metrics, answering.usage)
-        pieces = watch.over(answering.pieces(self.engine), notes(request.scope))
+        pieces = watch.over(answering.pieces(watch), answering.usage, notes(request.scope))
         headers = {CACHE_HEADER: digest}
         if not body.stream:
             async with aclosing(pieces):
                 return JSONResponse(await reply.whole(pieces), headers=headers)
-        events = reply.events(_resume(await anext(pieces), pieces), body.stream_options)
+        events = reply.events(await begun(pieces), body.stream_options)
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS | headers)
 
     def _answering(self, body: ChatRequest | CompletionRequest, prompts: list[Prompt], deadline: float) -> Answering:
@@ -90,15 +85,6 @@ class Replica:
         ]
         return Answering(self.prompts.tokenizer, prompts, works, body.stop, echo)
 
-    async def swapped(self, version: int) -> list[Report]:
-        """What all replicas say once each has taken up this version of the plan, or after some seconds."""
-        for _ in range(int(_SWAP_SECONDS / EVERY)):
-            reports = await run_in_threadpool(self.follower.everyone)
-            if all(report.order.version >= version or report.failed for report in reports):
-                break
-            await asyncio.sleep(EVERY)
-        return reports
-
     def check_model(self, name: str | None) -> None:
         """Raise ApiError 404 for any model but the one that is served."""
         if name not in (None, self.model):
@@ -110,10 +96,10 @@ class Replica:
             )
 
     def check_ready(self) -> State:
-        """Raise ApiError 503 unless new requests are taken."""
+        """Raise DrainingError, or ApiError 503, unless new requests are taken."""
         state = self.check_alive()
         if state.draining:
-            raise ApiError("The server is shutting down; ask another one.", 503, code="draining", retry_after=5)
+            raise DrainingError("The server is shutting down; ask another one.")
         return state
 
     def check_alive(self) -> State:
@@ -154,10 +140,3 @@ class Replica:
             "allocation": plan.allocation.model_dump(),
             "tokens": plan.tokens,
         }
-
-
-async def _resume(first: Piece, rest: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
-    async with aclosing(rest):
-        yield first
-        async for piece in rest:
-            yield piece

@@ -1,9 +1,11 @@
 """The JSON of answers and the events of streams, as OpenAI's clients read them."""
 
+import asyncio
 import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from serve_app.errors import as_api_error
@@ -13,6 +15,11 @@ from serve_app.schema import StreamOptions
 from serve_app.text import Piece, Word
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+QUIET = 15.0
+"""Seconds between comments of a stream without a first token: whoever stands between would hang up after some more."""
+
+PING = ": ping\n\n"
 
 
 @dataclass(frozen=True)
@@ -74,18 +81,24 @@ class Reply:
         choices = [self._whole(index, made[index]) for index in sorted(made)]
         return self._envelope(self.style.answer, choices) | {"usage": usage_of(self.usage)}
 
-    async def events(self, pieces: AsyncIterator[Piece], options: StreamOptions) -> AsyncGenerator[str]:
-        """The answer as server-sent events, one per token; an error on the way is an event too, and [DONE] ends all."""
+    async def events(self, pieces: AsyncIterator[Piece | None], options: StreamOptions) -> AsyncGenerator[str]:
+        """The answer as server-sent events, one per token, and a comment for None.
+
+        An error on the way is an event too, and [DONE] ends all.
+        """
         try:
             async for chunk in self._chunks(pieces, options):
-                yield _event(chunk)
+                yield _event(chunk) if chunk else PING
         except Exception as error:
             yield _event(as_api_error(error).body)
         yield "data: [DONE]\n\n"
 
-    async def _chunks(self, pieces: AsyncIterator[Piece], options: StreamOptions) -> AsyncGenerator[Json]:
+    async def _chunks(self, pieces: AsyncIterator[Piece | None], options: StreamOptions) -> AsyncGenerator[Json | None]:
         opened: set[int] = set()
         async for piece in pieces:
+            if piece is None:
+                yield None
+                continue
             # A client takes the first chunk for the first token, so nothing may be sent before there is one.
             if self.style.opening and piece.index not in opened:
                 opened.add(piece.index)
@@ -118,6 +131,36 @@ class Reply:
             "system_fingerprint": self.fingerprint,
             "choices": choices,
         }
+
+
+async def begun(pieces: AsyncGenerator[Piece]) -> AsyncIterator[Piece | None]:
+    """The same pieces, once there is a first one or its wait has lasted for QUIET seconds; then None stands for those.
+
+    What goes wrong before is raised here, while an answer can still have a status of its own.
+    """
+    patient = _patient(pieces)
+    return _resume(await anext(patient), patient)
+
+
+async def _patient(pieces: AsyncGenerator[Piece]) -> AsyncGenerator[Piece | None]:
+    async with aclosing(pieces):
+        first = asyncio.ensure_future(anext(pieces))
+        try:
+            while not (await asyncio.wait([first], timeout=QUIET))[0]:
+                yield None
+        finally:
+            first.cancel()
+            await asyncio.wait([first])
+        yield first.result()
+        async for piece in pieces:
+            yield piece
+
+
+async def _resume(first: Piece | None, rest: AsyncGenerator[Piece | None]) -> AsyncGenerator[Piece | None]:
+    async with aclosing(rest):
+        yield first
+        async for piece in rest:
+            yield piece
 
 
 def usage_of(usage: Usage) -> Json:

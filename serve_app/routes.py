@@ -19,7 +19,7 @@ from serve_app.plans import REGISTRY, resolve
 from serve_app.replica import Replica
 from serve_app.replies import CHAT, COMPLETION
 from serve_app.schema import ChatRequest, CompletionRequest
-from serve_app.swapping import PlanRequest
+from serve_app.swapping import PlanRequest, settled
 from serve_app.tokens import DetokenizeRequest, TokenizeRequest, information, tokenized
 
 BODY_LIMIT = 2 * 2**20
@@ -115,7 +115,7 @@ def _add_plan_routes(app: FastAPI, replica: Replica, keys: Keys) -> None:
         _check_may_swap(request, keys)
         plan = await run_in_threadpool(body.resolved, resolve, REGISTRY)
         version = await run_in_threadpool(replica.follower.propose, plan)
-        reports = await replica.swapped(version)
+        reports = await run_in_threadpool(settled, replica.follower.everyone, version)
         return JSONResponse({"digest": plan.digest, "ratio": plan.ratio, "replicas": _told(reports)})
 
 

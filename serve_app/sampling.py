@@ -72,8 +72,7 @@ class Sampler:
     @property
     def plain(self) -> bool:
         """Whether the next token is the likeliest one as the logits are."""
-        wishes, held_back = self._sampling, self._made.total() < self._sampling.min_tokens
-        return wishes.greedy and not (wishes.penalised or wishes.logit_bias or (held_back and self._ends))
+        return self._sampling.greedy and not self._wishful
 
     def draw(self, logits: Scores) -> int:
         """The next token: the most likely one at temperature 0, else a draw after temperature and truncation."""
@@ -86,16 +85,25 @@ class Sampler:
         """Note a token that was chosen."""
         self._made[token] += 1
 
+    @property
+    def _held_back(self) -> bool:
+        """Whether it is too early for an end."""
+        return bool(self._ends) and self._made.total() < self._sampling.min_tokens
+
+    @property
+    def _wishful(self) -> bool:
+        """Whether tokens are chosen by more than their logits."""
+        return self._sampling.penalised or bool(self._sampling.logit_bias) or self._held_back
+
     def _wished(self, logits: Scores) -> Scores:
-        wishes = self._sampling
-        if self.plain or not (wishes.penalised or wishes.logit_bias or self._made.total() < wishes.min_tokens):
+        if not self._wishful:
             return logits
-        scores = logits.float().clone()
+        wishes, scores = self._sampling, logits.float().clone()
         if wishes.logit_bias:
             scores[list(wishes.logit_bias)] += torch.tensor(list(wishes.logit_bias.values()), device=scores.device)
         if wishes.penalised:
             self._penalise(scores)
-        if self._made.total() < wishes.min_tokens:
+        if self._held_back:
             scores[self._ends] = -torch.inf
         return scores
 

@@ -1,20 +1,14 @@
-"""What a request may say, in the vocabulary of OpenAI's API.
+"""What a request for text may say, in the vocabulary of OpenAI's API."""
 
-null means absent. Unknown fields are ignored with a warning in the log, since clients send many; a field that is
-known, would change the answer and is not supported is refused by name.
-"""
-
-import logging
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.refused import CHAT_ONLY, COMPLETION_ONLY, NEUTRAL, refuse
+from serve_app.body import Body, Ids, RequestBody, Text, whole
+from serve_app.refused import CHAT_ONLY, COMPLETION_ONLY, refuse
 from serve_app.sampling import Sampling
-
-logger = logging.getLogger("ray.serve")
 
 COMPLETION_TOKENS = 16
 """Tokens of a text completion that names no maximum, as with OpenAI."""
@@ -34,19 +28,6 @@ MOST_SEQUENCES = 64
 COMPLETION_LOGPROBS, CHAT_LOGPROBS = 5, 20
 """Most alternatives per token, as with OpenAI; each is one more entry of every answer."""
 
-Ids = list[Annotated[int, Field(strict=True)]]
-
-
-class Body(BaseModel):
-    """An object of a request in which null is absent and unknown fields are kept apart."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
-
 
 class StreamOptions(Body):
     """What a stream carries beside the text."""
@@ -55,10 +36,9 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(Body):
+class GenerationRequest(RequestBody):
     """The fields that chat and completion share. `top_k` 0 or -1 keeps all tokens; temperature 0 is greedy."""
 
-    model: str | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES, strict=True)] = 1
@@ -69,10 +49,10 @@ class GenerationRequest(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)], ...],
+        tuple[Annotated[Text, Field(min_length=1, max_length=STOP_LENGTH)], ...],
         Field(max_length=4),
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
     ] = ()
@@ -82,18 +62,12 @@ class GenerationRequest(Body):
     return_tokens_as_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: str | None = None
+    user: Text | None = None
 
     @property
     def wanted_tokens(self) -> int | None:
         """Most tokens to generate; None is what is left of the context."""
         return self.max_tokens
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, data: Any) -> Any:
-        refuse(data, NEUTRAL)
-        return data
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -104,13 +78,6 @@ class GenerationRequest(Body):
     def _options_belong_to_streams(self) -> Self:
         if not self.stream and "stream_options" in self.model_fields_set:
             raise _misplaced("stream_options", "only allowed when stream is true")
-        return self
-
-    @model_validator(mode="after")
-    def _warn_about_unknown(self) -> Self:
-        known = NEUTRAL.keys() | CHAT_ONLY.keys() | COMPLETION_ONLY.keys()
-        if unknown := sorted((self.model_extra or {}).keys() - known):
-            logger.warning("ignored unknown request fields %.200r", unknown)
         return self
 
     def sampling(self, max_tokens: int) -> Sampling:
@@ -167,7 +134,7 @@ class CompletionRequest(GenerationRequest):
             raise ValueError("must be all strings or all token ids")
         if not 1 <= len(prompts) <= MOST_PROMPTS:
             raise ValueError(f"{len(prompts)} prompts; send 1 to {MOST_PROMPTS}")
-        return tuple(prompts)
+        return tuple(whole(one) if isinstance(one, str) else one for one in prompts)
 
     @model_validator(mode="before")
     @classmethod
@@ -201,7 +168,7 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        str,
+        Text,
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
     ] = ""
 
@@ -225,8 +192,7 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[bool, Field(strict=True)] = False
     top_logprobs: Annotated[int, Field(ge=0, le=CHAT_LOGPROBS, strict=True)] | None = None
-    add_special_tokens: bool = False
-    chat_template_kwargs: Annotated[dict[str, bool | int | float | str], Field(max_length=16)] = {}
+    chat_template_kwargs: dict[Text, bool | int | float | Text] = Field({}, max_length=16)
 
     @model_validator(mode="before")
     @classmethod

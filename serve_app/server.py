@@ -71,6 +71,10 @@ class RemoteBoard:
         """Tell all replicas to take no more requests."""
         return ray.get(self._actor.drain.remote(), timeout=_BOARD_SECONDS)
 
+    def leave(self, replica: str) -> None:
+        """A replica ends."""
+        ray.get(self._actor.leave.remote(replica), timeout=_BOARD_SECONDS)
+
     def reports(self) -> list[Report]:
         """The last word of every replica."""
         return ray.get(self._actor.reports.remote(), timeout=_BOARD_SECONDS)
@@ -79,6 +83,8 @@ class RemoteBoard:
 @serve.ingress()
 class Server:
     """What Ray Serve starts, asks and ends."""
+
+    _follower: Follower | None = None
 
     def __init__(self, settings: Settings, actor: Any) -> None:
         disable_progress_bar()
@@ -110,6 +116,11 @@ class Server:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve asks a replica for once it is up."""
         return create_app(self._replica, self._keys, self._host)
+
+    def __del__(self) -> None:
+        # Ray Serve calls this before it ends a replica, which may never have come up.
+        if self._follower:
+            self._follower.stop()
 
     def check_health(self) -> None:
         """Ray Serve replaces a replica that raises here."""

@@ -1,6 +1,7 @@
 """The steps of the engine: who comes in, who decodes, who is done, and what all of them hold."""
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -99,6 +100,7 @@ class Stepper:
             if wanted.snapshot:
                 self.pool.promise(wanted.prefix, wanted.snapshot)
             self.pool.promise(request, wanted.caches + wanted.transient)
+            self._admitted_at = time.monotonic()
             self.entrance = Entrance(self._loaded, self._snapshots.plan, request, wanted.prefix, self._snapshots)
         except Exception as error:
             self._end(request, error)
@@ -124,7 +126,7 @@ class Stepper:
         finish: Finish | None = None if work.sampling.max_tokens else "length"
         if not request.internal:
             self._count(prompt_tokens=len(work.prompt), cached_tokens=entrance.cached_tokens)
-        request.tell(Started(entrance.cached_tokens, entrance.prompt_logprobs, finish))
+        request.tell(Started(entrance.cached_tokens, entrance.prompt_logprobs, finish, self._admitted_at))
         if finish:
             self._end(request)
             return

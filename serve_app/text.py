@@ -28,14 +28,13 @@ class Word:
 class Piece:
     """What is added to an answer: text, which may be empty, and why the answer ends with it, if it does.
 
-    `words` are there if log-probabilities were asked for. `tokens` were generated for it: one, or none for an echo.
+    `words` are there if log-probabilities were asked for.
     """
 
     text: str
     index: int = 0
     finish: Finish | None = None
     words: tuple[Word, ...] = ()
-    tokens: int = 1
 
 
 class Detokenizer:
@@ -76,10 +75,12 @@ class StopStrings:
         self._held = ""
         self.hit = False
 
-    def push(self, text: str) -> str:
-        """The text that is safe to send; `hit` is set when a stop string ended it."""
-        text = self._held + text
-        found = [index for index in map(text.find, self._stops) if index >= 0]
+    def push(self, text: str, early: bool = False) -> str:
+        """The text that is safe to send; `hit` is set when a stop string ended it, which none does that is `early`."""
+        known, text = len(self._held), self._held + text
+        # Only a stop string whose end is new counts: one that is whole in what was known came too early.
+        places = [text.find(stop, max(0, known - len(stop) + 1)) for stop in self._stops]
+        found = [] if early else [place for place in places if place >= 0]
         if found:
             self.hit, self._held = True, ""
             return text[: min(found)]
@@ -101,16 +102,18 @@ def _overlap(text: str, stop: str) -> int:
 class Writer:
     """Writes one continuation: tokens go in, text that may be sent comes out, until a finish.
 
-    `offset` counts the characters of an answer before this text, such as an echoed prompt.
+    `offset` counts the characters of an answer before this text, such as an echoed prompt. Before there are
+    `min_tokens` tokens no stop string ends it.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], offset: int = 0) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str], offset: int = 0, min_tokens: int = 0) -> None:
         self._detokenizer, self._stops, self._offset = Detokenizer(tokenizer), StopStrings(stops), offset
+        self._early = min_tokens  # tokens that are still missing
         self.finish: Finish | None = None
 
     def write(self, token: Token) -> Piece:
         """What a token adds; a token or string that stops is not part of the text."""
-        place = self._offset
+        place, self._early = self._offset, self._early - 1
         decoded = "" if token.finish == "stop" else self._detokenizer.push(token.id)
         text = self._push(decoded)
         if token.finish and not self._stops.hit:
@@ -123,7 +126,7 @@ class Writer:
 
     def _push(self, decoded: str) -> str:
         self._offset += len(decoded)
-        return self._stops.push(decoded)
+        return self._stops.push(decoded, early=self._early > 0)
 
 
 def prompt_words(tokenizer: Any, ids: Sequence[int], logprobs: Sequence[Logprob | None]) -> tuple[Word, ...]:

@@ -4,17 +4,26 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from serve_app.body import Ids, RequestBody, Text
 from serve_app.prompts import Prompts
-from serve_app.schema import Body, Ids, Message
+from serve_app.refused import CHAT_ONLY, TOKENIZE_ONLY, refuse
+from serve_app.schema import Message
 
 
-class TokenizeRequest(Body):
-    """A text, or the messages of a chat."""
+class TokenizeRequest(RequestBody):
+    """A text, or the messages of a chat, up to the answer that they ask for."""
 
-    model: str | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_those_of_others(cls, data: Any) -> Any:
+        refuse(data, TOKENIZE_ONLY)
+        if isinstance(data, dict) and data.get("messages") is not None:
+            refuse(data, CHAT_ONLY)
+        return data
 
     @model_validator(mode="after")
     def _is_one_of_both(self) -> Self:
@@ -23,10 +32,9 @@ class TokenizeRequest(Body):
         return self
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     """Token ids."""
 
-    model: str | None = None
     tokens: Ids
 
 

@@ -1,7 +1,8 @@
 """What the engine is asked for and what it answers: frozen records that pass between the HTTP side and its thread."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from serve_app.sampling import Sampling
@@ -40,12 +41,13 @@ class Started:
     """The prompt is in the cache; `cached_tokens` of it came from a snapshot.
 
     `prompt_logprobs` has one entry per prompt token, None for the first; empty where none were asked for. `finish` is
-    set where no token was to be generated.
+    set where no token was to be generated. `admitted` is the time.monotonic() at which it left the queue.
     """
 
     cached_tokens: int = 0
     prompt_logprobs: tuple[Logprob | None, ...] = ()
     finish: Finish | None = None
+    admitted: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)

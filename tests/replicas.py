@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan, full_plan
-from serve_app.board import Board
+from serve_app.board import Board, Order
 from serve_app.engine import Engine, Limits
 from serve_app.following import Follower
 from serve_app.metrics import Metrics
@@ -37,16 +37,20 @@ def make_replica(
     return replica_of(engine, loaded, name, **more)
 
 
-def replica_of(engine: Any, loaded: LoadedModel, name: str = "one", board: Any = None, **more: Any) -> Replica:
-    """A replica around an engine, or around whatever is asked as one."""
+def replica_of(
+    engine: Any, loaded: LoadedModel, name: str = "one", board: Any = None, order: Order | None = None, **more: Any
+) -> Replica:
+    """A replica around an engine, or around whatever is asked as one, that follows an order when it comes up."""
     metrics = Metrics("tiny", name, engine.state, lambda: engine.plan)
-    follower = Follower(engine, board or Board(), name, lambda: {"id": "tiny"}, lambda: metrics.text)
+    follower = Follower(engine, board or Board(), name, lambda: {"id": "tiny"}, lambda: metrics.text, order)
     return Replica(engine, Prompts.of(loaded), metrics, follower, "tiny", created=1, **more)
 
 
-def ask(app: FastAPI, method: str, path: str, base: str = LOCAL, **options: Any) -> httpx.Response:
+def ask(app: FastAPI, method: str, path: str, base: str = LOCAL, faults: bool = True, **options: Any) -> httpx.Response:
+    """The answer of an app. Without `faults`, what the app would log as a fault of its own is raised here."""
+
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=not faults)
         async with httpx.AsyncClient(transport=transport, base_url=base, timeout=60) as client:
             return await client.request(method, path, **options)
 

@@ -1,10 +1,13 @@
 """What is made of the engine's events: choices, log-probabilities, echoes, usage, errors, in OpenAI's shapes."""
 
+import asyncio
 import json
+import time
 from dataclasses import replace
 
+import httpx
 import pytest
-from replicas import ask, byte_loaded, events, full, replica_of
+from replicas import LOCAL, ask, byte_loaded, events, full, replica_of
 from scripted import ScriptedEngine
 
 from serve_app.routes import create_app
@@ -103,6 +106,29 @@ def test_a_stop_string_ends_the_engines_work(serve):
     assert response.json()["choices"][0]["text"] == "ab"
     assert engine.completed == [(engine.works[0], 0)]
     assert engine.cancelled == []  # its client has not gone away
+
+
+@pytest.mark.parametrize(
+    ("least", "text"),
+    [
+        (0, "a"),
+        (2, "a"),
+        (3, "a.b"),
+        (6, "a.b.c"),
+        (7, "a.b.c.<"),
+        (8, "a.b.c.<"),
+        (10, "a.b.c.<!x"),
+        (12, "a.b.c.<!x.d"),
+    ],
+)
+def test_no_stop_string_ends_a_text_before_it_has_its_least_tokens(serve, least, text):
+    def script(work):
+        yield Started()
+        yield from spelt("a.b.c.<!x.d.")
+
+    body = ONCE | {"max_tokens": 12, "min_tokens": least, "stop": [".", "!x"]}
+    response, _, _ = serve(script, "/v1/completions", body)
+    assert response.json()["choices"][0]["text"] == text
 
 
 def test_a_stop_string_ends_one_of_several_continuations_alone(serve):
@@ -293,6 +319,58 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event_before_the_end(serve):
     assert response.status_code == 200
     *_, error = events(response)
     assert error["error"]["type"] == "timeout_error"
+
+
+def waiting(seconds, *then):
+    def script(work):
+        time.sleep(seconds)
+        yield from then
+
+    return script
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_stream_that_waits_long_for_its_first_token_begins_with_comments(serve, monkeypatch, path):
+    monkeypatch.setattr("serve_app.replies.QUIET", 0.05)
+    script = waiting(0.3, Started(), Token(97), Token(98, finish="length"))
+    body = (ONCE if path == "/v1/completions" else CHAT) | {"stream": True}
+    waited, _, _ = serve(script, path, body)
+    comments, *rest = waited.text.split("data: ")
+    assert set(comments.strip().split("\n\n")) == {": ping"}
+    assert comments.count("ping") > 1
+    monkeypatch.setattr("serve_app.replies.QUIET", 60)
+    assert len(events(serve(script, path, body)[0])) + 1 == len(rest)
+
+
+def test_a_refusal_after_a_comment_is_an_event(serve, monkeypatch):
+    monkeypatch.setattr("serve_app.replies.QUIET", 0.05)
+    script = waiting(0.12, DeadlineError(waiting=True))
+    response, _, replica = serve(script, "/v1/completions", ONCE | {"stream": True})
+    *pings, error, done = response.text.strip().split("\n\n")
+    assert response.status_code == 200
+    assert set(pings) == {": ping"}
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "deadline"
+    assert done == "data: [DONE]"
+    assert 'admission_rejections_total{model_name="tiny",replica="one",status="408"} 1.0' in replica.metrics.text
+
+
+@pytest.mark.parametrize("quiet", [0.02, 60])
+def test_a_client_that_leaves_before_the_first_token_ends_its_request(loaded, monkeypatch, quiet):
+    monkeypatch.setattr("serve_app.replies.QUIET", quiet)
+    engine = ScriptedEngine(full(loaded), lambda work: [])
+    app = create_app(replica_of(engine, loaded))
+
+    async def scene():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=LOCAL) as client:
+            task = asyncio.create_task(client.post("/v1/completions", json=ONCE | {"stream": True}))
+            while not engine.works:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            task.cancel()
+            await asyncio.wait([task])
+            assert engine.cancelled == engine.works
+
+    asyncio.run(scene())
 
 
 def test_an_engine_that_says_nothing_is_not_waited_for_forever(serve, monkeypatch):

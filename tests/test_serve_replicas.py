@@ -2,25 +2,36 @@
 
 import asyncio
 import dataclasses
+import runpy
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from handmade import plan_of
 from prometheus_client.parser import text_string_to_metric_families
+from ray.exceptions import GetTimeoutError
 from replicas import LOCAL, POOL, ask, byte_loaded, full, make_replica, replica_of
 from scripted import STATE, ScriptedEngine
+from server import ROOT, small_model
+from serving import ask as submit
+from serving import engine_of
 
+from baklava.entering import transient_bytes
 from baklava.errors import UserError
 from baklava.eviction import Streaming
+from baklava.model import describe
+from baklava.plan import full_plan
 from serve_app.board import SILENT_SECONDS, Board, Order
 from serve_app.engine import Engine, Limits
 from serve_app.listen import Keys
 from serve_app.metrics import merged
 from serve_app.routes import create_app
 from serve_app.scaling import LOAD, load, replicas_for
-from serve_app.work import Started, Token
+from serve_app.server import Server
+from serve_app.swapping import put_in_force
+from serve_app.work import DeadlineError, Started, Token
 
 ONCE = {"prompt": "Once", "max_tokens": 6, "temperature": 0}
 
@@ -98,6 +109,25 @@ def test_a_plan_that_a_replica_cannot_take_is_told_and_not_tried_again(pair, tig
     assert "does not hold one sequence" in told
 
 
+def test_a_plan_counts_as_in_force_when_every_replica_has_taken_it_up(pair, tight, monkeypatch):
+    (one, two), board = pair
+    one.follower.once()
+    two.follower.once()
+    monkeypatch.setattr("serve_app.swapping.PATIENCE", 0.1)
+    assert "0 of 2 replicas have taken it up so far" in put_in_force(board, tight)
+    over = [following(replica) for replica in (one, two)]
+    monkeypatch.setattr("serve_app.swapping.PATIENCE", 30)
+    assert put_in_force(board, tight) == f"new requests live inside plan {tight.digest} ({tight.ratio:.1%})"
+    monkeypatch.setattr(two.engine, "_check", lambda *_: refuse_plan())
+    assert "1 of 2 replicas stay in the plan that they have: too small" in put_in_force(board, full(two.engine._loaded))
+    for event in over:
+        event.set()
+
+
+def refuse_plan():
+    raise UserError("too small")
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -121,7 +151,7 @@ def test_a_plan_for_another_model_is_refused(pair, tiny):
     (one, _), board = pair
     foreign = tiny(layers=3)
     plan = full(dataclasses.replace(foreign, tokenizer=None))
-    response = ask(create_app(one), "POST", "/v1/plan", json={"plan": plan.model_dump(mode="json")})
+    response = ask(create_app(one), "POST", "/v1/plan", faults=False, json={"plan": plan.model_dump(mode="json")})
     assert response.status_code == 400
     assert "was made for" in response.json()["error"]["message"]
     assert board.order() == Order()
@@ -169,12 +199,21 @@ def test_draining_reaches_every_replica_and_new_requests_are_told(pair):
     for replica in (one, two):
         replica.follower.once()
         app = create_app(replica)
-        assert ask(app, "GET", "/ready").status_code == 503
+        ready = ask(app, "GET", "/ready", faults=False)
+        assert (ready.status_code, ready.headers["retry-after"]) == (503, "5")
         assert ask(app, "GET", "/health").status_code == 200
         refused = ask(app, "POST", "/v1/completions", json=ONCE)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert int(refused.headers["retry-after"]) > 0
     assert {report.state["draining"] for report in (one.follower.say(), two.follower.say())} == {True}
+
+
+def test_a_replica_that_comes_up_during_a_drain_takes_no_requests(loaded):
+    board = Board()
+    late = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=board, order=board.drain())
+    late.follower.once()
+    assert ask(create_app(late), "GET", "/ready").status_code == 503
+    assert late.follower.say().state["draining"]
 
 
 def test_a_replica_that_is_silent_counts_as_gone(pair, monkeypatch):
@@ -188,16 +227,43 @@ def test_a_replica_that_is_silent_counts_as_gone(pair, monkeypatch):
     assert [report.replica for report in board.reports()] == ["one"]
 
 
+class Gone:
+    def reports(self, *_):
+        raise GetTimeoutError("it does not answer")
+
+    offer = report = reports
+
+
+def test_a_replica_that_serve_ends_is_gone_at_once(pair):
+    (one, two), board = pair
+    one.follower.once()
+    two.follower.once()
+    asyncio.run(Server.__del__(SimpleNamespace(_follower=one.follower)))
+    one.follower.once()  # as its thread may have been about to
+    assert [report.replica for report in board.reports()] == ["two"]
+
+
 def test_a_board_that_does_not_answer_leaves_a_replica_by_itself(loaded):
-    class Gone:
-        def report(self, _):
-            raise ConnectionError
-
-        offer = reports = report
-
     replica = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=Gone())
     assert [report.replica for report in replica.follower.everyone()] == ["one"]
     assert ask(create_app(replica), "GET", "/metrics").status_code == 200
+
+
+def test_a_signal_to_read_the_plan_again_never_ends_the_server(tmp_path, tight, capsys):
+    script = runpy.run_path(str(ROOT / "jobs/serve.py"))
+    model, file = small_model(tmp_path / "model"), tmp_path / "plan.json"
+    identity, geometry = describe(str(model))
+    full_plan(identity, geometry, 64).write(file)
+    for plan, words in ((file, "cannot be told"), ("full", "nothing to read again"), ("none.json", "cannot read plan")):
+        script["reload"](script["parse"](["--plan", str(plan), "--model", str(model)]), Gone())
+        assert words in capsys.readouterr().err
+
+
+def test_a_plan_that_the_others_cannot_be_told_of_is_not_put_in_force(loaded, tight):
+    replica = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=Gone())
+    response = ask(create_app(replica), "POST", "/v1/plan", json={"plan": tight.model_dump(mode="json")})
+    assert (response.status_code, "retry-after" in response.headers) == (503, True)
+    assert replica.engine.plan == full(loaded)
 
 
 def samples(text):
@@ -206,6 +272,15 @@ def samples(text):
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     ]
+
+
+def told(replica):
+    """Values of a replica's metrics, buckets aside."""
+    return {
+        name.removeprefix("baklava:"): value
+        for name, _, labels, value in samples(replica.metrics.text)
+        if "le" not in labels
+    }
 
 
 def test_any_replica_tells_the_metrics_of_all_each_name_described_once(pair):
@@ -237,15 +312,60 @@ def test_the_metrics_count_what_happened(loaded):
     app = create_app(replica)
     ask(app, "POST", "/v1/completions", json=ONCE)
     ask(app, "POST", "/v1/completions", json={"prompt": [5000]})
-    told = {name: value for name, _, labels, value in samples(replica.metrics.text) if "le" not in labels}
-    assert told["baklava:inter_token_latency_seconds_count"] == 2
-    assert told["baklava:request_success_total"] == 1
-    assert told["baklava:admission_rejections_total"] == 1
-    assert told["baklava:request_generation_tokens_sum"] == 3
-    assert told["baklava:num_requests_running"] == 2
-    assert told["baklava:kv_cache_usage_perc"] == 0.5
-    assert (told["baklava:kv_tokens_kept"], told["baklava:kv_tokens_seen"]) == (5, 9)
-    assert told["baklava:num_preemptions_total"] == 0
+    now = told(replica)
+    assert now["inter_token_latency_seconds_count"] == 2
+    assert now["request_success_total"] == 1
+    assert now["admission_rejections_total"] == 1
+    assert now["request_generation_tokens_sum"] == 3
+    assert now["num_requests_running"] == 2
+    assert now["kv_cache_usage_perc"] == 0.5
+    assert (now["kv_tokens_kept"], now["kv_tokens_seen"]) == (5, 9)
+    assert now["num_preemptions_total"] == 0
+
+
+def test_a_requests_time_is_divided_at_its_admission_and_its_first_token(loaded):
+    def script(work):
+        time.sleep(0.05)
+        admitted = time.monotonic()
+        time.sleep(0.15)
+        yield Started(admitted=admitted)
+        yield Token(97)
+        time.sleep(0.3)
+        yield Token(98, finish="length")
+
+    replica = replica_of(ScriptedEngine(full(loaded), script), loaded)
+    ask(create_app(replica), "POST", "/v1/completions", json=ONCE)
+    seconds = {name: told(replica)[f"request_{name}_time_seconds_sum"] for name in ("queue", "prefill", "decode")}
+    for name, least in (("queue", 0.05), ("prefill", 0.15), ("decode", 0.3)):
+        assert seconds[name] > least - 0.02
+    first, whole = told(replica)["time_to_first_token_seconds_sum"], told(replica)["e2e_request_latency_seconds_sum"]
+    assert seconds["queue"] + seconds["prefill"] == pytest.approx(first)
+    inference = told(replica)["request_inference_time_seconds_sum"]
+    assert seconds["prefill"] + seconds["decode"] == pytest.approx(inference)
+    assert seconds["queue"] + inference <= whole
+
+
+def test_a_request_is_admitted_before_its_prompt_enters_and_not_before_there_is_room(loaded):
+    plan, entered, ended = full(loaded), [], []
+    hook = loaded.model.register_forward_pre_hook(lambda *_: entered.append(time.monotonic()))
+    with engine_of(loaded, plan, pool=plan.bytes_for(256) + transient_bytes(plan, 60, 4)) as engine:
+        first = submit(engine, b"x" * 60, 190, take=lambda _: ended.append(time.monotonic()))
+        second = submit(engine, b"y" * 60, 190)
+        assert first.started.admitted <= entered[0]
+        assert ended[-1] <= second.started.admitted
+    hook.remove()
+
+
+@pytest.mark.parametrize(("delivered", "counted"), [(0, 1), (1, 0)])
+def test_only_a_request_of_which_nothing_was_delivered_counts_as_refused(loaded, delivered, counted):
+    def script(work):
+        yield Started()
+        yield from [Token(97)] * delivered
+        yield DeadlineError(waiting=False)
+
+    replica = replica_of(ScriptedEngine(full(loaded), script), loaded)
+    assert ask(create_app(replica), "POST", "/v1/completions", json=ONCE).status_code == 408
+    assert told(replica).get("admission_rejections_total", 0) == counted
 
 
 def test_the_names_are_vllms_behind_a_prefix_of_our_own(loaded):
@@ -256,7 +376,12 @@ def test_the_names_are_vllms_behind_a_prefix_of_our_own(loaded):
     theirs |= {"prompt_tokens", "generation_tokens", "request_success", "time_to_first_token_seconds"}
     theirs |= {"inter_token_latency_seconds", "e2e_request_latency_seconds", "prefix_cache_hits"}
     theirs |= {"prefix_cache_queries", "request_prompt_tokens", "request_generation_tokens"}
+    theirs |= {f"request_{part}_time_seconds" for part in ("queue", "prefill", "decode", "inference")}
+    theirs |= {"cache_config_info"}
     assert {f"baklava:{name}" for name in theirs} <= names
+    (pool,) = [labels for name, _, labels, _ in samples(replica.metrics.text) if name == "baklava:cache_config_info"]
+    assert int(pool["block_size"]) == 256
+    assert int(pool["num_gpu_blocks"]) == POOL // full(loaded).bytes_per_sequence
 
 
 def test_merging_keeps_every_sample():

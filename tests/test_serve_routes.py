@@ -139,6 +139,47 @@ def test_a_text_that_is_too_long_is_refused_in_the_known_words(post):
     )
 
 
+HALF = "\ud83d"  # of a pair that would be one character
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", ONCE | {"prompt": HALF}),
+        ("/v1/completions", ONCE | {"prompt": ["whole", HALF], "echo": True}),
+        ("/v1/completions", ONCE | {"model": HALF}),
+        ("/v1/completions", ONCE | {"stop": HALF}),
+        ("/v1/completions", ONCE | {"logit_bias": {HALF: 1}}),
+        ("/v1/completions", ONCE | {HALF: 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": HALF}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}),
+        ("/v1/chat/completions", {"messages": [{"role": HALF, "content": ""}]}),
+        ("/v1/chat/completions", HELLO | {"chat_template_kwargs": {"name": HALF}}),
+        ("/v1/chat/completions", HELLO | {"chat_template_kwargs": {HALF: "x"}}),
+        ("/tokenize", {"prompt": HALF}),
+        ("/tokenize", {"prompt": "whole", "model": HALF}),
+        ("/detokenize", {"tokens": [1], "model": HALF}),
+        ("/v1/plan", {"plan": HALF}),
+        ("/v1/plan", {HALF: {}}),
+    ],
+)
+def test_half_a_character_is_the_clients_fault(replica, path, body):
+    headers = {"Content-Type": "application/json"}
+    response = ask(create_app(replica), "POST", path, content=json.dumps(body), headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_plan_with_half_a_character_is_the_clients_fault(replica):
+    plan = replica.engine.plan.model_dump(mode="json")
+    headers = {"Content-Type": "application/json"}
+    for name in ("id", "config_hash"):
+        body = json.dumps({"plan": plan | {"model": plan["model"] | {name: HALF}}})
+        response = ask(create_app(replica), "POST", "/v1/plan", content=body, headers=headers)
+        assert response.status_code == 400
+        assert "not a valid plan" in response.json()["error"]["message"]
+
+
 def test_bodies_that_are_no_json_are_refused(replica):
     headers = {"Content-Type": "application/json"}
     for content in (b"{", b"\xff\xfe", b"[" * 100_000):
@@ -184,6 +225,8 @@ def test_a_browser_is_asked_for_a_key_and_may_only_read_with_it(replica):
     assert ask(app, "GET", "/", headers=basic("first")).status_code == 200
     assert ask(app, "GET", "/", headers=basic("wrong")).status_code == 401
     assert ask(app, "POST", "/v1/completions", json=ONCE, headers=basic("first")).status_code == 401
+    for garbage in (b"\xe9", b"=", b"/w=="):
+        assert ask(app, "GET", "/", headers={"Authorization": b"Basic " + garbage}).status_code == 401
 
 
 def test_without_keys_only_this_machines_own_names_are_answered(replica):
@@ -202,11 +245,20 @@ def test_without_keys_only_this_machines_own_names_are_answered(replica):
 def test_a_form_of_another_site_cannot_ask_for_anything(replica):
     """Browsers send such a body without asking first; JSON they would ask for, and no answer allows it."""
     app = create_app(replica)
-    for path in ("/v1/completions", "/v1/plan"):
-        response = ask(app, "POST", path, content=json.dumps(ONCE), headers={"Content-Type": "text/plain"})
-        assert response.status_code == 400
+    plan = {"plan": replica.engine.plan.model_dump(mode="json")}
+    for path, body in (("/v1/completions", ONCE), ("/v1/plan", plan)):
+        assert ask(app, "POST", path, json=body).status_code == 200
+        for headers in ({"Content-Type": "text/plain"}, {}):
+            response = ask(app, "POST", path, content=json.dumps(body), headers=headers)
+            assert response.status_code == 400
     asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in ask(app, "OPTIONS", "/v1/completions", headers=asked).headers
+
+
+def test_a_method_that_a_route_does_not_have_is_told_with_those_that_it_has(get):
+    refused = get("/v1/completions")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert refused.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_there_are_no_docs(get):
@@ -278,6 +330,22 @@ def test_text_goes_to_tokens_and_back(post, get):
     assert post("/tokenize", {}).status_code == 400
 
 
+def test_tokens_are_counted_as_they_were_asked_for_or_not_at_all(post):
+    chat = {"messages": HELLO["messages"]}
+    neutral = {
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "chat_template_kwargs": {},
+        "tools": None,
+    }
+    assert post("/tokenize", chat | neutral | {"add_special_tokens": False}).json()["tokens"] == list(b"u:Hello;")
+    unsupported = {"add_generation_prompt": False, "tools": [{}], "chat_template": "x", "add_special_tokens": True}
+    unsupported |= {"chat_template_kwargs": {"a": 1}, "return_token_strs": True}
+    for field, value in unsupported.items():
+        refused = post("/tokenize", chat | {field: value})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+
+
 def test_the_version_is_told(get):
     assert get("/version").json()["version"]
 
@@ -291,10 +359,18 @@ def test_requests_are_named_and_a_fair_name_is_kept(get):
 def test_the_template_gets_variables_but_never_another_template(post):
     asked = {"chat_template_kwargs": {"enable_thinking": False}}
     assert post("/v1/chat/completions", HELLO | asked).status_code == 200
-    for name in ("chat_template", "tokenize", "tools", "conversation"):
+    for name in ("chat_template", "tokenize", "tools", "conversation", "conversations", "messages", "self"):
         refused = post("/v1/chat/completions", HELLO | {"chat_template_kwargs": {name: "x"}})
         assert refused.status_code == 400
         assert name in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("template", ["{{ 'a' + 1 }}", "{{ 1 // 0 }}", "{{ raise_exception('no') }}", "{{ x.y.z }}"])
+def test_a_template_that_fails_is_told_as_a_refusal(replica, post, monkeypatch, template):
+    monkeypatch.setattr(replica.prompts.tokenizer, "chat_template", template)
+    for body in (HELLO, HELLO | {"chat_template_kwargs": {"raise_exception": "shadowed"}}):
+        response = post("/v1/chat/completions", body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
 
 
 def test_a_long_prompt_is_cut_from_the_left_where_that_is_asked_for(post):
@@ -303,3 +379,6 @@ def test_a_long_prompt_is_cut_from_the_left_where_that_is_asked_for(post):
     assert answer["usage"]["prompt_tokens"] == 4
     assert answer["choices"][0]["text"].startswith("Once")
     assert post("/v1/completions", asked | {"truncate_prompt_tokens": -1}).json()["usage"]["prompt_tokens"] == 255
+    for many in (256, 300):
+        refused = post("/v1/completions", asked | {"truncate_prompt_tokens": -1, "max_tokens": many})
+        assert refused.json()["error"]["code"] == "context_length_exceeded"

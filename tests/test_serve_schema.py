@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from serve_app.schema import ChatRequest, CompletionRequest
+from serve_app.tokens import TokenizeRequest
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
@@ -71,6 +72,7 @@ def test_both_names_of_the_most_tokens_are_taken():
         ("reasoning_effort", "high"),
         ("chat_template", "{{ x }}"),
         ("use_beam_search", True),
+        ("add_special_tokens", True),
     ],
 )
 def test_a_field_that_is_known_and_unsupported_is_refused_by_name(field, value):
@@ -85,7 +87,7 @@ def test_values_that_ask_for_nothing_are_taken():
     neutral = {"n": 1, "best_of": 1, "logprobs": False, "echo": False, "tools": [], "logit_bias": {}, "suffix": ""}
     CompletionRequest(prompt="a", top_logprobs=None, **neutral)
     neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0, "repetition_penalty": 1.0, "tool_choice": "auto"}
-    ChatRequest(messages=MESSAGES, response_format={"type": "text"}, **neutral)
+    ChatRequest(messages=MESSAGES, response_format={"type": "text"}, add_special_tokens=False, **neutral)
 
 
 def test_unknown_fields_are_ignored_with_a_warning(caplog, monkeypatch):
@@ -93,11 +95,14 @@ def test_unknown_fields_are_ignored_with_a_warning(caplog, monkeypatch):
     monkeypatch.setattr(logger, "disabled", False)  # a migration of MLflow's database disables all loggers there are
     logger.addHandler(caplog.handler)
     try:
-        CompletionRequest(prompt="a", mystery=1, n=1)
+        CompletionRequest(prompt="a", mystery=1, n=1, suffix="")
+        turns = [message | {"name": "Ann"} for message in MESSAGES * 3]
+        ChatRequest(messages=turns, stream=True, stream_options={"include_obfuscation": True})
+        TokenizeRequest(prompt="a", riddle=1, return_token_strs=False)
     finally:
         logger.removeHandler(caplog.handler)
-    assert "mystery" in caplog.text
-    assert "'n'" not in caplog.text
+    told = dict.fromkeys(tuple(record.args[0]) for record in caplog.records)  # the root logger may hear it again
+    assert list(told) == [("mystery",), ("messages.name", "stream_options.include_obfuscation"), ("riddle",)]
 
 
 @pytest.mark.parametrize(

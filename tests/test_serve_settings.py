@@ -4,16 +4,19 @@ import json
 
 import pytest
 from handmade import plan_of
+from ray.serve.schema import LoggingConfig
 from replicas import byte_loaded
 
 from baklava import memory
 from baklava.errors import UserError
 from baklava.eviction import Streaming
 from baklava.sizes import full_bytes
+from serve_app.app import Scale, _application, session
 from serve_app.declared import Declared
 from serve_app.listen import Keys, api_keys, key_digest
 from serve_app.memory import PoolSize, free_bytes, table
 from serve_app.prompts import Prompts
+from serve_app.server import Settings
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +29,18 @@ def prompts(tiny):
     [("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("512mib", 512 << 20), ("4096", 4096), ("3GB", 3 * 10**9)],
 )
 def test_a_pool_is_so_many_bytes_whatever_is_free(text, amount):
-    assert PoolSize.parse(text, replicas=4).bytes_of(free=1) == amount
+    assert PoolSize.parse(text).between(4).bytes_of(free=1) == amount
 
 
-def test_a_share_is_of_what_is_free_and_divided_between_replicas():
-    assert PoolSize.parse("50%").bytes_of(1000) == 500
-    assert PoolSize.parse("50%", replicas=4).bytes_of(1000) == 125
+@pytest.mark.parametrize(
+    ("gpus", "pool", "held"), [(0, 125, 0), (1, 125, 0.25), (3, 250, 0.5), (4, 500, 1), (8, 500, 1)]
+)
+def test_a_share_is_of_what_is_free_and_divided_between_replicas_on_one_device(gpus, pool, held, monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {}))
+    settings = Settings("demo", None, created=1, threads=1, pool=PoolSize.parse("50%"), waiting=1)
+    bound = _application(settings, Scale(4, most=4), LoggingConfig(), actor=None)._bound_deployment
+    assert bound.init_args[0].pool.bytes_of(1000) == pool
+    assert bound.ray_actor_options["num_gpus"] == held
 
 
 @pytest.mark.parametrize("text", ["", "much", "0", "0%", "101%", "-1GiB", "2 PiB", "50%%", "1e9", "GiB"])
@@ -59,6 +68,17 @@ def test_the_table_tells_how_many_sequences_fit_at_each_length_next_to_a_prompt_
     assert [dense for _, dense, _ in rows] == [38, 18, 8]  # a prompt enters in 32 bits, twice the 16 of the full cache
     left = [10 * whole - tokens * whole // 128 for tokens in (64, 128, 256)]
     assert [budgeted for _, _, budgeted in rows] == [room // plan.bytes_per_sequence for room in left]
+
+
+def test_on_a_cluster_of_others_a_warning_tells_what_serve_answers_by_itself(monkeypatch, capsys):
+    for name in ("ray.init", "ray.shutdown", "serve_app.app._check_room", "serve_app.app.check_answers"):
+        monkeypatch.setattr(name, lambda *_, **__: None)
+    for address, words in (("head:6379", ("/-/routes", "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")), ("", ())):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with session(1):
+            told = capsys.readouterr().err
+        assert all(word in told for word in words)
+        assert bool(told) == bool(words)
 
 
 def test_a_text_is_a_system_prompt_and_its_tokens_begin_every_chat(tmp_path, prompts):
