@@ -66,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
     searched.add_argument("--scale", type=Path, metavar="FILE", help="page on scale to write its tables into")
     served = names.add_parser("serve", parents=[shared], help="serving over HTTP", description=SERVED)
     served.set_defaults(run=serve)
-    served.add_argument("--plan", default="plans/demo-12.5.json", metavar="PLAN.json", help="the plan that is measured")
+    served.add_argument(
+        "--plan", default="plans/demo-12.5-16bit.json", metavar="PLAN.json", help="the plan that is measured"
+    )
     served.add_argument(
         "--texts", default="botocore", metavar="NAME|FOLDER", help="what prompts are cut from (botocore)"
     )

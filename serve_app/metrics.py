@@ -4,9 +4,10 @@ Every metric has the labels `model_name` and `replica`.
 """
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -74,7 +75,8 @@ class Metrics:
 class Watch:
     """Follows one request, whose engine is asked through it, and writes down how it went when it has ended.
 
-    `admitted` and `first` are the seconds until the engine let its first prompt in, and until its first token.
+    `admitted` and `first` are the seconds until the engine let its first prompt in, and until its first token; `plan`
+    is the digest of the plan that it then lived inside.
     """
 
     metrics: Metrics
@@ -82,18 +84,18 @@ class Watch:
     began: float = field(default_factory=time.monotonic)
     admitted: float | None = None
     first: float | None = None
+    plan: str = ""
     _last: dict[int, float] = field(default_factory=dict)
     _refused: bool = False
 
-    def submit(self, work: Work, deliver: Deliver) -> Handle:
+    def submit(self, *asked: tuple[Work, Deliver]) -> Sequence[Handle]:
         """As the engine does."""
+        return self.engine.submit(*((work, partial(self._note, deliver)) for work, deliver in asked))
 
-        def noted(event: Event) -> None:
-            if isinstance(event, Started) and self.admitted is None:
-                self.admitted = event.admitted - self.began
-            deliver(event)
-
-        return self.engine.submit(work, noted)
+    def _note(self, deliver: Deliver, event: Event) -> None:
+        if isinstance(event, Started) and self.admitted is None:
+            self.admitted, self.plan = event.admitted - self.began, event.plan
+        deliver(event)
 
     def refusal(self, error: Exception) -> ApiError:
         """What to tell the client about an exception, which counts as a refusal while nothing was delivered."""

@@ -60,15 +60,18 @@ class Replica:
         prompts = await run_in_threadpool(self.prompts.encode, body)
         answering = self._answering(body, prompts, watch.began + self.seconds)
         names = None if body.alternatives is None else Names(self.prompts.tokenizer, body.return_tokens_as_token_ids)
-        digest = self.engine.plan.digest
-        reply = Reply(style, self.model, f"baklava-{digest}", answering.usage, names)
+
+        def plan() -> str:  # another one may be put in force while the request waits
+            return watch.plan or self.engine.plan.digest
+
+        reply = Reply(style, self.model, lambda: f"baklava-{plan()}", answering.usage, names)
         pieces = watch.over(answering.pieces(watch), answering.usage, notes(request.scope))
-        headers = {CACHE_HEADER: digest}
         if not body.stream:
             async with aclosing(pieces):
-                return JSONResponse(await reply.whole(pieces), headers=headers)
+                return JSONResponse(await reply.whole(pieces), headers={CACHE_HEADER: plan()})
         events = reply.events(await begun(pieces), body.stream_options)
-        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS | headers)
+        headers = STREAM_HEADERS | {CACHE_HEADER: plan()}
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
     def _answering(self, body: ChatRequest | CompletionRequest, prompts: list[Prompt], deadline: float) -> Answering:
         echo = isinstance(body, CompletionRequest) and body.echo

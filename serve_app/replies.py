@@ -67,7 +67,7 @@ class Reply:
 
     style: Style
     model: str
-    fingerprint: str
+    fingerprint: Callable[[], str]
     usage: Usage
     names: Names | None = None
     created: int = field(default_factory=lambda: int(time.time()))
@@ -128,7 +128,7 @@ class Reply:
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": self.fingerprint,
+            "system_fingerprint": self.fingerprint(),
             "choices": choices,
         }
 

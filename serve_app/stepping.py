@@ -126,7 +126,8 @@ class Stepper:
         finish: Finish | None = None if work.sampling.max_tokens else "length"
         if not request.internal:
             self._count(prompt_tokens=len(work.prompt), cached_tokens=entrance.cached_tokens)
-        request.tell(Started(entrance.cached_tokens, entrance.prompt_logprobs, finish, self._admitted_at))
+        plan = entrance.plan.digest
+        request.tell(Started(entrance.cached_tokens, entrance.prompt_logprobs, finish, self._admitted_at, plan))
         if finish:
             self._end(request)
             return

@@ -41,13 +41,15 @@ class Started:
     """The prompt is in the cache; `cached_tokens` of it came from a snapshot.
 
     `prompt_logprobs` has one entry per prompt token, None for the first; empty where none were asked for. `finish` is
-    set where no token was to be generated. `admitted` is the time.monotonic() at which it left the queue.
+    set where no token was to be generated. `admitted` is the time.monotonic() at which it left the queue,
+    `plan` the digest of the plan that it lives inside.
     """
 
     cached_tokens: int = 0
     prompt_logprobs: tuple[Logprob | None, ...] = ()
     finish: Finish | None = None
     admitted: float = field(default_factory=time.monotonic)
+    plan: str = ""
 
 
 @dataclass(frozen=True)

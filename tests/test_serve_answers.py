@@ -309,6 +309,18 @@ def test_a_refusal_of_one_prompt_ends_the_others(serve):
     assert engine.cancelled == engine.works[:1]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_names_the_plan_that_it_was_let_in_with_and_not_the_one_before(serve, stream):
+    def script(work):
+        yield Started(plan="later")
+        yield from spelt("ab")
+
+    response, _, _ = serve(script, "/v1/completions", ONCE | {"stream": stream})
+    assert response.headers["x-baklava-plan"] == "later"
+    told = events(response) if stream else [response.json()]
+    assert {one["system_fingerprint"] for one in told} == {"baklava-later"}
+
+
 def test_an_error_in_the_middle_of_a_stream_is_an_event_before_the_end(serve):
     def script(work):
         yield Started()

@@ -267,6 +267,7 @@ def test_the_prompts_of_a_request_wait_together_or_not_at_all(loaded, plan):
             engine.submit(*asked)
         engine.submit(*asked[:4])
         assert [len(answer.tokens()) for answer in answers[:4]] == [20] * 4
+        idle(engine)
         assert (engine.state().counts.cancelled, engine.state().counts.finished) == (0, 4)
 
 

@@ -1,5 +1,7 @@
 """Entries that compete by score."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -56,7 +58,7 @@ class Ranked(HeadGroup):
             self._keeper().take(forward.observation(slice(0, None), self.filled, attention))
         self.since += tokens.count
         if self.since >= self.eviction.interval:
-            self._evict(forward)
+            self._evict(lambda: forward)
         return output
 
     def make_room(self) -> None:
@@ -71,7 +73,7 @@ class Ranked(HeadGroup):
 
     def evict(self, tokens: Tokens, kernel: Kernel) -> None:
         """Cut to what is kept, seen by the tokens that came last."""
-        self._evict(self._forward(tokens, kernel))
+        self._evict(lambda: self._forward(tokens, kernel))
 
     def _append(self, tokens: Tokens) -> None:
         start, self.filled = self.filled, self.filled + tokens.count
@@ -142,7 +144,8 @@ class Ranked(HeadGroup):
                 torch.cat([own.read(self.filled), new], 2) if self.filled else new
                 for own, new in ((self.keys, key), (self.values, value))
             )
-            self._merge(winners, scores, positions, keys, values, ITERATIONS)
+            weights = self._weights(scores, positions).scatter(2, winners, 0.0)
+            self.centroids = self.centroids.with_members(keys, values, weights, ITERATIONS)
         scores, positions = scores.gather(2, winners), positions.gather(2, winners)
         self._replace(key, value, torch.where(positions < 0, NOTHING, winners))
         self.positions = _resized(positions, self.size)
@@ -157,32 +160,27 @@ class Ranked(HeadGroup):
         padding = positions.gather(2, winners) < 0
         return (winners + padding * entries).sort().values % entries
 
-    def _evict(self, forward: Forward) -> None:
+    def _evict(self, forward: Callable[[], Forward]) -> None:
         self.since = 0
         if self.filled <= self.keep:
             return
         if self.eviction.sample.window == 0:
-            observe(forward, self.eviction.sample, [self._keeper()])
-        rank = self._rank(self.scores[..., : self.filled], self.positions[..., : self.filled])
-        winners = rank.topk(self.keep, sorted=False).indices
+            observe(forward(), self.eviction.sample, [self._keeper()])
+        rank = self._rank(self.scores[..., : self.filled], self.kept())
+        losers = rank.topk(self.filled - self.keep, largest=False, sorted=False).indices.sort().values
         if self.centroids is not None:
-            scores, positions = self.scores[..., : self.filled], self.kept()
-            self._merge(winners, scores, positions, forward.key, forward.value)
-        stays = torch.zeros_like(rank, dtype=torch.bool).scatter_(2, winners, True)
-        source, target = _moves(stays, self.keep)
+            weights = self._weights(self.scores.gather(2, losers), self.positions.gather(2, losers))
+            self.centroids = self.centroids.with_members(self.keys.at(losers), self.values.at(losers), weights)
+        source, target = _moves(losers, self.keep)
         for storage in (self.keys, self.values):
             storage.move(source, target)
         for state in (self.positions, self.scores):
             state.scatter_(2, target, state.gather(2, source))
         self.filled = self.keep
 
-    def _merge(
-        self, stays: Tensor, scores: Tensor, positions: Tensor, key: Heads, value: Heads, iterations: int = 1
-    ) -> None:
-        """Fold all entries but those in these slots into the centroids, weighted by the attention that they had."""
-        assert self.centroids is not None
-        weights = attention_of(scores, self.eviction).masked_fill(positions < 0, 0).scatter(2, stays, 0.0)
-        self.centroids = self.centroids.with_members(key, value, weights, iterations)
+    def _weights(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """What entries weigh among the members of a centroid: the attention that they had."""
+        return attention_of(scores, self.eviction).masked_fill(positions < 0, 0)
 
     def _keeper(self) -> Scorekeeper:
         return Scorekeeper(self.eviction, self.scores[..., : self.filled])
@@ -218,17 +216,17 @@ class Ranked(HeadGroup):
         return self.positions, self.scores, *held
 
 
-def _moves(stays: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Slots in the slack whose entries stay, and the slots of the losers among the first `keep` that take them.
+def _moves(losers: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Slots behind the first `keep` whose entries stay, and the slots of the losers before them that take these.
 
-    Rows differ in how many move; the rest of a row moves an entry onto itself.
+    Losers come in order, and fill all but `keep` slots. Rows differ in how many entries move; the rest of a row moves
+    one onto itself.
     """
-    most = min(stays.shape[2] - keep, keep)
-    target = stays[..., :keep].int().argsort(dim=2, stable=True)[..., :most]
-    source = stays[..., keep:].int().argsort(dim=2, stable=True, descending=True)[..., :most] + keep
-    holes = (~stays[..., :keep]).sum(2, keepdim=True)
-    real = torch.arange(most, device=stays.device) < holes
-    return torch.where(real, source, target), target
+    places = torch.arange(losers.shape[2], device=losers.device)
+    leaves = (places[:, None] + keep == losers[:, :, None]).any(-1)
+    source = leaves.int().argsort(dim=2, stable=True) + keep
+    holes = (losers < keep).sum(2, keepdim=True)
+    return torch.where(places < holes, source, losers), losers
 
 
 def _pooled(scores: Tensor, positions: Tensor, width: int) -> Tensor:

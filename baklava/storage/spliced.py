@@ -153,6 +153,9 @@ class Spliced(Storage):
 
     @override
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
+        if part := self._home(source, target):
+            part.slots.move(source - part.start, target - part.start)
+            return
         self._put(source, target, self.at(source))
 
     @override
@@ -160,11 +163,20 @@ class Spliced(Storage):
         for part in self.parts:
             part.slots.select_rows(rows)
 
+    def _home(self, *slots: Index) -> Part | None:
+        """The one part in which all of these are, if there is one."""
+        if not slots[0].numel() or torch.compiler.is_compiling():  # a graph cannot look at numbers
+            return None
+        first, last = map(int, torch.cat([each.flatten() for each in slots]).aminmax())
+        return next((part for part in self.parts if part.start <= first and last < part.end), None)
+
     def _reached(self, slots: int) -> list[Part]:
         return [part for part in self.parts if part.start < slots] or self.parts[:1]
 
     @override
     def at(self, slots: Index) -> Entries:
+        if part := self._home(slots):
+            return part.slots.at(slots - part.start)
         held = [part for part in self.parts if part.slots.count]
         entries = held[0].slots.at(slots.clamp(max=held[0].end - 1))
         for part in held[1:]:

@@ -8,7 +8,7 @@ class Asked:
     """Sizes of all measurements. Prompts and generated tokens are counted in tokens, pools in bytes.
 
     `pool` is what sequences are packed into; under load servers have `roomy`, in which all `concurrent` sequences run
-    together even with the full cache.
+    together even with the full cache. Of `others`, plans of the same size, only a decode step is timed.
 
     `closed` requests are sent by `concurrent` clients, each waiting for its answer; in the open loop requests come at
     random times, on average at a share `rates` of what the closed loop of the plan served. A request is good that meets
@@ -16,13 +16,14 @@ class Asked:
     """
 
     model: str = "demo"
-    plan: str = "plans/demo-12.5.json"
+    plan: str = "plans/demo-12.5-16bit.json"
     texts: str = "botocore"
+    others: tuple[str, ...] = ("plans/demo-12.5.json",)
     prompt: int = 4096
     prompts: tuple[int, int] = (2048, 6144)
     generated: int = 64
     concurrent: int = 8
-    closed: int = 16
+    closed: int = 8
     open: int = 12
     rates: tuple[float, ...] = (0.8,)
     pool: int = 640 << 20
@@ -37,12 +38,13 @@ class Asked:
     threads: int = 2
 
 
-def quick(model: str = "demo", plan: str = "plans/demo-12.5.json", texts: str = "botocore") -> Asked:
+def quick(model: str = "demo", plan: str = Asked.plan, texts: str = "botocore") -> Asked:
     """Small enough to see that it works; the figures mean nothing."""
     return Asked(
         model,
         plan,
         texts,
+        others=(),
         prompt=256,
         prompts=(128, 384),
         generated=8,

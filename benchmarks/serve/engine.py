@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from statistics import median
+from statistics import mean
 from typing import Any
 from unittest.mock import patch
 
@@ -79,8 +79,8 @@ def overhead(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequen
             waiter.ended.wait()
     # All run together from the last one's first token until the first one's last.
     last = [moment for moment in waiters[-1].times if moment <= waiters[0].times[-1]]
-    whole = median(after - before for before, after in pairwise(last))
-    model = median(forwards[-asked.steps : -asked.batch])
+    whole = mean(after - before for before, after in pairwise(last))  # some steps evict, and others do not
+    model = mean(forwards[-asked.steps : -asked.batch])
     return {"batch": asked.batch, "step": whole, "model": model, "overhead": whole / model - 1}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from baklava.errors import UserError
@@ -31,8 +32,7 @@ def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     if unknown := [part for part in parts if part not in PARTS]:
         raise UserError(f"--parts {unknown[0]}: no such part; take some of {', '.join(PARTS)}")
     loaded = load(asked.model, threads=asked.threads)
-    plan = BudgetPlan.read(asked.plan)
-    plan.check_fits(loaded.identity, loaded.geometry)
+    plan = _plan(loaded, asked.plan)
     found: dict[str, Any] = {"benchmark": "serve", "asked": asdict(asked), "machine": machine(), "ratio": plan.ratio}
     found |= _inside(loaded, plan, asked, parts)
     if {"closed", "open"} & set(parts):
@@ -40,9 +40,16 @@ def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     return found
 
 
+def _plan(loaded: LoadedModel, path: str) -> BudgetPlan:
+    plan = BudgetPlan.read(path)
+    plan.check_fits(loaded.identity, loaded.geometry)
+    return plan
+
+
 def _inside(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, parts: Sequence[str]) -> dict[str, Any]:
     """What is measured without HTTP."""
     full = full_plan(loaded.identity, loaded.geometry, loaded.max_length)
+    others = {Path(path).name: _plan(loaded, path) for path in asked.others}
     prompts, found = Prompts(loaded, asked.texts, asked.seed), dict[str, Any]()
 
     def ids(tokens: int) -> list[int]:
@@ -57,7 +64,8 @@ def _inside(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, parts: Sequence
     }
     for part, measure in measures.items():
         if part in parts:
-            for name, each in ((PLAN, plan), (FULL, full)):
+            measured = {PLAN: plan, FULL: full} | (others if part == "overhead" else {})
+            for name, each in measured.items():
                 say(f"{part}: {name}")
                 found.setdefault(part, {})[name] = measure(each)
     return found
@@ -86,7 +94,7 @@ def _closed(up: Server, asked: Asked, warm_up: Sequence[Prompt], prompts: Sequen
 def _opened(prompts: Prompts, asked: Asked, served: float, warm_up: Sequence[Prompt]) -> list[dict[str, Any]]:
     """Every contestant at the same rates, with the same prompts at the same times."""
     sent, rows = [prompts.between(*asked.prompts) for _ in range(asked.open)], []
-    for name in (PLAN, FULL, PEER, BATCHED):
+    for name in (PLAN, FULL, PEER):  # the other peer would take an hour
         with server(name, asked) as up:
             closed(up.address, up.model, warm_up, 4, 1, PATIENCE)
             for share in asked.rates:

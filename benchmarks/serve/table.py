@@ -69,9 +69,15 @@ def _overhead(found: Figures, asked: Figures) -> list[list[str]]:
     ours = found[PLAN]
     told = f"{ours['overhead']:.1%} of {ours['model'] * 1000:.0f} ms"
     apart = f"{ours['step'] / found[FULL]['step']:.2f} ×"
+    others = [
+        [f"the same of {name} over it", f"{each['step'] / found[FULL]['step']:.2f} ×", ""]
+        for name, each in found.items()
+        if name not in (PLAN, FULL)
+    ]
     return [
         [f"engine beside the forward, in a decode step of {ours['batch']} sequences", told, "≤ 10 %"],
         [f"the same step over that of our own full plan, {ours['batch']} × {asked['prompt']:,} tokens", apart, ""],
+        *others,
     ]
 
 
