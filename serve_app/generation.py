@@ -64,7 +64,10 @@ class Answering:
         asked = Asked(self.works)
         async with contextlib.aclosing(asked.events(engine)) as arriving:
             async for number, event in arriving:
-                made = self._opened(number, event) if isinstance(event, Started) else self._written(number, event)
+                if isinstance(event, Started):  # a long prompt takes a while to spell out, and others wait for the loop
+                    made = await asyncio.to_thread(self._opened, number, event)
+                else:
+                    made = self._written(number, event)
                 for piece in made:
                     if piece.finish and isinstance(event, Token) and not event.finish:  # a stop string
                         asked.complete(number, event.index)
