@@ -60,8 +60,8 @@ class Engine:
         Raises:
             Refusal: the queue is full, a request can never fit, or the engine drains or has died.
         """
-        requests = [Request(work, deliver) for work, deliver in asked]
         with self._changed:
+            requests = [Request(work, self.plan, deliver) for work, deliver in asked]
             self._check_open()
             for request in requests:
                 self._check_size(request)
@@ -82,17 +82,19 @@ class Engine:
         with self._changed:
             self._check(self.plan, [*self._snapshots.declared, prefix])
             self._snapshots.declare(prefix)
-            self._queue.appendleft(_snapshot_request(prefix))
+            self._queue.appendleft(_snapshot_request(prefix, self.plan))
             self._changed.notify()
 
     def swap(self, plan: BudgetPlan) -> None:
-        """New requests live inside this plan, those under way end inside theirs. Raises UserError as `__init__`."""
+        """New requests live inside this plan, those under way end inside theirs. Raises UserError as `__init__`.
+
+        A request that waits, and that the pool would not hold inside this plan, lives inside the one that it came with.
+        """
         with self._changed:
             self._check(plan, self._snapshots.declared)
-            self._check_waiting(plan)
             self.plan = plan
             for prefix in reversed(self._snapshots.declared):
-                self._queue.appendleft(_snapshot_request(prefix))
+                self._queue.appendleft(_snapshot_request(prefix, plan))
             self._changed.notify()
 
     def drain(self) -> None:
@@ -148,22 +150,9 @@ class Engine:
         if self._draining or self._closed or not self._thread.is_alive():
             raise DrainingError("The server is shutting down; ask another one.")
 
-    def _check_waiting(self, plan: BudgetPlan) -> None:
-        for request in self._queue:
-            if not request.internal and self._needed(plan, request) > self._room(plan):
-                raise UserError(
-                    f"a request waits that would need {self._needed(plan, request)} bytes of KV cache inside this "
-                    f"plan, and the pool has {self._room(plan)} for requests; try again when it has ended"
-                )
-
-    def _needed(self, plan: BudgetPlan, request: Request) -> int:
-        return needs(self._loaded, plan, request, Snapshots(plan)).total
-
-    def _room(self, plan: BudgetPlan) -> int:
-        return self.limits.pool_bytes - sum(plan.bytes_for(len(prefix)) for prefix in self._snapshots.declared)
-
     def _check_size(self, request: Request) -> None:
-        needed, room = self._needed(self.plan, request), self._room(self.plan)
+        needed = needs(self._loaded, self.plan, request, Snapshots(self.plan)).total
+        room = self.limits.pool_bytes - sum(self.plan.bytes_for(len(prefix)) for prefix in self._snapshots.declared)
         if needed > room:
             self._stepper.refused += 1
             raise TooLargeError(
@@ -189,11 +178,11 @@ class Engine:
             return not self._closed
 
 
-def _snapshot_request(prefix: tuple[int, ...]) -> Request:
+def _snapshot_request(prefix: tuple[int, ...], plan: BudgetPlan) -> Request:
     """The engine's own request for the snapshot of a declared prompt."""
 
     def told(event: object) -> None:
         if isinstance(event, Exception):
             logger.error("a declared prompt of %d tokens has no snapshot: %s", len(prefix), event)
 
-    return Request(Work(prefix, Sampling(max_tokens=0)), told, internal=True)
+    return Request(Work(prefix, Sampling(max_tokens=0)), plan, told, internal=True)

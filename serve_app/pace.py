@@ -5,11 +5,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-BESIDE = 0.9
-"""Time that a step's part of a prompt may take, as a share of its decode batch: others wait no longer than that."""
+BESIDE = 1.3
+"""Time that a step's part of a prompt may take, in that of its decode batch: others wait no longer than that."""
 
-LEAST = 8
+LEAST = 32
 """Fewest tokens of a prompt in a step: the model's weights are read for one as for many."""
+
+LARGE = 256
+"""Tokens of which the time for the model's weights is a small part."""
 
 ALONE = 512
 """Tokens of a prompt in a step while nobody decodes; a request that comes waits for no more than that."""
@@ -29,11 +32,16 @@ class _Mean:
 
 
 class Pace:
-    """Measures steps, and says what they allow."""
+    """Measures steps, and says what they allow.
+
+    A part of a prompt takes some time for the model's weights, and some for each token: large parts tell the one, and
+    small ones then the other.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._decode, self._token, self._between = _Mean(), _Mean(), _Mean()
+        self._decode, self._between = _Mean(), _Mean()
+        self._token, self._weights = _Mean(), _Mean()
         self._ended: float | None = None
 
     @contextmanager
@@ -49,7 +57,13 @@ class Pace:
         began = time.perf_counter()
         yield
         if tokens := taken():
-            self._token.add((time.perf_counter() - began) / tokens)
+            self._took(tokens, time.perf_counter() - began)
+
+    def _took(self, tokens: int, seconds: float) -> None:
+        if tokens >= LARGE or not self._token.value:
+            self._token.add(seconds / tokens)
+        else:
+            self._weights.add(max(0.0, seconds - tokens * self._token.value))
 
     def chunk(self, beside: bool) -> int:
         """Tokens of a prompt for the next step, which has a decode batch `beside` it or not."""
@@ -57,7 +71,7 @@ class Pace:
             return max(ALONE, self._most)
         if not self._token.value:
             return min(LEAST, self._most)
-        allowed = int(BESIDE * self._decode.value / self._token.value)
+        allowed = int((BESIDE * self._decode.value - self._weights.value) / self._token.value)
         return max(1, min(max(LEAST, allowed), self._most))
 
     def ended(self) -> None:

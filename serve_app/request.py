@@ -16,10 +16,13 @@ from serve_app.work import Deliver, Event, Finish, Logprob, Token, Work
 
 
 class Request:
-    """A request on its way, equal to itself only; `internal` ones are the engine's own."""
+    """A request on its way, equal to itself only; `internal` ones are the engine's own.
 
-    def __init__(self, work: Work, deliver: Deliver, internal: bool = False) -> None:
-        self.work, self._deliver, self.internal = work, deliver, internal
+    `plan` was in force when it was taken in.
+    """
+
+    def __init__(self, work: Work, plan: BudgetPlan, deliver: Deliver, internal: bool = False) -> None:
+        self.work, self.plan, self._deliver, self.internal = work, plan, deliver, internal
         self._gone = threading.Event()
         self._complete: set[int] = set()
 
@@ -55,7 +58,7 @@ class Request:
         if not self.cancelled:
             self._deliver(event)
 
-    def continuations(self, loaded: LoadedModel, plan: BudgetPlan, cache: BudgetedCache) -> list["Continuation"]:
+    def continuations(self, loaded: LoadedModel, cache: BudgetedCache) -> list["Continuation"]:
         """All of its continuations behind one prompt: the first goes on in this cache, the others in copies."""
         caches = [cache, *(cache.copy(self.tokens) for _ in range(self.work.n - 1))]
         sampling = self.work.sampling

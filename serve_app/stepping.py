@@ -80,28 +80,34 @@ class Stepper:
             queue.remove(request)
             self._end(request, None if request.cancelled else DeadlineError(waiting=True))
 
-    def _admitted(self, queue: deque[Request], plan: BudgetPlan) -> tuple[Request, Needs] | None:
-        """The first in line, if there is room for all that it can ever hold and no other prompt is entering."""
+    def _admitted(self, queue: deque[Request], plan: BudgetPlan) -> tuple[Request, BudgetPlan, Needs] | None:
+        """The first in line, if there is room for all that it can ever hold and no other prompt is entering.
+
+        It lives inside the plan in force; or, if not even the whole pool holds it so, inside the one that it came with.
+        """
         if plan is not self._snapshots.plan:
             self._forget(self._snapshots.forget(plan))
         while queue and self.entrance is None:
-            wanted = needs(self._loaded, plan, queue[0], self._snapshots)
+            inside, wanted = plan, needs(self._loaded, plan, queue[0], self._snapshots)
+            if not self.pool.fits(wanted.total):
+                if self.running:
+                    return None
+                inside = queue[0].plan
+                wanted = needs(self._loaded, inside, queue[0], Snapshots(inside))
             if self.pool.fits(wanted.total):
                 self.present.add(queue[0])
-                return queue.popleft(), wanted
-            if self.running:
-                return None
+                return queue.popleft(), inside, wanted
             self._end(queue.popleft(), TooLargeError("The request needs more bytes of KV cache than there are."))
         return None
 
-    def _admit(self, request: Request, wanted: Needs) -> None:
+    def _admit(self, request: Request, plan: BudgetPlan, wanted: Needs) -> None:
         """Promise a request its bytes, and let it begin to enter."""
         try:
             if wanted.snapshot:
                 self.pool.promise(wanted.prefix, wanted.snapshot)
             self.pool.promise(request, wanted.caches + wanted.transient)
             self._admitted_at = time.monotonic()
-            self.entrance = Entrance(self._loaded, self._snapshots.plan, request, wanted.prefix, self._snapshots)
+            self.entrance = Entrance(self._loaded, plan, request, wanted.prefix, self._snapshots)
         except Exception as error:
             self._end(request, error)
 
@@ -132,7 +138,7 @@ class Stepper:
             self._end(request)
             return
         cache, logits = entered
-        begun = request.continuations(self._loaded, entrance.plan, cache)
+        begun = request.continuations(self._loaded, cache)
         self.running += begun
         self._shrink(request)
         self._told(request, zip(begun, begin(begun, logits), strict=True))

@@ -271,16 +271,18 @@ def test_the_prompts_of_a_request_wait_together_or_not_at_all(loaded, plan):
         assert (engine.state().counts.cancelled, engine.state().counts.finished) == (0, 4)
 
 
-def test_a_plan_inside_which_a_waiting_request_would_not_fit_is_not_put_in_force(loaded):
+def test_a_waiting_request_that_would_not_fit_inside_a_new_plan_keeps_its_own(loaded):
     small, large = (plan_of(loaded, [[n, n], [n, n]], Streaming(), bits=32, context_length=256) for n in (40, 200))
     with engine_of(loaded, small, pool_for(large, loaded, 1, 256, 53)) as engine:
         first = ask(engine, PROMPT, 150, n=4)
         until(lambda: engine.state().running)
-        waiting = ask(engine, PROMPT, 150, n=4)
-        with pytest.raises(UserError, match="a request waits that would need"):
-            engine.swap(large)
-        assert len(first.tokens(3)) == len(waiting.tokens(3)) == 150
+        waiting, behind = ask(engine, PROMPT, 150, n=4), ask(engine, PROMPT, 20)
         engine.swap(large)
+        with pytest.raises(TooLargeError):
+            ask(engine, PROMPT, 150, n=4)
+        assert len(first.tokens(3)) == len(waiting.tokens(3)) == 150
+        plans = [answer.started.plan for answer in (first, waiting, behind)]
+        assert plans == [small.digest, small.digest, large.digest]
 
 
 def test_a_declared_prompt_that_could_never_enter_is_refused(loaded, plan):

@@ -100,9 +100,7 @@ def beside(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequence
     gaps = [(after, after - before) for before, after in pairwise(waiter.times)]
     idle = spread([gap for moment, gap in gaps if moment < began or moment > ended + 1])
     busy = spread([gap for moment, gap in gaps if began < moment <= ended])
-    assert idle is not None
-    times = busy["p99"] / idle["p50"] if busy else float("nan")
-    return {"tokens": len(long), "idle": idle, "beside": busy, "seconds": ended - began, "times": times}
+    return {"tokens": len(long), "idle": idle, "beside": busy, "seconds": ended - began}
 
 
 def fits(loaded: LoadedModel, plan: BudgetPlan, full: BudgetPlan, asked: Asked) -> list[dict[str, int]]:
