@@ -65,6 +65,14 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--waiting", type=_count, default=64, metavar="N", help="requests that may wait in a replica (default: 64)"
     )
+    parser.add_argument(
+        "--prefill-share",
+        type=_positive,
+        default=1.3,
+        metavar="X",
+        help="time that a step gives to the prompt that enters, in that of its decode batch: more lets prompts in "
+        "sooner, less keeps the others' tokens coming (default: 1.3)",
+    )
     parser.add_argument("--replicas", type=_count, default=1, metavar="N", help="copies of the model (default: 1)")
     parser.add_argument(
         "--autoscale", type=_count, metavar="N", help="add replicas, up to so many, while the pools are nearly full"
@@ -136,6 +144,7 @@ def _settings(arguments: argparse.Namespace, plan: BudgetPlan | None, keys: Keys
         keys=keys,
         seconds=float(arguments.timeout),
         host=arguments.host,
+        beside=arguments.prefill_share,
     )
     return settings, Scale(arguments.replicas, most, logs)
 
@@ -216,6 +225,13 @@ def reload(arguments: argparse.Namespace, board: Any) -> None:
         say(f"the plan stays as it is: {error}")
     else:
         say(put_in_force(board, plan) if plan else "the plan stays as it is: --plan full has nothing to read again")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0; try 1.3")
+    return value
 
 
 def _port(text: str) -> int:

@@ -12,6 +12,7 @@ from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
 from serve_app.entrance import needs
+from serve_app.pace import BESIDE, Pace
 from serve_app.pool import BrokenPromiseError
 from serve_app.request import Request
 from serve_app.sampling import Sampling
@@ -26,11 +27,15 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine may take: bytes for KV caches, requests that wait, tokens of a prompt per step beside decoding."""
+    """What an engine may take: bytes for KV caches, requests that wait, and what of a prompt a step takes.
+
+    Beside decoding that are at most `chunk` tokens, and about `beside` times as long as the decode batch.
+    """
 
     pool_bytes: int
     waiting: int = 64
-    chunk: int = 128
+    chunk: int = 512
+    beside: float = BESIDE
 
 
 class Engine:
@@ -50,7 +55,7 @@ class Engine:
         self._changed = threading.Condition()
         self._queue: deque[Request] = deque()
         self._draining = self._closed = False
-        self._stepper = Stepper(loaded, limits.pool_bytes, limits.chunk, self._snapshots)
+        self._stepper = Stepper(loaded, limits.pool_bytes, Pace(limits.chunk, limits.beside), self._snapshots)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 BESIDE = 1.3
-"""Time that a step's part of a prompt may take, in that of its decode batch: others wait no longer than that."""
+"""Time that a step's part of a prompt may take, in that of its decode batch, unless it is said: so long others wait."""
 
-LEAST = 32
+LEAST = 16
 """Fewest tokens of a prompt in a step: the model's weights are read for one as for many."""
 
 LARGE = 256
@@ -38,8 +38,8 @@ class Pace:
     small ones then the other.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, beside: float = BESIDE) -> None:
+        self._most, self._beside = most, beside
         self._decode, self._between = _Mean(), _Mean()
         self._token, self._weights = _Mean(), _Mean()
         self._ended: float | None = None
@@ -71,7 +71,7 @@ class Pace:
             return max(ALONE, self._most)
         if not self._token.value:
             return min(LEAST, self._most)
-        allowed = int((BESIDE * self._decode.value - self._weights.value) / self._token.value)
+        allowed = int((self._beside * self._decode.value - self._weights.value) / self._token.value)
         return max(1, min(max(LEAST, allowed), self._most))
 
     def ended(self) -> None:

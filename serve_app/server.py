@@ -19,6 +19,7 @@ from serve_app.following import Follower
 from serve_app.listen import NO_KEYS, Keys
 from serve_app.memory import PoolSize, free_bytes, table
 from serve_app.metrics import Metrics
+from serve_app.pace import BESIDE
 from serve_app.prompts import Prompts
 from serve_app.replica import REQUEST_SECONDS, Replica
 from serve_app.routes import create_app
@@ -34,7 +35,8 @@ _BOARD_SECONDS = 5.0
 class Settings:
     """What a replica needs to come up. Without a plan it keeps every entry; `threads` are torch's, 0 its default.
 
-    `waiting` is the number of requests that wait, `seconds` the longest life of one, `host` where Serve listens.
+    `waiting` is the number of requests that wait, `beside` the time that a step may give to a prompt, in that of its
+    decode batch, `seconds` the longest life of a request, `host` where Serve listens.
     """
 
     model: str
@@ -47,6 +49,7 @@ class Settings:
     keys: Keys = NO_KEYS
     seconds: float = REQUEST_SECONDS
     host: str = "localhost"
+    beside: float = BESIDE
 
 
 class RemoteBoard:
@@ -143,7 +146,8 @@ class Server:
 
 def _started(loaded: LoadedModel, settings: Settings, order: Order) -> tuple[Engine, Order]:
     """An engine inside the plan that is in force, and the order that this follows."""
-    limits = Limits(settings.pool.bytes_of(free_bytes(loaded.device.type == "cuda")), settings.waiting)
+    pool = settings.pool.bytes_of(free_bytes(loaded.device.type == "cuda"))
+    limits = Limits(pool, settings.waiting, beside=settings.beside)
     if order.version:
         try:
             return Engine(loaded, BudgetPlan.model_validate_json(order.plan), limits), order

@@ -27,8 +27,8 @@ logger = logging.getLogger("ray.serve")
 class Stepper:
     """What the engine's thread does, one step at a time; nothing here may be touched by another one but `state`."""
 
-    def __init__(self, loaded: LoadedModel, pool_bytes: int, chunk: int, snapshots: Snapshots) -> None:
-        self._loaded, self.pool, self.pace, self._snapshots = loaded, Pool(pool_bytes), Pace(chunk), snapshots
+    def __init__(self, loaded: LoadedModel, pool_bytes: int, pace: Pace, snapshots: Snapshots) -> None:
+        self._loaded, self.pool, self.pace, self._snapshots = loaded, Pool(pool_bytes), pace, snapshots
         self.running: list[Continuation] = []
         self.entrance: Entrance | None = None
         self.present: set[Request] = set()  # from the moment that it leaves the queue until its end

@@ -123,6 +123,16 @@ def test_refused_and_broken_answers_are_counted_and_no_latencies() -> None:
     assert figures(lost, 60, 60)["tpot"] is None
 
 
+def test_what_does_not_come_in_time_is_not_waited_for_and_its_tokens_are_timed() -> None:
+    with up(Fake(seconds=0.2, tokens=50)) as address:
+        ran = closed(address, "m", PROMPTS, 50, 2, 30, limit=1.0)
+    found = figures(ran, 60, 60)
+    assert ran.seconds < 3
+    assert (found["requests"], found["answered"], found["failed"]) == (2, 0, 2)
+    assert found["requests_per_second"] == 0
+    assert 0.1 < found["tpot"]["p50"] < 0.5
+
+
 def sent(first: float, gap: float, tokens: int = 5) -> Sent:
     arrivals = tuple(first + gap * place for place in range(tokens))
     return Sent(0.0, 200, arrivals, arrivals[-1], 10)

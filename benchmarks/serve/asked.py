@@ -11,7 +11,8 @@ class Asked:
     together even with the full cache. Of `others`, plans of the same size, only a decode step is timed.
 
     `closed` requests are sent by `concurrent` clients, each waiting for its answer; in the open loop requests come at
-    random times, on average at a share `rates` of what the closed loop of the plan served. A request is good that meets
+    random times, on average at a share `rates` of what the closed loop of the plan served. No closed loop lasts longer
+    than `limit` seconds. A request is good that meets
     `ttft` and `tpot`, both in seconds.
     """
 
@@ -24,7 +25,8 @@ class Asked:
     generated: int = 64
     concurrent: int = 8
     closed: int = 8
-    open: int = 12
+    limit: float = 360.0
+    open: int = 8
     rates: tuple[float, ...] = (0.8,)
     pool: int = 640 << 20
     roomy: int = 1 << 30

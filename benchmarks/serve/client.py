@@ -1,10 +1,12 @@
 """A client of an OpenAI-compatible server: one streamed completion, timed token by token."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import httpx
@@ -44,18 +46,26 @@ class Sent:
         return [after - before for before, after in pairwise(self.arrivals)]
 
 
-async def complete(client: httpx.AsyncClient, body: dict[str, Any], prompt: int, due: float) -> Sent:
-    """Send a completion and read its stream; `due` is the time.perf_counter() at which it should have been sent."""
+async def complete(
+    client: httpx.AsyncClient, body: dict[str, Any], prompt: int, due: float, until: float = inf
+) -> Sent:
+    """Send a completion and read its stream; `due` is the time.perf_counter() at which it should have been sent.
+
+    What has not come `until` then is not waited for.
+    """
     arrivals: list[float] = []
     try:
-        async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        async with (
+            asyncio.timeout(max(0.0, until - time.perf_counter()) if until < inf else None),
+            client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response,
+        ):
             status = response.status_code
             async for event in _events(response):
                 if "error" in event:
                     status = 0
                 if any(choice.get("text") for choice in event.get("choices", ())):
                     arrivals.append(time.perf_counter() - due)
-    except httpx.HTTPError:
+    except (httpx.HTTPError, TimeoutError):
         status = 0
     return Sent(due, status, tuple(arrivals), time.perf_counter() - due, prompt)
 

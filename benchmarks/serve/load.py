@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import median, quantiles
 from typing import Any
 
@@ -29,16 +30,25 @@ class Ran:
     gauges: dict[str, float]
 
 
-def closed(address: str, model: str, prompts: Sequence[Prompt], tokens: int, concurrent: int, timeout: float) -> Ran:
-    """So many clients, each of which sends its next request when the last one is answered."""
+def closed(
+    address: str,
+    model: str,
+    prompts: Sequence[Prompt],
+    tokens: int,
+    concurrent: int,
+    timeout: float,
+    limit: float = inf,
+) -> Ran:
+    """So many clients, each of which sends its next request when the last one is answered; all stop at the limit."""
 
     async def run(client: httpx.AsyncClient) -> list[Sent]:
-        waiting, sent = list(reversed(prompts)), list[Sent]()
+        waiting, sent, until = list(reversed(prompts)), list[Sent](), time.perf_counter() + limit
 
         async def one() -> None:
-            while waiting:
+            while waiting and time.perf_counter() < until:
                 prompt = waiting.pop()
-                sent.append(await complete(client, body(model, prompt, tokens), prompt.tokens, time.perf_counter()))
+                now = time.perf_counter()
+                sent.append(await complete(client, body(model, prompt, tokens), prompt.tokens, now, until))
 
         await asyncio.gather(*(one() for _ in range(concurrent)))
         return sent
@@ -96,8 +106,12 @@ async def _watch(client: httpx.AsyncClient, most: dict[str, float]) -> None:
 
 
 def figures(ran: Ran, ttft: float, tpot: float) -> dict[str, Any]:
-    """What a run says: medians and 99th percentiles in seconds, rates per second."""
+    """What a run says: medians and 99th percentiles in seconds, rates per second.
+
+    Times between tokens are also of answers that were not waited for to their end; all else is of whole ones.
+    """
     good = [each for each in ran.sent if each.good]
+    timed = [each for each in ran.sent if len(each.arrivals) > 1]
     met = [each for each in good if each.ttft <= ttft and each.tpot <= tpot]
     return {
         "requests": len(ran.sent),
@@ -106,8 +120,8 @@ def figures(ran: Ran, ttft: float, tpot: float) -> dict[str, Any]:
         "failed": sum(not each.good and each.status != 429 for each in ran.sent),
         "seconds": ran.seconds,
         "ttft": spread([each.ttft for each in good]),
-        "tpot": spread([each.tpot for each in good]),
-        "gap": spread([gap for each in good for gap in each.gaps]),
+        "tpot": spread([each.tpot for each in timed]),
+        "gap": spread([gap for each in timed for gap in each.gaps]),
         "whole": spread([each.ended for each in good]),
         "requests_per_second": len(good) / ran.seconds,
         "tokens_per_second": sum(len(each.arrivals) for each in good) / ran.seconds,

@@ -87,7 +87,7 @@ def _over_http(prompts: Prompts, asked: Asked, with_open: bool) -> dict[str, Any
 def _closed(up: Server, asked: Asked, warm_up: Sequence[Prompt], prompts: Sequence[Prompt]) -> dict[str, Any]:
     closed(up.address, up.model, warm_up, 4, 1, PATIENCE)
     before = up.resident
-    ran = closed(up.address, up.model, prompts, asked.generated, asked.concurrent, PATIENCE)
+    ran = closed(up.address, up.model, prompts, asked.generated, asked.concurrent, PATIENCE, asked.limit)
     return figures(ran, asked.ttft, asked.tpot) | {"resident_before": before, "resident_after": up.resident}
 
 
