@@ -202,6 +202,7 @@ def run_figures() -> dict[str, Any]:
             FULL: {"batch": 8, "step": 0.22, "model": 0.2, "overhead": 0.1},
         },
         "beside": {PLAN: {"tokens": 6144, "idle": {"p50": 0.1, "p99": 0.2}, "beside": {"p50": 0.2, "p99": 0.3}}},
+        "shared": {PLAN: loads[PLAN], FULL: loads[FULL]},
         "closed": loads,
         "open": rows,
     }
@@ -218,7 +219,7 @@ def test_the_tables_tell_what_was_measured_next_to_what_was_aimed_at(tmp_path: P
     assert "10.0% of 100 ms" in told
     assert "| 1.5 × | ≤ 2.5 × |" in told
     assert "| 3.0 × |  |" in told
-    assert told.count("1 MiB") == 8
+    assert told.count("1 MiB") == 10
     assert "| transformers serve | 0.250 |" in told
     draw(found, tmp_path / "serve.svg")
     drawn = (tmp_path / "serve.svg").read_text()

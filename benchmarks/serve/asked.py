@@ -8,7 +8,8 @@ class Asked:
     """Sizes of all measurements. Prompts and generated tokens are counted in tokens, pools in bytes.
 
     `pool` is what sequences are packed into; under load servers have `roomy`, in which all `concurrent` sequences run
-    together even with the full cache. Of `others`, plans of the same size, only a decode step is timed.
+    together even with the full cache, and a declared prompt beside them. Of `others`, plans of the same size, only a
+    decode step is timed.
 
     `closed` requests are sent by `concurrent` clients, each waiting for its answer; in the open loop requests come at
     random times, on average at a share `rates` of what the closed loop of the plan served. No closed loop lasts longer
@@ -29,7 +30,7 @@ class Asked:
     open: int = 8
     rates: tuple[float, ...] = (0.8,)
     pool: int = 640 << 20
-    roomy: int = 1 << 30
+    roomy: int = 1200 << 20
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192)
     batch: int = 8
     steps: int = 64

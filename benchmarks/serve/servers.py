@@ -1,5 +1,6 @@
 """Servers as people start them: ours inside a plan or with the full cache, and transformers' own."""
 
+import json
 import os
 import signal
 import socket
@@ -51,17 +52,21 @@ class Server:
 
 
 @contextmanager
-def server(name: str, asked: Asked) -> Iterator[Server]:
-    """One of the contestants, for as long as the block lasts.
+def server(name: str, asked: Asked, prefix: str = "") -> Iterator[Server]:
+    """One of the contestants, for as long as the block lasts; `prefix` is a prompt that is declared to ours.
 
     Raises:
         UserError: it did not come up; with the last that it said.
     """
     port = _free_port()
     model = _directory(asked.model) if name in PEERS else asked.model
-    command = _peer(name, model, port) if name in PEERS else _ours(asked, name, port)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(asked.threads)}
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryDirectory() as folder:
+        command = _peer(name, model, port) if name in PEERS else _ours(asked, name, port)
+        if prefix:
+            path = Path(folder, "prefix.json")
+            path.write_text(json.dumps({"text": prefix}))
+            command += ["--prefix", str(path)]
         process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
         try:
             address = f"http://127.0.0.1:{port}"

@@ -16,8 +16,8 @@ from benchmarks.serve.load import closed, figures, opened
 from benchmarks.serve.prompts import Prompt, Prompts
 from benchmarks.serve.servers import BATCHED, FULL, PEER, PLAN, Server, server
 
-PARTS = ("fits", "together", "overhead", "beside", "closed", "open")
-"""Sequences that fit, by sum and by trial; steps of the engine alone; servers over HTTP, under two kinds of load."""
+PARTS = ("fits", "together", "overhead", "beside", "shared", "closed", "open")
+"""Sequences that fit, by sum and by trial; steps of the engine alone; servers over HTTP, under three kinds of load."""
 
 PATIENCE = 3600.0
 """Seconds that a client waits for the next token."""
@@ -35,6 +35,8 @@ def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     plan = _plan(loaded, asked.plan)
     found: dict[str, Any] = {"benchmark": "serve", "asked": asdict(asked), "machine": machine(), "ratio": plan.ratio}
     found |= _inside(loaded, plan, asked, parts)
+    if "shared" in parts:
+        found["shared"] = _shared(Prompts(loaded, asked.texts, asked.seed), asked)
     if {"closed", "open"} & set(parts):
         found |= _over_http(Prompts(loaded, asked.texts, asked.seed), asked, "open" in parts)
     return found
@@ -68,6 +70,20 @@ def _inside(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, parts: Sequence
             for name, each in measured.items():
                 say(f"{part}: {name}")
                 found.setdefault(part, {})[name] = measure(each)
+    return found
+
+
+def _shared(prompts: Prompts, asked: Asked) -> dict[str, Any]:
+    """Requests that begin with one declared prompt and differ at its end, so that all of them decode together."""
+    common = prompts.of(asked.prompt)
+    text = common.text.rstrip()  # a word behind a space begins a token of its own
+    same = [Prompt(f"{text} Item {place} is", common.tokens) for place in range(asked.concurrent)]
+    found: dict[str, Any] = {}
+    for name in (PLAN, FULL):
+        with server(name, asked, text) as up:
+            say(f"a declared prompt: {name}")
+            closed(up.address, up.model, same[:1], 2, 1, PATIENCE)  # its snapshot is there when this is answered
+            found[name] = _closed(up, asked, same[:1], same)
     return found
 
 
