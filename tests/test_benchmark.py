@@ -1,4 +1,7 @@
+import os
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,3 +82,15 @@ def test_what_is_wrong_on_the_command_line_is_one_sentence(
         code = int(str(ended.code))
     assert code == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith(said)
+
+
+def test_a_script_reports_to_nobody_at_the_hub() -> None:
+    code = (
+        "from baklava.script import exit_code\n"
+        "def told():\n    import huggingface_hub.constants as hub\n    print(hub.HF_HUB_DISABLE_TELEMETRY)\n"
+        "exit_code('x', told)"
+    )
+    asked = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+    hidden = {name: value for name, value in os.environ.items() if name not in asked}
+    ran = subprocess.run([sys.executable, "-c", code], env=hidden, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "True"
