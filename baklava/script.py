@@ -8,7 +8,7 @@ from baklava.errors import UserError
 
 
 def exit_code(name: str, run: Callable[[], object]) -> int:
-    """Run a script, which reports to nobody: 0, 2 and one sentence where the user gave something wrong, 130 at Ctrl-C."""
+    """Run a script that reports to nobody; 0, 2 and one sentence where the user gave something wrong, 130 at Ctrl-C."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's library is first imported
     try:
         run()
