@@ -14,6 +14,8 @@ import pytest
 from searching import descendants
 from server import asking, serving, small_model, small_plan, stream, until, whole
 
+from baklava.entering import transient_bytes
+
 pytestmark = [pytest.mark.drill, pytest.mark.soak, pytest.mark.ray]
 
 MINUTES = float(os.environ.get("BAKLAVA_SOAK_MINUTES", "30"))
@@ -90,7 +92,7 @@ def test_a_server_stays_inside_its_promises_for_as_long_as_it_is_asked(tmp_path)
     model = small_model(tmp_path / "model")
     plan = small_plan(model)
     plan.write(tmp_path / "plan.json")
-    pool = plan.bytes_for(4096) * 8
+    pool = plan.bytes_for(4096) * 8 + transient_bytes(plan, 2048, itemsize=4)  # and the longest prompt that enters
     arguments = ("--plan", tmp_path / "plan.json", "--model", model, "--pool", pool, "--waiting", 8)
     with serving(*arguments, folder=tmp_path) as server:
         (pid,) = [pid for pid, title in descendants(server.process.pid) if title.startswith("ray::ServeReplica")]
