@@ -20,7 +20,7 @@ from baklava.ragged import RaggedLayer, attend_together
 
 
 class BatchedLayer(AttendingLayer):
-    """The same layer of several caches of one sequence each, which share nothing.
+    """The same layer of several caches of one sequence each.
 
     Rows differ in what they have seen, so it says 0 and positions must be given.
     """

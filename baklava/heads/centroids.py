@@ -106,6 +106,11 @@ class Centroids:
         columns = zip(*(each.tensors for each in rows), strict=True)
         return cls(*(torch.cat(column) for column in columns)) if rows else None
 
+    def hold(self, others: "Centroids") -> None:
+        """Become like others, in place, for all who share this memory."""
+        for mine, new in zip(self.tensors, others.tensors, strict=True):
+            mine.copy_(new)
+
     def row(self, row: int) -> "Centroids":
         """One row, which shares memory with this."""
         return Centroids(*(each[row : row + 1] for each in self.tensors))

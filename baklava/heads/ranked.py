@@ -1,7 +1,5 @@
 """Entries that compete by score."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -56,9 +54,10 @@ class Ranked(HeadGroup):
         else:
             output, attention = forward.attend_and_show(masked)
             self._keeper().take(forward.observation(slice(0, None), self.filled, attention))
-        self.since += tokens.count
-        if self.since >= self.eviction.interval:
-            self._evict(lambda: forward)
+        due = self.since + tokens.count >= self.eviction.interval and self.filled > self.keep
+        if due and self.eviction.sample.window == 0:
+            observe(forward, self.eviction.sample, [self._keeper()])
+        self.age(tokens.count)
         return output
 
     def make_room(self) -> None:
@@ -66,14 +65,11 @@ class Ranked(HeadGroup):
         self._grow(self.filled + 1)
         self.filled += 1
 
-    def age(self) -> bool:
-        """A token has been taken in and attended to; whether it is time to evict."""
-        self.since += 1
-        return self.since >= self.eviction.interval
-
-    def evict(self, tokens: Tokens, kernel: Kernel) -> None:
-        """Cut to what is kept, seen by the tokens that came last."""
-        self._evict(lambda: self._forward(tokens, kernel))
+    def age(self, tokens: int = 1) -> None:
+        """So many tokens have been taken in, attended to and scored: evict, if it is time."""
+        self.since += tokens
+        if self.since >= self.eviction.interval:
+            self._evict()
 
     def _append(self, tokens: Tokens) -> None:
         start, self.filled = self.filled, self.filled + tokens.count
@@ -160,17 +156,15 @@ class Ranked(HeadGroup):
         padding = positions.gather(2, winners) < 0
         return (winners + padding * entries).sort().values % entries
 
-    def _evict(self, forward: Callable[[], Forward]) -> None:
+    def _evict(self) -> None:
         self.since = 0
         if self.filled <= self.keep:
             return
-        if self.eviction.sample.window == 0:
-            observe(forward(), self.eviction.sample, [self._keeper()])
         rank = self._rank(self.scores[..., : self.filled], self.kept())
         losers = rank.topk(self.filled - self.keep, largest=False, sorted=False).indices.sort().values
         if self.centroids is not None:
             weights = self._weights(self.scores.gather(2, losers), self.positions.gather(2, losers))
-            self.centroids = self.centroids.with_members(self.keys.at(losers), self.values.at(losers), weights)
+            self.centroids.hold(self.centroids.with_members(self.keys.at(losers), self.values.at(losers), weights))
         source, target = _moves(losers, self.keep)
         for storage in (self.keys, self.values):
             storage.move(source, target)

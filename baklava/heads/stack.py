@@ -25,11 +25,12 @@ class Stack:
 
     def __init__(self, groups: Sequence[Ranked]) -> None:
         self._members = tuple(map(ref, groups))
-        self.size = groups[0].size
-        self.keys, self.values = (_joined([getattr(g, name) for g in groups], self.size) for name in ("keys", "values"))
-        self.positions, self.scores = (
-            torch.cat([getattr(g, name) for g in groups]) for name in ("positions", "scores")
+        size = groups[0].size
+        self.keys, self.values = (
+            joined([getattr(group, name) for group in groups], size) for name in ("keys", "values")
         )
+        self.positions = torch.cat([group.positions for group in groups])
+        self.scores = torch.cat([group.scores for group in groups])
         self.centroids = Centroids.joined([each.centroids for each in groups if each.centroids is not None])
         for row, group in enumerate(groups):
             group.keys, group.values = self.keys.row(row), self.values.row(row)
@@ -64,16 +65,8 @@ class Stack:
         self.positions.scatter_(2, index, positions[:, None].expand(index.shape).int())
         self.scores.scatter_(2, index, 0.0)
 
-    def fold(self, group: Ranked) -> None:
-        """Take in the centroids of a row that has evicted."""
-        row = [member() for member in self._members].index(group)
-        if self.centroids is None or group.centroids is None:
-            return
-        for mine, new in zip(self.centroids.tensors, group.centroids.tensors, strict=True):
-            mine[row].copy_(new[0])
-        group.centroids = self.centroids.row(row)
 
-
-def _joined(storages: Sequence[Slots | Spliced], slots: int) -> Slots | Spliced:
+def joined(storages: Sequence[Slots | Spliced], slots: int) -> Slots | Spliced:
+    """Copies of the first slots of storages of one kind, as rows of one batch."""
     first, *others = storages
     return first.joined(others, slots)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Heads with equal budgets of several sequences, which take a token in together: the same work in fewer steps."""
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from baklava.eviction import Observation
 from baklava.heads.base import HeadGroup, Tokens
 from baklava.heads.centroids import Centroids
 from baklava.heads.ranked import Ranked
-from baklava.heads.stack import Stack, stackable
+from baklava.heads.stack import Stack, joined, stackable
 from baklava.storage import NOTHING, Slots, Spliced
 
 ALIKE = 0.7
@@ -46,39 +46,38 @@ def step_together(heads: Sequence[HeadGroup], tokens: Tokens, kernel: Kernel) ->
     query = tokens.query if first.key_rotation is None else first.key_rotation.turned(tokens.query)
     value = tokens.value if first.value_rotation is None else first.value_rotation.turned(tokens.value)
     turned = Tokens(0, query, key, value, tokens.positions, False, False)
-    failed = _make_room(groups)
+    failed: dict[int, Exception] = {}
+    _attempt(Ranked.make_room, groups, failed)
     output = torch.zeros_like(query)
-    for rows in _together(groups, failed):
-        own, members = _rows_of(turned, rows), [groups[row] for row in rows]
-        output[rows] = _attended(_stacked(members, own) if _lasting(members) else _copied(members, own), own, kernel)
-    for row, group in enumerate(groups):
-        if row not in failed and group.age():
-            _evict(group, row, turned, kernel, failed)
+    stacks, loose = _apart(groups, failed)
+    batches = [(rows, _stacked) for rows in stacks] + [(rows, _copied) for rows in alike(groups, loose)]
+    for rows, batch in batches:
+        own = _rows_of(turned, rows)
+        output[rows] = _attended(batch([groups[row] for row in rows], own), own, kernel)
+    _attempt(Ranked.age, groups, failed)
     return output if first.value_rotation is None else first.value_rotation.turned_back(output), failed
 
 
-def _make_room(groups: Sequence[Ranked]) -> dict[int, Exception]:
-    failed: dict[int, Exception] = {}
+def _attempt(act: Callable[[Ranked], None], groups: Sequence[Ranked], failed: dict[int, Exception]) -> None:
+    """Do something with the heads of each row that has not failed; what fails there is noted."""
     for row, group in enumerate(groups):
+        if row in failed:
+            continue
         try:
-            group.make_room()
+            act(group)
         except Exception as error:
             failed[row] = error
-    return failed
 
 
-def _together(groups: Sequence[Ranked], failed: Container[int]) -> list[list[int]]:
-    """Rows that are one batch each: those that can be stacked by their slots, the others by how much they hold."""
+def _apart(groups: Sequence[Ranked], failed: Container[int]) -> tuple[list[list[int]], list[int]]:
+    """Rows that can be stacked with each other, and those that cannot: they grow, or have slots like no other."""
     by_slots: dict[int, list[int]] = {}
+    loose: list[int] = []
     for row, group in enumerate(groups):
         if row not in failed:
-            by_slots.setdefault(group.size if stackable(group) else -1, []).append(row)
-    loose = by_slots.pop(-1, []) + [rows.pop() for rows in by_slots.values() if len(rows) == 1]
-    return [rows for rows in by_slots.values() if rows] + alike(groups, loose)
-
-
-def _lasting(groups: Sequence[Ranked]) -> bool:
-    return len(groups) > 1 and all(stackable(group) and group.size == groups[0].size for group in groups)
+            (by_slots.setdefault(group.size, []) if stackable(group) else loose).append(row)
+    loose += [rows[0] for rows in by_slots.values() if len(rows) == 1]
+    return [rows for rows in by_slots.values() if len(rows) > 1], loose
 
 
 def _rows_of(tokens: Tokens, rows: Sequence[int]) -> Tokens:
@@ -87,15 +86,6 @@ def _rows_of(tokens: Tokens, rows: Sequence[int]) -> Tokens:
     index = list(rows)
     query, key, value = (each[index] for each in (tokens.query, tokens.key, tokens.value))
     return Tokens(0, query, key, value, tokens.positions[index], False, False)
-
-
-def _evict(group: Ranked, row: int, tokens: Tokens, kernel: Kernel, failed: dict[int, Exception]) -> None:
-    try:
-        group.evict(_rows_of(tokens, [row]), kernel)
-        if isinstance(group.shared, Stack):
-            group.shared.fold(group)
-    except Exception as error:
-        failed[row] = error
 
 
 @dataclass(frozen=True)
@@ -113,15 +103,29 @@ class _Batch:
     hidden: Tensor | None
     summary: Summary | None
 
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Ranked],
+        keys: Slots | Spliced,
+        values: Slots | Spliced,
+        positions: Tensor,
+        scores: Tensor,
+        centroids: Centroids | None,
+    ) -> "_Batch":
+        """What is held, up to the last entry of the row that has most."""
+        positions, hidden = _hidden(positions, [group.filled for group in groups])
+        summary = None if centroids is None else centroids.summary(torch.float32)
+        return cls(groups, keys, values, positions, scores, hidden, summary)
+
 
 def _stacked(groups: Sequence[Ranked], tokens: Tokens) -> _Batch:
     """A view of the stack that these heads are in, with the new tokens."""
     stack, filled = Stack.of(groups), [group.filled for group in groups]
     stack.write([each - 1 for each in filled], tokens.key, tokens.value, tokens.positions)
     most = max(filled)
-    positions, hidden = _hidden(stack.positions[..., :most], filled)
-    summary = None if stack.centroids is None else stack.centroids.summary(torch.float32)
-    return _Batch(groups, stack.keys, stack.values, positions, stack.scores[..., :most], hidden, summary)
+    state = stack.positions[..., :most], stack.scores[..., :most], stack.centroids
+    return _Batch.of(groups, stack.keys, stack.values, *state)
 
 
 def _copied(groups: Sequence[Ranked], tokens: Tokens) -> _Batch:
@@ -129,19 +133,15 @@ def _copied(groups: Sequence[Ranked], tokens: Tokens) -> _Batch:
     for group in groups:
         group.stand_alone()
     filled = [group.filled for group in groups]
-    most = max(filled)
-    starts = [each - 1 for each in filled]
+    starts, most = [each - 1 for each in filled], max(filled)
     keys, values = [group.keys for group in groups], [group.values for group in groups]
     for storages, entries in ((keys, tokens.key), (values, tokens.value)):
         storages[0].write_each(storages[1:], starts, entries)  # type: ignore[attr-defined]
     for row, group in enumerate(groups):
         group.positions[..., starts[row]], group.scores[..., starts[row]] = tokens.positions[row], 0.0
     positions, scores = (_padded([getattr(g, name) for g in groups], most) for name in ("positions", "scores"))
-    positions, hidden = _hidden(positions, filled)
     centroids = Centroids.joined([each.centroids for each in groups if each.centroids is not None])
-    summary = None if centroids is None else centroids.summary(torch.float32)
-    key, value = (each[0].joined(each[1:], most) for each in (keys, values))  # type: ignore[attr-defined]
-    return _Batch(groups, key, value, positions, scores, hidden, summary)
+    return _Batch.of(groups, joined(keys, most), joined(values, most), positions, scores, centroids)  # type: ignore[arg-type]
 
 
 def _hidden(positions: Tensor, filled: Sequence[int]) -> tuple[Tensor, Tensor | None]:

@@ -135,25 +135,24 @@ class Spliced(Storage):
 
     def write_rows(self, starts: Sequence[int], entries: Entries) -> None:
         """Put an entry into each row, at a slot of its own."""
-        for part in self.parts:
-            if all(part.start <= start < part.stop for start in starts):
-                part.slots.write_rows([start - part.start for start in starts], entries)
-                return
+        if (place := self._home(min(starts), max(starts))) is not None:
+            part = self.parts[place]
+            part.slots.write_rows([start - part.start for start in starts], entries)
+            return
         self.scatter(torch.tensor(starts, device=entries.device)[:, None, None].expand(entries.shape[:3]), entries)
 
     def write_each(self, others: "Sequence[Spliced]", starts: Sequence[int], entries: Entries) -> None:
         """Put an entry into this one and into each of the others, a row each, at slots of their own."""
-        for place, part in enumerate(self.parts):
-            if all(part.start <= start < part.stop for start in starts):
-                slots = [each.parts[place].slots for each in others]
-                part.slots.write_each(slots, [start - part.start for start in starts], entries)
-                return
+        if (place := self._home(min(starts), max(starts))) is not None:
+            part, slots = self.parts[place], [each.parts[place].slots for each in others]
+            part.slots.write_each(slots, [start - part.start for start in starts], entries)
+            return
         for row, (each, start) in enumerate(zip((self, *others), starts, strict=True)):
             each.write(start, entries[row : row + 1])
 
     @override
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
-        if part := self._home(source, target):
+        if part := self._common(source, target):
             part.slots.move(source - part.start, target - part.start)
             return
         self._put(source, target, self.at(source))
@@ -163,19 +162,24 @@ class Spliced(Storage):
         for part in self.parts:
             part.slots.select_rows(rows)
 
-    def _home(self, *slots: Index) -> Part | None:
-        """The one part in which all of these are, if there is one."""
+    def _home(self, first: int, last: int) -> int | None:
+        """The place of the one part that has these slots and all between, if there is one."""
+        return next((at for at, part in enumerate(self.parts) if part.start <= first and last < part.stop), None)
+
+    def _common(self, *slots: Index) -> Part | None:
+        """The one part that has all of these, if there is one."""
         if not slots[0].numel() or torch.compiler.is_compiling():  # a graph cannot look at numbers
             return None
         first, last = map(int, torch.cat([each.flatten() for each in slots]).aminmax())
-        return next((part for part in self.parts if part.start <= first and last < part.end), None)
+        place = self._home(first, last)
+        return None if place is None else self.parts[place]
 
     def _reached(self, slots: int) -> list[Part]:
         return [part for part in self.parts if part.start < slots] or self.parts[:1]
 
     @override
     def at(self, slots: Index) -> Entries:
-        if part := self._home(slots):
+        if part := self._common(slots):
             return part.slots.at(slots - part.start)
         held = [part for part in self.parts if part.slots.count]
         entries = held[0].slots.at(slots.clamp(max=held[0].end - 1))
