@@ -58,7 +58,7 @@ $(READY): pyproject.toml constraints.txt
 assets: $(READY) ## fetch and convert the demo's model and texts
 	@$(PY) -m baklava.assets
 
-test: setup assets ## run every test (under 15 minutes on two cores)
+test: setup assets ## run every test (about 20 minutes on two cores)
 	@export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1; none=0; \
 	part() { $(PY) -m pytest "$$@" $(ARGS) || { code=$$?; [ $$code = 5 ] || exit $$code; none=$$((none + 1)); }; }; \
 	part -n 2 -m 'not ray and not drill'; part -m 'ray and not drill'; \

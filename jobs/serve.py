@@ -16,6 +16,7 @@ from baklava.plan import BudgetPlan
 from baklava.progress import say
 from baklava.script import exit_code
 from serve_app.listen import Keys, api_keys, check_address
+from serve_app.pace import BESIDE
 
 EXAMPLES = """examples:
   python jobs/serve.py --plan runs/my-search/plan.json --model demo
@@ -68,10 +69,10 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill-share",
         type=_positive,
-        default=1.3,
+        default=BESIDE,
         metavar="X",
         help="time that a step gives to the prompt that enters, in that of its decode batch: more lets prompts in "
-        "sooner, less keeps the others' tokens coming (default: 1.3)",
+        "sooner, less keeps the others' tokens coming (default: %(default)s)",
     )
     parser.add_argument("--replicas", type=_count, default=1, metavar="N", help="copies of the model (default: 1)")
     parser.add_argument(
@@ -228,9 +229,12 @@ def reload(arguments: argparse.Namespace, board: Any) -> None:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0; try 1.3")
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0; try {BESIDE}")
     return value
 
 

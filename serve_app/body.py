@@ -5,11 +5,11 @@ known, would change the answer and is not supported is refused by name.
 """
 
 import logging
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from serve_app.refused import KNOWN, NEUTRAL, refuse
+from serve_app.refused import KNOWN, NEUTRAL, Refused, refuse
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,12 +42,15 @@ class Body(BaseModel):
 class RequestBody(Body):
     """A whole body. What it asks for and nobody supports is refused; what nobody knows is told to the log."""
 
+    refused: ClassVar[Refused] = NEUTRAL
+    """Fields that are refused in this body, each with the values that ask for nothing."""
+
     model: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
-        refuse(data, NEUTRAL)
+        refuse(data, cls.refused)
         return data
 
     @model_validator(mode="after")

@@ -6,12 +6,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from baklava.entering import transient_bytes
 from baklava.errors import UserError
 from baklava.eviction import eviction_of
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
-from serve_app.entrance import needs
+from serve_app.entrance import needs, transient
 from serve_app.pace import BESIDE, Pace
 from serve_app.pool import BrokenPromiseError
 from serve_app.request import Request
@@ -132,10 +131,8 @@ class Engine:
     def _check(self, plan: BudgetPlan, declared: Sequence[Sequence[int]]) -> None:
         plan.check_fits(self._loaded.identity, self._loaded.geometry)
         eviction_of(plan.eviction)
-        entering = max((len(prefix) for prefix in declared), default=0)
-        transient = transient_bytes(plan, entering, self._loaded.model.dtype.itemsize)
-        snapshots = sum(plan.bytes_for(len(prefix)) for prefix in declared)
-        needed = plan.bytes_for(self._loaded.max_length) + snapshots + transient
+        entering = transient(self._loaded, plan, max(map(len, declared), default=0))
+        needed = plan.bytes_for(self._loaded.max_length) + _snapshot_bytes(plan, declared) + entering
         if needed > self.limits.pool_bytes:
             raise UserError(
                 f"the pool of {self.limits.pool_bytes} bytes does not hold one sequence of {self._loaded.max_length} "
@@ -153,11 +150,11 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._draining or self._closed or not self._thread.is_alive():
-            raise DrainingError("The server is shutting down; ask another one.")
+            raise DrainingError
 
     def _check_size(self, request: Request) -> None:
         needed = needs(self._loaded, self.plan, request, Snapshots(self.plan)).total
-        room = self.limits.pool_bytes - sum(self.plan.bytes_for(len(prefix)) for prefix in self._snapshots.declared)
+        room = self.limits.pool_bytes - _snapshot_bytes(self.plan, self._snapshots.declared)
         if needed > room:
             self._stepper.refused += 1
             raise TooLargeError(
@@ -181,6 +178,10 @@ class Engine:
             while not (self._closed or self._queue or self._stepper.busy):
                 self._changed.wait()
             return not self._closed
+
+
+def _snapshot_bytes(plan: BudgetPlan, declared: Sequence[Sequence[int]]) -> int:
+    return sum(plan.bytes_for(len(prefix)) for prefix in declared)
 
 
 def _snapshot_request(prefix: tuple[int, ...], plan: BudgetPlan) -> Request:

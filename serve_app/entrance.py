@@ -1,5 +1,6 @@
 """The way of one prompt into a cache: from a snapshot, from its beginning, or token by token where it is judged."""
 
+import time
 from dataclasses import dataclass
 
 from baklava.entering import Entered, Entering, Turn, entering, transient_bytes
@@ -35,13 +36,14 @@ def needs(loaded: LoadedModel, plan: BudgetPlan, request: Request, snapshots: Sn
     caches = work.n * plan.bytes_for(request.tokens) if work.sampling.max_tokens or prefix != work.prompt else 0
     if prefix is None:
         entering = 0 if work.prompt_logprobs is not None else len(work.prompt)
-        return Needs(caches, _transient(loaded, plan, entering), 0, None)
+        return Needs(caches, transient(loaded, plan, entering), 0, None)
     if snapshots.of(prefix):
         return Needs(caches, 0, 0, prefix)
-    return Needs(caches, _transient(loaded, plan, len(prefix)), plan.bytes_for(len(prefix)), prefix)
+    return Needs(caches, transient(loaded, plan, len(prefix)), plan.bytes_for(len(prefix)), prefix)
 
 
-def _transient(loaded: LoadedModel, plan: BudgetPlan, tokens: int) -> int:
+def transient(loaded: LoadedModel, plan: BudgetPlan, tokens: int) -> int:
+    """Bytes that so many tokens hold beside their cache while they enter."""
     return transient_bytes(plan, tokens, loaded.model.dtype.itemsize)
 
 
@@ -50,7 +52,7 @@ def _prefix(request: Request, snapshots: Snapshots) -> Prefix | None:
 
 
 class Entrance:
-    """The one prompt that is entering.
+    """The one prompt that is entering, since the time.monotonic() `admitted`.
 
     A declared prefix is always entered alone, and the rest behind it in turns: so nothing depends on whether its
     snapshot was there. Where it was not, this leaves it.
@@ -61,6 +63,7 @@ class Entrance:
     ) -> None:
         self.plan, self.request, self.prefix, self.cached_tokens = plan, request, prefix, 0
         self._loaded, self._snapshots, self._entered = loaded, snapshots, 0
+        self.admitted = time.monotonic()
         self._entry, self._begins = self._start()
 
     def _start(self) -> tuple[Entering, bool]:

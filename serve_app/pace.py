@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 BESIDE = 1.3
 """Time that a step's part of a prompt may take, in that of its decode batch, unless it is said: so long others wait."""
@@ -31,6 +32,14 @@ class _Mean:
         self.value = value if not self.value else (1 - self._weight) * self.value + self._weight * value
 
 
+class Taken(Protocol):
+    """A prompt on its way."""
+
+    @property
+    def taken(self) -> int:
+        """Tokens of it so far."""
+
+
 class Pace:
     """Measures steps, and says what they allow.
 
@@ -52,11 +61,11 @@ class Pace:
         self._decode.add(time.perf_counter() - began)
 
     @contextmanager
-    def entering(self, taken: Callable[[], int]) -> Iterator[None]:
-        """Around a part of a prompt, of which `taken` says afterwards how many tokens it was."""
-        began = time.perf_counter()
+    def entering(self, prompt: Taken) -> Iterator[None]:
+        """Around a part of a prompt."""
+        before, began = prompt.taken, time.perf_counter()
         yield
-        if tokens := taken():
+        if tokens := prompt.taken - before:
             self._took(tokens, time.perf_counter() - began)
 
     def _took(self, tokens: int, seconds: float) -> None:

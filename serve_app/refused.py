@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from pydantic_core import PydanticCustomError
 
+Refused = Mapping[str, tuple[object, ...]]
+
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -59,7 +61,7 @@ KNOWN = frozenset(NEUTRAL | CHAT_ONLY | COMPLETION_ONLY | TOKENIZE_ONLY)
 """All of their names."""
 
 
-def refuse(data: object, fields: Mapping[str, tuple[object, ...]]) -> None:
+def refuse(data: object, fields: Refused) -> None:
     """Raise for the first of these fields that asks for something; null asks for nothing."""
     for name in sorted(fields.keys() & (data.keys() if isinstance(data, dict) else ())):
         value = data[name]  # type: ignore[index]  # a dict, or there would be no name

@@ -102,7 +102,7 @@ class Replica:
         """Raise DrainingError, or ApiError 503, unless new requests are taken."""
         state = self.check_alive()
         if state.draining:
-            raise DrainingError("The server is shutting down; ask another one.")
+            raise DrainingError
         return state
 
     def check_alive(self) -> State:

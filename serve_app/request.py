@@ -24,7 +24,7 @@ class Request:
     def __init__(self, work: Work, plan: BudgetPlan, deliver: Deliver, internal: bool = False) -> None:
         self.work, self.plan, self._deliver, self.internal = work, plan, deliver, internal
         self._gone = threading.Event()
-        self._complete: set[int] = set()
+        self.completed: set[int] = set()  # continuations that have all the text that they need
 
     @property
     def tokens(self) -> int:
@@ -42,11 +42,7 @@ class Request:
 
     def complete(self, index: int) -> None:
         """Say that a continuation has all the text that it needs; may be called from any thread."""
-        self._complete.add(index)
-
-    def is_complete(self, index: int) -> bool:
-        """Whether that was said of a continuation."""
-        return index in self._complete
+        self.completed.add(index)
 
     @property
     def late(self) -> bool:
@@ -85,7 +81,7 @@ class Continuation:
     @property
     def complete(self) -> bool:
         """Whether it has all the text that it needs, such as up to a stop string."""
-        return self.request.is_complete(self.index)
+        return self.index in self.request.completed
 
     def go_on(self, logits: Tensor, likeliest: int) -> Token:
         """Choose the next token from its logits [vocabulary], of which the likeliest is known."""

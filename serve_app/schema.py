@@ -7,7 +7,7 @@ from pydantic import Field, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from serve_app.body import Body, Ids, RequestBody, Text, whole
-from serve_app.refused import CHAT_ONLY, COMPLETION_ONLY, refuse
+from serve_app.refused import CHAT_ONLY, COMPLETION_ONLY, NEUTRAL
 from serve_app.sampling import Sampling
 
 COMPLETION_TOKENS = 16
@@ -106,6 +106,8 @@ class CompletionRequest(GenerationRequest):
     it is all there is.
     """
 
+    refused = NEUTRAL | COMPLETION_ONLY
+
     prompt: Annotated[
         tuple[str | Ids, ...],
         WithJsonSchema(
@@ -139,7 +141,6 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="before")
     @classmethod
     def _no_logprobs_is_none_of_them(cls, data: Any) -> Any:
-        refuse(data, COMPLETION_ONLY)
         return {**data, "logprobs": None} if isinstance(data, dict) and data.get("logprobs") is False else data
 
     @model_validator(mode="after")
@@ -187,18 +188,14 @@ class Message(Body):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions. `chat_template_kwargs` are variables of the model's template."""
 
+    refused = NEUTRAL | CHAT_ONLY
+
     messages: Annotated[tuple[Message, ...], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[bool, Field(strict=True)] = False
     top_logprobs: Annotated[int, Field(ge=0, le=CHAT_LOGPROBS, strict=True)] | None = None
     chat_template_kwargs: dict[Text, bool | int | float | Text] = Field({}, max_length=16)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_those_of_completions(cls, data: Any) -> Any:
-        refuse(data, CHAT_ONLY)
-        return data
 
     @model_validator(mode="after")
     def _alternatives_belong_to_logprobs(self) -> Self:

@@ -1,7 +1,6 @@
 """The steps of the engine: who comes in, who decodes, who is done, and what all of them hold."""
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -106,7 +105,6 @@ class Stepper:
             if wanted.snapshot:
                 self.pool.promise(wanted.prefix, wanted.snapshot)
             self.pool.promise(request, wanted.caches + wanted.transient)
-            self._admitted_at = time.monotonic()
             self.entrance = Entrance(self._loaded, plan, request, wanted.prefix, self._snapshots)
         except Exception as error:
             self._end(request, error)
@@ -115,9 +113,8 @@ class Stepper:
         if self.entrance is None:
             return
         entrance, request = self.entrance, self.entrance.request
-        before = entrance.taken
         try:
-            with self.pace.entering(lambda: entrance.taken - before):
+            with self.pace.entering(entrance):
                 entered = entrance.step(self.pace.chunk(beside=bool(self.running)))
             if entered is not None:
                 self._begin(entrance, entered)
@@ -133,7 +130,7 @@ class Stepper:
         if not request.internal:
             self._count(prompt_tokens=len(work.prompt), cached_tokens=entrance.cached_tokens)
         plan = entrance.plan.digest
-        request.tell(Started(entrance.cached_tokens, entrance.prompt_logprobs, finish, self._admitted_at, plan))
+        request.tell(Started(entrance.cached_tokens, entrance.prompt_logprobs, finish, entrance.admitted, plan))
         if finish:
             self._end(request)
             return

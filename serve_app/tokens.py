@@ -6,12 +6,14 @@ from pydantic import Field, model_validator
 
 from serve_app.body import Ids, RequestBody, Text
 from serve_app.prompts import Prompts
-from serve_app.refused import CHAT_ONLY, TOKENIZE_ONLY, refuse
+from serve_app.refused import CHAT_ONLY, NEUTRAL, TOKENIZE_ONLY, refuse
 from serve_app.schema import Message
 
 
 class TokenizeRequest(RequestBody):
     """A text, or the messages of a chat, up to the answer that they ask for."""
+
+    refused = NEUTRAL | TOKENIZE_ONLY
 
     prompt: Text | None = None
     messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
@@ -19,8 +21,7 @@ class TokenizeRequest(RequestBody):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_those_of_others(cls, data: Any) -> Any:
-        refuse(data, TOKENIZE_ONLY)
+    def _refuse_what_no_chat_has(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("messages") is not None:
             refuse(data, CHAT_ONLY)
         return data

@@ -77,6 +77,9 @@ class QueueFullError(Refusal):
 class DrainingError(Refusal):
     """The server takes no more requests, because it is about to end."""
 
+    def __init__(self, message: str = "The server is shutting down; ask another one.") -> None:
+        super().__init__(message)
+
 
 class TooLargeError(Refusal):
     """The request alone needs more bytes than the pool has."""

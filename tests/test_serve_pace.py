@@ -1,5 +1,7 @@
 """How much of a prompt a step takes beside those who decode."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from serve_app import pace
@@ -20,8 +22,10 @@ def decoded(pace, clock, seconds):
 
 
 def entered(pace, clock, tokens, fixed=0.05, each=0.001):
-    with pace.entering(lambda: tokens):
+    prompt = SimpleNamespace(taken=0)
+    with pace.entering(prompt):
         clock[0] += fixed + each * tokens
+        prompt.taken += tokens
 
 
 def test_a_part_takes_what_a_decode_batch_allows_weights_and_tokens_counted_apart(clock):

@@ -13,8 +13,7 @@ class Asked:
 
     `closed` requests are sent by `concurrent` clients, each waiting for its answer; in the open loop requests come at
     random times, on average at a share `rates` of what the closed loop of the plan served. No closed loop lasts longer
-    than `limit` seconds. A request is good that meets
-    `ttft` and `tpot`, both in seconds.
+    than `limit` seconds. A request is good that meets `ttft` and `tpot`, both in seconds.
     """
 
     model: str = "demo"

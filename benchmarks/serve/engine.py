@@ -9,16 +9,14 @@ from statistics import mean
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
 from baklava.batching import decode_step
-from baklava.entering import transient_bytes
 from baklava.model import LoadedModel
 from baklava.plan import BudgetPlan
 from benchmarks.serve.asked import Asked
 from benchmarks.serve.load import spread
 from serve_app import stepping
 from serve_app.engine import Engine, Limits
+from serve_app.entrance import transient
 from serve_app.pool import capacities
 from serve_app.sampling import Sampling
 from serve_app.work import Event, Token, Work
@@ -63,7 +61,7 @@ def ask(engine: Engine, prompt: Sequence[int], tokens: int) -> Waiter:
 
 def overhead(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequence[int]) -> dict[str, float]:
     """Seconds of an engine's decode step, and of the model's part of it: the forward of the batch, with its caches."""
-    pool = 2 * (asked.batch + 1) * plan.bytes_per_sequence + _transient(loaded, plan, prompt)
+    pool = 2 * (asked.batch + 1) * plan.bytes_per_sequence + transient(loaded, plan, len(prompt) + 1)
     forwards: list[float] = []
 
     def timed(*arguments: Any) -> Any:
@@ -86,7 +84,7 @@ def overhead(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequen
 
 def beside(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequence[int], long: Sequence[int]) -> Any:
     """Seconds between tokens of a sequence, alone and while a long prompt enters."""
-    pool = plan.bytes_per_sequence * 4 + _transient(loaded, plan, long)
+    pool = plan.bytes_per_sequence * 4 + transient(loaded, plan, len(long) + 1)
     with engine_of(loaded, plan, pool) as engine:
         waiter = ask(engine, prompt, 4 * asked.steps + len(long) // 8)
         waiter.begun.wait()
@@ -126,18 +124,3 @@ def together(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequen
         held = max(held, engine.state().most_bytes)
     failed = sum(waiter.error is not None for waiter in waiters)
     return {"asked": len(waiters), "together": most, "held": held, "pool": asked.pool, "failed": failed}
-
-
-def _transient(loaded: LoadedModel, plan: BudgetPlan, prompt: Sequence[int]) -> int:
-    return transient_bytes(plan, len(prompt) + 1, loaded.model.dtype.itemsize)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many of torch's threads within it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
