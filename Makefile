@@ -56,7 +56,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 assets: $(READY) ## fetch and convert the demo's model and texts
-	@$(PY) -m baklava.assets
+	@$(PY) -m baklava.data.demo_assets
 
 test: setup assets ## run every test (about 20 minutes on two cores)
 	@export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1; none=0; \
@@ -103,9 +103,9 @@ windows: # before anything is installed for nothing
 
 peers: windows setup assets $(PEERS)/.venv/ready ## score kvpress's presses on token windows (WINDOWS=FILE.json, MODEL=)
 	@model='$(MODEL)'; if [ "$$model" = demo ]; then \
-		model=$$($(PY) -c 'from baklava.assets import demo_model; print(demo_model())'); \
+		model=$$($(PY) -c 'from baklava.data.demo_assets import demo_model; print(demo_model())'); \
 	fi; \
-	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(PEERS_PY) -m benchmarks.kvpress.score --model "$$model" --windows '$(WINDOWS)' $(ARGS)
+	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(PEERS_PY) -m benchmarks.kvpress.cli --model "$$model" --windows '$(WINDOWS)' $(ARGS)
 
 ui: setup ## open MLflow on the searches, at http://127.0.0.1:5000
 	@data=$$($(PY) -c 'from baklava.paths import data_dir; print(data_dir())'); mkdir -p "$$data"; \

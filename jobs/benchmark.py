@@ -6,11 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from baklava.console import count, exit_code, say
 from baklava.errors import UserError
-from baklava.files import write_whole
-from baklava.progress import say
-from baklava.script import exit_code
-from tuning.arguments import count
+from baklava.serialization import write_whole
 
 EXAMPLES = """examples:
   python jobs/benchmark.py decode
@@ -103,9 +101,9 @@ def _add_studied(to: argparse.ArgumentParser) -> None:
 
 def decode(chosen: argparse.Namespace) -> None:
     # The imports are here and below, since they take seconds, and --help should not.
-    from baklava.model import load
-    from benchmarks.decode import decode
-    from benchmarks.picture import draw, table
+    from baklava.runtime.model_loader import load
+    from benchmarks.kernels.decode import decode
+    from benchmarks.kernels.plot import draw, table
 
     _check_share(chosen.share)
     loaded = load(chosen.model, threads=chosen.threads)
@@ -116,9 +114,9 @@ def decode(chosen: argparse.Namespace) -> None:
 
 
 def prefill(chosen: argparse.Namespace) -> None:
-    from baklava.model import load
-    from benchmarks.picture import draw, table
-    from benchmarks.prefill import prefill
+    from baklava.runtime.model_loader import load
+    from benchmarks.kernels.plot import draw, table
+    from benchmarks.kernels.prefill import prefill
 
     _check_share(chosen.share)
     loaded = load(chosen.model, threads=chosen.threads)
@@ -130,10 +128,10 @@ def prefill(chosen: argparse.Namespace) -> None:
 
 
 def fidelity(chosen: argparse.Namespace) -> None:
-    from benchmarks.fidelity.picture import picture
+    from benchmarks.fidelity.markdown import check_page, put, table
+    from benchmarks.fidelity.plot import picture
     from benchmarks.fidelity.results import dumped, figures
-    from benchmarks.fidelity.study import asked, study
-    from benchmarks.fidelity.table import check_page, put, table
+    from benchmarks.fidelity.run import asked, study
 
     if chosen.readme:
         check_page(chosen.readme)  # before hours are spent
@@ -155,10 +153,10 @@ def fidelity(chosen: argparse.Namespace) -> None:
 
 
 def search(chosen: argparse.Namespace) -> None:
-    from benchmarks.page import check_page, put
-    from benchmarks.search.asked import Asked, quick
-    from benchmarks.search.study import PARTS, study
-    from benchmarks.search.table import NAME, SCALE, scale, table
+    from benchmarks.markdown_page import check_page, put
+    from benchmarks.search.config import Asked, quick
+    from benchmarks.search.markdown import NAME, SCALE, scale, table
+    from benchmarks.search.run import PARTS, study
 
     parts = tuple(chosen.parts or PARTS)
     if chosen.readme:
@@ -177,11 +175,11 @@ def search(chosen: argparse.Namespace) -> None:
 
 
 def serve(chosen: argparse.Namespace) -> None:
-    from benchmarks.page import check_page, put
-    from benchmarks.serve.asked import Asked, quick
-    from benchmarks.serve.picture import draw
-    from benchmarks.serve.study import PARTS, study
-    from benchmarks.serve.table import NAME, table
+    from benchmarks.markdown_page import check_page, put
+    from benchmarks.serve.config import Asked, quick
+    from benchmarks.serve.markdown import NAME, table
+    from benchmarks.serve.plot import draw
+    from benchmarks.serve.run import PARTS, study
 
     if chosen.readme:
         check_page(chosen.readme, NAME)

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from baklava.console import check_resumed, count, exit_code, replicas, say
 from baklava.errors import UserError
-from baklava.progress import say
-from baklava.script import exit_code
-from tuning.arguments import check_resumed, count, replicas
-from tuning.folders import new_folder
+from tuning.study.journal import new_folder
 
 if TYPE_CHECKING:
-    from tuning.evaluation.run import Evaluated
+    from tuning.evaluation.runner import Evaluated
 
 EXAMPLES = """A plan is a plan.json, `full`, or METHOD[+EVICTION][@BITS]:BUDGET with METHOD one of uniform, baklava,
 pyramid, squeeze, duo, head_adaptive, heavy_hitter_counts, reconstruction_counts, greedy and blended, EVICTION one of
@@ -77,9 +75,9 @@ def parser() -> argparse.ArgumentParser:
 
 def run(given: dict[str, Any]) -> "Evaluated":
     # Here, since they take seconds, and --help should not.
-    from benchmarks.speed import speeds
-    from tuning.evaluation.run import evaluate, resume
-    from tuning.evaluation.settings import EvaluationSettings
+    from benchmarks.latency import speeds
+    from tuning.evaluation.run_dir import EvaluationSettings
+    from tuning.evaluation.runner import evaluate, resume
 
     earlier, out = given.pop("resume", None), given.pop("out", None)
     if earlier is not None:
@@ -92,8 +90,8 @@ def run(given: dict[str, Any]) -> "Evaluated":
 
 
 def show(evaluated: "Evaluated") -> None:
-    from baklava.verdict import verdict
-    from tuning.evaluation.table import tables
+    from baklava.evaluation.summary import verdict
+    from tuning.evaluation.report import tables
 
     print("\n" + tables(evaluated.evaluations))
     print("\n" + "\n".join(f"- {each}" for each in verdict(evaluated.evaluations, evaluated.settings.texts)))

@@ -7,8 +7,8 @@ python jobs/harness.py run --model baklava --model_args pretrained=demo,plan=run
 import importlib.util
 import sys
 
+from baklava.console import exit_code
 from baklava.errors import UserError
-from baklava.script import exit_code
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
         raise UserError("lm-evaluation-harness is not installed; run pip install -c constraints.txt -e '.[lm-eval]'")
     from lm_eval.__main__ import cli_evaluate
 
-    import baklava.harness  # noqa: F401 - registers the model
+    import baklava.evaluation.lm_eval.model  # noqa: F401 - registers the model
 
     cli_evaluate()
 

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from baklava.console import check_resumed, exit_code, replicas
 from baklava.errors import UserError
-from baklava.formats import share
-from baklava.script import exit_code
-from tuning.arguments import check_resumed, replicas
-from tuning.folders import new_folder
+from baklava.evaluation.formatting import share
+from tuning.study.journal import new_folder
 
 if TYPE_CHECKING:
-    from tuning.outcome import Outcome
+    from tuning.selection.result import Outcome
 
 EXAMPLES = """what is looked for is one of
   --budget SHARE     the best plan of that size (default 0.30)
@@ -95,8 +94,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(given: dict[str, Any]) -> "Outcome":
     # Here, since they take seconds, and --help should not.
-    from tuning.search import resume, search
-    from tuning.settings import SearchSettings
+    from tuning.search.runner import resume, search
+    from tuning.study.settings import SearchSettings
 
     earlier, out = given.pop("resume", None), given.pop("out", None)
     if earlier is None:

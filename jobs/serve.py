@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from baklava.console import exit_code, say
 from baklava.errors import UserError
-from baklava.plan import BudgetPlan
-from baklava.progress import say
-from baklava.script import exit_code
-from serve_app.listen import Keys, api_keys, check_address
-from serve_app.pace import BESIDE
+from baklava.plan.budget_plan import BudgetPlan
+from serve_app.api.network import Keys, api_keys, check_address
+from serve_app.engine.chunk_size import BESIDE
 
 EXAMPLES = """examples:
   python jobs/serve.py --plan runs/my-search/plan.json --model demo
@@ -114,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
     most = max(arguments.replicas, arguments.autoscale or 0)
     plan = checked_plan(arguments.plan, arguments.model)
     settings, scale = _settings(arguments, plan, keys, most)
-    from serve_app.app import deployed, session
+    from serve_app.deployment.app import deployed, session
 
     say(f"starting {arguments.replicas} replica(s) of {arguments.model}")
     with session(most, quiet=scale.logs is not None):
@@ -125,14 +124,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _settings(arguments: argparse.Namespace, plan: BudgetPlan | None, keys: Keys, most: int) -> tuple[Any, Any]:
-    from serve_app.declared import Declared
-    from serve_app.memory import PoolSize
+    from serve_app.engine.memory import PoolSize
+    from serve_app.openai.tokenization import Declared
 
     pool = PoolSize.parse(arguments.pool)
     declared = tuple(Declared.read(path) for path in arguments.prefix)
     logs = str(Path(arguments.logs).absolute()) if arguments.logs else None
-    from serve_app.app import Scale
-    from serve_app.server import Settings
+    from serve_app.deployment.app import Scale
+    from serve_app.deployment.replica import Settings
 
     settings = Settings(
         model=arguments.model,
@@ -152,11 +151,11 @@ def _settings(arguments: argparse.Namespace, plan: BudgetPlan | None, keys: Keys
 
 def checked_plan(source: str, model: str) -> BudgetPlan | None:
     """The plan that `source` names, if it fits the model; None for the full cache."""
-    from serve_app.plans import resolve
+    from serve_app.replication.plan_registry import resolve
 
     plan = None if source == "full" else resolve(source)
     from baklava.eviction import eviction_of
-    from baklava.model import describe
+    from baklava.runtime.model_loader import describe
 
     identity, geometry = describe(model)
     if plan:
@@ -218,7 +217,7 @@ def wait(signals: "queue.SimpleQueue[int]", hung_up: Callable[[], None]) -> None
 
 def reload(arguments: argparse.Namespace, board: Any) -> None:
     """Read the plan again and say what has come of it; whatever is wrong with it, the server goes on."""
-    from serve_app.swapping import put_in_force
+    from serve_app.replication.plan_rollout import put_in_force
 
     try:
         plan = checked_plan(arguments.plan, arguments.model)

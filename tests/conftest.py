@@ -42,7 +42,7 @@ import torch
 from hypothesis import Phase, settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from baklava.model import LoadedModel, load
+from baklava.runtime.model_loader import LoadedModel, load
 
 # Explaining a failure traces every line of every example, which is 20 x slower on Python 3.11.
 settings.register_profile("baklava", deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])

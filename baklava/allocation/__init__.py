@@ -3,25 +3,23 @@
 import numpy as np
 from jaxtyping import Int
 
-from baklava.allocation.baklava import Baklava
 from baklava.allocation.base import Allocation, Limits, Pair, Shares, proportional, rounded
-from baklava.allocation.blended import Blended
-from baklava.allocation.duo import Duo
-from baklava.allocation.greedy import Greedy
-from baklava.allocation.head_adaptive import HeadAdaptive
-from baklava.allocation.heavy_hitter_counts import HeavyHitterCounts
-from baklava.allocation.permuted import permuted
-from baklava.allocation.pyramid import Pyramid
-from baklava.allocation.reconstruction_counts import ReconstructionCounts
-from baklava.allocation.shifted import Shifted
-from baklava.allocation.squeeze import Squeeze
-from baklava.allocation.uniform import Uniform
+from baklava.allocation.methods.adakv import HeadAdaptive
+from baklava.allocation.methods.baklava import Baklava
+from baklava.allocation.methods.blended import Blended
+from baklava.allocation.methods.duo_attention import Duo
+from baklava.allocation.methods.greedy import Greedy
+from baklava.allocation.methods.pyramid import Pyramid
+from baklava.allocation.methods.squeeze import Squeeze
+from baklava.allocation.methods.threshold_counts import HeavyHitterCounts, ReconstructionCounts
+from baklava.allocation.methods.uniform import Uniform
+from baklava.allocation.perturbed import Shifted, permuted
 from baklava.errors import UserError
 from baklava.eviction import Eviction
-from baklava.geometry import CacheGeometry
-from baklava.plan import AllocationChoice, BudgetPlan, EvictionChoice, LayerBudget, Provenance
-from baklava.profile import Profile
-from baklava.sizes import FULL_BITS, full_bytes, sliding_bytes
+from baklava.plan.budget_plan import AllocationChoice, BudgetPlan, EvictionChoice, LayerBudget, Provenance
+from baklava.plan.byte_accounting import FULL_BITS, full_bytes, sliding_bytes
+from baklava.plan.geometry import CacheGeometry
+from baklava.profiling.profile import Profile
 
 _METHODS: tuple[type[Allocation], ...] = (
     Uniform,

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from baklava.errors import UserError
-from baklava.geometry import CacheGeometry
-from baklava.plan import Bits, EvictionChoice, Knob, head_bytes
-from baklava.profile import Profile
+from baklava.plan.budget_plan import Bits, EvictionChoice, Knob, head_bytes
+from baklava.plan.geometry import CacheGeometry
+from baklava.profiling.profile import Profile
 
 Pair = tuple[Bits, Bits]
 """Bits of the keys and bits of the values."""

@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from baklava.allocation.base import Grid
 from baklava.errors import UserError
-from baklava.profile import Profile, Source
+from baklava.profiling.profile import Profile, Source
 
 REDUCTIONS: dict[str, Callable[..., np.ndarray]] = {"mean": np.mean, "max": np.max, "sum": np.sum}
 """How the query group of a KV head is joined."""

@@ -8,11 +8,11 @@ from baklava.eviction.expected_attention import ExpectedAttention
 from baklava.eviction.heavy_hitter import HeavyHitter
 from baklava.eviction.key_norm import KeyNorm
 from baklava.eviction.keydiff import KeyDiff
-from baklava.eviction.reconstruction import Reconstruction
+from baklava.eviction.kvzip import Reconstruction
 from baklava.eviction.snapkv import SnapKV
-from baklava.eviction.streaming import Streaming
+from baklava.eviction.streaming_llm import Streaming
 from baklava.eviction.tova import Tova
-from baklava.plan import EvictionChoice
+from baklava.plan.budget_plan import EvictionChoice
 
 _METHODS = (Streaming, HeavyHitter, Tova, SnapKV, KeyNorm, KeyDiff, ExpectedAttention, Reconstruction)
 METHODS: dict[str, type[Eviction]] = {method.name: method for method in _METHODS}

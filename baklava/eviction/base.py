@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from baklava.errors import UserError
-from baklava.plan import EvictionChoice
+from baklava.plan.budget_plan import EvictionChoice
 
 SHARED = ("sinks", "recent", "interval", "pooling", "staged", "centroids")
 """Knobs that every method has."""

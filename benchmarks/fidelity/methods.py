@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from baklava.allocation import permuted
 from baklava.errors import UserError
-from baklava.plan import BudgetPlan
+from baklava.plan.budget_plan import BudgetPlan
 
 Group = Literal["published", "packed", "ours", "control"]
 """As published in 16 bits; with heavy hitters in 4 bits; ours; and what ours is checked against."""

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any, Literal
 
-from baklava.bootstrap import Interval, interval, ratio
-from baklava.windows import Window
-from benchmarks.fidelity.entries import Entry
+from baklava.data.windows import Window
+from baklava.evaluation.bootstrap import Interval, interval, ratio
+from benchmarks.fidelity.inputs import Entry
 from benchmarks.fidelity.methods import BASELINE, CONTROLLED, OURS
-from benchmarks.fidelity.study import Study
-from benchmarks.rounds import machine
+from benchmarks.fidelity.run import Study
+from benchmarks.timing import machine
 
 Metric = Literal["dnll", "kl"]
 METRICS: tuple[Metric, Metric] = ("dnll", "kl")

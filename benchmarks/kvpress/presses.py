@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.kvpress.windows import UserError
+from benchmarks.kvpress.loading import UserError
 
 FULL = "full"
 WINDOW = 64  # SnapKV's and PyramidKV's default observation window, in tokens

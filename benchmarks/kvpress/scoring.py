@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kvpress.loading import Window
 from benchmarks.kvpress.presses import Masked, Press, applied
-from benchmarks.kvpress.windows import Window
 
 
 @dataclass(frozen=True)

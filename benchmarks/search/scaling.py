@@ -1,5 +1,6 @@
-"""Trials through Tune, the pool and replicas, without MLflow: with real scores, and with none."""
+"""A replica that sleeps where others score, so that only the dispatch is timed. It loads no model, and not torch."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,19 +9,44 @@ from typing import Any, cast
 
 import ray
 
-from baklava.progress import say
-from benchmarks.search.asked import Asked
-from benchmarks.search.sleeping import Sleeper
-from tuning.cluster import Crew, Fleet, session
-from tuning.journal import Journal
-from tuning.phases import Phases
-from tuning.prepare import Material
-from tuning.recorder import Recorder
-from tuning.settings import SearchSettings
-from tuning.task import Task
-from tuning.tracking import Tracker
-from tuning.trials import TrialRecord
-from tuning.warm import Warm
+from baklava.console import say
+from benchmarks.search.config import Asked
+from tuning.search.inputs import Material
+from tuning.search.trial_loop import Phases, Recorder
+from tuning.search.warm_start import Warm
+from tuning.study.journal import Journal
+from tuning.study.search_space import Task
+from tuning.study.settings import SearchSettings
+from tuning.study.trial import TrialRecord
+from tuning.tracking.tracker import Tracker
+from tuning.workers.cluster import Crew, Fleet, session
+
+
+class Sleeper:
+    """Answers as a replica does, every plan with the same scores, after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def ready(self) -> int:
+        """Process id."""
+        return os.getpid()
+
+    def warm(self, window: Any) -> None:
+        """Nothing to prefill."""
+
+    def told(self) -> None:
+        """Nothing is kept elsewhere."""
+
+    def forget(self, windows: Sequence[str]) -> None:
+        """Nothing to free."""
+
+    def score(self, plan_json: str, window: Any) -> dict[str, Any]:
+        """The same scores for all."""
+        time.sleep(self.seconds)
+        numbers = {"nll_full": 1.0, "nll": 1.1, "dnll": 0.1, "kl": 0.1, "allocated_bytes": 1, "seconds": self.seconds}
+        return {"window": window.name, "document": window.document, **numbers}
+
 
 THREADS = 1
 

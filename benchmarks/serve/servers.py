@@ -17,10 +17,10 @@ from typing import IO
 import httpx
 import psutil
 
-from baklava.assets import demo_model
+from baklava.data.demo_assets import demo_model
 from baklava.errors import UserError
-from baklava.model import DEMO
-from benchmarks.serve.asked import Asked
+from baklava.runtime.model_loader import DEMO
+from benchmarks.serve.config import Asked
 
 JOB = Path(__file__).parents[2] / "jobs/serve.py"
 UP = 300.0

@@ -1,0 +1,1 @@
+"""Allocation methods, one a file."""

@@ -1,0 +1,1 @@
+"""A KV cache with a budget for every (layer, KV head), as transformers uses it."""

@@ -1,0 +1,1 @@
+"""What plans cost in quality: windows, tasks, published suites."""

@@ -1,0 +1,134 @@
+"""What shapes a model's KV cache: identity and geometry, as plain numbers."""
+
+import hashlib
+import json
+from typing import Any
+
+from baklava.errors import UserError
+from baklava.serialization import Record
+
+_SHAPING_FIELDS = (
+    "model_type",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "vocab_size",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+    "kv_sharing_modes",
+)
+
+
+class ModelIdentity(Record):
+    """Which model a plan was made for.
+
+    `config_hash` covers the config fields that shape the cache: a plan is refused by a model of another shape, also
+    under the same name, while a fine-tune takes the plan of its base. `revision` is the hub's commit or the content
+    hash of the demo model, when known.
+    """
+
+    id: str
+    revision: str | None = None
+    config_hash: str
+
+    @classmethod
+    def of(cls, config: Any, id: str, revision: str | None = None) -> "ModelIdentity":
+        """Identity of a transformers config."""
+        text_config = config.get_text_config(decoder=True)
+        shaping = {field: _field(text_config, field) for field in _SHAPING_FIELDS}
+        digest = hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()
+        return cls(id=id, revision=revision, config_hash=digest[:16])
+
+
+class CacheGeometry(Record):
+    """The (layer, KV head) grid of a model.
+
+    `query_group` is the number of query heads that share one KV head. `windows[layer]` is None for full attention,
+    the only kind that gets a budget, or the number of tokens of a sliding window, which transformers bounds itself.
+    """
+
+    layers: int
+    kv_heads: int
+    query_group: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+
+    @property
+    def query_heads(self) -> int:
+        """Query heads per layer."""
+        return self.kv_heads * self.query_group
+
+    @property
+    def budgetable(self) -> tuple[int, ...]:
+        """Indices of the layers with full attention."""
+        return tuple(layer for layer, window in enumerate(self.windows) if window is None)
+
+    @classmethod
+    def of(cls, config: Any) -> "CacheGeometry":
+        """Geometry of a transformers config.
+
+        Raises:
+            UserError: no layer has full attention, layers differ in shape, or a layer has no KV cache to budget.
+        """
+        config = config.get_text_config(decoder=True)
+        heads, kv_heads, head_dim = _heads(config)
+        geometry = cls(
+            layers=config.num_hidden_layers,
+            kv_heads=kv_heads,
+            query_group=heads // kv_heads,
+            head_dim=head_dim,
+            windows=_windows(config),
+        )
+        if not geometry.budgetable:
+            raise UserError(
+                f"{config.model_type} has {geometry.layers} sliding layers and none with full attention, so there is "
+                "nothing to budget; choose a model with full-attention layers"
+            )
+        return geometry
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    shapes = {_layer_heads(layer) for layer in config.per_layer_config}
+    if None in shapes:
+        raise UserError(f"{config.model_type} has no attention heads, so no KV cache to budget; choose another model")
+    if len(shapes) > 1 or _field(config, "kv_lora_rank"):
+        grids = sorted(shape[1:] for shape in shapes if shape)
+        raise UserError(
+            f"{config.model_type} has KV heads of different shapes {grids} or a latent cache; baklava budgets models "
+            "whose layers share one (KV heads, head_dim); choose another model"
+        )
+    return next(shape for shape in shapes if shape)
+
+
+def _layer_heads(config: Any) -> tuple[int, int, int] | None:
+    """Query heads, KV heads and head_dim of one layer's config."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return None
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def _field(config: Any, name: str) -> Any:
+    """A field of a config, None where it has none; its values per layer where transformers says that they differ."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    # transformers owns the rule for which layer slides; it is imported here so that light processes never load it.
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    types, kwargs = get_layer_types_and_kwargs(config)
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise UserError(
+            f"{config.model_type} has layers of type {', '.join(unknown)}; baklava serves full_attention and "
+            "sliding_attention layers; choose another model"
+        )
+    return tuple(layer.get("sliding_window") for layer in kwargs)

@@ -1,0 +1,1 @@
+"""Measure once what the KV heads of a model need."""

@@ -1,0 +1,1 @@
+"""Decode and prefill against transformers, in one process."""

@@ -1,0 +1,1 @@
+"""HTTP: routes, access, metrics, status page."""

@@ -1,0 +1,1 @@
+"""Continuous batching under a plan: scheduler, sequences, memory."""

@@ -1,0 +1,1 @@
+"""OpenAI's protocol: requests, tokenization, responses, errors."""

@@ -1,0 +1,161 @@
+"""From requests to the pieces of their answers: the engine's thread on one side, an event loop on the other."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+from serve_app.engine.types import DeadlineError, Deliver, Event, Handle, Started, Token, Work
+from serve_app.openai.detokenizer import Piece, Writer, prompt_words
+from serve_app.openai.tokenization import Prompt
+
+GRACE = 5.0
+"""Seconds after a deadline by which the engine has said so; after that it is not waited for."""
+
+_Arrived = tuple[int, Event]
+
+
+class Submits(Protocol):
+    """What is needed of an engine."""
+
+    def submit(self, *asked: tuple[Work, Deliver]) -> Sequence[Handle]:
+        """Take requests in, all or none of them."""
+
+
+@dataclass
+class Usage:
+    """Tokens of a request so far, over all its prompts and continuations."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass
+class Answering:
+    """The answer to one request: a `Work` per prompt, whose continuations are numbered through.
+
+    `stops` are the strings that end a text; with `echo` each continuation begins with its prompt.
+    """
+
+    tokenizer: Any
+    prompts: Sequence[Prompt]
+    works: Sequence[Work]
+    stops: Sequence[str] = ()
+    echo: bool = False
+    usage: Usage = field(init=False)
+    _writers: dict[int, Writer] = field(default_factory=dict, init=False)
+    _echoes: dict[int, Piece] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.usage = Usage(sum(len(work.prompt) for work in self.works))
+
+    async def pieces(self, engine: Submits) -> AsyncGenerator[Piece]:
+        """The pieces as they are made, one per token, until every continuation has its finish.
+
+        Closing or cancelling this, as a client's disconnect does, ends the request within a step of the engine.
+
+        Raises:
+            Refusal: the engine does not begin with it or does not end it in time.
+        """
+        asked = Asked(self.works)
+        async with contextlib.aclosing(asked.events(engine)) as arriving:
+            async for number, event in arriving:
+                if isinstance(event, Started):  # a long prompt takes a while to spell out, and others wait for the loop
+                    made = await asyncio.to_thread(self._opened, number, event)
+                else:
+                    made = self._written(number, event)
+                for piece in made:
+                    if piece.finish and isinstance(event, Token) and not event.finish:  # a stop string
+                        asked.complete(number, event.index)
+                    yield piece
+
+    def _opened(self, number: int, started: Started) -> list[Piece]:
+        """Begin the continuations of a prompt; they are pieces already if nothing is to be generated."""
+        self.usage.cached_tokens += started.cached_tokens
+        text = self.prompts[number].text if self.echo else ""
+        logprobs = started.prompt_logprobs
+        words = prompt_words(self.tokenizer, self.works[number].prompt, logprobs) if logprobs else ()
+        first = self._index(number, 0)
+        opened = [Piece(text, first + one, started.finish, words) for one in range(self.works[number].n)]
+        least = self.works[number].sampling.min_tokens
+        self._writers |= {piece.index: Writer(self.tokenizer, self.stops, len(text), least) for piece in opened}
+        self._echoes |= {piece.index: piece for piece in opened if self.echo}
+        return opened if started.finish else []
+
+    def _written(self, number: int, token: Token) -> list[Piece]:
+        """What a token adds; nothing if a stop string has ended its text, and the engine has not heard of it yet."""
+        index = self._index(number, token.index)
+        if self._writers[index].finish:
+            return []
+        self.usage.completion_tokens += 1
+        piece = replace(self._writers[index].write(token), index=index)
+        # What is echoed goes with the first token: a client takes the first piece for it.
+        if (echo := self._echoes.pop(index, None)) is not None:
+            piece = replace(piece, text=echo.text + piece.text, words=echo.words + piece.words)
+        return [piece]
+
+    def _index(self, number: int, index: int) -> int:
+        return sum(work.n for work in self.works[:number]) + index
+
+
+class Asked:
+    """Requests that are asked of an engine together. A continuation is open until it has its finish."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works, self._handles = works, list[Handle]()
+        self._open = {number: set(range(work.n)) for number, work in enumerate(works)}
+
+    async def events(self, engine: Submits) -> AsyncGenerator[tuple[int, Started | Token]]:
+        """What the engine makes of them, each event with the number of its request, until no continuation is open.
+
+        Raises:
+            Refusal: as the engine does; the other requests are cancelled then, as they are when this is closed.
+        """
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[_Arrived] = asyncio.Queue()
+        latest = max(work.deadline for work in self._works)
+        try:
+            asked = ((work, partial(_hand_over, loop, arrived, number)) for number, work in enumerate(self._works))
+            self._handles = list(engine.submit(*asked))
+            while self._open:
+                number, event = await _next(arrived, latest)
+                if number not in self._open:
+                    continue
+                if isinstance(event, Exception):
+                    self._close(number, None)
+                    raise event
+                if event.finish:  # of a prompt alone, that ends all of its continuations
+                    self._close(number, None if isinstance(event, Started) else event.index)
+                yield number, event
+        finally:
+            for number, handle in enumerate(self._handles):
+                if number in self._open:
+                    handle.cancel()
+
+    def complete(self, number: int, index: int) -> None:
+        """One continuation has all the text that it needs, whatever the engine would still make of it."""
+        self._handles[number].complete(index)
+        self._close(number, index)
+
+    def _close(self, number: int, index: int | None) -> None:
+        still = self._open.get(number, set())
+        still -= still if index is None else {index}
+        if not still:
+            self._open.pop(number, None)
+
+
+async def _next(arrived: "asyncio.Queue[_Arrived]", latest: float) -> _Arrived:
+    patience = None if latest == float("inf") else max(0.0, latest - time.monotonic()) + GRACE
+    try:
+        return await asyncio.wait_for(arrived.get(), patience)
+    except TimeoutError:
+        raise DeadlineError(waiting=False) from None
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, arrived: "asyncio.Queue[_Arrived]", number: int, event: Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and whoever waited with it
+        loop.call_soon_threadsafe(arrived.put_nowait, (number, event))

@@ -1,0 +1,1 @@
+"""Keep the replicas of a server on one plan."""

@@ -1,0 +1,33 @@
+"""A tiny random model whose tokens are bytes, so that tests of text see characters that span tokens."""
+
+import dataclasses
+from collections.abc import Callable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from baklava.runtime.model_loader import LoadedModel
+
+END = 256
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}{{ raise_exception('begin with a user') }}"
+    "{% endif %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Token n is byte n; END ends a text."""
+    letters = bytes_to_unicode()
+    tokenizer = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+def byte_model(tiny: Callable[..., LoadedModel], **fields: object) -> LoadedModel:
+    """The tiny model over the ASCII bytes of it, so that all it writes is text, with a context of 256 tokens."""
+    loaded = tiny(**({"vocab_size": 128, "max_position_embeddings": 256} | fields))
+    return dataclasses.replace(loaded, tokenizer=byte_tokenizer())

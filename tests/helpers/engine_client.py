@@ -1,0 +1,98 @@
+"""An engine's client in the same process: collects the events of a request and waits for its end."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from baklava.plan.budget_plan import BudgetPlan
+from baklava.runtime.model_loader import LoadedModel
+from serve_app.engine.engine import Engine, Limits
+from serve_app.engine.sampler import Sampling
+from serve_app.engine.types import Event, Handle, Started, Token, Work
+
+TIMEOUT = 60.0
+
+
+class Answer:
+    """The events of one request."""
+
+    def __init__(self, n: int = 1) -> None:
+        self.events: list[Event] = []
+        self.ended = threading.Event()
+        self.handle: Handle | None = None
+        self._left = n
+
+    def take(self, event: Event) -> None:
+        """What the engine delivers to."""
+        self.events.append(event)
+        self._left -= isinstance(event, Token) and event.finish is not None
+        if isinstance(event, Exception) or not self._left or (isinstance(event, Started) and event.finish):
+            self.ended.set()
+
+    def wait(self) -> "Answer":
+        """Until it has ended."""
+        assert self.ended.wait(TIMEOUT), f"no end after {len(self.events)} events"
+        return self
+
+    def cancel(self) -> None:
+        assert self.handle is not None
+        self.handle.cancel()
+
+    @property
+    def started(self) -> Started:
+        first = self.wait().events[0]
+        assert isinstance(first, Started), repr(first)
+        return first
+
+    def tokens(self, index: int = 0) -> list[int]:
+        return [event.id for event in self.made(index)]
+
+    def made(self, index: int = 0) -> list[Token]:
+        self.wait()
+        return [event for event in self.events if isinstance(event, Token) and event.index == index]
+
+    @property
+    def error(self) -> Exception:
+        last = self.wait().events[-1]
+        assert isinstance(last, Exception), repr(last)
+        return last
+
+
+@contextmanager
+def engine_of(loaded: LoadedModel, plan: BudgetPlan, pool: int = 1 << 24, **limits: Any) -> Iterator[Engine]:
+    engine = Engine(loaded, plan, Limits(pool, **limits))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def ask(engine: Engine, prompt: Any, tokens: int = 20, take: Any = None, **options: Any) -> Answer:
+    """Send a request; options of `Work` and of `Sampling` alike. `take` hears every event as well."""
+    own = {name: options.pop(name) for name in list(options) if name in Work.__dataclass_fields__}
+    answer = Answer(own.get("n", 1))
+
+    def deliver(event: Event) -> None:
+        answer.take(event)
+        if take:
+            take(event)
+
+    sampling = Sampling(tokens, **({"temperature": 0.0} | options))
+    (answer.handle,) = engine.submit((Work(tuple(prompt), sampling, **own), deliver))
+    return answer
+
+
+def until(true: Callable[[], Any]) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + TIMEOUT
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def idle(engine: Engine) -> None:
+    """Wait until the engine has nothing to do."""
+    until(lambda: not (engine.state().running or engine.state().waiting or engine._stepper.busy))
+    until(lambda: engine.state().held_bytes == engine.state().snapshot_bytes)

@@ -1,0 +1,95 @@
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from baklava.console import exit_code
+from baklava.errors import UserError
+from baklava.eviction import HeavyHitter
+from baklava.runtime.model_loader import LoadedModel
+from benchmarks.kernels.decode import FLOOR, decode, plan_of
+from benchmarks.kernels.plot import draw, table
+from benchmarks.kernels.prefill import prefill
+from benchmarks.timing import Timing, take_turns
+from benchmarks.transformers_baseline import PEER
+
+Maker = Callable[..., LoadedModel]
+
+
+def test_decode_rows_hold_what_their_plans_promise(tiny: Maker, tmp_path: Path) -> None:
+    figures = decode(tiny(), contexts=[128, 200], batches=[1, 2], share=0.5, rounds=2)
+    budgeted = [row for row in figures["rows"] if row["plan"] not in (PEER, FLOOR)]
+    assert len(budgeted) == 4 * 7
+    for row in budgeted:
+        assert 0.9 <= row["resident"] <= 1.0
+        assert row["milliseconds"] > 0
+        assert row["attention"] > 0
+    draw(figures, tmp_path / "decode.png")
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+    assert len(table(figures).splitlines()) == 1 + len(figures["rows"])
+
+
+def test_prefill_compares_every_method_with_the_peer_and_with_a_ring(tiny: Maker, tmp_path: Path) -> None:
+    figures = prefill(tiny(), contexts=[160], batches=[2], share=0.5, rounds=1, memory=False)
+    rows = {row["plan"]: row for row in figures["rows"]}
+    assert {PEER, "streaming", "streaming, chunked", "heavy_hitter", "reconstruction", "tova"} <= rows.keys()
+    assert rows["streaming"]["over_streaming"] == rows[PEER]["over_peer"] == 1
+    draw(figures, tmp_path / "prefill.png")
+    assert "expected_attention" in table(figures)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    mine, other = Timing((2.0, 20.0, 3.0)), Timing((1.0, 10.0, 1.0))
+    assert mine.over(other) == 2
+    assert mine.over_in_all(other) == 25 / 12
+
+
+def test_each_round_begins_with_another_contestant() -> None:
+    order: list[str] = []
+    take_turns({name: lambda name=name: order.append(name) for name in "abc"}, rounds=2, warm_up=1)
+    assert "".join(order) == "abcbcacab"
+
+
+def test_too_few_entries_are_one_sentence(tiny: Maker) -> None:
+    with pytest.raises(UserError, match="raise --contexts or --share"):
+        plan_of(tiny(), (25, 25), HeavyHitter(), 16, 128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("decode --share 2", "benchmark: --share 2.0: the share of the entries kept is between 0 and 1; try 0.2"),
+        ("prefill --share 0", "benchmark: --share 0.0: the share"),
+        ("fidelity --methods nobody", "benchmark: --methods nobody: no such contestant"),
+        ("fidelity --readme none.md --methods nobody", "benchmark: --readme none.md cannot be read"),
+        ("decode --windows 3", "benchmark.py: error: unrecognized arguments: --windows 3"),
+        ("fidelity --share 0.2", "benchmark.py: error: unrecognized arguments: --share 0.2"),
+        ("", "benchmark.py: error: the following arguments are required: NAME"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_one_sentence(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "benchmark.py"))["main"]
+    try:
+        code = exit_code("benchmark", lambda: main(arguments.split()))
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    assert code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(said)
+
+
+def test_a_script_reports_to_nobody_at_the_hub() -> None:
+    code = (
+        "from baklava.console import exit_code\n"
+        "def told():\n    import huggingface_hub.constants as hub\n    print(hub.HF_HUB_DISABLE_TELEMETRY)\n"
+        "exit_code('x', told)"
+    )
+    asked = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+    hidden = {name: value for name, value in os.environ.items() if name not in asked}
+    ran = subprocess.run([sys.executable, "-c", code], env=hidden, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "True"

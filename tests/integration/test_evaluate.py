@@ -1,0 +1,148 @@
+import json
+import math
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from baklava.evaluation.bootstrap import interval
+
+ROOT = Path(__file__).parents[2]
+
+
+def evaluate(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def window_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two windows of real token ids for the demo model, as another program would write them."""
+    from transformers import AutoTokenizer
+
+    from baklava.data.demo_assets import demo_model
+    from baklava.data.documents import documents
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    cut = [
+        {"name": d.name, "ids": tokenizer(d.text, add_special_tokens=False, verbose=False)["input_ids"][:640]}
+        for d in documents(["ifcraft"])[:2]
+    ]
+    path = tmp_path_factory.mktemp("windows") / "windows.json"
+    path.write_text(json.dumps({"context": 512, "continuation": 128, "windows": cut}))
+    return path
+
+
+@pytest.mark.demo
+def test_one_command_compares_plans_on_a_window_file(tmp_path: Path, window_file: Path) -> None:
+    out = tmp_path / "scores.json"
+    plans = ["--plan", "full", "--plan", "uniform:0.3", "--plan", "uniform+heavy_hitter:0.3"]
+    tasks = ["--tasks", "needle", "few_shot", "--prompts", "1", "--no-speed", "--out", str(tmp_path / "run")]
+    done = evaluate(*plans, "--windows", str(window_file), "--json", str(out), *tasks)
+    assert "uniform+heavy_hitter:0.3 keeps 30.0% of the bytes" in done.stdout
+    assert (tmp_path / "run" / "scores.json").read_text() == out.read_text()
+    full, streaming, heavy = json.loads(out.read_text())["plans"]
+    assert abs(full["mean"]["dnll"]) < 1e-4
+    assert full["plan"]["ratio"] == 1.0
+    assert 0 < heavy["mean"]["kl"] < streaming["mean"]["kl"]
+    for each in (full, streaming, heavy):
+        assert 0 < each["allocated_bytes"] <= each["plan"]["bytes_per_sequence"]
+        assert each["plan"]["bytes_per_sequence"] <= each["plan"]["full_bytes_per_sequence"]
+        assert len(each["windows"]) == 2
+        for window in each["windows"]:
+            assert window["dnll"] == pytest.approx(window["nll"] - window["nll_full"])
+        assert each["tasks"]["few_shot"]["n"] == 8
+        assert each["tasks"]["few_shot"]["chance"] == 0.25
+    assert full["tasks"]["needle"]["exact"] == full["tasks"]["needle"]["full"]["exact"]
+    opens_without_errors(tmp_path / "run" / "report.html")
+
+
+def opens_without_errors(report: Path) -> None:
+    """In a browser where there is one; everywhere, that it asks for nothing outside of itself."""
+    page = report.read_text()
+    assert not re.search(r"<script|<link|@import|url\(|(src|href)=", page)
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser:
+        quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+        options = [*quiet, "--headless", "--enable-logging=stderr", f"--user-data-dir={report.parent / 'browser'}"]
+        command = [browser, *options, "--dump-dom", report.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert "CONSOLE" not in done.stderr
+        assert done.stdout.count("<svg") == 2
+
+
+@pytest.mark.demo
+def test_bad_usage_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, window_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / "short.txt").write_text("A few words.")
+    windows = ["--windows", str(window_file)]
+    cases = [
+        (["--plan", "full", "--model", str(tmp_path / "nothing"), *windows], "cannot load model"),
+        (["--plan", "pagoda:0.3", *windows], "choose one of uniform, baklava"),
+        (["--plan", "uniform+h2o:0.3", *windows], "choose one of streaming, heavy_hitter"),
+        (["--plan", "uniform", *windows], "write uniform:0.3"),
+        (["--plan", "uniform:much", *windows], "is not a number"),
+        (["--plan", str(tmp_path / "plan.json"), *windows], "is not a valid plan"),
+        (["--plan", "full", "--texts", str(tmp_path / "short.txt")], "a window needs 3072 of context"),
+        (["--plan", "full", "--plan", "full", *windows], "is given twice"),
+        (["--plan", "full", "--tasks", "qa", *windows], "choose from passkey"),
+        (["--plan", "full", "--tasks", "all", "needle", *windows], "needle is given twice"),
+        (["--plan", "full", "--tasks", "longbench:dureader", *windows], "no data set 'dureader'"),
+        (["--plan", "full", "--tasks", "needle", "--lengths", "20", *windows], "more than 20"),
+        (["--plan", "full", "--tasks", "needle", "--lengths", "9000", *windows], "lower --lengths"),
+        (["--plan", "full", "--seed", "-1", *windows], "--seed is a number, at least 0"),
+        (["--plan", "full", "--out", str(tmp_path), *windows], "exists already"),
+        (["--resume", str(tmp_path)], "holds no valid evaluation.json"),
+        (["--resume", str(tmp_path), "--plan", "full"], "takes its settings from"),
+        ([*windows], "no plan was named"),
+    ]
+    for arguments, said in cases:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--json", str(tmp_path / "out.json")])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(ROOT / "jobs" / "evaluate.py"), run_name="__main__")
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert exit.value.code == 2
+        assert last.startswith("evaluate: ")
+        assert said in last
+        assert not (tmp_path / "out.json").exists()
+    assert not (Path.cwd() / "runs").exists()
+
+
+@pytest.mark.demo
+def test_the_script_itself_ends_without_a_traceback(tmp_path: Path) -> None:
+    done = evaluate("--plan", "full", "--model", str(tmp_path / "nothing"), code=2)
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interval_covers_the_mean_and_narrows_with_documents() -> None:
+    draw = np.random.default_rng(0)
+    few = interval(draw.normal(1, 1, 5).tolist(), [f"d{i}" for i in range(5)])
+    many = interval(draw.normal(1, 1, 500).tolist(), [f"d{i}" for i in range(500)])
+    assert few.low < few.mean < few.high
+    assert many.high - many.low < few.high - few.low
+    assert many.low < 1 < many.high
+
+
+def test_of_a_few_documents_95_of_100_intervals_hold_the_mean() -> None:
+    draw, names = np.random.default_rng(1), list("abcd")
+    found = [interval(draw.normal(1, 1, 4).tolist(), names) for _ in range(400)]
+    assert 0.92 < np.mean([each.low < 1 < each.high for each in found]) < 0.99
+
+
+def test_windows_of_one_document_are_not_taken_for_independent() -> None:
+    values = [0.0] * 10 + [1.0] * 10
+    apart = interval(values, [f"d{i}" for i in range(20)])
+    together = interval(values, ["a"] * 10 + ["b"] * 10)
+    assert together.high - together.low > apart.high - apart.low
+    assert math.isnan(interval([1.0, 2.0], ["a", "a"]).low)

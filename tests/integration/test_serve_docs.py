@@ -1,0 +1,42 @@
+"""The page on serving names options, routes and metrics that there are, and all of them."""
+
+import re
+import runpy
+
+import pytest
+from inprocess_replica import byte_loaded, make_replica
+from prometheus_client.parser import text_string_to_metric_families
+from server_process import ROOT
+
+from serve_app.api.routes import create_app
+
+PAGE = (ROOT / "docs/serving.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def replica(tiny):
+    return make_replica(byte_loaded(tiny))
+
+
+def test_every_option_on_the_page_is_one_of_the_script(capsys):
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "jobs/serve.py"))["parse"](["--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    told = set(re.findall(r"--[a-z][a-z-]+", PAGE))
+    assert told <= known
+    assert known - told <= {"--port", "--model", "--plan"}
+
+
+def test_every_route_is_on_the_page(replica):
+    routes = {route.path.replace("{name:path}", "{id}") for route in create_app(replica).routes}
+    assert {
+        path for path in routes if f"`{path}`" not in PAGE and not re.search(rf"[A-Z] {re.escape(path)}`", PAGE)
+    } == set()
+
+
+def test_every_metric_is_on_the_page_and_none_that_there_is_not(replica):
+    families = {family.name.removeprefix("baklava:") for family in text_string_to_metric_families(replica.metrics.text)}
+    section = PAGE[PAGE.index("## Metrics") :]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    told = {name.removesuffix("_total") for row in rows for name in re.findall(r"`([a-z0-9_]+)", row)}
+    assert told == {name for name in families if not name.endswith("_created")}  # the client's own

@@ -1,0 +1,417 @@
+"""Facts about several replicas of one server: one plan for all, readiness, metrics of all from any of them."""
+
+import asyncio
+import dataclasses
+import runpy
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from engine_client import ask as submit
+from engine_client import engine_of
+from fake_engine import STATE, ScriptedEngine
+from inprocess_replica import LOCAL, POOL, ask, byte_loaded, full, make_replica, replica_of
+from plan_factory import plan_of
+from prometheus_client.parser import text_string_to_metric_families
+from ray.exceptions import GetTimeoutError
+from server_process import ROOT, small_model
+
+from baklava.errors import UserError
+from baklava.eviction import Streaming
+from baklava.plan.budget_plan import full_plan
+from baklava.runtime.model_loader import describe
+from baklava.runtime.prefill import transient_bytes
+from serve_app.api.metrics import merged
+from serve_app.api.network import Keys
+from serve_app.api.routes import create_app
+from serve_app.deployment.autoscaling import LOAD, load, replicas_for
+from serve_app.deployment.replica import Server
+from serve_app.engine.engine import Engine, Limits
+from serve_app.engine.types import DeadlineError, Started, Token
+from serve_app.replication.coordinator import SILENT_SECONDS, Board, Order
+from serve_app.replication.plan_rollout import put_in_force
+
+ONCE = {"prompt": "Once", "max_tokens": 6, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    return byte_loaded(tiny)
+
+
+@pytest.fixture(scope="module")
+def tight(loaded):
+    return plan_of(loaded, [[8, 16]] * loaded.geometry.layers, Streaming(), context_length=256)
+
+
+@pytest.fixture
+def pair(loaded):
+    """Two replicas of one server, and the board between them."""
+    board = Board()
+    engines = {name: Engine(loaded, full(loaded), Limits(POOL)) for name in ("one", "two")}
+    return [replica_of(engine, loaded, name, board) for name, engine in engines.items()], board
+
+
+def following(replica):
+    """A thread that does what a replica's own does, ten times as often."""
+
+    def loop():
+        while not over.wait(0.05):
+            replica.follower.once()
+
+    over = threading.Event()
+    threading.Thread(target=loop, daemon=True).start()
+    return over
+
+
+def test_a_plan_that_is_posted_to_one_replica_is_taken_up_by_all(pair, tight):
+    (one, two), _ = pair
+    two.follower.once()
+    over = following(two)
+    try:
+        response = ask(create_app(one), "POST", "/v1/plan", json={"plan": tight.model_dump(mode="json")})
+    finally:
+        over.set()
+    assert response.json()["digest"] == tight.digest
+    assert response.json()["replicas"] == {"one": {"plan": tight.digest}, "two": {"plan": tight.digest}}
+    assert one.engine.plan == two.engine.plan == tight
+    assert ask(create_app(two), "GET", "/v1/plan").json()["digest"] == tight.digest
+
+
+def test_a_replica_that_comes_later_or_back_takes_up_the_plan_in_force(pair, tight):
+    (one, two), board = pair
+    one.follower.propose(tight)
+    two.follower.once()
+    assert two.engine.plan == tight
+    forgetful = Board()  # as after a restart: the replicas know
+    one.follower._board = forgetful
+    one.follower.once()
+    assert forgetful.order() == board.order()
+
+
+def test_a_plan_that_a_replica_cannot_take_is_told_and_not_tried_again(pair, tight, monkeypatch):
+    (one, two), _ = pair
+    tried = []
+
+    def refuse(plan):
+        tried.append(plan)
+        raise UserError("the pool does not hold one sequence")
+
+    monkeypatch.setattr(two.engine, "swap", refuse)
+    one.follower.propose(tight)
+    two.follower.once()
+    two.follower.once()
+    assert len(tried) == 1
+    assert two.engine.plan != tight
+    told = ask(create_app(two), "GET", "/").text
+    assert "does not hold one sequence" in told
+
+
+def test_a_plan_counts_as_in_force_when_every_replica_has_taken_it_up(pair, tight, monkeypatch):
+    (one, two), board = pair
+    one.follower.once()
+    two.follower.once()
+    monkeypatch.setattr("serve_app.replication.plan_rollout.PATIENCE", 0.1)
+    assert "0 of 2 replicas have taken it up so far" in put_in_force(board, tight)
+    over = [following(replica) for replica in (one, two)]
+    monkeypatch.setattr("serve_app.replication.plan_rollout.PATIENCE", 30)
+    assert put_in_force(board, tight) == f"new requests live inside plan {tight.digest} ({tight.ratio:.1%})"
+    monkeypatch.setattr(two.engine, "_check", lambda *_: refuse_plan())
+    assert "1 of 2 replicas stay in the plan that they have: too small" in put_in_force(board, full(two.engine._loaded))
+    for event in over:
+        event.set()
+
+
+def refuse_plan():
+    raise UserError("too small")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"plan": "plans/demo-30.json"}, "no path"),
+        ({"plan": "/etc/passwd"}, "no path"),
+        ({"plan": {"schema_version": 1}}, "not a valid plan"),
+        ({"plan": 7}, "plan"),
+        ({"path": "x"}, "plan"),
+        ({}, "plan"),
+    ],
+)
+def test_what_is_no_plan_changes_nothing(pair, body, words):
+    (one, _), board = pair
+    response = ask(create_app(one), "POST", "/v1/plan", json=body)
+    assert response.status_code == 400
+    assert words in response.json()["error"]["message"]
+    assert board.order() == Order()
+
+
+def test_a_plan_for_another_model_is_refused(pair, tiny):
+    (one, _), board = pair
+    foreign = tiny(layers=3)
+    plan = full(dataclasses.replace(foreign, tokenizer=None))
+    response = ask(create_app(one), "POST", "/v1/plan", faults=False, json={"plan": plan.model_dump(mode="json")})
+    assert response.status_code == 400
+    assert "was made for" in response.json()["error"]["message"]
+    assert board.order() == Order()
+
+
+def test_only_an_admins_key_changes_the_plan(pair, tight):
+    (one, _), _ = pair
+    app = create_app(one, Keys.of(["plain"], ["admin"]))
+    body = {"plan": tight.model_dump(mode="json")}
+    for key, status in (("plain", 403), ("wrong", 401), ("admin", 200)):
+        response = ask(app, "POST", "/v1/plan", json=body, headers={"Authorization": f"Bearer {key}"})
+        assert response.status_code == status
+    assert one.engine.plan == tight
+    nobody = create_app(one, Keys.of(["plain"], []))
+    assert ask(nobody, "POST", "/v1/plan", json=body, headers={"Authorization": "Bearer plain"}).status_code == 403
+
+
+def test_a_request_under_way_ends_in_its_plan_while_another_is_put_in_force(pair, tight, loaded):
+    (one, _), _ = pair
+    app = create_app(one)
+    expected = ask(app, "POST", "/v1/completions", json=ONCE | {"max_tokens": 100}).json()
+
+    begun = threading.Event()
+    hook = loaded.model.register_forward_hook(lambda *_: begun.set())
+
+    async def scene():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=LOCAL) as client:
+            long = asyncio.create_task(client.post("/v1/completions", json=ONCE | {"max_tokens": 100}, timeout=60))
+            await asyncio.to_thread(begun.wait, 60)
+            swapped = await client.post("/v1/plan", json={"plan": tight.model_dump(mode="json")}, timeout=60)
+            return (await long).json(), swapped.json(), (await client.post("/v1/completions", json=ONCE)).headers
+
+    try:
+        long, swapped, later = asyncio.run(scene())
+    finally:
+        hook.remove()
+    assert long["choices"][0]["text"] == expected["choices"][0]["text"]
+    assert swapped["digest"] == later["x-baklava-plan"] == tight.digest
+    assert long["system_fingerprint"] != f"baklava-{tight.digest}"
+
+
+def test_draining_reaches_every_replica_and_new_requests_are_told(pair):
+    (one, two), board = pair
+    board.drain()
+    for replica in (one, two):
+        replica.follower.once()
+        app = create_app(replica)
+        ready = ask(app, "GET", "/ready", faults=False)
+        assert (ready.status_code, ready.headers["retry-after"]) == (503, "5")
+        assert ask(app, "GET", "/health").status_code == 200
+        refused = ask(app, "POST", "/v1/completions", json=ONCE)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert int(refused.headers["retry-after"]) > 0
+    assert {report.state["draining"] for report in (one.follower.say(), two.follower.say())} == {True}
+
+
+def test_a_replica_that_comes_up_during_a_drain_takes_no_requests(loaded):
+    board = Board()
+    late = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=board, order=board.drain())
+    late.follower.once()
+    assert ask(create_app(late), "GET", "/ready").status_code == 503
+    assert late.follower.say().state["draining"]
+
+
+def test_a_replica_that_is_silent_counts_as_gone(pair, monkeypatch):
+    (one, two), board = pair
+    one.follower.once()
+    two.follower.once()
+    assert [report.replica for report in board.reports()] == ["one", "two"]
+    later = time.time() + SILENT_SECONDS + 1
+    monkeypatch.setattr("serve_app.replication.coordinator.time.time", lambda: later)
+    one.follower.once()
+    assert [report.replica for report in board.reports()] == ["one"]
+
+
+class Gone:
+    def reports(self, *_):
+        raise GetTimeoutError("it does not answer")
+
+    offer = report = reports
+
+
+def test_a_replica_that_serve_ends_is_gone_at_once(pair):
+    (one, two), board = pair
+    one.follower.once()
+    two.follower.once()
+    asyncio.run(Server.__del__(SimpleNamespace(_follower=one.follower)))
+    one.follower.once()  # as its thread may have been about to
+    assert [report.replica for report in board.reports()] == ["two"]
+
+
+def test_a_board_that_does_not_answer_leaves_a_replica_by_itself(loaded):
+    replica = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=Gone())
+    assert [report.replica for report in replica.follower.everyone()] == ["one"]
+    assert ask(create_app(replica), "GET", "/metrics").status_code == 200
+
+
+def test_a_signal_to_read_the_plan_again_never_ends_the_server(tmp_path, tight, capsys):
+    script = runpy.run_path(str(ROOT / "jobs/serve.py"))
+    model, file = small_model(tmp_path / "model"), tmp_path / "plan.json"
+    identity, geometry = describe(str(model))
+    full_plan(identity, geometry, 64).write(file)
+    for plan, words in ((file, "cannot be told"), ("full", "nothing to read again"), ("none.json", "cannot read plan")):
+        script["reload"](script["parse"](["--plan", str(plan), "--model", str(model)]), Gone())
+        assert words in capsys.readouterr().err
+
+
+def test_a_plan_that_the_others_cannot_be_told_of_is_not_put_in_force(loaded, tight):
+    replica = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=Gone())
+    response = ask(create_app(replica), "POST", "/v1/plan", json={"plan": tight.model_dump(mode="json")})
+    assert (response.status_code, "retry-after" in response.headers) == (503, True)
+    assert replica.engine.plan == full(loaded)
+
+
+def samples(text):
+    return [
+        (sample.name, sample.labels["replica"], sample.labels, sample.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    ]
+
+
+def told(replica):
+    """Values of a replica's metrics, buckets aside."""
+    return {
+        name.removeprefix("baklava:"): value
+        for name, _, labels, value in samples(replica.metrics.text)
+        if "le" not in labels
+    }
+
+
+def test_any_replica_tells_the_metrics_of_all_each_name_described_once(pair):
+    (one, two), _ = pair
+    for replica in (one, two):
+        assert ask(create_app(replica), "POST", "/v1/completions", json=ONCE).status_code == 200
+        replica.follower.once()
+    response = ask(create_app(one), "GET", "/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    described = [line for line in response.text.splitlines() if line.startswith("# TYPE ")]
+    assert len(described) == len(set(described))
+    found = samples(response.text)
+    assert {name for _, name, _, _ in found} == {"one", "two"}
+    assert {labels["model_name"] for _, _, labels, _ in found} == {"tiny"}
+    firsts = [value for name, _, _, value in found if name == "baklava:time_to_first_token_seconds_count"]
+    assert firsts == [1, 1]
+
+
+def test_the_metrics_count_what_happened(loaded):
+    def script(work):
+        yield Started()
+        yield Token(97)
+        yield Token(98)
+        yield Token(99, finish="length")
+
+    engine = ScriptedEngine(full(loaded), script)
+    engine.now = dataclasses.replace(STATE, running=2, promised_bytes=1 << 19, kept=5, seen=9)
+    replica = replica_of(engine, loaded)
+    app = create_app(replica)
+    ask(app, "POST", "/v1/completions", json=ONCE)
+    ask(app, "POST", "/v1/completions", json={"prompt": [5000]})
+    now = told(replica)
+    assert now["inter_token_latency_seconds_count"] == 2
+    assert now["request_success_total"] == 1
+    assert now["admission_rejections_total"] == 1
+    assert now["request_generation_tokens_sum"] == 3
+    assert now["num_requests_running"] == 2
+    assert now["kv_cache_usage_perc"] == 0.5
+    assert (now["kv_tokens_kept"], now["kv_tokens_seen"]) == (5, 9)
+    assert now["num_preemptions_total"] == 0
+
+
+def test_a_requests_time_is_divided_at_its_admission_and_its_first_token(loaded):
+    def script(work):
+        time.sleep(0.05)
+        admitted = time.monotonic()
+        time.sleep(0.15)
+        yield Started(admitted=admitted)
+        yield Token(97)
+        time.sleep(0.3)
+        yield Token(98, finish="length")
+
+    replica = replica_of(ScriptedEngine(full(loaded), script), loaded)
+    ask(create_app(replica), "POST", "/v1/completions", json=ONCE)
+    seconds = {name: told(replica)[f"request_{name}_time_seconds_sum"] for name in ("queue", "prefill", "decode")}
+    for name, least in (("queue", 0.05), ("prefill", 0.15), ("decode", 0.3)):
+        assert seconds[name] > least - 0.02
+    first, whole = told(replica)["time_to_first_token_seconds_sum"], told(replica)["e2e_request_latency_seconds_sum"]
+    assert seconds["queue"] + seconds["prefill"] == pytest.approx(first)
+    inference = told(replica)["request_inference_time_seconds_sum"]
+    assert seconds["prefill"] + seconds["decode"] == pytest.approx(inference)
+    assert seconds["queue"] + inference <= whole
+
+
+def test_a_request_is_admitted_before_its_prompt_enters_and_not_before_there_is_room(loaded):
+    plan, entered, ended = full(loaded), [], []
+    hook = loaded.model.register_forward_pre_hook(lambda *_: entered.append(time.monotonic()))
+    with engine_of(loaded, plan, pool=plan.bytes_for(256) + transient_bytes(plan, 60, 4)) as engine:
+        first = submit(engine, b"x" * 60, 190, take=lambda _: ended.append(time.monotonic()))
+        second = submit(engine, b"y" * 60, 190)
+        assert first.started.admitted <= entered[0]
+        assert ended[-1] <= second.started.admitted
+    hook.remove()
+
+
+@pytest.mark.parametrize(("delivered", "counted"), [(0, 1), (1, 0)])
+def test_only_a_request_of_which_nothing_was_delivered_counts_as_refused(loaded, delivered, counted):
+    def script(work):
+        yield Started()
+        yield from [Token(97)] * delivered
+        yield DeadlineError(waiting=False)
+
+    replica = replica_of(ScriptedEngine(full(loaded), script), loaded)
+    assert ask(create_app(replica), "POST", "/v1/completions", json=ONCE).status_code == 408
+    assert told(replica).get("admission_rejections_total", 0) == counted
+
+
+def test_the_names_are_vllms_behind_a_prefix_of_our_own(loaded):
+    replica = make_replica(loaded)
+    names = {family.name for family in text_string_to_metric_families(replica.metrics.text)}
+    assert all(name.startswith("baklava:") for name in names)
+    theirs = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions"}
+    theirs |= {"prompt_tokens", "generation_tokens", "request_success", "time_to_first_token_seconds"}
+    theirs |= {"inter_token_latency_seconds", "e2e_request_latency_seconds", "prefix_cache_hits"}
+    theirs |= {"prefix_cache_queries", "request_prompt_tokens", "request_generation_tokens"}
+    theirs |= {f"request_{part}_time_seconds" for part in ("queue", "prefill", "decode", "inference")}
+    theirs |= {"cache_config_info"}
+    assert {f"baklava:{name}" for name in theirs} <= names
+    (pool,) = [labels for name, _, labels, _ in samples(replica.metrics.text) if name == "baklava:cache_config_info"]
+    assert int(pool["block_size"]) == 256
+    assert int(pool["num_gpu_blocks"]) == POOL // full(loaded).bytes_per_sequence
+
+
+def test_merging_keeps_every_sample():
+    text = '# HELP a An a.\n# TYPE a gauge\na{{replica="{0}"}} 1\n# HELP b A b.\n# TYPE b gauge\nb{{replica="{0}"}} 2\n'
+    both = merged([text.format("x"), text.format("y")])
+    assert both.splitlines() == [
+        "# HELP a An a.",
+        "# TYPE a gauge",
+        'a{replica="x"} 1',
+        'a{replica="y"} 1',
+        "# HELP b A b.",
+        "# TYPE b gauge",
+        'b{replica="x"} 2',
+        'b{replica="y"} 2',
+    ]
+
+
+@dataclasses.dataclass
+class Context:
+    aggregated_metrics: dict
+    target_num_replicas: int = 3
+
+
+@pytest.mark.parametrize(
+    ("loads", "wanted"), [([0.0], 1), ([0.79], 1), ([0.9], 2), ([0.5, 0.5], 2), ([0.1, 0.1], 1), ([3.2], 4), ([], 3)]
+)
+def test_replicas_are_added_when_the_pools_fill_up(loads, wanted):
+    reported = {LOAD: dict(enumerate(loads))} if loads else {}
+    assert replicas_for(Context(reported))[0] == wanted
+
+
+def test_who_waits_counts_as_if_it_were_in_the_pool():
+    assert load(promised_bytes=50, waiting=5, bytes_per_sequence=10, pool_bytes=100) == 1.0

@@ -1,0 +1,162 @@
+"""Sequences that are decoded together get what they get alone, out of the same caches."""
+
+import pytest
+import torch
+from model_families import FAMILIES, pair
+from plan_factory import EVICTIONS, mixed, plan_of, random_ids
+
+from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.errors import UserError
+from baklava.eviction import HeavyHitter, Streaming
+from baklava.plan.budget_plan import full_plan
+from baklava.runtime.decode import decode_step
+from baklava.runtime.prefill import prefill
+
+GRID = [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def plans(loaded):
+    made = [plan_of(loaded, [[20, 40], [28, 64]], eviction) for eviction in EVICTIONS]
+    bits = [[(16, 16), (8, 4)], [(5, 4), (3, 3)], [(32, 32), (6, 5)]]
+    return [mixed(plan, bits[place % 3]) for place, plan in enumerate(made)]
+
+
+@torch.inference_mode()
+def decoded(loaded, caches, rows, steps):
+    """Caches fed with a row of tokens each, together; logits per step."""
+    said = []
+    for step in range(steps):
+        logits, failed = decode_step(loaded, caches, [int(row[step]) for row in rows])
+        assert failed == {}
+        said.append(logits)
+    return torch.stack(said)
+
+
+def check_like_alone(loaded, starts, steps=30):
+    """`starts` are (plan, prompt); every sequence says and keeps in the batch what it does alone."""
+    rows = random_ids(len(starts), steps, seed=5)
+    together = [prefill(loaded, plan, prompt, room=prompt.shape[1] + steps)[0] for plan, prompt in starts]
+    said = decoded(loaded, together, rows, steps)
+    for row, (plan, prompt) in enumerate(starts):
+        alone, _ = prefill(loaded, plan, prompt)
+        with torch.inference_mode():
+            expected = [loaded.model(token[None, None], past_key_values=alone).logits[0, -1] for token in rows[row]]
+        apart = (said[:, row] - torch.stack(expected)).abs()
+        assert apart[0].max() < 0.01
+        if plan.eviction.method == "key_norm":
+            continue  # keys of one token differ in their norms by rounding alone, so either may go
+        assert apart.mean() < 0.01  # a code that is rounded to the other side moves a few
+        for layer, head in GRID:
+            kept, wanted = (set(cache.kept_positions(layer, head).tolist()) for cache in (together[row], alone))
+            assert len(kept) == len(wanted)
+            assert len(kept - wanted) <= 1
+        together[row].check_integrity()
+    return together
+
+
+def test_sequences_of_different_plans_and_lengths_say_and_keep_what_they_do_alone(tiny):
+    loaded = tiny(head_dim=16)
+    starts = [(plan, random_ids(1, 5 + 13 * place, seed=place)) for place, plan in enumerate(plans(loaded))]
+    check_like_alone(loaded, starts)
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS, ids=lambda eviction: eviction.name)
+@pytest.mark.parametrize("bits", [(32, 32), (16, 16), (5, 4)])
+def test_sequences_of_one_plan_say_and_keep_what_they_do_alone(tiny, eviction, bits):
+    loaded = tiny(head_dim=16)
+    plan = mixed(plan_of(loaded, [[20, 40], [28, 64]], eviction), [bits, bits])
+    starts = [(plan, random_ids(1, tokens, seed=tokens)) for tokens in (50, 50, 57, 3, 90)]
+    for cache in check_like_alone(loaded, starts):
+        assert cache.nbytes <= cache.promised_bytes
+
+
+def tensors(held):
+    """All tensors that are held, but for what is common to all caches."""
+    if isinstance(held, torch.Tensor):
+        return [held]
+    if isinstance(held, list | tuple):
+        return [tensor for each in held for tensor in tensors(each)]
+    own = ("coded", "slots", "codec", "parts", "mean", "key", "value", "weight", "entropy")
+    return [tensor for name in own if hasattr(held, name) for tensor in tensors(getattr(held, name))]
+
+
+def really_held(caches):
+    """Bytes of the memory behind all of these caches, each piece counted once."""
+    groups = [group for cache in caches for layer in cache.ragged() for group in layer.groups]
+    found = tensors([(g.keys, g.values, g.positions, g.scores, g.centroids or ()) for g in groups])
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found}.values())
+
+
+@pytest.mark.parametrize("centroids", [0, 2])
+@pytest.mark.parametrize("bits", [(32, 32), (16, 16), (5, 4)])
+@torch.inference_mode()
+def test_what_sequences_share_while_they_decode_is_held_once_and_leaves_with_them(tiny, bits, centroids):
+    loaded = tiny(head_dim=16)
+    plan = mixed(plan_of(loaded, [[20, 40], [28, 64]], HeavyHitter(interval=4, distance=0)), [bits, bits])
+    plan = plan.model_copy(update={"eviction": plan.eviction.model_copy(update={"centroids": centroids})})
+    caches = [prefill(loaded, plan, random_ids(1, 80, seed=seed), room=120)[0] for seed in range(4)]
+    alone = really_held(caches)
+    decoded(loaded, caches, random_ids(4, 10), 10)
+    shared = caches[0].layers[0].groups[0].shared
+    assert all(cache.layers[0].groups[0].shared is shared is not None for cache in caches)
+    assert sum(cache.nbytes for cache in caches) == pytest.approx(really_held(caches), abs=64)
+    assert really_held(caches) == pytest.approx(alone, rel=0.01)
+    copied = caches[1].copy(120)
+    assert really_held([copied]) == copied.nbytes <= copied.promised_bytes
+    caches.pop()
+    decoded(loaded, caches[:2], random_ids(2, 3), 3)
+    caches[2].stand_alone()
+    assert really_held(caches) == pytest.approx(alone * 3 / 4, rel=0.01)
+    for cache in caches:
+        cache.check_integrity()
+
+
+def test_a_batch_holds_the_plan_and_not_the_text(tiny):
+    loaded = tiny()
+    plan = plan_of(loaded, [[20, 40], [28, 64]], HeavyHitter(interval=4, distance=0), bits=16)
+    caches = check_like_alone(loaded, [(plan, random_ids(1, 100, seed=seed)) for seed in range(4)], steps=100)
+    assert [len(caches[2].kept_positions(*place)) for place in GRID] == [16, 36, 24, 60]  # just evicted
+    assert all(cache.nbytes == plan.bytes_for(200) < plan.full_bytes_per_sequence for cache in caches)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_with_sliding_layers_softcaps_and_sinks_say_what_they_do_alone(family):
+    loaded, _ = pair(family)
+    plan = full_plan(loaded.identity, loaded.geometry, 100, bits=32)
+    rows, steps = [random_ids(1, tokens, seed=tokens) for tokens in (3, 20, 45)], 20
+    more = random_ids(3, steps, seed=9)
+    caches = [prefill(loaded, plan, row)[0] for row in rows]
+    said = decoded(loaded, caches, more, steps)
+    for row, prompt in enumerate(rows):
+        alone, _ = prefill(loaded, plan, prompt)
+        with torch.inference_mode():
+            expected = [loaded.model(token[None, None], past_key_values=alone).logits[0, -1] for token in more[row]]
+        torch.testing.assert_close(said[:, row], torch.stack(expected), atol=2e-3, rtol=2e-3)
+
+
+@torch.inference_mode()
+def test_what_fails_in_one_cache_is_told_and_harms_no_other(tiny, monkeypatch):
+    loaded = tiny()
+    plan = plan_of(loaded, [[20, 40], [28, 64]], HeavyHitter(interval=4, distance=0))
+    prompts = [random_ids(1, 30, seed=seed) for seed in range(3)]
+    caches, others = ([prefill(loaded, plan, prompt)[0] for prompt in prompts] for _ in range(2))
+    expected, _ = decode_step(loaded, others, [1, 2, 3])
+
+    def explode(*args):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(caches[1].layers[1].groups[0], "_grow", explode)
+    logits, failed = decode_step(loaded, caches, [1, 2, 3])
+    assert [type(error) for error in failed.values()] == [MemoryError]
+    assert list(failed) == [1]
+    torch.testing.assert_close(logits[[0, 2]], expected[[0, 2]], atol=1e-4, rtol=1e-4)
+    decode_step(loaded, [caches[0], caches[2]], [4, 5])
+    assert caches[0].get_seq_length() == caches[2].get_seq_length() == 32
+
+
+def test_as_many_tokens_as_sequences_are_wanted(tiny):
+    loaded = tiny()
+    plan = plan_of(loaded, [[20, 40], [28, 64]], Streaming())
+    for caches, tokens in [([], []), ([BudgetedCache(plan)], [1, 2])]:
+        with pytest.raises(UserError, match="one new token for each"):
+            decode_step(loaded, caches, tokens)

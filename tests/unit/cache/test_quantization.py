@@ -1,0 +1,287 @@
+"""Caches whose entries are packed: what they hold, that entries do not drift, and that every way in is the same."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from plan_factory import chunked, graded, mixed, packed_plan, plan_of, random_ids
+from torch import Tensor
+from transformers import DynamicCache
+
+from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.errors import UserError
+from baklava.eviction import (
+    Eviction,
+    ExpectedAttention,
+    HeavyHitter,
+    KeyDiff,
+    KeyNorm,
+    Reconstruction,
+    SnapKV,
+    Streaming,
+    Tova,
+)
+from baklava.runtime.model_loader import LoadedModel
+from baklava.runtime.prefill import prefill
+
+Maker = Callable[..., LoadedModel]
+
+EVICTIONS = [
+    Streaming(sinks=2),
+    Streaming(sinks=0),
+    HeavyHitter(sinks=2, interval=4, distance=0),
+    HeavyHitter(sinks=0, interval=6, recent=0.2, staged=True, distance=0),
+    Tova(sinks=1, interval=3, staged=True),
+    SnapKV(sinks=2, interval=4, window=3, staged=True),
+    KeyNorm(sinks=2, interval=5),
+    KeyDiff(sinks=0, interval=4, staged=True),
+    ExpectedAttention(sinks=2, interval=4, window=6),
+    Reconstruction(sinks=2, interval=4, staged=True),
+]
+
+every_eviction = pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
+
+
+def steps(loaded: LoadedModel, cache: BudgetedCache, ids: Tensor, **options: Any) -> Tensor:
+    return torch.cat([loaded.model(token[:, None], past_key_values=cache, **options).logits for token in ids.T], 1)
+
+
+@torch.inference_mode()
+@every_eviction
+def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, eviction: Eviction) -> None:
+    loaded = tiny()
+    plan = packed_plan(loaded, eviction, 3)
+    cache, _ = prefill(loaded, plan, random_ids(1, 90))
+    for token in random_ids(60, 1):
+        assert cache.nbytes <= cache.promised_bytes
+        loaded.model(token[None], past_key_values=cache)
+    cache.check_integrity()
+    assert cache.nbytes == cache.promised_bytes
+    assert cache.promised_bytes < 0.8 * packed_plan(loaded, eviction, 16).bytes_per_sequence
+    for layer, row in enumerate(plan.tokens):
+        for head, tokens in enumerate(row):
+            held = cache.kept_positions(layer, head)
+            assert tokens - eviction.interval <= len(held) <= tokens
+            assert held[: eviction.sinks].tolist() == list(range(eviction.sinks))
+
+
+@torch.inference_mode()
+@every_eviction
+@pytest.mark.parametrize("bits", [6, 4, 2])
+def test_graded_keys_hold_what_the_plan_says_together_and_one_by_one(
+    tiny: Maker, eviction: Eviction, bits: int
+) -> None:
+    loaded, ids = tiny(head_dim=32), random_ids(2, 37, seed=3)
+    plan = graded(loaded, mixed(packed_plan(loaded, eviction), [(bits, 4), (5, 16)]))
+    one_by_one, _ = prefill(loaded, plan, random_ids(2, 80))
+    together = copy.deepcopy(one_by_one)
+    slow = steps(loaded, one_by_one, ids)
+    with together.teacher_forcing():
+        fast = loaded.model(ids, past_key_values=together).logits
+    one_by_one.check_integrity()
+    assert one_by_one.nbytes == 2 * one_by_one.promised_bytes
+    plain, _ = prefill(loaded, plan.model_copy(update={"key_channels": None}), random_ids(2, 80))
+    # Sums in another order flip a code now and then, and what follows it: few logits, and little.
+    assert float((fast - slow).abs().mean()) < 0.02 * float((steps(loaded, plain, ids) - slow).abs().mean())
+
+
+@torch.inference_mode()
+def test_a_packed_cache_really_is_smaller(tiny: Maker) -> None:
+    loaded = tiny(head_dim=64)
+    held = {}
+    for bits in (16, 8, 4, 3, 2):
+        cache = BudgetedCache(plan_of(loaded, [[400, 400]] * 2, Streaming(sinks=4), bits=bits))
+        loaded.model(random_ids(2, 500), past_key_values=cache)
+        held[bits] = cache.nbytes
+    ratios = [held[bits] / held[16] for bits in (8, 4, 3, 2)]
+    # bits / 16, a scale of 2 bytes in 128 per entry, four sinks, and the mean of the keys
+    assert ratios == pytest.approx([0.516 + 0.006, 0.266 + 0.009, 0.203 + 0.01, 0.141 + 0.011], abs=0.004)
+
+
+@torch.inference_mode()
+@every_eviction
+def test_8_bits_are_nearly_16(tiny: Maker, eviction: Eviction) -> None:
+    loaded, ids, after = tiny(), random_ids(1, 60), random_ids(1, 30, seed=2)
+    caches = [prefill(loaded, packed_plan(loaded, eviction, bits), ids)[0] for bits in (16, 8)]
+    dense, packed = (steps(loaded, cache, after) for cache in caches)
+    # Only the first tokens: one near tie that goes the other way changes what is kept, and all that follows.
+    assert float((dense - packed)[:, :3].abs().max()) < 0.1 * float(dense.std())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("staged", [False, True])
+def test_entries_that_stay_never_change(tiny: Maker, bits: int, staged: bool) -> None:
+    loaded = tiny()
+    eviction = HeavyHitter(sinks=2, interval=4, recent=0.2, staged=staged, distance=0)
+    cache = BudgetedCache(plan_of(loaded, [[20, 30], [25, 25]], eviction, bits=bits))
+    loaded.model(random_ids(1, 60), past_key_values=cache)
+    first = entries(cache)
+    for turn in range(3):
+        steps(loaded, cache, random_ids(1, 17, seed=turn))
+        loaded.model(random_ids(1, 23, seed=turn), past_key_values=cache)
+    last = entries(cache)
+    kept = first.keys() & last.keys()
+    assert len(kept) > 20
+    assert all(torch.equal(first[name], last[name]) for name in kept)
+
+
+def entries(cache: BudgetedCache) -> dict[tuple[int, int, int], Tensor]:
+    """Key and value of each (layer, head, position) that is held."""
+    found = {}
+    for index, layer in enumerate(cache.ragged()):
+        for group in layer.groups:
+            pair = torch.cat([group.keys.read(group.filled), group.values.read(group.filled)], -1)
+            for place, head in enumerate(group.budget.heads):
+                positions = group.kept().expand(-1, len(group.budget.heads), -1)[0, place].tolist()
+                found |= {(index, head, position): pair[0, place, slot] for slot, position in enumerate(positions)}
+    return found
+
+
+@torch.inference_mode()
+@every_eviction
+def test_tokens_see_the_same_together_and_one_by_one(tiny: Maker, eviction: Eviction) -> None:
+    loaded, ids = tiny(), random_ids(1, 37, seed=3)
+    # Three tokens: those after them are forced, and some of them stay in 16 bits as sinks.
+    for prompt in (80, 3):
+        one_by_one, _ = prefill(loaded, packed_plan(loaded, eviction), random_ids(1, prompt))
+        together = copy.deepcopy(one_by_one)
+        slow = steps(loaded, one_by_one, ids)
+        with together.teacher_forcing():
+            fast = loaded.model(ids, past_key_values=together).logits
+        torch.testing.assert_close(fast, slow, atol=1e-3, rtol=1e-3)
+        assert together.nbytes == one_by_one.nbytes or not eviction.scored
+
+
+@torch.inference_mode()
+# Equal tokens have keys of equal norm in the first layer; context reconstruction takes no padded rows.
+@pytest.mark.parametrize("eviction", [e for e in EVICTIONS if not isinstance(e, KeyNorm | Reconstruction)], ids=str)
+def test_a_left_padded_batch_equals_its_rows_alone(tiny: Maker, eviction: Eviction) -> None:
+    loaded, ids = tiny(), random_ids(3, 40, seed=1)
+    # Each row fills its heads: padding fills slots too, and what is behind them is staged in 16 bits.
+    plan = mixed(plan_of(loaded, [[14, 18], [16, 16]], eviction), [(4, 4), (8, 3)])
+    mask = torch.ones_like(ids)
+    mask[0, :7], mask[2, :21] = 0, 0
+    options = {"max_new_tokens": 30, "do_sample": False}
+    batch = loaded.model.generate(ids, attention_mask=mask, past_key_values=BudgetedCache(plan), **options)
+    for row in range(3):
+        real = ids[row : row + 1, mask[row].bool()]
+        alone = loaded.model.generate(real, past_key_values=BudgetedCache(plan), **options)
+        assert torch.equal(batch[row, 40:], alone[0, real.shape[1] :])
+
+
+def biased(loaded: LoadedModel) -> LoadedModel:
+    """The same model, whose keys lie around a point far from zero."""
+    for layer in loaded.model.model.layers:
+        layer.self_attn.k_proj.bias = torch.nn.Parameter(torch.linspace(-4, 4, layer.self_attn.k_proj.out_features))
+    return loaded
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("eviction", [Streaming(), KeyNorm(interval=4), HeavyHitter(interval=4, distance=0)], ids=str)
+@pytest.mark.parametrize("first", [1, 3, 5])
+def test_what_a_short_prompt_left_stays_as_it_is_when_a_long_turn_comes(
+    tiny: Maker, eviction: Eviction, first: int
+) -> None:
+    loaded, ids = biased(tiny()), random_ids(1, 40)
+    cache = BudgetedCache(plan_of(loaded, [[60, 60]] * 2, eviction, bits=4))
+    loaded.model(ids[:, :first], past_key_values=cache)
+    steps(loaded, cache, ids[:, first:18])
+    group = cache.ragged()[0].groups[0]
+    before = group.keys.read(group.filled).clone()
+    loaded.model(ids[:, 18:], past_key_values=cache)
+    assert torch.equal(group.keys.read(18), before)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("eviction", [each for each in EVICTIONS if not each.sample.repeated], ids=str)
+def test_a_text_is_likely_alike_from_its_first_token_on_however_it_is_cut(tiny: Maker, eviction: Eviction) -> None:
+    loaded, ids = biased(tiny(layers=1)), random_ids(1, 40)
+    plan = plan_of(loaded, [[14, 20]], eviction, bits=4)
+    expected = steps(loaded, BudgetedCache(plan), ids)
+    for step in (40, 7):
+        cache = BudgetedCache(plan)
+        with cache.teacher_forcing():
+            forced = [loaded.model(part, past_key_values=cache).logits for part in ids.split(step, 1)]
+        torch.testing.assert_close(torch.cat(forced, 1), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "eviction", [Streaming(), HeavyHitter(interval=4, distance=0), SnapKV(interval=4), KeyDiff(interval=4)], ids=str
+)
+def test_a_row_shorter_than_the_sinks_has_them_in_16_bits_too(tiny: Maker, eviction: Eviction) -> None:
+    loaded, ids = tiny(), random_ids(2, 16)
+    plan, options = plan_of(loaded, [[20, 20]] * 2, eviction, bits=4), {"max_new_tokens": 30, "do_sample": False}
+    mask = torch.ones_like(ids)
+    mask[0, :14] = 0
+    batch = loaded.model.generate(ids, attention_mask=mask, past_key_values=BudgetedCache(plan), **options)
+    alone = loaded.model.generate(ids[:1, 14:], past_key_values=BudgetedCache(plan), **options)
+    assert torch.equal(batch[0, 16:], alone[0, 2:])
+
+
+@torch.inference_mode()
+@every_eviction
+@pytest.mark.parametrize("bits", [[(16, 4), (4, 16)], [(8, 3), (2, 4)], [(32, 8), (4, 4)]], ids=str)
+def test_heads_of_one_layer_have_bits_of_their_own(tiny: Maker, eviction: Eviction, bits: Any) -> None:
+    loaded = tiny()
+    plan = mixed(plan_of(loaded, [[30, 30], [25, 25]], eviction), bits)
+    cache, _ = prefill(loaded, plan, random_ids(2, 70))
+    cache.check_integrity()
+    loaded.model.generate(random_ids(2, 90), past_key_values=cache, max_new_tokens=20, do_sample=False)
+    cache.check_integrity()
+    assert cache.nbytes == 2 * cache.promised_bytes
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "eviction", [Streaming(sinks=2), HeavyHitter(sinks=2, interval=8, staged=True, distance=0)], ids=str
+)
+def test_chunks_and_second_turns_are_near_what_a_full_cache_says(tiny: Maker, eviction: Eviction) -> None:
+    loaded, ids = tiny(head_dim=32), random_ids(2, 120)
+    plan = chunked(plan_of(loaded, [[140, 150]] * 2, eviction, bits=8), 24)
+    cache, first = prefill(loaded, plan, ids[:, :60])
+    second = loaded.model(ids[:, 60:100], past_key_values=cache).logits
+    third = steps(loaded, cache, ids[:, 100:])
+    ours = torch.cat([first[:, None], second, third], 1)
+    exact = loaded.model(ids, past_key_values=DynamicCache()).logits[:, 59:]
+    assert float((ours - exact).abs().mean()) < 0.03 * float(exact.std())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "eviction", [Streaming(sinks=2), HeavyHitter(sinks=2, interval=4, staged=True, distance=0)], ids=str
+)
+def test_models_in_half_precision_pack_too(tiny: Maker, dtype: torch.dtype, eviction: Eviction) -> None:
+    loaded = tiny(head_dim=32)
+    loaded = LoadedModel.of(loaded.model.to(dtype), tokenizer=None, id="tiny")
+    cache, logits = prefill(loaded, packed_plan(loaded, eviction), random_ids(2, 50))
+    outputs = steps(loaded, cache, random_ids(2, 60, seed=1))
+    assert outputs.dtype == logits.dtype == dtype
+    assert bool(outputs.isfinite().all())
+    cache.check_integrity()
+    assert cache.nbytes == 2 * cache.promised_bytes
+
+
+@torch.inference_mode()
+def test_a_copied_cache_and_reordered_rows_keep_their_means(tiny: Maker) -> None:
+    loaded = tiny()
+    plan = packed_plan(loaded, HeavyHitter(sinks=2, interval=4, distance=0))
+    cache, _ = prefill(loaded, plan, random_ids(2, 60))
+    swapped = copy.deepcopy(cache)
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    token = random_ids(2, 8, seed=3)
+    torch.testing.assert_close(
+        steps(loaded, swapped, token.flip(0)), steps(loaded, cache, token).flip(0), atol=1e-4, rtol=1e-4
+    )
+
+
+@torch.inference_mode()
+def test_heads_that_cannot_be_packed_are_refused_before_anything_runs(tiny: Maker) -> None:
+    loaded = tiny(head_dim=4)
+    cache = BudgetedCache(plan_of(loaded, [[20, 20]] * 2, Streaming(), bits=3))
+    with pytest.raises(UserError, match="heads of dimension 4 do not fill whole bytes in 3 bits"):
+        loaded.model(random_ids(1, 10), past_key_values=cache)

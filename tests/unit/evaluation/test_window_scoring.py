@@ -1,0 +1,148 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from plan_factory import chunked, plan_of, random_ids
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import DynamicCache
+
+from baklava.allocation import Baklava, allocate
+from baklava.allocation.plan_spec import named_plan
+from baklava.data.documents import documents
+from baklava.data.windows import Window, split, windows
+from baklava.errors import UserError
+from baklava.evaluation.evaluator import Evaluator
+from baklava.evaluation.results import compare
+from baklava.evaluation.window_scoring import prefill, score
+from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, Reconstruction, SnapKV, Streaming, Tova
+from baklava.plan.budget_plan import BudgetPlan, full_plan
+from baklava.profiling.profiler import cached_profile
+from baklava.runtime.model_loader import LoadedModel
+from baklava.runtime.prefill import prefill as enter
+
+Maker = Callable[..., LoadedModel]
+
+EVICTIONS = [
+    Streaming(),
+    HeavyHitter(interval=8, distance=0),
+    HeavyHitter(sinks=1, interval=5, recent=0.3, reduction="max", power=2, distance=7),
+    Tova(interval=4),
+    SnapKV(interval=6, window=4),
+    KeyDiff(interval=4),
+    ExpectedAttention(interval=8, window=12),
+    Reconstruction(interval=8),
+]
+
+
+@torch.inference_mode()
+def slow_score(loaded: LoadedModel, window: Window, plan: BudgetPlan) -> tuple[float, float]:
+    """(NLL, KL to transformers' own cache) of the continuation, one token per forward as a server decodes."""
+    ids = torch.tensor([window.ids])
+    full = DynamicCache()
+    budgeted, first = enter(loaded, plan, ids[:, : window.context])
+    nll = kl = 0.0
+    for position in range(window.context, len(window.ids)):
+        part = ids[:, : window.context] if position == window.context else ids[:, position - 1 : position]
+        theirs = loaded.model(part, past_key_values=full, logits_to_keep=1).logits[0].log_softmax(-1)
+        if position > window.context:
+            first = loaded.model(part, past_key_values=budgeted, logits_to_keep=1).logits[:, -1]
+        ours = first.log_softmax(-1)
+        nll += float(cross_entropy(ours, ids[0, position : position + 1]))
+        kl += float(kl_div(ours, theirs, log_target=True, reduction="sum"))
+        assert budgeted.nbytes <= plan.bytes_per_sequence
+    return nll / window.continuation, kl / window.continuation
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
+@pytest.mark.parametrize("continuation", [1, 2, 61])
+def test_the_fast_score_is_the_slow_one(tiny: Maker, eviction: Eviction, continuation: int) -> None:
+    loaded = tiny()
+    window = Window("w", "d", tuple(random_ids(1, 80 + continuation)[0].tolist()), 80)
+    plan = plan_of(loaded, [[20, 33], [16, 90]], eviction)
+    fast = score(loaded, prefill(loaded, window, [eviction]), plan)
+    nll, kl = slow_score(loaded, window, plan)
+    assert fast.nll == pytest.approx(nll, abs=1e-4)
+    assert fast.kl == pytest.approx(kl, abs=1e-3)
+    assert fast.allocated_bytes <= plan.bytes_per_sequence
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS[:2], ids=str)
+def test_the_fast_score_rounds_to_16_bits_as_a_server_does(tiny: Maker, eviction: Eviction) -> None:
+    loaded = tiny()
+    window = Window("w", "d", tuple(random_ids(1, 140)[0].tolist()), 80)
+    plan = plan_of(loaded, [[20, 33], [16, 90]], eviction, bits=16)
+    nll, _ = slow_score(loaded, window, plan)
+    assert score(loaded, prefill(loaded, window, [eviction]), plan).nll == pytest.approx(nll, abs=2e-5)
+
+
+@pytest.mark.parametrize("eviction", [*EVICTIONS[:2], Tova(interval=4, staged=True)], ids=str)
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_the_fast_score_packs_as_a_server_does(tiny: Maker, eviction: Eviction, bits: int) -> None:
+    loaded = tiny()
+    window = Window("w", "d", tuple(random_ids(1, 110)[0].tolist()), 80)
+    plan = plan_of(loaded, [[20, 33], [16, 90]], eviction, bits=bits)
+    nll, _ = slow_score(loaded, window, plan)
+    assert score(loaded, prefill(loaded, window, [eviction]), plan).nll == pytest.approx(nll, abs=1e-4)
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS[:2], ids=str)
+def test_a_chunked_plan_is_scored_as_it_prefills(tiny: Maker, eviction: Eviction) -> None:
+    loaded = tiny()
+    window = Window("w", "d", tuple(random_ids(1, 140)[0].tolist()), 100)
+    plan = chunked(plan_of(loaded, [[20, 33], [16, 40]], eviction), 24)
+    fast = score(loaded, prefill(loaded, window, [eviction]), plan)
+    nll, kl = slow_score(loaded, window, plan)
+    assert fast.nll == pytest.approx(nll, abs=1e-4)
+    assert fast.kl == pytest.approx(kl, abs=1e-3)
+
+
+def test_one_prefill_serves_many_plans_and_is_not_changed_by_them(tiny: Maker) -> None:
+    loaded = tiny()
+    window = Window("w", "d", tuple(random_ids(1, 140)[0].tolist()), 80)
+    prefilled = prefill(loaded, window, EVICTIONS)
+    plans = [plan_of(loaded, [[20, 33], [16, 90]], eviction) for eviction in EVICTIONS]
+    first = [score(loaded, prefilled, plan).nll for plan in plans]
+    assert [score(loaded, prefilled, plan).nll for plan in plans] == first
+    alone = [score(loaded, prefill(loaded, window, [e]), p).nll for e, p in zip(EVICTIONS, plans, strict=True)]
+    assert alone == pytest.approx(first, abs=1e-4)
+
+
+def test_an_eviction_that_was_not_observed_is_refused(tiny: Maker) -> None:
+    loaded = tiny()
+    prefilled = prefill(loaded, Window("w", "d", tuple(random_ids(1, 60)[0].tolist()), 50), [Streaming()])
+    with pytest.raises(UserError, match="was not observed"):
+        score(loaded, prefilled, plan_of(loaded, [[20, 20]] * 2, HeavyHitter(interval=4, distance=0)))
+    with pytest.raises(UserError, match="was made for"):
+        score(loaded, prefilled, plan_of(tiny(layers=1), [[20, 20]], Streaming()))
+
+
+@pytest.mark.demo
+def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_loses_nothing(demo: LoadedModel) -> None:
+    window = windows(documents(["ifcraft"]), demo.tokenizer, context=768, continuation=48)[0]
+    profile = cached_profile(demo, windows(documents(["botocore"]), demo.tokenizer, context=320, continuation=48)[:1])
+    evictions = (Streaming(), HeavyHitter(interval=16, distance=0))
+    full = full_plan(demo.identity, demo.geometry, 816)
+    prefilled = prefill(demo, window, evictions)
+    whole = score(demo, prefilled, full)
+    assert abs(whole.dnll) < 1e-4
+    assert whole.kl < 1e-5
+    assert whole.allocated_bytes <= full.bytes_per_sequence == full.full_bytes_per_sequence
+    for eviction in evictions:
+        plan = allocate(profile, budget=0.3, context_length=816, method=Baklava(), eviction=eviction)
+        fast = score(demo, prefilled, plan)
+        nll, kl = slow_score(demo, window, plan)
+        assert (fast.nll, fast.kl) == pytest.approx((nll, kl), abs=1e-3)
+        assert 0 < fast.allocated_bytes <= plan.bytes_per_sequence <= 0.3 * full.bytes_per_sequence
+
+
+@pytest.mark.demo
+def test_heavy_hitters_in_the_right_heads_beat_uniform_sinks_and_recent_on_unseen_text(demo: LoadedModel) -> None:
+    splits = split(documents(["botocore"]), demo.tokenizer, context=512, continuation=64, seed=0)
+    profile = cached_profile(demo, splits.calibration[:2])
+    cut = windows(documents(["ifcraft"]), demo.tokenizer, context=1024, continuation=256)[:3]
+    names = ("uniform:0.2", "baklava+heavy_hitter:0.2")
+    plans = [named_plan(name, demo, 1280, lambda: profile) for name in names]
+    evaluator = Evaluator(demo, [named.plan for named in plans])
+    compared = compare(plans, [evaluator.window(window) for window in cut], [])
+    uniform, ours = (evaluation.mean("kl").mean for evaluation in compared)
+    assert ours < uniform / 1.2

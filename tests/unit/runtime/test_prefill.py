@@ -1,0 +1,170 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from plan_factory import chunked, plan_of, random_ids
+from torch import Tensor
+from transformers import DynamicCache
+
+from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.cache.recording_layer import RecordingCache
+from baklava.errors import UserError
+from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, Reconstruction, SnapKV, Streaming
+from baklava.plan.budget_plan import full_plan
+from baklava.runtime.context_reconstruction import repeated
+from baklava.runtime.model_loader import LoadedModel
+from baklava.runtime.prefill import prefill
+
+Maker = Callable[..., LoadedModel]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chunk", [1, 7, 16, 100])
+def test_chunks_of_a_prompt_that_the_budget_covers_change_nothing(tiny: Maker, chunk: int) -> None:
+    loaded, ids = tiny(), random_ids(2, 60)
+    plan = chunked(full_plan(loaded.identity, loaded.geometry, 80, bits=32), chunk)
+    cache, logits = prefill(loaded, plan, ids)
+    torch.testing.assert_close(logits, loaded.model(ids).logits[:, -1], atol=1e-4, rtol=1e-4)
+    assert cache.get_seq_length() == 60
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "eviction",
+    [Streaming(), HeavyHitter(interval=4, distance=0), SnapKV(interval=4), KeyDiff(interval=4), ExpectedAttention()],
+    ids=str,
+)
+def test_a_chunked_plan_holds_the_same_whether_layers_or_the_model_cut_the_prompt(
+    tiny: Maker, eviction: Eviction
+) -> None:
+    loaded, ids = tiny(), random_ids(2, 90)
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    plan = chunked(plan_of(loaded, [[40, 50], [45, 45]], eviction), 16)
+    cache, logits = prefill(loaded, plan, ids, mask)
+    whole = BudgetedCache(plan)
+    at_once = loaded.model(ids, attention_mask=mask, past_key_values=whole).logits[:, -1]
+    torch.testing.assert_close(at_once, logits, atol=1e-5, rtol=1e-5)
+    for layer, head, row in [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]:
+        assert torch.equal(whole.kept_positions(layer, head, row), cache.kept_positions(layer, head, row))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chunk", [None, 1, 5, 30])
+def test_generate_goes_on_from_a_padded_prefill_as_it_would_have_alone(tiny: Maker, chunk: int | None) -> None:
+    loaded, ids = tiny(), random_ids(3, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :13], mask[2, :1] = 0, 0
+    plan = full_plan(loaded.identity, loaded.geometry, 80, bits=32)
+    plan = chunked(plan, chunk) if chunk else plan
+    options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    expected = loaded.model.generate(ids, past_key_values=DynamicCache(), **options)[:, 40:]
+    cache, _ = prefill(loaded, plan, ids[:, :-1], mask[:, :-1])
+    assert torch.equal(loaded.model.generate(ids, past_key_values=cache, **options)[:, 40:], expected)
+    assert torch.equal(loaded.model.generate(ids, past_key_values=BudgetedCache(plan), **options)[:, 40:], expected)
+    assert cache.kept_positions(0, 0, row=0)[0] == 0
+
+
+@torch.inference_mode()
+def test_a_masked_prompt_needs_no_more_than_a_block_of_its_probabilities(tiny: Maker) -> None:
+    loaded, ids = tiny(layers=1), random_ids(2, 3000)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    prefill(loaded, full_plan(loaded.identity, loaded.geometry, 3001), ids[:, :300], mask[:, :300])
+    before = resident()
+    prefill(loaded, full_plan(loaded.identity, loaded.geometry, 3001), ids, mask)
+    # A mask over all queries at once would be 2 x 4 x 3000 x 3000 floats, 288 MB.
+    assert highest() - before < 150 << 20
+
+
+def resident() -> int:
+    """Bytes in memory now; the highest so far is counted from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def highest() -> int:
+    return status("VmHWM")
+
+
+def status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+
+@torch.inference_mode()
+def test_a_chunk_sees_what_is_kept_and_itself(tiny: Maker) -> None:
+    loaded, ids = tiny(layers=1), random_ids(1, 40)
+    plan = chunked(plan_of(loaded, [[12, 12]], Streaming(sinks=2)), 10)
+    cache, logits = prefill(loaded, plan, ids)
+    # The last chunk sees the two sinks, the ten tokens before it, and itself; one layer has no memory but its entries.
+    kept = torch.cat([torch.arange(2), torch.arange(20, 40)])
+    expected = loaded.model(ids[:, kept], position_ids=kept[None], past_key_values=DynamicCache()).logits[:, -1]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert cache.kept_positions(0, 0).tolist() == [0, 1, *range(30, 40)]
+
+
+@torch.inference_mode()
+def test_a_chunked_plan_is_not_cut_from_a_dense_recording(tiny: Maker) -> None:
+    loaded = tiny()
+    full = RecordingCache(loaded.geometry, ())
+    loaded.model(random_ids(1, 20), past_key_values=full)
+    plan = chunked(full_plan(loaded.identity, loaded.geometry, 30), 8)
+    with pytest.raises(UserError, match="prefill with it"):
+        BudgetedCache.cut(plan, full.recording(20))
+
+
+def repetition_by_hand(loaded: LoadedModel, ids: Tensor) -> Tensor:
+    """The most that each entry of layer 0 gets while the whole text is repeated once, from eager attention weights."""
+    twice = torch.cat([ids, ids], 1)
+    loaded.model.set_attn_implementation("eager")
+    weights = loaded.model(twice, output_attentions=True, use_cache=False).attentions
+    loaded.model.set_attn_implementation("baklava")
+    tokens = ids.shape[1]
+    received = torch.stack(weights)[:, :, :, tokens:, :tokens].amax(3)
+    return received.unflatten(2, (loaded.geometry.kv_heads, -1)).amax(3)
+
+
+@torch.inference_mode()
+def test_reconstruction_scores_are_the_most_attention_during_a_repetition(tiny: Maker) -> None:
+    loaded, ids = tiny(), random_ids(2, 50)
+    full = RecordingCache(loaded.geometry, ())
+    loaded.model(ids, past_key_values=full)
+    scores = [layer[Reconstruction().observation] for layer in repeated(loaded, ids, full.recording(50)).scores]
+    torch.testing.assert_close(torch.stack(scores), repetition_by_hand(loaded, ids), atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_reconstruction_keeps_the_best_scored_and_decodes_on(tiny: Maker) -> None:
+    loaded, ids = tiny(), random_ids(1, 50)
+    eviction = Reconstruction(sinks=2, interval=4, recent=0.25)
+    plan = plan_of(loaded, [[20, 24], [22, 22]], eviction)
+    cache, logits = prefill(loaded, plan, ids)
+    torch.testing.assert_close(logits, loaded.model(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
+    scores = repetition_by_hand(loaded, ids)[0, 0, 0]
+    newest = eviction.newest(20)
+    scores[:2], scores[50 - newest :] = torch.inf, torch.inf
+    assert cache.kept_positions(0, 0).tolist() == scores.topk(20 - 4).indices.sort().values.tolist()
+    for token in random_ids(60, 1, seed=3):
+        loaded.model(token[None], past_key_values=cache)
+        cache.check_integrity()
+    assert len(cache.kept_positions(1, 1)) <= 22
+
+
+@torch.inference_mode()
+def test_reconstruction_refuses_what_it_cannot_repeat(tiny: Maker) -> None:
+    loaded, ids = tiny(max_position_embeddings=64), random_ids(2, 40)
+    plan = plan_of(loaded, [[20, 24], [22, 22]], Reconstruction(interval=4))
+    with pytest.raises(UserError, match=r"baklava\.prefilling\.prefill"):
+        loaded.model(ids, past_key_values=BudgetedCache(plan))
+    with pytest.raises(UserError, match="leaves no room to repeat"):
+        prefill(loaded, plan, ids)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with pytest.raises(UserError, match="rows without padding"):
+        prefill(loaded, plan, ids, mask)
+    with pytest.raises(UserError, match="whole prompts, not chunks"):
+        prefill(loaded, chunked(plan, 16), ids)
+    with pytest.raises(UserError, match="at least one token"):
+        prefill(loaded, plan, ids[:, :0])

@@ -1,0 +1,578 @@
+"""What the engine does with many requests at a time."""
+
+import threading
+import time
+
+import pytest
+import torch
+from byte_model import byte_model
+from engine_client import Answer, ask, engine_of, idle, until
+from plan_factory import chunked, mixed, plan_of
+
+from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.errors import UserError
+from baklava.eviction import HeavyHitter, Streaming
+from baklava.plan.budget_plan import full_plan
+from baklava.runtime.logprobs import ending
+from baklava.runtime.prefill import TURN, Entering, prefill, transient_bytes
+from serve_app.engine.engine import BrokenPromiseError, Engine, Limits
+from serve_app.engine.sequence import Continuation
+from serve_app.engine.types import DeadlineError, DrainingError, QueueFullError, Token, TooLargeError
+
+PROMPT = tuple(b"A river is a line of water that goes down to the sea.")
+GRID = [(0, 0), (0, 1), (1, 0), (1, 1)]
+BUDGETS = [[12, 24], [16, 20]]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    return byte_model(tiny, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def plan(loaded):
+    return plan_of(loaded, BUDGETS, HeavyHitter(interval=4, distance=0), bits=16, context_length=256)
+
+
+@pytest.fixture
+def engine(loaded, plan):
+    with engine_of(loaded, plan) as engine:
+        yield engine
+
+
+def prompts(count, length=53, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(32, 127, (length,), generator=generator).tolist()) for _ in range(count)]
+
+
+@torch.inference_mode()
+def alone(loaded, plan, prompt, tokens):
+    """Greedy tokens of one sequence, without an engine."""
+    cache, logits = prefill(loaded, plan, torch.tensor([prompt]))
+    made = []
+    for _ in range(tokens):
+        made.append(int(logits.argmax()))
+        logits = loaded.model(torch.tensor([made[-1:]]), past_key_values=cache).logits[:, -1]
+    return made
+
+
+def caches(engine):
+    return [each.cache for each in engine._stepper.running]
+
+
+EVERY_PLAN = {
+    "full": lambda loaded: full_plan(loaded.identity, loaded.geometry, 256, bits=32),
+    "ring": lambda loaded: plan_of(loaded, BUDGETS, Streaming(), bits=32, context_length=256),
+    "scored": lambda loaded: plan_of(loaded, BUDGETS, HeavyHitter(interval=4, distance=0), 32, 256),
+    "chunked": lambda loaded: chunked(plan_of(loaded, BUDGETS, HeavyHitter(interval=4, distance=0), 32, 256), 11),
+}
+
+
+@pytest.mark.parametrize("kind", EVERY_PLAN)
+def test_requests_together_get_what_each_gets_alone(loaded, kind):
+    plan = EVERY_PLAN[kind](loaded)
+    wanted = [*prompts(4), *prompts(3, 20, seed=1), *prompts(2, 130, seed=2)]
+    with engine_of(loaded, plan, chunk=7) as engine:
+        answers = [ask(engine, prompt, 25) for prompt in wanted]
+        for prompt, answer in zip(wanted, answers, strict=True):
+            assert answer.tokens() == alone(loaded, plan, prompt, 25)
+
+
+def test_under_concurrency_every_cache_holds_what_the_plan_says_and_no_dense_cache_does(loaded, plan):
+    seen = []
+
+    def look(engine):
+        for cache in caches(engine):
+            kept = [len(cache.kept_positions(*place)) for place in GRID]
+            budgets = [tokens for row in BUDGETS for tokens in row]
+            assert all(budget - 4 <= count <= budget for count, budget in zip(kept, budgets, strict=True))
+            assert cache.nbytes <= cache.promised_bytes
+            cache.check_integrity()
+            seen.append(cache.get_seq_length())
+
+    with engine_of(loaded, plan) as engine:
+        answers = [ask(engine, prompt, 30, take=lambda _: look(engine)) for prompt in prompts(8)]
+        for answer in answers:
+            assert len(answer.tokens()) == 30
+    assert len(seen) > 1000
+    assert max(seen) > 80
+
+
+def test_a_batch_path_that_keeps_everything_fails(loaded, plan, monkeypatch):
+    """The check behind the others: a cache that grows beyond its plan is noticed, and its request fails."""
+    dense = full_plan(loaded.identity, loaded.geometry, 256, bits=32)
+    with engine_of(loaded, plan) as engine:
+        honest = engine._stepper._enter
+
+        def swap_in_dense():
+            honest()
+            for each in engine._stepper.running:
+                if each.cache.plan is plan:
+                    each.cache = prefill(loaded, dense, torch.tensor([PROMPT]))[0]
+                    each.cache._promised = plan.bytes_for(each.request.tokens)
+
+        monkeypatch.setattr(engine._stepper, "_enter", swap_in_dense)
+        assert isinstance(ask(engine, PROMPT).error, BrokenPromiseError)
+
+
+def test_state_counts_seen_and_kept_entries_from_the_caches(loaded, plan):
+    states = []
+    with engine_of(loaded, plan) as engine:
+        measure = engine._stepper._measure
+
+        def measured():
+            measure()
+            state = engine.state()
+            real = sum(len(cache.kept_positions(*place)) for cache in caches(engine) for place in GRID)
+            states.append((state.seen, state.kept, real, state.held_bytes, state.promised_bytes))
+            assert state.held_bytes >= sum(cache.nbytes for cache in caches(engine))
+
+        engine._stepper._measure = measured
+        for answer in [ask(engine, prompt, 30) for prompt in prompts(5)]:
+            answer.wait()
+        idle(engine)
+    full = max(states)
+    assert full[0] > 5 * 4 * 70 > 3 * full[1] > 0
+    assert all(kept == real for _, kept, real, _, _ in states)
+    assert all(held <= promised for *_, held, promised in states)
+
+
+def pool_for(plan, loaded, sequences, tokens, prompt):
+    return sequences * plan.bytes_for(tokens) + transient_bytes(plan, prompt, loaded.model.dtype.itemsize)
+
+
+def test_as_many_run_as_have_room_and_bytes_never_pass_the_pool(loaded):
+    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    # The prompt of the last needs its transient beside the others' caches.
+    pool = pool_for(plan, loaded, 3, 256, 53) + plan.bytes_for(256) // 2
+    most, held = [], []
+    with engine_of(loaded, plan, pool) as engine:
+
+        def look(_):
+            most.append(len(engine._stepper.running))
+            held.append(sum(cache.nbytes for cache in caches(engine)))
+            assert engine._stepper.pool.promised <= pool
+
+        answers = [ask(engine, prompt, 40, take=look) for prompt in prompts(9)]
+        assert all(len(answer.tokens()) == 40 for answer in answers)
+        idle(engine)
+        state = engine.state()
+    assert max(most) == 3
+    assert max(held) <= state.most_bytes <= pool
+    assert (state.promised_bytes, state.held_bytes) == (0, 0)
+    assert state.counts.finished == 9
+
+
+def test_short_requests_take_less_so_that_more_of_them_run(loaded):
+    plan = plan_of(loaded, [[200, 200], [200, 200]], Streaming(), bits=16, context_length=256)
+    most = []
+    with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 10)) as engine:
+        look = lambda _: most.append(len(engine._stepper.running))  # noqa: E731
+        for answer in [ask(engine, prompt, 20, take=look) for prompt in prompts(12, 10)]:
+            answer.wait()
+    assert max(most) >= 6
+
+
+def test_first_come_first_served_and_nobody_overtakes(loaded):
+    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    order = []
+    with engine_of(loaded, plan, pool_for(plan, loaded, 2, 256, 100)) as engine:
+        answers = []
+        for place, prompt in enumerate([*prompts(1, 100), *prompts(1, 120), *prompts(4, 5), *prompts(2, 90)]):
+            note = lambda event, place=place: order.append(place) if hasattr(event, "cached_tokens") else None  # noqa: E731
+            answers.append(ask(engine, prompt, 15, take=note))
+        for answer in answers:
+            answer.wait()
+    assert order == sorted(order)
+    assert len(order) == 8
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(loaded):
+    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 53), waiting=3) as engine:
+        first = ask(engine, PROMPT, 150)
+        until(lambda: engine.state().running)
+        others = [ask(engine, PROMPT, 5) for _ in range(3)]
+        with pytest.raises(QueueFullError) as refused:
+            ask(engine, PROMPT, 5)
+        assert 1 <= refused.value.retry_after <= 120
+        assert engine.state().waiting == 3
+        assert len(first.tokens()) == 150
+        assert [len(other.tokens()) for other in others] == [5, 5, 5]
+        assert len(ask(engine, PROMPT, 5).tokens()) == 5
+        assert engine.state().counts.refused == 1
+
+
+def test_what_can_never_fit_is_refused_at_once(loaded):
+    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    pool = pool_for(plan, loaded, 2, 256, 60)
+    with engine_of(loaded, plan, pool) as engine:
+        with pytest.raises(TooLargeError, match="shorten the prompt"):
+            ask(engine, prompts(1, 200)[0], 50)
+        with pytest.raises(TooLargeError):
+            ask(engine, PROMPT, 180, n=3)
+        assert len(ask(engine, PROMPT, 180, n=2).tokens(1)) == 180
+
+
+def test_a_pool_that_does_not_hold_one_sequence_and_another_models_plan_are_refused(loaded, plan, tiny):
+    with pytest.raises(UserError, match="does not hold one sequence of 256 tokens"):
+        Engine(loaded, plan, Limits(plan.bytes_per_sequence - 1))
+    with pytest.raises(UserError, match="was made for"):
+        Engine(tiny(layers=3), plan, Limits(1 << 20))
+
+
+def test_a_deadline_ends_who_waits_and_who_runs(loaded):
+    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 53)) as engine:
+        now = time.monotonic()
+        running = ask(engine, PROMPT, 200, deadline=now + 0.2)
+        waiting = ask(engine, PROMPT, 5, deadline=now + 0.1)
+        patient = ask(engine, PROMPT, 5)
+        assert isinstance(waiting.error, DeadlineError)
+        assert waiting.error.waiting
+        assert isinstance(running.error, DeadlineError)
+        assert not running.error.waiting
+        assert len(patient.tokens()) == 5
+        idle(engine)
+        assert engine.state().promised_bytes == 0
+
+
+def test_a_cancelled_request_is_gone_within_a_step(engine):
+    answer: Answer = ask(engine, PROMPT, 200)
+    until(lambda: len(answer.events) > 5)
+    answer.cancel()
+    made = engine.state().counts.generation_tokens
+    idle(engine)
+    assert engine.state().counts.generation_tokens <= made + 2  # of a step whose count was not seen, and of the next
+    assert engine.state().counts.cancelled == 1
+    answer.cancel()
+
+
+def test_siblings_that_break_their_promise_together_are_one_request_that_fails(loaded, plan, monkeypatch):
+    with engine_of(loaded, plan) as engine:
+        monkeypatch.setattr(BudgetedCache, "promised_bytes", 1)
+        answer = ask(engine, PROMPT, n=2)
+        assert isinstance(answer.error, BrokenPromiseError)
+        idle(engine)
+        assert engine.state().counts.failed == 1
+        assert sum(isinstance(event, Exception) for event in answer.events) == 1
+
+
+def test_the_prompts_of_a_request_wait_together_or_not_at_all(loaded, plan):
+    with engine_of(loaded, plan, waiting=4) as engine:
+        answers = [Answer() for _ in range(5)]
+        asked = [(work_of(PROMPT, 20), answer.take) for answer in answers]
+        with pytest.raises(TooLargeError, match="5 prompts"):
+            engine.submit(*asked)
+        engine.submit(*asked[:4])
+        assert [len(answer.tokens()) for answer in answers[:4]] == [20] * 4
+        idle(engine)
+        assert (engine.state().counts.cancelled, engine.state().counts.finished) == (0, 4)
+
+
+def test_a_waiting_request_that_would_not_fit_inside_a_new_plan_keeps_its_own(loaded):
+    small, large = (plan_of(loaded, [[n, n], [n, n]], Streaming(), bits=32, context_length=256) for n in (40, 200))
+    with engine_of(loaded, small, pool_for(large, loaded, 1, 256, 53)) as engine:
+        first = ask(engine, PROMPT, 150, n=4)
+        until(lambda: engine.state().running)
+        waiting, behind = ask(engine, PROMPT, 150, n=4), ask(engine, PROMPT, 20)
+        engine.swap(large)
+        with pytest.raises(TooLargeError):
+            ask(engine, PROMPT, 150, n=4)
+        assert len(first.tokens(3)) == len(waiting.tokens(3)) == 150
+        plans = [answer.started.plan for answer in (first, waiting, behind)]
+        assert plans == [small.digest, small.digest, large.digest]
+
+
+def test_a_declared_prompt_that_could_never_enter_is_refused(loaded, plan):
+    prompt = prompts(1, 100)[0]
+    pool = plan.bytes_for(256) + plan.bytes_for(100)
+    with engine_of(loaded, plan, pool) as engine, pytest.raises(UserError, match="does not hold"):
+        engine.declare(prompt)
+
+
+def test_a_continuation_that_is_complete_ends_alone(engine):
+    """As one that has met its stop string; what it was promised is given back, and it was not cancelled."""
+    answer = ask(engine, PROMPT, 400, n=2)
+    until(lambda: len(answer.events) > 5)
+    both = engine.state().promised_bytes
+    answer.handle.complete(0)
+    until(lambda: engine.state().running == 1)
+    until(lambda: engine.state().promised_bytes < both)
+    answer.handle.complete(1)
+    idle(engine)
+    counts = engine.state().counts
+    assert (counts.finished, counts.cancelled, engine.state().promised_bytes) == (1, 0, 0)
+    assert max(len([e for e in answer.events if isinstance(e, Token) and e.index == one]) for one in (0, 1)) < 400
+
+
+def test_two_hundred_cancelled_requests_leave_nothing(loaded, plan):
+    with engine_of(loaded, plan, waiting=1000, chunk=8) as engine:
+        answers = []
+        for place, prompt in enumerate(prompts(200)):
+            answers.append(ask(engine, prompt, 100, n=1 + place % 2))
+            if place % 3 == 0:
+                until(lambda own=answers[-1]: len(own.events) > 2 or engine.state().waiting > 20)
+            for answer in answers[::2]:
+                answer.cancel()
+        for answer in answers:
+            answer.cancel()
+        idle(engine)
+        state = engine.state()
+        assert (state.running, state.waiting, state.promised_bytes, state.held_bytes) == (0, 0, 0, 0)
+        assert state.counts.cancelled + state.counts.finished == 200
+        assert state.counts.cancelled > 90
+        assert len(ask(engine, PROMPT, 5).tokens()) == 5
+
+
+def boom(*args, **kwargs):
+    raise MemoryError("no room")
+
+
+def break_cache(each: Continuation):
+    each.cache.layers[1].groups[0]._grow = boom
+
+
+def break_sampler(each: Continuation):
+    each.sampler.draw = boom
+
+
+@pytest.mark.parametrize("harm", [break_cache, break_sampler])
+def test_a_request_that_fails_while_it_runs_harms_nobody(loaded, plan, harm, caplog):
+    with engine_of(loaded, plan) as engine:
+
+        def at_the_tenth(_):
+            if len(victim[0].events) == 10:
+                for each in engine._stepper.running:
+                    if each.sampler._sampling.seed == 99:
+                        harm(each)
+
+        victim = []
+        others = [ask(engine, prompt, 40) for prompt in prompts(3)]
+        victim.append(ask(engine, PROMPT, 100, temperature=1.0, seed=99, take=at_the_tenth))
+        more = [ask(engine, prompt, 40) for prompt in prompts(3, seed=1)]
+        assert isinstance(victim[0].error, MemoryError)
+        wanted = [*prompts(3), *prompts(3, seed=1)]
+        for prompt, answer in zip(wanted, [*others, *more], strict=True):
+            assert answer.tokens() == alone(loaded, plan, prompt, 40)
+        idle(engine)
+        state = engine.state()
+        assert (state.counts.failed, state.counts.finished, state.promised_bytes, state.alive) == (1, 6, 0, True)
+
+
+def test_a_prompt_that_fails_and_a_client_that_fails_harm_nobody(loaded, plan):
+    with engine_of(loaded, plan) as engine:
+        bad = ask(engine, (1, 2, 10**6), 5)
+        other = ask(engine, PROMPT, 30)
+        sulky = Answer()
+
+        def deliver(event):
+            sulky.take(event)
+            if len(sulky.events) == 3:
+                raise RuntimeError("the client cannot take it")
+
+        engine.submit((work_of(PROMPT, 30), deliver))
+        assert isinstance(bad.error, Exception)
+        assert isinstance(sulky.error, RuntimeError)
+        assert other.tokens() == alone(loaded, plan, PROMPT, 30)
+        idle(engine)
+        assert engine.state().counts.failed == 2
+
+
+def work_of(prompt, tokens):
+    from serve_app.engine.sampler import Sampling
+    from serve_app.engine.types import Work
+
+    return Work(tuple(prompt), Sampling(tokens, temperature=0))
+
+
+def test_a_forward_that_fails_for_all_fails_those_in_it_and_the_engine_goes_on(loaded, plan, monkeypatch):
+    with engine_of(loaded, plan) as engine:
+        answers = [ask(engine, prompt, 100) for prompt in prompts(2)]
+        until(lambda: engine.state().running == 2)
+        with monkeypatch.context() as broken:
+            broken.setattr(loaded.model.lm_head, "forward", boom)
+            assert [type(answer.error) for answer in answers] == [MemoryError, MemoryError]
+        assert ask(engine, PROMPT, 30).tokens() == alone(loaded, plan, PROMPT, 30)
+
+
+def test_an_engine_whose_thread_dies_says_so_and_leaves_nobody_waiting(loaded, plan, monkeypatch):
+    with engine_of(loaded, plan) as engine:
+        answer = ask(engine, PROMPT, 150)
+        until(lambda: engine.state().running)
+        monkeypatch.setattr(engine._stepper, "_measure", boom)
+        assert isinstance(answer.error, DrainingError)
+        until(lambda: not engine.state().alive)
+        with pytest.raises(DrainingError):
+            ask(engine, PROMPT)
+
+
+def test_a_drained_engine_ends_what_it_has_and_takes_no_more(loaded, plan):
+    with engine_of(loaded, plan) as engine:
+        answers = [ask(engine, prompt, 40) for prompt in prompts(4)]
+        engine.drain()
+        with pytest.raises(DrainingError):
+            ask(engine, PROMPT)
+        assert [len(answer.tokens()) for answer in answers] == [40] * 4
+        assert engine.state().draining
+
+
+def test_a_request_waits_or_runs_at_every_moment_until_its_end(loaded, plan):
+    with engine_of(loaded, plan, chunk=8) as engine:
+        answer, looks = ask(engine, prompts(1, 200)[0], 20), 0
+        while not answer.ended.is_set():
+            state = engine.state()
+            assert state.running + state.waiting >= 1 or answer.ended.wait(1)
+            looks += 1
+        assert looks > 20
+
+
+def test_a_closed_engine_tells_everybody(loaded, plan):
+    with engine_of(loaded, plan) as engine:
+        answer = ask(engine, PROMPT, 200)
+        engine.close()
+        assert isinstance(answer.error, DrainingError)
+        assert threading.active_count() < 50
+
+
+def test_prompt_logprobs_are_those_of_the_budgeted_cache(loaded, plan):
+    dense = full_plan(loaded.identity, loaded.geometry, 256, bits=32)
+    with engine_of(loaded, plan) as engine:
+        prompt = prompts(1, 120)[0]
+        others = [ask(engine, each, 60) for each in prompts(3, seed=4)]
+        answer = ask(engine, prompt, 1, prompt_logprobs=2, logprobs=2)
+        scored = answer.started.prompt_logprobs
+        only = ask(engine, prompt, 0, prompt_logprobs=0)
+        assert (only.started.finish, only.events[1:]) == ("length", [])
+        assert [len(each.tokens()) for each in others] == [60] * 3
+    assert scored[0] is None
+    assert [each.id for each in scored[1:]] == list(prompt[1:])
+    total, expected = sum(each.logprob for each in scored[1:]), ending(loaded, plan, prompt, 119)
+    assert total == pytest.approx(expected.log_prob, abs=0.02)
+    assert abs(total - ending(loaded, dense, prompt, 119).log_prob) > 1
+    assert all(len(each.top) == 2 for each in scored[1:])
+    assert [each.logprob for each in only.started.prompt_logprobs[1:]] == pytest.approx(
+        [each.logprob for each in scored[1:]], abs=1e-3
+    )
+
+
+SUFFIXES = [b"", b"x", b" And so it goes.", bytes(range(40, 120)) + bytes(range(32, 90)) * 2]
+
+
+@pytest.mark.parametrize("bits", [(16, 16), (5, 4)])
+@pytest.mark.parametrize("chunk", [None, 11])
+def test_warm_is_cold_token_for_token(tiny, bits, chunk):
+    loaded = byte_model(tiny, head_dim=16, max_position_embeddings=512)
+    plan = plan_of(loaded, BUDGETS, HeavyHitter(interval=4, distance=0, centroids=2), context_length=512)
+    plan = mixed(chunked(plan, chunk) if chunk else plan, [bits, bits])
+    for suffix in SUFFIXES:
+        prompt = (*PROMPT, *suffix)
+        with engine_of(loaded, plan) as engine:
+            engine._snapshots.declare(PROMPT)  # its snapshot is not there yet
+            cold = ask(engine, prompt, 40, logprobs=0)
+            warm = ask(engine, prompt, 40, logprobs=0)
+            again = [ask(engine, prompt, 40) for _ in range(3)]
+            assert cold.tokens() == warm.tokens() == again[2].tokens()
+            assert warm.started.cached_tokens == again[0].started.cached_tokens == len(PROMPT)
+            said = [[token.logprob.logprob for token in each.made()] for each in (cold, warm)]
+            assert said[0] == pytest.approx(said[1], abs=1e-3)
+
+
+def test_a_declared_prompt_is_a_boundary_and_nothing_else(loaded, plan):
+    prompt = (*PROMPT, *b" And so on.")
+    with torch.inference_mode():
+        cache, _ = prefill(loaded, plan, torch.tensor([PROMPT]))
+        logits = loaded.model(torch.tensor([prompt[len(PROMPT) :]]), past_key_values=cache).logits[:, -1]
+        expected = []
+        for _ in range(20):
+            expected.append(int(logits.argmax()))
+            logits = loaded.model(torch.tensor([expected[-1:]]), past_key_values=cache).logits[:, -1]
+    assert len(prompt) - len(PROMPT) <= TURN
+    with engine_of(loaded, plan) as engine:
+        engine.declare(PROMPT)
+        assert ask(engine, prompt).tokens() == expected
+        assert ask(engine, prompt).started.cached_tokens == len(PROMPT)
+        assert ask(engine, prompts(1)[0]).started.cached_tokens == 0
+        assert ask(engine, PROMPT[:-1]).started.cached_tokens == 0
+        assert ask(engine, prompt, prompt_logprobs=0).started.cached_tokens == 0
+
+
+def test_snapshots_count_in_the_pool_and_the_longest_wins(loaded, plan):
+    with engine_of(loaded, plan) as engine:
+        engine.declare(PROMPT[:20])
+        engine.declare(PROMPT)
+        idle(engine)
+        until(lambda: engine.state().snapshot_bytes)
+        state = engine.state()
+        promised = plan.bytes_for(20) + plan.bytes_for(len(PROMPT))
+        until(lambda: engine.state().promised_bytes == promised)
+        assert 0 < engine.state().snapshot_bytes <= promised
+        assert state.counts.prompt_tokens == state.counts.finished == 0
+        assert ask(engine, (*PROMPT, 65)).started.cached_tokens == len(PROMPT)
+        assert ask(engine, (*PROMPT[:30], 65)).started.cached_tokens == 20
+        held = engine._snapshots.of(PROMPT).cache
+        assert held.get_seq_length() == len(PROMPT)
+    small = plan.bytes_per_sequence + plan.bytes_for(30) - 1
+    with engine_of(loaded, plan, small) as engine:
+        with pytest.raises(UserError, match="does not hold one sequence"):
+            engine.declare(PROMPT[:30])
+        with pytest.raises(UserError, match="0 tokens"):
+            engine.declare([])
+
+
+def test_a_swap_drops_nobody_and_makes_snapshots_anew(loaded, plan):
+    other = plan_of(loaded, [[40, 40], [40, 40]], Streaming(), bits=32, context_length=256)
+    prompt, tight = (*PROMPT, *b" And so on."), prompts(1, seed=3)[0]
+    with engine_of(loaded, plan, chunk=8) as engine:
+        engine.declare(PROMPT)
+        before = ask(engine, tight, 60)
+        until(lambda: before.events)
+        engine.swap(other)
+        assert engine.state().plan == engine.plan.digest == other.digest
+        after, declared = ask(engine, tight, 60), ask(engine, prompt, 30)
+        assert before.tokens() == alone(loaded, plan, tight, 60)
+        assert after.tokens() == alone(loaded, other, tight, 60)
+        assert declared.started.cached_tokens == len(PROMPT)
+        assert engine._snapshots.of(PROMPT).cache.plan is other
+        idle(engine)
+        until(lambda: engine.state().promised_bytes == other.bytes_for(len(PROMPT)))
+    with engine_of(loaded, plan, other.bytes_per_sequence - 1) as engine:
+        with pytest.raises(UserError, match="does not hold one sequence"):
+            engine.swap(other)
+        assert engine.plan is plan
+
+
+def test_a_cache_that_holds_more_than_it_promised_fails_alone(loaded, plan, caplog):
+    with engine_of(loaded, plan) as engine:
+
+        def lower(_):
+            if len(answers) == 2 and len(answers[1].events) == 5:
+                each = next(one for one in engine._stepper.running if one.request.work.prompt == PROMPT)
+                each.cache._promised = 100
+
+        answers = []
+        answers.append(ask(engine, prompts(1)[0], 60))
+        answers.append(ask(engine, PROMPT, 60, take=lower))
+        assert isinstance(answers[1].error, BrokenPromiseError)
+        assert len(answers[0].tokens()) == 60
+
+
+def test_while_others_decode_a_prompt_enters_in_small_parts(loaded, plan, monkeypatch):
+    asked = []
+    step = Entering.__subclasses__()
+    for kind in step:
+        plain = kind.step
+
+        def noted(self, tokens, plain=plain):
+            asked.append(tokens)
+            return plain(self, tokens)
+
+        monkeypatch.setattr(kind, "step", noted)
+    with engine_of(loaded, plan, chunk=24) as engine:
+        first = ask(engine, PROMPT, 200)
+        until(lambda: first.events)
+        ask(engine, prompts(1, 200)[0], 5).wait()
+        first.wait()
+    assert asked[0] > 200
+    assert all(8 <= tokens <= 24 for tokens in asked[1:])
+    assert len(asked) > 8

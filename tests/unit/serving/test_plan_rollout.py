@@ -1,0 +1,126 @@
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from baklava.errors import UserError
+from baklava.plan.budget_plan import full_plan
+from serve_app.api.network import api_keys, check_address, check_answers
+from serve_app.replication.plan_registry import resolve
+
+
+@pytest.fixture(scope="module")
+def plan(tiny):
+    loaded = tiny()
+    return full_plan(loaded.identity, loaded.geometry, 64)
+
+
+@pytest.fixture(scope="module")
+def registry(plan, tmp_path_factory):
+    """The address of a tracking database with two versions of a registered plan, the first one the champion."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    client = MlflowClient(uri, uri)
+    experiment = client.create_experiment("plans", artifact_location=folder.as_uri())
+    client.create_registered_model("rivers")
+    for length in (64, 32):
+        run = client.create_run(experiment).info.run_id
+        content = plan.model_copy(update={"context_length": length}).model_dump(mode="json")
+        client.log_dict(run, content, "plan/plan.json")
+        client.create_model_version("rivers", source=f"runs:/{run}/plan", run_id=run)
+    client.set_registered_model_alias("rivers", "champion", "1")
+    return uri
+
+
+def test_a_registered_plan_is_found_by_alias_and_by_version(registry, plan, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    assert resolve("models:/rivers@champion") == plan
+    assert resolve("models:/rivers/2").context_length == 32
+
+
+def test_the_registry_in_the_data_folder_is_the_default_and_no_other_is_made(registry, plan, monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("BAKLAVA_DATA", str(Path(registry.removeprefix("sqlite:///")).parent))
+    monkeypatch.chdir(tmp_path)
+    assert resolve("models:/rivers@champion") == plan
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("models:/lakes@champion", "'lakes'.*has rivers"),
+        ("models:/rivers@best", "'best'.*has champion"),
+        ("models:/rivers", "NAME@ALIAS"),
+        ("models:/rivers/7", "7"),
+    ],
+)
+def test_an_unknown_registered_plan_is_refused_with_the_known_ones(registry, source, words, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    with pytest.raises(UserError, match=words):
+        resolve(source)
+
+
+def test_a_tracking_server_that_is_down_is_told(monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        with pytest.raises(UserError, match="cannot fetch"):
+            resolve("models:/rivers@champion")
+
+
+def test_no_empty_database_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with pytest.raises(UserError, match="run a search first"):
+        resolve("models:/rivers@champion")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_read_as_it_is(plan, tmp_path):
+    plan.write(tmp_path / "plan.json")
+    assert resolve(str(tmp_path / "plan.json")) == plan
+    (tmp_path / "plan.json").write_text(json.dumps({"schema_version": 9}))
+    with pytest.raises(UserError, match="not a valid plan"):
+        resolve(str(tmp_path / "plan.json"))
+
+
+def test_keys_come_from_a_file_or_else_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAKLAVA_API_KEYS", "one, two,")
+    assert api_keys(None) == ["one", "two"]
+    file = tmp_path / "keys"
+    file.write_text("three\n\nfour\n")
+    assert api_keys(file) == ["three", "four"]
+    file.write_text("\n")
+    with pytest.raises(UserError, match="no keys"):
+        api_keys(file)
+    with pytest.raises(UserError, match="cannot read"):
+        api_keys(tmp_path / "none")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_an_open_address_without_keys_is_refused(host):
+    with pytest.raises(UserError, match="API keys"):
+        check_address(host, 8000, guarded=False)
+
+
+def test_a_port_in_use_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"127.0.0.1:{port}.*in use"):
+            check_address("127.0.0.1", port, guarded=False)
+    check_address("127.0.0.1", port, guarded=False)
+
+
+def test_a_host_that_is_no_address_is_told():
+    with pytest.raises(UserError, match="no address"):
+        check_address("no.such.host.invalid", 8000, guarded=True)
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(UserError, match="no Ray cluster answers"):
+            check_answers(f"127.0.0.1:{closed.getsockname()[1]}")
+    check_answers("auto")

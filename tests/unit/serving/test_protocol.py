@@ -1,0 +1,221 @@
+import logging
+
+import pytest
+from pydantic import ValidationError
+
+from serve_app.api.routes import TokenizeRequest
+from serve_app.openai.protocol import ChatRequest, CompletionRequest
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+def complaint(error: pytest.ExceptionInfo[ValidationError]) -> tuple[str, str]:
+    first = error.value.errors()[0]
+    return (first.get("ctx") or {}).get("param") or ".".join(map(str, first["loc"])), first["msg"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "taken"),
+    [
+        ("Hello", ("Hello",)),
+        (["Hello"], ("Hello",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2, 3], ([1, 2, 3],)),
+        ([[1, 2, 3]], ([1, 2, 3],)),
+        ([[1], [2]], ([1], [2])),
+    ],
+)
+def test_a_prompt_is_text_or_ids_alone_or_in_a_list(prompt, taken):
+    assert CompletionRequest(prompt=prompt).prompt == taken
+
+
+@pytest.mark.parametrize(
+    "prompt", [[1, "a"], ["a", [1]], [True], [1.5], [[True]], {"text": "a"}, 7, [], [[]], ["a"] * 33]
+)
+def test_other_prompts_are_refused_by_name(prompt):
+    with pytest.raises(ValidationError) as error:
+        CompletionRequest(prompt=prompt)
+    assert complaint(error)[0] == "prompt"
+
+
+def test_null_is_absent():
+    fields = dict.fromkeys(
+        ["model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n", "tools", "logprobs", "user"]
+    )
+    nulls = CompletionRequest(prompt="a", stream=True, stream_options={"include_usage": None}, **fields)
+    assert nulls.sampling(5) == CompletionRequest(prompt="a").sampling(5)
+    assert nulls.wanted_tokens == 16
+    assert not nulls.stream_options.include_usage
+
+
+def test_defaults_are_those_of_openai():
+    assert CompletionRequest(prompt="a").wanted_tokens == 16
+    assert ChatRequest(messages=MESSAGES).wanted_tokens is None
+    assert ChatRequest(messages=MESSAGES).sampling(9).temperature == 1.0
+
+
+def test_both_names_of_the_most_tokens_are_taken():
+    assert ChatRequest(messages=MESSAGES, max_tokens=3).wanted_tokens == 3
+    assert ChatRequest(messages=MESSAGES, max_completion_tokens=4).wanted_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("functions", [{"name": "f"}]),
+        ("response_format", {"type": "json_object"}),
+        ("best_of", 3),
+        ("echo", True),
+        ("suffix", "end"),
+        ("prompt_logprobs", 0),
+        ("reasoning_effort", "high"),
+        ("chat_template", "{{ x }}"),
+        ("use_beam_search", True),
+        ("add_special_tokens", True),
+    ],
+)
+def test_a_field_that_is_known_and_unsupported_is_refused_by_name(field, value):
+    with pytest.raises(ValidationError) as error:
+        ChatRequest(messages=MESSAGES, **{field: value})
+    name, message = complaint(error)
+    assert name == field
+    assert "not support" in message
+
+
+def test_values_that_ask_for_nothing_are_taken():
+    neutral = {"n": 1, "best_of": 1, "logprobs": False, "echo": False, "tools": [], "logit_bias": {}, "suffix": ""}
+    CompletionRequest(prompt="a", top_logprobs=None, **neutral)
+    neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0, "repetition_penalty": 1.0, "tool_choice": "auto"}
+    ChatRequest(messages=MESSAGES, response_format={"type": "text"}, add_special_tokens=False, **neutral)
+
+
+def test_unknown_fields_are_ignored_with_a_warning(caplog, monkeypatch):
+    logger = logging.getLogger("ray.serve")
+    monkeypatch.setattr(logger, "disabled", False)  # a migration of MLflow's database disables all loggers there are
+    logger.addHandler(caplog.handler)
+    try:
+        CompletionRequest(prompt="a", mystery=1, n=1, suffix="")
+        turns = [message | {"name": "Ann"} for message in MESSAGES * 3]
+        ChatRequest(messages=turns, stream=True, stream_options={"include_obfuscation": True})
+        TokenizeRequest(prompt="a", riddle=1, return_token_strs=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    told = dict.fromkeys(tuple(record.args[0]) for record in caplog.records)  # the root logger may hear it again
+    assert list(told) == [("mystery",), ("messages.name", "stream_options.include_obfuscation"), ("riddle",)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -2),
+        ("min_p", 1.5),
+        ("max_tokens", -1),
+        ("min_tokens", -1),
+        ("seed", 2**63),
+        ("n", 0),
+        ("n", 17),
+        ("n", True),
+        ("logprobs", 6),
+        ("logprobs", -1),
+        ("logprobs", True),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -3),
+        ("repetition_penalty", 0),
+        ("logit_bias", {"1": 101}),
+        ("logit_bias", {"one": 1}),
+        ("truncate_prompt_tokens", -2),
+        ("stop", ["a", "b", "c", "d", "e"]),
+        ("stop", [""]),
+        ("stop", "x" * 257),
+        ("stop", 5),
+        ("stream", "perhaps"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(field, value):
+    with pytest.raises(ValidationError) as error:
+        CompletionRequest(prompt="a", **{field: value})
+    assert complaint(error)[0].split(".")[0] == field
+
+
+def test_stop_is_one_string_or_up_to_four():
+    assert CompletionRequest(prompt="a", stop="x").stop == ("x",)
+    assert CompletionRequest(prompt="a", stop=["x", "y", "z", "w"]).stop == ("x", "y", "z", "w")
+
+
+def test_top_k_of_minus_one_keeps_all_tokens():
+    assert CompletionRequest(prompt="a", top_k=-1).sampling(1).top_k == 0
+
+
+def test_content_may_be_a_list_of_text_parts():
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    assert ChatRequest(messages=[{"role": "user", "content": parts}]).messages[0].content == "Hello"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        {"role": "user", "content": 5},
+        {"role": "tool", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": [{}]},
+        {"content": "x"},
+    ],
+)
+def test_messages_that_cannot_be_honoured_are_refused(message):
+    with pytest.raises(ValidationError) as error:
+        ChatRequest(messages=[message])
+    assert complaint(error)[0].startswith("messages.0")
+
+
+def test_a_chat_needs_a_message():
+    with pytest.raises(ValidationError):
+        ChatRequest(messages=[])
+
+
+def test_stream_options_belong_to_streams():
+    with pytest.raises(ValidationError) as error:
+        CompletionRequest(prompt="a", stream_options={"include_usage": True})
+    assert complaint(error)[0] == "stream_options"
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"prompt": ["a"] * 32, "n": 3}, "n"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+    ],
+)
+def test_what_a_completion_cannot_do_is_refused_by_name(fields, name):
+    with pytest.raises(ValidationError) as error:
+        CompletionRequest(**({"prompt": "a"} | fields))
+    assert complaint(error)[0] == name
+
+
+def test_a_completion_may_be_only_scored_and_have_as_many_answers_as_the_best_of():
+    assert CompletionRequest(prompt="a", max_tokens=0, echo=True, logprobs=0).wanted_tokens == 0
+    assert CompletionRequest(prompt="a", n=2, best_of=2).n == 2
+
+
+def test_a_chat_tells_likelihoods_of_up_to_twenty_alternatives():
+    assert ChatRequest(messages=MESSAGES, logprobs=True).alternatives == 0
+    assert ChatRequest(messages=MESSAGES, logprobs=True, top_logprobs=20).alternatives == 20
+    assert ChatRequest(messages=MESSAGES).alternatives is None
+    for wrong in ({"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}, {"logprobs": 2}, {"max_tokens": 0}):
+        with pytest.raises(ValidationError):
+            ChatRequest(messages=MESSAGES, **wrong)
+
+
+def test_penalties_and_biases_reach_the_sampler():
+    asked = CompletionRequest(prompt="a", presence_penalty=1, repetition_penalty=1.5, logit_bias={"7": -100})
+    assert asked.sampling(1).presence_penalty == 1
+    assert asked.sampling(1).repetition_penalty == 1.5
+    assert dict(asked.sampling(1).logit_bias) == {7: -100}

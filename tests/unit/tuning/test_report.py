@@ -1,0 +1,188 @@
+"""Facts about the report of a search: what its charts show, and what it says was learned."""
+
+import random
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from search_factory import record, scored, task
+
+from baklava.plan.budget_plan import BudgetPlan
+from baklava.plan.geometry import CacheGeometry
+from tuning.optimizers.baselines import heuristics
+from tuning.reporting.heat_map import heat_map
+from tuning.reporting.history_plot import trial_chart
+from tuning.reporting.pareto_plot import fidelity_chart
+from tuning.reporting.report import learned, pictures, write_report
+from tuning.reporting.svg import log_values, round_values, standalone
+from tuning.selection.ablation import Rival
+from tuning.selection.param_importance import LEAST_TRIALS, importance
+from tuning.selection.promotion import Claim, Registered
+from tuning.selection.result import Outcome
+from tuning.selection.validation import Validated, Verdict, above
+from tuning.study.objective import Goal
+from tuning.study.settings import SearchSettings
+from tuning.study.trial import TrialRecord
+
+SVG = "{http://www.w3.org/2000/svg}"
+KL = Goal(budget=0.3)
+
+
+def trials(count: int = 12) -> tuple[TrialRecord, ...]:
+    """Drawn trials of which the bits decide and the floor does not, and one that only those in 4 bits have a say in."""
+    source, found = random.Random(0), []
+    for number in range(1, count + 1):
+        bits, floor = source.choice(["4", "16"]), source.random()
+        loss = (0.1 if bits == "4" else 0.4) + 0.001 * source.random()
+        staged = {"staged": source.choice([True, False])} if bits == "4" else {}
+        found.append(record(number, [loss] * 4, bits=bits, floor=floor, **staged))
+    return tuple(found)
+
+
+def outcome(tmp_path: Path, tried: tuple[TrialRecord, ...], **changes: object) -> Outcome:
+    settings = SearchSettings.of(model="m", texts=["t"], context=10, continuation=2, trials=20, budget=0.3)
+    ranking = tuple(whole(scored(name, 0.3, loss)) for name, loss in (("trial 1", 0.1), ("<b>other</b>", 0.2)))
+    rival = Rival("at random", above(ranking[1:], ranking[0]))
+    found = Outcome(
+        out=tmp_path,
+        settings=settings,
+        plan=ranking[0].candidate.plan,
+        verdict=Verdict(ranking[0], ranking),
+        rivals=(rival,),
+        trials=tried,
+        registered=Registered("baklava-m", "4", Claim(False, "champion stays with version 3, which is better")),
+    )
+    return replace(found, **changes)
+
+
+def whole(entry: Validated) -> Validated:
+    return replace(entry, metrics={**entry.metrics, "ppl_full": 1.0})
+
+
+def page(found: Outcome) -> str:
+    write_report(found, found.out / "report.html")
+    return (found.out / "report.html").read_text()
+
+
+def charts(text: str) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring(f"<svg{part.partition('</svg>')[0]}</svg>") for part in text.split("<svg")[1:]]
+
+
+def test_the_report_shows_the_front_the_rivals_the_budgets_and_what_was_learned(tmp_path: Path) -> None:
+    text = page(outcome(tmp_path, trials()))
+    assert [chart.attrib["aria-label"] for chart in charts(text)] == [
+        "KL over bytes",
+        "KL over the winner's, plan by plan",
+        "entries and bits per layer and KV head",
+        "KL by trial",
+        "importance of parameters",
+        "objective by parameter",
+    ]
+    assert "python jobs/serve.py --plan models:/baklava-m/4 --model m" in text
+    assert "Version 4 of baklava-m: champion stays with version 3" in text
+    assert "<b>other</b>" not in text
+    assert "Most of the difference between trials came from bits" in text
+
+
+def test_a_search_of_few_trials_has_a_report_that_says_so(tmp_path: Path) -> None:
+    tried = (record(1, [0.1] * 4), record(2, [0.3] * 2, "pruned"), record(3, [], "failed"))
+    text = page(outcome(tmp_path, tried, registered=None))
+    assert len(charts(text)) == 4
+    assert "Too few trials scored every window" in text
+    assert "1 trial failed" in text
+    assert "MLflow was down when the search ended" in text
+
+
+def test_a_search_whose_trials_all_failed_has_charts_of_its_heuristics(tmp_path: Path) -> None:
+    text = page(outcome(tmp_path, (record(1, [], "failed").model_copy(update={"metrics": {}}),)))
+    assert "No trial could be scored." in text
+
+
+def test_refinements_and_drawn_trials_are_told_apart(tmp_path: Path) -> None:
+    tried = (*trials(), record(13, [0.05] * 4, base=1, shifts=[[0.0, 0.0]] * 5))
+    said = learned(outcome(tmp_path, tried))
+    assert said[0].startswith("The best trial that was drawn came to KL 0.1")
+    assert said[1] == "The best refinement came to KL 0.05 (trial 13)."
+
+
+def test_of_many_sizes_none_is_called_the_best(tmp_path: Path) -> None:
+    ranking = tuple(whole(scored(f"trial {number}", number / 10, 1 / number)) for number in (1, 2, 3))
+    found = outcome(tmp_path, trials(), verdict=Verdict(ranking[1], ranking, ranking))
+    text = page(replace(found, settings=found.settings.model_copy(update={"front": True})))
+    assert "The front has 3 plans between" in text
+    assert "The best trial that was drawn" not in text
+    assert "front/" in text
+    best = [part for chart in charts(text) for part in chart.iter() if part.attrib.get("class") == "best"]
+    assert len(best) == 1  # the front's line, and no best so far
+
+
+def test_what_decided_is_found_and_adds_up() -> None:
+    shares = importance(trials(), KL)
+    assert next(iter(shares)) == "bits"
+    assert shares["bits"] > 0.8
+    assert sum(shares.values()) == pytest.approx(1)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    assert "sinks" not in shares  # the same in all of them
+
+
+def test_nothing_is_said_of_few_trials_of_equal_ones_or_of_refinements() -> None:
+    assert importance(trials(LEAST_TRIALS - 1), KL) == {}
+    assert importance([record(number, [0.1] * 4, floor=number / 10) for number in range(1, 9)], KL) == {}
+    refined = [record(n, [0.1 * n] * 4, base=1, floor=n / 10) for n in range(2, 12)]
+    assert importance([record(1, [0.1] * 4), *refined], KL) == {}
+
+
+def test_the_heat_map_has_a_cell_per_head_for_entries_and_bits_of_keys_and_of_values() -> None:
+    plan = heuristics(task().space)[0].plan(task().profile, 0.3, 2048)
+    told = [cell.text for cell in ElementTree.fromstring(heat_map(plan)).iter("title")]
+    assert len(told) == 3 * plan.geometry.layers * plan.geometry.kv_heads
+    assert f"layer 2, head 1: {plan.tokens[2][1]}" in told
+
+
+def test_the_heat_map_leaves_sliding_layers_blank() -> None:
+    plan = heuristics(task().space)[0].plan(task().profile, 0.3, 2048)
+    geometry = CacheGeometry(**{**plan.geometry.model_dump(), "windows": (None, 64, None, 64, None)})
+    layers = tuple(None if window else layer for layer, window in zip(plan.layers, geometry.windows, strict=True))
+    sliding = BudgetPlan.model_validate({**plan.model_dump(), "geometry": geometry, "layers": layers})
+    told = [cell.text for cell in ElementTree.fromstring(heat_map(sliding)).iter("title")]
+    assert len(told) == 3 * 3 * 2
+    assert not any(str(title).startswith("layer 1,") for title in told)
+
+
+def test_the_winner_is_marked_and_heuristics_are_told_from_trials(tmp_path: Path) -> None:
+    found = outcome(tmp_path, trials())
+    chart = ElementTree.fromstring(fidelity_chart(found.verdict, found.trials, KL))
+    kinds = [part.attrib.get("class") for part in chart.iter()]
+    assert kinds.count("ring") == 1
+    assert kinds.count("tried") == 12
+    assert kinds.count("heuristic") == sum(entry.candidate.trial is None for entry in found.ranking[1:])
+
+
+def test_a_trial_that_failed_has_a_cross_with_its_reason() -> None:
+    failed = TrialRecord(trial=2, params={}, metrics={}, status="failed", error="no \x1b[36m<room>")
+    chart = ElementTree.fromstring(trial_chart([record(1, [0.1] * 4), failed], KL))
+    assert "trial 2 failed: no [36m<room>" in [title.text for title in chart.iter("title")]
+
+
+def test_pictures_are_files_of_their_own_with_their_colours(tmp_path: Path) -> None:
+    drawn = pictures(outcome(tmp_path, trials()))
+    names = {"fidelity", "against_heuristics", "trials", "importance", "slices"}
+    assert drawn.keys() == {f"{name}.svg" for name in names}
+    for picture in drawn.values():
+        assert ElementTree.fromstring(picture).tag == f"{SVG}svg"
+        assert "--accent" in picture
+
+
+def test_a_picture_on_its_own_shows_what_it_showed_on_the_page() -> None:
+    inside = '<svg viewBox="0 0 1 1"><text>a</text></svg>'
+    assert [part.text for part in ElementTree.fromstring(standalone(inside)).iter(f"{SVG}text")] == ["a"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0123, 0.987), (1e-6, 3.0), (0.299, 0.3), (5.0, 5.0), (0.1, 0.3)])
+def test_ticks_are_round_few_and_inside(low: float, high: float) -> None:
+    for marks in (round_values(low, high), log_values(low, high)):
+        assert len(marks) <= 11
+        assert all(low * (1 - 1e-6) <= mark <= high * (1 + 1e-6) for mark in marks)
+    if high > low:
+        assert len(log_values(low, high)) >= 2

@@ -1,0 +1,266 @@
+"""Facts about how trials are drawn: samplers by name, an earlier search to start from, Ctrl-C."""
+
+import importlib.util
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+from optuna.trial import TrialState
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from search_factory import SPACE, record, report, task
+
+from baklava.errors import UserError
+from baklava.plan.geometry import ModelIdentity
+from tuning.optimizers.baselines import first_params
+from tuning.optimizers.optuna_search import Hopeless, PlanSearch
+from tuning.optimizers.pareto import non_dominated
+from tuning.optimizers.samplers import CONTINUOUS, Sampling, check_sampler, lies_in
+from tuning.search.trial_loop import lanes
+from tuning.search.warm_start import POINTS, Warm, warm_start
+from tuning.selection.validation import leaders
+from tuning.study.interrupt import Stop, stoppable
+from tuning.study.settings import SamplerName, SearchRecord, SearchSettings
+from tuning.study.trainable import _fail
+from tuning.study.trial import TrialRecord
+
+NAMES = get_args(SamplerName)
+DRAWN = 24
+
+
+def searched(name: str, seed: int = 0, count: int = DRAWN, front: bool = False) -> list[dict[str, object]]:
+    """Parameters that a search draws whose trials all lose the distance of `recent` from 0.5."""
+    goal = {"budget": None, "front": True} if front else {}
+    search = PlanSearch(task(**goal), Sampling(name, seed, count), [], Stop())
+    drawn = []
+    for number in range(count):
+        drawn.append(search.suggest(str(number)))
+        loss = abs(drawn[-1].get("recent", 0.9) - 0.5) + 0.01
+        search.on_trial_complete(str(number), report([loss] * 4, ratio=drawn[-1].get("budget", 0.3)))
+    assert [trial.state for trial in search._ot_study.trials].count(TrialState.COMPLETE) == count
+    assert len({json.dumps(params) for params in drawn}) == count  # what was drawn before is drawn anew
+    return drawn
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_sampler_draws_from_the_space_after_the_heuristics_and_again_the_same(name: str) -> None:
+    drawn = searched(name)
+    heuristics = [params for params in first_params(SPACE) if Sampling(name).admits(params)]
+    assert drawn[: len(heuristics)] == heuristics
+    assert all(lies_in(SPACE, params) for params in drawn)
+    assert searched(name) == drawn
+    assert searched(name, seed=1) != drawn
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "cmaes"])
+def test_samplers_of_several_objectives_draw_sizes_too(name: str) -> None:
+    assert len({params["budget"] for params in searched(name, front=True)}) > DRAWN // 2
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga2"])
+def test_a_front_of_bytes_loss_and_latency_lowers_all_three(name: str) -> None:
+    three = task(None, front=True, latency=True)
+    known = [timed(1, 0.2, 0.1, 5.0), timed(2, 0.1, 0.2, 5.0), timed(3, 0.3, 0.3, 1.0), timed(4, 0.3, 0.3, 2.0)]
+    search = PlanSearch(three, Sampling(name, 0, DRAWN), known, Stop())
+    best = {tuple(trial.values) for trial in search._ot_study.best_trials}
+    assert best == {(0.2, 0.1, 5.0), (0.1, 0.2, 5.0), (0.3, 0.3, 1.0)}
+    assert non_dominated(known, lambda each: three.goal.axes(each.metrics)) == [known[1], known[0], known[2]]
+    for number in range(DRAWN):
+        search.suggest(str(number))
+        search.on_trial_complete(str(number), {**report([0.2] * 4), "decode_seconds": 1.0})
+    complete = search._ot_study.get_trials(states=[TrialState.COMPLETE])
+    assert [len(trial.values) for trial in complete] == [3] * (len(known) + DRAWN)
+
+
+def timed(number: int, ratio: float, loss: float, seconds: float) -> TrialRecord:
+    made = record(number, [loss] * 4, ratio=ratio, budget=ratio)
+    return made.model_copy(update={"metrics": {**made.metrics, "decode_seconds": seconds}})
+
+
+def test_latency_alone_is_no_goal() -> None:
+    with pytest.raises(UserError, match="--latency is a part of --front"):
+        SearchSettings.of(model="m", texts=["t"], budget=0.3, context=10, continuation=2, trials=8, latency=True)
+
+
+def test_cma_es_moves_all_its_numbers_together_towards_less_loss() -> None:
+    drawn = searched("cmaes", count=80)
+    assert all(params[name] == value for params in drawn for name, value in CONTINUOUS.items())
+    away = [abs(params["recent"] - 0.5) for params in drawn]
+    assert sum(away[-20:]) < sum(away[10:30]) / 2
+
+
+def test_cma_es_is_refused_where_it_cannot_do_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="take nsga2 or tpe"):
+        check_sampler("cmaes", front=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install cmaes"):
+        check_sampler("cmaes", front=False)
+
+
+@pytest.mark.parametrize(
+    ("trials", "replicas", "asked", "expected"),
+    [
+        (32, 2, None, (3, 1)),
+        (32, 16, None, (8, 3)),  # more replicas than trials at once: each trial has several windows under way
+        (10, 2, None, (2, 2)),
+        (400, 16, None, (17, 1)),
+        (32, 8, 2, (2, 5)),
+        (1, 1, None, (2, 1)),
+    ],
+)
+def test_trials_at_a_time_keep_all_replicas_busy_and_leave_the_sampler_some_to_learn_from(
+    trials: int, replicas: int, asked: int | None, expected: tuple[int, int]
+) -> None:
+    assert lanes(settings(trials=trials, concurrent=asked), replicas) == expected
+
+
+def settings(**values: object) -> SearchSettings:
+    usual = {"model": "tiny", "texts": ("t",), "context": 10, "continuation": 2, "trials": 8, "budget": 0.3}
+    return SearchSettings(**{**usual, **values})
+
+
+MODEL = ModelIdentity(id="made up", config_hash="0")
+MATERIAL = SimpleNamespace(identity=MODEL, corpora={"t": "1"}, profile=task().profile)
+
+
+def earlier(out: Path, records: list[TrialRecord], **values: object) -> Path:
+    """An earlier search as files."""
+    out.mkdir()
+    digest = MATERIAL.profile.digest
+    SearchRecord(settings=settings(**values), model=MODEL, corpora=MATERIAL.corpora, profile=digest, run="r").write(out)
+    lines = [json.dumps(each.model_dump(mode="json", exclude_none=True)) + "\n" for each in records]
+    (out / "trials.jsonl").write_text("".join(lines) + '{"trial": 9, "par')
+    return out
+
+
+TRIALS = [record(number, [0.1 * number] * 4, floor=0.01 * number) for number in range(1, 7)]
+
+
+def test_a_warm_start_tells_the_sampler_scores_and_tries_the_best_again(tmp_path: Path) -> None:
+    out = earlier(tmp_path / "run", [*TRIALS, record(7, [0.01] * 4, base=1, shifts=[[0.0] * 2] * 5)])
+    written = (out / "trials.jsonl").read_text()
+    warm = warm_start(settings(warm_start=str(out)), MATERIAL, task())
+    assert list(warm.points) == [each.params for each in TRIALS[:POINTS]]
+    assert list(warm.told) == TRIALS[POINTS:]
+    assert list(warm.scored) == TRIALS
+    assert (out / "trials.jsonl").read_text() == written  # another search may be writing to it
+    search = PlanSearch(task(), Sampling(), [], Stop(), warm.told, warm.points)
+    assert [search.suggest(str(number)) for number in range(POINTS)] == list(warm.points)
+    assert [trial.state for trial in search._ot_study.trials].count(TrialState.COMPLETE) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"budget": 0.5}, "another size"),
+        ({"seed": 1}, "--seed was 1"),
+        ({"context": 20}, "--context was 20"),
+        ({"budget": None, "front": True}, "another size"),
+    ],
+)
+def test_scores_that_do_not_compare_are_left_and_only_parameters_taken(
+    values: dict[str, object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sized = [each.model_copy(update={"params": {**each.params, "budget": 0.4}}) for each in TRIALS]
+    out = earlier(tmp_path / "run", sized if values.get("front") else TRIALS, **values)
+    warm = warm_start(settings(warm_start=str(out)), MATERIAL, task())
+    assert warm.scored == ()
+    assert warm.points
+    assert all(lies_in(SPACE, params) for params in warm.points)
+    assert said in capsys.readouterr().err
+
+
+def test_a_size_is_added_where_the_new_search_draws_it(tmp_path: Path) -> None:
+    out, front = earlier(tmp_path / "run", TRIALS), task(None, front=True)
+    asked = settings(budget=None, front=True, warm_start=str(out))
+    warm = warm_start(asked, MATERIAL, front)
+    assert {params["budget"] for params in warm.points} == {0.3}
+    assert all(lies_in(front.space, params) for params in warm.points)
+
+
+def test_a_warm_start_from_another_model_or_from_nothing_is_refused(tmp_path: Path) -> None:
+    out = earlier(tmp_path / "run", TRIALS)
+    other = SimpleNamespace(**{**vars(MATERIAL), "identity": ModelIdentity(id="other", config_hash="1")})
+    with pytest.raises(UserError, match="give a search of the same model"):
+        warm_start(settings(warm_start=str(out)), other, task())
+    with pytest.raises(UserError, match="no finished trial that this search could draw"):
+        warm_start(settings(warm_start=str(earlier(tmp_path / "none", []))), MATERIAL, task())
+    with pytest.raises(UserError, match=r"--warm-start .* holds no valid search.json"):
+        warm_start(settings(warm_start=str(tmp_path)), MATERIAL, task())
+    assert warm_start(settings(), MATERIAL, task()) == Warm()
+
+
+def test_the_first_ctrl_c_asks_to_stop_and_the_second_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
+    with stoppable(stop := Stop()):
+        search = PlanSearch(task(), Sampling(), [], stop)
+        assert search.suggest("before") != Searcher.FINISHED
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        assert search.suggest("after") == Searcher.FINISHED
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert "Ctrl-C again stops now" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_search_in_the_background_that_ignores_ctrl_c_goes_on_ignoring_it() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stoppable(stop := Stop()):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.asked
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_cma_es_goes_on_from_what_an_earlier_search_learned() -> None:
+    def losing(params: dict[str, object]) -> float:
+        return abs(float(params.get("recent", 0.9)) - 0.25) + 0.01
+
+    def drawn(told: list[TrialRecord], count: int) -> list[dict[str, object]]:
+        search = PlanSearch(task(), Sampling("cmaes", 1, 200), [], Stop(), told)
+        found = []
+        for number in range(count):
+            found.append(search.suggest(str(number)))
+            search.on_trial_complete(str(number), report([losing(found[-1])] * 4))
+        return found
+
+    told = [
+        record(number, [losing(params)] * 4).model_copy(update={"params": params})
+        for number, params in enumerate(drawn([], 60), 1)
+    ]
+    begun_anew, gone_on = ([abs(each["recent"] - 0.25) for each in drawn(known, 14)[4:]] for known in ([], told))
+    assert sum(gone_on) < sum(begun_anew) / 4
+
+
+def test_where_latency_counts_no_trial_is_hopeless_and_the_fastest_reaches_validation() -> None:
+    three = task(None, front=True, latency=True)
+    known = [timed(1, 0.2, 0.1, 5.0), timed(2, 0.2, 0.3, 1.0), timed(3, 0.2, 0.31, 4.0)]
+    assert [each.trial for each in leaders(known, three.goal, 8)] == [1, 2]
+    for goal, said in ((three, TrialScheduler.CONTINUE), (task(None, front=True), TrialScheduler.STOP)):
+        result = report([0.3] * 2, ratio=0.2)
+        assert Hopeless(goal, known).on_trial_result(None, None, result) == said
+
+
+def test_a_trial_that_fails_reports_every_number_that_a_search_lowers(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[dict[str, object]] = []
+    monkeypatch.setattr("tuning.study.trainable.tune.report", reported.append)
+    _fail("it broke")
+    for goal in (task(), task(None, front=True), task(None, front=True, latency=True)):
+        lowered = PlanSearch(goal, Sampling(), [], Stop()).metric
+        assert {*([lowered] if isinstance(lowered, str) else lowered)} <= reported[0].keys()
+
+
+def test_what_a_search_began_with_is_kept_beside_its_results(tmp_path: Path) -> None:
+    warm = Warm(points=({"recent": 0.5, "bits": "4"},), scored=(record(1, [0.1] * 4),))
+    warm.write(tmp_path)
+    assert Warm.read(tmp_path) == warm
+    assert Warm.read(tmp_path / "elsewhere") == Warm()
+    (tmp_path / "warm.json").write_text("{")
+    with pytest.raises(UserError, match="put that back"):
+        Warm.read(tmp_path)

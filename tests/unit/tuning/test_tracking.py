@@ -1,0 +1,332 @@
+"""Facts about what the search writes to MLflow, on a real database and a real server."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow_server import Server
+from search_factory import SPACE, record, task
+
+from baklava.data.windows import Splits, Window
+from baklava.errors import UserError
+from baklava.plan.budget_plan import BudgetPlan
+from tuning.optimizers.baselines import first_params
+from tuning.search.trial_loop import Recorder
+from tuning.selection.promotion import Claim, Holder
+from tuning.study.journal import Journal
+from tuning.study.settings import SearchRecord, SearchSettings
+from tuning.study.trial import TrialRecord
+from tuning.tracking.run_context import inputs
+from tuning.tracking.tracker import Tracker
+from tuning.tracking.trial_runs import name_of
+
+SETTINGS = SearchSettings(model="org/Some Model", texts=("t",), budget=0.3, context=10, continuation=2, trials=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("tracking")
+        patch.setenv("BAKLAVA_DATA", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def tracker(tmp_path: Path) -> Iterator[Tracker]:
+    tracker = Tracker.connect(SETTINGS.model_name)
+    tracker.begin(SETTINGS, tmp_path)
+    yield tracker
+    tracker.watch.stop()
+
+
+def plan() -> BudgetPlan:
+    return task().plan(first_params(SPACE)[0])
+
+
+def children(tracker: Tracker) -> list[mlflow.entities.Run]:
+    tracker.flush()
+    return tracker.client.search_runs([tracker.experiment], f"tags.mlflow.parentRunId = '{tracker.parent}'")
+
+
+def search_record(run: str) -> SearchRecord:
+    return SearchRecord(settings=SETTINGS, model=task().profile.model, corpora={"t": "0"}, profile="0", run=run)
+
+
+def test_everything_of_a_model_is_under_the_last_part_of_its_name(tracker: Tracker) -> None:
+    assert tracker.name == "baklava-some-model"
+    assert tracker.client.get_experiment(tracker.experiment).name == "baklava/some-model"
+
+
+def test_results_lie_in_the_data_folder(tracker: Tracker, data: Path) -> None:
+    tracker.trial(record(1, [0.1] * 4), plan(), 1.0)
+    assert tracker.flush()
+    assert (data / "mlflow.db").exists()
+    assert len(list((data / "mlartifacts").rglob("plan.json"))) == 1
+
+
+def test_a_trial_is_a_child_with_its_curve_over_the_windows(tracker: Tracker) -> None:
+    tracker.trial(record(7, [0.1, 0.2, 0.3, 0.4]), plan(), seconds=60.0)
+    child = children(tracker)[0]
+    curve = tracker.client.get_metric_history(child.info.run_id, "window_kl")
+    assert [point.value for point in sorted(curve, key=lambda point: point.step)] == [0.1, 0.2, 0.3, 0.4]
+    assert child.info.end_time - child.info.start_time == 60_000
+    files = [file.path for file in tracker.client.list_artifacts(child.info.run_id)]
+    assert sorted(files) == ["budgets.svg", "plan.json"]
+
+
+def test_runs_are_named_so_that_they_can_be_told_apart_where_they_are_compared(tracker: Tracker) -> None:
+    chosen = {"allocation": "greedy", "bits": "k4v2", "eviction": "streaming"}
+    assert name_of(record(7, [0.1] * 4, ratio=0.125, **chosen), "x") == "trial 07, greedy, k4v2, streaming, 12.5%, x"
+    assert name_of(record(12, [0.1] * 4, base=7, **chosen), "x").startswith("trial 12 from 07, greedy")
+    assert name_of(TrialRecord(trial=3, params={}, metrics={}, status="failed"), "x") == "trial 03, x"
+    parent = tracker.client.get_run(tracker.parent)
+    assert parent.info.run_name.startswith("30% of the bytes, t, ")
+
+
+def test_a_parent_shows_the_trials_that_ended_as_a_curve(tracker: Tracker) -> None:
+    tracker.trial(record(1, [0.3] * 4), plan(), 1.0)
+    tracker.trial(record(2, [0.2] * 2, "pruned"), plan(), 1.0)
+    tracker.trial(record(3, [0.1] * 4), plan(), 1.0)
+    assert tracker.flush()
+    curve = tracker.client.get_metric_history(tracker.parent, "trial_kl_geometric")
+    assert [(point.step, point.value) for point in curve] == [(1, pytest.approx(0.3)), (3, pytest.approx(0.1))]
+
+
+def test_the_shifts_of_a_refinement_are_a_file_since_a_parameter_may_not_be_as_long(tracker: Tracker) -> None:
+    shifts = [[0.123] * 8] * 200
+    tracker.trial(record(7, [0.1] * 4, base=1, shifts=shifts), None, 1.0)
+    run = children(tracker)[0].info.run_id
+    params = tracker.client.get_run(run).data.params
+    assert params["base"] == "1"
+    assert "shifts" not in params
+    assert json.loads(Path(tracker.client.download_artifacts(run, "shifts.json")).read_text()) == shifts
+
+
+@pytest.mark.parametrize(("status", "shown"), [("finished", "FINISHED"), ("pruned", "FINISHED"), ("failed", "FAILED")])
+def test_a_child_shows_how_its_trial_ended(tracker: Tracker, status: str, shown: str) -> None:
+    ended = TrialRecord(trial=1, params={}, metrics={}, status=status, error="no room" if status == "failed" else None)
+    tracker.trial(ended, None, 0.0)
+    child = children(tracker)[0]
+    assert child.info.status == shown
+    assert child.data.tags["baklava.status"] == status
+    assert child.data.tags.get("baklava.error") == ended.error
+
+
+def test_a_trial_that_mlflow_does_not_take_holds_up_no_other(
+    tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker.trial(record(1, [0.1] * 4, **{"no name?": 1}), None, 1.0)
+    tracker.trial(record(2, [0.1] * 4), None, 1.0)
+    assert tracker.flush()
+    assert [run.data.tags["baklava.trial"] for run in children(tracker) if run.info.status == "FINISHED"] == ["2"]
+    assert "mlflow: does not take trial 1" in capsys.readouterr().err
+
+
+def test_texts_and_windows_are_inputs_by_their_hashes(tmp_path: Path) -> None:
+    def windows(*names: str) -> tuple[Window, ...]:
+        return tuple(Window(name, f"{name}.txt", (1, 2, 3), 2) for name in names)
+
+    tracker = Tracker.connect(SETTINGS.model_name)
+    tracker.begin(SETTINGS, tmp_path, inputs({"t": "f" * 64}, Splits(windows("a"), windows("b"), windows("c", "d"))))
+    tracker.watch.stop()
+    found = tracker.client.get_run(tracker.parent).inputs.dataset_inputs
+    by_name = {each.dataset.name: each for each in found}
+    assert by_name.keys() == {"t", "calibration windows", "search windows", "validation windows"}
+    assert by_name["t"].dataset.digest == "f" * 32
+    assert len({each.dataset.digest for each in found}) == 4
+    assert json.loads(by_name["validation windows"].dataset.profile)["documents"] == ["c.txt", "d.txt"]
+    assert by_name["search windows"].tags[0].value == "search"
+
+
+def test_a_parent_has_the_environment_and_the_machine(tracker: Tracker) -> None:
+    file = Path(tracker.client.download_artifacts(tracker.parent, "requirements.txt"))
+    assert f"mlflow=={mlflow.__version__}" in file.read_text().splitlines()
+    assert {"baklava.python", "baklava.host", "baklava.gpus"} <= tracker.client.get_run(tracker.parent).data.tags.keys()
+
+
+def test_a_parent_has_the_load_of_its_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    tracker = Tracker.connect(SETTINGS.model_name)
+    tracker.begin(SETTINGS, tmp_path)
+    while not (shown := tracker.client.get_run(tracker.parent).data.metrics):
+        time.sleep(0.1)
+    tracker.end({}, [])
+    assert any(name.startswith("system/cpu") for name in shown)
+
+
+def crowned(holder: Holder | None) -> Claim:
+    return Claim(True, "it is better")
+
+
+def refused(holder: Holder | None) -> Claim:
+    return Claim(False, "it is not")
+
+
+def test_a_winner_with_a_good_claim_becomes_the_champion(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.client.tracking_uri)
+    other = task(budget=0.5).plan(first_params(SPACE)[0])
+    assert tracker.register(other, {"budget": "0.5"}, crowned) is not None
+    registered = tracker.register(plan(), {"budget": "0.3"}, crowned)
+    assert registered is not None
+    assert registered.uri == "models:/baklava-some-model@champion"
+    assert BudgetPlan.read(mlflow.artifacts.download_artifacts(f"{registered.uri}/plan.json")) == plan()
+    version = tracker.client.get_model_version_by_alias(tracker.name, "champion")
+    assert (version.tags["budget"], version.description) == ("0.3", "it is better")
+
+
+def test_a_winner_without_one_is_registered_and_leaves_the_alias(
+    tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tracker.register(plan(), {"goal": "small"}, crowned)
+    asked: list[Holder | None] = []
+    second = tracker.register(plan(), {}, lambda holder: asked.append(holder) or refused(holder))
+    assert first is not None
+    assert second is not None
+    assert second.uri == f"models:/{tracker.name}/{second.version}"
+    assert str(tracker.client.get_model_version_by_alias(tracker.name, "champion").version) == first.version
+    assert asked == [Holder(first.version, plan(), {"goal": "small"})]
+    assert f"version {second.version}, add the alias champion" in capsys.readouterr().err
+
+
+def test_a_champion_whose_plan_is_gone_is_still_one(tracker: Tracker, data: Path) -> None:
+    tracker.register(plan(), {}, crowned)
+    for file in (data / "mlartifacts").rglob("plan/plan.json"):
+        file.unlink()
+    asked: list[Holder | None] = []
+    tracker.register(plan(), {}, lambda holder: asked.append(holder) or refused(holder))
+    assert asked[0] is not None
+    assert asked[0].plan is None
+
+
+def test_a_parent_run_tells_what_was_asked_and_how_it_ended(tracker: Tracker, tmp_path: Path) -> None:
+    file = tmp_path / "trials.jsonl"
+    file.write_text("{}\n")
+    tracker.end({"validation_kl": 0.1}, [file], texts={"fidelity.svg": "<svg/>"})
+    run = tracker.client.get_run(tracker.parent)
+    assert (run.info.status, run.data.params["budget"], run.data.metrics["validation_kl"]) == ("FINISHED", "0.3", 0.1)
+    files = {file.path for file in tracker.client.list_artifacts(tracker.parent)}
+    assert files == {"trials.jsonl", "fidelity.svg", "requirements.txt"}
+
+
+def test_nothing_of_mlflow_travels_with_the_callback(tracker: Tracker, tmp_path: Path) -> None:
+    callback = Recorder(Journal(tmp_path / "trials.jsonl"), tracker, None, task(), 3)
+    assert callback.__getstate__() == {}
+
+
+def test_a_file_store_which_mlflow_no_longer_writes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
+    with pytest.raises(UserError, match="cannot be used"):
+        Tracker.connect("demo")
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    server = Server(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    yield server
+    server.stop()
+
+
+def test_a_server_that_goes_down_loses_nothing_of_a_search_and_warns_once(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker.connect("demo")
+    tracker.begin(SETTINGS, tmp_path)
+    tracker.trial(record(1, [0.1] * 4), plan(), 1.0)
+    assert len(children(tracker)) == 1
+    server.stop()
+    for number in (2, 3, 4):
+        tracker.trial(record(number, [0.1] * 4), plan(), 1.0)
+    assert tracker.register(plan(), {}, crowned) is None
+    assert capsys.readouterr().err.count("cannot write") == 1
+    tracker.end({}, [])
+    assert "trials.jsonl and plan.json have all of it" in capsys.readouterr().err
+
+
+def test_a_server_that_comes_back_gets_what_it_missed_in_order(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker.connect("demo")
+    tracker.begin(SETTINGS, tmp_path)
+    tracker.trial(record(1, [0.1] * 4), plan(), 1.0)
+    assert tracker.flush()
+    server.stop()
+    tracker.trial(record(2, [0.1] * 4), plan(), 1.0)
+    tracker.trial(record(3, [0.1] * 4), plan(), 1.0)
+    assert not tracker.flush()
+    server.start()
+    tracker.trial(record(4, [0.1] * 4), plan(), 1.0)
+    found = children(tracker)
+    assert [run.data.tags["baklava.trial"] for run in sorted(found, key=lambda run: run.info.run_name)] == list("1234")
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert "mlflow: the server is back" in capsys.readouterr().err
+    tracker.end({}, [])
+    assert tracker.client.get_run(tracker.parent).info.status == "FINISHED"
+
+
+class Fails:
+    """A client that fails once at one method, after the server did what it was asked if `late`."""
+
+    def __init__(self, client: MlflowClient, method: str, late: bool) -> None:
+        self.client, self.method, self.late = client, method, late
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        found = getattr(self.client, name)
+        return self._failing(found) if name == self.method else found
+
+    def _failing(self, method: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object, **named: object) -> object:
+            self.method = ""
+            if self.late:
+                method(*given, **named)
+            raise MlflowException("no answer")
+
+        return call
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("method", ["create_run", "log_batch", "log_text", "set_terminated"])
+def test_a_request_that_fails_amid_a_trial_loses_and_doubles_nothing(tracker: Tracker, method: str, late: bool) -> None:
+    assert children(tracker) == []
+    tracker.runs.client = Fails(tracker.client, method, late)
+    tracker.trial(record(1, [0.1] * 4), plan(), 1.0)
+    tracker.writer.submit(int).result()
+    assert len(tracker.waiting) == 1
+    found = children(tracker)
+    assert [(run.info.status, run.data.tags["baklava.trial"]) for run in found] == [("FINISHED", "1")]
+    assert {file.path for file in tracker.client.list_artifacts(found[0].info.run_id)} == {"plan.json", "budgets.svg"}
+
+
+def test_a_search_that_goes_on_writes_the_recorded_trials_that_mlflow_lacks(tracker: Tracker, tmp_path: Path) -> None:
+    records = [record(number, [0.1] * 4) for number in (1, 2)] + [record(3, [], "failed")]
+    tracker.trial(records[0], plan(), 1.0)
+    half = {"mlflow.parentRunId": tracker.parent, "baklava.trial": "2"}
+    tracker.client.create_run(tracker.experiment, tags=half)  # what a kill amid a write leaves
+    assert tracker.flush()
+    again = Tracker.connect(SETTINGS.model_name)
+    again.resume(search_record(tracker.parent), tmp_path)
+    again.replay(records, task().plan)
+    again.replay(records, task().plan)
+    found = children(again)
+    assert sorted(run.data.tags["baklava.trial"] for run in found) == ["1", "2", "3"]
+    assert all(run.info.end_time for run in found)
+    again.watch.stop()
+
+
+def test_a_search_whose_run_was_lost_goes_on_in_one_new_run(tracker: Tracker, tmp_path: Path) -> None:
+    record_of_it = search_record(tracker.parent)
+    tracker.client.delete_run(tracker.parent)
+    found = []
+    for _ in range(2):
+        again = Tracker.connect(SETTINGS.model_name)
+        again.resume(record_of_it, tmp_path)
+        again.replay([record(1, [0.1] * 4)], task().plan)
+        assert len(children(again)) == 1
+        again.watch.stop()
+        found.append(again.parent)
+    assert found[0] == found[1] != tracker.parent

@@ -1,0 +1,1 @@
+"""Where the next trial of a search comes from."""

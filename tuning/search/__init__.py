@@ -1,0 +1,1 @@
+"""Run a search from its inputs to its report."""

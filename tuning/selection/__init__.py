@@ -1,0 +1,1 @@
+"""Choose the winner of a search and say what it is worth."""

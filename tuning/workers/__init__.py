@@ -1,0 +1,1 @@
+"""Ray actors that hold a model replica each and score plans."""
