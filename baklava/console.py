@@ -29,13 +29,13 @@ class Bar(Protocol):
         """Show `s` behind the count, such as the best value so far."""
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """Print one line for the person who waits; stdout stays free for results."""
     tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()
 
 
-def bar(total: int, label: str, unit: str = "steps") -> Bar:
+def progress_bar(total: int, label: str, unit: str = "steps") -> Bar:
     """Count to `total` steps: a live bar on a terminal, else a line every tenth of the way or every ten seconds."""
     if sys.stderr.isatty():
         return tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True)
@@ -74,14 +74,14 @@ class Lines:
         spent = self.said_at - self.started
         left = spent / self.done * max(0, self.total - self.done) if self.done else 0
         line = f"{self.label} {self.done:g}/{self.total} {self.unit}, {_clock(spent)} spent, {_clock(left)} left"
-        say(f"{line}, {self.note}" if self.note else line)
+        log(f"{line}, {self.note}" if self.note else line)
 
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def exit_code(name: str, run: Callable[[], object]) -> int:
+def run_cli(name: str, run: Callable[[], object]) -> int:
     """Run a script that reports to nobody; 0, 2 and one sentence where the user gave something wrong, 130 at Ctrl-C."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's library is first imported
     try:

@@ -11,6 +11,6 @@ class UserError(ValueError):
     """
 
 
-def given_twice(names: Iterable[Hashable]) -> str | None:
+def first_duplicate(names: Iterable[Hashable]) -> str | None:
     """The first name that stands for two things, None where each stands for one."""
     return next((str(name) for name, times in Counter(names).items() if times > 1), None)

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from baklava.allocation.plan_spec import NamedPlan
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.console import bar
+from baklava.console import progress_bar
 from baklava.evaluation.results import Speed
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
@@ -28,7 +28,7 @@ def speeds(loaded: LoadedModel, plans: Sequence[NamedPlan]) -> dict[str, Speed]:
     """
     context = min(named.plan.context_length for named in plans) - STEPS - WARM_UP
     by_name = {named.name: named for named in plans}
-    with bar(2 + len(plans), "timing", "measurements") as progress:
+    with progress_bar(2 + len(plans), "timing", "measurements") as progress:
         decoding = _decoding(loaded, by_name, context)
         progress.update(1)
         prefilling = _prefilling(loaded, by_name, context)

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from baklava.errors import UserError
-from baklava.serialization import write_whole
+from baklava.serialization import atomic_write_text
 
 
 def put(page: Path, name: str, text: str, option: str = "--readme") -> None:
     """Write `text` between the markers of this name, in the place of what is there; raises as `check_page`."""
     begin, end = markers(name)
     before, _, rest = check_page(page, name, option).partition(begin)
-    write_whole(page, f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
+    atomic_write_text(page, f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
 
 
 def check_page(page: Path, name: str, option: str = "--readme") -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from baklava.console import say
+from baklava.console import log
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel, load
 from baklava.runtime.prefill import prefill
@@ -33,7 +33,7 @@ def peak(loaded: LoadedModel, plan: BudgetPlan | None, context: int, batch: int 
         ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if ran.returncode:
         reason = (ran.stderr.strip().splitlines() or [f"it ended with {ran.returncode}"])[-1]
-        say(f"a peak of memory could not be measured ({reason})")
+        log(f"a peak of memory could not be measured ({reason})")
         return None
     return int(ran.stdout.strip().splitlines()[-1])
 

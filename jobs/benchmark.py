@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from baklava.console import count, exit_code, say
+from baklava.console import count, log, run_cli
 from baklava.errors import UserError
-from baklava.serialization import write_whole
+from baklava.serialization import atomic_write_text
 
 EXAMPLES = """examples:
   python jobs/benchmark.py decode
@@ -146,7 +146,7 @@ def fidelity(chosen: argparse.Namespace) -> None:
     )
     found = figures(study(wanted, chosen.out or Path("runs") / f"fidelity-{chosen.split}", chosen.workers))
     path, text = _written(chosen, dumped(found)), table(found)
-    write_whole(path.with_suffix(".svg"), picture(found))
+    atomic_write_text(path.with_suffix(".svg"), picture(found))
     print(text)
     if chosen.readme:
         put(chosen.readme, text)
@@ -201,8 +201,8 @@ def _check_share(share: float) -> None:
 def _written(chosen: argparse.Namespace, text: str) -> Path:
     path: Path = chosen.json or Path("runs") / f"benchmark-{chosen.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
-    say(f"figures: {path}" + ("; beside it a picture" if chosen.name != "search" else ""))
+    atomic_write_text(path, text)
+    log(f"figures: {path}" + ("; beside it a picture" if chosen.name != "search" else ""))
     return path
 
 
@@ -212,4 +212,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("benchmark", main))
+    sys.exit(run_cli("benchmark", main))

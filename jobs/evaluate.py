@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from baklava.console import check_resumed, count, exit_code, replicas, say
+from baklava.console import check_resumed, count, log, replicas, run_cli
 from baklava.errors import UserError
 from tuning.study.journal import new_folder
 
@@ -109,12 +109,12 @@ def answer(argv: Sequence[str] | None) -> None:
     evaluated = run(given)
     if machine:
         machine.write_text(json.dumps(evaluated.as_json(), indent=1, allow_nan=False) + "\n")
-        say(f"scores: {machine}")
+        log(f"scores: {machine}")
     show(evaluated)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return exit_code("evaluate", lambda: answer(argv))
+    return run_cli("evaluate", lambda: answer(argv))
 
 
 if __name__ == "__main__":

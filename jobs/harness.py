@@ -7,7 +7,7 @@ python jobs/harness.py run --model baklava --model_args pretrained=demo,plan=run
 import importlib.util
 import sys
 
-from baklava.console import exit_code
+from baklava.console import run_cli
 from baklava.errors import UserError
 
 
@@ -22,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("harness", main))
+    sys.exit(run_cli("harness", main))

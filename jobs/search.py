@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from baklava.console import check_resumed, exit_code, replicas
+from baklava.console import check_resumed, replicas, run_cli
 from baklava.errors import UserError
 from baklava.evaluation.formatting import share
 from tuning.study.journal import new_folder
@@ -141,7 +141,7 @@ def answer(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return exit_code("search", lambda: answer(argv))
+    return run_cli("search", lambda: answer(argv))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from baklava.console import exit_code, say
+from baklava.console import log, run_cli
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from serve_app.api.network import Keys, api_keys, check_address
@@ -33,7 +33,7 @@ MEBIBYTE = 2**20
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    return exit_code("serve", lambda: run(arguments))
+    return run_cli("serve", lambda: run(arguments))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings, scale = _settings(arguments, plan, keys, most)
     from serve_app.deployment.app import deployed, session
 
-    say(f"starting {arguments.replicas} replica(s) of {arguments.model}")
+    log(f"starting {arguments.replicas} replica(s) of {arguments.model}")
     with session(most, quiet=scale.logs is not None):
         signals = taken_signals()
         with deployed(settings, arguments.host, arguments.port, scale) as server:
@@ -212,7 +212,7 @@ def wait(signals: "queue.SimpleQueue[int]", hung_up: Callable[[], None]) -> None
     with contextlib.suppress(KeyboardInterrupt):
         while signals.get():
             hung_up()
-    say("stopping: requests under way may end")
+    log("stopping: requests under way may end")
 
 
 def reload(arguments: argparse.Namespace, board: Any) -> None:
@@ -222,9 +222,9 @@ def reload(arguments: argparse.Namespace, board: Any) -> None:
     try:
         plan = checked_plan(arguments.plan, arguments.model)
     except UserError as error:
-        say(f"the plan stays as it is: {error}")
+        log(f"the plan stays as it is: {error}")
     else:
-        say(put_in_force(board, plan) if plan else "the plan stays as it is: --plan full has nothing to read again")
+        log(put_in_force(board, plan) if plan else "the plan stays as it is: --plan full has nothing to read again")
 
 
 def _positive(text: str) -> float:

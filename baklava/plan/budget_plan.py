@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from baklava.errors import UserError
 from baklava.plan.byte_accounting import FULL_BITS, DenseBits, full_bytes, grades, side_bytes, sliding_bytes
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
-from baklava.serialization import Record, write_whole
+from baklava.serialization import FrozenModel, atomic_write_text
 
 Bits = Literal[32, 16, 8, 6, 5, 4, 3, 2]
 Knob = bool | int | float | str
@@ -23,7 +23,7 @@ CENTROID_STATE_BYTES = 8
 """Bytes beside the key and the value of a centroid: what its members weigh, and their entropy (both float32)."""
 
 
-class LayerBudget(Record):
+class LayerBudget(FrozenModel):
     """Budgets of one layer, a number per KV head: `tokens` is the capacity in entries, bits are per stored element.
 
     Fewer than 16 bits are packed, but for the sinks, which stay in 16, and the entries that are staged.
@@ -40,7 +40,7 @@ class LayerBudget(Record):
         return self
 
 
-class EvictionChoice(Record):
+class EvictionChoice(FrozenModel):
     """Which entries stay: a method of `baklava.eviction` with its knobs.
 
     `sinks` first tokens and a share `recent` of the remaining capacity for the newest tokens are never evicted.
@@ -72,7 +72,7 @@ class EvictionChoice(Record):
         return min(slots, self.sinks) + max(0, staged)
 
 
-class AllocationChoice(Record):
+class AllocationChoice(FrozenModel):
     """How the budget was spread: a method of `baklava.allocation`, its knobs, and the ratio of bytes asked for."""
 
     method: str
@@ -80,7 +80,7 @@ class AllocationChoice(Record):
     knobs: dict[str, Knob] = Field(default_factory=dict)
 
 
-class Prefill(Record):
+class Prefill(FrozenModel):
     """How prompts enter the cache.
 
     "dense": each layer attends to the whole prompt, then is cut to its budget; memory peaks at the plan plus one layer.
@@ -100,7 +100,7 @@ class Prefill(Record):
         return self
 
 
-class Provenance(Record):
+class Provenance(FrozenModel):
     """Where a plan comes from; nothing here changes what the cache does."""
 
     profile: str | None = None
@@ -111,7 +111,7 @@ class Provenance(Record):
     created: str | None = None
 
 
-class BudgetPlan(Record):
+class BudgetPlan(FrozenModel):
     """A byte budget for every KV head of one model.
 
     The ratio is stated at `context_length` tokens: everything that a sequence keeps between two forward passes, over
@@ -207,7 +207,7 @@ class BudgetPlan(Record):
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
-        write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
+        atomic_write_text(Path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "BudgetPlan":

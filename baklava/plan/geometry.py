@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from baklava.errors import UserError
-from baklava.serialization import Record
+from baklava.serialization import FrozenModel
 
 _SHAPING_FIELDS = (
     "model_type",
@@ -22,7 +22,7 @@ _SHAPING_FIELDS = (
 )
 
 
-class ModelIdentity(Record):
+class ModelIdentity(FrozenModel):
     """Which model a plan was made for.
 
     `config_hash` covers the config fields that shape the cache: a plan is refused by a model of another shape, also
@@ -43,7 +43,7 @@ class ModelIdentity(Record):
         return cls(id=id, revision=revision, config_hash=digest[:16])
 
 
-class CacheGeometry(Record):
+class CacheGeometry(FrozenModel):
     """The (layer, KV head) grid of a model.
 
     `query_group` is the number of query heads that share one KV head. `windows[layer]` is None for full attention,

@@ -12,7 +12,7 @@ from pydantic import Field
 from baklava.errors import UserError
 from baklava.plan.budget_plan import Bits, EvictionChoice
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
-from baklava.serialization import Record, write_whole
+from baklava.serialization import FrozenModel, atomic_write_text
 
 Source = Literal["value", "key", "query", "hidden"]
 Grid = tuple[tuple[float, ...], ...]
@@ -22,7 +22,7 @@ Ranker = Literal["heavy_hitter", "reconstruction"]
 Measure = Literal["text", "repetition", "error"]
 
 
-class Ranking(Record):
+class Ranking(FrozenModel):
     """How a score orders the entries of a context, head by head: enough to count the entries above any threshold.
 
     `scores[window][layer][kv head][i]` is the natural logarithm of the score of the `ranks[i]`-th best entry of a
@@ -34,7 +34,7 @@ class Ranking(Record):
     scores: tuple[tuple[tuple[tuple[float, ...], ...], ...], ...]
 
 
-class Curves(Record):
+class Curves(FrozenModel):
     """What each head loses when it alone keeps fewer entries in fewer bits, under the eviction method named here.
 
     `losses[measure][layer][kv head][i][j]` is for `bits[i]` (of keys, of values) and a capacity of `entries[j]`, which
@@ -50,7 +50,7 @@ class Curves(Record):
     losses: dict[Measure, tuple[tuple[tuple[tuple[float, ...], ...], ...], ...]]
 
 
-class Profile(Record):
+class Profile(FrozenModel):
     """What the calibration windows say of every head; frozen plain numbers.
 
     `importance[source][layer][query head]` is 1 − the mean cosine similarity between the head's input and its output,
@@ -82,7 +82,7 @@ class Profile(Record):
     def write(self, path: Path) -> None:
         """Write the profile as JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, self.model_dump_json() + "\n")
+        atomic_write_text(path, self.model_dump_json() + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Profile":

@@ -108,7 +108,7 @@ def profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
     meter, full = Meter(loaded), len(loaded.geometry.budgetable) == loaded.geometry.layers
     lattice, rankers = _lattice(loaded.geometry, windows), _rankers(loaded, windows) if full else {}
     measured: list[Measured] = []
-    with progress.bar(len(windows), "profiling", "window") as bar:
+    with progress.progress_bar(len(windows), "profiling", "window") as bar:
         for number, window in enumerate(windows):
             with meter.attached():
                 loaded.model(_ids(loaded, window.ids), use_cache=False, logits_to_keep=1)
@@ -132,7 +132,7 @@ def cached_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
     content = loaded.identity.model_dump_json() + loaded.weights_digest + windows_digest(windows) + VERSION
     path = cache_dir() / "profiles" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if path.exists():
-        progress.say(f"profile: read from {path}")
+        progress.log(f"profile: read from {path}")
         return Profile.read(path)
     measured = profile(loaded, windows)
     measured.write(path)

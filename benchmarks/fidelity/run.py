@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from baklava.allocation.plan_spec import named_plan
-from baklava.console import bar, say
+from baklava.console import log, progress_bar
 from baklava.data.windows import Window
 from baklava.errors import UserError
 from baklava.evaluation.formatting import counted
@@ -91,12 +91,12 @@ def study(asked: Asked, folder: Path, workers: int = 1) -> Study:
     """
     prepared = _prepare(asked)
     for one in prepared.left_out:
-        say(f"left out: {one.method} at {one.budget:.3g}: {one.reason}")
+        log(f"left out: {one.method} at {one.budget:.3g}: {one.reason}")
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal.open(folder / "rows.jsonl", Row.model_validate_json)
     tasks = _missing(prepared, {row.key for row in journal.records})
     windows = counted(len(prepared.runs), "window")
-    say(
+    log(
         f"{counted(len(prepared.entries), 'contestant')} on {windows}; {journal.path} holds {len(journal.records)} rows"
     )
     _run(asked.model, tasks, journal, workers)
@@ -141,7 +141,7 @@ def _missing(prepared: Prepared, held: set[tuple[str, str]]) -> list[Task]:
 def _run(model: str, tasks: Sequence[Task], journal: Journal[Row], workers: int) -> None:
     if not tasks:
         return
-    with bar(sum(len(plans) for _, plans in tasks), "scoring", "plans x windows") as progress:
+    with progress_bar(sum(len(plans) for _, plans in tasks), "scoring", "plans x windows") as progress:
         for row in _scored(model, tasks, min(workers, len(tasks))):
             journal.append(row)
             progress.set_postfix_str(row.window)

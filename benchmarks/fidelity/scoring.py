@@ -15,10 +15,10 @@ from baklava.evaluation.window_scoring import prefill, score
 from baklava.eviction import eviction_of
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel, load
-from baklava.serialization import Record
+from baklava.serialization import FrozenModel
 
 
-class Row(Record):
+class Row(FrozenModel):
     """One plan on one window; NLLs, KL and gain in nats per token.
 
     `run` stands for the weights and the window's ids, `plan` is the plan's digest, `code` the commit that scored it.

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from baklava.cache import attention
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.budgeted_layer import RaggedLayer
-from baklava.console import bar
+from baklava.console import progress_bar
 from baklava.errors import UserError
 from baklava.eviction import METHODS, Eviction, HeavyHitter, Streaming
 from baklava.plan.budget_plan import AllocationChoice, Bits, BudgetPlan, LayerBudget, Prefill, full_plan
@@ -125,7 +125,7 @@ def decode(
 ) -> dict[str, Any]:
     """Time every plan at every context and batch; the caches of one pair live at the same time."""
     rows: list[Row] = []
-    with bar(len(contexts) * len(batches), "decoding", "pair") as progress:
+    with progress_bar(len(contexts) * len(batches), "decoding", "pair") as progress:
         for context in contexts:
             for batch in batches:
                 rows += _pair(loaded, context, batch, share, rounds)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from baklava.console import bar, say
+from baklava.console import log, progress_bar
 from baklava.runtime.context_reconstruction import CHUNK as REPEATED
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill as enter
@@ -39,7 +39,7 @@ def prefill(
 ) -> dict[str, Any]:
     """Time every eviction method at every context and batch; peaks are taken in processes of their own."""
     rows: list[Row] = []
-    with bar(len(contexts) * len(batches), "prefilling", "pair") as progress:
+    with progress_bar(len(contexts) * len(batches), "prefilling", "pair") as progress:
         for context in contexts:
             for batch in batches:
                 rows += _pair(loaded, context, batch, share, rounds, memory)
@@ -54,7 +54,7 @@ def _pair(loaded: LoadedModel, context: int, batch: int, share: float, rounds: i
     plans = prefill_plans(loaded, context, share)
     if context + REPEATED + 64 > loaded.max_length:
         plans.pop("reconstruction")
-        say(f"{context} tokens leave no room to repeat a chunk: reconstruction is left out")
+        log(f"{context} tokens leave no room to repeat a chunk: reconstruction is left out")
     contestants: dict[str, Callable[[], Any]] = {PEER: lambda: plain(loaded, ids)}
     contestants |= {name: lambda plan=plan: enter(loaded, plan, ids) for name, plan in plans.items()}  # type: ignore[misc]
     for run in (lambda: plain(loaded, ids[:, :64]), lambda: enter(loaded, plans["streaming"], ids[:, :64])):

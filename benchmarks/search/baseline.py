@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from baklava.console import bar
+from baklava.console import progress_bar
 from baklava.data.windows import Window
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
@@ -87,7 +87,7 @@ def against(ran: Ran, count: int, material: Material, task: Task, trial_seconds:
     records, windows = finished(ran.trials)[:count], material.splits.search
     per_trial, per_window = (trial_seconds / each for each in (len(ran.trials), _scored(ran.trials)))
     found: dict[str, Any] = {"trials": len(records), "search_per_hour": 3600 / per_trial}
-    with bar(len(records) * 2, "naive trials", "trials") as progress:
+    with progress_bar(len(records) * 2, "naive trials", "trials") as progress:
         for way, step in (("stepped", 1), ("at_once", max(len(window.ids) for window in windows))):
             runs = []
             for record in records:

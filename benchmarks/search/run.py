@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from baklava.console import say
+from baklava.console import log
 from baklava.errors import UserError
 from benchmarks.search.baseline import against
 from benchmarks.search.config import Asked
@@ -58,7 +58,7 @@ def task_of(settings: SearchSettings, material: Material) -> Task:
 
 def _script(asked: Asked, naive: bool, material: Material, task: Task) -> dict[str, Any]:
     with TemporaryDirectory(prefix="baklava-search-") as folder:
-        say(f"overhead: a search of {asked.trials} trials")
+        log(f"overhead: a search of {asked.trials} trials")
         ran = search(asked, Path(folder) / "run")
         figures: dict[str, Any] = {"overhead": overhead(ran)}
         if naive:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import ray
 
-from baklava.console import say
+from baklava.console import log
 from benchmarks.search.config import Asked
 from tuning.search.inputs import Material
 from tuning.search.trial_loop import Phases, Recorder
@@ -63,7 +63,7 @@ def scaling(asked: Asked, settings: SearchSettings, material: Material, task: Ta
     rates = {}
     settings = settings.model_copy(update={"trials": asked.scaled_trials})
     for replicas in (1, 2):
-        say(f"scaling: {replicas} replicas of {THREADS} thread")
+        log(f"scaling: {replicas} replicas of {THREADS} thread")
         with session():
             windows = material.splits.search
             crew = Crew.of(settings.model, Fleet(replicas, THREADS), windows, task)
@@ -76,7 +76,7 @@ def dispatch(asked: Asked, settings: SearchSettings, material: Material, task: T
     settings = settings.model_copy(update={"trials": asked.dispatched_trials})
     found = []
     for replicas in asked.dispatched:
-        say(f"dispatch: {replicas} replicas that sleep {asked.sleep:g} s a window")
+        log(f"dispatch: {replicas} replicas that sleep {asked.sleep:g} s a window")
         with session():
             sleeper = ray.remote(Sleeper).options(num_cpus=0)
             crew = Crew([sleeper.remote(asked.sleep) for _ in range(replicas)], material.splits.search, task)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from baklava.console import say
+from baklava.console import log
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan, full_plan
 from baklava.runtime.model_loader import LoadedModel, load
@@ -67,7 +67,7 @@ def _inside(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, parts: Sequence
         if part in parts:
             measured = {PLAN: plan, FULL: full} | (others if part == "overhead" else {})
             for name, each in measured.items():
-                say(f"{part}: {name}")
+                log(f"{part}: {name}")
                 found.setdefault(part, {})[name] = measure(each)
     return found
 
@@ -80,7 +80,7 @@ def _shared(prompts: Prompts, asked: Asked) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in (PLAN, FULL):
         with server(name, asked, text) as up:
-            say(f"a declared prompt: {name}")
+            log(f"a declared prompt: {name}")
             closed(up.address, up.model, same[:1], 2, 1, PATIENCE)  # its snapshot is there when this is answered
             found[name] = _closed(up, asked, same[:1], same)
     return found
@@ -92,7 +92,7 @@ def _over_http(prompts: Prompts, asked: Asked, with_open: bool) -> dict[str, Any
     found: dict[str, Any] = {"closed": {}}
     for name in (PLAN, FULL, PEER, BATCHED):
         with server(name, asked) as up:
-            say(f"closed loop: {name}")
+            log(f"closed loop: {name}")
             found["closed"][name] = _closed(up, asked, warm_up, same)
     if with_open:
         found["open"] = _opened(prompts, asked, found["closed"][PLAN]["requests_per_second"], warm_up)
@@ -113,7 +113,7 @@ def _opened(prompts: Prompts, asked: Asked, served: float, warm_up: Sequence[Pro
         with server(name, asked) as up:
             closed(up.address, up.model, warm_up, 4, 1, PATIENCE)
             for share in asked.rates:
-                say(f"open loop at {share:g} of what the plan served: {name}")
+                log(f"open loop at {share:g} of what the plan served: {name}")
                 rate = share * served
                 ran = opened(up.address, up.model, sent, asked.generated, rate, asked.seed, PATIENCE)
                 rows.append({"server": name, "share": share, "rate": rate} | figures(ran, asked.ttft, asked.tpot))

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
-from baklava.console import say
+from baklava.console import log
 from baklava.errors import UserError
 from serve_app.api.network import check_answers
 from serve_app.deployment.replica import RemoteBoard, Server, Settings
@@ -68,7 +68,7 @@ def session(replicas: int, *, quiet: bool = False) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address:
         check_answers(address)
-        say(_OPEN)
+        log(_OPEN)
     try:
         # Without "local", Ray would join any cluster that was started on this machine.
         ray.init(address or "local", logging_level="ERROR", **({} if address else _own_cluster(replicas)))
@@ -138,7 +138,7 @@ def _drain(board: RemoteBoard, seconds: float) -> None:
         while time.monotonic() < until and any(_works(report.state) for report in board.reports()):
             time.sleep(_LOOK)
     except RayError as error:
-        say(f"cannot wait for requests under way: {error}")
+        log(f"cannot wait for requests under way: {error}")
 
 
 def _works(state: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from baklava.console import exit_code
+from baklava.console import run_cli
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
 from baklava.runtime.model_loader import LoadedModel
@@ -76,7 +76,7 @@ def test_what_is_wrong_on_the_command_line_is_one_sentence(
 ) -> None:
     main = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "benchmark.py"))["main"]
     try:
-        code = exit_code("benchmark", lambda: main(arguments.split()))
+        code = run_cli("benchmark", lambda: main(arguments.split()))
     except SystemExit as ended:
         code = int(str(ended.code))
     assert code == 2

@@ -9,7 +9,7 @@ from baklava.allocation.plan_spec import NamedPlan, named_plan
 from baklava.cache.recording_layer import RecordingCache
 from baklava.data.documents import documents
 from baklava.data.windows import Window, read_windows, split, start_tokens, windows
-from baklava.errors import UserError, given_twice
+from baklava.errors import UserError, first_duplicate
 from baklava.evaluation import suites
 from baklava.evaluation.tasks import Prompt, Prose, prompts, task_of
 from baklava.eviction import eviction_of
@@ -74,7 +74,7 @@ def _prompts(settings: EvaluationSettings, loaded: LoadedModel, lengths: Sequenc
         for prompt in _of_task(settings, loaded, prose, name, length)
     ]
     asked = [Asked(task=prompt.name.rpartition(":")[0], prompt=prompt) for prompt in made]
-    if twice := given_twice(each.prompt.name for each in asked):
+    if twice := first_duplicate(each.prompt.name for each in asked):
         raise UserError(f"two prompts are named {twice}; evaluate the files of one benchmark one by one")
     return asked
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager, suppress
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from baklava.console import say
+from baklava.console import log
 from baklava.errors import UserError
 from baklava.evaluation.results import METRICS, Evaluation
-from baklava.serialization import write_whole
+from baklava.serialization import atomic_write_text
 from tuning.evaluation.run_dir import EvaluationSettings, Folder
 from tuning.tracking.client import PARENT_TAG, WRITE_ERRORS, connect, first_line, now
 
@@ -28,9 +28,9 @@ def write_runs(evaluations: Sequence[Evaluation], settings: EvaluationSettings, 
                 client.log_artifact(parent, str(path))
             for evaluation in evaluations:
                 _child(client, experiment, parent, evaluation)
-        write_whole(folder.recorded, parent + "\n")
+        atomic_write_text(folder.recorded, parent + "\n")
     except (*WRITE_ERRORS, UserError) as error:
-        say(f"mlflow: this evaluation is missing there ({first_line(error)}); {folder.path} has all of it")
+        log(f"mlflow: this evaluation is missing there ({first_line(error)}); {folder.path} has all of it")
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
 from baklava.allocation.plan_spec import NamedPlan
 from baklava.data.windows import Window, read_windows, write_windows
-from baklava.errors import UserError, given_twice
+from baklava.errors import UserError, first_duplicate
 from baklava.evaluation.evaluator import PromptResult, WindowResult
 from baklava.evaluation.results import Speed
 from baklava.evaluation.tasks import TASKS, Prompt
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
-from baklava.serialization import Record, write_whole
+from baklava.serialization import FrozenModel, atomic_write_text
 from tuning.study.journal import Journal
 from tuning.study.settings import Replicas, settled, short_name
 
@@ -32,7 +32,7 @@ _RULES = {
 }
 
 
-class EvaluationSettings(Record):
+class EvaluationSettings(FrozenModel):
     """The arguments of an evaluation. `windows` is a file that replaces the windows of `texts`.
 
     `lengths` are the tokens of a prompt with its question; without any, those of a window. `limit` is the most windows,
@@ -74,7 +74,7 @@ class EvaluationSettings(Record):
         values["tasks"] = _expanded(values.get("tasks", ()))
         given = {"plan": values["plans"], "tasks": values["tasks"], "lengths": values.get("lengths", ())}
         for field, names in given.items():
-            if twice := given_twice(names):
+            if twice := first_duplicate(names):
                 raise UserError(f"--{field} {twice} is given twice; give it once")
         if values.get("windows"):
             values["windows"] = str(Path(values["windows"]).absolute())
@@ -89,7 +89,7 @@ class EvaluationSettings(Record):
             raise UserError(f"--{field} {values.get(field, '')} is out of range: {reason}") from None
 
 
-class EvaluationRecord(Record):
+class EvaluationRecord(FrozenModel):
     """What an evaluation needs to go on after a kill: its settings, and the weights that its results are of."""
 
     settings: EvaluationSettings
@@ -113,7 +113,7 @@ RESULT: TypeAdapter[WindowResult | PromptResult] = TypeAdapter(Result)
 SPEEDS: TypeAdapter[dict[str, Speed]] = TypeAdapter(dict[str, Speed])
 
 
-class Asked(Record):
+class Asked(FrozenModel):
     """A prompt and the name of the task that it counts for."""
 
     task: str
@@ -179,8 +179,8 @@ class Folder:
         for number, named in enumerate(material.plans):
             named.plan.write(self._plan(number))
         write_windows(self.windows, material.windows)
-        write_whole(self.path / "prompts.json", PROMPTS.dump_json(material.prompts, indent=1).decode() + "\n")
-        write_whole(self.path / "evaluation.json", record.model_dump_json(indent=1) + "\n")
+        atomic_write_text(self.path / "prompts.json", PROMPTS.dump_json(material.prompts, indent=1).decode() + "\n")
+        atomic_write_text(self.path / "evaluation.json", record.model_dump_json(indent=1) + "\n")
 
     def record(self) -> EvaluationRecord:
         """What was asked; raises UserError when the folder holds no evaluation."""
@@ -212,11 +212,11 @@ class Folder:
 
     def write_speeds(self, speeds: Mapping[str, Speed]) -> None:
         """Keep the speeds, which take minutes to measure."""
-        write_whole(self.path / "speeds.json", SPEEDS.dump_json(dict(speeds), indent=1).decode() + "\n")
+        atomic_write_text(self.path / "speeds.json", SPEEDS.dump_json(dict(speeds), indent=1).decode() + "\n")
 
     def write_scores(self, content: Mapping[str, Any]) -> None:
         """Write the figures, last of all: where they are, the evaluation is complete."""
-        write_whole(self.scores, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        atomic_write_text(self.scores, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def _plan(self, number: int) -> Path:
         return self.path / "plans" / f"{number}.json"

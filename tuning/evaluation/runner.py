@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from baklava.allocation.plan_spec import NamedPlan
-from baklava.console import bar, say
+from baklava.console import log, progress_bar
 from baklava.evaluation.results import Evaluation, Speed, compare
 from baklava.runtime.model_loader import LoadedModel, load
 from tuning.evaluation.inputs import prepare
@@ -75,7 +75,7 @@ def _run(
         found = _all_results(folder, settings, loaded, material)
         speeds = _speeds(folder, settings, loaded, material, stopwatch)
     except BaseException:
-        say(f"the evaluation ended early; go on with it: python jobs/evaluate.py --resume {folder.path}")
+        log(f"the evaluation ended early; go on with it: python jobs/evaluate.py --resume {folder.path}")
         raise
     windows = in_order(found, [("window", window.name) for window in material.windows])
     prompts = in_order(found, [("prompt", asked.prompt.name) for asked in material.prompts])
@@ -91,8 +91,8 @@ def _all_results(folder: Folder, settings: EvaluationSettings, loaded: LoadedMod
     known = {(result.kind, result.name) for result in journal.records}
     missing = [item for key, item in material.items if key not in known]
     counts = f"{len(material.windows)} windows and {len(material.prompts)} prompts"
-    say(f"evaluating {len(material.plans)} plans on {counts}, {len(known)} of them done before")
-    with bar(len(missing), "evaluating", "items") as progress:
+    log(f"evaluating {len(material.plans)} plans on {counts}, {len(known)} of them done before")
+    with progress_bar(len(missing), "evaluating", "items") as progress:
         for result in results(loaded, material, missing, settings.replicas):
             journal.append(result)
             progress.set_postfix_str(result.name)
@@ -107,10 +107,10 @@ def _speeds(
         return {}
     speeds = folder.speeds()
     if speeds is None and material.shortest <= LEAST_TOKENS:
-        say(f"speed is left out: plans for {material.shortest} tokens leave too few to time")
+        log(f"speed is left out: plans for {material.shortest} tokens leave too few to time")
         return {}
     if speeds is None:
-        say("measuring speed and peak memory, all plans in turns")
+        log("measuring speed and peak memory, all plans in turns")
         speeds = dict(stopwatch(loaded, material.plans))
         folder.write_speeds(speeds)
     return speeds

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from baklava.console import say
+from baklava.console import log
 from baklava.data.windows import Window
 from baklava.errors import UserError
 from baklava.evaluation.evaluator import Evaluator, PromptResult, WindowResult
@@ -71,7 +71,7 @@ def _on_replicas(
 
     with session():
         fleet = present_fleet(asked)
-        say(f"evaluating on {fleet.replicas} replicas with {fleet.threads} threads each")
+        log(f"evaluating on {fleet.replicas} replicas with {fleet.threads} threads each")
         replica = ray.remote(EvaluationReplica).options(**fleet.options | {"max_task_retries": RESTARTS})
         written = [plan.model_dump_json() for plan in plans]
         given = (loaded.identity.id, loaded.weights_digest, fleet.threads, written)

@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 
 from baklava.evaluation.formatting import counted, share
-from baklava.serialization import write_whole
+from baklava.serialization import atomic_write_text
 from tuning.reporting.baseline_plot import rivals_chart
 from tuning.reporting.heat_map import heat_map
 from tuning.reporting.history_plot import trial_chart
@@ -26,7 +26,9 @@ HERE = Path(__file__).parent / "templates"
 def write_page(path: Path, template: str, fields: Mapping[str, str]) -> None:
     """Write a page whose content is a template beside this file; `fields`, "title" and "lead" too, are HTML already."""
     style, content = (HERE / "style.css").read_text(), filled(template, fields)
-    write_whole(path, filled("page.html", {**fields, "style": style, "kind": Path(template).stem, "content": content}))
+    atomic_write_text(
+        path, filled("page.html", {**fields, "style": style, "kind": Path(template).stem, "content": content})
+    )
 
 
 def filled(template: str, fields: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from baklava.console import say
+from baklava.console import log
 from baklava.data.documents import digest, documents
 from baklava.data.windows import Splits, split
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
@@ -35,9 +35,9 @@ def prepare(settings: SearchSettings) -> Material:
     Raises:
         UserError: an unknown model or text, or texts too short for the windows.
     """
-    say(f"texts: loading {', '.join(settings.texts)}")
+    log(f"texts: loading {', '.join(settings.texts)}")
     texts = {name: documents([name]) for name in settings.texts}
-    say(f"model: loading {settings.model}")
+    log(f"model: loading {settings.model}")
     loaded = load(settings.model, spread=settings.gpus_per_replica > 1)
     splits = split(
         [document for each in texts.values() for document in each],

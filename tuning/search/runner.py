@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from baklava.allocation import Uniform
-from baklava.console import say
+from baklava.console import log
 from baklava.errors import UserError
 from baklava.eviction import Streaming
 from baklava.plan.budget_plan import BudgetPlan, Provenance
@@ -147,7 +147,7 @@ def _closing(tracker: Tracker, out: Path) -> Iterator[None]:
         tracker.end({}, [], "FAILED")
         raise
     except BaseException as error:
-        say(f"the search ended early; go on with it: python jobs/search.py --resume {out}")
+        log(f"the search ended early; go on with it: python jobs/search.py --resume {out}")
         tracker.end({}, [], "KILLED")
         if isinstance(error, OSError) and error.errno in FULL:
             raise UserError(unwritable(out, error)) from None

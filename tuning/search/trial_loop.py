@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from baklava.console import say
+from baklava.console import log
 from baklava.errors import UserError
 from tuning.optimizers.local_search import Paired, Refinement
 from tuning.optimizers.optuna_search import Hopeless, PlanSearch
@@ -51,7 +51,7 @@ class Recorder(tune.Callback):
         """The first one ends what people wait for at the start."""
         if not self.begun:
             self.begun = True
-            say("trials: the first one is under way")
+            log("trials: the first one is under way")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial that scored all windows, was stopped, or gave a reason why it cannot be scored."""
@@ -91,7 +91,7 @@ class Recorder(tune.Callback):
         self.tracker.trial(record, plan, result.get("time_total_s", 0.0))
         with suppress(RayError):  # without a pool, no trial will be scored, and each will say so
             self.crew.tell()
-        say(self._line(record))
+        log(self._line(record))
 
     def _status(self, windows: int, error: str | None) -> Status:
         if error:
@@ -175,7 +175,7 @@ class Phases:
         settings, task, known = self.settings, self.task, drawn(self.journal.records)
         missing = settings.trials - settings.refinements - len(known)
         if missing > 0:
-            say(f"search: {missing} trials for {task.goal.asked}, {len(task.windows)} windows each")
+            log(f"search: {missing} trials for {task.goal.asked}, {len(task.windows)} windows each")
             sampling = Sampling(settings.sampler, settings.seed, settings.trials)
             search = PlanSearch(task, sampling, known, stop, self.warm.told, self.warm.points)
             self._tune(search, Hopeless(task, [*self.warm.told, *known]), missing)
@@ -183,7 +183,7 @@ class Phases:
     def _refine(self, stop: Stop) -> None:
         missing = self.settings.trials - len(self.journal.records)
         if missing > 0 and finished(self.journal.records):
-            say(f"search: {missing} refinements of the best so far")
+            log(f"search: {missing} refinements of the best so far")
             search = Refinement(self.task, self.settings.seed, self.journal, stop)
             self._tune(search, Paired(self.task, self.journal), missing)
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from baklava.console import say
+from baklava.console import log
 from baklava.errors import UserError
-from baklava.serialization import Record, write_whole
+from baklava.serialization import FrozenModel, atomic_write_text
 from tuning.optimizers.samplers import lies_in
 from tuning.search.inputs import Material
 from tuning.selection.validation import leaders
@@ -22,7 +22,7 @@ POINTS = 4
 KEPT = "warm.json"
 
 
-class Warm(Record):
+class Warm(FrozenModel):
     """Parameters to begin with, and trials whose scores count as if they were of this search.
 
     `told` are those among the `scored` that are not tried again. It is kept beside the results: whatever becomes of
@@ -40,7 +40,7 @@ class Warm(Record):
     def write(self, out: Path) -> None:
         """Keep it in a search's folder, if there is anything to keep."""
         if self.points:
-            write_whole(out / KEPT, self.model_dump_json(exclude_none=True) + "\n")
+            atomic_write_text(out / KEPT, self.model_dump_json(exclude_none=True) + "\n")
 
     @classmethod
     def read(cls, out: Path) -> Self:
@@ -78,7 +78,7 @@ def warm_start(settings: SearchSettings, material: Material, task: Task) -> Warm
             "--bits"
         )
     reason = differs(record, settings, material)
-    say(f"warm start: {_taken(reason, len(trials))} of {out}")
+    log(f"warm start: {_taken(reason, len(trials))} of {out}")
     best = tuple(each.params for each in leaders(finished(trials), record.settings.goal, POINTS))
     # The best are tried again, which costs nothing where their scores are known, so that they can win.
     return Warm(points=best, scored=() if reason else tuple(trials))

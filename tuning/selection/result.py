@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.serialization import Record, write_whole
+from baklava.serialization import FrozenModel, atomic_write_text
 from tuning.selection.ablation import Rival, told
 from tuning.selection.param_importance import importance
 from tuning.selection.promotion import Registered
@@ -18,7 +18,7 @@ from tuning.study.trial import TrialRecord
 FILE, FOLDER = "front.json", "front"
 
 
-class Point(Record):
+class Point(FrozenModel):
     """A plan that no other one beats in bytes and loss, and in seconds of a decoding step where those are counted.
 
     The losses are means on the validation windows.
@@ -38,7 +38,7 @@ class Point(Record):
     chosen: bool
 
 
-class Front(Record):
+class Front(FrozenModel):
     """The points by size, the smallest first."""
 
     points: tuple[Point, ...]
@@ -54,7 +54,7 @@ def write_front(out: Path, entries: Sequence[Validated], plans: Sequence[BudgetP
     for name, plan in zip(names, plans, strict=True):
         plan.write(out / name)
     points = tuple(_point(name, entry, entry is winner) for name, entry in zip(names, entries, strict=True))
-    write_whole(out / FILE, Front(points=points).model_dump_json(indent=1) + "\n")
+    atomic_write_text(out / FILE, Front(points=points).model_dump_json(indent=1) + "\n")
 
 
 def _point(file: str, entry: Validated, chosen: bool) -> Point:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from baklava.console import say
+from baklava.console import log
 from baklava.errors import UserError
 from baklava.evaluation.bootstrap import Interval, interval
 from baklava.plan.budget_plan import BudgetPlan
@@ -139,7 +139,7 @@ def heuristic_candidates(task: Task, budget: float) -> list[Candidate]:
         try:
             fitting.append(Candidate(each.name, each.plan(task.profile, budget, task.context_length)))
         except UserError as error:
-            say(f"{each.name} cannot win, {error}")
+            log(f"{each.name} cannot win, {error}")
     return fitting
 
 
@@ -174,7 +174,7 @@ def _name(record: TrialRecord) -> str:
 def _validated(entrant: Candidate, windows: tuple[dict[str, Any], ...]) -> Validated | None:
     error = next((reason for window in windows if (reason := window.get("error") or not_finite(window))), None)
     if error:
-        say(f"{entrant.name} cannot win, {error}")
+        log(f"{entrant.name} cannot win, {error}")
         return None
     plan = entrant.plan
     size = {"ratio": plan.ratio, "bytes_per_sequence": float(plan.bytes_per_sequence)}

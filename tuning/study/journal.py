@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from baklava.errors import UserError
 from baklava.paths import data_dir
-from baklava.serialization import Record
+from baklava.serialization import FrozenModel
 
 
 def check_new(out: Path, what: str) -> None:
@@ -36,7 +36,7 @@ def new_folder(prefix: str = "") -> Path:
     return (data_dir() if in_job else Path()) / "runs" / f"{prefix}{stamp}"
 
 
-Entry = TypeVar("Entry", bound=Record)
+Entry = TypeVar("Entry", bound=FrozenModel)
 
 
 class Journal(Generic[Entry]):

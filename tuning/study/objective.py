@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from baklava.evaluation.formatting import share
-from baklava.serialization import Record
+from baklava.serialization import FrozenModel
 
 Objective = Literal["kl", "ppl"]
 Metrics = dict[str, float]
@@ -16,7 +16,7 @@ LOWERED = {"kl": "kl_geometric", "ppl": "ppl"}
 NAMES = {"kl": "KL", "ppl": "perplexity"}
 
 
-class Goal(Record):
+class Goal(FrozenModel):
     """One of three: the best plan inside `budget`, the smallest that keeps to `max_dnll`, or a front of size and loss.
 
     `budget` is a share of the 16-bit full cache's bytes; with `front` it only says which point becomes the plan.

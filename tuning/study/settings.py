@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from baklava.errors import UserError
 from baklava.plan.geometry import ModelIdentity
-from baklava.serialization import Record, write_whole
+from baklava.serialization import FrozenModel, atomic_write_text
 from tuning.study.objective import Goal, Objective
 
 FILE = "search.json"
@@ -44,7 +44,7 @@ _RULES = {
 }
 
 
-class SearchSettings(Record):
+class SearchSettings(FrozenModel):
     """The arguments of a search. `budget` is a fraction of the 16-bit full cache's bytes at `context_length` tokens.
 
     A search is for a `budget`, for the least bytes that lose at most `max_dnll`, or for a `front` of both, of which
@@ -120,7 +120,7 @@ class SearchSettings(Record):
             raise UserError(_told(error, values)) from None
 
 
-class SearchRecord(Record):
+class SearchRecord(FrozenModel):
     """What a search needs to go on after a kill: its settings, what they stood for, and its MLflow parent run.
 
     `corpora` maps the name of each text to the digest of what it held, `profile` is the digest of what the model's
@@ -135,7 +135,7 @@ class SearchRecord(Record):
 
     def write(self, out: Path) -> None:
         """Keep the record in a search's folder."""
-        write_whole(out / FILE, self.model_dump_json(indent=1) + "\n")
+        atomic_write_text(out / FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, out: Path, option: str = "--resume") -> Self:

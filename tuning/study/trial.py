@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
-from baklava.serialization import Record
+from baklava.serialization import FrozenModel
 from tuning.study.objective import Goal, Metrics
 
 FILE = "trials.jsonl"
@@ -23,7 +23,7 @@ LEAST_KL = 1e-6
 """Nats per token below which a KL is rounding: what a cache that keeps everything in 16 bits shows."""
 
 
-class TrialRecord(Record):
+class TrialRecord(FrozenModel):
     """A trial that ended: every window scored, stopped early ("pruned"), or failed with the reason in `error`.
 
     `metrics` are means over the scored windows (nats per token; bytes per sequence) and the plan's size; `windows` are

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from baklava.console import say
+from baklava.console import log
 from baklava.errors import UserError
 from baklava.paths import data_dir, tracking_uri
 
@@ -30,7 +30,7 @@ def connect(experiment: str) -> tuple[MlflowClient, str]:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     uri = tracking_uri()
-    say(f"mlflow: opening {uri}")
+    log(f"mlflow: opening {uri}")
     with refused("start it, or unset MLFLOW_TRACKING_URI to record in a local database"):
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)

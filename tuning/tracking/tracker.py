@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import DatasetInput, Metric, Param
 
-from baklava.console import say
+from baklava.console import log
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from tuning.selection.promotion import ALIAS, Claim, Holder, Registered
@@ -72,7 +72,7 @@ class Tracker:
             try:
                 self._enter(self._found(record.run), out)
             except MissingRunError:
-                say(f"mlflow: run {record.run} of this search is not there; its trials are written again, in a new run")
+                log(f"mlflow: run {record.run} of this search is not there; its trials are written again, in a new run")
                 self._create(record.settings, out, inputs, {REPLACES: record.run})
 
     def replay(self, records: Sequence[TrialRecord], plan_of: Callable[[Params], BudgetPlan]) -> None:
@@ -97,7 +97,7 @@ class Tracker:
         if self.flush():
             self._attempt(lambda: found.append(self._register(plan, tags, claim)))
         for registered in found:
-            say(f"mlflow: {registered.told}")
+            log(f"mlflow: {registered.told}")
         return found[0] if found else None
 
     def end(
@@ -112,7 +112,7 @@ class Tracker:
         if whole:  # else its last words would wait for the server once more
             self.watch.stop()
         if not (whole and self._attempt(lambda: self._close(metrics, files, texts or {}, status))):
-            say("mlflow: some of this search is missing there; trials.jsonl and plan.json have all of it")
+            log("mlflow: some of this search is missing there; trials.jsonl and plan.json have all of it")
 
     def _create(
         self, settings: SearchSettings, out: Path, inputs: Sequence[DatasetInput], more: Mapping[str, str]
@@ -160,20 +160,20 @@ class Tracker:
             if not rejects(error):
                 raise
             # Asking again would not help, and all others wait behind it.
-            say(f"mlflow: does not take trial {trial.record.trial} ({first_line(error)}); trials.jsonl has it")
+            log(f"mlflow: does not take trial {trial.record.trial} ({first_line(error)}); trials.jsonl has it")
 
     def _attempt(self, write: Callable[[], None]) -> bool:
         try:
             write()
         except WRITE_ERRORS as error:
             if self.failed_at is None:
-                say(f"mlflow: cannot write ({first_line(error)}); the search goes on, trials.jsonl has every trial")
+                log(f"mlflow: cannot write ({first_line(error)}); the search goes on, trials.jsonl has every trial")
             self.failed_at = monotonic()
             return False
         if self.failed_at is not None:
             self.failed_at = None
             self.watch.go_on()
-            say("mlflow: the server is back")
+            log("mlflow: the server is back")
         return True
 
     def _register(

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from baklava.console import bar, say
+from baklava.console import log, progress_bar
 from baklava.data.windows import Window
 from baklava.errors import UserError
 from tuning.study.search_space import Task
@@ -71,7 +71,7 @@ def session() -> Iterator[None]:
 
 
 def _connect(address: str | None) -> None:
-    say(f"ray: {f'connecting to {address}' if address else 'starting on this machine'}")
+    log(f"ray: {f'connecting to {address}' if address else 'starting on this machine'}")
     if not address:
         # "local", since a bare init would join whatever cluster was last started on this machine.
         own = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
@@ -192,7 +192,7 @@ class Crew:
         if left and left.is_set():
             return
         for sentence in ray.get(self.pool.kept.remote()):
-            say(sentence)
+            log(sentence)
 
     def recall(self, records: Sequence[TrialRecord]) -> None:
         """Take in what was scored before, so that it is not scored again."""
@@ -205,7 +205,7 @@ class Crew:
     def tell(self) -> None:
         """Say what happened to replicas since the last call."""
         for sentence in ray.get(self.pool.tell.remote()):
-            say(sentence)
+            log(sentence)
 
 
 def _count(refs: list[Any], label: str, unit: str) -> list[Any]:
@@ -217,7 +217,7 @@ def _count(refs: list[Any], label: str, unit: str) -> list[Any]:
 def _ended(refs: Sequence[Any], label: str, unit: str, left: Event | None = None) -> Iterator[Any]:
     """Results as they come, counted on the screen, until nobody waits for them any more."""
     waiting = list(refs)
-    with bar(len(waiting), label, unit) as progress:
+    with progress_bar(len(waiting), label, unit) as progress:
         while waiting and not (left and left.is_set()):
             done, waiting = ray.wait(waiting, num_returns=1, timeout=None if left is None else 0.5)
             for result in ray.get(done):

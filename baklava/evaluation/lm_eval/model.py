@@ -12,7 +12,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, simple_parse_args_string
 from typing_extensions import override
 
-from baklava.console import bar, say
+from baklava.console import log, progress_bar
 from baklava.errors import UserError
 from baklava.evaluation.lm_eval.model_args import ModelArgs
 from baklava.plan.budget_plan import BudgetPlan
@@ -190,7 +190,7 @@ class BaklavaLM(TemplateLM):
                 tally.count(len(context), len(text) - 1)
                 answers[number] = (likelihood.log_prob, likelihood.greedy)
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
-        say(f"baklava: {tally.sentences()}")
+        log(f"baklava: {tally.sentences()}")
         return [answers[number] for number in range(len(requests))]
 
     @override
@@ -205,7 +205,7 @@ class BaklavaLM(TemplateLM):
             tally.count(0, longest)
             answers.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
-        say(f"baklava: {tally.sentences()}")
+        log(f"baklava: {tally.sentences()}")
         return answers
 
     @override
@@ -214,7 +214,7 @@ class BaklavaLM(TemplateLM):
         for context, options in counted([request.args for request in requests], tally.kind, "text", disable_tqdm):
             answers.append(self._generated(context, options, tally))
             self.cache_hook.add_partial("generate_until", (context, options), answers[-1])
-        say(f"baklava: {tally.sentences()}")
+        log(f"baklava: {tally.sentences()}")
         return answers
 
     def _generated(self, context: str, given: dict[str, Any], tally: Tally) -> str:
@@ -261,7 +261,7 @@ def counted(items: Sequence[Any], label: str, unit: str, quiet: bool) -> Iterato
     if quiet:
         yield from items
         return
-    with bar(len(items), label, unit) as progress:
+    with progress_bar(len(items), label, unit) as progress:
         for item in items:
             yield item
             progress.update(1)

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, PositiveInt, ValidationError
 
 from baklava.allocation.plan_spec import named_plan
-from baklava.console import say
+from baklava.console import log
 from baklava.data.documents import documents
 from baklava.data.windows import split
 from baklava.errors import UserError
@@ -15,13 +15,13 @@ from baklava.plan.budget_plan import BudgetPlan
 from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile
 from baklava.runtime.model_loader import LoadedModel, load
-from baklava.serialization import Record
+from baklava.serialization import FrozenModel
 
 CONTEXT_LENGTH = 4096
 """Tokens at which METHOD:BUDGET states its bytes, unless told otherwise or the model takes fewer."""
 
 
-class ModelArgs(Record):
+class ModelArgs(FrozenModel):
     """`--model_args`, and those options of the harness that a model is handed.
 
     METHOD:BUDGET states its bytes at `context_length` tokens and is profiled on the text `calibration`; a plan file
@@ -58,7 +58,7 @@ class ModelArgs(Record):
         """The model, on the device that the harness named, whose default is a GPU also where there is none."""
         device = self.device
         if device and device.startswith("cuda") and not torch.cuda.is_available():
-            say(f"baklava: there is no {device} here, so the model runs on the CPU")
+            log(f"baklava: there is no {device} here, so the model runs on the CPU")
             device = "cpu"
         return load(self.pretrained, device=device)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby, islice
 
-from baklava.console import say
+from baklava.console import log
 from baklava.data.hub_datasets import Row, checked_row, file_rows, own_file
 from baklava.errors import UserError
 from baklava.evaluation.suites.base import Suite, Tokenizer, fitted
@@ -51,7 +51,7 @@ def prompts(spec: str, count: int, *, tokens: int, tokenizer: Tokenizer) -> list
 
 def _rows(suite: Suite, file: str) -> Iterator[Row]:
     files = own_file(file) if file else suite.published
-    say(f"reading {suite.label} from {file or 'the hub'}")
+    log(f"reading {suite.label} from {file or 'the hub'}")
     remedy = f"connect to the hub, or name a file of your own as {suite.label}=FILE"
     for row in file_rows(f"suite {suite.label} ({files})", remedy, files=files, where=suite.where):
         checked = checked_row(row, suite.columns, f"suite {suite.label}")
@@ -64,6 +64,6 @@ def _prompts(suite: Suite, rows: Iterator[Row], tokens: int, tokenizer: Tokenize
         prompt = fitted(suite, asked, tokens=tokens, tokenizer=tokenizer)
         left_out = len(asked) - (len(prompt.questions) if prompt else 0)
         if left_out:
-            say(f"{suite.label}:{number}: left out {left_out} of {len(asked)} questions, which the context has already")
+            log(f"{suite.label}:{number}: left out {left_out} of {len(asked)} questions, which the context has already")
         if prompt:
             yield replace(prompt, name=f"{suite.label}:{number}")
