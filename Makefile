@@ -25,16 +25,19 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Ray listens on every interface, so nobody without the token may talk to it
 export RAY_AUTH_MODE := token
 
-# what one wants to read of pip: which large file comes, how many packages go in, and errors
+# what pip prints that is worth reading: large downloads, the installation, errors
 FETCHED := s/^ *Downloading ([^ ]+) \(([0-9.]+ [MG]B)\)$$/  fetching \1 (\2)/p; s/^Installing collected packages: .*/  installing/p
 PIP_INSTALL := -m pip --disable-pip-version-check install --no-input --progress-bar off
 PIP := $(PY) $(PIP_INSTALL)
 QUIETLY := quietly() { "$$@" 2> >(grep -vE '^(WARNING|DEPRECATION)|\[notice\]|^$$' >&2) | sed -nuE '$(FETCHED)'; }
 
-.PHONY: help setup assets test drill soak lint search serve bench fidelity windows peers ui clean
+# tests run side by side: one thread each, which does not spin while it waits
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
+
+.PHONY: help setup assets test test-unit drill soak lint docs search serve bench fidelity windows peers ui clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: $(READY) ## make the environment in .venv
 
@@ -58,20 +61,26 @@ $(READY): pyproject.toml constraints.txt
 assets: $(READY) ## fetch and convert the demo's model and texts
 	@$(PY) -m baklava.data.demo_assets
 
-test: setup assets ## run every test (about 20 minutes on two cores)
-	@export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1; none=0; \
+test-unit: setup assets ## run the unit tests (two minutes on two cores)
+	@$(TEST_ENV) $(PY) -m pytest -n 2 tests/unit tests/test_layout.py $(ARGS)
+
+test: setup assets ## run every test but drills and the soak (twelve minutes on two cores)
+	@export $(TEST_ENV); none=0; \
 	part() { $(PY) -m pytest "$$@" $(ARGS) || { code=$$?; [ $$code = 5 ] || exit $$code; none=$$((none + 1)); }; }; \
 	part -n 2 -m 'not ray and not drill'; part -m 'ray and not drill'; \
 	[ $$none -lt 2 ] || { echo 'no test was selected' >&2; exit 5; }
 
 drill: setup assets ## kill nodes, drivers, servers and disks under real searches, replicas under load (15 minutes)
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) -m pytest -m 'drill and not soak' $(ARGS)
+	@$(TEST_ENV) $(PY) -m pytest -m 'drill and not soak' $(ARGS)
 
 soak: setup assets ## ask a server for half an hour, and see that it stays inside its promises
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) -m pytest -s -m soak $(ARGS)
+	@$(TEST_ENV) $(PY) -m pytest -s -m soak $(ARGS)
 
 lint: $(READY) ## check style and types
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+docs: $(READY) ## build the documentation into site/, strictly
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 search: setup assets ## find a plan for the demo model and register it (more options in ARGS=)
 	@$(PY) jobs/search.py --trials $(TRIALS) --budget $(BUDGET) $(ARGS)
