@@ -12,14 +12,14 @@ from tqdm import tqdm
 
 from baklava.errors import UserError
 
-LINE_EVERY = 10.0  # seconds after which a log gets a line even without a tenth of the way done
+LOG_INTERVAL_SECONDS = 10.0  # seconds after which a log gets a line even without a tenth of the way done
 
 
 @runtime_checkable
-class Bar(Protocol):
+class ProgressBar(Protocol):
     """A count of steps under way, closed by leaving its `with` block."""
 
-    def __enter__(self) -> "Bar": ...
+    def __enter__(self) -> "ProgressBar": ...
     def __exit__(self, *error: object) -> None: ...
 
     def update(self, n: float = 1) -> object:
@@ -35,14 +35,14 @@ def log(message: str) -> None:
     sys.stderr.flush()
 
 
-def progress_bar(total: int, label: str, unit: str = "steps") -> Bar:
+def progress_bar(total: int, label: str, unit: str = "steps") -> ProgressBar:
     """Count to `total` steps: a live bar on a terminal, else a line every tenth of the way or every ten seconds."""
     if sys.stderr.isatty():
         return tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True)
-    return Lines(total, label, unit)
+    return LogProgress(total, label, unit)
 
 
-class Lines:
+class LogProgress:
     """The count as plain lines, since a log file keeps every redraw of a live bar."""
 
     def __init__(self, total: int, label: str, unit: str) -> None:
@@ -51,7 +51,7 @@ class Lines:
         self.started = self.said_at = time.monotonic()
         self.said = 0.0
 
-    def __enter__(self) -> "Lines":
+    def __enter__(self) -> "LogProgress":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,7 +62,7 @@ class Lines:
         """Count `n` more steps, and print a line when one is due."""
         self.done += n
         waited = time.monotonic() - self.said_at
-        if self.done >= self.total or self.done - self.said >= self.total / 10 or waited >= LINE_EVERY:
+        if self.done >= self.total or self.done - self.said >= self.total / 10 or waited >= LOG_INTERVAL_SECONDS:
             self._say()
 
     def set_postfix_str(self, s: str) -> None:
@@ -98,21 +98,21 @@ OPTIONS = {"plans": "plan", "speed": "no-speed"}
 """Options by the name of the setting that they fill, where the two differ."""
 
 
-def count(text: str) -> int:
+def positive_int(text: str) -> int:
     """A number that is at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no number that is at least 1")
     return int(text)
 
 
-def replicas(text: str) -> int | str:
+def replica_count(text: str) -> int | str:
     """`auto`, or a number of replicas."""
     if text != "auto" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number of replicas")
     return text if text == "auto" else int(text)
 
 
-def check_resumed(earlier: Path, given: Mapping[str, Any], out: Path | None) -> None:
+def reject_settings_on_resume(earlier: Path, given: Mapping[str, Any], out: Path | None) -> None:
     """Raise UserError when settings are given for something that has its own."""
     if given or out:
         first = next(iter([*given, "out"]))

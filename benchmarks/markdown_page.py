@@ -1,4 +1,4 @@
-"""Tables in pages: what stands between two markers is written by a benchmark."""
+"""Markdown pages with sections that a benchmark writes, each between two marker comments."""
 
 from pathlib import Path
 
@@ -6,20 +6,20 @@ from baklava.errors import UserError
 from baklava.serialization import atomic_write_text
 
 
-def put(page: Path, name: str, text: str, option: str = "--readme") -> None:
-    """Write `text` between the markers of this name, in the place of what is there; raises as `check_page`."""
-    begin, end = markers(name)
-    before, _, rest = check_page(page, name, option).partition(begin)
+def write_section(page: Path, name: str, text: str, option: str = "--readme") -> None:
+    """Replace what is between the page's markers of this name; raises as `read_checked` does."""
+    begin, end = section_markers(name)
+    before, _, rest = read_checked(page, name, option).partition(begin)
     atomic_write_text(page, f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
 
 
-def check_page(page: Path, name: str, option: str = "--readme") -> str:
-    """What is on a page.
+def read_checked(page: Path, name: str, option: str = "--readme") -> str:
+    """Return the content of a page.
 
     Raises:
-        UserError: it has not got both markers once.
+        UserError: it cannot be read, or does not have both markers exactly once and in order.
     """
-    begin, end = markers(name)
+    begin, end = section_markers(name)
     try:
         content = page.read_text()
     except OSError as error:
@@ -29,11 +29,11 @@ def check_page(page: Path, name: str, option: str = "--readme") -> str:
     return content
 
 
-def markers(name: str) -> tuple[str, str]:
-    """The comments before and behind a table."""
+def section_markers(name: str) -> tuple[str, str]:
+    """Return the comments before and after a section."""
     return f"<!-- {name} -->", f"<!-- /{name} -->"
 
 
-def line(cells: list[str]) -> str:
-    """A row of a Markdown table."""
+def table_row(cells: list[str]) -> str:
+    """Return a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from baklava.console import count, log, run_cli
+from baklava.console import log, positive_int, run_cli
 from baklava.errors import UserError
 from baklava.serialization import atomic_write_text
 
@@ -83,18 +83,18 @@ def _add_timed(to: argparse.ArgumentParser, rounds: int, batches: list[int]) -> 
     to.add_argument("--contexts", type=int, nargs="+", metavar="N", default=contexts, help="tokens in cache or prompt")
     to.add_argument("--batches", type=int, nargs="+", metavar="N", default=batches, help="sequences at a time")
     to.add_argument("--share", type=float, default=0.2, help="share of the entries that plans keep (default: 0.2)")
-    to.add_argument("--rounds", type=count, default=rounds, help=f"timed rounds (default: {rounds})")
+    to.add_argument("--rounds", type=positive_int, default=rounds, help=f"timed rounds (default: {rounds})")
     to.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
 
 
 def _add_studied(to: argparse.ArgumentParser) -> None:
     to.add_argument("--split", choices=("test", "validation"), default="test", help="validation is for choosing")
-    to.add_argument("--windows", type=count, metavar="N", help="windows of each corpus (default: 3, 3 and 1)")
+    to.add_argument("--windows", type=positive_int, metavar="N", help="windows of each corpus (default: 3, 3 and 1)")
     to.add_argument("--methods", nargs="+", metavar="NAME", help="some contestants (default: all)")
     to.add_argument("--budgets", type=float, nargs="+", metavar="SHARE", help="shares of the full cache's bytes")
-    to.add_argument("--context", type=count, default=3072, metavar="TOKENS", help="prefilled per window (3072)")
-    to.add_argument("--continuation", type=count, default=512, metavar="TOKENS", help="scored per window (512)")
-    to.add_argument("--workers", type=count, default=2, metavar="N", help="processes, which share the cores (2)")
+    to.add_argument("--context", type=positive_int, default=3072, metavar="TOKENS", help="prefilled per window (3072)")
+    to.add_argument("--continuation", type=positive_int, default=512, metavar="TOKENS", help="scored per window (512)")
+    to.add_argument("--workers", type=positive_int, default=2, metavar="N", help="processes, which share the cores (2)")
     to.add_argument("--out", type=Path, metavar="DIR", help="folder of the journal (default: runs/fidelity-SPLIT)")
     to.add_argument("--readme", type=Path, metavar="FILE", help="page to write the tables into, between its markers")
 
@@ -102,28 +102,28 @@ def _add_studied(to: argparse.ArgumentParser) -> None:
 def decode(chosen: argparse.Namespace) -> None:
     # The imports are here and below, since they take seconds, and --help should not.
     from baklava.runtime.model_loader import load
-    from benchmarks.kernels.decode import decode
-    from benchmarks.kernels.plot import draw, table
+    from benchmarks.kernels.decode import benchmark_decode
+    from benchmarks.kernels.plot import plot, table
 
     _check_share(chosen.share)
     loaded = load(chosen.model, threads=chosen.threads)
-    figures = decode(loaded, chosen.contexts, chosen.batches, chosen.share, chosen.rounds)
+    figures = benchmark_decode(loaded, chosen.contexts, chosen.batches, chosen.share, chosen.rounds)
     path = _written(chosen, json.dumps(figures, indent=1) + "\n")
-    draw(figures, path.with_suffix(".png"))
+    plot(figures, path.with_suffix(".png"))
     print(table(figures))
 
 
 def prefill(chosen: argparse.Namespace) -> None:
     from baklava.runtime.model_loader import load
-    from benchmarks.kernels.plot import draw, table
-    from benchmarks.kernels.prefill import prefill
+    from benchmarks.kernels.plot import plot, table
+    from benchmarks.kernels.prefill import benchmark_prefill
 
     _check_share(chosen.share)
     loaded = load(chosen.model, threads=chosen.threads)
     memory = not chosen.no_memory
-    figures = prefill(loaded, chosen.contexts, chosen.batches, chosen.share, chosen.rounds, memory)
+    figures = benchmark_prefill(loaded, chosen.contexts, chosen.batches, chosen.share, chosen.rounds, memory)
     path = _written(chosen, json.dumps(figures, indent=1) + "\n")
-    draw(figures, path.with_suffix(".png"))
+    plot(figures, path.with_suffix(".png"))
     print(table(figures))
 
 
@@ -153,36 +153,36 @@ def fidelity(chosen: argparse.Namespace) -> None:
 
 
 def search(chosen: argparse.Namespace) -> None:
-    from benchmarks.markdown_page import check_page, put
+    from benchmarks.markdown_page import read_checked, write_section
     from benchmarks.search.config import Asked, quick
     from benchmarks.search.markdown import NAME, SCALE, scale, table
     from benchmarks.search.run import PARTS, study
 
     parts = tuple(chosen.parts or PARTS)
     if chosen.readme:
-        check_page(chosen.readme, NAME)
+        read_checked(chosen.readme, NAME)
     if chosen.scale:
-        check_page(chosen.scale, SCALE, "--scale")
+        read_checked(chosen.scale, SCALE, "--scale")
         if "dispatch" not in parts:
             raise UserError("--scale tells what dispatch measures, which is not among --parts; add it there")
     found = study((quick if chosen.quick else Asked)(chosen.model, chosen.texts), parts)
     _written(chosen, json.dumps(found, indent=1) + "\n")
     print(table(found))
     if chosen.readme:
-        put(chosen.readme, NAME, table(found))
+        write_section(chosen.readme, NAME, table(found))
     if chosen.scale:
-        put(chosen.scale, SCALE, scale(found), "--scale")
+        write_section(chosen.scale, SCALE, scale(found), "--scale")
 
 
 def serve(chosen: argparse.Namespace) -> None:
-    from benchmarks.markdown_page import check_page, put
+    from benchmarks.markdown_page import read_checked, write_section
     from benchmarks.serve.config import Asked, quick
     from benchmarks.serve.markdown import NAME, table
     from benchmarks.serve.plot import draw
     from benchmarks.serve.run import PARTS, study
 
     if chosen.readme:
-        check_page(chosen.readme, NAME)
+        read_checked(chosen.readme, NAME)
     asked = (quick if chosen.quick else Asked)(chosen.model, chosen.plan, chosen.texts)
     found = study(asked, tuple(chosen.parts or PARTS))
     path = _written(chosen, json.dumps(found, indent=1) + "\n")
@@ -190,7 +190,7 @@ def serve(chosen: argparse.Namespace) -> None:
         draw(found, path.with_suffix(".svg"))
     print(table(found))
     if chosen.readme:
-        put(chosen.readme, NAME, table(found))
+        write_section(chosen.readme, NAME, table(found))
 
 
 def _check_share(share: float) -> None:

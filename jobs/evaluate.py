@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from baklava.console import check_resumed, count, log, replicas, run_cli
+from baklava.console import log, positive_int, reject_settings_on_resume, replica_count, run_cli
 from baklava.errors import UserError
-from tuning.study.journal import new_folder
+from tuning.study.journal import new_run_dir
 
 if TYPE_CHECKING:
     from tuning.evaluation.runner import Evaluated
@@ -50,20 +50,20 @@ def parser() -> argparse.ArgumentParser:
         "--texts", nargs="+", metavar="NAME|FILE", help="what windows and tasks are made of (default ifcraft)"
     )
     made.add_argument("--windows", metavar="FILE", help="a JSON file of token windows, instead of those of --texts")
-    made.add_argument("--context", type=count, metavar="TOKENS", help="tokens prefilled per window (default 3072)")
-    made.add_argument("--continuation", type=count, metavar="TOKENS", help="tokens scored per window (default 512)")
-    made.add_argument("--limit", type=count, metavar="N", help="most windows (default 12 of texts, all of a file)")
+    made.add_argument("--context", type=positive_int, metavar="TOKENS", help="tokens prefilled per window (default 3072)")
+    made.add_argument("--continuation", type=positive_int, metavar="TOKENS", help="tokens scored per window (default 512)")
+    made.add_argument("--limit", type=positive_int, metavar="N", help="most windows (default 12 of texts, all of a file)")
     made.add_argument("--tasks", nargs="+", metavar="NAME", help="all, or tasks and benchmarks by name (default none)")
     made.add_argument(
-        "--lengths", nargs="+", type=count, metavar="TOKENS", help="tokens of a prompt (default: those of a window)"
+        "--lengths", nargs="+", type=positive_int, metavar="TOKENS", help="tokens of a prompt (default: those of a window)"
     )
-    made.add_argument("--prompts", type=count, metavar="N", help="prompts of each task and length (default 3)")
+    made.add_argument("--prompts", type=positive_int, metavar="N", help="prompts of each task and length (default 3)")
     made.add_argument(
         "--calibration", nargs="+", metavar="NAME|FILE", help="texts that METHOD:BUDGET profiles on (default botocore)"
     )
     made.add_argument("--no-speed", dest="speed", action="store_false", help="leave out speed and peak memory")
-    made.add_argument("--replicas", type=replicas, metavar="auto|N", help="copies of the model, on Ray (default auto)")
-    made.add_argument("--threads", type=count, metavar="N", help="torch threads of one process (default: torch's own)")
+    made.add_argument("--replicas", type=replica_count, metavar="auto|N", help="copies of the model, on Ray (default auto)")
+    made.add_argument("--threads", type=positive_int, metavar="N", help="torch threads of one process (default: torch's own)")
     made.add_argument("--seed", type=int, help="of the prompts (default 0)")
     made.add_argument(
         "--out", type=Path, metavar="DIR", help="a new folder (default runs/evaluation- and the UTC time)"
@@ -75,18 +75,18 @@ def parser() -> argparse.ArgumentParser:
 
 def run(given: dict[str, Any]) -> "Evaluated":
     # Here, since they take seconds, and --help should not.
-    from benchmarks.latency import speeds
+    from baklava.evaluation.speed.latency import measure_speeds
     from tuning.evaluation.run_dir import EvaluationSettings
     from tuning.evaluation.runner import evaluate, resume
 
     earlier, out = given.pop("resume", None), given.pop("out", None)
     if earlier is not None:
-        check_resumed(earlier, given, out)
-        return resume(earlier, speeds)
+        reject_settings_on_resume(earlier, given, out)
+        return resume(earlier, measure_speeds)
     if "plans" not in given:
         raise UserError("no plan was named; give --plan full, --plan baklava:0.3 or the plan.json of a search")
     settings = EvaluationSettings.of(**given)
-    return evaluate(settings, out or new_folder("evaluation-"), speeds)
+    return evaluate(settings, out or new_run_dir("evaluation-"), measure_speeds)
 
 
 def show(evaluated: "Evaluated") -> None:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from baklava.console import check_resumed, replicas, run_cli
+from baklava.console import reject_settings_on_resume, replica_count, run_cli
 from baklava.errors import UserError
 from baklava.evaluation.formatting import share
-from tuning.study.journal import new_folder
+from tuning.study.journal import new_run_dir
 
 if TYPE_CHECKING:
-    from tuning.selection.result import Outcome
+    from tuning.selection.result import SearchResult
 
 EXAMPLES = """what is looked for is one of
   --budget SHARE     the best plan of that size (default 0.30)
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "--bits", nargs="+", choices=BITS.split(), metavar="BITS", help=f"to store in, some of {BITS} (default all)"
     )
     made.add_argument("--objective", choices=["kl", "ppl"], help="KL to the full cache, or perplexity (default kl)")
-    made.add_argument("--replicas", type=replicas, metavar="auto|N", help="copies of the model (default auto)")
+    made.add_argument("--replicas", type=replica_count, metavar="auto|N", help="copies of the model (default auto)")
     made.add_argument(
         "--gpus-per-replica", type=int, metavar="K", help="GPUs that one copy is spread over (default 1, where any are)"
     )
@@ -92,15 +92,15 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def run(given: dict[str, Any]) -> "Outcome":
+def run(given: dict[str, Any]) -> "SearchResult":
     # Here, since they take seconds, and --help should not.
     from tuning.search.runner import resume, search
     from tuning.study.settings import SearchSettings
 
     earlier, out = given.pop("resume", None), given.pop("out", None)
     if earlier is None:
-        return search(SearchSettings.of(**{**DEFAULTS, **_goal(given), **given}), out or new_folder())
-    check_resumed(earlier, given, out)
+        return search(SearchSettings.from_options(**{**DEFAULTS, **_goal(given), **given}), out or new_run_dir())
+    reject_settings_on_resume(earlier, given, out)
     return resume(earlier)
 
 
@@ -109,7 +109,7 @@ def _goal(given: dict[str, Any]) -> dict[str, float]:
     return {} if {"max_dnll", "front"} & given.keys() else {"budget": BUDGET}
 
 
-def show(outcome: "Outcome") -> None:
+def show(outcome: "SearchResult") -> None:
     metrics = outcome.winner.metrics
     print(
         f"\nwinner: {outcome.winner.candidate.name}, {share(outcome.plan.ratio)} of the bytes, "
@@ -121,9 +121,9 @@ def show(outcome: "Outcome") -> None:
         name, scores, ratio = entry.candidate.name, entry.metrics, entry.candidate.plan.ratio
         kls = f"{scores['kl_geometric']:8.4f}  {scores['kl']:8.4f}"
         print(f"{name:{width}}  {kls}  {scores['dnll']:+8.4f}  {share(ratio):>6}")
-    print("", *outcome.worth, sep="\n")
-    if outcome.verdict.front:
-        print(f"\nfront   {outcome.out / 'front.json'}, {len(outcome.verdict.front)} plans")
+    print("", *outcome.ablation_summary, sep="\n")
+    if outcome.validation.front:
+        print(f"\nfront   {outcome.out / 'front.json'}, {len(outcome.validation.front)} plans")
     print(f"\nplan    {outcome.out / 'plan.json'}\nreport  {outcome.out / 'report.html'}\n\nnext steps")
     for what, command in outcome.next_steps.items():
         print(f"  {what:12} {command}")

@@ -155,9 +155,9 @@ def checked_plan(source: str, model: str) -> BudgetPlan | None:
 
     plan = None if source == "full" else resolve(source)
     from baklava.eviction import eviction_of
-    from baklava.runtime.model_loader import describe
+    from baklava.runtime.model_loader import load_config
 
-    identity, geometry = describe(model)
+    identity, geometry = load_config(model)
     if plan:
         plan.check_fits(identity, geometry)
         eviction_of(plan.eviction)

@@ -17,7 +17,7 @@ from baklava.allocation.perturbed import Shifted, permuted
 from baklava.errors import UserError
 from baklava.eviction import Eviction
 from baklava.plan.budget_plan import AllocationChoice, BudgetPlan, EvictionChoice, LayerBudget, Provenance
-from baklava.plan.byte_accounting import FULL_BITS, full_bytes, sliding_bytes
+from baklava.plan.byte_accounting import FULL_BITS, full_cache_bytes, sliding_window_bytes
 from baklava.plan.geometry import CacheGeometry
 from baklava.profiling.profile import Profile
 
@@ -116,7 +116,7 @@ def limits_of(
     if not 0 < budget <= 1:
         raise UserError(f"budget {budget} must be above 0 and at most 1: a share of the full cache's bytes")
     # Sliding layers keep their window whatever the plan says; only the rest can be spent.
-    spendable = int(budget * full_bytes(geometry, context_length)) - sliding_bytes(geometry, FULL_BITS)
+    spendable = int(budget * full_cache_bytes(geometry, context_length)) - sliding_window_bytes(geometry, FULL_BITS)
     # A head that never evicts holds the whole text and the slack of an interval; a ring has no slack.
     most = context_length + (eviction.interval if eviction.scored else 0)
     limits = Limits(geometry, eviction, max(0, spendable), eviction.minimum_tokens, most, bits, graded)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from baklava.errors import UserError
-from baklava.plan.budget_plan import Bits, EvictionChoice, Knob, head_bytes
+from baklava.plan.budget_plan import Bits, EvictionChoice, ParamValue, head_bytes
 from baklava.plan.geometry import CacheGeometry
 from baklava.profiling.profile import Profile
 
@@ -99,10 +99,10 @@ class Allocation(ABC):
         """What each KV head gets; all together cost at most `limits.bytes`, each has `least` to `most` entries."""
 
     @property
-    def knobs(self) -> dict[str, Knob]:
+    def knobs(self) -> dict[str, ParamValue]:
         """The method's knobs by name; what is not a plain value, as text."""
         values = {knob.name: getattr(self, knob.name) for knob in fields(self)}
-        return {name: value if isinstance(value, Knob) else repr(value) for name, value in values.items()}
+        return {name: value if isinstance(value, ParamValue) else repr(value) for name, value in values.items()}
 
     def check(self, holds: bool, rule: str) -> None:
         """Raise UserError unless the rule about this method's knobs holds."""

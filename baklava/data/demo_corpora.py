@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from zipfile import ZipFile
 
-LONG = 30_000  # characters; a shorter service does not fill two windows of the default length
+MIN_SERVICE_CHARACTERS = 30_000  # characters; a shorter service does not fill two windows of the default length
 BREAKS = {"li": "\n- ", "br": "\n"} | dict.fromkeys(
     ["p", "div", "ul", "ol", "dl", "dt", "dd", "table", "tr", "pre", "note", "h1", "h2", "h3", "h4"], "\n\n"
 )
@@ -27,7 +27,7 @@ def botocore(path: Path) -> dict[str, str]:
         texts = {
             service: _service(json.loads(gzip.decompress(archive.read(newest[service])))) for service in sorted(newest)
         }
-    return {service: text for service, text in texts.items() if len(text) >= LONG}
+    return {service: text for service, text in texts.items() if len(text) >= MIN_SERVICE_CHARACTERS}
 
 
 def ifcraft(path: Path) -> dict[str, str]:
@@ -60,7 +60,7 @@ PARSERS: dict[str, Callable[[Path], dict[str, str]]] = {
 }
 
 
-def plain(html: str) -> str:
+def html_to_text(html: str) -> str:
     """The text of an HTML fragment: paragraphs apart by a blank line, each list item on a line of its own."""
     reader = _Reader()
     reader.feed(html)
@@ -92,7 +92,7 @@ class _Reader(HTMLParser):
 
 def _service(model: dict[str, Any]) -> str:
     described = [model, *(operation for _, operation in sorted(model["operations"].items()))]
-    paragraphs = [plain(part.get("documentation") or "") for part in described]
+    paragraphs = [html_to_text(part.get("documentation") or "") for part in described]
     return "\n\n".join(filter(None, [model["metadata"]["serviceFullName"], *paragraphs]))
 
 
@@ -103,7 +103,7 @@ def _without_front_matter(markdown: str) -> str:
 def _country(facts: dict[str, Any], code: str) -> str:
     names = facts.get("Government", {}).get("Country name", {})
     forms = [names.get(f"conventional {form} form", {}).get("text", "") for form in ("short", "long")]
-    return next((plain(form) for form in forms if form not in ("", "none")), UNNAMED.get(code, code))
+    return next((html_to_text(form) for form in forms if form not in ("", "none")), UNNAMED.get(code, code))
 
 
 def _sections(facts: dict[str, Any]) -> Iterator[str]:
@@ -117,5 +117,5 @@ def _lines(fields: dict[str, Any], above: str = "") -> Iterator[str]:
         name = f"{above}, {field.strip()}" if above and field != "text" else above or field.strip()
         if isinstance(value, dict):
             yield from _lines(value, name)
-        elif plain(value):
-            yield f"{name}: {plain(value)}"
+        elif html_to_text(value):
+            yield f"{name}: {html_to_text(value)}"

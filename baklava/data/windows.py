@@ -20,12 +20,12 @@ class Window:
     name: str
     document: str
     ids: tuple[int, ...]
-    context: int
+    context_length: int
 
     @property
-    def continuation(self) -> int:
+    def continuation_length(self) -> int:
         """Tokens scored."""
-        return len(self.ids) - self.context
+        return len(self.ids) - self.context_length
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Splits:
     validation: tuple[Window, ...]
 
 
-def windows(
+def cut_windows(
     documents: Sequence[Document], tokenizer: Any, *, context: int, continuation: int, per_document: int = 1
 ) -> list[Window]:
     """Windows from the start of each document, one after the other; documents too short for one are left out.
@@ -58,7 +58,7 @@ def windows(
     return cut
 
 
-def split(
+def make_splits(
     documents: Sequence[Document],
     tokenizer: Any,
     *,
@@ -117,14 +117,14 @@ def _by_document(
     """Windows of each document that is long enough: one each, or more where the documents are few."""
     distinct = {document.text: document for document in documents}.values()
     found: dict[str, list[Window]] = {}
-    for window in windows(list(distinct), tokenizer, context=context, continuation=continuation, per_document=wanted):
+    for window in cut_windows(list(distinct), tokenizer, context=context, continuation=continuation, per_document=wanted):
         found.setdefault(window.document, []).append(window)
     most = -(-wanted // len(found))
     return {name: cut[:most] for name, cut in found.items()}
 
 
 def _of_document(document: Document, tokenizer: Any, context: int, continuation: int, most: int) -> list[Window]:
-    start = start_tokens(tokenizer)
+    start = bos_tokens(tokenizer)
     body = _body(document, tokenizer)
     step = context + continuation - len(start)
     count = min(most, len(body) // step)
@@ -139,7 +139,7 @@ def _body(document: Document, tokenizer: Any) -> list[int]:
     return ids
 
 
-def start_tokens(tokenizer: Any) -> list[int]:
+def bos_tokens(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before every text: models rely on it as an attention sink."""
     ids = tokenizer("a")["input_ids"]
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
@@ -160,7 +160,7 @@ class _WindowFile(BaseModel):
 def write_windows(path: Path, windows: Sequence[Window]) -> None:
     """Write windows of one length to a file that `read_windows` and scripts of other people read."""
     ids = tuple(_NamedIds(name=window.name, ids=window.ids, document=window.document) for window in windows)
-    content = _WindowFile(context=windows[0].context, continuation=windows[0].continuation, windows=ids)
+    content = _WindowFile(context=windows[0].context_length, continuation=windows[0].continuation_length, windows=ids)
     atomic_write_text(path, content.model_dump_json() + "\n")
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from baklava.data.windows import Window, start_tokens
+from baklava.data.windows import Window, bos_tokens
 from baklava.evaluation.task_scoring import Answer, Answers, answer, answer_closed_book, answer_full, record_prompt
 from baklava.evaluation.tasks import Prompt
 from baklava.evaluation.window_scoring import Prefilled, Score, prefill, score
@@ -101,15 +101,15 @@ def gain(loaded: LoadedModel, prefilled: Prefilled) -> float:
 
 def short_context(window: Window) -> int:
     """Tokens of context that a window's gain compares all of them with."""
-    return max(1, min(SHORT_CONTEXT, window.context // 2))
+    return max(1, min(SHORT_CONTEXT, window.context_length // 2))
 
 
 @torch.inference_mode()
 def _short_nll(loaded: LoadedModel, window: Window, short: int) -> float:
     """NLL of the continuation with only the last tokens of its context, behind what the tokenizer puts first."""
-    start = start_tokens(loaded.tokenizer) if loaded.tokenizer else []
+    start = bos_tokens(loaded.tokenizer) if loaded.tokenizer else []
     start = start if list(window.ids[: len(start)]) == start else []
-    ids = torch.tensor([[*start, *window.ids[window.context - short :]]], device=loaded.device)
-    logits = loaded.model(ids, use_cache=False, logits_to_keep=window.continuation + 1).logits[0, :-1]
-    targets = ids[0, -window.continuation :]
+    ids = torch.tensor([[*start, *window.ids[window.context_length - short :]]], device=loaded.device)
+    logits = loaded.model(ids, use_cache=False, logits_to_keep=window.continuation_length + 1).logits[0, :-1]
+    targets = ids[0, -window.continuation_length :]
     return float(torch.nn.functional.cross_entropy(logits.float(), targets))

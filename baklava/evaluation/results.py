@@ -8,26 +8,11 @@ from typing import Any
 from baklava.allocation.plan_spec import NamedPlan
 from baklava.evaluation.bootstrap import Interval, interval
 from baklava.evaluation.evaluator import PromptResult, WindowResult
+from baklava.evaluation.speed.latency import Speed
 from baklava.evaluation.task_scoring import Answer
 from baklava.evaluation.window_scoring import Score
 
 METRICS = ("dnll", "kl", "gain")
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast a plan is at `context` tokens and batch 1, next to transformers' own cache on the same machine.
-
-    `decode_ratio` is how many times as fast a step is, `prefill_ratio` how many times as long a prompt takes.
-    `peak_bytes` is the highest memory that one prefill added to the weights; None where it was not measured.
-    """
-
-    context: int
-    decode_milliseconds: float
-    decode_ratio: float
-    prefill_seconds: float
-    prefill_ratio: float
-    peak_bytes: int | None
 
 
 @dataclass(frozen=True)

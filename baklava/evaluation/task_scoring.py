@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.data.windows import start_tokens
+from baklava.data.windows import bos_tokens
 from baklava.evaluation.tasks import Prompt, Question
 from baklava.evaluation.tasks.metrics import METRICS
 from baklava.eviction import Eviction
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import Recorded, cut, record
+from baklava.runtime.prefill import PrefilledPrompt, compress, prefill_and_record
 
 Ids = Int[Tensor, "one tokens"]
 
@@ -46,7 +46,7 @@ class Answers:
     allocated_bytes: int
 
 
-def record_prompt(loaded: LoadedModel, prompt: Prompt, evictions: Sequence[Eviction]) -> Recorded:
+def record_prompt(loaded: LoadedModel, prompt: Prompt, evictions: Sequence[Eviction]) -> PrefilledPrompt:
     """Prefill the context of a prompt, and nothing of its questions, for plans with these eviction methods.
 
     Raises:
@@ -54,26 +54,26 @@ def record_prompt(loaded: LoadedModel, prompt: Prompt, evictions: Sequence[Evict
     """
     encode = loaded.tokenizer.encode
     longest = prompt.length(loaded.count_tokens)
-    loaded.check_length(longest + len(start_tokens(loaded.tokenizer)), "a prompt", "make shorter prompts")
-    ids = start_tokens(loaded.tokenizer) + encode(prompt.context, add_special_tokens=False)
-    return record(loaded, torch.tensor([ids], device=loaded.device), evictions)
+    loaded.check_length(longest + len(bos_tokens(loaded.tokenizer)), "a prompt", "make shorter prompts")
+    ids = bos_tokens(loaded.tokenizer) + encode(prompt.context, add_special_tokens=False)
+    return prefill_and_record(loaded, torch.tensor([ids], device=loaded.device), evictions)
 
 
 @torch.inference_mode()
-def answer(loaded: LoadedModel, recorded: Recorded, prompt: Prompt, plan: BudgetPlan) -> Answers:
+def answer(loaded: LoadedModel, recorded: PrefilledPrompt, prompt: Prompt, plan: BudgetPlan) -> Answers:
     """Answer the questions inside a plan: every question starts from the same cut cache.
 
     Raises:
         RuntimeError: the cache has seen more than the context, so that eviction may have known a question.
     """
-    start, _ = cut(loaded, recorded, plan)
+    start, _ = compress(loaded, recorded, plan)
     check_unasked(start, recorded.ids.shape[1])
     asked = _Asked(loaded, prompt, lambda: deepcopy(start))
     return Answers(tuple(asked.answer(question) for question in prompt.questions), asked.held)
 
 
 @torch.inference_mode()
-def answer_full(loaded: LoadedModel, recorded: Recorded, prompt: Prompt) -> tuple[Answer, ...]:
+def answer_full(loaded: LoadedModel, recorded: PrefilledPrompt, prompt: Prompt) -> tuple[Answer, ...]:
     """The answers of transformers' own cache, which keeps everything."""
     asked = _Asked(loaded, prompt, recorded.recording.full)
     return tuple(asked.answer(question) for question in prompt.questions)
@@ -82,7 +82,7 @@ def answer_full(loaded: LoadedModel, recorded: Recorded, prompt: Prompt) -> tupl
 @torch.inference_mode()
 def answer_closed_book(loaded: LoadedModel, prompt: Prompt) -> tuple[Answer, ...]:
     """The answers of a model that was never shown the context: what chance is, measured."""
-    asked = _Asked(loaded, prompt, DynamicCache, start_tokens(loaded.tokenizer))
+    asked = _Asked(loaded, prompt, DynamicCache, bos_tokens(loaded.tokenizer))
     return tuple(asked.answer(question) for question in prompt.questions)
 
 
@@ -129,7 +129,7 @@ class _Asked:
         return Answer(METRICS[question.metric](self._greedy(asked, question.tokens), question), float(nll))
 
     def _greedy(self, asked: Ids, tokens: int) -> str:
-        cache, ends = self.start(), self.loaded.end_ids
+        cache, ends = self.start(), self.loaded.eos_token_ids
         made = [int(self._forward(cache, asked)[-1].argmax())]
         while len(made) < tokens and made[-1] not in ends:
             made.append(int(self._forward(cache, asked.new_tensor([made[-1:]]))[-1].argmax()))
@@ -147,8 +147,8 @@ class _Asked:
     def _check(self, cache: Cache) -> None:
         if isinstance(cache, BudgetedCache):
             cache.check_integrity()
-            if self.held > cache.promised_bytes:
-                raise RuntimeError(f"the cache held {self.held} bytes, {cache.promised_bytes} were promised")
+            if self.held > cache.reserved_bytes:
+                raise RuntimeError(f"the cache held {self.held} bytes, {cache.reserved_bytes} were promised")
 
     def _ids(self, ids: Sequence[int]) -> Ids:
         return torch.tensor([list(ids)], device=self.loaded.device)

@@ -13,7 +13,7 @@ from baklava.data.windows import Window
 from baklava.eviction import Eviction
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import Recorded, cut, record
+from baklava.runtime.prefill import PrefilledPrompt, compress, prefill_and_record
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Prefilled:
     """
 
     window: Window
-    recorded: Recorded
+    recorded: PrefilledPrompt
     log_probs: Float[Tensor, "continuation vocabulary"]
     nll: Float[Tensor, " continuation"]
 
@@ -57,13 +57,15 @@ def prefill(loaded: LoadedModel, window: Window, evictions: Sequence[Eviction]) 
     """
     loaded.check_length(len(window.ids))
     ids = torch.tensor([window.ids], device=loaded.device)
-    recorded = record(loaded, ids[:, : window.context], evictions)
+    recorded = prefill_and_record(loaded, ids[:, : window.context_length], evictions)
     logits = recorded.logits
-    if window.continuation > 1:
-        rest = loaded.model(ids[:, window.context : -1], past_key_values=recorded.recording.full()).logits
+    if window.continuation_length > 1:
+        rest = loaded.model(
+            ids[:, window.context_length : -1], past_key_values=recorded.recording.to_dynamic_cache()
+        ).logits
         logits = torch.cat([logits, rest[0]])
     log_probs = torch.log_softmax(logits.float(), -1)
-    nll = -log_probs.gather(-1, ids[0, window.context :, None])[:, 0]
+    nll = -log_probs.gather(-1, ids[0, window.context_length :, None])[:, 0]
     return Prefilled(window, recorded, log_probs.half(), nll)
 
 
@@ -75,7 +77,7 @@ def score(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> Score:
         UserError: the plan is for another model, or its eviction method was not observed in the prefill.
     """
     started = time.perf_counter()
-    cache, logits = cut(loaded, prefilled.recorded, plan)
+    cache, logits = compress(loaded, prefilled.recorded, plan)
     nll, kl = _first(logits, prefilled)
     targets, held = _targets(prefilled), cache.nbytes
     if len(targets) > 1:
@@ -100,7 +102,7 @@ def score(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> Score:
 @torch.inference_mode()
 def decode_seconds(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan, steps: int = 8) -> float:
     """Median seconds of one decoding step inside a plan, behind the window's context; a step before warms up."""
-    cache, _ = cut(loaded, prefilled.recorded, plan)
+    cache, _ = compress(loaded, prefilled.recorded, plan)
     taken = []
     for token in _targets(prefilled)[: steps + 1]:
         started = time.perf_counter()
@@ -126,7 +128,7 @@ def _losses(logits: Tensor, targets: Tensor, full: Tensor) -> tuple[float, float
 
 def _targets(prefilled: Prefilled) -> Int[Tensor, " continuation"]:
     """Token ids of the continuation."""
-    return torch.tensor(prefilled.window.ids[prefilled.window.context :], device=prefilled.nll.device)
+    return torch.tensor(prefilled.window.ids[prefilled.window.context_length :], device=prefilled.nll.device)
 
 
 def _renormalised(log_probs: Tensor) -> Tensor:

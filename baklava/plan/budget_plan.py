@@ -9,14 +9,14 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from baklava.errors import UserError
-from baklava.plan.byte_accounting import FULL_BITS, DenseBits, full_bytes, grades, side_bytes, sliding_bytes
+from baklava.plan.byte_accounting import FULL_BITS, DenseBits, full_cache_bytes, bit_split, tensor_bytes, sliding_window_bytes
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
 from baklava.serialization import FrozenModel, atomic_write_text
 
 Bits = Literal[32, 16, 8, 6, 5, 4, 3, 2]
-Knob = bool | int | float | str
+ParamValue = bool | int | float | str
 
-STATE_BYTES = 8
+ENTRY_STATE_BYTES = 8
 """Bytes beside the payload of an entry that is scored: its position (int32) and its score (float32)."""
 
 CENTROID_STATE_BYTES = 8
@@ -59,7 +59,7 @@ class EvictionChoice(FrozenModel):
     staged: bool = False
     centroids: Annotated[int, Field(ge=0)] = 0
     scored: bool = False
-    knobs: dict[str, Knob] = Field(default_factory=dict)
+    knobs: dict[str, ParamValue] = Field(default_factory=dict)
 
     @property
     def minimum_tokens(self) -> int:
@@ -77,7 +77,7 @@ class AllocationChoice(FrozenModel):
 
     method: str
     budget: float
-    knobs: dict[str, Knob] = Field(default_factory=dict)
+    knobs: dict[str, ParamValue] = Field(default_factory=dict)
 
 
 class Prefill(FrozenModel):
@@ -165,15 +165,15 @@ class BudgetPlan(FrozenModel):
         """Most bytes that one sequence keeps between two forward passes."""
         return self.bytes_for(None)
 
-    def bytes_for(self, tokens: int | None) -> int:
+    def bytes_for(self, max_tokens: int | None) -> int:
         """Most bytes that a sequence of at most so many tokens keeps; from the largest budget on the same for all."""
-        budgeted = sum(self._layer_bytes(layer, tokens) for layer in self.layers if layer)
-        return budgeted + sliding_bytes(self.geometry, self.sliding_bits, tokens)
+        budgeted = sum(self._layer_bytes(layer, max_tokens) for layer in self.layers if layer)
+        return budgeted + sliding_window_bytes(self.geometry, self.sliding_bits, max_tokens)
 
     @property
     def full_bytes_per_sequence(self) -> int:
         """Bytes of the full cache in 16 bits at `context_length`."""
-        return full_bytes(self.geometry, self.context_length)
+        return full_cache_bytes(self.geometry, self.context_length)
 
     @property
     def ratio(self) -> float:
@@ -261,7 +261,7 @@ def head_bytes(
     key_bits: int,
     value_bits: int,
     eviction: EvictionChoice,
-    graded: bool = False,
+    mixed_precision: bool = False,
     room: int | None = None,
 ) -> int:
     """Most bytes that one KV head of this capacity holds, with positions, scores and centroids where they are kept.
@@ -270,8 +270,8 @@ def head_bytes(
     """
     slots, head_dim = tokens if room is None else min(tokens, room), geometry.head_dim
     dense = eviction.dense_slots(tokens, slots)
-    keys, values = grades(head_dim, key_bits, graded), grades(head_dim, value_bits, False)
-    payload = side_bytes(slots, keys, dense) + side_bytes(slots, values, dense)
+    keys, values = bit_split(head_dim, key_bits, mixed_precision), bit_split(head_dim, value_bits, False)
+    payload = tensor_bytes(slots, keys, dense) + tensor_bytes(slots, values, dense)
     mean = head_dim * FULL_BITS // 8 if key_bits < FULL_BITS else 0
     centroids = eviction.centroids * (2 * head_dim * FULL_BITS // 8 + CENTROID_STATE_BYTES)
-    return payload + mean + centroids + (slots * STATE_BYTES if eviction.scored else 0)
+    return payload + mean + centroids + (slots * ENTRY_STATE_BYTES if eviction.scored else 0)

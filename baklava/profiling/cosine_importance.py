@@ -31,7 +31,7 @@ class Meter:
         """Within it, forwards are measured."""
         hooks = [hook for index, layer in enumerate(_decoder_layers(self.loaded)) for hook in self._hook(index, layer)]
         try:
-            with attention.watching(self._watch):
+            with attention.attention_hook(self._watch):
                 yield
         finally:
             for hook in hooks:
@@ -65,7 +65,7 @@ class Meter:
         ]
 
     def _watch(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, output: Tensor, kernel: attention.Kernel
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, output: Tensor, kernel: attention.AttentionParams
     ) -> None:
         heads, group = output.shape[2], output.shape[2] // key.shape[1]
         inputs: dict[Source, Tensor] = {

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from baklava.cache.attention import Summary
-from baklava.cache.head_groups.centroids import ITERATIONS, Centroids, attention_of
-from baklava.cache.storage.fake_quantize import read_back
+from baklava.cache.attention import CentroidEntries
+from baklava.cache.head_groups.centroids import PROMPT_KMEANS_ITERATIONS, Centroids, mean_attention
+from baklava.cache.storage.fake_quantize import fake_quantize
 from baklava.eviction import Eviction
 from baklava.plan.byte_accounting import FULL_BITS
 from baklava.profiling.output_gradients import LayerPass, Weights
@@ -68,8 +68,8 @@ def losses(layer: LayerPass, scores: Float[Tensor, "heads context"], lattice: La
     continuation competes for the same capacity.
     """
     sinks, order = lattice.eviction.sinks, channel_sizes(layer, lattice.eviction.sinks).argsort(descending=True)
-    keys = [read_back(layer.key, bits, sinks, centred=True, order=order) for bits in lattice.key_bits]
-    values = [read_back(layer.value, bits, sinks, centred=False) for bits in lattice.value_bits]
+    keys = [fake_quantize(layer.key, bits, sinks, centred=True, order=order) for bits in lattice.key_bits]
+    values = [fake_quantize(layer.value, bits, sinks, centred=False) for bits in lattice.value_bits]
     found = [_head_losses(layer, head, scores[head], lattice, keys, values) for head in range(len(scores))]
     by_keys, by_values = (torch.stack(side) for side in zip(*found, strict=True))
     kl, squared = (lattice.paired(by_keys[..., i], by_values[..., i]) for i in (0, 1))
@@ -109,7 +109,7 @@ class Cut:
     """Which entries a head holds for each measured query, and what stands for the others, if anything does."""
 
     mask: Bool[Tensor, "queries entries"]
-    summary: Summary | None
+    summary: CentroidEntries | None
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ class Kept:
         gone = ~mask[0, :context]
         if not self.eviction.centroids or not gone.any():
             return Cut(mask, None)
-        scores = torch.where(gone, attention_of(self.scores, self.eviction), 0)[None, None]
+        scores = torch.where(gone, mean_attention(self.scores, self.eviction), 0)[None, None]
         entries = key[None, None, :context], value[None, None, :context]
-        centroids = Centroids.none_yet(entries[0], 1, self.eviction.centroids)
-        return Cut(mask, centroids.with_members(*entries, scores, ITERATIONS).summary(key.dtype))
+        centroids = Centroids.empty(entries[0], 1, self.eviction.centroids)
+        return Cut(mask, centroids.merge(*entries, scores, PROMPT_KMEANS_ITERATIONS).entries(key.dtype))
 
     def mask(self, capacity: int, entries: int) -> Bool[Tensor, "queries entries"]:
         """Which entries a head of this capacity holds; between evictions half an interval of it is empty."""

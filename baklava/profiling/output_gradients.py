@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from baklava.cache import attention
-from baklava.cache.attention import Kernel, Summary, grouped
+from baklava.cache.attention import AttentionParams, CentroidEntries, split_gqa_groups
 from baklava.cache.recording_layer import Recording
 from baklava.runtime.model_loader import LoadedModel
 
@@ -33,7 +33,7 @@ class LayerPass:
     key: Float[Tensor, "heads entries head_dim"]
     value: Float[Tensor, "heads entries head_dim"]
     gradient: Float[Tensor, "draws heads group queries head_dim"]
-    kernel: Kernel
+    kernel: AttentionParams
 
     def positions(self, stride: int) -> Int[Tensor, " queries"]:
         """Positions of every `stride`-th query; the last entries are the queries' own."""
@@ -48,7 +48,7 @@ class LayerPass:
         return Weights(logits.sub_(peak).exp_(), peak)
 
     def standing_in(
-        self, head: int, summary: Summary, stride: int, peak: Float[Tensor, "group queries 1"]
+        self, head: int, summary: CentroidEntries, stride: int, peak: Float[Tensor, "group queries 1"]
     ) -> Float[Tensor, "group queries summaries"]:
         """The same for a summary of one head, beside weights whose largest logits are these."""
         return (self._logits(head, summary.key[0, 0], stride) + summary.bias[0, 0] - peak).exp()
@@ -63,18 +63,18 @@ class LayerPass:
 
 def passed(loaded: LoadedModel, recording: Recording, ids: Int[Tensor, "1 tokens"], seed: int) -> list[LayerPass]:
     """One forward and `DRAWS` backward passes of a continuation behind a recorded context, layer by layer."""
-    seen: list[tuple[Tensor, Tensor, Tensor, Tensor, Kernel]] = []
+    seen: list[tuple[Tensor, Tensor, Tensor, Tensor, AttentionParams]] = []
 
     def watch(
-        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, kernel: Kernel
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, kernel: AttentionParams
     ) -> None:
         output.retain_grad()
         seen.append((query, key, value, output, kernel))
 
-    with torch.inference_mode(False), torch.enable_grad(), _frozen(loaded), attention.watching(watch):
+    with torch.inference_mode(False), torch.enable_grad(), _frozen(loaded), attention.attention_hook(watch):
         # Copies: what was made in inference mode cannot take part in a backward pass.
         keys, values = (tuple(each.clone() for each in side) for side in (recording.keys, recording.values))
-        cache = Recording(keys, values, scores=()).full()
+        cache = Recording(keys, values, scores=()).to_dynamic_cache()
         embedded = loaded.model.get_input_embeddings()(ids.clone()).detach().requires_grad_()
         logits = loaded.model(inputs_embeds=embedded, past_key_values=cache).logits[0].float()
         draws = [_gradients(logits, [each[3] for each in seen], seed + draw) for draw in range(DRAWS)]
@@ -102,8 +102,8 @@ def _gradients(logits: Float[Tensor, "tokens vocabulary"], outputs: list[Tensor]
     return list(torch.autograd.grad(likelihood, outputs, retain_graph=True))
 
 
-def _layer(seen: tuple[Tensor, Tensor, Tensor, Tensor, Kernel], gradients: list[Tensor]) -> LayerPass:
+def _layer(seen: tuple[Tensor, Tensor, Tensor, Tensor, AttentionParams], gradients: list[Tensor]) -> LayerPass:
     query, key, value, _, kernel = seen
     group = query.shape[1] // key.shape[1]
-    stacked = torch.stack([grouped(gradient.transpose(1, 2), group)[0] for gradient in gradients])
-    return LayerPass(grouped(query, group)[0].detach(), key[0].detach(), value[0].detach(), stacked, kernel)
+    stacked = torch.stack([split_gqa_groups(gradient.transpose(1, 2), group)[0] for gradient in gradients])
+    return LayerPass(split_gqa_groups(query, group)[0].detach(), key[0].detach(), value[0].detach(), stacked, kernel)

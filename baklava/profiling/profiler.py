@@ -11,21 +11,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from baklava import console as progress
-from baklava.cache.storage.fake_quantize import packable
+from baklava.cache.storage.fake_quantize import is_packable
 from baklava.data.windows import Window
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Reconstruction
 from baklava.paths import cache_dir
-from baklava.plan.byte_accounting import gradable
+from baklava.plan.byte_accounting import supports_mixed_precision
 from baklava.plan.geometry import CacheGeometry
 from baklava.profiling import loss_curves as curves
 from baklava.profiling.cosine_importance import Meter
 from baklava.profiling.loss_curves import Lattice, channel_sizes
 from baklava.profiling.output_gradients import LayerPass, passed
 from baklava.profiling.profile import Curves, Grid, Measure, Profile, Ranker, Ranking
-from baklava.runtime.context_reconstruction import fits, request
+from baklava.runtime.context_reconstruction import can_repeat, repeat_prompt
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import record
+from baklava.runtime.prefill import prefill_and_record
 
 POINTS = 40
 """Ranks kept of every head, in equal steps of their logarithm: neighbours are a fifth apart in a context of 3,072."""
@@ -89,7 +89,7 @@ class Measured:
 
 def windows_digest(windows: Sequence[Window]) -> str:
     """Hash of the windows' tokens: what a profile was measured on."""
-    return hashlib.sha256(repr([(window.ids, window.context) for window in windows]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([(window.ids, window.context_length) for window in windows]).encode()).hexdigest()[:16]
 
 
 @torch.inference_mode()
@@ -123,7 +123,7 @@ def profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
         layer_importance=tuple((1 - meter.layers()).tolist()),
         rankings={name: ranking([each.scores[name] for each in measured], KEEPS.sinks) for name in rankers},
         curves=_curves(measured, lattice) if full else None,
-        key_channels=_ordered(measured) if full and gradable(loaded.geometry.head_dim) else None,
+        key_channels=_ordered(measured) if full and supports_mixed_precision(loaded.geometry.head_dim) else None,
     )
 
 
@@ -140,7 +140,7 @@ def cached_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
 
 
 def _check_contexts(windows: Sequence[Window]) -> None:
-    shortest = min(window.context for window in windows)
+    shortest = min(window.context_length for window in windows)
     if shortest <= KEEPS.sinks:
         raise UserError(
             f"a context of {shortest} tokens is all sinks, of which there are {KEEPS.sinks}, so there is nothing to "
@@ -150,34 +150,34 @@ def _check_contexts(windows: Sequence[Window]) -> None:
 
 def _rankers(loaded: LoadedModel, windows: Sequence[Window]) -> dict[Ranker, Eviction]:
     """What entries are ranked by; by reconstruction only where there is room to repeat every context."""
-    room = all(fits(loaded, _ids(loaded, window.ids[: window.context])) for window in windows)
+    room = all(can_repeat(loaded, _ids(loaded, window.ids[: window.context_length])) for window in windows)
     return RANKERS if room else {"heavy_hitter": KEEPS}
 
 
 def _lattice(geometry: CacheGeometry, windows: Sequence[Window]) -> Lattice:
     tokens = min(len(window.ids) for window in windows)
-    bits = tuple(pair for pair in BITS if min(pair) >= 16 or packable(geometry.head_dim, min(pair)))
+    bits = tuple(pair for pair in BITS if min(pair) >= 16 or is_packable(geometry.head_dim, min(pair)))
     return Lattice(KEEPS, curves.capacities(tokens, KEEPS.sinks, KEEPS.interval), bits)
 
 
 def _measure(
     loaded: LoadedModel, window: Window, lattice: Lattice, rankers: dict[Ranker, Eviction], number: int
 ) -> Measured:
-    context = _ids(loaded, window.ids[: window.context])
-    recorded = record(loaded, context, tuple(rankers.values()))
+    context = _ids(loaded, window.ids[: window.context_length])
+    recorded = prefill_and_record(loaded, context, tuple(rankers.values()))
     scores: dict[Ranker, list[Tensor]] = {
         name: [layer[method.observation][0] for layer in recorded.recording.scores] for name, method in rankers.items()
     }
     kept_by = scores["heavy_hitter"]
     # One pass at a time: each holds the keys, values and gradients of all layers.
-    layers = passed(loaded, recorded.recording, _ids(loaded, window.ids[window.context :]), number)
+    layers = passed(loaded, recorded.recording, _ids(loaded, window.ids[window.context_length :]), number)
     text, error = _losses(layers, kept_by, lattice)
     channels = [channel_sizes(layer, KEEPS.sinks).cpu() for layer in layers]
     del layers
     losses: dict[Measure, list[Tensor]] = {"text": text, "error": error}
     if "reconstruction" in rankers:
-        start = (number * REPEATED) % max(1, window.context - REPEATED)
-        repeated = torch.cat([request(loaded, context, start), context[:, start : start + REPEATED]], 1)
+        start = (number * REPEATED) % max(1, window.context_length - REPEATED)
+        repeated = torch.cat([repeat_prompt(loaded, context, start), context[:, start : start + REPEATED]], 1)
         losses["repetition"], _ = _losses(passed(loaded, recorded.recording, repeated, number), kept_by, lattice)
     return Measured(scores, losses, channels)
 

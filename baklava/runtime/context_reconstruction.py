@@ -8,37 +8,43 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
 from baklava.cache import attention
-from baklava.cache.attention import Heads, Kernel, Queries, grouped, ungrouped
-from baklava.cache.head_groups import Forward, Scorekeeper, observe
+from baklava.cache.attention import (
+    AttentionParams,
+    BudgetedLayerBase,
+    KVStates,
+    QueryStates,
+    merge_gqa_groups,
+    split_gqa_groups,
+)
+from baklava.cache.head_groups import AttentionInputs, ScoreAccumulator, update_scores
 from baklava.cache.recording_layer import Recording
 from baklava.errors import UserError
 from baklava.eviction import Reconstruction, Sample
 from baklava.runtime.model_loader import LoadedModel
 
-CHUNK = 512
+REPEAT_CHUNK_TOKENS = 512
 """Tokens that are repeated per forward."""
 
-ROOM = CHUNK + 64
+REPEAT_OVERHEAD_TOKENS = REPEAT_CHUNK_TOKENS + 64
 """Positions that repeating takes behind a prompt: a chunk, its lead and the request."""
 
-LEAD = 8
+LEAD_TOKENS = 8
 """Tokens before a chunk that tell the model where to go on."""
 
 
 @torch.inference_mode()
-def repeated(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"], recording: Recording) -> Recording:
+def add_reconstruction_scores(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"], recording: Recording) -> Recording:
     """The recording of a prompt, with its scores by context reconstruction beside those it has.
 
     Raises:
         UserError: the model's positions do not reach behind the prompt by one chunk.
     """
-    if not fits(loaded, ids):
+    if not can_repeat(loaded, ids):
         raise UserError(
-            f"a prompt of {ids.shape[1]} tokens leaves no room to repeat {min(CHUNK, ids.shape[1])} of them within the "
+            f"a prompt of {ids.shape[1]} tokens leaves no room to repeat {min(REPEAT_CHUNK_TOKENS, ids.shape[1])} of them within the "
             f"{loaded.max_length} positions of {loaded.identity.id}; shorten it or choose another eviction method"
         )
     cache = Cache(layers=[RepeatingLayer(*pair) for pair in zip(recording.keys, recording.values, strict=True)])
@@ -49,46 +55,46 @@ def repeated(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"], recording: R
     return replace(recording, scores=scores)
 
 
-def fits(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> bool:
+def can_repeat(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> bool:
     """Whether the model's positions reach behind a prompt by one chunk of it."""
     return ids.shape[1] + max(chunk.shape[1] for chunk in _chunks(loaded, ids)) <= loaded.max_length
 
 
 def _chunks(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> Iterator[Int[Tensor, "batch chunk"]]:
     """The prompt in chunks, each behind the request to repeat it."""
-    for start in range(0, ids.shape[1], CHUNK):
-        yield torch.cat([request(loaded, ids, start), ids[:, start : start + CHUNK]], 1)
+    for start in range(0, ids.shape[1], REPEAT_CHUNK_TOKENS):
+        yield torch.cat([repeat_prompt(loaded, ids, start), ids[:, start : start + REPEAT_CHUNK_TOKENS]], 1)
 
 
-def request(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"], start: int) -> Int[Tensor, "batch request"]:
+def repeat_prompt(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"], start: int) -> Int[Tensor, "batch request"]:
     """The request to repeat a prompt from here on, if there is a tokenizer to write it with, and what leads there."""
     ask = "\n\nRepeat the text above, word for word, from its beginning:\n\n"
     if start:
         ask = "\n\nRepeat the text above, word for word, going on after:\n\n"
     asked = loaded.tokenizer.encode(ask, add_special_tokens=False) if loaded.tokenizer else []
     written = torch.tensor(asked, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
-    return torch.cat([written, ids[:, max(0, start - LEAD) : start]], 1)
+    return torch.cat([written, ids[:, max(0, start - LEAD_TOKENS) : start]], 1)
 
 
-class RepeatingLayer(DynamicLayer):
+class RepeatingLayer(BudgetedLayerBase):
     """A prompt's full cache that is attended to but takes nothing in, and keeps what its entries got at the most."""
 
-    def __init__(self, keys: Heads, values: Heads) -> None:
+    def __init__(self, keys: KVStates, values: KVStates) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.cumulative_length = keys, values, keys.shape[2]
         self.scores: Float[Tensor, "batch heads entries"] = torch.zeros(keys.shape[:3], device=keys.device)
 
     @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return attention.tagged(key_states, self), value_states
+        return attention.attach_layer(key_states, self), value_states
 
-    def attend(self, query: Queries, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Queries:
+    def attend(self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, kernel: AttentionParams) -> QueryStates:
         """Attend to the prompt and to the repetition so far, and note what the prompt gets."""
         held, new = self.keys.shape[2], key.shape[2]
         positions = torch.arange(held + new, device=key.device)[None]
-        forward = Forward(
-            grouped(query, query.shape[1] // key.shape[1]),
+        forward = AttentionInputs(
+            split_gqa_groups(query, query.shape[1] // key.shape[1]),
             torch.cat([self.keys, key], 2),
             torch.cat([self.values, value], 2),
             positions[:, held:],
@@ -96,6 +102,6 @@ class RepeatingLayer(DynamicLayer):
             kernel,
         )
         scores = torch.cat([self.scores, self.scores.new_zeros(key.shape[:3])], 2)
-        observe(forward, Sample(), [Scorekeeper(Reconstruction(), scores)])
+        update_scores(forward, Sample(), [ScoreAccumulator(Reconstruction(), scores)])
         self.scores = scores[..., :held].clone()
-        return ungrouped(forward.attend(masked=True))
+        return merge_gqa_groups(forward.attend(masked=True))

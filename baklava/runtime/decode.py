@@ -9,20 +9,27 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import BaseStreamer, GenerationMode
-from typing_extensions import override
 
 from baklava.cache import attention
-from baklava.cache.attention import Heads, Kernel, Queries, attend, grouped, ungrouped
+from baklava.cache.attention import (
+    AttentionParams,
+    BudgetedLayerBase,
+    KVStates,
+    QueryStates,
+    attend,
+    merge_gqa_groups,
+    split_gqa_groups,
+)
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.budgeted_layer import AttendingLayer, RaggedLayer, attend_together
+from baklava.cache.budgeted_layer import BudgetedLayer, batched_attend
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.runtime.logprobs import check_fed
+from baklava.runtime.logprobs import check_consumed
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import Logits, prefill
 
 
-class BatchedLayer(AttendingLayer):
+class BatchedLayer(BudgetedLayerBase):
     """The same layer of several caches of one sequence each.
 
     Rows differ in what they have seen, so it says 0 and positions must be given.
@@ -32,15 +39,11 @@ class BatchedLayer(AttendingLayer):
         super().__init__()
         self.index, self.batch = index, batch
 
-    @override
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand the new keys on, tagged with this layer; every cache takes its own in when it attends."""
-        return attention.tagged(key_states, self), value_states
+        return attention.attach_layer(key_states, self), value_states
 
-    def attend(self, query: Queries, key: Heads, value: Heads, padding: Tensor | None, kernel: Kernel) -> Queries:
+    def attend(self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, kernel: AttentionParams) -> QueryStates:
         """What the new token of each row attends to in the row's own cache; zeros in a row that has failed."""
         output = torch.zeros_like(query)
         for rows in self.batch.teams:
@@ -60,22 +63,22 @@ class BatchedLayer(AttendingLayer):
     def _together(
         self,
         rows: list[int],
-        layers: list[RaggedLayer],
-        query: Queries,
-        key: Heads,
-        value: Heads,
-        kernel: Kernel,
-        output: Queries,
+        layers: list[BudgetedLayer],
+        query: QueryStates,
+        key: KVStates,
+        value: KVStates,
+        kernel: AttentionParams,
+        output: QueryStates,
     ) -> None:
         try:
-            made, failed = attend_together(layers, query[rows], key[rows], value[rows], kernel)
+            made, failed = batched_attend(layers, query[rows], key[rows], value[rows], kernel)
         except Exception as error:  # of what all of them share
             self.batch.failed |= dict.fromkeys(rows, error)
             return
         output[rows] = made
         self.batch.failed |= {rows[place]: error for place, error in failed.items()}
 
-    def _attend(self, cache: BudgetedCache, query: Queries, key: Heads, value: Heads, kernel: Kernel) -> Queries:
+    def _attend(self, cache: BudgetedCache, query: QueryStates, key: KVStates, value: KVStates, kernel: AttentionParams) -> QueryStates:
         layer = cache.layers[self.index]
         key, value = cache.update(key, value, self.index)
         own = getattr(key, "budgeted_layer", None)
@@ -84,12 +87,12 @@ class BatchedLayer(AttendingLayer):
         # A layer that slides has cut its entries to the window already, and one new token sees all of them.
         assert layer.is_sliding
         positions = torch.zeros(1, key.shape[2], dtype=torch.long, device=key.device)
-        queries = grouped(query, query.shape[1] // key.shape[1])
-        return ungrouped(attend(queries, key, value, positions[:, :1], positions[:, None], kernel, masked=False))
+        queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
+        return merge_gqa_groups(attend(queries, key, value, positions[:, :1], positions[:, None], kernel, masked=False))
 
 
 def _joins(layer: CacheLayerMixin) -> bool:
-    return isinstance(layer, RaggedLayer) and layer.joinable
+    return isinstance(layer, BudgetedLayer) and layer.can_batch
 
 
 class BatchedCache(Cache):
@@ -134,11 +137,11 @@ def decode_step(
 
 Row = Int[Tensor, "rows _"]
 
-ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 @torch.inference_mode()
-def decode(loaded: LoadedModel, plan: BudgetPlan, prompt: Sequence[int], **options: Any) -> list[int]:
+def generate(loaded: LoadedModel, plan: BudgetPlan, prompt: Sequence[int], **options: Any) -> list[int]:
     """The tokens behind a prompt that enters as its plan says, also chunk by chunk or repeated.
 
     `options` are those of `model.generate`, which makes the logits processors and stopping criteria of them.
@@ -161,12 +164,12 @@ def decode(loaded: LoadedModel, plan: BudgetPlan, prompt: Sequence[int], **optio
         cache, logits = prefill(loaded, plan, input_ids)
         while True:
             scores = logits_processor(input_ids, logits.float())
-            token = _drawn(scores, sampled=bool(generation_config.do_sample))
+            token = _sample(scores, sampled=bool(generation_config.do_sample))
             input_ids = torch.cat([input_ids, token], 1)
             if streamer is not None:
                 streamer.put(token.cpu())
             if bool(stopping_criteria(input_ids, scores).all()):
-                check_fed(cache, input_ids.shape[1] - 1)
+                check_consumed(cache, input_ids.shape[1] - 1)
                 if streamer is not None:
                     streamer.end()
                 return input_ids
@@ -179,12 +182,12 @@ def decode(loaded: LoadedModel, plan: BudgetPlan, prompt: Sequence[int], **optio
 
 def _check_one_by_one(config: GenerationConfig) -> None:
     mode = config.get_generation_mode()
-    if mode not in ONE_BY_ONE or (config.num_return_sequences or 1) > 1:
+    if mode not in SUPPORTED_MODES or (config.num_return_sequences or 1) > 1:
         raise UserError(
             f"{mode.value} with {config.num_return_sequences or 1} sequences was asked for, but a plan bounds one "
             "sequence at a time; leave it to greedy decoding or sampling"
         )
 
 
-def _drawn(scores: Tensor, sampled: bool) -> Row:
+def _sample(scores: Tensor, sampled: bool) -> Row:
     return torch.softmax(scores, -1).multinomial(1) if sampled else scores.argmax(-1, keepdim=True)

@@ -11,13 +11,13 @@ LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 USED = ("memory.current", "memory/memory.usage_in_bytes")
 
 
-def host_bytes() -> int:
+def total_host_bytes() -> int:
     """Bytes that there are."""
     present, limit = psutil.virtual_memory().total, _first(LIMITS)
     return present if limit is None else min(present, limit)
 
 
-def free_host_bytes() -> int:
+def available_host_bytes() -> int:
     """Bytes that could be allocated now."""
     free, limit, used = psutil.virtual_memory().available, _first(LIMITS), _first(USED)
     return free if limit is None or used is None else max(0, min(free, limit - used))

@@ -51,7 +51,7 @@ class LoadedModel:
         return found.hexdigest()[:16]
 
     @property
-    def end_ids(self) -> frozenset[int]:
+    def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a text."""
         ends = self.model.generation_config.eos_token_id
         return frozenset([ends] if isinstance(ends, int) else ends or ())
@@ -74,9 +74,9 @@ class LoadedModel:
     def of(cls, model: Any, tokenizer: Any = None, id: str = "local", revision: str | None = None) -> "LoadedModel":
         """Wrap a transformers model that exists already; switches its attention to baklava's."""
         attention.register()
-        model.set_attn_implementation(attention.NAME)
+        model.set_attn_implementation(attention.ATTN_IMPLEMENTATION)
         # transformers only warns where a model does not let its attention be chosen.
-        if model.config._attn_implementation != attention.NAME:
+        if model.config._attn_implementation != attention.ATTN_IMPLEMENTATION:
             raise UserError(
                 f"{model.config.model_type} does not attend through transformers' attention interface, so its cache "
                 "cannot be budgeted; choose another model"
@@ -87,11 +87,11 @@ class LoadedModel:
         return cls(model.eval(), tokenizer, identity, CacheGeometry.of(model.config))
 
 
-def load(name: str, *, device: str | None = None, threads: int | None = None, spread: bool = False) -> LoadedModel:
+def load(name: str, *, device: str | None = None, threads: int | None = None, device_map_auto: bool = False) -> LoadedModel:
     """Load `demo`, a directory, or a hub id; safetensors only, and never code from the checkpoint.
 
     The CPU computes in float32, four times faster there than bfloat16; other devices in the checkpoint's own dtype.
-    `threads` sets torch's threads for the whole process. `spread` lays the layers over all visible devices, for a model
+    `threads` sets torch's threads for the whole process. `device_map_auto` lays the layers over all visible devices, for a model
     that is larger than one of them.
 
     Raises:
@@ -108,17 +108,17 @@ def load(name: str, *, device: str | None = None, threads: int | None = None, sp
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            device_map="auto" if spread else None,
+            device_map="auto" if device_map_auto else None,
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation=attention.NAME,
+            attn_implementation=attention.ATTN_IMPLEMENTATION,
         )
     except _UNLOADABLE as error:
         raise UserError(_unloadable(name, error)) from None
-    return LoadedModel.of(model if spread else model.to(device), tokenizer, id=name, revision=_revision(name, model))
+    return LoadedModel.of(model if device_map_auto else model.to(device), tokenizer, id=name, revision=_revision(name, model))
 
 
-def describe(name: str) -> tuple[ModelIdentity, CacheGeometry]:
+def load_config(name: str) -> tuple[ModelIdentity, CacheGeometry]:
     """Identity and geometry from the config alone, without loading weights."""
     path = str(demo_model()) if name == DEMO else name
     try:

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from baklava.data.documents import Document, documents
-from baklava.data.windows import Splits, Window, round_robin, split, windows
+from baklava.data.documents import Document, load_documents
+from baklava.data.windows import Splits, Window, cut_windows, make_splits, round_robin
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from benchmarks.fidelity.methods import Contestant, Maker
@@ -46,15 +46,15 @@ def cut(texts: Texts, which: Split, tokenizer: Any) -> Cut:
     Raises:
         UserError: a text that does not exist or is too short, or no document that a search leaves.
     """
-    searched = documents([texts.searched])
+    searched = load_documents([texts.searched])
     lengths = {"context": texts.context, "continuation": texts.continuation}
-    splits = split(searched, tokenizer, **lengths, seed=texts.seed, search=WINDOWS, validation=WINDOWS)
+    splits = make_splits(searched, tokenizer, **lengths, seed=texts.seed, search=WINDOWS, validation=WINDOWS)
     if which == "validation":
         count = dict(texts.test).get(texts.searched, WINDOWS)
         return Cut(splits.calibration, {texts.searched: splits.validation[:count]})
     scored = {}
     for name, count in texts.test:
-        unseen = untouched(searched, splits) if name == texts.searched else documents([name])
+        unseen = untouched(searched, splits) if name == texts.searched else load_documents([name])
         scored[name] = _drawn(unseen, tokenizer, texts.seen + count, texts.seed, lengths)[texts.seen :]
     return Cut(splits.calibration, scored)
 
@@ -74,7 +74,7 @@ def _drawn(
 ) -> tuple[Window, ...]:
     """Windows of shuffled documents, a second one of any only when each has given one."""
     by_document: dict[str, list[Window]] = {}
-    for window in windows(of, tokenizer, **lengths, per_document=count):
+    for window in cut_windows(of, tokenizer, **lengths, per_document=count):
         by_document.setdefault(window.document, []).append(window)
     names = sorted(by_document)
     random.Random(seed).shuffle(names)

@@ -9,7 +9,7 @@ from benchmarks.fidelity.methods import BASELINE, OURS
 from benchmarks.fidelity.results import TOGETHER
 
 NAME = "fidelity"
-BEGIN, END = pages.markers(NAME)
+BEGIN, END = pages.section_markers(NAME)
 NONE = "–"
 SHUFFLED = "shuffled"
 
@@ -24,12 +24,12 @@ def table(figures: Figures) -> str:
 
 def put(page: Path, text: str) -> None:
     """Write `text` between the markers of a page, in the place of what is there; raises as `check_page`."""
-    pages.put(page, NAME, text)
+    pages.write_section(page, NAME, text)
 
 
 def check_page(page: Path) -> str:
     """What is on a page; raises UserError where it has not got both markers once."""
-    return pages.check_page(page, NAME)
+    return pages.read_checked(page, NAME)
 
 
 def row_of(figures: Figures, method: str, budget: float, corpus: str = TOGETHER) -> Row | None:

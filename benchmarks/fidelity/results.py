@@ -14,7 +14,7 @@ from baklava.evaluation.bootstrap import Interval, interval, ratio
 from benchmarks.fidelity.inputs import Entry
 from benchmarks.fidelity.methods import BASELINE, CONTROLLED, OURS
 from benchmarks.fidelity.run import Study
-from benchmarks.timing import machine
+from baklava.evaluation.speed.timing import machine_info
 
 Metric = Literal["dnll", "kl"]
 METRICS: tuple[Metric, Metric] = ("dnll", "kl")
@@ -130,7 +130,7 @@ def _provenance(found: Study) -> dict[str, Any]:
         "searched": asked.texts.searched,
         "controls": list(asked.texts.controls),
         "budgets": list(asked.budgets),
-        "machine": machine(),
+        "machine": machine_info(),
     }
 
 

@@ -43,7 +43,7 @@ class Row(FrozenModel):
 
 def run_of(weights: str, window: Window) -> str:
     """Stands for these weights on this window."""
-    return hashlib.sha256(f"{weights} {window.ids} {window.context}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{weights} {window.ids} {window.context_length}".encode()).hexdigest()[:16]
 
 
 def rows(loaded: LoadedModel, window: Window, plans: Sequence[BudgetPlan], code: str) -> Iterator[Row]:

@@ -1,1 +1,1 @@
-"""Decode and prefill against transformers, in one process."""
+"""Time decode steps and prefills of plans, next to transformers' own cache, in one process."""

@@ -1,27 +1,33 @@
-"""Prefill of the whole model: time per eviction method, and the peak of memory over its floor."""
+"""Time the prefill of the whole model under every eviction method, and measure its peak memory over the floor."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from baklava.console import log, progress_bar
-from baklava.runtime.context_reconstruction import CHUNK as REPEATED
+from baklava.evaluation.speed.peak_memory import WARMUP_TOKENS, prefill_peak_over_floor
+from baklava.evaluation.speed.timing import machine_info, time_interleaved
+from baklava.evaluation.speed.workloads import BASELINE, baseline_prefill, random_prompt
+from baklava.eviction import METHODS, HeavyHitter, Reconstruction, Streaming
+from baklava.plan.budget_plan import BudgetPlan, Prefill
+from baklava.runtime.context_reconstruction import REPEAT_OVERHEAD_TOKENS
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import prefill as enter
-from benchmarks.kernels.decode import prefill_plans
-from benchmarks.peak_memory import over_floor, plain
-from benchmarks.timing import Timing, machine, take_turns
-from benchmarks.transformers_baseline import PEER
+from baklava.runtime.prefill import prefill
+from benchmarks.kernels.decode import same_plan_in_all_layers
+
+PREFILL_CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contestant at one context and batch.
+class PrefillRow:
+    """Prefills under one plan at one context and batch size.
 
-    `over_peer` and `over_streaming` are medians over rounds of how many times as long it takes; `peak` is its highest
-    memory over the floor: weights, one layer's dense keys and values, and the plan.
+    Attributes:
+        seconds: median over rounds.
+        spread: interquartile range over the median.
+        over_baseline: median over rounds of this plan's time over the baseline's.
+        over_streaming: the same over the plan with sinks and recent tokens.
+        peak_over_floor: peak memory over the floor: weights, one layer's full keys and values, and the plan.
     """
 
     context: int
@@ -29,43 +35,59 @@ class Row:
     plan: str
     seconds: float
     spread: float
-    over_peer: float
+    over_baseline: float
     over_streaming: float
-    peak: float | None = None
+    peak_over_floor: float | None = None
 
 
-def prefill(
+def benchmark_prefill(
     loaded: LoadedModel, contexts: Sequence[int], batches: Sequence[int], share: float, rounds: int, memory: bool
 ) -> dict[str, Any]:
-    """Time every eviction method at every context and batch; peaks are taken in processes of their own."""
-    rows: list[Row] = []
+    """Time every eviction method at every context and batch size; each peak is measured in its own process."""
+    rows: list[PrefillRow] = []
     with progress_bar(len(contexts) * len(batches), "prefilling", "pair") as progress:
         for context in contexts:
             for batch in batches:
-                rows += _pair(loaded, context, batch, share, rounds, memory)
+                rows += _benchmark_pair(loaded, context, batch, share, rounds, memory)
                 progress.update(1)
-    return {"benchmark": "prefill", "machine": machine(), "rounds": rounds, "rows": [asdict(row) for row in rows]}
+    return {"benchmark": "prefill", "machine": machine_info(), "rounds": rounds, "rows": [asdict(row) for row in rows]}
 
 
-def _pair(loaded: LoadedModel, context: int, batch: int, share: float, rounds: int, memory: bool) -> list[Row]:
-    draw = torch.Generator().manual_seed(0)
-    vocabulary = loaded.model.config.vocab_size
-    ids = torch.randint(5, vocabulary, (batch, context), generator=draw).to(loaded.device)
+def _benchmark_pair(
+    loaded: LoadedModel, context: int, batch: int, share: float, rounds: int, memory: bool
+) -> list[PrefillRow]:
+    ids = random_prompt(loaded, batch, context)
     plans = prefill_plans(loaded, context, share)
-    if context + REPEATED + 64 > loaded.max_length:
-        plans.pop("reconstruction")
-        log(f"{context} tokens leave no room to repeat a chunk: reconstruction is left out")
-    contestants: dict[str, Callable[[], Any]] = {PEER: lambda: plain(loaded, ids)}
-    contestants |= {name: lambda plan=plan: enter(loaded, plan, ids) for name, plan in plans.items()}  # type: ignore[misc]
-    for run in (lambda: plain(loaded, ids[:, :64]), lambda: enter(loaded, plans["streaming"], ids[:, :64])):
-        run()
-    timings = take_turns(contestants, rounds)
-    of = {PEER: None, **plans}
-    peaks = {name: over_floor(loaded, plan, context, batch) if memory else None for name, plan in of.items()}
-    return [_row(name, context, batch, timings, peaks[name]) for name in timings]
+    if context + REPEAT_OVERHEAD_TOKENS > loaded.max_length:
+        plans.pop(Reconstruction.name)
+        log(
+            f"{Reconstruction.name} is left out: repeating {context} tokens would exceed the model's {loaded.max_length}"
+        )
+    runs: dict[str, Callable[[], Any]] = {BASELINE: lambda: baseline_prefill(loaded, ids)}
+    runs |= {name: lambda plan=plan: prefill(loaded, plan, ids) for name, plan in plans.items()}  # type: ignore[misc]
+    baseline_prefill(loaded, ids[:, :WARMUP_TOKENS])
+    prefill(loaded, plans[Streaming.name], ids[:, :WARMUP_TOKENS])
+    timings = time_interleaved(runs, rounds)
+    return [
+        PrefillRow(
+            context=context,
+            batch=batch,
+            plan=name,
+            seconds=timing.median,
+            spread=timing.spread,
+            over_baseline=timing.ratio_to(timings[BASELINE]),
+            over_streaming=timing.ratio_to(timings[Streaming.name]),
+            peak_over_floor=prefill_peak_over_floor(loaded, plans.get(name), context, batch) if memory else None,
+        )
+        for name, timing in timings.items()
+    ]
 
 
-def _row(name: str, context: int, batch: int, timings: dict[str, Timing], peak: float | None) -> Row:
-    mine = timings[name]
-    over_peer, over_streaming = mine.over(timings[PEER]), mine.over(timings["streaming"])
-    return Row(context, batch, name, mine.median, mine.spread, over_peer, over_streaming, peak)
+def prefill_plans(loaded: LoadedModel, context: int, share: float) -> dict[str, BudgetPlan]:
+    """Return plans by name: a share of the entries in 16 bits under every method, and sinks + recent in chunks."""
+    tokens = (int(context * share),) * loaded.geometry.kv_heads
+    evictions = {name: method() for name, method in METHODS.items()}
+    evictions["heavy_hitter, stride 4"] = HeavyHitter(stride=4)
+    plans = {name: same_plan_in_all_layers(loaded, tokens, method, 16, context) for name, method in evictions.items()}
+    chunked = Prefill(mode="chunked", chunk=PREFILL_CHUNK_TOKENS)
+    return plans | {f"{Streaming.name}, chunked": plans[Streaming.name].model_copy(update={"prefill": chunked})}

@@ -28,8 +28,8 @@ from baklava.runtime.model_loader import LoadedModel, load
 from baklava.runtime.prefill import prefill
 from benchmarks.search.startup import Ran
 from tuning.search.inputs import Material
-from tuning.study.search_space import Task
-from tuning.study.trial import TrialRecord, finished
+from tuning.study.search_space import SearchTask
+from tuning.study.trial import TrialRecord, finished_trials
 
 Ids = Int[Tensor, "1 tokens"]
 LogProbs = Float[Tensor, "tokens vocabulary"]
@@ -40,13 +40,13 @@ def score(loaded: LoadedModel, plan: BudgetPlan, window: Window, step: int) -> d
     """NLL of the continuation, in nats per token, and KL to the full cache, which is prefilled once more for that."""
     started, ids = time.perf_counter(), torch.tensor([window.ids], device=loaded.device)
     full = DynamicCache()
-    logits = loaded.model(ids[:, : window.context], past_key_values=full, logits_to_keep=1).logits[:, -1]
-    reference = _stepped(loaded, ids, window.context, step, full, logits)
+    logits = loaded.model(ids[:, : window.context_length], past_key_values=full, logits_to_keep=1).logits[:, -1]
+    reference = _stepped(loaded, ids, window.context_length, step, full, logits)
     referred = time.perf_counter() - started
-    cache, logits = prefill(loaded, plan, ids[:, : window.context])
+    cache, logits = prefill(loaded, plan, ids[:, : window.context_length])
     with cache.teacher_forcing() if step > 1 else nullcontext():
-        found = _stepped(loaded, ids, window.context, step, cache, logits)
-    nll = -found.gather(-1, ids[0, window.context :, None]).mean()
+        found = _stepped(loaded, ids, window.context_length, step, cache, logits)
+    nll = -found.gather(-1, ids[0, window.context_length :, None]).mean()
     kl = (reference.exp() * (reference - found)).sum(-1).mean()
     return {"window": window.name, "nll": float(nll), "kl": float(kl), "reference_seconds": referred}
 
@@ -77,14 +77,14 @@ if __name__ == "__main__":
 ROOT = Path(__file__).parents[2]
 
 
-def against(ran: Ran, count: int, material: Material, task: Task, trial_seconds: float) -> dict[str, Any]:
+def against(ran: Ran, count: int, material: Material, task: SearchTask, trial_seconds: float) -> dict[str, Any]:
     """The first trials that scored every window, naively: trials per hour of both ways, and how far scores differ.
 
     The search's trials per hour are those of all its trials, the stopped ones included; per window both ways compare
     without that. Naively, continuations go in token by token, and once more in one forward each; the full cache's part
     of it, which a search for perplexity could leave out, is not counted.
     """
-    records, windows = finished(ran.trials)[:count], material.splits.search
+    records, windows = finished_trials(ran.trials)[:count], material.splits.search
     per_trial, per_window = (trial_seconds / each for each in (len(ran.trials), _scored(ran.trials)))
     found: dict[str, Any] = {"trials": len(records), "search_per_hour": 3600 / per_trial}
     with progress_bar(len(records) * 2, "naive trials", "trials") as progress:
@@ -111,7 +111,7 @@ def _apart(records: Sequence[TrialRecord], runs: Sequence[dict[str, Any]]) -> di
     return {f"{name}_apart": max(abs(ours[name] - other[name]) for ours, other in scores) for name in ("nll", "kl")}
 
 
-def _naively(folder: Path, record: TrialRecord, task: Task, windows: Sequence[Window], step: int) -> dict[str, Any]:
+def _naively(folder: Path, record: TrialRecord, task: SearchTask, windows: Sequence[Window], step: int) -> dict[str, Any]:
     plan, file = folder / "naive-plan.json", folder / "naive-windows.json"
     task.plan(record.params).write(plan)
     file.write_text(json.dumps([asdict(window) for window in windows]))

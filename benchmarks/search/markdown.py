@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.markdown_page import line
+from benchmarks.markdown_page import table_row
 
 NAME, SCALE = "search", "scale"
 """Names of the markers in README and docs/scale.md."""
@@ -19,7 +19,7 @@ def table(figures: Figures) -> str:
     rows = [["the search", "measured", "aim"], ["---"] * 3]
     for part, tell in (("overhead", _overhead), ("naive", _naive), ("replicas", _replicas)):
         rows += tell(figures[part]) if part in figures else []
-    parts = ["\n".join(map(line, rows))] if len(rows) > 2 else []
+    parts = ["\n".join(map(table_row, rows))] if len(rows) > 2 else []
     return "\n\n".join([*parts, *([_dispatched(figures["dispatch"])] if "dispatch" in figures else [])])
 
 
@@ -38,7 +38,7 @@ def scale(figures: Figures) -> str:
     )
     rows = [["seconds of a trial on one replica", *map(str, TRIAL_SECONDS)], ["---"] * (len(TRIAL_SECONDS) + 1)]
     rows.append(["replicas that one head keeps busy", *(f"{rate * seconds:.0f}" for seconds in TRIAL_SECONDS)])
-    return "\n\n".join([_dispatched(figures["dispatch"]), said, "\n".join(map(line, rows))])
+    return "\n\n".join([_dispatched(figures["dispatch"]), said, "\n".join(map(table_row, rows))])
 
 
 def _overhead(found: Figures) -> list[list[str]]:
@@ -72,4 +72,4 @@ def _dispatched(rows: Sequence[Figures]) -> str:
         ["trials per second", *(f"{row['per_second']:.2f}" for row in rows)],
         ["the sleeps alone would allow", *(f"{row['ideal']:.0f}" for row in rows)],
     ]
-    return "\n".join(map(line, lines))
+    return "\n".join(map(table_row, lines))

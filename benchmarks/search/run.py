@@ -12,9 +12,9 @@ from benchmarks.search.baseline import against
 from benchmarks.search.config import Asked
 from benchmarks.search.scaling import dispatch, scaling
 from benchmarks.search.startup import overhead, search
-from benchmarks.timing import machine
+from baklava.evaluation.speed.timing import machine_info
 from tuning.search.inputs import Material, prepare
-from tuning.study.search_space import Task
+from tuning.study.search_space import SearchTask
 from tuning.study.settings import SearchSettings
 
 PARTS = ("overhead", "naive", "replicas", "dispatch")
@@ -30,7 +30,7 @@ def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise UserError(f"--parts {unknown[0]}: no such part; take some of {', '.join(PARTS)}")
-    settings = SearchSettings.of(
+    settings = SearchSettings.from_options(
         model=asked.model,
         texts=[asked.texts],
         budget=asked.budget,
@@ -40,7 +40,7 @@ def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     )
     material = prepare(settings)  # also so that the timed search finds the profile cached, as a second search does
     task = task_of(settings, material)
-    found: dict[str, Any] = {"benchmark": "search", "asked": asdict(asked), "machine": machine()}
+    found: dict[str, Any] = {"benchmark": "search", "asked": asdict(asked), "machine": machine_info()}
     if {"overhead", "naive"} & set(parts):
         found |= _script(asked, "naive" in parts, material, task)
     if "replicas" in parts:
@@ -50,13 +50,13 @@ def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     return found
 
 
-def task_of(settings: SearchSettings, material: Material) -> Task:
+def task_of(settings: SearchSettings, material: Material) -> SearchTask:
     """The task of a search on this material."""
     windows = tuple(window.name for window in material.splits.search)
-    return Task(material.profile, settings.goal, settings.context_length, windows, settings.bits)
+    return SearchTask(material.profile, settings.goal, settings.context_length, windows, settings.bits)
 
 
-def _script(asked: Asked, naive: bool, material: Material, task: Task) -> dict[str, Any]:
+def _script(asked: Asked, naive: bool, material: Material, task: SearchTask) -> dict[str, Any]:
     with TemporaryDirectory(prefix="baklava-search-") as folder:
         log(f"overhead: a search of {asked.trials} trials")
         ran = search(asked, Path(folder) / "run")

@@ -15,11 +15,11 @@ from tuning.search.inputs import Material
 from tuning.search.trial_loop import Phases, Recorder
 from tuning.search.warm_start import Warm
 from tuning.study.journal import Journal
-from tuning.study.search_space import Task
+from tuning.study.search_space import SearchTask
 from tuning.study.settings import SearchSettings
 from tuning.study.trial import TrialRecord
 from tuning.tracking.tracker import Tracker
-from tuning.workers.cluster import Crew, Fleet, session
+from tuning.workers.cluster import OBJECT_STORE_BYTES, WorkerGroup, WorkerLayout
 
 
 class Sleeper:
@@ -58,40 +58,40 @@ class Untold:
         """Nothing."""
 
 
-def scaling(asked: Asked, settings: SearchSettings, material: Material, task: Task) -> dict[str, Any]:
+def scaling(asked: Asked, settings: SearchSettings, material: Material, task: SearchTask) -> dict[str, Any]:
     """Windows scored per second by one replica of one thread, and by two."""
     rates = {}
     settings = settings.model_copy(update={"trials": asked.scaled_trials})
     for replicas in (1, 2):
         log(f"scaling: {replicas} replicas of {THREADS} thread")
-        with session():
+        with ray_session(object_store_bytes=OBJECT_STORE_BYTES):
             windows = material.splits.search
-            crew = Crew.of(settings.model, Fleet(replicas, THREADS), windows, task)
+            crew = WorkerGroup.of(settings.model, WorkerLayout(replicas, THREADS), windows, task)
             rates[replicas] = _run(crew, settings, task)["windows"]
     return {"threads": THREADS, "one": rates[1], "two": rates[2], "times": rates[2] / rates[1]}
 
 
-def dispatch(asked: Asked, settings: SearchSettings, material: Material, task: Task) -> list[dict[str, Any]]:
+def dispatch(asked: Asked, settings: SearchSettings, material: Material, task: SearchTask) -> list[dict[str, Any]]:
     """Trials per second where scoring is replaced by a sleep, for several numbers of replicas."""
     settings = settings.model_copy(update={"trials": asked.dispatched_trials})
     found = []
     for replicas in asked.dispatched:
         log(f"dispatch: {replicas} replicas that sleep {asked.sleep:g} s a window")
-        with session():
+        with ray_session(object_store_bytes=OBJECT_STORE_BYTES):
             sleeper = ray.remote(Sleeper).options(num_cpus=0)
-            crew = Crew([sleeper.remote(asked.sleep) for _ in range(replicas)], material.splits.search, task)
+            crew = WorkerGroup([sleeper.remote(asked.sleep) for _ in range(replicas)], material.splits.search, task)
             rate = _run(crew, settings, task)["trials"]
         ideal = replicas / (asked.sleep * len(task.windows))
         found.append({"replicas": replicas, "per_second": rate, "ideal": ideal, "seconds_each": 1 / rate})
     return found
 
 
-def _run(crew: Crew, settings: SearchSettings, task: Task) -> dict[str, float]:
+def _run(crew: WorkerGroup, settings: SearchSettings, task: SearchTask) -> dict[str, float]:
     """Trials and windows per second of a search for its drawn trials, once the replicas are ready."""
     # Random draws, so that the sampler's time does not grow with the trials, and no two plans are the same.
     plain = settings.model_copy(update={"refine": 0, "sampler": "random"})
-    crew.start()
-    crew.hold(task.windows)
+    crew.wait_until_ready()
+    crew.prefill(task.windows)
     with TemporaryDirectory(prefix="baklava-scaling-") as folder:
         journal: Journal[TrialRecord] = Journal(Path(folder) / "trials.jsonl")
         recorder = Recorder(journal, cast(Tracker, Untold()), crew, task, plain.trials)

@@ -10,7 +10,7 @@ from typing import Any
 from baklava.errors import UserError
 from benchmarks.search.config import Asked
 from tuning.study.journal import Journal
-from tuning.study.trial import FILE, TrialRecord
+from tuning.study.trial import TRIALS_FILE, TrialRecord
 
 JOB = Path(__file__).parents[2] / "jobs/search.py"
 
@@ -45,7 +45,7 @@ def search(asked: Asked, out: Path) -> Ran:
     if process.returncode:
         raise UserError(f"the search that was to be timed failed: {said[-1][1] if said else 'it said nothing'}")
     said.append((time.perf_counter() - started, "ended"))
-    return Ran(out, tuple(Journal.read(out / FILE, TrialRecord.model_validate_json)), tuple(said))
+    return Ran(out, tuple(Journal.read(out / TRIALS_FILE, TrialRecord.model_validate_json)), tuple(said))
 
 
 def overhead(ran: Ran) -> dict[str, Any]:

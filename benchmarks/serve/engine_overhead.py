@@ -19,7 +19,7 @@ from serve_app.engine.engine import Engine, Limits
 from serve_app.engine.memory import capacities
 from serve_app.engine.prefill import transient
 from serve_app.engine.sampler import Sampling
-from serve_app.engine.types import Event, Token, Work
+from serve_app.engine.types import EngineOutput, TokenOutput, EngineRequest
 
 
 class Waiter:
@@ -30,14 +30,14 @@ class Waiter:
         self.error: Exception | None = None
         self.begun, self.ended = threading.Event(), threading.Event()
 
-    def take(self, event: Event) -> None:
+    def take(self, event: EngineOutput) -> None:
         """What the engine delivers to."""
-        if isinstance(event, Token):
+        if isinstance(event, TokenOutput):
             self.times.append(time.perf_counter())
             self.begun.set()
         if isinstance(event, Exception):
             self.error = event
-        if isinstance(event, Exception) or (isinstance(event, Token) and event.finish):
+        if isinstance(event, Exception) or (isinstance(event, TokenOutput) and event.finish_reason):
             self.begun.set()
             self.ended.set()
 
@@ -55,7 +55,7 @@ def engine_of(loaded: LoadedModel, plan: BudgetPlan, pool: int) -> Iterator[Engi
 def ask(engine: Engine, prompt: Sequence[int], tokens: int) -> Waiter:
     """A request for exactly so many tokens."""
     waiter = Waiter()
-    engine.submit((Work(tuple(prompt), Sampling(tokens, temperature=0, ignore_eos=True)), waiter.take))
+    engine.submit((EngineRequest(tuple(prompt), Sampling(tokens, temperature=0, ignore_eos=True)), waiter.take))
     return waiter
 
 
@@ -120,7 +120,7 @@ def together(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequen
         waiters = [ask(engine, (*prompt, 1 + place), asked.generated) for place in range(asked.pool // own + 2)]
         while not all(waiter.ended.wait(0.05) for waiter in waiters):
             state = engine.state()
-            most, held = max(most, state.running), max(held, state.held_bytes)
-        held = max(held, engine.state().most_bytes)
+            most, held = max(most, state.running), max(held, state.allocated_bytes)
+        held = max(held, engine.state().peak_bytes)
     failed = sum(waiter.error is not None for waiter in waiters)
     return {"asked": len(waiters), "together": most, "held": held, "pool": asked.pool, "failed": failed}

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from baklava.data.documents import documents
+from baklava.data.documents import load_documents
 from baklava.errors import UserError
 from baklava.runtime.model_loader import LoadedModel
 
@@ -32,7 +32,7 @@ class Prompts:
 
     def __init__(self, loaded: LoadedModel, texts: str, seed: int) -> None:
         self._tokenizer, self._draws = loaded.tokenizer, random.Random(seed)
-        joined = "\n\n".join(document.text for document in documents([texts]))
+        joined = "\n\n".join(document.text for document in load_documents([texts]))
         self._ids: list[int] = self._tokenizer.encode(joined, add_special_tokens=False, verbose=False)
 
     def of(self, tokens: int) -> Prompt:

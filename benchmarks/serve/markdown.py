@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.markdown_page import line
+from benchmarks.markdown_page import table_row
 from benchmarks.serve.servers import BATCHED, FULL, PEER, PLAN
 
 NAME = "serve"
@@ -40,7 +40,7 @@ def _aims(figures: Figures) -> str:
     ):
         if part in figures:
             rows += tell(figures[part], figures["asked"])
-    return "\n".join(map(line, rows)) if len(rows) > 2 else ""
+    return "\n".join(map(table_row, rows)) if len(rows) > 2 else ""
 
 
 def _together(found: Figures, asked: Figures) -> list[list[str]]:
@@ -116,14 +116,14 @@ _COLUMNS = ("TTFT p50 / p99", "TPOT p50 / p99", "requests/s", "tokens/s", "goodp
 
 def _loads(found: Figures, asked: Figures, what: str) -> str:
     head = [f"{what}, {asked['prompt']:,} + {asked['generated']} tokens", *_COLUMNS]
-    return "\n".join(map(line, [head, ["---"] * len(head), *([name, *_row(each)] for name, each in found.items())]))
+    return "\n".join(map(table_row, [head, ["---"] * len(head), *([name, *_row(each)] for name, each in found.items())]))
 
 
 def _opened(rows: Sequence[Figures], asked: Figures) -> str:
     fewest, most = asked["prompts"]
     head = [f"open loop, {fewest:,} to {most:,} + {asked['generated']} tokens", "requests/s sent", *_COLUMNS]
     lines = [[row["server"], f"{row['rate']:.3f}", *_row(row)] for row in rows]
-    return "\n".join(map(line, [head, ["---"] * len(head), *lines]))
+    return "\n".join(map(table_row, [head, ["---"] * len(head), *lines]))
 
 
 def _row(found: Figures) -> list[str]:

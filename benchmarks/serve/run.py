@@ -13,7 +13,7 @@ from benchmarks.serve import engine_overhead as engine
 from benchmarks.serve.config import Asked
 from benchmarks.serve.load_generator import Prompt, Prompts, closed, figures, opened
 from benchmarks.serve.servers import BATCHED, FULL, PEER, PLAN, Server, server
-from benchmarks.timing import machine
+from baklava.evaluation.speed.timing import machine_info
 
 PARTS = ("fits", "together", "overhead", "beside", "shared", "closed", "open")
 """Sequences that fit, by sum and by trial; steps of the engine alone; servers over HTTP, under three kinds of load."""
@@ -32,7 +32,7 @@ def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
         raise UserError(f"--parts {unknown[0]}: no such part; take some of {', '.join(PARTS)}")
     loaded = load(asked.model, threads=asked.threads)
     plan = _plan(loaded, asked.plan)
-    found: dict[str, Any] = {"benchmark": "serve", "asked": asdict(asked), "machine": machine(), "ratio": plan.ratio}
+    found: dict[str, Any] = {"benchmark": "serve", "asked": asdict(asked), "machine": machine_info(), "ratio": plan.ratio}
     found |= _inside(loaded, plan, asked, parts)
     if "shared" in parts:
         found["shared"] = _shared(Prompts(loaded, asked.texts, asked.seed), asked)

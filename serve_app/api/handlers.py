@@ -11,9 +11,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from serve_app.api.access_log import notes
 from serve_app.api.metrics import Metrics, Watch
 from serve_app.engine.engine import Engine
-from serve_app.engine.types import DrainingError, State, Work
+from serve_app.engine.types import DrainingError, EngineState, EngineRequest
 from serve_app.openai.errors import ApiError
-from serve_app.openai.output_processor import Answering
+from serve_app.openai.output_processor import OutputProcessor
 from serve_app.openai.protocol import ChatRequest, CompletionRequest
 from serve_app.openai.responses import STREAM_HEADERS, Names, Reply, Style, begun
 from serve_app.openai.tokenization import Prompt, Prompts
@@ -64,7 +64,7 @@ class Replica:
             return watch.plan or self.engine.plan.digest
 
         reply = Reply(style, self.model, lambda: f"baklava-{plan()}", answering.usage, names)
-        pieces = watch.over(answering.pieces(watch), answering.usage, notes(request.scope))
+        pieces = watch.over(answering.deltas(watch), answering.usage, notes(request.scope))
         if not body.stream:
             async with aclosing(pieces):
                 return JSONResponse(await reply.whole(pieces), headers={CACHE_HEADER: plan()})
@@ -72,12 +72,12 @@ class Replica:
         headers = STREAM_HEADERS | {CACHE_HEADER: plan()}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
-    def _answering(self, body: ChatRequest | CompletionRequest, prompts: list[Prompt], deadline: float) -> Answering:
+    def _answering(self, body: ChatRequest | CompletionRequest, prompts: list[Prompt], deadline: float) -> OutputProcessor:
         echo = isinstance(body, CompletionRequest) and body.echo
         works = [
-            Work(
+            EngineRequest(
                 prompt=prompt.ids,
-                sampling=body.sampling(prompt.max_tokens),
+                sampling_params=body.sampling(prompt.max_tokens),
                 n=body.n,
                 logprobs=body.alternatives,
                 prompt_logprobs=body.alternatives if echo else None,
@@ -85,7 +85,7 @@ class Replica:
             )
             for prompt in prompts
         ]
-        return Answering(self.prompts.tokenizer, prompts, works, body.stop, echo)
+        return OutputProcessor(self.prompts.tokenizer, prompts, works, body.stop, echo)
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError 404 for any model but the one that is served."""
@@ -97,14 +97,14 @@ class Replica:
                 code="model_not_found",
             )
 
-    def check_ready(self) -> State:
+    def check_ready(self) -> EngineState:
         """Raise DrainingError, or ApiError 503, unless new requests are taken."""
         state = self.check_alive()
         if state.draining:
             raise DrainingError
         return state
 
-    def check_alive(self) -> State:
+    def check_alive(self) -> EngineState:
         """Raise ApiError 503 unless the engine runs."""
         state = self.engine.state()
         if not state.alive:

@@ -15,10 +15,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from baklava.plan.budget_plan import BudgetPlan
-from serve_app.engine.types import Deliver, Event, Handle, Started, State, Work
-from serve_app.openai.detokenizer import Piece
+from serve_app.engine.types import OutputCallback, EngineOutput, RequestHandle, PrefillDone, EngineState, EngineRequest
+from serve_app.openai.detokenizer import TextDelta
 from serve_app.openai.errors import ApiError, as_api_error
-from serve_app.openai.output_processor import Submits, Usage
+from serve_app.openai.output_processor import EngineClient, Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -34,7 +34,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 class Metrics:
     """The metrics of one replica; `state` and `plan` are asked at every look."""
 
-    def __init__(self, model: str, replica: str, state: Callable[[], State], plan: Callable[[], BudgetPlan]) -> None:
+    def __init__(self, model: str, replica: str, state: Callable[[], EngineState], plan: Callable[[], BudgetPlan]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Engine((model, replica), state, plan))
         self._labels = (model, replica)
@@ -80,7 +80,7 @@ class Watch:
     """
 
     metrics: Metrics
-    engine: Submits
+    engine: EngineClient
     began: float = field(default_factory=time.monotonic)
     admitted: float | None = None
     first: float | None = None
@@ -88,13 +88,13 @@ class Watch:
     _last: dict[int, float] = field(default_factory=dict)
     _refused: bool = False
 
-    def submit(self, *asked: tuple[Work, Deliver]) -> Sequence[Handle]:
+    def submit(self, *asked: tuple[EngineRequest, OutputCallback]) -> Sequence[RequestHandle]:
         """As the engine does."""
         return self.engine.submit(*((work, partial(self._note, deliver)) for work, deliver in asked))
 
-    def _note(self, deliver: Deliver, event: Event) -> None:
-        if isinstance(event, Started) and self.admitted is None:
-            self.admitted, self.plan = event.admitted - self.began, event.plan
+    def _note(self, deliver: OutputCallback, event: EngineOutput) -> None:
+        if isinstance(event, PrefillDone) and self.admitted is None:
+            self.admitted, self.plan = event.admitted_at - self.began, event.plan_digest
         deliver(event)
 
     def refusal(self, error: Exception) -> ApiError:
@@ -105,7 +105,7 @@ class Watch:
             self.metrics.refused(told.status)
         return told
 
-    async def over(self, pieces: AsyncGenerator[Piece], usage: Usage, notes: dict[str, Any]) -> AsyncGenerator[Piece]:
+    async def over(self, pieces: AsyncGenerator[TextDelta], usage: Usage, notes: dict[str, Any]) -> AsyncGenerator[TextDelta]:
         """The same pieces. What is found goes to the metrics and to the notes of the log. Raises ApiError."""
         reason = "abort"
         try:
@@ -120,7 +120,7 @@ class Watch:
         finally:
             self._end(reason, usage, notes)
 
-    def _see(self, piece: Piece) -> None:
+    def _see(self, piece: TextDelta) -> None:
         now = time.monotonic()
         if self.first is None:
             self.first = now - self.began
@@ -128,8 +128,8 @@ class Watch:
         if piece.index in self._last:
             self.metrics.between.observe(now - self._last[piece.index])
         self._last[piece.index] = now
-        if piece.finish:
-            self.metrics.ended(piece.finish)
+        if piece.finish_reason:
+            self.metrics.ended(piece.finish_reason)
 
     def _end(self, reason: str, usage: Usage, notes: dict[str, Any]) -> None:
         if reason in ("abort", "error") and (self.first is not None or reason == "abort"):
@@ -157,7 +157,7 @@ class Watch:
 class _Engine(Collector):
     """The engine's own numbers, as they are at the time of the look."""
 
-    def __init__(self, labels: tuple[str, str], state: Callable[[], State], plan: Callable[[], BudgetPlan]) -> None:
+    def __init__(self, labels: tuple[str, str], state: Callable[[], EngineState], plan: Callable[[], BudgetPlan]) -> None:
         self._labels, self._state, self._plan = labels, state, plan
 
     def collect(self) -> Iterator[Metric]:
@@ -189,15 +189,15 @@ class _Engine(Collector):
 _Numbers = list[tuple[str, str, float]]
 
 
-def _gauges(state: State) -> _Numbers:
+def _gauges(state: EngineState) -> _Numbers:
     return [
         ("num_requests_running", "Sequences that are in the pool.", state.running),
         ("num_requests_waiting", "Requests that wait for room in the pool.", state.waiting),
         ("kv_cache_usage_perc", "Share of the pool that is promised, 0 to 1.", share(state)),
         ("kv_pool_bytes", "Bytes for KV caches.", state.pool_bytes),
-        ("kv_promised_bytes", "Bytes that are reserved for sequences and declared prompts.", state.promised_bytes),
-        ("kv_held_bytes", "Bytes that KV caches were measured to hold.", state.held_bytes),
-        ("kv_held_bytes_max", "Most bytes that KV caches ever held.", state.most_bytes),
+        ("kv_promised_bytes", "Bytes that are reserved for sequences and declared prompts.", state.reserved_bytes),
+        ("kv_held_bytes", "Bytes that KV caches were measured to hold.", state.allocated_bytes),
+        ("kv_held_bytes_max", "Most bytes that KV caches ever held.", state.peak_bytes),
         ("kv_snapshot_bytes", "Bytes of declared prompts.", state.snapshot_bytes),
         ("kv_tokens_seen", "Entries of running sequences had nothing been evicted.", state.seen),
         ("kv_tokens_kept", "Entries of running sequences over all (layer, KV head).", state.kept),
@@ -213,7 +213,7 @@ def _of_plan(plan: BudgetPlan) -> _Numbers:
     ]
 
 
-def _counts(state: State) -> _Numbers:
+def _counts(state: EngineState) -> _Numbers:
     counts = state.counts
     return [
         ("prompt_tokens", "Prompt tokens that entered.", counts.prompt_tokens),
@@ -228,9 +228,9 @@ def _counts(state: State) -> _Numbers:
     ]
 
 
-def share(state: State) -> float:
+def share(state: EngineState) -> float:
     """Share of the pool that is promised."""
-    return state.promised_bytes / state.pool_bytes if state.pool_bytes else 0.0
+    return state.reserved_bytes / state.pool_bytes if state.pool_bytes else 0.0
 
 
 def merged(texts: Iterable[str]) -> str:

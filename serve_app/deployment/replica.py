@@ -132,7 +132,7 @@ class Server:
         """How full this replica is, for the autoscaler."""
         state = self._engine.state()
         return {
-            LOAD: load_of(state.promised_bytes, state.waiting, self._engine.plan.bytes_per_sequence, state.pool_bytes)
+            LOAD: load_of(state.reserved_bytes, state.waiting, self._engine.plan.bytes_per_sequence, state.pool_bytes)
         }
 
     def about(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from serve_app.engine.prefix_cache import Snapshots
 from serve_app.engine.sampler import Sampling
 from serve_app.engine.scheduler import Stepper
 from serve_app.engine.sequence import Request
-from serve_app.engine.types import Deliver, DrainingError, Handle, QueueFullError, State, TooLargeError, Work
+from serve_app.engine.types import OutputCallback, DrainingError, RequestHandle, QueueFullError, EngineState, TooLargeError, EngineRequest
 
 __all__ = ["BrokenPromiseError", "Engine", "Limits"]
 
@@ -58,7 +58,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, *asked: tuple[Work, Deliver]) -> Sequence[Handle]:
+    def submit(self, *asked: tuple[EngineRequest, OutputCallback]) -> Sequence[RequestHandle]:
         """Take requests in, all or none of them; the events of each come to it on the engine's thread.
 
         Raises:
@@ -112,7 +112,7 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
-    def state(self) -> State:
+    def state(self) -> EngineState:
         """What it does now; may be called from any thread."""
         waiting, present = self._waiting(), len(self._stepper.present)
         state = self._stepper.state
@@ -191,4 +191,4 @@ def _snapshot_request(prefix: tuple[int, ...], plan: BudgetPlan) -> Request:
         if isinstance(event, Exception):
             logger.error("a declared prompt of %d tokens has no snapshot: %s", len(prefix), event)
 
-    return Request(Work(prefix, Sampling(max_tokens=0)), plan, told, internal=True)
+    return Request(EngineRequest(prefix, Sampling(max_tokens=0)), plan, told, internal=True)

@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan, full_plan
-from baklava.runtime.host_memory import free_host_bytes
+from baklava.runtime.host_memory import available_host_bytes
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import transient_bytes
+from baklava.runtime.prefill import prefill_workspace_bytes
 
 
 class Pool:
@@ -49,7 +49,7 @@ class Pool:
 
 def capacity(plan: BudgetPlan, pool_bytes: int, tokens: int, itemsize: int) -> int:
     """How many sequences of so many tokens fit into a pool together, next to one prompt of as many that enters."""
-    left = pool_bytes - transient_bytes(plan, tokens, itemsize)
+    left = pool_bytes - prefill_workspace_bytes(plan, tokens, itemsize)
     return max(0, left // plan.bytes_for(tokens))
 
 
@@ -75,9 +75,9 @@ class Meter:
     def held(self, cache: BudgetedCache) -> int:
         """Bytes that a cache holds."""
         slots, held = self._known.get(cache, (-1, 0))
-        if slots != cache.slots:
+        if slots != cache.num_slots:
             held = cache.nbytes
-            self._known[cache] = cache.slots, held
+            self._known[cache] = cache.num_slots, held
         return held
 
     def turn(self, caches: Sequence[BudgetedCache]) -> None:
@@ -136,7 +136,7 @@ def free_bytes(cuda: bool = False) -> int:
         import torch
 
         return torch.cuda.mem_get_info()[0]
-    return free_host_bytes()
+    return available_host_bytes()
 
 
 def table(

@@ -11,21 +11,21 @@ import torch
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.decode import decode_step
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import Entered, Logits
+from baklava.runtime.prefill import PrefillResult, Logits
 from serve_app.engine.chunk_size import Pace
 from serve_app.engine.memory import BrokenPromiseError, Meter, Pool, check_promise
 from serve_app.engine.prefill import Entrance, Needs, needs
 from serve_app.engine.prefix_cache import Prefix, Snapshots
 from serve_app.engine.sequence import Continuation, Request, begin
 from serve_app.engine.types import (
-    Counts,
+    EngineStats,
     DeadlineError,
     DrainingError,
-    Finish,
-    Refusal,
-    Started,
-    State,
-    Token,
+    FinishReason,
+    RequestRejected,
+    PrefillDone,
+    EngineState,
+    TokenOutput,
     TooLargeError,
 )
 
@@ -40,7 +40,7 @@ class Stepper:
         self.running: list[Continuation] = []
         self.entrance: Entrance | None = None
         self.present: set[Request] = set()  # from the moment that it leaves the queue until its end
-        self._meter, self._most, self._counts = Meter(), 0, Counts()
+        self._meter, self._most, self._counts = Meter(), 0, EngineStats()
         self.refused = 0
         self.state = self._measured({})
 
@@ -130,16 +130,16 @@ class Stepper:
         except Exception as error:
             self._end(request, error)
 
-    def _begin(self, entrance: Entrance, entered: Entered) -> None:
+    def _begin(self, entrance: Entrance, entered: PrefillResult) -> None:
         """The prompt is in its cache: its continuations begin."""
         request, self.entrance = entrance.request, None
         self._forget_unborn()
         work = request.work
-        finish: Finish | None = None if work.sampling.max_tokens else "length"
+        finish: FinishReason | None = None if work.sampling_params.max_tokens else "length"
         if not request.internal:
             self._count(prompt_tokens=len(work.prompt), cached_tokens=entrance.cached_tokens)
         plan = entrance.plan.digest
-        request.tell(Started(entrance.cached_tokens, entrance.prompt_logprobs, finish, entrance.admitted, plan))
+        request.tell(PrefillDone(entrance.cached_tokens, entrance.prompt_logprobs, finish, entrance.admitted, plan))
         if finish:
             self._end(request)
             return
@@ -164,7 +164,7 @@ class Stepper:
         self._deliver(batch, logits, likeliest, failed)
         if len(self.running) < len(batch):  # so that the bytes of those that have ended are free
             for each in self.running:
-                each.cache.stand_alone()
+                each.cache.unshare()
 
     def _deliver(
         self, batch: Sequence[Continuation], logits: Logits, likeliest: Sequence[int], failed: Mapping[int, Exception]
@@ -179,7 +179,7 @@ class Stepper:
             except Exception as error:
                 self._end(each.request, error)
 
-    def _told(self, request: Request, made: Iterable[tuple[Continuation, Token]]) -> None:
+    def _told(self, request: Request, made: Iterable[tuple[Continuation, TokenOutput]]) -> None:
         """Deliver tokens; continuations that have ended give their bytes back at once."""
         for each, token in made:
             self._count(generation_tokens=1)
@@ -191,7 +191,7 @@ class Stepper:
 
     def _shrink(self, request: Request) -> None:
         """Promise a request no more than its continuations that go on can need; without any, it has ended."""
-        going_on = [each.cache.promised_bytes for each in self.running if each.request is request]
+        going_on = [each.cache.reserved_bytes for each in self.running if each.request is request]
         if going_on:
             self.pool.promise(request, sum(going_on))
         else:
@@ -231,7 +231,7 @@ class Stepper:
             self.pace.ended()
         else:
             self._count(failed=1)
-            if not isinstance(error, Refusal):
+            if not isinstance(error, RequestRejected):
                 logger.error("a request failed", exc_info=error)
 
     def _count(self, **more: int) -> None:
@@ -242,7 +242,7 @@ class Stepper:
         held = {each: self._meter.held(each.cache) for each in self.running}
         for each, nbytes in held.items():
             try:
-                check_promise(nbytes, each.cache.promised_bytes)
+                check_promise(nbytes, each.cache.reserved_bytes)
             except BrokenPromiseError as error:
                 if each in self.running:  # a sibling may have ended it
                     self._end(each.request, error)
@@ -262,21 +262,21 @@ class Stepper:
         except BrokenPromiseError as error:
             self._end(request, error)
 
-    def _measured(self, held: dict[Continuation, int]) -> State:
+    def _measured(self, held: dict[Continuation, int]) -> EngineState:
         heads = self._loaded.geometry.kv_heads * len(self._loaded.geometry.budgetable)
         snapshots = self._snapshots.nbytes
         total = sum(held.values()) + snapshots + (self.entrance.nbytes if self.entrance else 0)
         self._most = max(self._most, total)
-        return State(
+        return EngineState(
             running=len(self.running),
             waiting=0,
             pool_bytes=self.pool.total,
-            promised_bytes=self.pool.promised,
-            held_bytes=total,
-            most_bytes=self._most,
+            reserved_bytes=self.pool.promised,
+            allocated_bytes=total,
+            peak_bytes=self._most,
             snapshot_bytes=snapshots,
             seen=heads * sum(each.cache.get_seq_length() for each in held),
-            kept=sum(each.cache.entries for each in held),
+            kept=sum(each.cache.num_entries for each in held),
             draining=False,
             alive=True,
             plan="",

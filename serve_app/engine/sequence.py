@@ -8,11 +8,11 @@ from torch import Tensor
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.runtime.logprobs import Judged, judged
+from baklava.runtime.logprobs import TokenLogprob, token_logprobs
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import Logits
 from serve_app.engine.sampler import Sampler
-from serve_app.engine.types import Deliver, Event, Finish, Logprob, Token, Work
+from serve_app.engine.types import OutputCallback, EngineOutput, FinishReason, Logprob, TokenOutput, EngineRequest
 
 
 class Request:
@@ -21,7 +21,7 @@ class Request:
     `plan` was in force when it was taken in.
     """
 
-    def __init__(self, work: Work, plan: BudgetPlan, deliver: Deliver, internal: bool = False) -> None:
+    def __init__(self, work: EngineRequest, plan: BudgetPlan, deliver: OutputCallback, internal: bool = False) -> None:
         self.work, self.plan, self._deliver, self.internal = work, plan, deliver, internal
         self._gone = threading.Event()
         self.completed: set[int] = set()  # continuations that have all the text that they need
@@ -29,7 +29,7 @@ class Request:
     @property
     def tokens(self) -> int:
         """Most tokens that a continuation will have, its prompt included."""
-        return len(self.work.prompt) + self.work.sampling.max_tokens
+        return len(self.work.prompt) + self.work.sampling_params.max_tokens
 
     def cancel(self) -> None:
         """Say that nobody wants it any more; may be called from any thread."""
@@ -40,7 +40,7 @@ class Request:
         """Whether nobody wants it any more."""
         return self._gone.is_set()
 
-    def complete(self, index: int) -> None:
+    def stop_sequence(self, index: int) -> None:
         """Say that a continuation has all the text that it needs; may be called from any thread."""
         self.completed.add(index)
 
@@ -49,7 +49,7 @@ class Request:
         """Whether its time is up."""
         return time.monotonic() > self.work.deadline
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: EngineOutput) -> None:
         """Deliver an event; who has cancelled hears nothing more."""
         if not self.cancelled:
             self._deliver(event)
@@ -57,8 +57,8 @@ class Request:
     def continuations(self, loaded: LoadedModel, cache: BudgetedCache) -> list["Continuation"]:
         """All of its continuations behind one prompt: the first goes on in this cache, the others in copies."""
         caches = [cache, *(cache.copy(self.tokens) for _ in range(self.work.n - 1))]
-        sampling = self.work.sampling
-        ends = sampling.stop_ids if sampling.ignore_eos else sampling.stop_ids | loaded.end_ids
+        sampling = self.work.sampling_params
+        ends = sampling.stop_ids if sampling.ignore_eos else sampling.stop_ids | loaded.eos_token_ids
         return [
             Continuation(self, index, own, Sampler(sampling, self.work.prompt, ends, loaded.device, index), ends)
             for index, own in enumerate(caches)
@@ -76,14 +76,14 @@ class Continuation:
     ends: frozenset[int]
     made: int = 0
     last: int = -1
-    finish: Finish | None = None
+    finish: FinishReason | None = None
 
     @property
     def complete(self) -> bool:
         """Whether it has all the text that it needs, such as up to a stop string."""
         return self.index in self.request.completed
 
-    def go_on(self, logits: Tensor, likeliest: int) -> Token:
+    def go_on(self, logits: Tensor, likeliest: int) -> TokenOutput:
         """Choose the next token from its logits [vocabulary], of which the likeliest is known."""
         if self.sampler.plain:
             self.last = likeliest
@@ -93,21 +93,21 @@ class Continuation:
         self.made += 1
         if self.last in self.ends:
             self.finish = "stop"
-        elif self.made >= self.request.work.sampling.max_tokens:
+        elif self.made >= self.request.work.sampling_params.max_tokens:
             self.finish = "length"
-        return Token(self.last, self.index, self.finish, self._logprob(logits))
+        return TokenOutput(self.last, self.index, self.finish, self._logprob(logits))
 
     def _logprob(self, logits: Tensor) -> Logprob | None:
         wanted = self.request.work.logprobs
-        return None if wanted is None else as_logprob(judged(logits[None], [self.last], wanted)[0])
+        return None if wanted is None else as_logprob(token_logprobs(logits[None], [self.last], wanted)[0])
 
 
-def as_logprob(found: Judged) -> Logprob:
+def as_logprob(found: TokenLogprob) -> Logprob:
     """The record that leaves the engine."""
     return Logprob(found.id, found.logprob, found.top)
 
 
-def begin(continuations: list[Continuation], logits: Logits) -> list[Token]:
+def begin(continuations: list[Continuation], logits: Logits) -> list[TokenOutput]:
     """The first token of each continuation behind the same prompt."""
     likeliest = int(logits[0].argmax())
     return [each.go_on(logits[0], likeliest) for each in continuations]

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from baklava.errors import UserError
-from serve_app.engine.types import DeadlineError, DrainingError, QueueFullError, Refusal
+from serve_app.engine.types import DeadlineError, DrainingError, QueueFullError, RequestRejected
 
 logger = logging.getLogger("ray.serve")
 
@@ -23,7 +23,7 @@ _KINDS = {
 }
 
 
-DRAINING_RETRY = 5
+DRAINING_RETRY_SECONDS = 5
 """Seconds after which a client may ask again: whoever stands in front has found another server by then."""
 
 
@@ -83,7 +83,7 @@ def as_api_error(error: Exception) -> ApiError:
         return _of_validation(error)
     if isinstance(error, HTTPException):
         return ApiError(str(error.detail), error.status_code, more=error.headers)
-    if isinstance(error, Refusal):
+    if isinstance(error, RequestRejected):
         return _of_refusal(error)
     if isinstance(error, UserError):
         return ApiError(str(error))
@@ -91,12 +91,12 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError("The server failed on this request; its log says why.", 500)
 
 
-def _of_refusal(refusal: Refusal) -> ApiError:
+def _of_refusal(refusal: RequestRejected) -> ApiError:
     match refusal:
         case QueueFullError():
             return ApiError(str(refusal), 429, code="queue_full", retry_after=refusal.retry_after)
         case DrainingError():
-            return ApiError(str(refusal), 503, code="draining", retry_after=DRAINING_RETRY)
+            return ApiError(str(refusal), 503, code="draining", retry_after=DRAINING_RETRY_SECONDS)
         case DeadlineError(waiting=True):
             return ApiError(f"{refusal} It was still waiting for its turn.", 408, code="deadline")
         case DeadlineError():
@@ -121,5 +121,5 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
 
 def install(app: FastAPI) -> None:
     """Give every error of `app` this one shape, FastAPI's own included."""
-    for kind in (ApiError, Refusal, UserError, RequestValidationError, HTTPException, Exception):
+    for kind in (ApiError, RequestRejected, UserError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)

@@ -8,20 +8,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from serve_app.engine.types import DeadlineError, Deliver, Event, Handle, Started, Token, Work
-from serve_app.openai.detokenizer import Piece, Writer, prompt_words
+from serve_app.engine.types import DeadlineError, OutputCallback, EngineOutput, RequestHandle, PrefillDone, TokenOutput, EngineRequest
+from serve_app.openai.detokenizer import TextDelta, IncrementalDetokenizer, prompt_token_logprobs
 from serve_app.openai.tokenization import Prompt
 
-GRACE = 5.0
+DEADLINE_GRACE_SECONDS = 5.0
 """Seconds after a deadline by which the engine has said so; after that it is not waited for."""
 
-_Arrived = tuple[int, Event]
+_Arrived = tuple[int, EngineOutput]
 
 
-class Submits(Protocol):
+class EngineClient(Protocol):
     """What is needed of an engine."""
 
-    def submit(self, *asked: tuple[Work, Deliver]) -> Sequence[Handle]:
+    def submit(self, *asked: tuple[EngineRequest, OutputCallback]) -> Sequence[RequestHandle]:
         """Take requests in, all or none of them."""
 
 
@@ -35,7 +35,7 @@ class Usage:
 
 
 @dataclass
-class Answering:
+class OutputProcessor:
     """The answer to one request: a `Work` per prompt, whose continuations are numbered through.
 
     `stops` are the strings that end a text; with `echo` each continuation begins with its prompt.
@@ -43,17 +43,17 @@ class Answering:
 
     tokenizer: Any
     prompts: Sequence[Prompt]
-    works: Sequence[Work]
+    requests: Sequence[EngineRequest]
     stops: Sequence[str] = ()
     echo: bool = False
     usage: Usage = field(init=False)
-    _writers: dict[int, Writer] = field(default_factory=dict, init=False)
-    _echoes: dict[int, Piece] = field(default_factory=dict, init=False)
+    _writers: dict[int, IncrementalDetokenizer] = field(default_factory=dict, init=False)
+    _echoes: dict[int, TextDelta] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.usage = Usage(sum(len(work.prompt) for work in self.works))
+        self.usage = Usage(sum(len(work.prompt) for work in self.requests))
 
-    async def pieces(self, engine: Submits) -> AsyncGenerator[Piece]:
+    async def deltas(self, engine: EngineClient) -> AsyncGenerator[TextDelta]:
         """The pieces as they are made, one per token, until every continuation has its finish.
 
         Closing or cancelling this, as a client's disconnect does, ends the request within a step of the engine.
@@ -61,55 +61,55 @@ class Answering:
         Raises:
             Refusal: the engine does not begin with it or does not end it in time.
         """
-        asked = Asked(self.works)
+        asked = RequestGroup(self.requests)
         async with contextlib.aclosing(asked.events(engine)) as arriving:
             async for number, event in arriving:
-                if isinstance(event, Started):  # a long prompt takes a while to spell out, and others wait for the loop
+                if isinstance(event, PrefillDone):  # a long prompt takes a while to spell out, and others wait for the loop
                     made = await asyncio.to_thread(self._opened, number, event)
                 else:
                     made = self._written(number, event)
                 for piece in made:
-                    if piece.finish and isinstance(event, Token) and not event.finish:  # a stop string
+                    if piece.finish_reason and isinstance(event, TokenOutput) and not event.finish_reason:  # a stop string
                         asked.complete(number, event.index)
                     yield piece
 
-    def _opened(self, number: int, started: Started) -> list[Piece]:
+    def _opened(self, number: int, started: PrefillDone) -> list[TextDelta]:
         """Begin the continuations of a prompt; they are pieces already if nothing is to be generated."""
         self.usage.cached_tokens += started.cached_tokens
         text = self.prompts[number].text if self.echo else ""
         logprobs = started.prompt_logprobs
-        words = prompt_words(self.tokenizer, self.works[number].prompt, logprobs) if logprobs else ()
+        words = prompt_token_logprobs(self.tokenizer, self.requests[number].prompt, logprobs) if logprobs else ()
         first = self._index(number, 0)
-        opened = [Piece(text, first + one, started.finish, words) for one in range(self.works[number].n)]
-        least = self.works[number].sampling.min_tokens
-        self._writers |= {piece.index: Writer(self.tokenizer, self.stops, len(text), least) for piece in opened}
+        opened = [TextDelta(text, first + one, started.finish_reason, words) for one in range(self.requests[number].n)]
+        least = self.requests[number].sampling_params.min_tokens
+        self._writers |= {piece.index: IncrementalDetokenizer(self.tokenizer, self.stops, len(text), least) for piece in opened}
         self._echoes |= {piece.index: piece for piece in opened if self.echo}
-        return opened if started.finish else []
+        return opened if started.finish_reason else []
 
-    def _written(self, number: int, token: Token) -> list[Piece]:
+    def _written(self, number: int, token: TokenOutput) -> list[TextDelta]:
         """What a token adds; nothing if a stop string has ended its text, and the engine has not heard of it yet."""
         index = self._index(number, token.index)
-        if self._writers[index].finish:
+        if self._writers[index].finish_reason:
             return []
         self.usage.completion_tokens += 1
-        piece = replace(self._writers[index].write(token), index=index)
+        piece = replace(self._writers[index].add_token(token), index=index)
         # What is echoed goes with the first token: a client takes the first piece for it.
         if (echo := self._echoes.pop(index, None)) is not None:
-            piece = replace(piece, text=echo.text + piece.text, words=echo.words + piece.words)
+            piece = replace(piece, text=echo.text + piece.text, words=echo.logprobs + piece.logprobs)
         return [piece]
 
     def _index(self, number: int, index: int) -> int:
-        return sum(work.n for work in self.works[:number]) + index
+        return sum(work.n for work in self.requests[:number]) + index
 
 
-class Asked:
+class RequestGroup:
     """Requests that are asked of an engine together. A continuation is open until it has its finish."""
 
-    def __init__(self, works: Sequence[Work]) -> None:
-        self._works, self._handles = works, list[Handle]()
+    def __init__(self, works: Sequence[EngineRequest]) -> None:
+        self._works, self._handles = works, list[RequestHandle]()
         self._open = {number: set(range(work.n)) for number, work in enumerate(works)}
 
-    async def events(self, engine: Submits) -> AsyncGenerator[tuple[int, Started | Token]]:
+    async def events(self, engine: EngineClient) -> AsyncGenerator[tuple[int, PrefillDone | TokenOutput]]:
         """What the engine makes of them, each event with the number of its request, until no continuation is open.
 
         Raises:
@@ -128,8 +128,8 @@ class Asked:
                 if isinstance(event, Exception):
                     self._close(number, None)
                     raise event
-                if event.finish:  # of a prompt alone, that ends all of its continuations
-                    self._close(number, None if isinstance(event, Started) else event.index)
+                if event.finish_reason:  # of a prompt alone, that ends all of its continuations
+                    self._close(number, None if isinstance(event, PrefillDone) else event.index)
                 yield number, event
         finally:
             for number, handle in enumerate(self._handles):
@@ -138,7 +138,7 @@ class Asked:
 
     def complete(self, number: int, index: int) -> None:
         """One continuation has all the text that it needs, whatever the engine would still make of it."""
-        self._handles[number].complete(index)
+        self._handles[number].stop_sequence(index)
         self._close(number, index)
 
     def _close(self, number: int, index: int | None) -> None:
@@ -149,13 +149,13 @@ class Asked:
 
 
 async def _next(arrived: "asyncio.Queue[_Arrived]", latest: float) -> _Arrived:
-    patience = None if latest == float("inf") else max(0.0, latest - time.monotonic()) + GRACE
+    patience = None if latest == float("inf") else max(0.0, latest - time.monotonic()) + DEADLINE_GRACE_SECONDS
     try:
         return await asyncio.wait_for(arrived.get(), patience)
     except TimeoutError:
         raise DeadlineError(waiting=False) from None
 
 
-def _hand_over(loop: asyncio.AbstractEventLoop, arrived: "asyncio.Queue[_Arrived]", number: int, event: Event) -> None:
+def _hand_over(loop: asyncio.AbstractEventLoop, arrived: "asyncio.Queue[_Arrived]", number: int, event: EngineOutput) -> None:
     with contextlib.suppress(RuntimeError):  # the loop has ended, and whoever waited with it
         loop.call_soon_threadsafe(arrived.put_nowait, (number, event))

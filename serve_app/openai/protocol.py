@@ -9,22 +9,22 @@ from pydantic_core import PydanticCustomError
 from serve_app.engine.sampler import Sampling
 from serve_app.openai.request_base import CHAT_ONLY, COMPLETION_ONLY, NEUTRAL, Body, Ids, RequestBody, Text, whole
 
-COMPLETION_TOKENS = 16
+DEFAULT_COMPLETION_TOKENS = 16
 """Tokens of a text completion that names no maximum, as with OpenAI."""
 
-STOP_LENGTH = 256
+MAX_STOP_STRING_CHARACTERS = 256
 """Most characters of a stop string; that much text can be held back while it may still become one."""
 
-MOST_PROMPTS = 32
+MAX_PROMPTS = 32
 """Most prompts of one text completion."""
 
-MOST_CHOICES = 16
+MAX_CHOICES = 16
 """Most continuations of one prompt, `n`."""
 
-MOST_SEQUENCES = 64
+MAX_SEQUENCES = 64
 """Most continuations of all prompts of a request together."""
 
-COMPLETION_LOGPROBS, CHAT_LOGPROBS = 5, 20
+MAX_COMPLETION_LOGPROBS, MAX_CHAT_LOGPROBS = 5, 20
 """Most alternatives per token, as with OpenAI; each is one more entry of every answer."""
 
 
@@ -40,7 +40,7 @@ class GenerationRequest(RequestBody):
 
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES, strict=True)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES, strict=True)] = 1
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
@@ -51,7 +51,7 @@ class GenerationRequest(RequestBody):
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
-        tuple[Annotated[Text, Field(min_length=1, max_length=STOP_LENGTH)], ...],
+        tuple[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_STRING_CHARACTERS)], ...],
         Field(max_length=4),
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
     ] = ()
@@ -64,7 +64,7 @@ class GenerationRequest(RequestBody):
     user: Text | None = None
 
     @property
-    def wanted_tokens(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
         """Most tokens to generate; None is what is left of the context."""
         return self.max_tokens
 
@@ -120,7 +120,7 @@ class CompletionRequest(GenerationRequest):
             }
         ),
     ]
-    logprobs: Annotated[int, Field(ge=0, le=COMPLETION_LOGPROBS, strict=True)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS, strict=True)] | None = None
     echo: bool = False
     best_of: Annotated[int, Field(strict=True)] | None = None
     add_special_tokens: bool = True
@@ -133,8 +133,8 @@ class CompletionRequest(GenerationRequest):
             raise ValueError("must be a string, token ids, or a list of either")
         if len({type(one) for one in prompts}) > 1:
             raise ValueError("must be all strings or all token ids")
-        if not 1 <= len(prompts) <= MOST_PROMPTS:
-            raise ValueError(f"{len(prompts)} prompts; send 1 to {MOST_PROMPTS}")
+        if not 1 <= len(prompts) <= MAX_PROMPTS:
+            raise ValueError(f"{len(prompts)} prompts; send 1 to {MAX_PROMPTS}")
         return tuple(whole(one) if isinstance(one, str) else one for one in prompts)
 
     @model_validator(mode="before")
@@ -146,16 +146,16 @@ class CompletionRequest(GenerationRequest):
     def _is_not_too_much(self) -> Self:
         if self.best_of not in (None, self.n):
             raise _misplaced("best_of", f"{self.best_of}, but {self.n} answers; leave it out, or make it equal to n")
-        if len(self.prompt) * self.n > MOST_SEQUENCES:
-            raise _misplaced("n", f"{len(self.prompt)} prompts of {self.n} answers; {MOST_SEQUENCES} at most together")
+        if len(self.prompt) * self.n > MAX_SEQUENCES:
+            raise _misplaced("n", f"{len(self.prompt)} prompts of {self.n} answers; {MAX_SEQUENCES} at most together")
         if self.max_tokens == 0 and not self.echo:
             raise _misplaced("max_tokens", "0 leaves nothing to answer without echo; ask for at least 1")
         return self
 
     @property
-    def wanted_tokens(self) -> int:
+    def requested_max_tokens(self) -> int:
         """Most tokens to generate."""
-        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
@@ -193,7 +193,7 @@ class ChatRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[bool, Field(strict=True)] = False
-    top_logprobs: Annotated[int, Field(ge=0, le=CHAT_LOGPROBS, strict=True)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS, strict=True)] | None = None
     chat_template_kwargs: dict[Text, bool | int | float | Text] = Field({}, max_length=16)
 
     @model_validator(mode="after")
@@ -203,7 +203,7 @@ class ChatRequest(GenerationRequest):
         return self
 
     @property
-    def wanted_tokens(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
         """Most tokens to generate; None is what is left of the context."""
         return self.max_completion_tokens or self.max_tokens
 

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve_app.openai.detokenizer import Piece, Word
+from serve_app.openai.detokenizer import TextDelta, TokenLogprob
 from serve_app.openai.errors import as_api_error
 from serve_app.openai.output_processor import Usage
 from serve_app.openai.protocol import StreamOptions
@@ -45,30 +45,30 @@ class Names:
         return named
 
 
-def of_completion(words: Sequence[Word], names: Names) -> Json:
+def of_completion(words: Sequence[TokenLogprob], names: Names) -> Json:
     """Four lists, one entry per token; of a prompt's first token nothing is known."""
     named = [names.apart([*(id for id, _ in word.top), word.id]) for word in words]
     return {
         "tokens": [name[word.id] for word, name in zip(words, named, strict=True)],
         "token_logprobs": [None if word.logprob is None else _number(word.logprob) for word in words],
         "top_logprobs": [_top(word, name) for word, name in zip(words, named, strict=True)],
-        "text_offset": [word.offset for word in words],
+        "text_offset": [word.text_offset for word in words],
     }
 
 
-def of_chat(words: Sequence[Word], names: Names) -> Json:
+def of_chat(words: Sequence[TokenLogprob], names: Names) -> Json:
     """One object per token, with its UTF-8 bytes where it is whole characters."""
     return {"content": [_entry(word, names) for word in words], "refusal": None}
 
 
-def _top(word: Word, named: dict[int, str]) -> dict[str, float] | None:
+def _top(word: TokenLogprob, named: dict[int, str]) -> dict[str, float] | None:
     if word.logprob is None:
         return None
     # The token itself is always there, so that a client can see whether it was the likeliest.
     return {named[id]: _number(logprob) for id, logprob in (*word.top, (word.id, word.logprob))}
 
 
-def _entry(word: Word, names: Names) -> Json:
+def _entry(word: TokenLogprob, names: Names) -> Json:
     top = [_named(id, logprob, names) for id, logprob in word.top]
     return {**_named(word.id, word.logprob or 0.0, names), "top_logprobs": top}
 
@@ -102,7 +102,7 @@ class Style:
     part: Callable[[str], Json]
     opening: Json | None
     closing: Json
-    logprobs: Callable[[Sequence[Word], Names], Json]
+    logprobs: Callable[[Sequence[TokenLogprob], Names], Json]
 
 
 CHAT = Style(
@@ -142,15 +142,15 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    async def whole(self, pieces: AsyncIterator[Piece]) -> Json:
+    async def whole(self, pieces: AsyncIterator[TextDelta]) -> Json:
         """The answer at once, its choices in order."""
-        made: dict[int, list[Piece]] = {}
+        made: dict[int, list[TextDelta]] = {}
         async for piece in pieces:
             made.setdefault(piece.index, []).append(piece)
         choices = [self._whole(index, made[index]) for index in sorted(made)]
         return self._envelope(self.style.answer, choices) | {"usage": usage_of(self.usage)}
 
-    async def events(self, pieces: AsyncIterator[Piece | None], options: StreamOptions) -> AsyncGenerator[str]:
+    async def events(self, pieces: AsyncIterator[TextDelta | None], options: StreamOptions) -> AsyncGenerator[str]:
         """The answer as server-sent events, one per token, and a comment for None.
 
         An error on the way is an event too, and [DONE] ends all.
@@ -162,7 +162,7 @@ class Reply:
             yield _event(as_api_error(error).body)
         yield "data: [DONE]\n\n"
 
-    async def _chunks(self, pieces: AsyncIterator[Piece | None], options: StreamOptions) -> AsyncGenerator[Json | None]:
+    async def _chunks(self, pieces: AsyncIterator[TextDelta | None], options: StreamOptions) -> AsyncGenerator[Json | None]:
         opened: set[int] = set()
         async for piece in pieces:
             if piece is None:
@@ -172,18 +172,18 @@ class Reply:
             if self.style.opening and piece.index not in opened:
                 opened.add(piece.index)
                 yield self._chunk(self._choice(piece.index, self.style.opening), options)
-            yield self._chunk(self._choice(piece.index, self.style.part(piece.text), words=piece.words), options)
-            if piece.finish:
-                yield self._chunk(self._choice(piece.index, self.style.closing, piece.finish), options)
+            yield self._chunk(self._choice(piece.index, self.style.part(piece.text), words=piece.logprobs), options)
+            if piece.finish_reason:
+                yield self._chunk(self._choice(piece.index, self.style.closing, piece.finish_reason), options)
         if options.include_usage:
             yield self._envelope(self.style.chunk, []) | {"usage": usage_of(self.usage)}
 
-    def _whole(self, index: int, pieces: Sequence[Piece]) -> Json:
+    def _whole(self, index: int, pieces: Sequence[TextDelta]) -> Json:
         text = "".join(piece.text for piece in pieces)
-        words = [word for piece in pieces for word in piece.words]
-        return self._choice(index, self.style.whole(text), pieces[-1].finish, words)
+        words = [word for piece in pieces for word in piece.logprobs]
+        return self._choice(index, self.style.whole(text), pieces[-1].finish_reason, words)
 
-    def _choice(self, index: int, content: Json, finish: str | None = None, words: Sequence[Word] = ()) -> Json:
+    def _choice(self, index: int, content: Json, finish: str | None = None, words: Sequence[TokenLogprob] = ()) -> Json:
         logprobs = self.style.logprobs(words, self.names) if self.names and words else None
         return {"index": index, "finish_reason": finish, "logprobs": logprobs} | content
 
@@ -202,7 +202,7 @@ class Reply:
         }
 
 
-async def begun(pieces: AsyncGenerator[Piece]) -> AsyncIterator[Piece | None]:
+async def begun(pieces: AsyncGenerator[TextDelta]) -> AsyncIterator[TextDelta | None]:
     """The same pieces, once there is a first one or its wait has lasted for QUIET seconds; then None stands for those.
 
     What goes wrong before is raised here, while an answer can still have a status of its own.
@@ -211,7 +211,7 @@ async def begun(pieces: AsyncGenerator[Piece]) -> AsyncIterator[Piece | None]:
     return _resume(await anext(patient), patient)
 
 
-async def _patient(pieces: AsyncGenerator[Piece]) -> AsyncGenerator[Piece | None]:
+async def _patient(pieces: AsyncGenerator[TextDelta]) -> AsyncGenerator[TextDelta | None]:
     async with aclosing(pieces):
         first = asyncio.ensure_future(anext(pieces))
         try:
@@ -225,7 +225,7 @@ async def _patient(pieces: AsyncGenerator[Piece]) -> AsyncGenerator[Piece | None
             yield piece
 
 
-async def _resume(first: Piece | None, rest: AsyncGenerator[Piece | None]) -> AsyncGenerator[Piece | None]:
+async def _resume(first: TextDelta | None, rest: AsyncGenerator[TextDelta | None]) -> AsyncGenerator[TextDelta | None]:
     async with aclosing(rest):
         yield first
         async for piece in rest:

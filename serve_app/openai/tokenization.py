@@ -15,7 +15,7 @@ from baklava.runtime.model_loader import LoadedModel
 from serve_app.openai.errors import ApiError, context_length_exceeded
 from serve_app.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest, Message
 
-Turn = dict[str, str]
+MessageDict = dict[str, str]
 
 _OF_RENDERING = frozenset({"self", "messages", "conversations"})  # names under which a template is given the chat
 
@@ -37,7 +37,7 @@ class Prompts:
     """Encodes requests for one model. `limit` is the most tokens of prompt and completion together."""
 
     tokenizer: Any
-    vocabulary: int
+    vocab_size: int
     limit: int
 
     @classmethod
@@ -47,8 +47,8 @@ class Prompts:
 
     def encode(self, request: ChatRequest | CompletionRequest) -> list[Prompt]:
         """The prompts of a request; raises ApiError."""
-        self.check_ids("stop_token_ids", request.stop_token_ids)
-        self.check_ids("logit_bias", request.logit_bias)
+        self.check_token_ids("stop_token_ids", request.stop_token_ids)
+        self.check_token_ids("logit_bias", request.logit_bias)
         if isinstance(request, ChatRequest):
             return [self._checked(request, self.chat(request.messages, request.chat_template_kwargs), "")]
         return [self._completion(request, prompt) for prompt in request.prompt]
@@ -73,10 +73,10 @@ class Prompts:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones included; raises ApiError."""
-        self.check_ids("tokens", ids)
+        self.check_token_ids("tokens", ids)
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def opening(self, turns: Sequence[Turn]) -> tuple[int, ...]:
+    def shared_chat_prefix(self, turns: Sequence[MessageDict]) -> tuple[int, ...]:
         """Token ids that every chat begins with whose first turns are these.
 
         Raises:
@@ -92,13 +92,13 @@ class Prompts:
             raise UserError("the model's chat template does not keep the declared prompt together; declare another")
         return opening
 
-    def check_ids(self, field: str, ids: Iterable[int]) -> None:
+    def check_token_ids(self, field: str, ids: Iterable[int]) -> None:
         """Raise ApiError for a token that the model does not have."""
-        outside = next((id for id in ids if not 0 <= id < self.vocabulary), None)
+        outside = next((id for id in ids if not 0 <= id < self.vocab_size), None)
         if outside is not None:
-            raise ApiError(f"Token id {outside} is not one of the model's, 0 to {self.vocabulary - 1}.", param=field)
+            raise ApiError(f"Token id {outside} is not one of the model's, 0 to {self.vocab_size - 1}.", param=field)
 
-    def _render(self, turns: Sequence[Turn], variables: dict[str, Any]) -> list[int]:
+    def _render(self, turns: Sequence[MessageDict], variables: dict[str, Any]) -> list[int]:
         rendered = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, **variables)
         return rendered["input_ids"]
 
@@ -116,7 +116,7 @@ class Prompts:
         ids = self._truncated(request, ids)
         if not ids:
             raise ApiError("The prompt has no tokens; give at least one.", param="prompt")
-        self.check_ids("prompt", ids)
+        self.check_token_ids("prompt", ids)
         return Prompt(tuple(ids), text, self._room(request, len(ids)))
 
     def _truncated(self, request: GenerationRequest, ids: list[int]) -> list[int]:
@@ -124,12 +124,12 @@ class Prompts:
         if keep is None:
             return ids
         if keep == -1:
-            keep = max(1, self.limit - (request.wanted_tokens or 1))  # what is too much together is told as such
+            keep = max(1, self.limit - (request.requested_max_tokens or 1))  # what is too much together is told as such
         return ids[max(0, len(ids) - keep) :]
 
     def _room(self, request: GenerationRequest, prompt: int) -> int:
         room = self.limit - prompt
-        wanted = max(1, room) if request.wanted_tokens is None else request.wanted_tokens
+        wanted = max(1, room) if request.requested_max_tokens is None else request.requested_max_tokens
         if wanted > room:
             raise context_length_exceeded(self.limit, prompt, wanted)
         if request.min_tokens > wanted:
@@ -150,7 +150,7 @@ class Declared:
     """The beginning of chats, or, without turns, the beginning of texts."""
 
     name: str
-    turns: tuple[Turn, ...] = ()
+    messages: tuple[MessageDict, ...] = ()
     text: str = ""
 
     @classmethod
@@ -182,10 +182,10 @@ class Declared:
 
     def ids(self, prompts: Prompts) -> tuple[int, ...]:
         """The token ids that prompts begin with; raises UserError."""
-        if self.turns and prompts.tokenizer.chat_template:
-            ids = prompts.opening(self.turns)
+        if self.messages and prompts.tokenizer.chat_template:
+            ids = prompts.shared_chat_prefix(self.messages)
         else:
-            ids = tuple(prompts.text(self.text or self.turns[0]["content"], special=True))
+            ids = tuple(prompts.text(self.text or self.messages[0]["content"], special=True))
         if not 0 < len(ids) < prompts.limit:
             raise UserError(
                 f"the declared prompt {self.name} has {len(ids)} tokens, but the model takes 1 to {prompts.limit - 1}; "

@@ -21,7 +21,7 @@ from search_process import SMALL, descendants, kill, lines, make_model, make_tex
 from baklava.plan.budget_plan import BudgetPlan
 from tuning.study.journal import Journal
 from tuning.study.settings import SearchRecord
-from tuning.study.trial import FILE, TrialRecord
+from tuning.study.trial import TRIALS_FILE, TrialRecord
 
 pytestmark = [pytest.mark.drill, pytest.mark.ray]
 
@@ -50,7 +50,7 @@ class Ground:
 
     def trials(self) -> list[str]:
         """Whole lines of the journal."""
-        text = (self.out / FILE).read_text() if (self.out / FILE).exists() else ""
+        text = (self.out / TRIALS_FILE).read_text() if (self.out / TRIALS_FILE).exists() else ""
         return text[: text.rfind("\n") + 1].splitlines()
 
 
@@ -71,7 +71,7 @@ def end(process: subprocess.Popen[bytes], ground: Ground, code: int = 0) -> None
 def check_whole(ground: Ground, before: list[str], uri: str | None = None) -> None:
     """Every trial is there once, in the journal and in MLflow, those from before as they were, and there is a plan."""
     assert ground.trials()[: len(before)] == before
-    records = Journal.read(ground.out / FILE, TrialRecord.model_validate_json)
+    records = Journal.read(ground.out / TRIALS_FILE, TrialRecord.model_validate_json)
     assert [record.trial for record in records] == list(range(1, TRIALS + 1))
     assert {record.status for record in records} <= {"finished", "pruned"}
     assert len({json.dumps(record.params, sort_keys=True) for record in records}) == TRIALS
@@ -131,7 +131,7 @@ class Cluster:
         self.network.stop()
 
     def _replicas(self, pid: int) -> list[int]:
-        return [child for child, title in descendants(pid) if title.startswith("ray::Replica")]
+        return [child for child, title in descendants(pid) if title.startswith("ray::ScoringWorker")]
 
 
 @pytest.fixture
@@ -240,4 +240,4 @@ def test_ctrl_c_twice_stops_at_once_and_what_was_recorded_stays(ground: Ground) 
     assert "Ctrl-C again stops now" in ground.log.read_text()
     assert "Traceback" not in ground.log.read_text()
     assert ground.trials()[: len(before)] == before
-    assert lines(ground.out / FILE) == len(ground.trials())
+    assert lines(ground.out / TRIALS_FILE) == len(ground.trials())

@@ -10,7 +10,7 @@ import pytest
 from search_process import descendants
 from server_process import PATIENCE, Running, all_of, asking, serving, small_model, small_plan, stream, until, whole
 
-from baklava.runtime.prefill import transient_bytes
+from baklava.runtime.prefill import prefill_workspace_bytes
 
 pytestmark = [pytest.mark.drill, pytest.mark.ray]
 
@@ -49,7 +49,7 @@ def replicas(server: Running) -> list[int]:
 
 def room_for(plan, sequences):
     """A pool in bytes for so many long sequences and a prompt that enters for the last of them."""
-    return plan.bytes_for(1000) * sequences + transient_bytes(plan, len(LONG["prompt"]), itemsize=4) + 1000
+    return plan.bytes_for(1000) * sequences + prefill_workspace_bytes(plan, len(LONG["prompt"]), itemsize=4) + 1000
 
 
 def test_a_full_queue_sends_clients_away_until_there_is_room(start, plan):

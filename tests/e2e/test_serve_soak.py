@@ -14,7 +14,7 @@ import pytest
 from search_process import descendants
 from server_process import asking, serving, small_model, small_plan, stream, until, whole
 
-from baklava.runtime.prefill import transient_bytes
+from baklava.runtime.prefill import prefill_workspace_bytes
 
 pytestmark = [pytest.mark.drill, pytest.mark.soak, pytest.mark.ray]
 
@@ -92,7 +92,7 @@ def test_a_server_stays_inside_its_promises_for_as_long_as_it_is_asked(tmp_path)
     model = small_model(tmp_path / "model")
     plan = small_plan(model)
     plan.write(tmp_path / "plan.json")
-    pool = plan.bytes_for(4096) * 8 + transient_bytes(plan, 2048, itemsize=4)  # and the longest prompt that enters
+    pool = plan.bytes_for(4096) * 8 + prefill_workspace_bytes(plan, 2048, itemsize=4)  # and the longest prompt that enters
     arguments = ("--plan", tmp_path / "plan.json", "--model", model, "--pool", pool, "--waiting", 8)
     with serving(*arguments, folder=tmp_path) as server:
         (pid,) = [pid for pid, title in descendants(server.process.pid) if title.startswith("ray::ServeReplica")]

@@ -36,10 +36,10 @@ from baklava.eviction import (
 )
 from baklava.plan.budget_plan import BudgetPlan, full_plan
 from baklava.profiling.profiler import profile
-from baklava.runtime.logprobs import continuations
+from baklava.runtime.logprobs import score_continuations
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
-from tuning.workers.scoring_worker import restored, spilled
+from tuning.workers.scoring_worker import to_devices, to_host
 
 Maker = Callable[..., LoadedModel]
 
@@ -83,7 +83,7 @@ def seen_of(model: LoadedModel, plan: BudgetPlan, ids: Tensor, prompt: int, mask
             made.append(model.model(ids[:, t : t + 1], past_key_values=cache, **known).logits[:, -1])
     cache.check_integrity()
     grid = [(layer, head, row) for layer in range(2) for head in range(2) for row in range(len(ids))]
-    return torch.stack(made).float().cpu(), [cache.kept_positions(*at).tolist() for at in grid]
+    return torch.stack(made).float().cpu(), [cache.cached_positions(*at).tolist() for at in grid]
 
 
 def tight(loaded: LoadedModel, eviction: Eviction, bits: int = 16) -> BudgetPlan:
@@ -270,16 +270,16 @@ def test_a_window_that_was_in_host_memory_is_scored_as_before(tiny: Maker) -> No
     loaded = moved(tiny(vocab_size=256))
     window = Window("w", "d", tuple(different_ids(1, 110)[0].tolist()), 80)
     held, plan = prefilled(loaded, window, EVICTIONS[:3]), tight(loaded, EVICTIONS[1])
-    away, devices = spilled(held)
+    away, devices = to_host(held)
     assert away.nll.device.type == "cpu"
-    before, after = (score(loaded, each, plan) for each in (held, restored(away, devices)))
+    before, after = (score(loaded, each, plan) for each in (held, to_devices(away, devices)))
     assert (after.nll, after.kl) == pytest.approx((before.nll, before.kl), abs=1e-5)
 
 
 def test_continuations_of_one_context_are_as_likely_as_on_the_cpu(tiny: Maker) -> None:
     loaded, ids = tiny(vocab_size=256), different_ids(1, 110)[0].tolist()
     plan, texts = tight(loaded, EVICTIONS[1], 4), [ids[80:], ids[85:100], ids[80:81]]
-    ours, theirs = (continuations(model, plan, ids[:80], texts) for model in (moved(loaded), loaded))
+    ours, theirs = (score_continuations(model, plan, ids[:80], texts) for model in (moved(loaded), loaded))
     assert [each.log_prob for each in ours] == pytest.approx([each.log_prob for each in theirs], abs=5e-2)
 
 

@@ -10,7 +10,7 @@ from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
 from serve_app.engine.engine import Engine, Limits
 from serve_app.engine.sampler import Sampling
-from serve_app.engine.types import Event, Handle, Started, Token, Work
+from serve_app.engine.types import EngineOutput, RequestHandle, PrefillDone, TokenOutput, EngineRequest
 
 TIMEOUT = 60.0
 
@@ -19,16 +19,16 @@ class Answer:
     """The events of one request."""
 
     def __init__(self, n: int = 1) -> None:
-        self.events: list[Event] = []
+        self.events: list[EngineOutput] = []
         self.ended = threading.Event()
-        self.handle: Handle | None = None
+        self.handle: RequestHandle | None = None
         self._left = n
 
-    def take(self, event: Event) -> None:
+    def take(self, event: EngineOutput) -> None:
         """What the engine delivers to."""
         self.events.append(event)
-        self._left -= isinstance(event, Token) and event.finish is not None
-        if isinstance(event, Exception) or not self._left or (isinstance(event, Started) and event.finish):
+        self._left -= isinstance(event, TokenOutput) and event.finish_reason is not None
+        if isinstance(event, Exception) or not self._left or (isinstance(event, PrefillDone) and event.finish_reason):
             self.ended.set()
 
     def wait(self) -> "Answer":
@@ -41,17 +41,17 @@ class Answer:
         self.handle.cancel()
 
     @property
-    def started(self) -> Started:
+    def started(self) -> PrefillDone:
         first = self.wait().events[0]
-        assert isinstance(first, Started), repr(first)
+        assert isinstance(first, PrefillDone), repr(first)
         return first
 
     def tokens(self, index: int = 0) -> list[int]:
-        return [event.id for event in self.made(index)]
+        return [event.token_id for event in self.made(index)]
 
-    def made(self, index: int = 0) -> list[Token]:
+    def made(self, index: int = 0) -> list[TokenOutput]:
         self.wait()
-        return [event for event in self.events if isinstance(event, Token) and event.index == index]
+        return [event for event in self.events if isinstance(event, TokenOutput) and event.index == index]
 
     @property
     def error(self) -> Exception:
@@ -71,16 +71,16 @@ def engine_of(loaded: LoadedModel, plan: BudgetPlan, pool: int = 1 << 24, **limi
 
 def ask(engine: Engine, prompt: Any, tokens: int = 20, take: Any = None, **options: Any) -> Answer:
     """Send a request; options of `Work` and of `Sampling` alike. `take` hears every event as well."""
-    own = {name: options.pop(name) for name in list(options) if name in Work.__dataclass_fields__}
+    own = {name: options.pop(name) for name in list(options) if name in EngineRequest.__dataclass_fields__}
     answer = Answer(own.get("n", 1))
 
-    def deliver(event: Event) -> None:
+    def deliver(event: EngineOutput) -> None:
         answer.take(event)
         if take:
             take(event)
 
     sampling = Sampling(tokens, **({"temperature": 0.0} | options))
-    (answer.handle,) = engine.submit((Work(tuple(prompt), sampling, **own), deliver))
+    (answer.handle,) = engine.submit((EngineRequest(tuple(prompt), sampling, **own), deliver))
     return answer
 
 
@@ -95,4 +95,4 @@ def until(true: Callable[[], Any]) -> None:
 def idle(engine: Engine) -> None:
     """Wait until the engine has nothing to do."""
     until(lambda: not (engine.state().running or engine.state().waiting or engine._stepper.busy))
-    until(lambda: engine.state().held_bytes == engine.state().snapshot_bytes)
+    until(lambda: engine.state().allocated_bytes == engine.state().snapshot_bytes)

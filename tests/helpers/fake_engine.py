@@ -4,15 +4,15 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from serve_app.engine.types import Deliver, Event, Handle, State, Work
+from serve_app.engine.types import OutputCallback, EngineOutput, RequestHandle, EngineState, EngineRequest
 
-STATE = State(
+STATE = EngineState(
     running=0,
     waiting=0,
     pool_bytes=1 << 20,
-    promised_bytes=0,
-    held_bytes=0,
-    most_bytes=0,
+    reserved_bytes=0,
+    allocated_bytes=0,
+    peak_bytes=0,
     snapshot_bytes=0,
     seen=0,
     kept=0,
@@ -23,7 +23,7 @@ STATE = State(
 
 
 class _Handle:
-    def __init__(self, engine: "ScriptedEngine", work: Work) -> None:
+    def __init__(self, engine: "ScriptedEngine", work: EngineRequest) -> None:
         self._engine, self._work = engine, work
 
     def cancel(self) -> None:
@@ -33,7 +33,7 @@ class _Handle:
         self._engine.completed.append((self._work, index))
 
 
-def _tell(deliver: Deliver, events: Iterable[Event]) -> None:
+def _tell(deliver: OutputCallback, events: Iterable[EngineOutput]) -> None:
     for event in events:
         deliver(event)
 
@@ -41,14 +41,14 @@ def _tell(deliver: Deliver, events: Iterable[Event]) -> None:
 class ScriptedEngine:
     """`script` gives the events of a request; an exception in its place is raised by submit."""
 
-    def __init__(self, plan: Any, script: Callable[[Work], Iterable[Event]]) -> None:
+    def __init__(self, plan: Any, script: Callable[[EngineRequest], Iterable[EngineOutput]]) -> None:
         self.plan, self._script = plan, script
-        self.works: list[Work] = []
-        self.cancelled: list[Work] = []
-        self.completed: list[tuple[Work, int]] = []
+        self.works: list[EngineRequest] = []
+        self.cancelled: list[EngineRequest] = []
+        self.completed: list[tuple[EngineRequest, int]] = []
         self.now = STATE
 
-    def submit(self, *asked: tuple[Work, Deliver]) -> list[Handle]:
+    def submit(self, *asked: tuple[EngineRequest, OutputCallback]) -> list[RequestHandle]:
         scripts = []
         for work, deliver in asked:
             self.works.append(work)
@@ -66,5 +66,5 @@ class ScriptedEngine:
     def drain(self) -> None:
         pass
 
-    def state(self) -> State:
+    def state(self) -> EngineState:
         return self.now

@@ -4,10 +4,10 @@ import random
 
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
 from baklava.profiling.profile import Profile
-from tuning.optimizers.baselines import first_params
-from tuning.selection.validation import Candidate, Validated
+from tuning.optimizers.baselines import initial_params
+from tuning.selection.validation import Candidate, ValidatedPlan
 from tuning.study.objective import Goal
-from tuning.study.search_space import Task
+from tuning.study.search_space import SearchTask
 from tuning.study.trial import TrialRecord
 
 SOURCES = ("value", "key", "query", "hidden")
@@ -29,8 +29,8 @@ def profile() -> Profile:
     )
 
 
-def task(budget: float | None = 0.3, **goal: object) -> Task:
-    return Task(profile(), Goal(budget=budget, **goal), context_length=2048, windows=WINDOWS)
+def task(budget: float | None = 0.3, **goal: object) -> SearchTask:
+    return SearchTask(profile(), Goal(budget=budget, **goal), context_length=2048, windows=WINDOWS)
 
 
 SPACE = task().space
@@ -41,7 +41,7 @@ def record(
 ) -> TrialRecord:
     scores = [dict.fromkeys(("nll_full", "nll", "dnll", "kl", "allocated_bytes", "seconds"), value) for value in values]
     mean = sum(values) / len(values) if values else 0.0
-    chosen = {**first_params(SPACE)[0], **params}
+    chosen = {**initial_params(SPACE)[0], **params}
     return TrialRecord(
         trial=number,
         params=chosen,
@@ -56,8 +56,8 @@ def report(values: list[float], ratio: float = 0.3) -> dict[str, object]:
     return {**numbers, "windows": record(1, values).windows}
 
 
-def scored(name: str, ratio: float, loss: float) -> Validated:
+def scored(name: str, ratio: float, loss: float) -> ValidatedPlan:
     metrics = {"ratio": ratio, "dnll": loss, "kl": loss, "kl_geometric": loss, "ppl": 1 + loss}
-    plan = task().plan({**first_params(SPACE)[0], "budget": ratio})
+    plan = task().plan({**initial_params(SPACE)[0], "budget": ratio})
     windows = tuple({"kl": loss * weight, "document": f"text {weight}"} for weight in (1, 2))
-    return Validated(Candidate(name, plan), windows, metrics)
+    return ValidatedPlan(Candidate(name, plan), windows, metrics)

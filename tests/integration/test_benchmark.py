@@ -9,54 +9,54 @@ import pytest
 
 from baklava.console import run_cli
 from baklava.errors import UserError
+from baklava.evaluation.speed.timing import Timing, time_interleaved
+from baklava.evaluation.speed.workloads import BASELINE
 from baklava.eviction import HeavyHitter
 from baklava.runtime.model_loader import LoadedModel
-from benchmarks.kernels.decode import FLOOR, decode, plan_of
-from benchmarks.kernels.plot import draw, table
-from benchmarks.kernels.prefill import prefill
-from benchmarks.timing import Timing, take_turns
-from benchmarks.transformers_baseline import PEER
+from benchmarks.kernels.decode import NO_CACHE, benchmark_decode, same_plan_in_all_layers
+from benchmarks.kernels.plot import plot, table
+from benchmarks.kernels.prefill import benchmark_prefill
 
 Maker = Callable[..., LoadedModel]
 
 
 def test_decode_rows_hold_what_their_plans_promise(tiny: Maker, tmp_path: Path) -> None:
-    figures = decode(tiny(), contexts=[128, 200], batches=[1, 2], share=0.5, rounds=2)
-    budgeted = [row for row in figures["rows"] if row["plan"] not in (PEER, FLOOR)]
+    figures = benchmark_decode(tiny(), contexts=[128, 200], batches=[1, 2], share=0.5, rounds=2)
+    budgeted = [row for row in figures["rows"] if row["plan"] not in (BASELINE, NO_CACHE)]
     assert len(budgeted) == 4 * 7
     for row in budgeted:
-        assert 0.9 <= row["resident"] <= 1.0
+        assert 0.9 <= row["allocated_over_reserved"] <= 1.0
         assert row["milliseconds"] > 0
-        assert row["attention"] > 0
-    draw(figures, tmp_path / "decode.png")
+        assert row["attention_over_sdpa"] > 0
+    plot(figures, tmp_path / "decode.png")
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
     assert len(table(figures).splitlines()) == 1 + len(figures["rows"])
 
 
 def test_prefill_compares_every_method_with_the_peer_and_with_a_ring(tiny: Maker, tmp_path: Path) -> None:
-    figures = prefill(tiny(), contexts=[160], batches=[2], share=0.5, rounds=1, memory=False)
+    figures = benchmark_prefill(tiny(), contexts=[160], batches=[2], share=0.5, rounds=1, memory=False)
     rows = {row["plan"]: row for row in figures["rows"]}
-    assert {PEER, "streaming", "streaming, chunked", "heavy_hitter", "reconstruction", "tova"} <= rows.keys()
-    assert rows["streaming"]["over_streaming"] == rows[PEER]["over_peer"] == 1
-    draw(figures, tmp_path / "prefill.png")
+    assert {BASELINE, "streaming", "streaming, chunked", "heavy_hitter", "reconstruction", "tova"} <= rows.keys()
+    assert rows["streaming"]["over_streaming"] == rows[BASELINE]["over_baseline"] == 1
+    plot(figures, tmp_path / "prefill.png")
     assert "expected_attention" in table(figures)
 
 
 def test_ratios_are_taken_round_by_round() -> None:
     mine, other = Timing((2.0, 20.0, 3.0)), Timing((1.0, 10.0, 1.0))
-    assert mine.over(other) == 2
-    assert mine.over_in_all(other) == 25 / 12
+    assert mine.ratio_to(other) == 2
+    assert mine.total_ratio_to(other) == 25 / 12
 
 
 def test_each_round_begins_with_another_contestant() -> None:
     order: list[str] = []
-    take_turns({name: lambda name=name: order.append(name) for name in "abc"}, rounds=2, warm_up=1)
+    time_interleaved({name: lambda name=name: order.append(name) for name in "abc"}, rounds=2, warmup_rounds=1)
     assert "".join(order) == "abcbcacab"
 
 
 def test_too_few_entries_are_one_sentence(tiny: Maker) -> None:
     with pytest.raises(UserError, match="raise --contexts or --share"):
-        plan_of(tiny(), (25, 25), HeavyHitter(), 16, 128)
+        same_plan_in_all_layers(tiny(), (25, 25), HeavyHitter(), 16, 128)
 
 
 @pytest.mark.parametrize(

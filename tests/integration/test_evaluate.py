@@ -28,12 +28,12 @@ def window_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoTokenizer
 
     from baklava.data.demo_assets import demo_model
-    from baklava.data.documents import documents
+    from baklava.data.documents import load_documents
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     cut = [
         {"name": d.name, "ids": tokenizer(d.text, add_special_tokens=False, verbose=False)["input_ids"][:640]}
-        for d in documents(["ifcraft"])[:2]
+        for d in load_documents(["ifcraft"])[:2]
     ]
     path = tmp_path_factory.mktemp("windows") / "windows.json"
     path.write_text(json.dumps({"context": 512, "continuation": 128, "windows": cut}))

@@ -13,7 +13,7 @@ from search_process import WORDS, make_model
 
 from baklava.allocation.plan_spec import NamedPlan
 from baklava.errors import UserError
-from baklava.evaluation.results import Speed
+from baklava.evaluation.speed.latency import Speed
 from baklava.evaluation.summary import verdict
 from baklava.paths import tracking_uri
 from baklava.plan.budget_plan import Provenance

@@ -9,14 +9,14 @@ import pytest
 from search_process import make_model, make_texts
 
 from baklava.allocation.plan_spec import named_plan
-from baklava.data.documents import documents
-from baklava.data.windows import Window, split
+from baklava.data.documents import load_documents
+from baklava.data.windows import Window, make_splits
 from baklava.errors import UserError
 from baklava.evaluation.bootstrap import interval, ratio
 from baklava.evaluation.window_scoring import score
 from baklava.plan.budget_plan import BudgetPlan, full_plan
 from baklava.profiling.profile import flat_profile
-from baklava.runtime.model_loader import describe, load
+from baklava.runtime.model_loader import load_config, load
 from benchmarks.fidelity import methods, scoring
 from benchmarks.fidelity import run as studying
 from benchmarks.fidelity import scoring as workers
@@ -90,7 +90,7 @@ def test_worker_processes_find_what_one_process_finds(home: Path, tmp_path: Path
 
 
 def test_what_ends_a_worker_ends_the_study(home: Path) -> None:
-    identity, geometry = describe(str(make_model(home / "model2")))
+    identity, geometry = load_config(str(make_model(home / "model2")))
     plan = full_plan(identity, geometry, 600)
     window = Window("too long", "d", (5,) * 600, 560)
     with pytest.raises(UserError, match="longer than the 512"):
@@ -108,8 +108,8 @@ def test_a_cache_above_its_promise_ends_the_study(home: Path, monkeypatch: pytes
 def test_the_test_sees_no_document_that_the_search_saw(home: Path) -> None:
     loaded = load(str(home / "model"))
     wanted = asked_in(home).texts
-    searched = documents([wanted.searched])
-    seen = split(searched, loaded.tokenizer, context=160, continuation=32, seed=0, search=WINDOWS, validation=WINDOWS)
+    searched = load_documents([wanted.searched])
+    seen = make_splits(searched, loaded.tokenizer, context=160, continuation=32, seed=0, search=WINDOWS, validation=WINDOWS)
     parts = (seen.calibration, seen.search, seen.validation)
     scored = cut(wanted, "test", loaded.tokenizer)
     assert scored.calibration == seen.calibration
@@ -122,8 +122,8 @@ def test_the_test_sees_no_document_that_the_search_saw(home: Path) -> None:
 
 def test_a_copy_of_a_document_that_was_searched_is_no_unseen_one(home: Path) -> None:
     loaded = load(str(home / "model"))
-    searched = documents([str(home / "searched")])
-    seen = split(searched, loaded.tokenizer, context=160, continuation=32, seed=0, search=6, validation=6)
+    searched = load_documents([str(home / "searched")])
+    seen = make_splits(searched, loaded.tokenizer, context=160, continuation=32, seed=0, search=6, validation=6)
     copy = next(each for each in searched if each.name == seen.search[0].document)
     left = untouched([*searched, type(copy)("a copy", copy.text)], seen)
     assert len(left) == 20 - 15

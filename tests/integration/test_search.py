@@ -19,7 +19,7 @@ from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import load
 from tuning.study.journal import Journal
 from tuning.study.settings import SearchRecord
-from tuning.study.trial import FILE, TrialRecord
+from tuning.study.trial import TRIALS_FILE, TrialRecord
 
 TRIALS = 10
 
@@ -74,7 +74,7 @@ class Finished:
 
     @property
     def journal(self) -> list[Any]:
-        return Journal.open(self.out / FILE, TrialRecord.model_validate_json).records
+        return Journal.open(self.out / TRIALS_FILE, TrialRecord.model_validate_json).records
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def finished(place: Place) -> Finished:
     out, log, summary = place.root / "run", place.root / "run.log", place.root / "run.json"
     process = start_search(*place.half, "--replicas", 2, "--out", out, "--json", summary, log=log)
     wait_until(lambda: lines(out / "trials.jsonl") >= 2, process, log)
-    replicas = [pid for pid, title in descendants(process.pid) if title.startswith("ray::Replica")]
+    replicas = [pid for pid, title in descendants(process.pid) if title.startswith("ray::ScoringWorker")]
     assert len(replicas) == 2
     kill(replicas[0])
     assert process.wait(timeout=300) == 0, log.read_text()
@@ -163,15 +163,15 @@ def test_progress_is_told_all_the_way(finished: Finished) -> None:
 
 @pytest.mark.ray
 def test_the_last_third_of_the_trials_refines_the_best_and_says_from_which_they_start(finished: Finished) -> None:
-    refined = [record for record in finished.journal if record.refines]
+    refined = [record for record in finished.journal if record.parent_trial]
     assert [record.trial for record in refined] == list(range(TRIALS - TRIALS // 3 + 1, TRIALS + 1))
     by_number = {record.trial: record for record in finished.journal}
     for record in refined:
-        assert by_number[record.refines].status == "finished"
+        assert by_number[record.parent_trial].status == "finished"
         told = next(
             line for line in finished.log.splitlines() if line.startswith(f"trial {record.trial} of {TRIALS}: ")
         )
-        assert f", refined from trial {record.refines}, " in told
+        assert f", refined from trial {record.parent_trial}, " in told
         assert len(record.params["shifts"]) == 3
     assert any(entry["name"].startswith("trial") for entry in finished.summary["validation"])
 
@@ -259,7 +259,7 @@ def test_a_killed_search_goes_on_and_neither_loses_nor_doubles_a_trial(place: Pl
     again = start_search("--resume", out, log=log)
     assert again.wait(timeout=300) == 0, log.read_text()
     after = (out / "trials.jsonl").read_text().splitlines()
-    records = Journal.open(out / FILE, TrialRecord.model_validate_json).records
+    records = Journal.open(out / TRIALS_FILE, TrialRecord.model_validate_json).records
     assert after[: len(before)] == before
     assert [record.trial for record in records] == list(range(1, TRIALS + 1))
     assert len({json.dumps(record.params, sort_keys=True) for record in records}) == TRIALS
@@ -280,7 +280,7 @@ def test_a_front_is_a_plan_file_per_size_and_the_report_draws_it(place: Place) -
     chosen = [plan for plan, point in zip(plans, points, strict=True) if point["chosen"]]
     assert chosen == [BudgetPlan.read(out / "plan.json")]
     assert "The line is the front of what was validated" in (out / "report.html").read_text()
-    records = Journal.open(out / FILE, TrialRecord.model_validate_json).records
+    records = Journal.open(out / TRIALS_FILE, TrialRecord.model_validate_json).records
     assert len({record.params["budget"] for record in records}) >= 4
 
 
@@ -290,11 +290,11 @@ def test_the_least_bytes_that_keep_a_bound_on_the_loss_are_found_or_it_is_said_t
     process = start_search(*place.usual, "--max-dnll", 5, "--replicas", 1, "--out", out, log=log)
     assert process.wait(timeout=300) == 0, log.read_text()
     plan = BudgetPlan.read(out / "plan.json")
-    records = Journal.open(out / FILE, TrialRecord.model_validate_json).records
+    records = Journal.open(out / TRIALS_FILE, TrialRecord.model_validate_json).records
     assert plan.provenance.scores["validation_dnll"] <= 5
     assert plan.ratio <= min(record.metrics["ratio"] for record in records if record.status == "finished") * 1.01
-    refined = [record for record in records if record.refines]
-    assert all(record.params["budget"] < records[record.refines - 1].params["budget"] for record in refined)
+    refined = [record for record in records if record.parent_trial]
+    assert all(record.params["budget"] < records[record.parent_trial - 1].params["budget"] for record in refined)
 
 
 @pytest.fixture
@@ -403,7 +403,7 @@ def test_ctrl_c_ends_a_search_that_can_be_resumed(place: Place) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the replicas, too
     assert process.wait(timeout=60) == 130
     assert "those under way are finished and recorded" in log.read_text()
-    records = Journal.open(out / FILE, TrialRecord.model_validate_json).records
+    records = Journal.open(out / TRIALS_FILE, TrialRecord.model_validate_json).records
     assert {record.status for record in records} <= {"finished", "pruned"}
     assert [record.trial for record in records] == list(range(1, len(records) + 1))
     assert f"python jobs/search.py --resume {out}" in log.read_text()

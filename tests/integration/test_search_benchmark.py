@@ -19,13 +19,13 @@ from baklava.evaluation.window_scoring import prefill, score
 from baklava.eviction import HeavyHitter, Streaming
 from baklava.profiling.profile import flat_profile
 from baklava.runtime.model_loader import LoadedModel
-from benchmarks.markdown_page import check_page, put
+from benchmarks.markdown_page import read_checked, write_section
 from benchmarks.search import baseline as naive
 from benchmarks.search.config import Asked, quick
 from benchmarks.search.markdown import scale, table
 from benchmarks.search.run import PARTS, study
 from benchmarks.search.startup import Ran, overhead
-from tuning.study.search_space import evictions
+from tuning.study.search_space import recorded_evictions
 
 
 @pytest.mark.parametrize("eviction", [Streaming(sinks=1), HeavyHitter(reduction="max", interval=8)])
@@ -36,11 +36,11 @@ def test_the_naive_way_has_the_same_scores(
 ) -> None:
     loaded = tiny()
     ids = torch.randint(2, 60, (160,), generator=torch.Generator().manual_seed(0)).tolist()
-    window = Window(name="w", document="d", ids=tuple(ids), context=128)
+    window = Window(name="w", document="d", ids=tuple(ids), context_length=128)
     profile = flat_profile(loaded.identity, loaded.geometry)
     plan = allocate(profile, budget=0.5, context_length=160, method=Uniform(), eviction=eviction, bits=bits)
     slow = naive.score(loaded, plan, window, step)
-    fast = score(loaded, prefill(loaded, window, evictions()), plan)
+    fast = score(loaded, prefill(loaded, window, recorded_evictions()), plan)
     assert fast.kl > 1e-4
     assert slow["nll"] == pytest.approx(fast.nll, abs=2e-4)
     assert slow["kl"] == pytest.approx(fast.kl, rel=2e-2, abs=1e-5)
@@ -88,10 +88,10 @@ def test_the_reach_of_a_head_is_its_rate_times_the_seconds_of_a_trial() -> None:
 def test_a_table_takes_the_place_between_its_own_markers_alone(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- one -->\nold\n<!-- /one -->\nb\n<!-- two -->\nkept\n<!-- /two -->\n")
-    put(page, "one", "new")
+    write_section(page, "one", "new")
     assert page.read_text() == "a\n<!-- one -->\n\nnew\n\n<!-- /one -->\nb\n<!-- two -->\nkept\n<!-- /two -->\n"
     with pytest.raises(UserError, match=r"--scale .* needs one line <!-- three -->"):
-        check_page(page, "three", "--scale")
+        read_checked(page, "three", "--scale")
 
 
 def test_an_unknown_part_is_refused_before_anything_is_loaded() -> None:

@@ -14,7 +14,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from server_process import PATIENCE, all_of, asking, serving, small_model, small_plan, stream, until, whole
 
 from baklava.plan.budget_plan import BudgetPlan, full_plan
-from baklava.runtime.logprobs import ending
+from baklava.runtime.logprobs import score_suffix
 from baklava.runtime.model_loader import load
 
 KEY, ADMIN = "a key of the test", "an admin's key"
@@ -157,13 +157,13 @@ def loaded(model):
 
 def in_process(loaded, plan):
     whole_texts = [loaded.tokenizer(context + rest)["input_ids"] for context, rest in TEXTS]
-    return [ending(loaded, plan, ids, len(rest.encode())) for ids, (_, rest) in zip(whole_texts, TEXTS, strict=True)]
+    return [score_suffix(loaded, plan, ids, len(rest.encode())) for ids, (_, rest) in zip(whole_texts, TEXTS, strict=True)]
 
 
 def test_the_harness_gets_what_the_budgeted_model_says_in_process(scored, loaded, plan):
     for (log_prob, greedy), expected in zip(scored, in_process(loaded, plan), strict=True):
         assert log_prob == pytest.approx(expected.log_prob, abs=2e-3)
-        assert greedy == expected.greedy
+        assert greedy == expected.is_greedy
 
 
 def test_the_harness_does_not_get_what_the_full_cache_would_say(scored, loaded):

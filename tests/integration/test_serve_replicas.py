@@ -21,15 +21,15 @@ from server_process import ROOT, small_model
 from baklava.errors import UserError
 from baklava.eviction import Streaming
 from baklava.plan.budget_plan import full_plan
-from baklava.runtime.model_loader import describe
-from baklava.runtime.prefill import transient_bytes
+from baklava.runtime.model_loader import load_config
+from baklava.runtime.prefill import prefill_workspace_bytes
 from serve_app.api.metrics import merged
 from serve_app.api.network import Keys
 from serve_app.api.routes import create_app
 from serve_app.deployment.autoscaling import LOAD, load, replicas_for
 from serve_app.deployment.replica import Server
 from serve_app.engine.engine import Engine, Limits
-from serve_app.engine.types import DeadlineError, Started, Token
+from serve_app.engine.types import DeadlineError, PrefillDone, TokenOutput
 from serve_app.replication.coordinator import SILENT_SECONDS, Board, Order
 from serve_app.replication.plan_rollout import put_in_force
 
@@ -252,7 +252,7 @@ def test_a_board_that_does_not_answer_leaves_a_replica_by_itself(loaded):
 def test_a_signal_to_read_the_plan_again_never_ends_the_server(tmp_path, tight, capsys):
     script = runpy.run_path(str(ROOT / "jobs/serve.py"))
     model, file = small_model(tmp_path / "model"), tmp_path / "plan.json"
-    identity, geometry = describe(str(model))
+    identity, geometry = load_config(str(model))
     full_plan(identity, geometry, 64).write(file)
     for plan, words in ((file, "cannot be told"), ("full", "nothing to read again"), ("none.json", "cannot read plan")):
         script["reload"](script["parse"](["--plan", str(plan), "--model", str(model)]), Gone())
@@ -301,10 +301,10 @@ def test_any_replica_tells_the_metrics_of_all_each_name_described_once(pair):
 
 def test_the_metrics_count_what_happened(loaded):
     def script(work):
-        yield Started()
-        yield Token(97)
-        yield Token(98)
-        yield Token(99, finish="length")
+        yield PrefillDone()
+        yield TokenOutput(97)
+        yield TokenOutput(98)
+        yield TokenOutput(99, finish_reason="length")
 
     engine = ScriptedEngine(full(loaded), script)
     engine.now = dataclasses.replace(STATE, running=2, promised_bytes=1 << 19, kept=5, seen=9)
@@ -328,10 +328,10 @@ def test_a_requests_time_is_divided_at_its_admission_and_its_first_token(loaded)
         time.sleep(0.05)
         admitted = time.monotonic()
         time.sleep(0.15)
-        yield Started(admitted=admitted)
-        yield Token(97)
+        yield PrefillDone(admitted_at=admitted)
+        yield TokenOutput(97)
         time.sleep(0.3)
-        yield Token(98, finish="length")
+        yield TokenOutput(98, finish_reason="length")
 
     replica = replica_of(ScriptedEngine(full(loaded), script), loaded)
     ask(create_app(replica), "POST", "/v1/completions", json=ONCE)
@@ -348,19 +348,19 @@ def test_a_requests_time_is_divided_at_its_admission_and_its_first_token(loaded)
 def test_a_request_is_admitted_before_its_prompt_enters_and_not_before_there_is_room(loaded):
     plan, entered, ended = full(loaded), [], []
     hook = loaded.model.register_forward_pre_hook(lambda *_: entered.append(time.monotonic()))
-    with engine_of(loaded, plan, pool=plan.bytes_for(256) + transient_bytes(plan, 60, 4)) as engine:
+    with engine_of(loaded, plan, pool=plan.bytes_for(256) + prefill_workspace_bytes(plan, 60, 4)) as engine:
         first = submit(engine, b"x" * 60, 190, take=lambda _: ended.append(time.monotonic()))
         second = submit(engine, b"y" * 60, 190)
-        assert first.started.admitted <= entered[0]
-        assert ended[-1] <= second.started.admitted
+        assert first.started.admitted_at <= entered[0]
+        assert ended[-1] <= second.started.admitted_at
     hook.remove()
 
 
 @pytest.mark.parametrize(("delivered", "counted"), [(0, 1), (1, 0)])
 def test_only_a_request_of_which_nothing_was_delivered_counts_as_refused(loaded, delivered, counted):
     def script(work):
-        yield Started()
-        yield from [Token(97)] * delivered
+        yield PrefillDone()
+        yield from [TokenOutput(97)] * delivered
         yield DeadlineError(waiting=False)
 
     replica = replica_of(ScriptedEngine(full(loaded), script), loaded)

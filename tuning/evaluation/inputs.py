@@ -7,15 +7,15 @@ from functools import cache
 
 from baklava.allocation.plan_spec import NamedPlan, named_plan
 from baklava.cache.recording_layer import RecordingCache
-from baklava.data.documents import documents
-from baklava.data.windows import Window, read_windows, split, start_tokens, windows
+from baklava.data.documents import load_documents
+from baklava.data.windows import Window, read_windows, make_splits, bos_tokens, cut_windows
 from baklava.errors import UserError, first_duplicate
 from baklava.evaluation import suites
 from baklava.evaluation.tasks import Prompt, Prose, prompts, task_of
 from baklava.eviction import eviction_of
 from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile
-from baklava.runtime.context_reconstruction import ROOM
+from baklava.runtime.context_reconstruction import REPEAT_OVERHEAD_TOKENS
 from baklava.runtime.model_loader import LoadedModel
 from tuning.evaluation.run_dir import MOST_WINDOWS, Asked, EvaluationSettings, Material
 
@@ -48,9 +48,9 @@ def _check_recorded(loaded: LoadedModel, plans: Sequence[NamedPlan], longest: in
     RecordingCache(loaded.geometry, ())
     for named in plans:
         repeats = eviction_of(named.plan.eviction).sample.repeated
-        if repeats and longest + ROOM > loaded.max_length:
+        if repeats and longest + REPEAT_OVERHEAD_TOKENS > loaded.max_length:
             raise UserError(
-                f"{named.name} repeats what it prefilled, which takes {ROOM} tokens more than the {longest} of the "
+                f"{named.name} repeats what it prefilled, which takes {REPEAT_OVERHEAD_TOKENS} tokens more than the {longest} of the "
                 f"longest window or prompt, and {loaded.identity.id} takes {loaded.max_length}; shorten them, or leave "
                 "the plan out"
             )
@@ -60,13 +60,13 @@ def _windows(settings: EvaluationSettings, loaded: LoadedModel) -> list[Window]:
     if settings.windows:
         return read_windows(settings.windows, loaded.model.config.vocab_size)[: settings.limit]
     lengths = {"context": settings.context, "continuation": settings.continuation}
-    return windows(documents(settings.texts), loaded.tokenizer, **lengths)[: settings.limit or MOST_WINDOWS]
+    return cut_windows(load_documents(settings.texts), loaded.tokenizer, **lengths)[: settings.limit or MOST_WINDOWS]
 
 
 def _prompts(settings: EvaluationSettings, loaded: LoadedModel, lengths: Sequence[int]) -> list[Asked]:
     for name in settings.tasks:
         (suites.suite_of if _is_suite(name) else task_of)(name)  # a wrong name is refused before anything is made
-    prose = cache(lambda: Prose.of(documents(settings.texts)))
+    prose = cache(lambda: Prose.of(load_documents(settings.texts)))
     made = [
         prompt
         for name in settings.tasks
@@ -85,7 +85,7 @@ def _of_task(
     """The prompts of one task at one length, named TASK:NUMBER, or TASK@LENGTH:NUMBER among several lengths."""
     if _is_suite(name):
         return suites.prompts(name, settings.prompts, tokens=length, tokenizer=loaded.tokenizer)
-    tokens, label = length - len(start_tokens(loaded.tokenizer)), f"{name}@{length}" if settings.lengths[1:] else name
+    tokens, label = length - len(bos_tokens(loaded.tokenizer)), f"{name}@{length}" if settings.lengths[1:] else name
     made = prompts(
         task_of(name)(), prose(), settings.prompts, tokens=tokens, seed=settings.seed, length=loaded.count_tokens
     )
@@ -101,10 +101,10 @@ def _profiler(settings: EvaluationSettings, loaded: LoadedModel, cut: Sequence[W
 
     @cache
     def profile() -> Profile:
-        lengths = {"context": cut[0].context, "continuation": cut[0].continuation}
+        lengths = {"context": cut[0].context_length, "continuation": cut[0].continuation_length}
         scored = {window.document for window in cut}
-        texts = [document for document in documents(settings.calibration) if document.name not in scored]
-        splits = split(texts, loaded.tokenizer, **lengths, seed=0)
+        texts = [document for document in load_documents(settings.calibration) if document.name not in scored]
+        splits = make_splits(texts, loaded.tokenizer, **lengths, seed=0)
         return cached_profile(loaded, splits.calibration)
 
     return profile

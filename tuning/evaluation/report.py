@@ -57,7 +57,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 WIDTH, LEFT, RIGHT, TOP = 720, 64, 24, 16
 HEIGHT, BOTTOM = 340, 44
-LEAST_KL = 1e-4
+MIN_KL = 1e-4
 """Nats per token at the foot of the scale: what rounding to 16 bits costs a plan that keeps everything."""
 
 ROW, NAMES = 24, 190
@@ -74,7 +74,7 @@ def colour(number: int) -> str:
 
 def quality_chart(evaluations: Sequence[Evaluation]) -> str:
     """KL over bytes, a point a plan with its interval."""
-    means = [max(LEAST_KL, each.mean("kl").mean) for each in evaluations]
+    means = [max(MIN_KL, each.mean("kl").mean) for each in evaluations]
     top = 10 ** math.ceil(math.log10(2 * max(means)))
     widest = max(each.named.plan.bytes_per_sequence for each in evaluations) / 2**20
 
@@ -82,10 +82,10 @@ def quality_chart(evaluations: Sequence[Evaluation]) -> str:
         return LEFT + size / widest * 0.82 * (WIDTH - LEFT - RIGHT)
 
     def y(kl: float) -> float:
-        share = math.log(max(kl, LEAST_KL) / LEAST_KL) / math.log(top / LEAST_KL)
+        share = math.log(max(kl, MIN_KL) / MIN_KL) / math.log(top / MIN_KL)
         return HEIGHT - BOTTOM - min(1.0, share) * (HEIGHT - BOTTOM - TOP)
 
-    powers = [10.0**power for power in range(round(math.log10(LEAST_KL)), round(math.log10(top)) + 1)]
+    powers = [10.0**power for power in range(round(math.log10(MIN_KL)), round(math.log10(top)) + 1)]
     grid = [level(y(kl), LEFT, WIDTH - RIGHT, f"{kl:g}") for kl in powers]
     ticks = [text(x(size), HEIGHT - BOTTOM + 18, f"{size:g}", "middle") for size in round_values(0, widest)]
     axis = text((LEFT + WIDTH) / 2, HEIGHT - 6, "MiB per sequence", "middle")

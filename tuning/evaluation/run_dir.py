@@ -12,13 +12,13 @@ from baklava.allocation.plan_spec import NamedPlan
 from baklava.data.windows import Window, read_windows, write_windows
 from baklava.errors import UserError, first_duplicate
 from baklava.evaluation.evaluator import PromptResult, WindowResult
-from baklava.evaluation.results import Speed
+from baklava.evaluation.speed.latency import Speed
 from baklava.evaluation.tasks import TASKS, Prompt
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
 from baklava.serialization import FrozenModel, atomic_write_text
 from tuning.study.journal import Journal
-from tuning.study.settings import Replicas, settled, short_name
+from tuning.study.settings import Replicas, absolute_if_file, short_name
 
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -69,7 +69,7 @@ class EvaluationSettings(FrozenModel):
         """
         for field in ("texts", "calibration"):
             if field in values:
-                values[field] = tuple(settled(name) for name in values[field])
+                values[field] = tuple(absolute_if_file(name) for name in values[field])
         values["plans"] = tuple(values["plans"])
         values["tasks"] = _expanded(values.get("tasks", ()))
         given = {"plan": values["plans"], "tasks": values["tasks"], "lengths": values.get("lengths", ())}
@@ -79,7 +79,7 @@ class EvaluationSettings(FrozenModel):
         if values.get("windows"):
             values["windows"] = str(Path(values["windows"]).absolute())
         if "model" in values:
-            values["model"] = settled(values["model"])
+            values["model"] = absolute_if_file(values["model"])
         try:
             return cls(**values)
         except ValidationError as error:

@@ -7,14 +7,15 @@ from typing import Any
 
 from baklava.allocation.plan_spec import NamedPlan
 from baklava.console import log, progress_bar
-from baklava.evaluation.results import Evaluation, Speed, compare
+from baklava.evaluation.results import Evaluation, compare
+from baklava.evaluation.speed.latency import Speed
 from baklava.runtime.model_loader import LoadedModel, load
 from tuning.evaluation.inputs import prepare
 from tuning.evaluation.mlflow_runs import write_runs
 from tuning.evaluation.report import write_report
 from tuning.evaluation.run_dir import EvaluationRecord, EvaluationSettings, Folder, Material, in_order
 from tuning.evaluation.workers import results
-from tuning.study.journal import check_new
+from tuning.study.journal import check_new_run_dir
 from tuning.tracking.client import connect
 
 LEAST_TOKENS = 32
@@ -45,7 +46,7 @@ def evaluate(settings: EvaluationSettings, out: Path, stopwatch: Stopwatch) -> E
     Raises:
         UserError: anything a user can put right. Nothing has been written to `out` then.
     """
-    check_new(out, "evaluation")
+    check_new_run_dir(out, "evaluation")
     loaded = load(settings.model, threads=settings.threads)
     material = prepare(settings, loaded)
     connect(f"baklava/{settings.model_name}")  # a server that is down is told now, not after half an hour

@@ -66,11 +66,11 @@ def _on_replicas(
     from ray.exceptions import RayError
     from ray.util import ActorPool
 
-    from tuning.workers.cluster import present_fleet, session
-    from tuning.workers.scheduler import reason_of
+    from tuning.workers.cluster import OBJECT_STORE_BYTES, cluster_layout
+    from tuning.workers.scheduler import error_summary
 
-    with session():
-        fleet = present_fleet(asked)
+    with ray_session(object_store_bytes=OBJECT_STORE_BYTES):
+        fleet = cluster_layout(asked)
         log(f"evaluating on {fleet.replicas} replicas with {fleet.threads} threads each")
         replica = ray.remote(EvaluationReplica).options(**fleet.options | {"max_task_retries": RESTARTS})
         written = [plan.model_dump_json() for plan in plans]
@@ -79,4 +79,4 @@ def _on_replicas(
         try:
             yield from pool.map_unordered(lambda actor, item: actor.done.remote(item), items)
         except RayError as error:
-            raise UserError(f"a replica failed ({reason_of(error)}); put that right, or use --replicas 1") from error
+            raise UserError(f"a replica failed ({error_summary(error)}); put that right, or use --replicas 1") from error

@@ -9,21 +9,21 @@ from baklava.allocation import Allocation, Baklava, Blended, Greedy, Pair, Recon
 from baklava.eviction import Eviction, HeavyHitter, Streaming
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.profiling.profile import Profile
-from tuning.study.search_space import CURVES, PAIRS, Params, Space
+from tuning.study.search_space import CURVES, BIT_PAIRS, Params, SearchSpace
 from tuning.study.settings import BitsName
 
-SHARPEST = HeavyHitter(reduction="max", power=2, distance=32, centroids=4)
+BEST_HEAVY_HITTER = HeavyHitter(reduction="max", power=2, distance=32, centroids=4)
 """The scores that did best of all heavy hitters in every measurement so far, and what they evict in four centroids."""
 
-BALANCED = Blended(reconstruction_power=0.3, importance_power=0.3, curve_power=0.7, floor=0.3, bits="curves")
+DEFAULT_BLEND = Blended(reconstruction_power=0.3, importance_power=0.3, curve_power=0.7, floor=0.3, bits="curves")
 """Mostly what the loss curves say, held back by reconstruction, importance and a floor from believing them too much."""
 
-LEVELS = 4
+NUM_BUDGET_LEVELS = 4
 """Sizes, spread over the range, at which the strongest heuristic is tried where sizes are drawn."""
 
 
 @dataclass(frozen=True)
-class Heuristic:
+class BaselineMethod:
     """A plan that needs no search: a method of allocation, one of eviction, and the bits of keys and values."""
 
     allocation: Allocation
@@ -50,17 +50,17 @@ class Heuristic:
         )
 
 
-def heuristics(space: Space) -> list[Heuristic]:
+def baseline_methods(space: SearchSpace) -> list[BaselineMethod]:
     """The methods that every winner has to beat, the strongest known first."""
-    narrow, wide = PAIRS[narrow_bits(space)], PAIRS[wide_bits(space)]
+    narrow, wide = BIT_PAIRS[narrow_bits(space)], BIT_PAIRS[wide_bits(space)]
     counts = ReconstructionCounts() if space.ranked else Baklava()
-    made = [Heuristic(BALANCED, SHARPEST, PAIRS[CURVES])] if _whole(space) else []
+    made = [BaselineMethod(DEFAULT_BLEND, BEST_HEAVY_HITTER, BIT_PAIRS[CURVES])] if _whole(space) else []
     methods: dict[Allocation, None] = dict.fromkeys((counts, Baklava()))
-    made += [Heuristic(method, SHARPEST, narrow) for method in methods]
-    return [*made, *_greedy(space), Heuristic(Uniform(), Streaming(), wide)]
+    made += [BaselineMethod(method, BEST_HEAVY_HITTER, narrow) for method in methods]
+    return [*made, *_greedy(space), BaselineMethod(Uniform(), Streaming(), wide)]
 
 
-def first_params(space: Space) -> list[Params]:
+def initial_params(space: SearchSpace) -> list[Params]:
     """The heuristics as trials, the strongest first: blends in the bits of the curves, then one measure in 4 bits.
 
     Where sizes are drawn, the strongest is tried at several and the others at one of them.
@@ -68,36 +68,36 @@ def first_params(space: Space) -> list[Params]:
     points = [*_balanced(space), *({**blend, **_stored(narrow_bits(space))} for blend in _blends(space))]
     if not space.sizes:
         return points
-    levels = [float(level) for level in np.geomspace(*space.sizes, LEVELS + 2)[1:-1]]
+    levels = [float(level) for level in np.geomspace(*space.sizes, NUM_BUDGET_LEVELS + 2)[1:-1]]
     return [{**points[0], "budget": level} for level in levels] + [{**p, "budget": levels[1]} for p in points[1:]]
 
 
-def _whole(space: Space) -> bool:
+def _whole(space: SearchSpace) -> bool:
     """Whether the strongest heuristic is in the space: it asks for every measure and for the bits of the curves."""
     return CURVES in space.bits and space.ranked and space.curved
 
 
-def _balanced(space: Space) -> list[Params]:
+def _balanced(space: SearchSpace) -> list[Params]:
     """The strongest heuristics: two blends and greedy, with one sink, since sinks stay in 16 bits."""
     if not _whole(space):
         return []
     stored = {**_stored(CURVES), "sinks": 1}
-    blend = {"allocation": Blended.name, **{knob: getattr(BALANCED, knob) for knob in space.powers}, **stored}
+    blend = {"allocation": Blended.name, **{knob: getattr(DEFAULT_BLEND, knob) for knob in space.powers}, **stored}
     halves = {"reconstruction_power": 0.5, "importance_power": 0.5, "curve_power": 0.5}
     return [blend, {**blend, **halves}, {"allocation": Greedy.name, **stored}]
 
 
-def narrow_bits(space: Space) -> BitsName:
+def narrow_bits(space: SearchSpace) -> BitsName:
     """4 bits, of which most measurements speak, or what comes nearest in the space."""
-    return min(space.bits, key=lambda name: (name == CURVES, abs(sum(PAIRS[name]) - 8)))
+    return min(space.bits, key=lambda name: (name == CURVES, abs(sum(BIT_PAIRS[name]) - 8)))
 
 
-def wide_bits(space: Space) -> BitsName:
+def wide_bits(space: SearchSpace) -> BitsName:
     """16 bits, or the most that the space has."""
-    return max(space.bits, key=lambda name: sum(PAIRS[name]))
+    return max(space.bits, key=lambda name: sum(BIT_PAIRS[name]))
 
 
-def _blends(space: Space) -> list[Params]:
+def _blends(space: SearchSpace) -> list[Params]:
     """Allocations as points of the space: a blend of one measure each, and greedy."""
     one = {"reconstruction_power": 1.0, "importance_power": 2.0}
     floors = {"importance_power": {"floor": Baklava().floor}}
@@ -109,15 +109,15 @@ def _blends(space: Space) -> list[Params]:
 
 def _stored(bits: BitsName) -> Params:
     """The bits and the eviction of the strongest heuristics."""
-    packed: dict[str, Any] = {} if bits == "16" else {"staged": SHARPEST.staged}
-    shared = {knob: getattr(SHARPEST, knob) for knob in ("sinks", "recent", "interval", "centroids")}
-    method = {"eviction": SHARPEST.name, "group_reduction": SHARPEST.reduction}
+    packed: dict[str, Any] = {} if bits == "16" else {"staged": BEST_HEAVY_HITTER.staged}
+    shared = {knob: getattr(BEST_HEAVY_HITTER, knob) for knob in ("sinks", "recent", "interval", "centroids")}
+    method = {"eviction": BEST_HEAVY_HITTER.name, "group_reduction": BEST_HEAVY_HITTER.reduction}
     return {"bits": bits, "rounding": 8, **shared, **method, **packed}
 
 
-def _greedy(space: Space) -> list[Heuristic]:
+def _greedy(space: SearchSpace) -> list[BaselineMethod]:
     if not space.curved:
         return []
     if CURVES in space.bits:
-        return [Heuristic(Greedy(measure="text", bits="any"), SHARPEST, PAIRS[CURVES])]
-    return [Heuristic(Greedy(measure="text"), SHARPEST, PAIRS[narrow_bits(space)])]
+        return [BaselineMethod(Greedy(measure="text", bits="any"), BEST_HEAVY_HITTER, BIT_PAIRS[CURVES])]
+    return [BaselineMethod(Greedy(measure="text"), BEST_HEAVY_HITTER, BIT_PAIRS[narrow_bits(space)])]

@@ -1,4 +1,4 @@
-"""Refinement: the last trials start from the best so far and let layers and heads trade bytes, on measured gain only.
+"""LocalSearch: the last trials start from the best so far and let layers and heads trade bytes, on measured gain only.
 
 An evolution strategy of one parent and one child: a step in a direction, the step back if that did not help, the same
 step again if it did. All that it decides by is in the records, so that a resumed search goes on as it would have.
@@ -14,12 +14,12 @@ from ray.tune.search import Searcher
 
 from baklava.plan.geometry import CacheGeometry
 from tuning.optimizers.pareto import non_dominated
-from tuning.study.interrupt import Stop
+from tuning.study.interrupt import StopFlag
 from tuning.study.journal import Journal
-from tuning.study.search_space import Params, Task
-from tuning.study.trial import TrialRecord, best_of, finished, reported
+from tuning.study.search_space import Params, SearchTask
+from tuning.study.trial import TrialRecord, best_trials, finished_trials, reported_metrics
 
-FIRST_STEP, LEAST_STEP, MOST_STEP = 0.4, 0.05, 1.5
+INITIAL_STEP, MIN_STEP, MAX_STEP = 0.4, 0.05, 1.5
 """Root mean square of the shifts of one step, in powers of two: the first one moves a head by a third."""
 
 GROWN, SHRUNK = 1.5, 0.85
@@ -34,19 +34,19 @@ SAVING = 0.1
 Shifts = Float[np.ndarray, "layers kv_heads"]
 
 
-class Refinement(Searcher):
+class LocalSearch(Searcher):
     """Proposes refinements of the best finished trial, or of the trials of the front in turn."""
 
-    def __init__(self, task: Task, seed: int, journal: Journal[TrialRecord], stop: Stop) -> None:
+    def __init__(self, task: SearchTask, seed: int, journal: Journal[TrialRecord], stop: StopFlag) -> None:
         super().__init__(metric="objective", mode="min")
         self.task, self.seed, self.journal, self.stop = task, seed, journal, stop
-        self.proposed = [record.params for record in journal.records if record.refines]
+        self.proposed = [record.params for record in journal.records if record.parent_trial]
 
     def suggest(self, trial_id: str) -> Params | str | None:
         """Parameters of the next refinement, unless the search was asked to stop."""
-        if self.stop.asked:
+        if self.stop.requested:
             return Searcher.FINISHED
-        self.proposed.append(proposal(self.task, self.seed, self.journal.records, self.proposed))
+        self.proposed.append(propose(self.task, self.seed, self.journal.records, self.proposed))
         return self.proposed[-1]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -59,10 +59,10 @@ class Refinement(Searcher):
         """Nothing, for the same reason."""
 
 
-class Paired(FIFOScheduler):
+class PairedPruner(FIFOScheduler):
     """Stops a refinement that is behind the trial that it started from halfway through the windows, or later."""
 
-    def __init__(self, task: Task, journal: Journal[TrialRecord]) -> None:
+    def __init__(self, task: SearchTask, journal: Journal[TrialRecord]) -> None:
         super().__init__()
         self.task, self.journal = task, journal
 
@@ -72,30 +72,30 @@ class Paired(FIFOScheduler):
         if "failed" in result or not (windows + 1) // 2 <= step < windows:
             return TrialScheduler.CONTINUE
         base = self.journal.records[trial.config["base"] - 1]
-        behind = self._expected(base, reported(result), step) > self.task.goal.value(base.metrics)
+        behind = self._expected(base, reported_metrics(result), step) > self.task.goal.objective_value(base.metrics)
         return TrialScheduler.STOP if behind else TrialScheduler.CONTINUE
 
     def _expected(self, base: TrialRecord, metrics: dict[str, float], step: int) -> float:
         """The objective over all windows, if the others treat both trials as those up to here did."""
-        so_far, in_the_end = base.after(step), base.metrics
+        so_far, in_the_end = base.metrics_after(step), base.metrics
         ahead = {name: in_the_end[name] + metrics[name] - so_far[name] for name in ("dnll", "ppl")}
         geometric = in_the_end["kl_geometric"] * metrics["kl_geometric"] / so_far["kl_geometric"]
-        return self.task.goal.value({**metrics, **ahead, "kl_geometric": geometric})
+        return self.task.goal.objective_value({**metrics, **ahead, "kl_geometric": geometric})
 
 
-def proposal(task: Task, seed: int, records: Sequence[TrialRecord], proposed: Sequence[Params]) -> Params:
+def propose(task: SearchTask, seed: int, records: Sequence[TrialRecord], proposed: Sequence[Params]) -> Params:
     """The next refinement, after `records` ended and all of `proposed` were begun; some trial must have finished."""
     base, step = _base(task, records, len(proposed)), step_size(task, records)
     direction = _direction(base, proposed)
-    shifts = _shifts(base, task.profile.geometry) + step * vector(direction, seed, task.profile.geometry)
+    shifts = _shifts(base, task.profile.geometry) + step * direction_vector(direction, seed, task.profile.geometry)
     moved = {"shifts": np.round(shifts, 3).tolist(), "base": base.trial, "direction": direction, "step": step}
     if task.goal.max_dnll is not None:
-        way, (least, most) = -1 if task.goal.keeps(base.metrics) else 1, task.space.sizes or (0.0, 1.0)
+        way, (least, most) = -1 if task.goal.is_feasible(base.metrics) else 1, task.space.sizes or (0.0, 1.0)
         moved["budget"] = min(most, max(least, base.params["budget"] * 2 ** (way * SAVING * step)))
     return {**base.params, **moved}
 
 
-def vector(direction: int, seed: int, geometry: CacheGeometry) -> Shifts:
+def direction_vector(direction: int, seed: int, geometry: CacheGeometry) -> Shifts:
     """Shifts of root mean square 1: smooth over depth in odd directions, of every head by itself in even ones.
 
     Directions count from 1; the negative of one is the way back.
@@ -111,25 +111,25 @@ def vector(direction: int, seed: int, geometry: CacheGeometry) -> Shifts:
     return np.sign(direction) * grid / np.sqrt(np.mean(grid**2))
 
 
-def step_size(task: Task, records: Sequence[TrialRecord]) -> float:
+def step_size(task: SearchTask, records: Sequence[TrialRecord]) -> float:
     """Length of the next step: it grew with every refinement that was better than its base and shrank with others."""
-    step = FIRST_STEP
+    step = INITIAL_STEP
     for record in records:
-        if record.refines:
-            step *= GROWN if improves(task, record, records[record.refines - 1]) else SHRUNK
-            step = min(MOST_STEP, max(LEAST_STEP, step))
+        if record.parent_trial:
+            step *= GROWN if is_improvement(task, record, records[record.parent_trial - 1]) else SHRUNK
+            step = min(MAX_STEP, max(MIN_STEP, step))
     return round(step, 4)
 
 
-def improves(task: Task, record: TrialRecord, base: TrialRecord) -> bool:
+def is_improvement(task: SearchTask, record: TrialRecord, base: TrialRecord) -> bool:
     """Whether a trial measured better than another one on all windows."""
-    return record.status == "finished" and task.goal.value(record.metrics) < task.goal.value(base.metrics)
+    return record.status == "finished" and task.goal.objective_value(record.metrics) < task.goal.objective_value(base.metrics)
 
 
-def _base(task: Task, records: Sequence[TrialRecord], number: int) -> TrialRecord:
+def _base(task: SearchTask, records: Sequence[TrialRecord], number: int) -> TrialRecord:
     if not task.goal.front:
-        return best_of(records, task.goal)[0]
-    front = non_dominated(finished(records), lambda record: task.goal.axes(record.metrics))
+        return best_trials(records, task.goal)[0]
+    front = non_dominated(finished_trials(records), lambda record: task.goal.pareto_values(record.metrics))
     return front[number % len(front)]
 
 

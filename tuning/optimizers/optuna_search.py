@@ -9,22 +9,22 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from tuning.optimizers.baselines import first_params
-from tuning.optimizers.samplers import Sampling, not_tried
-from tuning.study.interrupt import Stop
+from tuning.optimizers.baselines import initial_params
+from tuning.optimizers.samplers import SamplerConfig, untried
+from tuning.study.interrupt import StopFlag
 from tuning.study.objective import Metrics
-from tuning.study.search_space import Params, Task
-from tuning.study.trial import DECODING, GRACE_WINDOWS, TrialRecord, finished, geometric_mean
+from tuning.study.search_space import Params, SearchTask
+from tuning.study.trial import DECODE_SECONDS, GRACE_WINDOWS, TrialRecord, finished_trials, geometric_mean
 
-BEHIND = 1.5
+MAX_LOSS_RATIO = 1.5
 """How many times the best trial's KL a trial may lose on the same windows before it is hopeless."""
 
 
-REDRAWS = 16
+MAX_RESAMPLES = 16
 """Times that a point is drawn anew which was drawn before, until it is scored once more as what it is: a twin."""
 
 
-class PlanSearch(OptunaSearch):
+class PlanOptunaSearch(OptunaSearch):
     """OptunaSearch that tells a stopped or failed trial from a finished one, and starts from recorded trials.
 
     Tune hands over the last report of a stopped trial as if it were its result; a mean over the first windows would
@@ -36,26 +36,26 @@ class PlanSearch(OptunaSearch):
 
     def __init__(
         self,
-        task: Task,
-        sampling: Sampling,
+        task: SearchTask,
+        sampling: SamplerConfig,
         known: Sequence[TrialRecord],
-        stop: Stop,
+        stop: StopFlag,
         told: Sequence[TrialRecord] = (),
         points: Sequence[Params] = (),
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.windows, self.stop, space = len(task.windows), stop, task.space
-        earlier = [record for record in (*told, *known) if sampling.admits(record.params)]
+        earlier = [record for record in (*told, *known) if sampling.is_compatible(record.params)]
         taught = [_recalled(record, task) for record in earlier]
         complete = [trial for trial in taught if trial.state is TrialState.COMPLETE]
-        first = [params for params in (*points, *first_params(space)) if sampling.admits(params)]
-        axes = ["ratio", "objective", *([DECODING] if task.goal.latency else [])]
+        first = [params for params in (*points, *initial_params(space)) if sampling.is_compatible(params)]
+        axes = ["ratio", "objective", *([DECODE_SECONDS] if task.goal.latency else [])]
         super().__init__(
             space.suggest,
             metric=axes if task.goal.front else "objective",
             mode=["min"] * len(axes) if task.goal.front else "min",
-            points_to_evaluate=not_tried(first, [record.params for record in known]),
-            sampler=sampling.sampler(len(known), complete),
+            points_to_evaluate=untried(first, [record.params for record in known]),
+            sampler=sampling.build(len(known), complete),
         )
         for trial in taught:
             self._ot_study.add_trial(trial)
@@ -63,10 +63,10 @@ class PlanSearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> Params | str | None:
         """Parameters of the next trial, unless the search was asked to stop."""
-        if self.stop.asked:
+        if self.stop.requested:
             return Searcher.FINISHED
         params = super().suggest(trial_id)
-        for _ in range(REDRAWS):
+        for _ in range(MAX_RESAMPLES):
             if params not in self.drawn:
                 break
             self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
@@ -86,7 +86,7 @@ class PlanSearch(OptunaSearch):
         super().on_trial_complete(trial_id, complete, error=failed)
 
 
-class Hopeless(FIFOScheduler):
+class RelativeLossPruner(FIFOScheduler):
     """Stops a trial once it loses half as much again as the best of no more bytes did on the same windows.
 
     All trials are scored on the same windows in the same order, so the best one is compared up to the same window and
@@ -95,11 +95,11 @@ class Hopeless(FIFOScheduler):
     rules in docs/lab-notes.md.
     """
 
-    def __init__(self, task: Task, known: Sequence[TrialRecord]) -> None:
+    def __init__(self, task: SearchTask, known: Sequence[TrialRecord]) -> None:
         super().__init__()
-        self.sized, self.windows, self.idle = task.goal.draws_budget, len(task.windows), task.goal.latency
+        self.sized, self.windows, self.idle = task.goal.samples_budget, len(task.windows), task.goal.latency
         self.ended: list[tuple[float, list[float]]] = []
-        for record in finished(known):
+        for record in finished_trials(known):
             self.ended.append((self._size(record.metrics), _kls(record.windows)))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -113,7 +113,7 @@ class Hopeless(FIFOScheduler):
         if not rivals or not GRACE_WINDOWS <= len(kls) < self.windows:
             return TrialScheduler.CONTINUE
         best = min(rivals, key=geometric_mean)[: len(kls)]
-        return TrialScheduler.STOP if geometric_mean(kls) > BEHIND * geometric_mean(best) else TrialScheduler.CONTINUE
+        return TrialScheduler.STOP if geometric_mean(kls) > MAX_LOSS_RATIO * geometric_mean(best) else TrialScheduler.CONTINUE
 
     def _size(self, numbers: Metrics) -> float:
         return numbers["ratio"] if self.sized else 0.0
@@ -123,7 +123,7 @@ def _kls(windows: Sequence[dict[str, Any]]) -> list[float]:
     return [window["kl"] for window in windows]
 
 
-def _recalled(record: TrialRecord, task: Task) -> optuna.trial.FrozenTrial:
+def _recalled(record: TrialRecord, task: SearchTask) -> optuna.trial.FrozenTrial:
     state = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[record.status]
     goal, steps = task.goal, range(1, len(record.windows) + 1)
     return create_trial(
@@ -132,9 +132,9 @@ def _recalled(record: TrialRecord, task: Task) -> optuna.trial.FrozenTrial:
         params=record.params,
         distributions=task.space.distributions(record.params),
         # Optuna has none for several objectives.
-        intermediate_values={} if goal.front else {step: goal.value(record.after(step)) for step in steps},
+        intermediate_values={} if goal.front else {step: goal.objective_value(record.metrics_after(step)) for step in steps},
     )
 
 
-def _values(record: TrialRecord, task: Task) -> list[float]:
-    return list(task.goal.axes(record.metrics)) if task.goal.front else [task.goal.value(record.metrics)]
+def _values(record: TrialRecord, task: SearchTask) -> list[float]:
+    return list(task.goal.pareto_values(record.metrics)) if task.goal.front else [task.goal.objective_value(record.metrics)]

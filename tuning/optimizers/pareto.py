@@ -18,7 +18,7 @@ def non_dominated(items: Sequence[Item], key: Key[Item]) -> list[Item]:
     return front
 
 
-def thinned(front: Sequence[Item], count: int) -> list[Item]:
+def subsample(front: Sequence[Item], count: int) -> list[Item]:
     """At most `count` items of a sequence, spread evenly, both ends among them."""
     if len(front) <= count:
         return list(front)

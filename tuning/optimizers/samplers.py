@@ -14,22 +14,22 @@ from optuna.trial import FrozenTrial, create_trial
 from baklava.allocation import Blended
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
-from tuning.study.search_space import Params, Space
+from tuning.study.search_space import Params, SearchSpace
 from tuning.study.settings import SamplerName
 
 STARTUP_TRIALS = 8
 """Trials, the heuristics among them, before a model of the space is trusted: a quarter of a usual search."""
 
-LARGEST_POPULATION = 50
+MAX_POPULATION = 50
 
 Taught = Sequence[FrozenTrial]
 
-CONTINUOUS = {"allocation": Blended.name, "eviction": HeavyHitter.name}
+CMAES_FIXED_PARAMS = {"allocation": Blended.name, "eviction": HeavyHitter.name}
 """What CMA-ES holds on to: it moves in the numbers that all trials have, and other choices have other numbers."""
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplerConfig:
     """How a search draws: by which sampler, from which seed, how many trials at most."""
 
     name: SamplerName = "tpe"
@@ -39,7 +39,7 @@ class Sampling:
     @property
     def fixed(self) -> Mapping[str, str]:
         """Choices that all its trials make."""
-        return CONTINUOUS if self.name == "cmaes" else {}
+        return CMAES_FIXED_PARAMS if self.name == "cmaes" else {}
 
     def admits(self, params: Params) -> bool:
         """Whether trials with these parameters can teach the sampler anything."""
@@ -63,13 +63,13 @@ def check_sampler(name: SamplerName, front: bool) -> None:
         raise UserError("--sampler cmaes needs the package cmaes; run make setup, or pip install cmaes")
 
 
-def _tpe(sampling: Sampling, seed: int, taught: Taught) -> BaseSampler:
+def _tpe(sampling: SamplerConfig, seed: int, taught: Taught) -> BaseSampler:
     # Several trials run at once: counting those under way as bad keeps them apart.
     kinds = {"multivariate": True, "group": True, "constant_liar": True}
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, **kinds)
 
 
-def _cmaes(sampling: Sampling, seed: int, taught: Taught) -> BaseSampler:
+def _cmaes(sampling: SamplerConfig, seed: int, taught: Taught) -> BaseSampler:
     importlib.import_module("cmaes")  # Optuna would do it amid the first draw, and Tune complain how long that takes
     kinds = {"independent_sampler": _tpe(sampling, seed, taught), "warn_independent_sampling": False}
     free = optuna.samplers.CmaEsSampler(seed=seed, source_trials=[*map(_numeric, taught)] or None, **kinds)
@@ -83,22 +83,22 @@ def _numeric(trial: FrozenTrial) -> FrozenTrial:
     return create_trial(values=trial.values, params=params, distributions=kinds)
 
 
-def _nsga2(sampling: Sampling, seed: int, taught: Taught) -> BaseSampler:
+def _nsga2(sampling: SamplerConfig, seed: int, taught: Taught) -> BaseSampler:
     # The usual 50 would spend a usual search on its first generation, which is random.
-    population = min(LARGEST_POPULATION, max(STARTUP_TRIALS, sampling.trials // 6))
+    population = min(MAX_POPULATION, max(STARTUP_TRIALS, sampling.trials // 6))
     return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
 
 
-def _random(sampling: Sampling, seed: int, taught: Taught) -> BaseSampler:
+def _random(sampling: SamplerConfig, seed: int, taught: Taught) -> BaseSampler:
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def _qmc(sampling: Sampling, seed: int, taught: Taught) -> BaseSampler:
+def _qmc(sampling: SamplerConfig, seed: int, taught: Taught) -> BaseSampler:
     quiet = {"warn_asynchronous_seeding": False, "warn_independent_sampling": False}
     return optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=seed, **quiet)
 
 
-_MAKERS: Mapping[SamplerName, Callable[[Sampling, int, Taught], BaseSampler]] = {
+_MAKERS: Mapping[SamplerName, Callable[[SamplerConfig, int, Taught], BaseSampler]] = {
     "tpe": _tpe,
     "cmaes": _cmaes,
     "nsga2": _nsga2,
@@ -107,7 +107,7 @@ _MAKERS: Mapping[SamplerName, Callable[[Sampling, int, Taught], BaseSampler]] = 
 }
 
 
-def lies_in(space: Space, params: Params) -> bool:
+def in_space(space: SearchSpace, params: Params) -> bool:
     """Whether the space could have drawn these parameters."""
     try:
         kinds = space.distributions(params)
@@ -116,7 +116,7 @@ def lies_in(space: Space, params: Params) -> bool:
     return kinds.keys() == params.keys() and all(_holds(kind, params[name]) for name, kind in kinds.items())
 
 
-def not_tried(points: Sequence[Params], tried: Sequence[Params]) -> list[Params]:
+def untried(points: Sequence[Params], tried: Sequence[Params]) -> list[Params]:
     """The points that are not among those that were tried, each once."""
     left: list[Params] = []
     for params in points:

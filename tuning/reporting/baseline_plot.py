@@ -5,16 +5,16 @@ from collections.abc import Sequence
 
 from baklava.evaluation.bootstrap import Interval
 from tuning.reporting.svg import Scale, diamond, dot, log_values, logarithmic, svg, text, upright
-from tuning.selection.ablation import told
-from tuning.selection.result import Outcome
-from tuning.selection.validation import above
+from tuning.selection.ablation import format_ratio
+from tuning.selection.result import SearchResult
+from tuning.selection.validation import log_kl_ratio
 
 WIDTH, LEFT, RIGHT, TOP, ROW, BOTTOM = 720, 292, 24, 10, 26, 44
 LEAST, MOST = 0.25, 64.0
 """Ratios where the scale ends, whatever an interval of few documents says."""
 
 
-def rivals_chart(outcome: Outcome) -> str:
+def rivals_chart(outcome: SearchResult) -> str:
     """A row per plan that is not the winner: its KL over the winner's on the same windows, the least first."""
     rows = _rows(outcome)
     if not rows:
@@ -31,16 +31,16 @@ def rivals_chart(outcome: Outcome) -> str:
     return svg(WIDTH, bottom + BOTTOM, "KL over the winner's, plan by plan", [*grid, *parts, axis])
 
 
-def _rows(outcome: Outcome) -> list[tuple[str, Interval, bool]]:
+def _rows(outcome: SearchResult) -> list[tuple[str, Interval, bool]]:
     """Name, log of the ratio, whether it is a trial; where trials chose their sizes, only heuristics have its own."""
-    winner, comparable = outcome.winner, not outcome.settings.goal.draws_budget
+    winner, comparable = outcome.winner, not outcome.settings.goal.samples_budget
     rows = [
-        (entry.candidate.name, above([entry], winner), entry.candidate.trial is not None)
+        (entry.candidate.name, log_kl_ratio([entry], winner), entry.candidate.trial is not None)
         for entry in outcome.ranking
         if entry is not winner and (comparable or entry.candidate.trial is None)
     ]
     names = {name for name, _, _ in rows}
-    rows += [(rival.name, rival.above, False) for rival in outcome.rivals if rival.name not in names]
+    rows += [(rival.name, rival.log_kl_ratio, False) for rival in outcome.ablations if rival.name not in names]
     return sorted(rows, key=lambda row: row[1].mean)
 
 
@@ -49,7 +49,7 @@ def _row(name: str, found: Interval, trial: bool, y: float, x: Scale, low: float
         return x(min(high, max(low, math.exp(value))))
 
     mark = (dot if trial else diamond)(
-        "finished" if trial else "heuristic", place(found.mean), y, 5, f"{name}: {told(found)}"
+        "finished" if trial else "heuristic", place(found.mean), y, 5, f"{name}: {format_ratio(found)}"
     )
     short = name if len(name) <= 46 else f"{name[:45]}…"
     return [text(LEFT - 12, y + 4, short, "end", "name"), *_bar(found, y, place), mark]

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from tuning.reporting.svg import Scale, dot, level, linear, log_values, logarithmic, svg, text
 from tuning.study.objective import Goal
-from tuning.study.trial import TrialRecord, finished
+from tuning.study.trial import TrialRecord, finished_trials
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 300, 62, 16, 24, 40
 MARGIN = 1.08
@@ -16,7 +16,7 @@ MARGIN = 1.08
 def trial_chart(records: Sequence[TrialRecord], goal: Goal) -> str:
     """The objective of every trial in the order they ended, in logarithms, and the best so far as a line."""
     scored = [record for record in records if record.metrics]
-    values = [goal.value(record.metrics) for record in scored]
+    values = [goal.objective_value(record.metrics) for record in scored]
     if not values:
         return "<p>No trial could be scored.</p>"
     x = linear(1, max(2, len(records)), LEFT + 14, WIDTH - RIGHT - 14)
@@ -40,12 +40,12 @@ def trial_chart(records: Sequence[TrialRecord], goal: Goal) -> str:
 
 
 def _told(record: TrialRecord, goal: Goal) -> str:
-    return goal.told(record.metrics) + (f", refined from trial {record.refines}" if record.refines else "")
+    return goal.format_metrics(record.metrics) + (f", refined from trial {record.parent_trial}" if record.parent_trial else "")
 
 
 def _best_line(records: Sequence[TrialRecord], goal: Goal, x: Scale, y: Scale) -> str:
-    complete = [] if goal.front else finished(records)  # of many sizes the best is only the largest
-    best = list(accumulate((goal.value(record.metrics) for record in complete), min))
+    complete = [] if goal.front else finished_trials(records)  # of many sizes the best is only the largest
+    best = list(accumulate((goal.objective_value(record.metrics) for record in complete), min))
     if not best:
         return ""
     steps = [f"M{x(complete[0].trial):.1f},{y(best[0]):.1f}"]

@@ -16,7 +16,7 @@ from tuning.reporting.svg import (
     svg,
     text,
 )
-from tuning.selection.param_importance import ABSENT, compared, numeric
+from tuning.selection.param_importance import ABSENT, comparable_trials, is_numeric
 from tuning.study.objective import Goal
 from tuning.study.trial import TrialRecord
 
@@ -41,8 +41,8 @@ def importance_chart(shares: Mapping[str, float]) -> str:
 
 def slices_chart(records: Sequence[TrialRecord], goal: Goal, shares: Mapping[str, float]) -> str:
     """The objective over each of the most important parameters, a dot a trial that scored every window."""
-    trials, names = compared(records), list(shares)[:PANELS]
-    values = [goal.value(trial.metrics) for trial in trials]
+    trials, names = comparable_trials(records), list(shares)[:PANELS]
+    values = [goal.objective_value(trial.metrics) for trial in trials]
     y = logarithmic(min(values) / 1.05, max(values) * 1.05, PANEL_TOP + PANEL_HEIGHT, PANEL_TOP)
     wide = WIDTH / PANELS
     panels = [group(number * wide, 0, _panel(name, trials, goal, y, wide)) for number, name in enumerate(names)]
@@ -50,15 +50,15 @@ def slices_chart(records: Sequence[TrialRecord], goal: Goal, shares: Mapping[str
 
 
 def _panel(name: str, trials: Sequence[TrialRecord], goal: Goal, y: Scale, wide: float) -> list[str]:
-    right, values = wide - PANEL_GAP, [goal.value(trial.metrics) for trial in trials]
+    right, values = wide - PANEL_GAP, [goal.objective_value(trial.metrics) for trial in trials]
     marks = [level(y(mark), PANEL_LEFT, right, f"{mark:.2g}") for mark in log_values(min(values), max(values))]
-    having = [trial for trial in trials if name in trial.params] if numeric(name, trials) else list(trials)
-    across, ticks = (_range if numeric(name, trials) else _columns)(name, having, right)
+    having = [trial for trial in trials if name in trial.params] if is_numeric(name, trials) else list(trials)
+    across, ticks = (_range if is_numeric(name, trials) else _columns)(name, having, right)
     dots = [
         dot(
             "finished soft",
             across(trial.params.get(name, ABSENT)),
-            y(goal.value(trial.metrics)),
+            y(goal.objective_value(trial.metrics)),
             4,
             _told(name, trial, goal),
         )
@@ -82,4 +82,4 @@ def _columns(name: str, trials: Sequence[TrialRecord], right: float) -> tuple[An
 
 
 def _told(name: str, trial: TrialRecord, goal: Goal) -> str:
-    return f"trial {trial.trial}, {name.replace('_', ' ')} {trial.params.get(name, ABSENT)}: {goal.told(trial.metrics)}"
+    return f"trial {trial.trial}, {name.replace('_', ' ')} {trial.params.get(name, ABSENT)}: {goal.format_metrics(trial.metrics)}"

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from baklava.evaluation.formatting import share
 from tuning.reporting.svg import Scale, diamond, dot, level, log_values, logarithmic, svg, text, upright
-from tuning.selection.validation import Validated, Verdict, front_of, size_of
+from tuning.selection.validation import ValidatedPlan, ValidationResult, pareto_front, byte_ratio
 from tuning.study.objective import Goal
-from tuning.study.trial import TrialRecord, finished
+from tuning.study.trial import TrialRecord, finished_trials
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 340, 62, 24, 24, 44
 MARGIN = 1.06
@@ -19,9 +19,9 @@ SAME = 1.2
 NAME_HEIGHT = 13
 
 
-def fidelity_chart(verdict: Verdict, trials: Sequence[TrialRecord], goal: Goal) -> str:
+def fidelity_chart(verdict: ValidationResult, trials: Sequence[TrialRecord], goal: Goal) -> str:
     """Loss over bytes: plans on validation windows with their front as a line, and behind them all finished trials."""
-    behind = [(record.metrics["ratio"], goal.loss(record.metrics)) for record in finished(trials)]
+    behind = [(record.metrics["ratio"], goal.loss(record.metrics)) for record in finished_trials(trials)]
     sizes, losses = zip(*[_place(entry, goal) for entry in verdict.ranking], *behind, strict=True)
     least, most = min(sizes) / MARGIN, max(sizes) * MARGIN
     x = logarithmic(least, most, LEFT, WIDTH - RIGHT)
@@ -35,9 +35,9 @@ def fidelity_chart(verdict: Verdict, trials: Sequence[TrialRecord], goal: Goal) 
             x(size),
             y(loss),
             3,
-            f"trial {record.trial} on the windows of the search: {goal.told(record.metrics)}",
+            f"trial {record.trial} on the windows of the search: {goal.format_metrics(record.metrics)}",
         )
-        for record, (size, loss) in zip(finished(trials), behind, strict=True)
+        for record, (size, loss) in zip(finished_trials(trials), behind, strict=True)
     ]
     points = [_point(entry, x, y, goal) for entry in verdict.ranking if entry is not verdict.winner]
     told = _names(verdict, x, y, goal) if most < SAME * least else [_line(verdict, x, y, goal)]
@@ -45,7 +45,7 @@ def fidelity_chart(verdict: Verdict, trials: Sequence[TrialRecord], goal: Goal) 
     return svg(WIDTH, HEIGHT, f"{goal.loss_name} over bytes", [*drawn, _winner(verdict.winner, x, y, goal)])
 
 
-def _names(verdict: Verdict, x: Scale, y: Scale, goal: Goal) -> list[str]:
+def _names(verdict: ValidationResult, x: Scale, y: Scale, goal: Goal) -> list[str]:
     """Names beside plans that stand above each other, as far as there is room: those that lose most first."""
     named, taken = [], -math.inf
     for entry in sorted(verdict.ranking, key=lambda entry: -goal.loss(entry.metrics)):
@@ -56,16 +56,16 @@ def _names(verdict: Verdict, x: Scale, y: Scale, goal: Goal) -> list[str]:
     return named
 
 
-def _place(entry: Validated, goal: Goal) -> tuple[float, float]:
-    return size_of(entry), goal.loss(entry.metrics)
+def _place(entry: ValidatedPlan, goal: Goal) -> tuple[float, float]:
+    return byte_ratio(entry), goal.loss(entry.metrics)
 
 
-def _line(verdict: Verdict, x: Scale, y: Scale, goal: Goal) -> str:
-    places = [_place(entry, goal) for entry in front_of(verdict.ranking, goal)]
+def _line(verdict: ValidationResult, x: Scale, y: Scale, goal: Goal) -> str:
+    places = [_place(entry, goal) for entry in pareto_front(verdict.ranking, goal)]
     return f'<path class="best" d="M{"L".join(f"{x(size):.1f},{y(loss):.1f}" for size, loss in places)}"/>'
 
 
-def _point(entry: Validated, x: Scale, y: Scale, goal: Goal) -> str:
+def _point(entry: ValidatedPlan, x: Scale, y: Scale, goal: Goal) -> str:
     size, loss = _place(entry, goal)
     told = f"{entry.candidate.name}: {goal.loss_name} {loss:.4g} at {share(size)} of the bytes"
     if entry.candidate.trial is None:
@@ -73,7 +73,7 @@ def _point(entry: Validated, x: Scale, y: Scale, goal: Goal) -> str:
     return dot("finished", x(size), y(loss), 4.5, told)
 
 
-def _winner(entry: Validated, x: Scale, y: Scale, goal: Goal) -> str:
+def _winner(entry: ValidatedPlan, x: Scale, y: Scale, goal: Goal) -> str:
     size, loss = _place(entry, goal)
     told = f"{entry.candidate.name}, the winner: {goal.loss_name} {loss:.4g} at {share(size)} of the bytes"
     ahead = x(size) < 0.4 * WIDTH

@@ -14,11 +14,11 @@ from tuning.reporting.history_plot import trial_chart
 from tuning.reporting.param_plots import importance_chart, slices_chart
 from tuning.reporting.pareto_plot import fidelity_chart
 from tuning.reporting.svg import standalone
-from tuning.selection.ablation import told
-from tuning.selection.param_importance import MOST_TRIALS, compared
-from tuning.selection.result import Outcome
-from tuning.selection.validation import Validated, above, size_of
-from tuning.study.trial import best_of
+from tuning.selection.ablation import format_ratio
+from tuning.selection.param_importance import MAX_TRIALS, comparable_trials
+from tuning.selection.result import SearchResult
+from tuning.selection.validation import ValidatedPlan, log_kl_ratio, byte_ratio
+from tuning.study.trial import best_trials
 
 HERE = Path(__file__).parent / "templates"
 
@@ -63,7 +63,7 @@ FRONT_NOTE = (
 )
 
 
-def write_report(outcome: Outcome, path: Path) -> None:
+def write_report(outcome: SearchResult, path: Path) -> None:
     """Write the report of a search."""
     settings, winner = outcome.settings, outcome.winner
     fields = {
@@ -74,7 +74,7 @@ def write_report(outcome: Outcome, path: Path) -> None:
         "fidelity_note": escape(f"{FIDELITY_NOTE} {FRONT_NOTE if settings.front else ''}"),
         "ranking": "".join(_row(entry, winner) for entry in outcome.ranking),
         "knobs": pairs(_knobs(outcome)),
-        "worth": escape("; ".join(outcome.worth)),
+        "worth": escape("; ".join(outcome.ablation_summary)),
         "learned": "".join(f"<li>{escape(sentence)}</li>" for sentence in learned(outcome)),
         "parameters": _parameters(outcome),
         "settings": pairs(_settings(outcome)),
@@ -82,28 +82,28 @@ def write_report(outcome: Outcome, path: Path) -> None:
     }
     charts = {"heat": heat_map(outcome.plan), "rivals": rivals_chart(outcome)}
     charts["chart"] = trial_chart(outcome.trials, settings.goal)
-    charts["fidelity"] = fidelity_chart(outcome.verdict, outcome.trials, settings.goal)
+    charts["fidelity"] = fidelity_chart(outcome.validation, outcome.trials, settings.goal)
     write_page(path, "report.html", {**fields, **charts})
 
 
-def pictures(outcome: Outcome) -> dict[str, str]:
+def pictures(outcome: SearchResult) -> dict[str, str]:
     """The charts of the report that are worth a file, by name."""
     goal = outcome.settings.goal
     drawn = {
-        "fidelity.svg": fidelity_chart(outcome.verdict, outcome.trials, goal),
+        "fidelity.svg": fidelity_chart(outcome.validation, outcome.trials, goal),
         "against_heuristics.svg": rivals_chart(outcome),
         "trials.svg": trial_chart(outcome.trials, goal),
     }
-    if outcome.importance:
-        drawn["importance.svg"] = importance_chart(outcome.importance)
-        drawn["slices.svg"] = slices_chart(outcome.trials, goal, outcome.importance)
+    if outcome.param_importances:
+        drawn["importance.svg"] = importance_chart(outcome.param_importances)
+        drawn["slices.svg"] = slices_chart(outcome.trials, goal, outcome.param_importances)
     return {name: standalone(picture) for name, picture in drawn.items() if picture.startswith("<svg")}
 
 
-def learned(outcome: Outcome) -> list[str]:
+def learned(outcome: SearchResult) -> list[str]:
     """What the trials taught, in sentences."""
     told = _sizes(outcome) if outcome.settings.front else _bests(outcome)
-    names = [f"{name.replace('_', ' ')} ({part:.0%})" for name, part in list(outcome.importance.items())[:3]]
+    names = [f"{name.replace('_', ' ')} ({part:.0%})" for name, part in list(outcome.param_importances.items())[:3]]
     if names:
         told.append(f"Most of the difference between trials came from {', '.join(names)}.")
     else:
@@ -113,42 +113,42 @@ def learned(outcome: Outcome) -> list[str]:
     return told + ([f"{counted(failed, 'trial')} failed."] if failed else [])
 
 
-def _bests(outcome: Outcome) -> list[str]:
+def _bests(outcome: SearchResult) -> list[str]:
     goal, found = outcome.settings.goal, []
     for refines, what in ((False, "trial that was drawn"), (True, "refinement")):
-        for best in best_of([trial for trial in outcome.trials if bool(trial.refines) is refines], goal):
-            found.append(f"The best {what} came to {goal.told(best.metrics)} (trial {best.trial}).")
+        for best in best_trials([trial for trial in outcome.trials if bool(trial.parent_trial) is refines], goal):
+            found.append(f"The best {what} came to {goal.format_metrics(best.metrics)} (trial {best.trial}).")
     return found
 
 
-def _sizes(outcome: Outcome) -> list[str]:
+def _sizes(outcome: SearchResult) -> list[str]:
     """Losses of different sizes do not compare: there is a front instead of a best."""
-    smallest, largest = (share(size_of(outcome.verdict.front[end])) for end in (0, -1))
-    plans = counted(len(outcome.verdict.front), "plan")
+    smallest, largest = (share(byte_ratio(outcome.validation.front[end])) for end in (0, -1))
+    plans = counted(len(outcome.validation.front), "plan")
     return [f"The front has {plans} between {smallest} and {largest} of the bytes."]
 
 
-def _parameters(outcome: Outcome) -> str:
-    goal, shares = outcome.settings.goal, outcome.importance
+def _parameters(outcome: SearchResult) -> str:
+    goal, shares = outcome.settings.goal, outcome.param_importances
     if not shares:
         return ""
     fields = {
         "importance": importance_chart(shares),
         "slices": slices_chart(outcome.trials, goal, shares),
-        "trials": str(min(MOST_TRIALS, len(compared(outcome.trials)))),
+        "trials": str(min(MAX_TRIALS, len(comparable_trials(outcome.trials)))),
         "objective": escape(goal.value_name),
     }
     return filled("report_parameters.html", fields)
 
 
-def _registered(outcome: Outcome) -> str:
+def _registered(outcome: SearchResult) -> str:
     if outcome.registered:
-        told = outcome.registered.told
+        told = outcome.registered.message
         return f"{told[:1].upper()}{told[1:]}."
     return "MLflow was down when the search ended, so the plan is not registered; its file serves as well."
 
 
-def _steps(outcome: Outcome) -> dict[str, str]:
+def _steps(outcome: SearchResult) -> dict[str, str]:
     """Serving first, and a question to the server behind it."""
     body = json.dumps({"model": outcome.plan.model.id, "prompt": "Once upon a time", "max_tokens": 32})
     asked = f"curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'"
@@ -156,13 +156,13 @@ def _steps(outcome: Outcome) -> dict[str, str]:
     return {**first, **outcome.next_steps}
 
 
-def _settings(outcome: Outcome) -> dict[str, object]:
+def _settings(outcome: SearchResult) -> dict[str, object]:
     settings = outcome.settings
     shown = {name: value for name, value in settings.model_dump().items() if value is not None}
-    return {**shown, "texts": " ".join(settings.texts), "bits": " ".join(settings.bits), "refine": settings.refinements}
+    return {**shown, "texts": " ".join(settings.texts), "bits": " ".join(settings.bits), "refine": settings.num_refinements}
 
 
-def _lead(outcome: Outcome) -> str:
+def _lead(outcome: SearchResult) -> str:
     settings, dnll = outcome.settings, outcome.winner.metrics["dnll"]
     return (
         f"{outcome.winner.candidate.name} keeps {settings.model_name} inside {share(outcome.plan.ratio)} of the bytes "
@@ -171,7 +171,7 @@ def _lead(outcome: Outcome) -> str:
     )
 
 
-def _figures(outcome: Outcome) -> str:
+def _figures(outcome: SearchResult) -> str:
     metrics = outcome.winner.metrics
     held, full = (n / 2**20 for n in (outcome.plan.bytes_per_sequence, outcome.plan.full_bytes_per_sequence))
     shown = {
@@ -183,7 +183,7 @@ def _figures(outcome: Outcome) -> str:
     return figures(shown)
 
 
-def _row(entry: Validated, winner: Validated) -> str:
+def _row(entry: ValidatedPlan, winner: ValidatedPlan) -> str:
     metrics, plan = entry.metrics, entry.candidate.plan
     kls = [f"{metrics[name]:.4f}" for name in ("kl_geometric", "kl")]
     numbers = [*kls, f"{metrics['dnll']:+.4f}", f"{metrics['ppl']:.3f}", share(plan.ratio)]
@@ -192,14 +192,14 @@ def _row(entry: Validated, winner: Validated) -> str:
     return f"<tr{mark}><th>{escape(entry.candidate.name)}</th>{cells}<td>{_against(entry, winner)}</td></tr>"
 
 
-def _against(entry: Validated, winner: Validated) -> str:
+def _against(entry: ValidatedPlan, winner: ValidatedPlan) -> str:
     if entry is winner:
         return "winner"
-    mean, _, bounds = told(above([entry], winner)).partition(" ")
+    mean, _, bounds = format_ratio(log_kl_ratio([entry], winner)).partition(" ")
     return f"{mean} <small>{bounds}</small>" if bounds else mean
 
 
-def _knobs(outcome: Outcome) -> dict[str, object]:
+def _knobs(outcome: SearchResult) -> dict[str, object]:
     allocation, eviction = outcome.plan.allocation, outcome.plan.eviction
     shared = {"sinks": eviction.sinks, "recent": eviction.recent, "interval": eviction.interval}
     packed = {"centroids": eviction.centroids, "staged": eviction.staged}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from baklava.console import log
-from baklava.data.documents import digest, documents
-from baklava.data.windows import Splits, split
+from baklava.data.documents import documents_digest, load_documents
+from baklava.data.windows import Splits, make_splits
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
 from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile
@@ -36,10 +36,10 @@ def prepare(settings: SearchSettings) -> Material:
         UserError: an unknown model or text, or texts too short for the windows.
     """
     log(f"texts: loading {', '.join(settings.texts)}")
-    texts = {name: documents([name]) for name in settings.texts}
+    texts = {name: load_documents([name]) for name in settings.texts}
     log(f"model: loading {settings.model}")
-    loaded = load(settings.model, spread=settings.gpus_per_replica > 1)
-    splits = split(
+    loaded = load(settings.model, device_map_auto=settings.gpus_per_replica > 1)
+    splits = make_splits(
         [document for each in texts.values() for document in each],
         loaded.tokenizer,
         context=settings.context,
@@ -53,7 +53,7 @@ def prepare(settings: SearchSettings) -> Material:
         geometry=loaded.geometry,
         splits=splits,
         profile=cached_profile(loaded, splits.calibration),
-        corpora={name: digest(each) for name, each in texts.items()},
+        corpora={name: documents_digest(each) for name, each in texts.items()},
     )
     del loaded
     gc.collect()

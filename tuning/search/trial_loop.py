@@ -16,18 +16,18 @@ from ray.tune.search import Searcher
 
 from baklava.console import log
 from baklava.errors import UserError
-from tuning.optimizers.local_search import Paired, Refinement
-from tuning.optimizers.optuna_search import Hopeless, PlanSearch
-from tuning.optimizers.samplers import Sampling
+from tuning.optimizers.local_search import PairedPruner, LocalSearch
+from tuning.optimizers.optuna_search import RelativeLossPruner, PlanOptunaSearch
+from tuning.optimizers.samplers import SamplerConfig
 from tuning.search.warm_start import Warm
-from tuning.study.interrupt import Stop, stoppable
+from tuning.study.interrupt import StopFlag, graceful_interrupt
 from tuning.study.journal import Journal
-from tuning.study.search_space import Task
+from tuning.study.search_space import SearchTask
 from tuning.study.settings import SearchSettings
-from tuning.study.trainable import trial
-from tuning.study.trial import Status, TrialRecord, best_of, finished
+from tuning.study.trainable import trainable
+from tuning.study.trial import TrialStatus, TrialRecord, best_trials, finished_trials
 from tuning.tracking.tracker import Tracker
-from tuning.workers.cluster import TRIAL_CPUS, Crew
+from tuning.workers.cluster import TRIAL_CPUS, WorkerGroup
 
 
 class Recorder(tune.Callback):
@@ -37,9 +37,9 @@ class Recorder(tune.Callback):
     takes no more, the search is stopped.
     """
 
-    def __init__(self, journal: Journal[TrialRecord], tracker: Tracker, crew: Crew, task: Task, trials: int) -> None:
+    def __init__(self, journal: Journal[TrialRecord], tracker: Tracker, crew: WorkerGroup, task: SearchTask, trials: int) -> None:
         self.journal, self.tracker, self.crew, self.task, self.trials = journal, tracker, crew, task, trials
-        self.stop, self.begun = Stop(), False
+        self.stop, self.begun = StopFlag(), False
         self.started, self.before = time.monotonic(), len(journal.records)
         self.plans = _plans(journal.records, task)
 
@@ -64,7 +64,7 @@ class Recorder(tune.Callback):
     def end(self, error: UserError) -> None:
         """Record and begin no more trials, and end the search with this error."""
         self.stop.error = self.stop.error or error
-        self.stop.asked = True
+        self.stop.requested = True
 
     def _record(self, params: dict[str, Any], result: dict[str, Any], error: str | None) -> None:
         if self.stop.error:  # what ends the search may be what this trial failed of, and a resumed one has it anew
@@ -90,16 +90,16 @@ class Recorder(tune.Callback):
             self.plans.setdefault(plan.digest, number)
         self.tracker.trial(record, plan, result.get("time_total_s", 0.0))
         with suppress(RayError):  # without a pool, no trial will be scored, and each will say so
-            self.crew.tell()
+            self.crew.report_events()
         log(self._line(record))
 
-    def _status(self, windows: int, error: str | None) -> Status:
+    def _status(self, windows: int, error: str | None) -> TrialStatus:
         if error:
             return "failed"
         return "finished" if windows == len(self.task.windows) else "pruned"
 
     def _line(self, record: TrialRecord) -> str:
-        refined = [f"refined from trial {record.refines}"] if record.refines else []
+        refined = [f"refined from trial {record.parent_trial}"] if record.parent_trial else []
         same = [f"the same plan as trial {record.twin}"] if record.twin else []
         parts = [f"trial {record.trial} of {self.trials}: {self._outcome(record)}", *refined, *same, *self._best()]
         return ", ".join([*parts, f"{self._minutes_left()} left"])
@@ -107,11 +107,11 @@ class Recorder(tune.Callback):
     def _best(self) -> list[str]:
         if self.task.goal.front:  # of many sizes, the best by loss alone is only the largest
             return []
-        best = best_of(self.journal.records, self.task.goal)
+        best = best_trials(self.journal.records, self.task.goal)
         return [f"best so far {self._value(record)} (trial {record.trial})" for record in best]
 
     def _outcome(self, record: TrialRecord) -> str:
-        ended: dict[Status, Callable[[], str]] = {
+        ended: dict[TrialStatus, Callable[[], str]] = {
             "finished": lambda: self._value(record),
             "pruned": lambda: f"{self._value(record)} after {len(record.windows)} windows, stopped early",
             "failed": lambda: f"failed, {record.error}",
@@ -119,7 +119,7 @@ class Recorder(tune.Callback):
         return ended[record.status]()
 
     def _value(self, record: TrialRecord) -> str:
-        return self.task.goal.told(record.metrics)
+        return self.task.goal.format_metrics(record.metrics)
 
     def _minutes_left(self) -> str:
         done = len(self.journal.records) - self.before
@@ -127,7 +127,7 @@ class Recorder(tune.Callback):
         return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _plans(records: Sequence[TrialRecord], task: Task) -> dict[str, int]:
+def _plans(records: Sequence[TrialRecord], task: SearchTask) -> dict[str, int]:
     """The first trial of each plan, by digest."""
     first: dict[str, int] = {}
     for record in records:
@@ -149,9 +149,9 @@ class Phases:
     """All that the trials of a search need."""
 
     settings: SearchSettings
-    task: Task
+    task: SearchTask
     journal: Journal[TrialRecord]
-    crew: Crew
+    crew: WorkerGroup
     recorder: Recorder
     warm: Warm
 
@@ -166,32 +166,32 @@ class Phases:
             UserError: trials can no longer be recorded.
         """
         stop = self.recorder.stop
-        with stoppable(stop):
+        with graceful_interrupt(stop):
             for phase in (self._draw, self._refine):
                 phase(stop)
                 stop.check()
 
-    def _draw(self, stop: Stop) -> None:
+    def _draw(self, stop: StopFlag) -> None:
         settings, task, known = self.settings, self.task, drawn(self.journal.records)
-        missing = settings.trials - settings.refinements - len(known)
+        missing = settings.trials - settings.num_refinements - len(known)
         if missing > 0:
-            log(f"search: {missing} trials for {task.goal.asked}, {len(task.windows)} windows each")
-            sampling = Sampling(settings.sampler, settings.seed, settings.trials)
-            search = PlanSearch(task, sampling, known, stop, self.warm.told, self.warm.points)
-            self._tune(search, Hopeless(task, [*self.warm.told, *known]), missing)
+            log(f"search: {missing} trials for {task.goal.description}, {len(task.windows)} windows each")
+            sampling = SamplerConfig(settings.sampler, settings.seed, settings.trials)
+            search = PlanOptunaSearch(task, sampling, known, stop, self.warm.told, self.warm.points)
+            self._tune(search, RelativeLossPruner(task, [*self.warm.told, *known]), missing)
 
-    def _refine(self, stop: Stop) -> None:
+    def _refine(self, stop: StopFlag) -> None:
         missing = self.settings.trials - len(self.journal.records)
-        if missing > 0 and finished(self.journal.records):
+        if missing > 0 and finished_trials(self.journal.records):
             log(f"search: {missing} refinements of the best so far")
-            search = Refinement(self.task, self.settings.seed, self.journal, stop)
-            self._tune(search, Paired(self.task, self.journal), missing)
+            search = LocalSearch(self.task, self.settings.seed, self.journal, stop)
+            self._tune(search, PairedPruner(self.task, self.journal), missing)
 
     def _tune(self, searcher: Searcher, scheduler: TrialScheduler, trials: int) -> None:
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         crew, task = self.crew, self.task
         at_once, ahead = lanes(self.settings, len(crew.actors))
-        score = partial(trial, pool=crew.pool, windows=task.windows, goal=task.goal, ahead=ahead)
+        score = partial(trainable, scheduler=crew.scheduler, windows=task.windows, goal=task.goal, prefetch=ahead)
         with tempfile.TemporaryDirectory(prefix="baklava-tune-") as folder:
             tune.Tuner(
                 tune.with_resources(score, {"cpu": TRIAL_CPUS}),
@@ -227,4 +227,4 @@ def lanes(settings: SearchSettings, replicas: int) -> tuple[int, int]:
 
 def drawn(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The trials that are no refinements."""
-    return [record for record in records if not record.refines]
+    return [record for record in records if not record.parent_trial]

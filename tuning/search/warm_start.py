@@ -7,13 +7,13 @@ from typing import Any, Self
 from baklava.console import log
 from baklava.errors import UserError
 from baklava.serialization import FrozenModel, atomic_write_text
-from tuning.optimizers.samplers import lies_in
+from tuning.optimizers.samplers import in_space
 from tuning.search.inputs import Material
-from tuning.selection.validation import leaders
+from tuning.selection.validation import top_trials
 from tuning.study.journal import Journal
-from tuning.study.search_space import Task
+from tuning.study.search_space import SearchTask
 from tuning.study.settings import SearchRecord, SearchSettings
-from tuning.study.trial import FILE, TrialRecord, finished
+from tuning.study.trial import TRIALS_FILE, TrialRecord, finished_trials
 
 POINTS = 4
 """The best earlier trials that are tried again, first of all."""
@@ -53,7 +53,7 @@ class Warm(FrozenModel):
             raise UserError(f"{out / KEPT} is not what the search wrote there; put that back") from None
 
 
-def warm_start(settings: SearchSettings, material: Material, task: Task) -> Warm:
+def warm_start(settings: SearchSettings, material: Material, task: SearchTask) -> Warm:
     """What the search asks to start from, nothing where it asks for nothing.
 
     Scores are taken over where they were measured on the same windows for plans of the same size; else only the best
@@ -71,15 +71,15 @@ def warm_start(settings: SearchSettings, material: Material, task: Task) -> Warm
             f"--warm-start {out} searched plans for {record.settings.model}, which are none for {settings.model}; "
             "give a search of the same model, or leave it out"
         )
-    trials = _fitting(Journal.read(out / FILE, TrialRecord.model_validate_json), task)
-    if not finished(trials):
+    trials = _fitting(Journal.read(out / TRIALS_FILE, TrialRecord.model_validate_json), task)
+    if not finished_trials(trials):
         raise UserError(
             f"--warm-start {out} has no finished trial that this search could draw; leave it out, or search the same "
             "--bits"
         )
     reason = differs(record, settings, material)
     log(f"warm start: {_taken(reason, len(trials))} of {out}")
-    best = tuple(each.params for each in leaders(finished(trials), record.settings.goal, POINTS))
+    best = tuple(each.params for each in top_trials(finished_trials(trials), record.settings.goal, POINTS))
     # The best are tried again, which costs nothing where their scores are known, so that they can win.
     return Warm(points=best, scored=() if reason else tuple(trials))
 
@@ -97,8 +97,8 @@ def differs(record: SearchRecord, settings: SearchSettings, material: Material) 
     if settings.latency and not earlier.latency:
         return "it timed no decoding"
     goals = earlier.goal, settings.goal
-    if goals[0].draws_budget != goals[1].draws_budget or (
-        not goals[1].draws_budget and goals[0].budget != goals[1].budget
+    if goals[0].samples_budget != goals[1].samples_budget or (
+        not goals[1].samples_budget and goals[0].budget != goals[1].budget
     ):
         return "it was for another size"
     return None
@@ -108,7 +108,7 @@ def _taken(reason: str | None, trials: int) -> str:
     return f"the best parameters, not their scores ({reason})," if reason else f"{trials} trials and their scores"
 
 
-def _fitting(records: Sequence[TrialRecord], task: Task) -> list[TrialRecord]:
+def _fitting(records: Sequence[TrialRecord], task: SearchTask) -> list[TrialRecord]:
     """The drawn trials that this search could have drawn, with a size where it draws one and without where not."""
     sizes = task.space.sizes
     fitting = []
@@ -117,6 +117,6 @@ def _fitting(records: Sequence[TrialRecord], task: Task) -> list[TrialRecord]:
         if sizes:
             size = record.params.get("budget", record.metrics.get("ratio", sizes[1]))
             params["budget"] = min(sizes[1], max(sizes[0], size))
-        if not record.refines and lies_in(task.space, params):
+        if not record.parent_trial and in_space(task.space, params):
             fitting.append(record.model_copy(update={"params": params}))
     return fitting

@@ -10,31 +10,31 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
-from tuning.optimizers.pareto import thinned
+from tuning.optimizers.pareto import subsample
 from tuning.study.objective import Goal
-from tuning.study.trial import TrialRecord, finished
+from tuning.study.trial import TrialRecord, finished_trials
 
-LEAST_TRIALS = 6
+MIN_TRIALS = 6
 """Finished trials below which nothing is said; a few times as many say it with some certainty."""
 
-MOST_TRIALS = 500
+MAX_TRIALS = 500
 """Trials that are looked at, spread evenly over the search: four times as many take half a minute."""
 
 ABSENT = "none"
 """Stands for a choice that a trial did not have."""
 
 
-def importance(records: Sequence[TrialRecord], goal: Goal) -> dict[str, float]:
+def param_importances(records: Sequence[TrialRecord], goal: Goal) -> dict[str, float]:
     """Share of the spread of the objective that each parameter explains, the largest first; they sum to 1.
 
     Functional ANOVA (Hutter et al., 2014) by Optuna, on the logarithm of the objective of the drawn trials that scored
     every window. A knob that only some trials have counts as its median in the others, so that what comes of having it
     is put down to the choice that it belongs to. Empty where trials are too few, or all the same.
     """
-    trials = thinned(compared(records), MOST_TRIALS)
+    trials = subsample(comparable_trials(records), MAX_TRIALS)
     columns = {name: found for name in _names(trials) if len(set(found := _column(name, trials))) > 1}
-    values = [goal.value(trial.metrics) for trial in trials]
-    if len(trials) < LEAST_TRIALS or not columns or len(set(values)) < 2:
+    values = [goal.objective_value(trial.metrics) for trial in trials]
+    if len(trials) < MIN_TRIALS or not columns or len(set(values)) < 2:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
@@ -44,12 +44,12 @@ def importance(records: Sequence[TrialRecord], goal: Goal) -> dict[str, float]:
     return {name: float(value) for name, value in shares.items() if math.isfinite(value)}
 
 
-def compared(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+def comparable_trials(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The trials that speak of parameters: refinements differ from their base in what has no name."""
-    return [record for record in finished(records) if not record.refines]
+    return [record for record in finished_trials(records) if not record.parent_trial]
 
 
-def numeric(name: str, trials: Sequence[TrialRecord]) -> bool:
+def is_numeric(name: str, trials: Sequence[TrialRecord]) -> bool:
     """Whether a parameter is a number that was drawn from a range."""
     return all(isinstance(trial.params[name], float) for trial in trials if name in trial.params)
 
@@ -61,7 +61,7 @@ def _names(trials: Sequence[TrialRecord]) -> list[str]:
 def _column(name: str, trials: Sequence[TrialRecord]) -> list[Any]:
     """The value of a parameter in every trial, and what stands for it in those without."""
     absent = ABSENT
-    if numeric(name, trials):
+    if is_numeric(name, trials):
         absent = median(trial.params[name] for trial in trials if name in trial.params)
     return [trial.params.get(name, absent) for trial in trials]
 

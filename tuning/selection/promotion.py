@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from baklava.errors import UserError
 from baklava.evaluation.formatting import share
 from baklava.plan.budget_plan import BudgetPlan
-from tuning.selection.ablation import told
-from tuning.selection.validation import Candidate, Validated, above, size_of, validate
-from tuning.study.search_space import Task
-from tuning.workers.cluster import Crew
+from tuning.selection.ablation import format_ratio
+from tuning.selection.validation import Candidate, ValidatedPlan, log_kl_ratio, byte_ratio, validate
+from tuning.study.search_space import SearchTask
+from tuning.workers.cluster import WorkerGroup
 
 ALIAS = "champion"
 
-SAME_SIZE = 1.01
+MAX_SIZE_RATIO = 1.01
 """Sizes up to this ratio count as equal: capacities are rounded, so that no two plans hold the same bytes."""
 
 
 @dataclass(frozen=True)
-class Holder:
+class CurrentChampion:
     """The registered version that has the alias, with its tags and its plan; None where that cannot be read."""
 
     version: str
@@ -27,60 +27,60 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Claim:
+class PromotionDecision:
     """Whether a plan takes the alias, and why, in a sentence; `same` where the plan that has it is equal to it."""
 
-    crowned: bool
+    promoted: bool
     why: str
     same: bool = False
 
     @property
     def holds(self) -> bool:
         """Whether the alias leads to this plan."""
-        return self.crowned or self.same
+        return self.promoted or self.same
 
 
 @dataclass(frozen=True)
-class Registered:
+class RegisteredPlan:
     """A plan in the registry, and what became of its claim."""
 
     name: str
     version: str
-    claim: Claim
+    claim: PromotionDecision
 
     @property
     def uri(self) -> str:
         """What jobs/serve.py takes as --plan."""
-        return f"models:/{self.name}" + (f"@{ALIAS}" if self.claim.holds else f"/{self.version}")
+        return f"models:/{self.name}" + (f"@{ALIAS}" if self.decision.is_champion else f"/{self.version}")
 
     @property
-    def told(self) -> str:
+    def format_ratio(self) -> str:
         """What became of it, and how to have it otherwise."""
         by_hand = f"; to move it by hand: make ui, Models, {self.name}, version {self.version}, add the alias {ALIAS}"
-        return f"version {self.version} of {self.name}: {self.claim.why}" + ("" if self.claim.holds else by_hand)
+        return f"version {self.version} of {self.name}: {self.claim.why}" + ("" if self.decision.is_champion else by_hand)
 
 
-def claim(
-    crew: Crew, holder: Holder | None, winner: Validated, windows: Sequence[str], task: Task, corpora: dict[str, str]
-) -> Claim:
+def decide_promotion(
+    crew: WorkerGroup, holder: CurrentChampion | None, winner: ValidatedPlan, windows: Sequence[str], task: SearchTask, corpora: dict[str, str]
+) -> PromotionDecision:
     """Whether the winner of a search takes the alias from the plan that has it.
 
     Only plans for the same model, texts and length compare, and those on windows that this search scored its winner on:
     scores of an earlier search are of other windows.
     """
     if holder is None:
-        return Claim(True, f"{ALIAS} points to it, the first of its name")
+        return PromotionDecision(True, f"{ALIAS} points to it, the first of its name")
     stays, plan = f"{ALIAS} stays with version {holder.version}, which", winner.candidate.plan
     if holder.plan is None:
-        return Claim(False, f"{stays} cannot be read")
+        return PromotionDecision(False, f"{stays} cannot be read")
     if holder.plan.digest == plan.digest:
-        return Claim(False, f"{stays} is the same plan", same=True)
+        return PromotionDecision(False, f"{stays} is the same plan", same=True)
     if differs := _difference(holder.plan, plan, corpora):
-        return Claim(False, f"{stays} {differs}")
+        return PromotionDecision(False, f"{stays} {differs}")
     entrant = Candidate(f"version {holder.version}, the {ALIAS} so far", holder.plan)
     scored = validate(crew, [entrant], windows, task)
     if not scored:
-        return Claim(False, f"{stays} could not be scored on this search's validation windows")
+        return PromotionDecision(False, f"{stays} could not be scored on this search's validation windows")
     return _decided(scored[0], winner, holder, task)
 
 
@@ -97,25 +97,25 @@ def _difference(old: BudgetPlan, new: BudgetPlan, corpora: dict[str, str]) -> st
     return None
 
 
-def _decided(old: Validated, new: Validated, holder: Holder, task: Task) -> Claim:
+def _decided(old: ValidatedPlan, new: ValidatedPlan, holder: CurrentChampion, task: SearchTask) -> PromotionDecision:
     goal = task.goal
     losses = [goal.loss(entry.metrics) for entry in (new, old)]
-    sizes = [size_of(entry) for entry in (new, old)]
+    sizes = [byte_ratio(entry) for entry in (new, old)]
     found = f"{goal.loss_name} {losses[0]:.4g} against {losses[1]:.4g} on the same validation windows"
     found += f", {share(sizes[0])} of the bytes against {share(sizes[1])}"
-    found += f" (its KL is {told(above([old], new))} times the new one's)"
-    if holder.tags.get("goal") == goal.asked and goal.max_dnll is not None:
-        better = goal.value(new.metrics) < goal.value(old.metrics)  # both were to be small within one bound
+    found += f" (its KL is {format_ratio(log_kl_ratio([old], new))} times the new one's)"
+    if holder.tags.get("goal") == goal.description and goal.max_dnll is not None:
+        better = goal.objective_value(new.metrics) < goal.objective_value(old.metrics)  # both were to be small within one bound
     else:
-        better = sizes[0] <= SAME_SIZE * sizes[1] and losses[0] < losses[1]
+        better = sizes[0] <= MAX_SIZE_RATIO * sizes[1] and losses[0] < losses[1]
     if better:
-        return Claim(True, f"{ALIAS} moves to it from version {holder.version}: {found}")
-    return Claim(False, f"{ALIAS} stays with version {holder.version}: {found}{_because(losses, sizes)}")
+        return PromotionDecision(True, f"{ALIAS} moves to it from version {holder.version}: {found}")
+    return PromotionDecision(False, f"{ALIAS} stays with version {holder.version}: {found}{_because(losses, sizes)}")
 
 
 def _because(losses: Sequence[float], sizes: Sequence[float]) -> str:
     if losses[0] < losses[1]:
         return "; more bytes lose less, which makes no better plan"
-    if sizes[0] * SAME_SIZE < sizes[1]:
+    if sizes[0] * MAX_SIZE_RATIO < sizes[1]:
         return "; fewer bytes lose more, which makes no better plan either"
     return ""

@@ -8,14 +8,14 @@ from typing import Any
 
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.serialization import FrozenModel, atomic_write_text
-from tuning.selection.ablation import Rival, told
-from tuning.selection.param_importance import importance
-from tuning.selection.promotion import Registered
-from tuning.selection.validation import Validated, Verdict
+from tuning.selection.ablation import Ablation, format_ratio
+from tuning.selection.param_importance import param_importances
+from tuning.selection.promotion import RegisteredPlan
+from tuning.selection.validation import ValidatedPlan, ValidationResult
 from tuning.study.settings import SearchSettings
 from tuning.study.trial import TrialRecord
 
-FILE, FOLDER = "front.json", "front"
+FRONT_FILE, FRONT_FOLDER = "front.json", "front"
 
 
 class Point(FrozenModel):
@@ -44,20 +44,20 @@ class Front(FrozenModel):
     points: tuple[Point, ...]
 
 
-def write_front(out: Path, entries: Sequence[Validated], plans: Sequence[BudgetPlan], winner: Validated) -> None:
+def write_front(out: Path, entries: Sequence[ValidatedPlan], plans: Sequence[BudgetPlan], winner: ValidatedPlan) -> None:
     """Write a plan file per point, then the list of them."""
-    folder = out / FOLDER
+    folder = out / FRONT_FOLDER
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("plan-*.json"):
         stale.unlink()
-    names = [f"{FOLDER}/plan-{number:02}.json" for number in range(1, len(entries) + 1)]
+    names = [f"{FRONT_FOLDER}/plan-{number:02}.json" for number in range(1, len(entries) + 1)]
     for name, plan in zip(names, plans, strict=True):
         plan.write(out / name)
     points = tuple(_point(name, entry, entry is winner) for name, entry in zip(names, entries, strict=True))
-    atomic_write_text(out / FILE, Front(points=points).model_dump_json(indent=1) + "\n")
+    atomic_write_text(out / FRONT_FILE, Front(points=points).model_dump_json(indent=1) + "\n")
 
 
-def _point(file: str, entry: Validated, chosen: bool) -> Point:
+def _point(file: str, entry: ValidatedPlan, chosen: bool) -> Point:
     plan, metrics = entry.candidate.plan, entry.metrics
     losses = {name: metrics[name] for name in ("kl", "kl_geometric", "dnll", "ppl")}
     size = {"ratio": plan.ratio, "bytes_per_sequence": plan.bytes_per_sequence}
@@ -66,7 +66,7 @@ def _point(file: str, entry: Validated, chosen: bool) -> Point:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchResult:
     """Where a finished search is, and what came out.
 
     `rivals` say what the search was worth. `registered` is the winner in MLflow's registry, None where the tracking
@@ -76,23 +76,23 @@ class Outcome:
     out: Path
     settings: SearchSettings
     plan: BudgetPlan
-    verdict: Verdict
-    rivals: tuple[Rival, ...]
+    verdict: ValidationResult
+    rivals: tuple[Ablation, ...]
     trials: tuple[TrialRecord, ...]
-    registered: Registered | None
+    registered: RegisteredPlan | None
 
     @property
-    def winner(self) -> Validated:
+    def winner(self) -> ValidatedPlan:
         """The candidate that became the plan."""
         return self.verdict.winner
 
     @property
-    def ranking(self) -> tuple[Validated, ...]:
+    def ranking(self) -> tuple[ValidatedPlan, ...]:
         """All candidates, the best first; those of a front by size."""
         return self.verdict.ranking
 
     @property
-    def served_by(self) -> str:
+    def plan_uri(self) -> str:
         """What jobs/serve.py takes as --plan: the plan in the registry, else the file."""
         return self.registered.uri if self.registered else str(self.out / "plan.json")
 
@@ -102,26 +102,26 @@ class Outcome:
         model, file = self.settings.model, self.out / "plan.json"
         return {
             "open the UI": "make ui",
-            "serve it": f"python jobs/serve.py --plan {self.served_by} --model {model}",
+            "serve it": f"python jobs/serve.py --plan {self.plan_uri} --model {model}",
             "evaluate it": f"python jobs/evaluate.py --plan {file} --model {model} --texts ifcraft",
         }
 
     @cached_property
-    def importance(self) -> dict[str, float]:
+    def param_importances(self) -> dict[str, float]:
         """How much each parameter decided, see `tuning.selection.param_importance`."""
-        return importance(self.trials, self.settings.goal)
+        return param_importances(self.trials, self.settings.goal)
 
     @property
     def worth(self) -> list[str]:
         """How many times the winner's KL that of each rival is, as sentences."""
-        return [f"{rival.name}: {told(rival.above)} times the winner's KL on validation" for rival in self.rivals]
+        return [f"{rival.name}: {format_ratio(rival.log_kl_ratio)} times the winner's KL on validation" for rival in self.rivals]
 
     def summary(self) -> dict[str, Any]:
         """The outcome for machines."""
         return {
             "out": str(self.out),
             "plan": str(self.out / "plan.json"),
-            "champion": self.registered.uri if self.registered and self.registered.claim.holds else None,
+            "champion": self.registered.uri if self.registered and self.registered.decision.is_champion else None,
             "registered": self.registered.uri if self.registered else None,
             "ratio": self.plan.ratio,
             "bytes_per_sequence": self.plan.bytes_per_sequence,

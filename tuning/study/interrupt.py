@@ -1,4 +1,4 @@
-"""Ctrl-C: one press ends the search after the trials under way, two end it now."""
+"""Ctrl-C: one press ends the search after the running trials, two end it now."""
 
 import os
 import signal
@@ -9,39 +9,39 @@ from types import FrameType
 
 from baklava.errors import UserError
 
-SAID = b"stopping: no new trials, those under way are finished and recorded; Ctrl-C again stops now\n"
+INTERRUPT_MESSAGE = b"stopping: no new trials, those under way are finished and recorded; Ctrl-C again stops now\n"
 
 
 @dataclass
-class Stop:
-    """Whether a search is to begin no more trials, and the error that it ends with, where it is for one."""
+class StopFlag:
+    """Whether a search should start no more trials, and the error that it ends with, if there is one."""
 
-    asked: bool = False
+    requested: bool = False
     error: UserError | None = None
 
-    def check(self) -> None:
-        """Raise what the search ends with, if it was to stop."""
-        if self.asked:
+    def raise_if_requested(self) -> None:
+        """Raise the error of a stopped search, or KeyboardInterrupt if the user stopped it."""
+        if self.requested:
             raise self.error or KeyboardInterrupt
 
 
 @contextmanager
-def stoppable(stop: Stop) -> Iterator[None]:
-    """Within it the first Ctrl-C only asks to stop, and the second is a KeyboardInterrupt as ever."""
+def graceful_interrupt(stop: StopFlag) -> Iterator[None]:
+    """Inside the block, the first Ctrl-C sets the flag and the second raises KeyboardInterrupt as usual."""
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.asked = True
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, SAID)  # the interrupted code may be amid a print
+        os.write(2, INTERRUPT_MESSAGE)  # print() is not reentrant
 
-    # Elsewhere than in the main thread, or where Ctrl-C is ignored or handled by others, it stays as it is.
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # Outside the main thread, or if Ctrl-C is ignored or handled by others, leave it alone.
+    installed = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     try:
-        ours = ours and bool(signal.signal(signal.SIGINT, ask))
+        installed = installed and bool(signal.signal(signal.SIGINT, request_stop))
     except ValueError:
-        ours = False
+        installed = False
     try:
         yield
     finally:
-        if ours:
+        if installed:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Folders that results go into."""
+"""Run folders, and the append-only journals in them."""
 
 import json
 import os
@@ -15,61 +15,75 @@ from baklava.paths import data_dir
 from baklava.serialization import FrozenModel
 
 
-def check_new(out: Path, what: str) -> None:
-    """Raise UserError when the folder cannot be made, or holds something already; `what` is under way there."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists already; choose another folder, or go on with its {what}: --resume {out}")
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--out {out} cannot be made, since {place} is no folder to write in; choose another one")
+def new_run_dir(prefix: str = "") -> Path:
+    """Return a folder in runs/ named by the time.
 
-
-def unwritable(out: Path, error: OSError) -> str:
-    """A sentence for a disk that is full, or for another reason takes nothing more."""
-    return f"cannot write to {out} ({error.strerror or error}); make room there, nothing that it holds is lost"
-
-
-def new_folder(prefix: str = "") -> Path:
-    """A folder in runs/ named by the time; under `ray job submit` in the data folder, as Ray deletes a job's own."""
+    Under `ray job submit` it lies in the data folder, since Ray deletes a job's working directory.
+    """
     in_job = "runtime_resources" in Path.cwd().parts
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     return (data_dir() if in_job else Path()) / "runs" / f"{prefix}{stamp}"
 
 
-Entry = TypeVar("Entry", bound=FrozenModel)
+def check_new_run_dir(out: Path, kind: str) -> None:
+    """Raise UserError if the folder cannot be created or is not empty; `kind` names what would run in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"--out {out} exists already; choose another folder, or resume the {kind} in it: --resume {out}"
+        )
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be created, since {parent} is not a writable folder; choose another one")
 
 
-class Journal(Generic[Entry]):
-    """Appends to a file of lines, each on disk before the next one is begun."""
+def unwritable_message(out: Path, error: OSError) -> str:
+    """Describe a disk that is full or takes no more for another reason."""
+    return f"cannot write to {out} ({error.strerror or error}); free some space there, nothing in it is lost"
 
-    def __init__(self, path: Path, records: Sequence[Entry] = ()) -> None:
-        self.path, self.records = path, list(records)
+
+Record = TypeVar("Record", bound=FrozenModel)
+
+
+class Journal(Generic[Record]):
+    """A file of JSON lines to which records are appended, each on disk before `append` returns."""
+
+    def __init__(self, path: Path, records: Sequence[Record] = ()) -> None:
+        self.path = path
+        self.records = list(records)
 
     @classmethod
-    def open(cls, path: Path, parse: Callable[[str], Entry]) -> "Journal[Entry]":
-        """The journal with the records that it holds; a last line that a kill cut short is dropped.
+    def open(cls, path: Path, parse: Callable[[str], Record]) -> "Journal[Record]":
+        """Open a journal with its records; drop a last line that a kill cut short.
 
         Raises:
             UserError: the file was changed by hand.
         """
-        whole = _whole(path)
-        if path.exists() and path.stat().st_size > len(whole.encode()):
-            os.truncate(path, len(whole.encode()))
+        complete = _complete_lines(path)
+        if path.exists() and path.stat().st_size > len(complete.encode()):
+            os.truncate(path, len(complete.encode()))
         return cls(path, cls.read(path, parse))
 
     @staticmethod
-    def read(path: Path, parse: Callable[[str], Entry]) -> list[Entry]:
-        """The records of a journal that somebody may be writing to; raises as `open`."""
-        return [_parsed(parse, line, path) for line in _whole(path).splitlines()]
+    def read(path: Path, parse: Callable[[str], Record]) -> list[Record]:
+        """Return the records of a journal that another process may be writing to; raise like `open`."""
+        records = []
+        for line in _complete_lines(path).splitlines():
+            try:
+                records.append(parse(line))
+            except ValidationError:
+                raise UserError(
+                    f"{path} has a line that is not one of its records ({line[:60]!r}); restore the original file"
+                ) from None
+        return records
 
-    def append(self, record: Entry) -> None:
-        """Add one record, and return when it is on disk.
+    def append(self, record: Record) -> None:
+        """Append one record, and return when it is on disk.
 
         Raises:
             UserError: the disk does not take it; the file is then as it was before.
         """
         line = json.dumps(record.model_dump(mode="json", exclude_none=True), allow_nan=False)
-        whole = self.path.stat().st_size if self.path.exists() else 0
+        size_before = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a") as file:
                 file.write(line + "\n")
@@ -77,26 +91,16 @@ class Journal(Generic[Entry]):
                 os.fsync(file.fileno())
         except OSError as error:
             with suppress(OSError):
-                os.truncate(self.path, whole)
-            raise UserError(unwritable(self.path.parent, error)) from None
+                os.truncate(self.path, size_before)
+            raise UserError(unwritable_message(self.path.parent, error)) from None
         self.records.append(record)
 
 
-def _whole(path: Path) -> str:
-    """The lines that are complete."""
+def _complete_lines(path: Path) -> str:
     try:
         text = path.read_text() if path.exists() else ""
         return text[: text.rfind("\n") + 1]
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot read journal {path} ({type(error).__name__}); put it back, or begin anew without it"
-        ) from None
-
-
-def _parsed(parse: Callable[[str], Entry], line: str, path: Path) -> Entry:
-    try:
-        return parse(line)
-    except ValidationError:
-        raise UserError(
-            f"{path} holds a line that is none of its records ({line[:60]!r}); put back what it was"
+            f"cannot read journal {path} ({type(error).__name__}); put it back, or start again without it"
         ) from None

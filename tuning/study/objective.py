@@ -1,4 +1,4 @@
-"""The goal of a search: what it lowers, and inside which bound."""
+"""The goal of a search: what it minimises, and under which constraint."""
 
 from typing import Annotated, Literal
 
@@ -10,17 +10,17 @@ from baklava.serialization import FrozenModel
 Objective = Literal["kl", "ppl"]
 Metrics = dict[str, float]
 
-LOWERED = {"kl": "kl_geometric", "ppl": "ppl"}
-"""The metric that each objective lowers."""
+LOSS_METRICS: dict[Objective, str] = {"kl": "kl_geometric", "ppl": "ppl"}
+"""The metric that each objective minimises."""
 
-NAMES = {"kl": "KL", "ppl": "perplexity"}
+LOSS_NAMES: dict[Objective, str] = {"kl": "KL", "ppl": "perplexity"}
 
 
 class Goal(FrozenModel):
-    """One of three: the best plan inside `budget`, the smallest that keeps to `max_dnll`, or a front of size and loss.
+    """One of three: the best plan of size `budget`, the smallest within `max_dnll`, or a Pareto front of size and loss.
 
-    `budget` is a share of the 16-bit full cache's bytes; with `front` it only says which point becomes the plan.
-    `max_dnll` is in nats per token above the full cache. With `latency` a front lowers the time of decoding, too.
+    `budget` is a share of the 16-bit full cache's bytes; with `front` it only chooses the point that becomes the plan.
+    `max_dnll` is in nats per token above the full cache. With `latency`, the front also minimises the decode time.
     """
 
     objective: Objective = "kl"
@@ -30,54 +30,54 @@ class Goal(FrozenModel):
     latency: bool = False
 
     @property
-    def draws_budget(self) -> bool:
-        """Whether every trial draws its own size."""
+    def samples_budget(self) -> bool:
+        """Whether every trial samples its own size."""
         return self.front or self.max_dnll is not None
 
     @property
-    def asked(self) -> str:
-        """What is looked for, in words."""
+    def description(self) -> str:
+        """What the search looks for, in words."""
         if self.front:
             return f"every size, for a front of {'bytes, loss and latency' if self.latency else 'bytes and loss'}"
         if self.max_dnll is not None:
             return f"the smallest size that loses at most {self.max_dnll:g} nats per token"
         return f"{share(self.budget or 0, 4)} of the bytes"
 
-    def keeps(self, metrics: Metrics) -> bool:
-        """Whether a plan with these metrics loses no more than it may."""
+    def is_feasible(self, metrics: Metrics) -> bool:
+        """Return whether a plan with these metrics stays within `max_dnll`."""
         return self.max_dnll is None or metrics["dnll"] <= self.max_dnll
 
     def loss(self, metrics: Metrics) -> float:
-        """What a plan of its size should lower."""
-        return metrics[LOWERED[self.objective] if self.max_dnll is None else "dnll"]
+        """Return the loss by which plans of one size compare."""
+        return metrics[LOSS_METRICS[self.objective] if self.max_dnll is None else "dnll"]
 
     @property
     def loss_name(self) -> str:
-        """What the loss is called."""
-        return NAMES[self.objective] if self.max_dnll is None else "dNLL"
+        """The name of the loss."""
+        return LOSS_NAMES[self.objective] if self.max_dnll is None else "dNLL"
 
     @property
     def value_name(self) -> str:
-        """What the number is called that the search lowers."""
+        """The name of `objective_value`."""
         return "size" if self.max_dnll is not None else self.loss_name
 
-    def value(self, metrics: Metrics) -> float:
-        """The number that the search lowers.
+    def objective_value(self, metrics: Metrics) -> float:
+        """Return the number that the search minimises.
 
-        Under a bound it is the share of bytes of plans that keep it, and 1 + the excess in nats of those that do not.
+        With `max_dnll` it is the share of bytes of a feasible plan, and 1 + the excess in nats of an infeasible one.
         """
         if self.max_dnll is None:
             return self.loss(metrics)
-        return metrics["ratio"] if self.keeps(metrics) else 1 + metrics["dnll"] - self.max_dnll
+        return metrics["ratio"] if self.is_feasible(metrics) else 1 + metrics["dnll"] - self.max_dnll
 
-    def axes(self, metrics: Metrics) -> tuple[float, ...]:
-        """The numbers that a front lowers: share of bytes, loss, and seconds of a decoding step where asked for."""
+    def pareto_values(self, metrics: Metrics) -> tuple[float, ...]:
+        """Return what a front minimises: share of bytes, loss, and with `latency` seconds per decode step."""
         return (metrics["ratio"], self.loss(metrics), *([metrics["decode_seconds"]] if self.latency else []))
 
-    def told(self, metrics: Metrics) -> str:
-        """How good a plan with these metrics is, in words."""
+    def format_metrics(self, metrics: Metrics) -> str:
+        """Return the quality of a plan with these metrics, in words."""
         if self.max_dnll is not None:
             return f"{share(metrics['ratio'])} of the bytes at {metrics['dnll']:+.4f} nats per token"
         size = f" at {share(metrics['ratio'])} of the bytes" if self.front else ""
         time = f", {1e3 * metrics['decode_seconds']:.3g} ms a token" if self.latency else ""
-        return f"{NAMES[self.objective]} {self.loss(metrics):.4g}{size}{time}"
+        return f"{LOSS_NAMES[self.objective]} {self.loss(metrics):.4g}{size}{time}"

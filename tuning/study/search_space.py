@@ -1,4 +1,4 @@
-"""Sizes that are searched where no budget was given."""
+"""The search space: which parameters a trial samples, and how they become a plan."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,29 +8,12 @@ import optuna
 from baklava.allocation import Allocation, Blended, Greedy, Pair, Shifted, allocate
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, Streaming
-from baklava.plan.budget_plan import BudgetPlan, Provenance, head_bytes
-from baklava.plan.byte_accounting import FULL_BITS, full_bytes, sliding_bytes
+from baklava.plan.budget_plan import BudgetPlan, head_bytes
+from baklava.plan.byte_accounting import FULL_BITS, full_cache_bytes, sliding_window_bytes
 from baklava.plan.geometry import CacheGeometry
 from baklava.profiling.profile import Profile
 from tuning.study.objective import Goal
-from tuning.study.settings import BITS, CENTROIDS, BitsName
-
-SMALLEST, LARGEST = 0.02, 0.6
-"""Shares of the full cache's bytes: what is worth searching, if a model and its texts leave that much room."""
-
-ROOM = 1.5
-"""The smallest size over one in which no entry of a head competes."""
-
-
-def sizes_of(geometry: CacheGeometry, context_length: int) -> tuple[float, float]:
-    """The least and the largest budget to draw: all that is drawn fits into the least, in 16 bits too."""
-    choice = HeavyHitter(centroids=max(CENTROIDS)).choice
-    heads = len(geometry.budgetable) * geometry.kv_heads
-    needed = heads * head_bytes(geometry, choice.minimum_tokens, FULL_BITS, FULL_BITS, choice)
-    least = ROOM * (needed + sliding_bytes(geometry, FULL_BITS)) / full_bytes(geometry, context_length)
-    smallest = min(1.0, max(SMALLEST, least))
-    return smallest, min(1.0, max(LARGEST, 2 * smallest))
-
+from tuning.study.settings import ALL_BITS, CENTROID_CHOICES, BitsName
 
 Params = dict[str, Any]
 
@@ -39,7 +22,7 @@ ROUNDINGS = (8, 16, 32)
 
 CURVES: BitsName = "curves"
 
-PAIRS: dict[BitsName, Pair] = {
+BIT_PAIRS: dict[BitsName, Pair] = {
     "16": (16, 16),
     "8": (8, 8),
     "k8v4": (8, 4),
@@ -56,7 +39,7 @@ PAIRS: dict[BitsName, Pair] = {
 }
 """Bits of keys and values by name; "curves" starts from a pair and gives each head its own by its loss curves."""
 
-RANGES = {
+BLEND_RANGES = {
     "reconstruction_power": (0.0, 2.0),
     "importance_power": (0.0, 4.0),
     # Both signs: early layers change the hidden state most, yet late layers may need more entries.
@@ -64,144 +47,154 @@ RANGES = {
     "curve_power": (0.0, 2.0),
     "floor": (0.0, 0.5),
 }
-"""What the knobs of the blend are drawn from."""
+"""Ranges that the parameters of the blended allocation are sampled from."""
+
+MIN_BUDGET, MAX_BUDGET = 0.02, 0.6
+"""The usual range of sampled budgets, as shares of the full cache's bytes; `budget_range_for` adapts it to a model."""
+
+MIN_BUDGET_SLACK = 1.5
+"""Smallest sampled budget over the bytes that hold the minimum entries of every head."""
+
+
+def budget_range_for(geometry: CacheGeometry, context_length: int) -> tuple[float, float]:
+    """Return the smallest and the largest budget to sample: every plan of the space fits even into the smallest."""
+    eviction = HeavyHitter(centroids=max(CENTROID_CHOICES)).choice
+    heads = len(geometry.budgetable) * geometry.kv_heads
+    min_bytes = heads * head_bytes(geometry, eviction.minimum_tokens, FULL_BITS, FULL_BITS, eviction)
+    min_bytes += sliding_window_bytes(geometry, FULL_BITS)
+    smallest = MIN_BUDGET_SLACK * min_bytes / full_cache_bytes(geometry, context_length)
+    smallest = min(1.0, max(MIN_BUDGET, smallest))
+    return smallest, min(1.0, max(MAX_BUDGET, 2 * smallest))
 
 
 @dataclass(frozen=True)
-class Space:
-    """What a trial draws, which depends on what the profile measured.
+class SearchSpace:
+    """The parameters that a trial samples, which depend on what the profile measured.
 
-    `ranked` and `curved` tell whether it has reconstruction counts and loss curves; `sizes` is the range that budgets
-    are drawn from, None where the budget is given.
+    `has_reconstruction` and `has_loss_curves` say whether the profile has those measurements. Budgets are sampled from
+    `budget_range`, which is None if the budget is fixed.
     """
 
     bits: tuple[BitsName, ...]
-    ranked: bool
-    curved: bool
-    sizes: tuple[float, float] | None = None
+    has_reconstruction: bool
+    has_loss_curves: bool
+    budget_range: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, profile: Profile, bits: tuple[BitsName, ...], sizes: tuple[float, float] | None) -> "Space":
-        """The space for a model with this profile.
+    def for_profile(
+        cls, profile: Profile, bits: tuple[BitsName, ...], budget_range: tuple[float, float] | None
+    ) -> "SearchSpace":
+        """Return the space for a model with this profile.
 
-        Where there are loss curves, bits that they were not measured in are left out: half of the space asks for them.
+        If there are loss curves, leave out the bits that they were not measured in, since half of the space uses them.
         """
         measured = profile.curves.bits if profile.curves else ()
-        within = tuple(name for name in bits if PAIRS[name] in measured)
-        ranked = "reconstruction" in profile.rankings
-        if within:
-            return cls(within, ranked, True, sizes)
-        return cls(tuple(name for name in bits if name != CURVES) or ("4",), ranked, False, sizes)
+        with_curves = tuple(name for name in bits if BIT_PAIRS[name] in measured)
+        has_reconstruction = "reconstruction" in profile.rankings
+        if with_curves:
+            return cls(with_curves, has_reconstruction, True, budget_range)
+        without_curves = tuple(name for name in bits if name != CURVES)
+        return cls(without_curves or ("4",), has_reconstruction, False, budget_range)
 
     @property
-    def powers(self) -> tuple[str, ...]:
-        """Knobs of the blend that the profile gives a meaning."""
-        missing = {"reconstruction_power": not self.ranked, "curve_power": not self.curved}
-        return tuple(name for name in RANGES if not missing.get(name))
-
-    @property
-    def allocations(self) -> tuple[str, ...]:
-        """Methods of allocation that the profile allows."""
-        return (Blended.name, Greedy.name) if self.curved else (Blended.name,)
+    def blend_params(self) -> tuple[str, ...]:
+        """Parameters of the blended allocation that the profile gives a meaning."""
+        missing = {"reconstruction_power": not self.has_reconstruction, "curve_power": not self.has_loss_curves}
+        return tuple(name for name in BLEND_RANGES if not missing.get(name))
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> None:
-        """Draw the parameters of one trial; knobs exist only where their method is drawn."""
-        if trial.suggest_categorical("allocation", list(self.allocations)) == Blended.name:
-            for knob in self.powers:
-                trial.suggest_float(knob, *RANGES[knob])
+        """Sample the parameters of one trial; those of a method exist only if that method is sampled."""
+        allocations = [Blended.name, Greedy.name] if self.has_loss_curves else [Blended.name]
+        if trial.suggest_categorical("allocation", allocations) == Blended.name:
+            for name in self.blend_params:
+                trial.suggest_float(name, *BLEND_RANGES[name])
         bits = trial.suggest_categorical("bits", list(self.bits))
         trial.suggest_categorical("rounding", list(ROUNDINGS))
         trial.suggest_categorical("sinks", [1, 4])
         if trial.suggest_categorical("eviction", [HeavyHitter.name, Streaming.name]) == HeavyHitter.name:
-            _suggest_heavy_hitter(trial, packed=bits != "16")
-        if self.sizes:
-            trial.suggest_float("budget", *self.sizes, log=True)
+            trial.suggest_float("recent", 0.2, 0.8)
+            trial.suggest_categorical("interval", [8, 16, 32])
+            trial.suggest_categorical("group_reduction", list(GROUP_REDUCTIONS))
+            trial.suggest_categorical("centroids", list(CENTROID_CHOICES))
+            if bits != "16":
+                trial.suggest_categorical("staged", [False, True])
+        if self.budget_range:
+            trial.suggest_float("budget", *self.budget_range, log=True)
 
     def distributions(self, params: Params) -> dict[str, optuna.distributions.BaseDistribution]:
-        """The distributions that recorded parameters were drawn from."""
+        """Return the distributions that recorded parameters were sampled from."""
         trial = optuna.trial.FixedTrial(params)
         self.suggest(trial)
         return trial.distributions
 
 
-def _suggest_heavy_hitter(trial: optuna.trial.BaseTrial, packed: bool) -> None:
-    trial.suggest_float("recent", 0.2, 0.8)
-    trial.suggest_categorical("interval", [8, 16, 32])
-    trial.suggest_categorical("group_reduction", list(GROUP_REDUCTIONS))
-    trial.suggest_categorical("centroids", list(CENTROIDS))
-    if packed:
-        trial.suggest_categorical("staged", [False, True])
+def recorded_evictions() -> tuple[Eviction, ...]:
+    """Return one eviction method per distinct recording that the plans of this space need from a prefill.
 
-
-def evictions() -> tuple[Eviction, ...]:
-    """One method per distinct recording that the plans of this space need from a prefill.
-
-    Sinks, the recent share, the interval, bits, staging and centroids change what is cut, not what is recorded.
+    Sinks, recent ratio, interval, bits, staging and centroids change what is evicted, not what is recorded.
     """
     return (Streaming(), *(HeavyHitter(reduction=reduction) for reduction in GROUP_REDUCTIONS))
 
 
-def allocation_of(params: Params) -> Allocation:
-    """The allocation that a trial's parameters name, with the shifts of a refinement."""
-    base = _greedy(params) if params["allocation"] == Greedy.name else _blended(params)
+def allocation_from_params(params: Params) -> Allocation:
+    """Return the allocation method of a trial, with the shifts of the local search."""
+    base: Allocation
+    if params["allocation"] == Greedy.name:
+        base = Greedy(measure="text", bits="any" if params["bits"] == CURVES else "given")
+    else:
+        blend = {name: params.get(name, 0.0) for name in BLEND_RANGES}
+        base = Blended(**blend, bits="curves" if params["bits"] == CURVES else "given")
     return Shifted(of=base, shifts=tuple(map(tuple, params["shifts"]))) if "shifts" in params else base
 
 
-def eviction_of(params: Params) -> Eviction:
-    """The eviction that a trial's parameters name."""
+def eviction_from_params(params: Params) -> Eviction:
+    """Return the eviction method of a trial."""
     if params["eviction"] == Streaming.name:
         return Streaming(sinks=params["sinks"])
-    knobs = {knob: params[knob] for knob in ("sinks", "recent", "interval", "centroids")}
-    return HeavyHitter(**knobs, reduction=params["group_reduction"], staged=params.get("staged", False))
-
-
-def plan_of(
-    params: Params, profile: Profile, *, budget: float | None, context_length: int, provenance: Provenance | None = None
-) -> BudgetPlan:
-    """The plan of a trial, of its own size if it drew one; raises UserError when that does not hold its knobs."""
-    size = params.get("budget", budget)
-    if size is None:
-        raise UserError("the trial drew no budget and the search was given none; give --budget")
-    return allocate(
-        profile,
-        budget=size,
-        context_length=context_length,
-        method=allocation_of(params),
-        eviction=eviction_of(params),
-        bits=PAIRS[params["bits"]],
-        step=params["rounding"],
-        provenance=provenance,
+    return HeavyHitter(
+        sinks=params["sinks"],
+        recent=params["recent"],
+        interval=params["interval"],
+        centroids=params["centroids"],
+        reduction=params["group_reduction"],
+        staged=params.get("staged", False),
     )
 
 
-def _blended(params: Params) -> Blended:
-    knobs = {knob: params.get(knob, 0.0) for knob in RANGES}
-    return Blended(**knobs, bits="curves" if params["bits"] == CURVES else "given")
-
-
-def _greedy(params: Params) -> Greedy:
-    return Greedy(measure="text", bits="any" if params["bits"] == CURVES else "given")
-
-
 @dataclass(frozen=True)
-class Task:
-    """How parameters become a plan, and what it is scored on: `windows` are names, scored in this order.
+class SearchTask:
+    """How parameters become a plan, and what plans are scored on.
 
-    Plans store in one of `bits`.
+    `windows` are names, in the order of scoring; plans store in one of `bits`.
     """
 
     profile: Profile
     goal: Goal
     context_length: int
     windows: tuple[str, ...]
-    bits: tuple[BitsName, ...] = BITS
+    bits: tuple[BitsName, ...] = ALL_BITS
 
     @property
-    def space(self) -> Space:
-        """What trials draw."""
-        sizes = sizes_of(self.profile.geometry, self.context_length) if self.goal.draws_budget else None
-        return Space.of(self.profile, self.bits, sizes)
+    def space(self) -> SearchSpace:
+        """The space that trials sample."""
+        budgets = budget_range_for(self.profile.geometry, self.context_length) if self.goal.samples_budget else None
+        return SearchSpace.for_profile(self.profile, self.bits, budgets)
 
     def plan(self, params: Params) -> BudgetPlan:
-        """The plan of a trial; raises UserError when the budget does not hold its knobs."""
-        return plan_of(params, self.profile, budget=self.goal.budget, context_length=self.context_length)
+        """Return the plan of a trial, of its own size if it sampled one.
+
+        Raises:
+            UserError: the budget does not hold a plan with these parameters.
+        """
+        budget = params.get("budget", self.goal.budget)
+        if budget is None:
+            raise UserError("the trial sampled no budget and the search has none; give --budget")
+        return allocate(
+            self.profile,
+            budget=budget,
+            context_length=self.context_length,
+            method=allocation_from_params(params),
+            eviction=eviction_from_params(params),
+            bits=BIT_PAIRS[params["bits"]],
+            step=params["rounding"],
+        )

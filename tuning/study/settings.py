@@ -1,4 +1,4 @@
-"""What a search is asked to do: one frozen record, kept beside its results so that it can be resumed."""
+"""The settings of a search: one frozen record, saved with its results so that it can be resumed."""
 
 import re
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from baklava.plan.geometry import ModelIdentity
 from baklava.serialization import FrozenModel, atomic_write_text
 from tuning.study.objective import Goal, Objective
 
-FILE = "search.json"
+SEARCH_FILE = "search.json"
 
 BitsName = Literal["16", "8", "k8v4", "k6v5", "k6v4", "k5v4", "4", "k4v3", "k4v2", "3", "k3v2", "2", "curves"]
-BITS: tuple[BitsName, ...] = get_args(BitsName)
-"""Bits that plans may store in: of keys and values alike, of each, or "curves", where each head has its own."""
+ALL_BITS: tuple[BitsName, ...] = get_args(BitsName)
+"""Bits of keys and values that plans may store in; "curves" gives each head its own by its loss curves."""
 
-CENTROIDS = (0, 4, 8, 16)
-"""Centroids per head that trials draw."""
+CENTROID_CHOICES = (0, 4, 8, 16)
+"""Centroids per head that trials sample."""
 
 SamplerName = Literal["tpe", "cmaes", "nsga2", "random", "qmc"]
-"""What draws the trials that are no refinements: Optuna's samplers, the last quasi-random."""
+"""Optuna samplers that sample the trials; qmc is quasi-random. Later trials come from the local search."""
 
 Replicas = Literal["auto"] | Annotated[int, Field(ge=1)]
 
@@ -30,7 +30,7 @@ _RULES = {
     "budget": "--budget is a fraction of the full cache's bytes, above 0 and at most 1, such as 0.30",
     "max_dnll": "--max-dnll is a loss in nats per token above the full cache's, above 0, such as 0.01",
     "refine": "--refine is a number of trials, at least 0",
-    "bits": f"--bits are some of {', '.join(BITS)}",
+    "bits": f"--bits are some of {', '.join(ALL_BITS)}",
     "context": "--context is a number of tokens, at least 1",
     "continuation": "--continuation is a number of tokens, at least 1",
     "trials": "--trials is a number of trials, at least 1",
@@ -47,10 +47,10 @@ _RULES = {
 class SearchSettings(FrozenModel):
     """The arguments of a search. `budget` is a fraction of the 16-bit full cache's bytes at `context_length` tokens.
 
-    A search is for a `budget`, for the least bytes that lose at most `max_dnll`, or for a `front` of both, of which
-    `budget` may choose a point. The last `refine` of the trials refine the best of the others, a third of them if None.
-    `warm_start` is the folder of an earlier search. A replica spans `gpus_per_replica` GPUs where there are any, and
-    keeps at most `memory` GiB of prefilled windows beside the model. `concurrent` trials are under way at a time.
+    A search is for a `budget`, for the fewest bytes that lose at most `max_dnll`, or for a `front` of both, of which
+    `budget` may choose a point. The last `refine` trials refine the best of the others, a third of all if None.
+    `warm_start` is the folder of an earlier search. A replica spans `gpus_per_replica` GPUs if there are any, and
+    keeps at most `memory` GiB of prefilled windows next to the model. `concurrent` trials run at a time.
     """
 
     model: str
@@ -63,7 +63,7 @@ class SearchSettings(FrozenModel):
     continuation: PositiveInt
     trials: PositiveInt
     refine: Annotated[int, Field(ge=0)] | None = None
-    bits: Annotated[tuple[BitsName, ...], Field(min_length=1)] = BITS
+    bits: Annotated[tuple[BitsName, ...], Field(min_length=1)] = ALL_BITS
     objective: Objective = "kl"
     replicas: Replicas = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
@@ -74,9 +74,9 @@ class SearchSettings(FrozenModel):
     memory: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
-    def _one_goal(self) -> "SearchSettings":
+    def _check_goal(self) -> "SearchSettings":
         if self.budget is None and not self.front and self.max_dnll is None:
-            raise ValueError("a search without a goal: give --budget, --max-dnll or --front")
+            raise ValueError("a search needs a goal: give --budget, --max-dnll or --front")
         if self.max_dnll is not None and (self.front or self.budget is not None):
             other = "--front" if self.front else "--budget"
             raise ValueError(f"--max-dnll {self.max_dnll:g} and {other} are two goals; give one of them")
@@ -91,40 +91,44 @@ class SearchSettings(FrozenModel):
 
     @property
     def goal(self) -> Goal:
-        """What the search lowers."""
+        """What the search minimises."""
         return Goal.model_validate(self.model_dump(include=set(Goal.model_fields)))
 
     @property
-    def refinements(self) -> int:
-        """Trials that refine the best of the others."""
+    def num_refinements(self) -> int:
+        """Number of trials that refine the best of the others."""
         return self.trials // 3 if self.refine is None else self.refine
 
     @property
     def context_length(self) -> int:
-        """Tokens of one window, at which the ratio of bytes is stated."""
+        """Tokens of one window, for which the ratio of bytes is stated."""
         return self.context + self.continuation
 
     @property
     def model_name(self) -> str:
-        """The last part of the model's name, fit for a registry: `demo`, `qwen2.5-0.5b`."""
+        """The last part of the model's name, as a registry accepts it: `demo`, `qwen2.5-0.5b`."""
         return short_name(self.model)
 
     @classmethod
-    def of(cls, *, model: str, texts: Sequence[str], **values: Any) -> Self:
-        """Checked settings; files are made absolute, so that a resumed search finds them from any folder."""
+    def from_options(cls, *, model: str, texts: Sequence[str], **values: Any) -> Self:
+        """Return checked settings, with absolute paths, so that a resumed search finds its files from any folder.
+
+        Raises:
+            UserError: an option is out of range.
+        """
         try:
             if values.get("warm_start"):
-                values["warm_start"] = settled(values["warm_start"])
-            return cls(model=settled(model), texts=tuple(map(settled, texts)), **values)
+                values["warm_start"] = absolute_if_file(values["warm_start"])
+            return cls(model=absolute_if_file(model), texts=tuple(map(absolute_if_file, texts)), **values)
         except ValidationError as error:
-            raise UserError(_told(error, values)) from None
+            raise UserError(_validation_message(error, values)) from None
 
 
 class SearchRecord(FrozenModel):
-    """What a search needs to go on after a kill: its settings, what they stood for, and its MLflow parent run.
+    """What a search needs to resume: its settings, what they stood for, and its MLflow parent run.
 
-    `corpora` maps the name of each text to the digest of what it held, `profile` is the digest of what the model's
-    weights made of the calibration windows: recorded trials compare only where both are equal.
+    `corpora` maps the name of each text to the digest of its content; `profile` is the digest of the model's profile on
+    the calibration windows. Recorded trials compare only if both are equal.
     """
 
     settings: SearchSettings
@@ -134,19 +138,19 @@ class SearchRecord(FrozenModel):
     run: str
 
     def write(self, out: Path) -> None:
-        """Keep the record in a search's folder."""
-        atomic_write_text(out / FILE, self.model_dump_json(indent=1) + "\n")
+        """Write the record into the folder of a search."""
+        atomic_write_text(out / SEARCH_FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, out: Path, option: str = "--resume") -> Self:
-        """The record of an earlier search; raises UserError when its folder holds none."""
+        """Return the record of an earlier search; raise UserError if its folder has none."""
         try:
-            return cls.model_validate_json((out / FILE).read_text())
+            return cls.model_validate_json((out / SEARCH_FILE).read_text())
         except (OSError, ValueError):
-            raise UserError(f"{option} {out} holds no valid {FILE}; give the --out folder of a search") from None
+            raise UserError(f"{option} {out} holds no valid {SEARCH_FILE}; give the --out folder of a search") from None
 
-    def check_same(self, model: ModelIdentity, profile: str, corpora: dict[str, str]) -> None:
-        """Raise UserError when the model or a text has changed since."""
+    def check_unchanged(self, model: ModelIdentity, profile: str, corpora: dict[str, str]) -> None:
+        """Raise UserError if the model or a text has changed since."""
         changed = [name for name in self.corpora if corpora.get(name) != self.corpora[name]]
         if (model, profile) != (self.model, self.profile):
             changed.append(self.settings.model)
@@ -156,23 +160,23 @@ class SearchRecord(FrozenModel):
             )
 
 
-def _told(error: ValidationError, values: dict[str, Any]) -> str:
+def _validation_message(error: ValidationError, values: dict[str, Any]) -> str:
     first = error.errors()[0]
     if not first["loc"]:
         return str(first["ctx"]["error"])
     field = str(first["loc"][0])
-    given = values.get(field, "")
-    shown = " ".join(map(str, given)) if isinstance(given, list | tuple) else given
+    value = values.get(field, "")
+    shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
     return f"--{field.replace('_', '-')} {shown} is out of range: {_RULES.get(field, first['msg'])}"
 
 
 def short_name(model: str) -> str:
-    """The last part of a model's name or path, fit for a registry."""
+    """Return the last part of a model's name or path, as a registry accepts it."""
     short = model.rstrip("/").rsplit("/", 1)[-1].lower()
     return re.sub(r"[^\w.-]+", "-", short).strip("-.") or "model"
 
 
-def settled(name: str) -> str:
-    """A name as it is; a file that exists made absolute."""
+def absolute_if_file(name: str) -> str:
+    """Return an absolute path if a file of this name exists, else the name as it is."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() else name

@@ -1,7 +1,7 @@
-"""The trial: a light function that has a plan made of its parameters, and scored window by window.
+"""The function that Ray Tune runs per trial: it has the trial's plan made and scores it window by window.
 
-It loads no model, and not even torch: plans are made in the pool, scores in the replicas, so a trial's process costs
-next to nothing and starts at once.
+It loads no model, and not even torch: the scheduler makes the plans and the workers score them, so that a trial's
+process costs next to nothing and starts at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,40 +11,53 @@ import ray
 from ray import tune
 
 from tuning.study.objective import Goal
-from tuning.study.trial import DECODING, GRACE_WINDOWS, means, not_finite
+from tuning.study.trial import DECODE_SECONDS, GRACE_WINDOWS, mean_metrics, non_finite_reason
 
-WORST = 1e9
+FAILED_OBJECTIVE = 1e9
 """Reported by a failed trial, since every report must carry the objective; the searcher never sees it."""
 
 
-def trial(params: dict[str, Any], *, pool: Any, windows: Sequence[str], goal: Goal, ahead: int = 1) -> None:
-    """Score the plan of `params` on the windows, reporting the running means after each.
+def trainable(params: dict[str, Any], *, scheduler: Any, windows: Sequence[str], goal: Goal, prefetch: int = 1) -> None:
+    """Score the plan of `params` on the windows, and report the running means after each.
 
-    All trials see the windows in the same order, so running means compare at every step; `ahead` of them are under way
-    at once, for different replicas. A plan that cannot be made or scored ends the trial with its reason.
+    All trials see the windows in the same order, so that running means compare at every step. A plan that cannot be
+    made or scored ends the trial with its reason.
+
+    Args:
+        params: What the searcher proposed.
+        scheduler: The actor handle of the `WorkerScheduler`.
+        windows: Names of the windows.
+        goal: What the search minimises.
+        prefetch: Windows that are scored at once, by different workers.
     """
-    plan, scores = ray.get(pool.plan.remote(params)), []
+    plan = ray.get(scheduler.plan.remote(params))
     if "error" in plan:
-        return _fail(plan["error"])
-    for score in _in_order(pool, plan["json"], windows, ahead):
-        reason = score.get("error") or not_finite(score)
+        return report_failure(plan["error"])
+    scores: list[dict[str, Any]] = []
+    for score in _score_in_order(scheduler, plan["json"], windows, prefetch):
+        reason = score.get("error") or non_finite_reason(score)
         if reason:
-            return _fail(reason)
+            return report_failure(reason)
         scores.append(score)
-        metrics = {**means(scores), **plan["size"]}
-        numbers = {"objective": goal.value(metrics), "ratio": metrics["ratio"], DECODING: metrics.get(DECODING)}
-        tune.report({**numbers, "metrics": metrics, "windows": scores})
+        metrics = {**mean_metrics(scores), **plan["size"]}
+        minimised = {
+            "objective": goal.objective_value(metrics),
+            "ratio": metrics["ratio"],
+            DECODE_SECONDS: metrics.get(DECODE_SECONDS),
+        }
+        tune.report({**minimised, "metrics": metrics, "windows": scores, "digest": plan["digest"]})
 
 
-def _in_order(pool: Any, plan: str, windows: Sequence[str], ahead: int) -> Iterator[dict[str, Any]]:
+def report_failure(reason: str) -> None:
+    """End the trial; an exception would make Tune start it again, which is right only if its node died."""
+    failed = dict.fromkeys(("objective", "ratio", DECODE_SECONDS), FAILED_OBJECTIVE)
+    tune.report({**failed, "failed": reason})
+
+
+def _score_in_order(scheduler: Any, plan: str, windows: Sequence[str], prefetch: int) -> Iterator[dict[str, Any]]:
     sent: list[Any] = []
     for step in range(len(windows)):
-        # Nothing is decided within the grace, so what is sent there is never for nothing.
-        until = max(GRACE_WINDOWS, step + ahead)
-        sent += [pool.score.remote(plan, window) for window in windows[len(sent) : until]]
+        # No trial is stopped during the grace period, so none of these scores is wasted.
+        until = max(GRACE_WINDOWS, step + prefetch)
+        sent += [scheduler.score.remote(plan, window) for window in windows[len(sent) : until]]
         yield ray.get(sent[step])
-
-
-def _fail(reason: str) -> None:
-    # Raising would have Tune start the trial again, as it should when a node dies under it and only then.
-    tune.report({"objective": WORST, "ratio": WORST, DECODING: WORST, "failed": reason})

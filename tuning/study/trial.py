@@ -1,4 +1,4 @@
-"""Trials that ended, and what their scores come to."""
+"""Records of ended trials, and the metrics that their scores add up to."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,90 +8,91 @@ from typing import Any, Literal
 from baklava.serialization import FrozenModel
 from tuning.study.objective import Goal, Metrics
 
-FILE = "trials.jsonl"
+TRIALS_FILE = "trials.jsonl"
 
-Status = Literal["finished", "pruned", "failed"]
+TrialStatus = Literal["finished", "pruned", "failed"]
 WINDOW_METRICS = ("nll_full", "nll", "dnll", "kl", "allocated_bytes", "seconds")
 
-DECODING = "decode_seconds"
-"""Seconds of one decoding step, measured only where a front of latency is asked for."""
+DECODE_SECONDS = "decode_seconds"
+"""Metric: seconds of one decode step, measured only for a front with latency."""
 
 GRACE_WINDOWS = 2
-"""Windows that every trial is scored on: the spread between documents makes one window too few to stop on."""
+"""Windows that every trial is scored on: documents differ too much to stop a trial after one."""
 
-LEAST_KL = 1e-6
-"""Nats per token below which a KL is rounding: what a cache that keeps everything in 16 bits shows."""
+MIN_KL = 1e-6
+"""KL in nats per token below which it is rounding: what a cache that keeps everything in 16 bits shows."""
 
 
 class TrialRecord(FrozenModel):
-    """A trial that ended: every window scored, stopped early ("pruned"), or failed with the reason in `error`.
+    """An ended trial: every window scored ("finished"), stopped early ("pruned"), or failed with `error`.
 
-    `metrics` are means over the scored windows (nats per token; bytes per sequence) and the plan's size; `windows` are
-    the scores they come from, in the order of scoring. `twin` is an earlier trial with the same plan, whose scores they
-    are.
+    `metrics` are means over the scored windows (nats per token; bytes per sequence) and the plan's size. `windows` are
+    the scores behind them, in the order of scoring. `digest` is the plan's, None for a failed trial and in journals of
+    older versions. `twin` is an earlier trial with the same plan, whose scores these are.
     """
 
     trial: int
     params: dict[str, Any]
     metrics: dict[str, float]
-    status: Status
+    status: TrialStatus
     windows: tuple[dict[str, Any], ...] = ()
     error: str | None = None
+    digest: str | None = None
     twin: int | None = None
 
     @property
-    def refines(self) -> int | None:
-        """Number of the trial that this one started from; None where it was drawn."""
+    def parent_trial(self) -> int | None:
+        """The number of the trial that the local search refined into this one; None if a sampler drew it."""
         return self.params.get("base")
 
-    def after(self, windows: int) -> Metrics:
-        """The metrics that it had after that many windows."""
+    def metrics_after(self, windows: int) -> Metrics:
+        """Return the metrics that it had after its first `windows` windows."""
         size: Metrics = {name: self.metrics[name] for name in ("ratio", "bytes_per_sequence") if name in self.metrics}
-        return {**means(self.windows[:windows]), **size}
+        return {**mean_metrics(self.windows[:windows]), **size}
 
 
-def means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean of every metric over the windows scored so far; perplexity from the mean NLL.
+def mean_metrics(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the mean of every metric over the scored windows; perplexity comes from the mean NLL.
 
-    `kl_geometric` is the geometric mean of the windows' KL. Windows differ in KL by ten times and more (text that
-    repeats itself to the letter against prose), so the plain mean is the opinion of the worst one; in the geometric
-    mean a plan that loses a tenth less on every window gains a tenth.
+    `kl_geometric` is the geometric mean of the windows' KL. Windows differ in KL by ten times and more (verbatim
+    repetition against prose), so that the plain mean reflects only the worst one. In the geometric mean, a plan that
+    loses a tenth less on every window gains a tenth.
     """
-    mean = {metric: fmean(score[metric] for score in scores) for metric in WINDOW_METRICS}
-    mean["seconds"] = sum(score["seconds"] for score in scores)
-    mean["allocated_bytes"] = max(score["allocated_bytes"] for score in scores)
-    mean["kl_geometric"] = geometric_mean([score["kl"] for score in scores])
-    if all(DECODING in score for score in scores):
-        mean[DECODING] = fmean(score[DECODING] for score in scores)
-    return {**mean, "ppl": perplexity(mean["nll"]), "ppl_full": perplexity(mean["nll_full"])}
+    metrics = {name: fmean(score[name] for score in scores) for name in WINDOW_METRICS}
+    metrics["seconds"] = sum(score["seconds"] for score in scores)
+    metrics["allocated_bytes"] = max(score["allocated_bytes"] for score in scores)
+    metrics["kl_geometric"] = geometric_mean([score["kl"] for score in scores])
+    if all(DECODE_SECONDS in score for score in scores):
+        metrics[DECODE_SECONDS] = fmean(score[DECODE_SECONDS] for score in scores)
+    return {**metrics, "ppl": perplexity(metrics["nll"]), "ppl_full": perplexity(metrics["nll_full"])}
 
 
-def not_finite(score: Mapping[str, Any]) -> str | None:
-    """What of a window's score is no number, in words; None where all is."""
+def non_finite_reason(score: Mapping[str, Any]) -> str | None:
+    """Return which number of a window's score is not finite, in words; None if all are."""
     wrong = [name for name, value in score.items() if isinstance(value, float) and not math.isfinite(value)]
     return f"{wrong[0]} is {score[wrong[0]]} on window {score.get('window')}" if wrong else None
 
 
-def reported(result: Mapping[str, Any]) -> Metrics:
-    """The metrics behind a report to Tune, which hands nested numbers to searchers and schedulers under other names."""
-    return {**means(result["windows"]), "ratio": result["ratio"]}
+def reported_metrics(result: Mapping[str, Any]) -> Metrics:
+    """Return the metrics in a report to Tune, which renames nested numbers before searchers and schedulers see them."""
+    return {**mean_metrics(result["windows"]), "ratio": result["ratio"]}
 
 
 def geometric_mean(kls: Sequence[float]) -> float:
-    """Geometric mean of KLs, each at least `LEAST_KL`."""
-    return math.exp(fmean(math.log(max(kl, LEAST_KL)) for kl in kls))
+    """Return the geometric mean of KLs, each at least `MIN_KL`."""
+    return math.exp(fmean(math.log(max(kl, MIN_KL)) for kl in kls))
 
 
 def perplexity(nll: float) -> float:
-    """exp(NLL), held back where it would overflow, since JSON has no infinity."""
+    """Return exp(NLL), capped before it overflows, since JSON has no infinity."""
     return math.exp(min(nll, 700.0))
 
 
-def finished(records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """The trials that scored every window."""
+def finished_trials(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Return the trials that scored every window."""
     return [record for record in records if record.status == "finished"]
 
 
-def best_of(records: Iterable[TrialRecord], goal: Goal, count: int = 1) -> list[TrialRecord]:
-    """The `count` best trials that scored every window; the first of equals wins."""
-    return sorted(finished(records), key=lambda record: goal.value(record.metrics))[:count]
+def best_trials(records: Iterable[TrialRecord], goal: Goal, count: int = 1) -> list[TrialRecord]:
+    """Return the `count` best trials that scored every window, the best first; of equal ones, the earlier wins."""
+    return sorted(finished_trials(records), key=lambda record: goal.objective_value(record.metrics))[:count]

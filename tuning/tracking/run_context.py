@@ -60,14 +60,14 @@ def inputs(corpora: Mapping[str, str], splits: Splits) -> list[DatasetInput]:
     parts = {"calibration": splits.calibration, "search": splits.search, "validation": splits.validation}
     source = {"texts": sorted(corpora)}
     return texts + [
-        _input(f"{split} windows", digest_of(windows), split, source, _profile(windows))
+        _input(f"{split} windows", windows_digest(windows), split, source, _profile(windows))
         for split, windows in parts.items()
     ]
 
 
-def digest_of(windows: Sequence[Window]) -> str:
+def windows_digest(windows: Sequence[Window]) -> str:
     """Hash of what is in windows: token ids, and where the continuation begins."""
-    content = [[window.name, window.context, *window.ids] for window in windows]
+    content = [[window.name, window.context_length, *window.ids] for window in windows]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from mlflow.entities import DatasetInput, Metric, Param
 from baklava.console import log
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
-from tuning.selection.promotion import ALIAS, Claim, Holder, Registered
+from tuning.selection.promotion import ALIAS, PromotionDecision, CurrentChampion, RegisteredPlan
 from tuning.study.settings import SearchRecord, SearchSettings
 from tuning.study.trial import TrialRecord
 from tuning.tracking.client import WRITE_ERRORS, connect, first_line, now, refused, rejects
@@ -40,9 +40,9 @@ class Tracker:
 
     def __init__(self, client: MlflowClient, experiment: str, name: str) -> None:
         self.client, self.experiment, self.name = client, experiment, name
-        self.parent, self.watch = "", Watch(client.tracking_uri, "")
+        self.parent_run, self.system_metrics = "", Watch(client.tracking_uri, "")
         self.runs = TrialRuns(client, experiment, "", "")
-        self.waiting: deque[Ended] = deque()
+        self.pending: deque[Ended] = deque()
         self.failed_at: float | None = None
         self.writer = ThreadPoolExecutor(1, "mlflow")
 
@@ -60,7 +60,7 @@ class Tracker:
         """Create the parent run; returns its id. Raises UserError when the server went down meanwhile."""
         with refused("start it again"):
             self._create(settings, out, inputs, {})
-        return self.parent
+        return self.parent_run
 
     def resume(self, record: SearchRecord, out: Path, inputs: Sequence[DatasetInput] = ()) -> None:
         """Go on under an earlier parent run, or under a new one where the server has lost it.
@@ -87,17 +87,17 @@ class Tracker:
     def flush(self) -> bool:
         """Write what is waiting, if the server answers; returns whether nothing is left."""
         self.writer.submit(self._drain, patient=False).result()
-        return not self.waiting
+        return not self.pending
 
     def register(
-        self, plan: BudgetPlan, tags: Mapping[str, str], claim: Callable[[Holder | None], Claim]
-    ) -> Registered | None:
+        self, plan: BudgetPlan, tags: Mapping[str, str], claim: Callable[[CurrentChampion | None], PromotionDecision]
+    ) -> RegisteredPlan | None:
         """Register the winner, and move the alias to it if its claim is good; None where MLflow is down."""
-        found: list[Registered] = []
+        found: list[RegisteredPlan] = []
         if self.flush():
             self._attempt(lambda: found.append(self._register(plan, tags, claim)))
         for registered in found:
-            log(f"mlflow: {registered.told}")
+            log(f"mlflow: {registered.message}")
         return found[0] if found else None
 
     def end(
@@ -110,7 +110,7 @@ class Tracker:
         """Write what was missed, then close the parent run with its files; `texts` are contents by file name."""
         whole = self.flush()
         if whole:  # else its last words would wait for the server once more
-            self.watch.stop()
+            self.system_metrics.stop()
         if not (whole and self._attempt(lambda: self._close(metrics, files, texts or {}, status))):
             log("mlflow: some of this search is missing there; trials.jsonl and plan.json have all of it")
 
@@ -119,18 +119,18 @@ class Tracker:
     ) -> None:
         own = {"baklava.out": str(out.absolute()), "baklava.kind": "search", "mlflow.source.name": "jobs/search.py"}
         tags = {**own, **{f"baklava.{name}": value for name, value in machine().items()}, **more}
-        name = f"{settings.goal.asked}, {_few(settings.texts)}, {out.name}"
+        name = f"{settings.goal.description}, {_few(settings.texts)}, {out.name}"
         self._enter(self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id, out)
         params = [Param(key, str(value)) for key, value in settings.model_dump().items()]
-        self.client.log_batch(self.parent, params=params)
-        self.client.log_inputs(self.parent, list(inputs))
-        self.client.log_text(self.parent, packages(), "requirements.txt")
+        self.client.log_batch(self.parent_run, params=params)
+        self.client.log_inputs(self.parent_run, list(inputs))
+        self.client.log_text(self.parent_run, packages(), "requirements.txt")
 
     def _enter(self, parent: str, out: Path) -> None:
         self.client.update_run(parent, status="RUNNING")
-        self.parent, self.runs = parent, TrialRuns(self.client, self.experiment, parent, out.name)
-        self.watch = Watch(self.client.tracking_uri, parent)
-        self.watch.go_on()
+        self.parent_run, self.runs = parent, TrialRuns(self.client, self.experiment, parent, out.name)
+        self.system_metrics = Watch(self.client.tracking_uri, parent)
+        self.system_metrics.go_on()
 
     def _found(self, parent: str) -> str:
         """The run itself, else the one that was made to replace it."""
@@ -143,15 +143,15 @@ class Tracker:
 
     def _add(self, record: TrialRecord, plan: Callable[[], BudgetPlan | None], seconds: float) -> None:
         ended = now()
-        self.waiting.append(Ended(record, plan, ended - int(1000 * seconds), ended))
+        self.pending.append(Ended(record, plan, ended - int(1000 * seconds), ended))
         self.writer.submit(self._drain, patient=True)
 
     def _drain(self, patient: bool) -> None:
         """Write what is waiting, in its order; a server that was just away is not asked again at once if `patient`."""
         if patient and self.failed_at is not None and monotonic() - self.failed_at < RETRY_SECONDS:
             return
-        while self.waiting and self._attempt(lambda: self._write(self.waiting[0])):
-            self.waiting.popleft()
+        while self.pending and self._attempt(lambda: self._write(self.pending[0])):
+            self.pending.popleft()
 
     def _write(self, trial: Ended) -> None:
         try:
@@ -172,30 +172,30 @@ class Tracker:
             return False
         if self.failed_at is not None:
             self.failed_at = None
-            self.watch.go_on()
+            self.system_metrics.go_on()
             log("mlflow: the server is back")
         return True
 
     def _register(
-        self, plan: BudgetPlan, tags: Mapping[str, str], claim: Callable[[Holder | None], Claim]
-    ) -> Registered:
+        self, plan: BudgetPlan, tags: Mapping[str, str], claim: Callable[[CurrentChampion | None], PromotionDecision]
+    ) -> RegisteredPlan:
         settled = claim(self._holder())
-        plan_files(self.client, self.parent, plan, "plan/")
+        plan_files(self.client, self.parent_run, plan, "plan/")
         if not self.client.search_registered_models(f"name = '{self.name}'"):
             self.client.create_registered_model(self.name, description="KV-cache budget plans found by baklava")
-        source, named = f"runs:/{self.parent}/plan", {"tags": dict(tags), "description": settled.why}
-        version = str(self.client.create_model_version(self.name, source, run_id=self.parent, **named).version)
-        if settled.crowned:
+        source, named = f"runs:/{self.parent_run}/plan", {"tags": dict(tags), "description": settled.reason}
+        version = str(self.client.create_model_version(self.name, source, run_id=self.parent_run, **named).version)
+        if settled.promoted:
             self.client.set_registered_model_alias(self.name, ALIAS, version)
-        return Registered(self.name, version, settled)
+        return RegisteredPlan(self.name, version, settled)
 
-    def _holder(self) -> Holder | None:
+    def _holder(self) -> CurrentChampion | None:
         found = self.client.search_registered_models(f"name = '{self.name}'")
         version = found[0].aliases.get(ALIAS) if found else None
         if version is None:
             return None
         held = self.client.get_model_version(self.name, version)
-        return Holder(str(version), self._plan_of(str(version)), dict(held.tags))
+        return CurrentChampion(str(version), self._plan_of(str(version)), dict(held.tags))
 
     def _plan_of(self, version: str) -> BudgetPlan | None:
         address = self.client.get_model_version_download_uri(self.name, version)
@@ -210,12 +210,12 @@ class Tracker:
         self, metrics: Mapping[str, float], files: Sequence[Path], texts: Mapping[str, str], status: str
     ) -> None:
         at = now()
-        self.client.log_batch(self.parent, metrics=[Metric(key, value, at, 0) for key, value in metrics.items()])
+        self.client.log_batch(self.parent_run, metrics=[Metric(key, value, at, 0) for key, value in metrics.items()])
         for path in files:
-            self.client.log_artifact(self.parent, str(path))
+            self.client.log_artifact(self.parent_run, str(path))
         for name, content in texts.items():
-            self.client.log_text(self.parent, content, name)
-        self.client.set_terminated(self.parent, status)
+            self.client.log_text(self.parent_run, content, name)
+        self.client.set_terminated(self.parent_run, status)
 
 
 class MissingRunError(Exception):

@@ -81,7 +81,7 @@ class TrialRuns:
     def _create(self, trial: Ended) -> None:
         record, plan = trial.record, trial.plan()
         tags = {PARENT_TAG: self.parent, "baklava.status": record.status, TRIAL_TAG: str(record.trial)}
-        named = {"run_name": name_of(record, self.search), "tags": tags}
+        named = {"run_name": trial_run_name(record, self.search), "tags": tags}
         run = self.client.create_run(self.experiment, start_time=trial.started, **named).info.run_id
         params = [Param(key, str(value)) for key, value in record.params.items() if key != SHIFTS]
         error = [RunTag("baklava.error", record.error[:5000])] if record.error else []
@@ -102,9 +102,9 @@ def plan_files(client: MlflowClient, run: str, plan: BudgetPlan, folder: str = "
     client.log_text(run, standalone(heat_map(plan)), "budgets.svg")
 
 
-def name_of(record: TrialRecord, search: str) -> str:
+def trial_run_name(record: TrialRecord, search: str) -> str:
     """What a trial is called where runs are compared: `trial 07 from 03, blended, k4v2, heavy_hitter, 12.5%, mine`."""
-    base = [f"from {record.refines:02}"] if record.refines else []
+    base = [f"from {record.parent_trial:02}"] if record.parent_trial else []
     choices = [str(record.params[name]) for name in CHOICES if name in record.params]
     size = [share(record.metrics["ratio"])] if "ratio" in record.metrics else []
     return ", ".join([" ".join([f"trial {record.trial:02}", *base]), *choices, *size, search])

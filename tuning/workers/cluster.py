@@ -16,10 +16,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from baklava.console import log, progress_bar
 from baklava.data.windows import Window
 from baklava.errors import UserError
-from tuning.study.search_space import Task
+from tuning.study.search_space import SearchTask
 from tuning.study.trial import TrialRecord
-from tuning.workers.scheduler import Pool, reason_of
-from tuning.workers.scoring_worker import Replica
+from tuning.workers.scheduler import WorkerScheduler, error_summary
+from tuning.workers.scoring_worker import ScoringWorker
 
 MOST_CPU_REPLICAS = 4
 """More copies of a model than this rarely pay on one machine's memory bandwidth."""
@@ -34,7 +34,7 @@ OBJECT_STORE_BYTES = 256 << 20  # only windows of token ids and plans travel thr
 
 
 @dataclass(frozen=True)
-class Fleet:
+class WorkerLayout:
     """How many replicas, with how many torch threads and GPUs each, and the most that one node may hold."""
 
     replicas: int
@@ -87,7 +87,7 @@ def _connect(address: str | None) -> None:
         raise UserError(f"no Ray cluster answers at {address} ({error}); check RAY_ADDRESS and the token") from error
 
 
-def fleet_of(nodes: Sequence[Mapping[str, float]], asked: int | str, gpus: int = 1) -> Fleet:
+def plan_layout(nodes: Sequence[Mapping[str, float]], asked: int | str, gpus: int = 1) -> WorkerLayout:
     """The fleet for a cluster's nodes, each given by its resources; a replica takes `gpus` of one node, if it has any.
 
     "auto" is as many replicas as the GPUs are enough for, else one per CPU, up to four a node. Threads are as many as
@@ -109,7 +109,7 @@ def fleet_of(nodes: Sequence[Mapping[str, float]], asked: int | str, gpus: int =
     ]
     if not fitting:
         raise UserError(_too_many(asked, sum(int(node.get(kind, 0)) for node in nodes), kind, each or 1))
-    return Fleet(replicas, max(fitting), each, max(1, *(slot for _, slot in slots)))
+    return WorkerLayout(replicas, max(fitting), each, max(1, *(slot for _, slot in slots)))
 
 
 def _too_many(asked: int | str, present: int, kind: str, each: int) -> str:
@@ -117,27 +117,27 @@ def _too_many(asked: int | str, present: int, kind: str, each: int) -> str:
     return f"--replicas {asked} does not fit on {present} {kind}s, {share}; ask for fewer, or for auto"
 
 
-def present_fleet(asked: int | str, gpus: int = 1) -> Fleet:
+def cluster_layout(asked: int | str, gpus: int = 1) -> WorkerLayout:
     """The fleet for the nodes that the connected cluster has now."""
-    return fleet_of([node["Resources"] for node in ray.nodes() if node["Alive"]], asked, gpus)
+    return plan_layout([node["Resources"] for node in ray.nodes() if node["Alive"]], asked, gpus)
 
 
-class Crew:
+class WorkerGroup:
     """The running replicas and the pool before them; `score` is all that a trial needs of it."""
 
-    def __init__(self, actors: Sequence[Any], windows: Sequence[Window], task: Task) -> None:
+    def __init__(self, actors: Sequence[Any], windows: Sequence[Window], task: SearchTask) -> None:
         self.actors = list(actors)
         self.windows = {window.name: ray.put(window) for window in windows}
         # Beside the search itself, so that no other node's death takes the pool along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.pool = (
-            ray.remote(Pool).options(num_cpus=0, scheduling_strategy=here).remote(self.actors, self.windows, task)
+            ray.remote(WorkerScheduler).options(num_cpus=0, scheduling_strategy=here).remote(self.actors, self.windows, task)
         )
 
     @classmethod
-    def of(cls, model: str, fleet: Fleet, windows: Sequence[Window], task: Task, memory: float | None = None) -> Self:
+    def of(cls, model: str, fleet: WorkerLayout, windows: Sequence[Window], task: SearchTask, memory: float | None = None) -> Self:
         """A crew of a fleet's replicas, which keep at most `memory` GiB of windows each beside the model."""
-        replica = ray.remote(Replica).options(**fleet.options)
+        replica = ray.remote(ScoringWorker).options(**fleet.options)
         kept = {"memory": memory, "host_share": fleet.host_share}
         kind = {"spread": fleet.gpus > 1, "timed": task.goal.latency, **kept}
         return cls([replica.remote(model, fleet.threads, **kind) for _ in range(fleet.replicas)], windows, task)
@@ -148,7 +148,7 @@ class Crew:
             _count([actor.ready.remote() for actor in self.actors], "starting replicas", "replicas")
         except RayActorError as death:
             raise UserError(
-                f"a replica cannot start ({reason_of(death)}); its machine needs the model and memory"
+                f"a replica cannot start ({error_summary(death)}); its machine needs the model and memory"
             ) from death
 
     def hold(self, windows: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from baklava.errors import UserError
 
-ATTEMPTS = 4
+MAX_DEATHS_PER_TASK = 4
 """Deaths of a replica under one task after which the task is blamed: it may be what kills them."""
 
 HEAL_PAUSE = 1.0  # seconds between two looks at a replica that is restarting
@@ -19,7 +19,7 @@ HEAL_DEATHS = 5
 """Deaths in a row, without an answer in between, after which a replica is given up."""
 
 
-def homes(replicas: int, windows: Sequence[str]) -> list[set[str]]:
+def assign_windows(replicas: int, windows: Sequence[str]) -> list[set[str]]:
     """Windows that each replica prefills: as many copies as make all shares equal, and every window somewhere."""
     held: list[set[str]] = [set() for _ in range(replicas)]
     for step in range(lcm(replicas, len(windows)) if windows else 0):
@@ -45,7 +45,7 @@ class Member:
     warming: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-class Pool:
+class WorkerScheduler:
     """Hands tasks to idle replicas, one at a time each. Runs as an async Ray actor without CPUs of its own.
 
     A window goes to a living replica that holds it, or waits for one; when none lives, any idle replica takes it over.
@@ -54,7 +54,7 @@ class Pool:
 
     def __init__(self, actors: Sequence[Any], windows: Mapping[str, Any], task: Any) -> None:
         self.members = [Member(index, actor) for index, actor in enumerate(actors)]
-        self.task = task  # a `Task`, whose import would load torch into the processes of the trials
+        self.task = task  # a `SearchTask`, whose import would load torch into the processes of the trials
         self.windows = windows  # by name, as references: Ray brings each to a replica's machine once
         self.plans: dict[str, str] = {}
         self.scores: dict[tuple[str, str], asyncio.Task[dict[str, Any]]] = {}
@@ -64,7 +64,7 @@ class Pool:
 
     async def assign(self, windows: Sequence[str]) -> list[tuple[int, str]]:
         """Make these windows the ones to hold; returns the (replica, window) pairs to `warm`."""
-        for member, home in zip(self.members, homes(len(self.members), windows), strict=True):
+        for member, home in zip(self.members, assign_windows(len(self.members), windows), strict=True):
             stale, member.home = member.holds - home, home
             member.holds -= stale
             if stale and member.alive:
@@ -83,7 +83,7 @@ class Pool:
         except RayActorError as death:
             await self._bury(member, death)
         except RayError as error:
-            return reason_of(error)
+            return error_summary(error)
         else:
             await self._holds(member, window)
         return None
@@ -114,7 +114,7 @@ class Pool:
         return await asyncio.shield(self.scores[key])  # who asked first may give up, others wait for it too
 
     async def _score(self, plan_json: str, window: str) -> dict[str, Any]:
-        for _ in range(ATTEMPTS):
+        for _ in range(MAX_DEATHS_PER_TASK):
             member = await self._take(window)
             if member is None:
                 return {"error": f"no replica is left: {'; '.join(m.lost for m in self.members if m.lost)}"}
@@ -124,13 +124,13 @@ class Pool:
                 await self._bury(member, death)
             except RayError as error:
                 await self._free(member)
-                return {"error": reason_of(error)}
+                return {"error": error_summary(error)}
             else:
                 await self._holds(member, window)
                 await self._free(member)
                 self._notice(member, result.pop("kept", None))
                 return result
-        return {"error": f"{ATTEMPTS} replicas died while they scored this plan on window {window}"}
+        return {"error": f"{MAX_DEATHS_PER_TASK} replicas died while they scored this plan on window {window}"}
 
     async def kept(self) -> list[str]:
         """Which replicas do not keep all their windows where they are used, as sentences."""
@@ -199,7 +199,7 @@ class Pool:
             except RayError as death:
                 # Silence alone is no death: a model may take minutes to load, a cluster to find a new node.
                 if answered or not isinstance(death, RayActorError) or isinstance(death, ActorDiedError):
-                    deaths, reason = deaths + 1, reason_of(death)
+                    deaths, reason = deaths + 1, error_summary(death)
             await asyncio.sleep(HEAL_PAUSE)
         await self._lose(member, reason)
 
@@ -226,7 +226,7 @@ async def _same(score: dict[str, Any]) -> dict[str, Any]:
     return score
 
 
-def reason_of(error: Exception) -> str:
+def error_summary(error: Exception) -> str:
     """A remote error in one line: what it says to users, or the last line of its traceback."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):

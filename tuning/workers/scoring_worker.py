@@ -12,10 +12,10 @@ from torch import Tensor
 from baklava.data.windows import Window
 from baklava.evaluation.window_scoring import Prefilled, Score, decode_seconds, prefill, score
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.runtime.host_memory import host_bytes
+from baklava.runtime.host_memory import total_host_bytes
 from baklava.runtime.model_loader import load
-from tuning.study.search_space import evictions
-from tuning.study.trial import DECODING
+from tuning.study.search_space import recorded_evictions
+from tuning.study.trial import DECODE_SECONDS
 
 Where = Literal["device", "host", "nowhere"]
 Thing = TypeVar("Thing")
@@ -24,7 +24,7 @@ GIB = 1 << 30
 
 
 @dataclass
-class Holding:
+class PrefillStore:
     """Keeps prefilled windows within `device` and `host` bytes; None is no limit.
 
     Who comes first stays: windows are asked for in turn, again and again, and where the longest unused had to go, each
@@ -132,7 +132,7 @@ def mapped(thing: Thing, change: Callable[[Tensor], Tensor]) -> Thing:
 Result = TypeVar("Result")
 
 
-class Replica:
+class ScoringWorker:
     """Scores a plan on a window. Prefills a window when it first meets it, since that does not depend on the plan.
 
     Runs as a Ray actor. A killed one comes back with the model and no windows. `spread` lays the model over all GPUs
@@ -151,11 +151,11 @@ class Replica:
         timed: bool = False,
     ) -> None:
         self.timed = timed
-        self.loaded = load(model, threads=threads, spread=spread)
+        self.loaded = load(model, threads=threads, device_map_auto=spread)
         limit = None if memory is None else int(memory * GIB)
         # On a CPU the device's memory is the host's.
-        host = 0 if self.loaded.device.type == "cpu" else int(host_share * host_bytes())
-        self.holding = Holding(limit, host)
+        host = 0 if self.loaded.device.type == "cpu" else int(host_share * total_host_bytes())
+        self.holding = PrefillStore(limit, host)
 
     def ready(self) -> int:
         """Process id, once the model is in memory."""
@@ -185,10 +185,10 @@ class Replica:
 
     def _scored(self, held: Prefilled, plan: BudgetPlan) -> dict[str, Any]:
         found = _plain(score(self.loaded, held, plan))
-        return {**found, DECODING: decode_seconds(self.loaded, held, plan)} if self.timed else found
+        return {**found, DECODE_SECONDS: decode_seconds(self.loaded, held, plan)} if self.timed else found
 
     def _held(self, window: Window) -> Prefilled:
-        return self.holding.get(window.name, lambda: prefill(self.loaded, window, evictions()))
+        return self.holding.get(window.name, lambda: prefill(self.loaded, window, recorded_evictions()))
 
     def _with_room(self, work: Callable[[], Result]) -> Result:
         """Do it, and once more without windows on the device where that has run out of memory."""

@@ -1,29 +1,34 @@
 """KV heads that share a budget. `head_group` makes the kind of group that an eviction method needs."""
 
-from baklava.cache.attention import Heads
-from baklava.cache.head_groups.base import Budget, HeadGroup, Tokens
-from baklava.cache.head_groups.batched_decode import joinable, step_together
-from baklava.cache.head_groups.ring_buffer import Ring
-from baklava.cache.head_groups.score_updates import Forward, Scorekeeper, first_sampled, observe
-from baklava.cache.head_groups.scored import Ranked
+from baklava.cache.attention import KVStates
+from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
+from baklava.cache.head_groups.batched_decode import batched_step, can_batch
+from baklava.cache.head_groups.ring_buffer import RingBufferHeadGroup
+from baklava.cache.head_groups.score_updates import (
+    AttentionInputs,
+    ScoreAccumulator,
+    first_sampled_query,
+    update_scores,
+)
+from baklava.cache.head_groups.scored import ScoredHeadGroup
 from baklava.eviction import Eviction
 
 __all__ = [
-    "Budget",
-    "Forward",
+    "AttentionInputs",
+    "GroupBudget",
     "HeadGroup",
-    "Ranked",
-    "Ring",
-    "Scorekeeper",
-    "Tokens",
-    "first_sampled",
+    "NewTokens",
+    "RingBufferHeadGroup",
+    "ScoreAccumulator",
+    "ScoredHeadGroup",
+    "batched_step",
+    "can_batch",
+    "first_sampled_query",
     "head_group",
-    "joinable",
-    "observe",
-    "step_together",
+    "update_scores",
 ]
 
 
-def head_group(budget: Budget, eviction: Eviction, like: Heads, room: int | None = None) -> HeadGroup:
+def head_group(budget: GroupBudget, eviction: Eviction, template: KVStates, max_tokens: int | None = None) -> HeadGroup:
     """The kind of group that an eviction method needs."""
-    return (Ranked if eviction.scored else Ring)(budget, eviction, like, room)
+    return (ScoredHeadGroup if eviction.scored else RingBufferHeadGroup)(budget, eviction, template, max_tokens)

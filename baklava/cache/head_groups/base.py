@@ -1,4 +1,4 @@
-"""KV heads of one layer that share a budget: their entries, and how they attend, take in tokens and evict."""
+"""KV heads of one layer that share a budget: their entries, and how they attend, store tokens and evict."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -11,21 +11,21 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from baklava.cache.attention import Grouped, Heads, Kernel
-from baklava.cache.storage import Layout, Mirrored, storage_for
-from baklava.cache.storage.hadamard import Rotation
+from baklava.cache.attention import AttentionParams, GroupedQueries, KVStates
+from baklava.cache.storage import DequantizedView, StorageLayout, storage_for
+from baklava.cache.storage.hadamard import HadamardRotation
 from baklava.eviction import Eviction
-from baklava.plan.byte_accounting import FULL_BITS, Grades, grades
+from baklava.plan.byte_accounting import FULL_BITS, BitSplit, bit_split
 
-SPARE = 64
-"""Slots that a head below its capacity allocates ahead, so that growing copies seldom."""
+SPARE_SLOTS = 64
+"""Slots that a head below its capacity allocates in advance, so that it seldom has to grow by copying."""
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What the heads of a group share: which KV heads they are, capacity in entries, bits per stored element.
+class GroupBudget:
+    """What the heads of a group share: their indices, their capacity in entries, the bits of a stored number.
 
-    `channels` are the orders of the heads' key channels, as in a plan, where these differ in their bits.
+    `channels` has the order of each head's key channels, as in a plan, if the bits of its channels differ.
     """
 
     heads: tuple[int, ...]
@@ -34,155 +34,171 @@ class Budget:
     value_bits: int
     channels: tuple[str, ...] | None = None
 
-    def key_grades(self, head_dim: int) -> Grades:
-        """Channels of a key, in their order, and their bits."""
-        return grades(head_dim, self.key_bits, self.channels is not None)
+    def key_bit_split(self, head_dim: int) -> BitSplit:
+        """Return the numbers of a key's channels and their bits, in the order of the channels."""
+        return bit_split(head_dim, self.key_bits, self.channels is not None)
 
-    def value_grades(self, head_dim: int) -> Grades:
-        """Channels of a value and their bits."""
-        return grades(head_dim, self.value_bits, False)
+    def value_bit_split(self, head_dim: int) -> BitSplit:
+        """Return the number of a value's channels and their bits."""
+        return bit_split(head_dim, self.value_bits, False)
 
-    def key_order(self, device: torch.device) -> Int[Tensor, "heads head_dim"] | None:
-        """The order of each head's key channels, where they are graded."""
+    def channel_order(self, device: torch.device) -> Int[Tensor, "heads head_dim"] | None:
+        """Return the order of each head's key channels, or None if all of them have the same bits."""
         if self.channels is None:
             return None
         return torch.tensor([list(bytes.fromhex(order)) for order in self.channels], device=device)
 
 
 @dataclass(frozen=True)
-class Tokens:
+class NewTokens:
     """New tokens of a forward, for the heads of one group. Positions are negative for padding.
 
-    `first` is the number of tokens before them in a row, padding included; `padded` tells whether any row has padding,
-    `forced` that the tokens are to see what they would see one by one.
+    `num_before` counts the tokens before them in a row, padding included. `padded` says that some row has padding,
+    `teacher_forced` that the tokens attend to exactly what they would attend to one by one.
     """
 
-    first: int
-    query: Grouped
-    key: Heads
-    value: Heads
+    num_before: int
+    query: GroupedQueries
+    key: KVStates
+    value: KVStates
     positions: Int[Tensor, "#batch tokens"]
     padded: bool
-    forced: bool
+    teacher_forced: bool
 
     @property
-    def count(self) -> int:
-        """New tokens per row."""
+    def num_tokens(self) -> int:
+        """Number of new tokens per row."""
         return self.key.shape[2]
 
-    def of_heads(self, heads: slice | Int[Tensor, " heads"]) -> "Tokens":
-        """The tokens for some of the KV heads."""
+    def for_heads(self, heads: slice | Int[Tensor, " heads"]) -> "NewTokens":
+        """Return the tokens for some of the KV heads."""
         return replace(self, query=self.query[:, heads], key=self.key[:, heads], value=self.value[:, heads])
 
-    def part(self, start: int, stop: int) -> "Tokens":
-        """Some of the tokens, in order."""
+    def narrow(self, start: int, stop: int) -> "NewTokens":
+        """Return the tokens from `start` to `stop`."""
         rows = slice(start, stop)
-        return Tokens(
-            self.first + start,
+        return NewTokens(
+            self.num_before + start,
             self.query[:, :, :, rows],
             self.key[:, :, rows],
             self.value[:, :, rows],
-            self.positions[:, rows].clone(),  # whoever keeps a view of them would hold on to those of the whole prompt
+            self.positions[:, rows].clone(),  # a view would keep the positions of the whole prompt alive
             self.padded,
-            self.forced,
+            self.teacher_forced,
         )
 
 
 class Shared(Protocol):
-    """Tensors of which heads of several sequences hold a row each."""
+    """Tensors that head groups of several sequences share, one row each."""
 
     @property
-    def sharers(self) -> int:
-        """Rows that still need it."""
+    def num_sharers(self) -> int:
+        """Number of rows that still use the tensors."""
 
 
 class HeadGroup(ABC):
     """Entries of KV heads with equal budgets; between two forwards at most `budget.tokens` per head.
 
-    `room` is the most tokens that a row will have: slots behind it are never held, and nothing else changes.
+    `max_tokens` is the largest number of tokens that a row will have: slots beyond it are never allocated, and nothing
+    else changes.
 
-    Keys that are packed are held rotated, those in 16 bits among them too, and so are values: new tokens and their
-    queries are rotated as they come in, outputs are rotated back. Whatever scores entries sees rotated ones.
+    The keys of a quantized budget are rotated, those in 16 bits included, and so are the values: new tokens and their
+    queries are rotated first, outputs are rotated back. Eviction methods score rotated entries.
 
-    While sequences decode together, what is held may be a row of something `shared`; whatever else is done with the
-    heads has them stand alone first.
+    While sequences decode together, the group's tensors may be a row of something `shared`. Every other operation
+    makes copies first.
     """
 
     shared: Shared | None = None
 
-    def __init__(self, budget: Budget, eviction: Eviction, like: Heads, room: int | None = None) -> None:
+    def __init__(
+        self, budget: GroupBudget, eviction: Eviction, template: KVStates, max_tokens: int | None = None
+    ) -> None:
         self.budget, self.eviction = budget, eviction
-        self.limit_to(room)
-        self.index = _index(budget.heads, like.device)
-        like = like[:, : len(budget.heads)]
-        keys, values = (of(like.shape[3]) for of in (budget.key_grades, budget.value_grades))
-        self.key_rotation = _rotation(keys, like, budget.key_order(like.device) if len(keys) > 1 else None)
-        self.value_rotation = _rotation(values, like)
-        layout = Layout(budget.tokens, eviction.sinks, eviction.interval if eviction.staged else 0)
-        self.keys = storage_for(keys, like, layout, centred=True)
-        self.values = storage_for(values, like, layout)
-        self.size = 0
-        self.filled = 0
+        self.set_max_tokens(max_tokens)
+        self.index = _index(budget.heads, template.device)
+        template = template[:, : len(budget.heads)]
+        keys, values = (of(template.shape[3]) for of in (budget.key_bit_split, budget.value_bit_split))
+        self.key_rotation = _rotation(keys, template, budget.channel_order(template.device) if len(keys) > 1 else None)
+        self.value_rotation = _rotation(values, template)
+        layout = StorageLayout(budget.tokens, eviction.sinks, eviction.interval if eviction.staged else 0)
+        self.keys = storage_for(keys, template, layout, centred=True)
+        self.values = storage_for(values, template, layout)
+        self.num_slots = 0
+        self.num_filled = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes held between two forwards; of what is shared, a share."""
-        held = self.keys.nbytes + self.values.nbytes + sum(t.untyped_storage().nbytes() for t in self._state())
-        return held if self.shared is None else held // self.shared.sharers
+        """Bytes allocated between two forwards; of shared tensors, an equal part."""
+        allocated = self.keys.nbytes + self.values.nbytes + sum(t.untyped_storage().nbytes() for t in self._state())
+        return allocated if self.shared is None else allocated // self.shared.num_sharers
 
-    def stand_alone(self) -> None:
-        """Hold copies of all that is shared with others."""
+    def unshare(self) -> None:
+        """Replace shared tensors by copies."""
         if self.shared is not None:
             self.select_rows(torch.zeros(1, dtype=torch.long))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        self.stand_alone()  # a copy of a row would be one of all rows
+        self.unshare()  # otherwise the copy would be of all rows
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
-    def attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
-        """Take in new tokens and return what they attend to; leaves at most the capacity behind."""
-        self.stand_alone()
-        if tokens.forced and not self.filled:  # one by one, the first token would come as a prompt of its own
-            parts = [replace(tokens.part(0, 1), forced=False), tokens.part(1, tokens.count)]
-            return torch.cat([self.attend(part, kernel) for part in parts if part.count], 3)
-        query, key = (_turned(self.key_rotation, each) for each in (tokens.query, tokens.key))
-        value = _turned(self.value_rotation, tokens.value)
-        output = self._attend(replace(tokens, query=query, key=key, value=value), kernel)
-        return output if self.value_rotation is None else self.value_rotation.turned_back(output)
+    def attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
+        """Return the output of new tokens, and store them within the budget."""
+        self.unshare()
+        if tokens.teacher_forced and not self.num_filled:
+            # One by one, the first token would be a prompt of its own.
+            parts = [replace(tokens.narrow(0, 1), teacher_forced=False), tokens.narrow(1, tokens.num_tokens)]
+            return torch.cat([self.attend(part, params) for part in parts if part.num_tokens], 3)
+        return self.rotate_back(self._attend(self.rotate(tokens), params))
 
-    def fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
-        """Cut a prompt that has been attended to elsewhere to the budget."""
-        self.stand_alone()
-        self._fill(_turned(self.key_rotation, key), _turned(self.value_rotation, value), score, positions)
+    def rotate(self, tokens: NewTokens) -> NewTokens:
+        """Return the tokens with their channels as entries are stored."""
+        query, key = (_rotate(self.key_rotation, states) for states in (tokens.query, tokens.key))
+        return replace(tokens, query=query, key=key, value=_rotate(self.value_rotation, tokens.value))
 
-    def limit_to(self, room: int | None) -> None:
-        """From now on, hold no more slots than a sequence of so many tokens can fill."""
-        self.slots = self.budget.tokens if room is None else min(self.budget.tokens, room)
+    def rotate_back(self, output: GroupedQueries) -> GroupedQueries:
+        """Return outputs of stored values in the model's own channels."""
+        return output if self.value_rotation is None else self.value_rotation.inverse_rotate(output)
+
+    def load_prompt(
+        self, key: KVStates, value: KVStates, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]
+    ) -> None:
+        """Compress the keys and values of a prompt, which a full cache has attended to, to the budget."""
+        self.unshare()
+        self._load_prompt(_rotate(self.key_rotation, key), _rotate(self.value_rotation, value), score, positions)
+
+    def set_max_tokens(self, max_tokens: int | None) -> None:
+        """Allocate no more slots than a sequence of `max_tokens` tokens can fill."""
+        self.max_slots = self.budget.tokens if max_tokens is None else min(self.budget.tokens, max_tokens)
 
     @contextmanager
-    def mirrored(self) -> Iterator[None]:
-        """Within it, entries that are stored in another form than they are computed with are read out once."""
-        self.stand_alone()
+    def dequantized(self) -> Iterator[None]:
+        """Read stored entries only once within this context, if reading converts them."""
+        self.unshare()
         before = self.keys, self.values
-        self.keys, self.values = (Mirrored(each, self.size) if each.copies else each for each in before)
+        self.keys, self.values = (
+            DequantizedView(storage, self.num_slots) if storage.reads_copy else storage for storage in before
+        )
         try:
             yield
         finally:
             self.keys, self.values = before
 
     @abstractmethod
-    def _attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
-        """`attend`, for tokens in the channels that entries are held in."""
+    def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
+        """Do what `attend` does, with tokens in the channels of the storage."""
 
     @abstractmethod
-    def _fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
-        """`fill`, for a prompt in the channels that entries are held in."""
+    def _load_prompt(
+        self, key: KVStates, value: KVStates, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]
+    ) -> None:
+        """Do what `load_prompt` does, with a prompt in the channels of the storage."""
 
     @abstractmethod
-    def kept(self) -> Int[Tensor, "#batch #heads entries"]:
-        """Positions of the entries held; negative where a slot holds none."""
+    def cached_positions(self) -> Int[Tensor, "#batch #heads entries"]:
+        """Return the positions of the entries; negative if a slot is empty."""
 
     @abstractmethod
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
@@ -192,32 +208,34 @@ class HeadGroup(ABC):
         return ()
 
     def _grow(self, needed: int) -> None:
-        if needed > self.size:
-            self.size = min(self.slots, max(needed + SPARE, self.size * 3 // 2))
-            self.keys.resize(self.size)
-            self.values.resize(self.size)
+        if needed > self.num_slots:
+            self.num_slots = min(self.max_slots, max(needed + SPARE_SLOTS, self.num_slots * 3 // 2))
+            self.keys.resize(self.num_slots)
+            self.values.resize(self.num_slots)
 
-    def _replace(self, key: Heads, value: Heads, slots: Int[Tensor, "#batch #heads kept"]) -> None:
-        """Hold, of the entries held and these new ones behind them, those at the given slots, and no others."""
-        held, self.filled = self.filled, slots.shape[2]
-        self.size = min(self.slots, self.filled + SPARE)
+    def _replace(self, key: KVStates, value: KVStates, slots: Int[Tensor, "#batch #heads kept"]) -> None:
+        """Retain the entries at `slots`, which index the old entries followed by the new ones."""
+        num_old, self.num_filled = self.num_filled, slots.shape[2]
+        self.num_slots = min(self.max_slots, self.num_filled + SPARE_SLOTS)
         for storage, new in ((self.keys, key), (self.values, value)):
-            storage.select(slots, held, new, self.size)
+            storage.select(slots, num_old, new, self.num_slots)
 
 
-def _rotation(coded: Grades, like: Heads, order: Int[Tensor, "heads head_dim"] | None = None) -> Rotation | None:
-    """What makes channels alike that are coded in the same bits; nothing where entries are not packed."""
-    if coded[0][1] >= FULL_BITS:
+def _rotation(
+    split: BitSplit, template: KVStates, order: Int[Tensor, "heads head_dim"] | None = None
+) -> HadamardRotation | None:
+    """Return the rotation that makes channels of the same bits alike, or None if entries are not quantized."""
+    if split[0][1] >= FULL_BITS:
         return None
-    return Rotation.of(tuple(channels for channels, _ in coded), like, order)
+    return HadamardRotation.of(tuple(channels for channels, _ in split), template, order)
 
 
-def _turned(rotation: Rotation | None, entries: Tensor) -> Tensor:
-    return entries if rotation is None else rotation.turned(entries)
+def _rotate(rotation: HadamardRotation | None, entries: Tensor) -> Tensor:
+    return entries if rotation is None else rotation.rotate(entries)
 
 
 def _index(heads: tuple[int, ...], device: torch.device) -> slice | Int[Tensor, " heads"]:
-    """Heads side by side are a slice, which copies nothing."""
+    """Return a slice for adjacent heads, which copies nothing, else a tensor."""
     if heads == tuple(range(heads[0], heads[-1] + 1)):
         return slice(heads[0], heads[-1] + 1)
     return torch.tensor(heads, device=device)

@@ -1,6 +1,6 @@
-"""What heads of several sequences hold, as rows of one batch that stays as long as these decode together."""
+"""One decode step of several sequences at once: their entries become rows of one batch while they decode together."""
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import ref
 
@@ -8,35 +8,46 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from baklava.cache.attention import Attention, Grouped, Kernel, Summary, normalised
-from baklava.cache.head_groups.base import HeadGroup, Tokens
+from baklava.cache.attention import AttentionParams, AttentionProbs, CentroidEntries, GroupedQueries, masked_softmax
+from baklava.cache.head_groups.base import HeadGroup, NewTokens
 from baklava.cache.head_groups.centroids import Centroids
-from baklava.cache.head_groups.scored import Ranked
-from baklava.cache.storage import NOTHING, Slots, Spliced
+from baklava.cache.head_groups.scored import ScoredHeadGroup
+from baklava.cache.storage import EMPTY, SegmentedStorage, SlotStorage
 from baklava.eviction import Observation
 
-
-def stackable(group: Ranked) -> bool:
-    """Whether it holds all the slots that it ever will, so that its tensors stay where they are."""
-    return group.size == group.slots
+MIN_LENGTH_RATIO = 0.7
+"""In a batch of copies the shortest row has at least this share of the entries of the longest."""
 
 
-class Stack:
-    """Heads that hold equally many slots, a row each: what each of them holds is a view of the stack's tensors.
+def can_batch(group: HeadGroup) -> bool:
+    """Return whether such heads can decode in a batch: their scores need only the probabilities of every query."""
+    if not isinstance(group, ScoredHeadGroup) or not group.num_filled:
+        return False
+    sample = group.eviction.sample
+    return sample.window != 0 and not sample.whole
 
-    So nothing is held twice, and what is done to all rows is one operation. A row that leaves takes copies along (see
-    `HeadGroup.stand_alone`); its place goes when all have left.
+
+def is_batchable(group: ScoredHeadGroup) -> bool:
+    """Return whether all slots are allocated, so that the group's tensors stay where they are."""
+    return group.num_slots == group.max_slots
+
+
+class BatchedKV:
+    """Head groups with equally many slots, one row each; the tensors of each group are views of the batch's tensors.
+
+    Nothing is stored twice, and one operation changes all rows. A row that leaves takes copies along (see
+    `HeadGroup.unshare`). Its memory is free once all rows have left.
     """
 
-    def __init__(self, groups: Sequence[Ranked]) -> None:
+    def __init__(self, groups: Sequence[ScoredHeadGroup]) -> None:
         self._members = tuple(map(ref, groups))
-        size = groups[0].size
+        size = groups[0].num_slots
         self.keys, self.values = (
-            joined([getattr(group, name) for group in groups], size) for name in ("keys", "values")
+            stack([getattr(group, name) for group in groups], size) for name in ("keys", "values")
         )
         self.positions = torch.cat([group.positions for group in groups])
         self.scores = torch.cat([group.scores for group in groups])
-        self.centroids = Centroids.joined([each.centroids for each in groups if each.centroids is not None])
+        self.centroids = Centroids.cat([each.centroids for each in groups if each.centroids is not None])
         for row, group in enumerate(groups):
             group.keys, group.values = self.keys.row(row), self.values.row(row)
             group.positions, group.scores = self.positions[row : row + 1], self.scores[row : row + 1]
@@ -44,25 +55,25 @@ class Stack:
             group.shared = self
 
     @classmethod
-    def of(cls, groups: Sequence[Ranked]) -> "Stack":
-        """The stack of exactly these heads, in this order: the one that they are in, or a new one."""
+    def of(cls, groups: Sequence[ScoredHeadGroup]) -> "BatchedKV":
+        """Return the batch of exactly these groups, in this order: the one that they are in, or a new one."""
         shared = groups[0].shared
         if isinstance(shared, cls) and shared._is_of(groups):
             return shared
         return cls(groups)
 
-    def _is_of(self, groups: Sequence[Ranked]) -> bool:
+    def _is_of(self, groups: Sequence[ScoredHeadGroup]) -> bool:
         return len(groups) == len(self._members) and all(
             member() is group and group.shared is self for member, group in zip(self._members, groups, strict=True)
         )
 
     @property
-    def sharers(self) -> int:
-        """Rows that still need it."""
+    def num_sharers(self) -> int:
+        """Number of rows that still use the batch."""
         return sum((group := member()) is not None and group.shared is self for member in self._members)
 
     def write(self, starts: Sequence[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
-        """Put an entry into each row, at a slot of its own; nothing is known of it yet."""
+        """Write one entry into each row, each at its own slot, with score 0."""
         index = torch.tensor(starts, device=positions.device)[:, None, None]
         self.keys.write_rows(starts, key)
         self.values.write_rows(starts, value)
@@ -71,198 +82,162 @@ class Stack:
         self.scores.scatter_(2, index, 0.0)
 
 
-def joined(storages: Sequence[Slots | Spliced], slots: int) -> Slots | Spliced:
-    """Copies of the first slots of storages of one kind, as rows of one batch."""
+def stack(storages: Sequence[SlotStorage | SegmentedStorage], slots: int) -> SlotStorage | SegmentedStorage:
+    """Return copies of the first slots of storages of one kind, as rows of one batch."""
     first, *others = storages
-    return first.joined(others, slots)  # type: ignore[arg-type]
+    return first.stack(others, slots)  # type: ignore[arg-type]
 
 
-ALIKE = 0.7
-"""Of heads that attend together, those with fewest entries have at least this share of those with most."""
+def batched_step(heads: Sequence[HeadGroup], tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
+    """Do what `HeadGroup.attend` does with one new token of each sequence, one row each."""
+    groups = [group for group in heads if isinstance(group, ScoredHeadGroup)]
+    rotated = groups[0].rotate(tokens)
+    for group in groups:
+        group.reserve_slot()
+    output = torch.zeros_like(rotated.query)
+    batchable, unbatchable = _split_batchable(groups)
+    for rows in batchable:
+        own = _select_rows(rotated, rows)
+        output[rows] = _attend(_view_of([groups[row] for row in rows], own), own, params)
+    for rows in bucket_by_length(groups, unbatchable):
+        own = _select_rows(rotated, rows)
+        output[rows] = _attend(_copy_of([groups[row] for row in rows], own), own, params)
+    for group in groups:
+        group.maybe_evict()
+    return groups[0].rotate_back(output)
 
 
-def joinable(group: HeadGroup) -> bool:
-    """Whether such heads take a token in together: those that are scored by the probabilities of every query."""
-    if not isinstance(group, Ranked) or not group.filled:
-        return False
-    sample = group.eviction.sample
-    return sample.window != 0 and not sample.whole
-
-
-def alike(groups: Sequence[Ranked], rows: Iterable[int]) -> list[list[int]]:
-    """Which of these rows have about as many entries, so that little is computed for nothing."""
-    order = sorted(rows, key=lambda row: -groups[row].filled)
-    together: list[list[int]] = []
-    for row in order:
-        if not together or groups[row].filled < ALIKE * groups[together[-1][0]].filled:
-            together.append([])
-        together[-1].append(row)
-    return [sorted(rows) for rows in together]
-
-
-def step_together(heads: Sequence[HeadGroup], tokens: Tokens, kernel: Kernel) -> tuple[Grouped, dict[int, Exception]]:
-    """What `attend` does with one new token of each sequence, a row each; and what failed in which rows."""
-    groups = [group for group in heads if isinstance(group, Ranked)]
-    first = groups[0]
-    key = tokens.key if first.key_rotation is None else first.key_rotation.turned(tokens.key)
-    query = tokens.query if first.key_rotation is None else first.key_rotation.turned(tokens.query)
-    value = tokens.value if first.value_rotation is None else first.value_rotation.turned(tokens.value)
-    turned = Tokens(0, query, key, value, tokens.positions, False, False)
-    failed: dict[int, Exception] = {}
-    _attempt(Ranked.make_room, groups, failed)
-    output = torch.zeros_like(query)
-    stacks, loose = _apart(groups, failed)
-    batches = [(rows, _stacked) for rows in stacks] + [(rows, _copied) for rows in alike(groups, loose)]
-    for rows, batch in batches:
-        own = _rows_of(turned, rows)
-        output[rows] = _attended(batch([groups[row] for row in rows], own), own, kernel)
-    _attempt(Ranked.age, groups, failed)
-    return output if first.value_rotation is None else first.value_rotation.turned_back(output), failed
-
-
-def _attempt(act: Callable[[Ranked], None], groups: Sequence[Ranked], failed: dict[int, Exception]) -> None:
-    """Do something with the heads of each row that has not failed; what fails there is noted."""
-    for row, group in enumerate(groups):
-        if row in failed:
-            continue
-        try:
-            act(group)
-        except Exception as error:
-            failed[row] = error
-
-
-def _apart(groups: Sequence[Ranked], failed: Container[int]) -> tuple[list[list[int]], list[int]]:
-    """Rows that can be stacked with each other, and those that cannot: they grow, or have slots like no other."""
+def _split_batchable(groups: Sequence[ScoredHeadGroup]) -> tuple[list[list[int]], list[int]]:
+    """Return rows that can share a `BatchedKV`, and those that cannot: they grow, or no other row has as many slots."""
     by_slots: dict[int, list[int]] = {}
-    loose: list[int] = []
+    unbatchable: list[int] = []
     for row, group in enumerate(groups):
-        if row not in failed:
-            (by_slots.setdefault(group.size, []) if stackable(group) else loose).append(row)
-    loose += [rows[0] for rows in by_slots.values() if len(rows) == 1]
-    return [rows for rows in by_slots.values() if len(rows) > 1], loose
+        (by_slots.setdefault(group.num_slots, []) if is_batchable(group) else unbatchable).append(row)
+    unbatchable += [rows[0] for rows in by_slots.values() if len(rows) == 1]
+    return [rows for rows in by_slots.values() if len(rows) > 1], unbatchable
 
 
-def _rows_of(tokens: Tokens, rows: Sequence[int]) -> Tokens:
-    if len(rows) == len(tokens.key):  # they come in order
+def bucket_by_length(groups: Sequence[ScoredHeadGroup], rows: Sequence[int]) -> list[list[int]]:
+    """Return buckets of rows with about as many entries, so that little is computed on padding."""
+    buckets: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: -groups[row].num_filled):
+        if not buckets or groups[row].num_filled < MIN_LENGTH_RATIO * groups[buckets[-1][0]].num_filled:
+            buckets.append([])
+        buckets[-1].append(row)
+    return [sorted(bucket) for bucket in buckets]
+
+
+def _select_rows(tokens: NewTokens, rows: Sequence[int]) -> NewTokens:
+    if len(rows) == len(tokens.key):  # they are in order
         return tokens
     index = list(rows)
-    query, key, value = (each[index] for each in (tokens.query, tokens.key, tokens.value))
-    return Tokens(0, query, key, value, tokens.positions[index], False, False)
+    query, key, value = (tensor[index] for tensor in (tokens.query, tokens.key, tokens.value))
+    return NewTokens(0, query, key, value, tokens.positions[index], padded=False, teacher_forced=False)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What these heads hold, as rows of one batch, of which the first entries count.
+    """Entries of some groups as rows of one batch; `hidden` marks slots after the last entry of a shorter row."""
 
-    Where rows have fewer of them, `hidden` tells which are none. `summary` stands for what was evicted.
-    """
-
-    groups: Sequence[Ranked]
-    keys: Slots | Spliced
-    values: Slots | Spliced
+    groups: Sequence[ScoredHeadGroup]
+    keys: SlotStorage | SegmentedStorage
+    values: SlotStorage | SegmentedStorage
     positions: Int[Tensor, "batch heads entries"]
     scores: Float[Tensor, "batch heads entries"]
     hidden: Tensor | None
-    summary: Summary | None
-
-    @classmethod
-    def of(
-        cls,
-        groups: Sequence[Ranked],
-        keys: Slots | Spliced,
-        values: Slots | Spliced,
-        positions: Tensor,
-        scores: Tensor,
-        centroids: Centroids | None,
-    ) -> "_Batch":
-        """What is held, up to the last entry of the row that has most."""
-        positions, hidden = _hidden(positions, [group.filled for group in groups])
-        summary = None if centroids is None else centroids.summary(torch.float32)
-        return cls(groups, keys, values, positions, scores, hidden, summary)
+    centroids: CentroidEntries | None
 
 
-def _stacked(groups: Sequence[Ranked], tokens: Tokens) -> _Batch:
-    """A view of the stack that these heads are in, with the new tokens."""
-    stack, filled = Stack.of(groups), [group.filled for group in groups]
-    stack.write([each - 1 for each in filled], tokens.key, tokens.value, tokens.positions)
-    most = max(filled)
-    state = stack.positions[..., :most], stack.scores[..., :most], stack.centroids
-    return _Batch.of(groups, stack.keys, stack.values, *state)
+def _view_of(groups: Sequence[ScoredHeadGroup], tokens: NewTokens) -> _Batch:
+    """Write the new tokens into the `BatchedKV` of these groups, and return a view of it."""
+    batch, lengths = BatchedKV.of(groups), [group.num_filled for group in groups]
+    batch.write([length - 1 for length in lengths], tokens.key, tokens.value, tokens.positions)
+    longest = max(lengths)
+    positions, hidden = _hide_unfilled(batch.positions[..., :longest], lengths)
+    centroids = None if batch.centroids is None else batch.centroids.entries(torch.float32)
+    return _Batch(groups, batch.keys, batch.values, positions, batch.scores[..., :longest], hidden, centroids)
 
 
-def _copied(groups: Sequence[Ranked], tokens: Tokens) -> _Batch:
-    """Copies of what these heads hold, with the new tokens; those may grow, or differ in their slots."""
+def _copy_of(groups: Sequence[ScoredHeadGroup], tokens: NewTokens) -> _Batch:
+    """Write the new tokens into these groups, and return a copy of all: they may grow, or differ in their slots."""
     for group in groups:
-        group.stand_alone()
-    filled = [group.filled for group in groups]
-    starts, most = [each - 1 for each in filled], max(filled)
+        group.unshare()
+    lengths = [group.num_filled for group in groups]
+    slots, longest = [length - 1 for length in lengths], max(lengths)
     keys, values = [group.keys for group in groups], [group.values for group in groups]
     for storages, entries in ((keys, tokens.key), (values, tokens.value)):
-        storages[0].write_each(storages[1:], starts, entries)  # type: ignore[attr-defined]
+        storages[0].write_each(storages[1:], slots, entries)  # type: ignore[attr-defined]
     for row, group in enumerate(groups):
-        group.positions[..., starts[row]], group.scores[..., starts[row]] = tokens.positions[row], 0.0
-    positions, scores = (_padded([getattr(g, name) for g in groups], most) for name in ("positions", "scores"))
-    centroids = Centroids.joined([each.centroids for each in groups if each.centroids is not None])
-    return _Batch.of(groups, joined(keys, most), joined(values, most), positions, scores, centroids)  # type: ignore[arg-type]
-
-
-def _hidden(positions: Tensor, filled: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Positions that say NOTHING behind what a row has, and where that is."""
-    if min(filled) == positions.shape[2]:
-        return positions, None
-    last = torch.tensor(filled, device=positions.device)[:, None, None]
-    hidden = torch.arange(positions.shape[2], device=positions.device) >= last
-    return positions.masked_fill(hidden, NOTHING), hidden
-
-
-def _padded(states: Sequence[Tensor], most: int) -> Tensor:
-    if len(states) == 1:
-        return states[0][..., :most]
-    if min(state.shape[2] for state in states) >= most:
-        return torch.cat([state[..., :most] for state in states])
-    return torch.cat(
-        [torch.nn.functional.pad(state[..., :most], (0, max(0, most - state.shape[2]))) for state in states]
+        group.positions[..., slots[row]], group.scores[..., slots[row]] = tokens.positions[row], 0.0
+    positions = _pad_and_cat([group.positions for group in groups], longest)
+    scores = _pad_and_cat([group.scores for group in groups], longest)
+    positions, hidden = _hide_unfilled(positions, lengths)
+    centroids = Centroids.cat([group.centroids for group in groups if group.centroids is not None])
+    return _Batch(
+        groups,
+        stack(keys, longest),  # type: ignore[arg-type]
+        stack(values, longest),  # type: ignore[arg-type]
+        positions,
+        scores,
+        hidden,
+        None if centroids is None else centroids.entries(torch.float32),
     )
 
 
-def _attended(batch: _Batch, tokens: Tokens, kernel: Kernel) -> Grouped:
+def _hide_unfilled(positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Return positions that are EMPTY after the last entry of a row, and a mask of these slots if there are any."""
+    if min(lengths) == positions.shape[2]:
+        return positions, None
+    hidden = torch.arange(positions.shape[2], device=positions.device) >= torch.tensor(
+        lengths, device=positions.device
+    ).view(-1, 1, 1)
+    return positions.masked_fill(hidden, EMPTY), hidden
+
+
+def _pad_and_cat(states: Sequence[Tensor], length: int) -> Tensor:
+    if len(states) == 1:
+        return states[0][..., :length]
+    return torch.cat(
+        [torch.nn.functional.pad(state[..., :length], (0, max(0, length - state.shape[2]))) for state in states]
+    )
+
+
+def _attend(batch: _Batch, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
     query = tokens.query[:, :, :, 0]
-    logits = batch.keys.dots(query.float() * kernel.scaling, batch.positions.shape[2])
-    first = 0
-    if batch.summary is not None:
-        first = batch.summary.key.shape[2]
-        bias = batch.summary.bias[:, :, None]
-        standing_in = torch.matmul(query.float() * kernel.scaling, batch.summary.key.transpose(2, 3))
-        logits = torch.cat([kernel.capped(standing_in) + bias, kernel.capped(logits)], -1)
-    else:
-        logits = kernel.capped(logits)
+    logits = params.apply_softcap(batch.keys.query_key_scores(query.float() * params.scaling, batch.positions.shape[2]))
+    num_centroids = 0
+    if batch.centroids is not None:
+        num_centroids = batch.centroids.key.shape[2]
+        centroid_logits = torch.matmul(query.float() * params.scaling, batch.centroids.key.transpose(2, 3))
+        centroid_logits = params.apply_softcap(centroid_logits) + batch.centroids.bias[:, :, None]
+        logits = torch.cat([centroid_logits, logits], -1)
     visible = None if batch.hidden is None else ~batch.hidden[:, :, None]
-    attention = normalised(logits[:, :, :, None], visible, kernel)
-    own = attention[..., first:]
-    output = batch.values.mixed(own[:, :, :, 0])
-    if batch.summary is not None:
-        output += torch.matmul(attention[:, :, :, 0, :first], batch.summary.value)
-    _score(batch, tokens, own, kernel)
+    probs = masked_softmax(logits[:, :, :, None], visible, params)
+    entry_probs = probs[..., num_centroids:]
+    output = batch.values.weighted_values(entry_probs[:, :, :, 0])
+    if batch.centroids is not None:
+        output += torch.matmul(probs[:, :, :, 0, :num_centroids], batch.centroids.value)
+    _update_scores(batch, tokens, entry_probs, params)
     return output[:, :, :, None].to(query.dtype)
 
 
-def _score(batch: _Batch, tokens: Tokens, attention: Attention, kernel: Kernel) -> None:
-    # Who observes probabilities in decoding asks for nothing else of the entries; they are never read out.
-    nothing = attention.new_zeros(()).expand(*batch.scores.shape, tokens.key.shape[3])
-    seen = Observation(
+def _update_scores(batch: _Batch, tokens: NewTokens, probs: AttentionProbs, params: AttentionParams) -> None:
+    # Methods that observe probabilities in decoding read no keys or values, so nothing is dequantized for them.
+    unread = probs.new_zeros(()).expand(*batch.scores.shape, tokens.key.shape[3])
+    observation = Observation(
         query=tokens.query,
-        key=nothing,
-        value=nothing,
+        key=unread,
+        value=unread,
         query_positions=tokens.positions,
         key_positions=batch.positions,
         previous=batch.scores,
-        scaling=kernel.scaling,
-        attend=lambda: attention,
+        scaling=params.scaling,
+        attend=lambda: probs,
         decoding=True,
     )
-    scores = batch.groups[0].eviction.score(seen)
-    if isinstance(batch.groups[0].shared, Stack):
+    scores = batch.groups[0].eviction.score(observation)
+    if isinstance(batch.groups[0].shared, BatchedKV):
         batch.scores.copy_(scores)
         return
     for row, group in enumerate(batch.groups):
-        group.scores[..., : group.filled] = scores[row : row + 1, :, : group.filled]
+        group.scores[..., : group.num_filled] = scores[row : row + 1, :, : group.num_filled]

@@ -7,23 +7,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from baklava.cache.attention import Heads, Summary
+from baklava.cache.attention import CentroidEntries, KVStates
 from baklava.eviction import Eviction
 
 Means = Float[Tensor, "batch heads count head_dim"]
 Weights = Float[Tensor, "batch heads tokens"]
 
-ITERATIONS = 4
+PROMPT_KMEANS_ITERATIONS = 4
 """Rounds of k-means over the many entries that a prompt leaves behind; the few of decoding take one."""
 
-BLOCK_BYTES = 1 << 20
-"""Keys that are looked at at a time, in 32 bits; at least `LEAST_BLOCK` entries."""
+KMEANS_BLOCK_BYTES = 1 << 20
+"""Keys that are looked at at a time, in 32 bits; at least `MIN_KMEANS_BLOCK_ENTRIES` entries."""
 
-LEAST_BLOCK = 512
+MIN_KMEANS_BLOCK_ENTRIES = 512
 
-LARGEST = torch.finfo(torch.float16).max
+MAX_FLOAT16 = torch.finfo(torch.float16).max
 
-LEAST = 1e-12
+MIN_WEIGHT = 1e-12
 """What an entry weighs at the least: nothing, but with a logarithm."""
 
 
@@ -46,10 +46,10 @@ class Centroids:
     entropy: Float[Tensor, "batch heads count"]
 
     @classmethod
-    def none_yet(cls, like: Heads, heads: int, count: int) -> "Centroids":
+    def empty(cls, template: KVStates, heads: int, count: int) -> "Centroids":
         """Centroids without members, for entries like these."""
-        shape, device = (like.shape[0], heads, count), like.device
-        key, value = (torch.zeros(*shape, like.shape[3], dtype=torch.float16, device=device) for _ in range(2))
+        shape, device = (template.shape[0], heads, count), template.device
+        key, value = (torch.zeros(*shape, template.shape[3], dtype=torch.float16, device=device) for _ in range(2))
         weight, entropy = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
         return cls(key, value, weight, entropy)
 
@@ -58,13 +58,13 @@ class Centroids:
         """All that is held in memory."""
         return tuple(getattr(self, each.name) for each in fields(self))
 
-    def summary(self, dtype: torch.dtype) -> Summary:
+    def entries(self, dtype: torch.dtype) -> CentroidEntries:
         """As entries that are attended to, in the dtype that the model computes in."""
-        weight = self.weight.clamp(min=LEAST)
+        weight = self.weight.clamp(min=MIN_WEIGHT)
         bias = torch.where(self.weight > 0, weight.log() - self.entropy / weight, torch.finfo(torch.float32).min)
-        return Summary(self.key.to(dtype), self.value.to(dtype), bias)
+        return CentroidEntries(self.key.to(dtype), self.value.to(dtype), bias)
 
-    def with_members(self, key: Heads, value: Heads, weight: Weights, iterations: int = 1) -> "Centroids":
+    def merge(self, key: KVStates, value: KVStates, weight: Weights, iterations: int = 1) -> "Centroids":
         """These entries folded in by k-means, which begins where it is; an entry of weight 0 takes no part."""
         centres = torch.where(self.weight[..., None] > 0, self.key.float(), _seeds(key, weight, self._count))
         for _ in range(iterations - 1):
@@ -76,37 +76,37 @@ class Centroids:
             parts = _total(mass, keys), _total(mass, values), mass.sum(2), (members * entropies[..., None]).sum(2)
             for total, part in zip(sums, parts, strict=True):
                 total += part
-        means = (sum_ / sums[2][..., None].clamp(min=LEAST) for sum_ in sums[:2])
-        return Centroids(*(mean.clamp(-LARGEST, LARGEST).half() for mean in means), *sums[2:])
+        means = (sum_ / sums[2][..., None].clamp(min=MIN_WEIGHT) for sum_ in sums[:2])
+        return Centroids(*(mean.clamp(-MAX_FLOAT16, MAX_FLOAT16).half() for mean in means), *sums[2:])
 
-    def _moved(self, centres: Means, key: Heads, value: Heads, weight: Weights) -> Means:
+    def _moved(self, centres: Means, key: KVStates, value: KVStates, weight: Weights) -> Means:
         """The means of the keys that are nearest to each centre, of the own members and of these entries."""
         total, mass = torch.zeros_like(centres), torch.zeros_like(self.weight)
         for keys, _, weights, _ in self._blocks(key, value, weight):
             share = _nearest(keys.float(), centres) * weights[..., None]
             total += _total(share, keys)
             mass += share.sum(2)
-        return torch.where(mass[..., None] > 0, total / mass[..., None].clamp(min=LEAST), centres)
+        return torch.where(mass[..., None] > 0, total / mass[..., None].clamp(min=MIN_WEIGHT), centres)
 
-    def _blocks(self, key: Heads, value: Heads, weight: Weights) -> Iterator[tuple[Tensor, ...]]:
+    def _blocks(self, key: KVStates, value: KVStates, weight: Weights) -> Iterator[tuple[Tensor, ...]]:
         """Keys, values, weights and entropies: of the own members, then of the entries, a block at a time.
 
         A copy in 32 bits of a whole prompt would be as large as a layer of the full cache.
         """
         yield self.tensors
-        size = max(LEAST_BLOCK, BLOCK_BYTES // (4 * key[:, :, :1].numel()))
+        size = max(MIN_KMEANS_BLOCK_ENTRIES, KMEANS_BLOCK_BYTES // (4 * key[:, :, :1].numel()))
         for start in range(0, key.shape[2], size):
             part = slice(start, start + size)
             weights = weight[..., part].float()
-            yield key[:, :, part], value[:, :, part], weights, weights * weights.clamp(min=LEAST).log()
+            yield key[:, :, part], value[:, :, part], weights, weights * weights.clamp(min=MIN_WEIGHT).log()
 
     @classmethod
-    def joined(cls, rows: "Sequence[Centroids]") -> "Centroids | None":
+    def cat(cls, rows: "Sequence[Centroids]") -> "Centroids | None":
         """Copies of all of them, as rows of one batch; nothing of none."""
         columns = zip(*(each.tensors for each in rows), strict=True)
         return cls(*(torch.cat(column) for column in columns)) if rows else None
 
-    def hold(self, others: "Centroids") -> None:
+    def copy_(self, others: "Centroids") -> None:
         """Become like others, in place, for all who share this memory."""
         for mine, new in zip(self.tensors, others.tensors, strict=True):
             mine.copy_(new)
@@ -115,7 +115,7 @@ class Centroids:
         """One row, which shares memory with this."""
         return Centroids(*(each[row : row + 1] for each in self.tensors))
 
-    def of_rows(self, rows: Int[Tensor, " rows"]) -> "Centroids":
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> "Centroids":
         """These rows of the batch, in this order."""
         return Centroids(*(each.index_select(0, rows.to(each.device)) for each in self.tensors))
 
@@ -124,17 +124,17 @@ class Centroids:
         return self.weight.shape[2]
 
 
-def attention_of(scores: Tensor, eviction: Eviction) -> Tensor:
+def mean_attention(scores: Tensor, eviction: Eviction) -> Tensor:
     """The mean attention that scores stand for, up to a factor; all the same where they say nothing of it.
 
     What no query has counted for yet weighs next to nothing: as much as the mean of the others was no better (KL, 3.1 %
     of the bytes: .0342 / .0646 so, .0338 / .0657 with the mean; at 6.25 and 12.5 % the same).
     """
     power = eviction.attention_power
-    return scores.clamp(min=LEAST) ** (1 / power) if power else torch.ones_like(scores)
+    return scores.clamp(min=MIN_WEIGHT) ** (1 / power) if power else torch.ones_like(scores)
 
 
-def _seeds(key: Heads, weight: Weights, count: int) -> Means:
+def _seeds(key: KVStates, weight: Weights, count: int) -> Means:
     """Keys of entries that take part, evenly spread over the order in which they come."""
     rank = (weight > 0).cumsum(2).float()
     steps = (torch.arange(count, device=key.device) + 0.5) / count
@@ -143,12 +143,12 @@ def _seeds(key: Heads, weight: Weights, count: int) -> Means:
     return key.gather(2, index[..., None].expand(*index.shape, key.shape[3])).float()
 
 
-def _total(mass: Float[Tensor, "batch heads tokens count"], entries: Heads) -> Means:
+def _total(mass: Float[Tensor, "batch heads tokens count"], entries: KVStates) -> Means:
     """Sums of entries by what of their mass goes to each centre."""
     return mass.transpose(2, 3) @ entries.float()
 
 
-def _nearest(keys: Heads, centres: Means) -> Float[Tensor, "batch heads tokens count"]:
+def _nearest(keys: KVStates, centres: Means) -> Float[Tensor, "batch heads tokens count"]:
     """One-hot: the centre that each key is nearest to."""
     closeness = keys @ centres.transpose(2, 3) - centres.square().sum(-1)[:, :, None] / 2
     return torch.nn.functional.one_hot(closeness.argmax(-1), centres.shape[2]).float()

@@ -5,83 +5,95 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.cache.attention import Grouped, Heads, Kernel, Window, attend, attend_tiles, seen
-from baklava.cache.head_groups.base import Budget, HeadGroup, Tokens
-from baklava.cache.storage import NOTHING
+from baklava.cache.attention import (
+    AttentionParams,
+    GroupedQueries,
+    KVStates,
+    RingWindow,
+    attend,
+    attend_blockwise,
+    visibility_mask,
+)
+from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
+from baklava.cache.storage import EMPTY
 from baklava.eviction import Eviction
 
 
-class Ring(HeadGroup):
+class RingBufferHeadGroup(HeadGroup):
     """Sinks and the newest tokens. A token's slot follows from its position, so nothing is kept beside the payload."""
 
-    def __init__(self, budget: Budget, eviction: Eviction, like: Heads, room: int | None = None) -> None:
-        super().__init__(budget, eviction, like, room)
-        self.window = Window(eviction.sinks, budget.tokens - eviction.sinks)
-        self.last = torch.full((1, 1), -1, device=like.device)
+    def __init__(
+        self, budget: GroupBudget, eviction: Eviction, template: KVStates, max_tokens: int | None = None
+    ) -> None:
+        super().__init__(budget, eviction, template, max_tokens)
+        self.window = RingWindow(eviction.sinks, budget.tokens - eviction.sinks)
+        self.last = torch.full((1, 1), -1, device=template.device)
 
     @override
-    def _attend(self, tokens: Tokens, kernel: Kernel) -> Grouped:
-        if tokens.count == 1 and self.filled:
-            return self._step(tokens, kernel)
-        return self._block(tokens, kernel)
+    def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
+        if tokens.num_tokens == 1 and self.num_filled:
+            return self._step(tokens, params)
+        return self._block(tokens, params)
 
-    def _step(self, tokens: Tokens, kernel: Kernel) -> Grouped:
-        self._grow(min(self.filled + 1, self.budget.tokens))
+    def _step(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
+        self._grow(min(self.num_filled + 1, self.budget.tokens))
         self._put(tokens)
-        self.filled, self.last = min(self.filled + 1, self.budget.tokens), tokens.positions
+        self.num_filled, self.last = min(self.num_filled + 1, self.budget.tokens), tokens.positions
         # Without padding every slot in use is seen, so positions are not even computed.
-        held = self.kept() if tokens.padded else tokens.positions[:, None]
-        if self.keys.copies or self.values.copies:
-            visible = seen(tokens.positions, held) if tokens.padded else None
-            keys, values = self.keys.tiles(self.filled), self.values.tiles(self.filled)
-            return attend_tiles(tokens.query, keys, values, visible, kernel)
-        key, value = self.keys.read(self.filled), self.values.read(self.filled)
-        return attend(tokens.query, key, value, tokens.positions, held, kernel, masked=tokens.padded)
+        held = self.cached_positions() if tokens.padded else tokens.positions[:, None]
+        if self.keys.reads_copy or self.values.reads_copy:
+            visible = visibility_mask(tokens.positions, held) if tokens.padded else None
+            keys, values = self.keys.iter_blocks(self.num_filled), self.values.iter_blocks(self.num_filled)
+            return attend_blockwise(tokens.query, keys, values, visible, params)
+        key, value = self.keys.read(self.num_filled), self.values.read(self.num_filled)
+        return attend(tokens.query, key, value, tokens.positions, held, params, masked=tokens.padded)
 
-    def _put(self, tokens: Tokens) -> None:
-        if tokens.padded or self.keys.copies or self.values.copies:
+    def _put(self, tokens: NewTokens) -> None:
+        if tokens.padded or self.keys.reads_copy or self.values.reads_copy:
             # A row that has had only padding writes it where its first token will go. Where storage is in parts, a
             # slot that is a number would be compared with each part's ends: a compiled graph for every outcome.
             slots = self._slots(tokens.positions.clamp(min=0))[:, None]
             self.keys.scatter(slots, tokens.key)
             self.values.scatter(slots, tokens.value)
         else:
-            slot = self.window.slot(tokens.first)
+            slot = self.window.slot(tokens.num_before)
             self.keys.write(slot, tokens.key)
             self.values.write(slot, tokens.value)
 
-    def _block(self, tokens: Tokens, kernel: Kernel) -> Grouped:
+    def _block(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         new = (tokens.key, tokens.value)
-        if tokens.forced:  # one by one they would be read back as they are stored
+        if tokens.teacher_forced:  # one by one they would be read back as they are stored
             slots = self._slots(tokens.positions.clamp(min=0))[:, None]
-            new = self.keys.stored(tokens.key, slots), self.values.stored(tokens.value, slots)
-        key = torch.cat([self.keys.read(self.filled), new[0]], 2)
-        value = torch.cat([self.values.read(self.filled), new[1]], 2)
-        held = torch.cat([self.kept().expand(len(tokens.positions), -1, -1), tokens.positions[:, None]], 2)
-        window = self.window if tokens.forced else None
-        masked = bool(self.filled or tokens.padded or window)
-        output = attend(tokens.query, key, value, tokens.positions, held, kernel, masked=masked, window=window)
-        self._keep(tokens.key, tokens.value, tokens.positions)
+            new = self.keys.round_trip(tokens.key, slots), self.values.round_trip(tokens.value, slots)
+        key = torch.cat([self.keys.read(self.num_filled), new[0]], 2)
+        value = torch.cat([self.values.read(self.num_filled), new[1]], 2)
+        held = torch.cat([self.cached_positions().expand(len(tokens.positions), -1, -1), tokens.positions[:, None]], 2)
+        window = self.window if tokens.teacher_forced else None
+        masked = bool(self.num_filled or tokens.padded or window)
+        output = attend(tokens.query, key, value, tokens.positions, held, params, masked=masked, window=window)
+        self._retain(tokens.key, tokens.value, tokens.positions)
         return output
 
     @override
-    def _fill(self, key: Heads, value: Heads, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]) -> None:
-        self._keep(key, value, positions)
+    def _load_prompt(
+        self, key: KVStates, value: KVStates, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]
+    ) -> None:
+        self._retain(key, value, positions)
 
-    def _keep(self, key: Heads, value: Heads, positions: Int[Tensor, "#batch new"]) -> None:
+    def _retain(self, key: KVStates, value: KVStates, positions: Int[Tensor, "#batch new"]) -> None:
         """Of `filled` old entries and these new ones behind them, keep each slot's newest."""
         # A copy: a view would hold on to the positions of the whole prompt.
-        old, self.last = self.filled, positions[:, -1:].clone()
+        old, self.last = self.num_filled, positions[:, -1:].clone()
         total = old + key.shape[2]
         slots = torch.arange(min(self.budget.tokens, total), device=key.device)
         due = self._positions(slots)
         newer = due - positions[:, :1]
         source = torch.where(newer >= 0, old + newer, slots).clamp(0, total - 1)
-        self._replace(key, value, torch.where(due >= 0, source, NOTHING)[:, None])
+        self._replace(key, value, torch.where(due >= 0, source, EMPTY)[:, None])
 
     @override
-    def kept(self) -> Int[Tensor, "#batch 1 entries"]:
-        return self._positions(torch.arange(self.filled, device=self.last.device))[:, None]
+    def cached_positions(self) -> Int[Tensor, "#batch 1 entries"]:
+        return self._positions(torch.arange(self.num_filled, device=self.last.device))[:, None]
 
     def _positions(self, slots: Int[Tensor, " slots"]) -> Int[Tensor, "#batch slots"]:
         """The newest position that belongs to each slot; -1 where none has come yet."""

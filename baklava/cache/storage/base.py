@@ -11,13 +11,13 @@ from torch import Tensor
 Entries = Float[Tensor, "batch heads tokens head_dim"]
 Rows = Float[Tensor, "batch heads rows head_dim"]
 Index = Int[Tensor, "#batch #heads tokens"]
-Coded = tuple[Tensor, ...]
+Encoded = tuple[Tensor, ...]
 """Encoded entries: tensors [batch, heads, tokens, any], of which a slot is a row of each."""
 
-NOTHING = -1
+EMPTY = -1
 """In place of a slot: nothing that anybody will see."""
 
-FRESH = -2
+NEW = -2
 """In place of a slot: a new entry."""
 
 
@@ -35,7 +35,7 @@ class Storage(ABC):
 
     @property
     @abstractmethod
-    def copies(self) -> bool:
+    def reads_copy(self) -> bool:
         """Whether reading makes a copy, because entries are stored in another form than the model computes in."""
 
     @abstractmethod
@@ -66,23 +66,23 @@ class Storage(ABC):
         """Entries of the first slots."""
 
     @abstractmethod
-    def at(self, slots: Index) -> Entries:
+    def gather(self, slots: Index) -> Entries:
         """Entries of these slots of each row and head."""
 
     @abstractmethod
-    def stored(self, entries: Entries, slots: Index) -> Entries:
+    def round_trip(self, entries: Entries, slots: Index) -> Entries:
         """These entries as they would be read back from the given slots, without putting them anywhere."""
 
     @abstractmethod
-    def tiles(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
+    def iter_blocks(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
         """The same as `read`, a part at a time where a whole copy would be large; one part where nothing is copied."""
 
     @abstractmethod
-    def dots(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
+    def query_key_scores(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
         """Products of rows with the entries of the first slots, in 32 bits, without reading these out."""
 
     @abstractmethod
-    def mixed(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
+    def weighted_values(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
         """Sums of the entries of the first slots, weighted by each row, in 32 bits, without reading these out."""
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Codec(ABC):
 
     @property
     @abstractmethod
-    def copies(self) -> bool:
+    def reads_copy(self) -> bool:
         """Whether decoding makes a copy."""
 
     @property
@@ -110,23 +110,23 @@ class Codec(ABC):
         """Bytes held beside the encoded entries."""
 
     @abstractmethod
-    def encode(self, entries: Entries) -> Coded:
+    def encode(self, entries: Entries) -> Encoded:
         """The tensors that stand for these entries."""
 
     @abstractmethod
-    def decode(self, coded: Coded) -> Entries:
+    def decode(self, encoded: Encoded) -> Entries:
         """The entries that these tensors stand for, in the dtype that the model computes in."""
 
     @abstractmethod
-    def dots(self, coded: Coded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
+    def query_key_scores(self, encoded: Encoded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
         """Products of rows with the entries that these tensors stand for, in 32 bits."""
 
     @abstractmethod
-    def mixed(self, coded: Coded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
+    def weighted_values(self, encoded: Encoded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
         """Sums of the entries that these tensors stand for, weighted by each row, in 32 bits."""
 
     @abstractmethod
-    def joined(self, others: "Sequence[Self]") -> Self:
+    def stack(self, others: "Sequence[Self]") -> Self:
         """The codec of a batch whose rows are this one's and those of others of its kind."""
 
     @abstractmethod
@@ -147,12 +147,12 @@ def wide(index: Tensor, entries: Tensor) -> Tensor:
     return index[..., None].expand(entries.shape[0], entries.shape[1], index.shape[2], entries.shape[3])
 
 
-def origin(slots: Tensor, held: int) -> Tensor:
+def source_slots(slots: Tensor, held: int) -> Tensor:
     """Where selected entries come from: a slot, FRESH or NOTHING."""
-    return torch.where(slots >= held, FRESH, slots)
+    return torch.where(slots >= held, NEW, slots)
 
 
-def among(slots: Tensor, held: int, new: Tensor) -> Tensor:
+def gather_new(slots: Tensor, held: int, new: Tensor) -> Tensor:
     """The new entries of a selection, at their places in it; elsewhere any."""
     index = (slots - held).clamp(0, new.shape[2] - 1)
     return new.gather(2, wide(index, new))

@@ -8,19 +8,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.cache.storage.base import Codec, Coded, Entries, Rows, matmul
+from baklava.cache.storage.base import Codec, Encoded, Entries, Rows, matmul
 
 
-class Dense(Codec):
+class DenseCodec(Codec):
     """One tensor. 16 bits are the model's own half type, or float16 for a model that computes in float32."""
 
-    def __init__(self, like: Entries, bits: int) -> None:
-        self.compute_dtype = like.dtype
-        self.dtype = stored_dtype(like.dtype, bits)
+    def __init__(self, template: Entries, bits: int) -> None:
+        self.compute_dtype = template.dtype
+        self.dtype = stored_dtype(template.dtype, bits)
 
     @override
     @property
-    def copies(self) -> bool:
+    def reads_copy(self) -> bool:
         return self.dtype != self.compute_dtype
 
     @override
@@ -29,23 +29,23 @@ class Dense(Codec):
         return 0
 
     @override
-    def encode(self, entries: Entries) -> Coded:
+    def encode(self, entries: Entries) -> Encoded:
         return (entries.to(self.dtype),)
 
     @override
-    def decode(self, coded: Coded) -> Entries:
-        return coded[0].to(self.compute_dtype)
+    def decode(self, encoded: Encoded) -> Entries:
+        return encoded[0].to(self.compute_dtype)
 
     @override
-    def dots(self, coded: Coded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
-        return matmul(rows.float(), coded[0].float().transpose(2, 3))
+    def query_key_scores(self, encoded: Encoded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
+        return matmul(rows.float(), encoded[0].float().transpose(2, 3))
 
     @override
-    def mixed(self, coded: Coded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
-        return matmul(weights.float(), coded[0].float())
+    def weighted_values(self, encoded: Encoded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
+        return matmul(weights.float(), encoded[0].float())
 
     @override
-    def joined(self, others: Sequence[Self]) -> Self:
+    def stack(self, others: Sequence[Self]) -> Self:
         return self
 
     @override

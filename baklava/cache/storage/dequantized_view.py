@@ -10,7 +10,7 @@ from typing_extensions import override
 from baklava.cache.storage.base import Entries, Index, Rows, Storage, matmul, wide
 
 
-class Mirrored(Storage):
+class DequantizedView(Storage):
     """Reads come from a mirror, of which only the slots that were written are read out again.
 
     The mirror is scratch of who scores a continuation in one forward: it is no part of what a plan holds, so it does
@@ -28,7 +28,7 @@ class Mirrored(Storage):
 
     @override
     @property
-    def copies(self) -> bool:
+    def reads_copy(self) -> bool:
         return False
 
     @override
@@ -44,17 +44,17 @@ class Mirrored(Storage):
     def write(self, start: int, entries: Entries) -> None:
         self.storage.write(start, entries)
         slots = torch.arange(start, start + entries.shape[2], device=entries.device)
-        self._look(slots.expand(*entries.shape[:2], -1))
+        self._refresh(slots.expand(*entries.shape[:2], -1))
 
     @override
     def scatter(self, slots: Index, entries: Entries) -> None:
         self.storage.scatter(slots, entries)
-        self._look(slots.expand(*entries.shape[:3]))
+        self._refresh(slots.expand(*entries.shape[:3]))
 
     @override
     def put(self, source: Index, target: Index, fresh: Entries) -> None:
         self.storage.put(source, target, fresh)
-        self._look(target.expand(*fresh.shape[:3]))
+        self._refresh(target.expand(*fresh.shape[:3]))
 
     @override
     def select(self, slots: Index, held: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
@@ -66,34 +66,34 @@ class Mirrored(Storage):
         return self.mirror[:, :, :slots]
 
     @override
-    def at(self, slots: Index) -> Entries:
-        return self.storage.at(slots)
+    def gather(self, slots: Index) -> Entries:
+        return self.storage.gather(slots)
 
     @override
-    def stored(self, entries: Entries, slots: Index) -> Entries:
-        return self.storage.stored(entries, slots)
+    def round_trip(self, entries: Entries, slots: Index) -> Entries:
+        return self.storage.round_trip(entries, slots)
 
     @override
-    def tiles(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
+    def iter_blocks(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
         yield self.read(slots)
 
     @override
-    def dots(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
+    def query_key_scores(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
         return matmul(rows.float(), self.read(slots).float().transpose(2, 3))
 
     @override
-    def mixed(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
+    def weighted_values(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
         return matmul(weights.float(), self.read(weights.shape[3]).float())
 
     @override
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
         self.storage.move(source, target)
-        self._look(target)
+        self._refresh(target)
 
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         self.storage.select_rows(rows)
         self.mirror = self.mirror.index_select(0, rows.to(self.mirror.device))
 
-    def _look(self, slots: Int[Tensor, "batch heads tokens"]) -> None:
-        self.mirror.scatter_(2, wide(slots, self.mirror), self.storage.at(slots))
+    def _refresh(self, slots: Int[Tensor, "batch heads tokens"]) -> None:
+        self.mirror.scatter_(2, wide(slots, self.mirror), self.storage.gather(slots))

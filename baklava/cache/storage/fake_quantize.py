@@ -4,20 +4,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from baklava.cache.storage import Layout, storage_for
-from baklava.cache.storage.hadamard import Rotation
-from baklava.cache.storage.quantized_codec import WIDTHS
-from baklava.plan.byte_accounting import FULL_BITS, grades
+from baklava.cache.storage import StorageLayout, storage_for
+from baklava.cache.storage.hadamard import HadamardRotation
+from baklava.cache.storage.quantized_codec import PLANE_WIDTHS
+from baklava.plan.byte_accounting import FULL_BITS, bit_split
 
 Entries = Float[Tensor, "heads entries head_dim"]
 
 
-def packable(head_dim: int, bits: int) -> bool:
+def is_packable(head_dim: int, bits: int) -> bool:
     """Whether heads of this dimension fill whole bytes in so many bits."""
-    return bits >= FULL_BITS or all(head_dim * width % 8 == 0 for width in WIDTHS[bits])
+    return bits >= FULL_BITS or all(head_dim * width % 8 == 0 for width in PLANE_WIDTHS[bits])
 
 
-def read_back(
+def fake_quantize(
     entries: Entries, bits: int, sinks: int, *, centred: bool, order: Int[Tensor, "heads head_dim"] | None = None
 ) -> Entries:
     """Keys (`centred`) or values as a packed head returns them; the sinks stay in 16 bits.
@@ -27,9 +27,11 @@ def read_back(
     if bits >= FULL_BITS:
         return entries
     tokens, head_dim = entries.shape[1:]
-    coded = grades(head_dim, bits, order is not None)
-    rotation = Rotation.of(tuple(channels for channels, _ in coded), entries, order if len(coded) > 1 else None)
-    held = rotation.turned(entries[None])
-    storage = storage_for(coded, held, Layout(tokens, sinks), centred=centred)
+    encoded = bit_split(head_dim, bits, order is not None)
+    rotation = HadamardRotation.of(
+        tuple(channels for channels, _ in encoded), entries, order if len(encoded) > 1 else None
+    )
+    held = rotation.rotate(entries[None])
+    storage = storage_for(encoded, held, StorageLayout(tokens, sinks), centred=centred)
     storage.select(torch.arange(tokens, device=entries.device)[None, None], 0, held, tokens)
-    return rotation.turned_back(storage.read(tokens))[0]
+    return rotation.inverse_rotate(storage.read(tokens))[0]

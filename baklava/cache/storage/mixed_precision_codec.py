@@ -8,20 +8,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.cache.storage.base import Codec, Coded, Entries, Rows
-from baklava.cache.storage.quantized_codec import Packed
+from baklava.cache.storage.base import Codec, Encoded, Entries, Rows
+from baklava.cache.storage.quantized_codec import QuantizedCodec
 
 
-class Graded(Codec):
+class MixedPrecisionCodec(Codec):
     """Packed codes side by side, each of its own channels, which the caller has sorted and made alike."""
 
-    def __init__(self, parts: Sequence[Packed]) -> None:
+    def __init__(self, parts: Sequence[QuantizedCodec]) -> None:
         self.parts = list(parts)
         self.compute_dtype = self.parts[0].compute_dtype
 
     @override
     @property
-    def copies(self) -> bool:
+    def reads_copy(self) -> bool:
         return True
 
     @override
@@ -30,28 +30,28 @@ class Graded(Codec):
         return sum(part.nbytes for part in self.parts)
 
     @override
-    def encode(self, entries: Entries) -> Coded:
+    def encode(self, entries: Entries) -> Encoded:
         return tuple(tensor for part, own in self._each(entries) for tensor in part.encode(own))
 
     @override
-    def decode(self, coded: Coded) -> Entries:
-        return torch.cat([part.decode(pair) for part, pair in zip(self.parts, self._pairs(coded), strict=True)], -1)
+    def decode(self, encoded: Encoded) -> Entries:
+        return torch.cat([part.decode(pair) for part, pair in zip(self.parts, self._pairs(encoded), strict=True)], -1)
 
     @override
-    def dots(self, coded: Coded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
-        parts = zip(self._each(rows), self._pairs(coded), strict=True)
-        first, second = (part.dots(pair, own) for (part, own), pair in parts)
+    def query_key_scores(self, encoded: Encoded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
+        parts = zip(self._each(rows), self._pairs(encoded), strict=True)
+        first, second = (part.query_key_scores(pair, own) for (part, own), pair in parts)
         return first.add_(second)
 
     @override
-    def mixed(self, coded: Coded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
-        pairs = zip(self.parts, self._pairs(coded), strict=True)
-        return torch.cat([part.mixed(pair, weights) for part, pair in pairs], -1)
+    def weighted_values(self, encoded: Encoded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
+        pairs = zip(self.parts, self._pairs(encoded), strict=True)
+        return torch.cat([part.weighted_values(pair, weights) for part, pair in pairs], -1)
 
     @override
-    def joined(self, others: Sequence[Self]) -> Self:
+    def stack(self, others: Sequence[Self]) -> Self:
         columns = zip(self.parts, *(other.parts for other in others), strict=True)
-        return type(self)([part.joined(rest) for part, *rest in columns])
+        return type(self)([part.stack(rest) for part, *rest in columns])
 
     @override
     def row(self, row: int) -> Self:
@@ -68,9 +68,9 @@ class Graded(Codec):
             part.select_rows(rows)
 
     @staticmethod
-    def _pairs(coded: Coded) -> list[Coded]:
-        return list(zip(coded[::2], coded[1::2], strict=True))
+    def _pairs(encoded: Encoded) -> list[Encoded]:
+        return list(zip(encoded[::2], encoded[1::2], strict=True))
 
-    def _each(self, entries: Entries) -> Iterator[tuple[Packed, Entries]]:
+    def _each(self, entries: Entries) -> Iterator[tuple[QuantizedCodec, Entries]]:
         channels = entries.split([part.head_dim for part in self.parts], -1)
         yield from zip(self.parts, channels, strict=True)

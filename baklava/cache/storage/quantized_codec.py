@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.cache.storage.base import Codec, Coded, Entries, Rows, matmul
+from baklava.cache.storage.base import Codec, Encoded, Entries, Rows, matmul
 from baklava.cache.storage.dense_codec import stored_dtype
 from baklava.errors import UserError
 
-WIDTHS = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
+PLANE_WIDTHS = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
 """Bits of each plane that a code is cut into, lowest first: those that divide a byte."""
 
 
@@ -24,7 +24,7 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 def pack(codes: UInt8[Tensor, "*slots head_dim"], bits: int) -> UInt8[Tensor, "*slots bytes"]:
     """Codes side by side in bytes: plane after plane, and in a plane of n bytes, code i in byte i modulo n."""
     planes, shift = [], 0
-    for width in WIDTHS[bits]:
+    for width in PLANE_WIDTHS[bits]:
         parts = ((codes >> shift) & _mask(width)).chunk(8 // width, -1)
         plane = parts[0]
         for place, part in enumerate(parts[1:], 1):
@@ -36,14 +36,14 @@ def pack(codes: UInt8[Tensor, "*slots head_dim"], bits: int) -> UInt8[Tensor, "*
 
 def unpack(packed: UInt8[Tensor, "*slots bytes"], bits: int, head_dim: int) -> UInt8[Tensor, "*slots head_dim"]:
     """The inverse of `pack`."""
-    if len(WIDTHS[bits]) == 1 or torch.compiler.is_compiling():
+    if len(PLANE_WIDTHS[bits]) == 1 or torch.compiler.is_compiling():
         return _in_bytes(packed, bits, head_dim)
     return _in_words(packed, bits, head_dim)
 
 
 def _in_bytes(packed: Tensor, bits: int, head_dim: int) -> Tensor:
     codes, start, shift = None, 0, 0
-    for width in WIDTHS[bits]:
+    for width in PLANE_WIDTHS[bits]:
         size = head_dim * width // 8
         plane = _spread(packed[..., start : start + size], width)
         codes = plane if codes is None else codes | (plane << shift)
@@ -54,12 +54,12 @@ def _in_bytes(packed: Tensor, bits: int, head_dim: int) -> Tensor:
 
 def _in_words(packed: Tensor, bits: int, head_dim: int) -> Tensor:
     """Several bytes at a time, shifted and masked as one number: twice as fast where there is more than one plane."""
-    sizes = [head_dim * width // 8 for width in WIDTHS[bits]]
+    sizes = [head_dim * width // 8 for width in PLANE_WIDTHS[bits]]
     size = math.gcd(8, *sizes, packed.storage_offset(), *packed.stride()[:-1])
     words = packed.view(_WORDS[size])
     codes = words.new_empty(*packed.shape[:-1], head_dim // size)
     start, shift = 0, 0
-    for width, plane_bytes in zip(WIDTHS[bits], sizes, strict=True):
+    for width, plane_bytes in zip(PLANE_WIDTHS[bits], sizes, strict=True):
         count = plane_bytes // size
         plane = words[..., start : start + count]
         for place in range(8 // width):
@@ -92,44 +92,44 @@ def _mask(width: int) -> int:
     return (1 << width) - 1
 
 
-STEPS = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
+NORMAL_STEP_SIZES = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 """Spacing of the best uniform levels for a normal variable of variance 1 (Max, 1960)."""
 
-LEAST = 16
+MIN_ENTRIES_FOR_MEAN = 16
 """Entries that make a mean: that of a few is mostly their own noise, and worse than none."""
 
-LARGEST = torch.finfo(torch.float16).max
-TINY = torch.finfo(torch.float32).tiny
+MAX_FLOAT16 = torch.finfo(torch.float16).max
+MIN_STEP = torch.finfo(torch.float32).tiny
 
 
-class Packed(Codec):
+class QuantizedCodec(Codec):
     """Uniform codes without a zero level, and one float16 scale per entry, for entries whose channels are alike.
 
     Channels are made alike by a rotation, which is the caller's. The scale is the one of least squares for the codes.
     With `centred` the mean of the first entries that come together is subtracted first, per row and head, and kept in
-    16 bits: keys lie around one. It stays zero in a row that had fewer than `LEAST` of them then, for good. Of normal
+    16 bits: keys lie around one. It stays zero in a row that had fewer than `MIN_ENTRIES_FOR_MEAN` of them then, for good. Of normal
     entries of variance 1 the mean square error is about .119, .037, .0115 and .0001 in 2, 3, 4 and 8 bits.
 
     Raises:
         UserError: codes of a head do not fill whole bytes.
     """
 
-    def __init__(self, like: Entries, bits: int, centred: bool) -> None:
-        batch, heads, _, self.head_dim = like.shape
-        self.compute_dtype, self.bits, self.half = like.dtype, bits, (2**bits - 1) / 2
-        if wrong := [width for width in WIDTHS[bits] if self.head_dim * width % 8]:
+    def __init__(self, template: Entries, bits: int, centred: bool) -> None:
+        batch, heads, _, self.head_dim = template.shape
+        self.compute_dtype, self.bits, self.half = template.dtype, bits, (2**bits - 1) / 2
+        if wrong := [width for width in PLANE_WIDTHS[bits] if self.head_dim * width % 8]:
             raise UserError(
                 f"heads of dimension {self.head_dim} do not fill whole bytes in {bits} bits, which takes a multiple of "
                 f"{8 // wrong[-1]}; keep them in 16 bits"
             )
         self.mean: Float[Tensor, "batch heads 1 head_dim"] | None = None
         if centred:
-            dtype = stored_dtype(like.dtype, 16)
-            self.mean = torch.zeros(batch, heads, 1, self.head_dim, dtype=dtype, device=like.device)
+            dtype = stored_dtype(template.dtype, 16)
+            self.mean = torch.zeros(batch, heads, 1, self.head_dim, dtype=dtype, device=template.device)
 
     @override
     @property
-    def copies(self) -> bool:
+    def reads_copy(self) -> bool:
         return True
 
     @override
@@ -138,18 +138,18 @@ class Packed(Codec):
         return 0 if self.mean is None else self.mean.untyped_storage().nbytes()
 
     @override
-    def encode(self, entries: Entries) -> Coded:
+    def encode(self, entries: Entries) -> Encoded:
         entries = entries.float() if self.mean is None else entries.float() - self.mean
-        step = entries.square().mean(-1, keepdim=True).sqrt() * STEPS[self.bits]
-        step = torch.minimum(step, entries.abs().amax(-1, keepdim=True) / self.half).clamp(min=TINY)
+        step = entries.square().mean(-1, keepdim=True).sqrt() * NORMAL_STEP_SIZES[self.bits]
+        step = torch.minimum(step, entries.abs().amax(-1, keepdim=True) / self.half).clamp(min=MIN_STEP)
         codes = (entries / step + self.half).round().clamp(0, 2 * self.half)
         levels = codes - self.half
         scale = (entries * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
-        return pack(codes.to(torch.uint8), self.bits), scale.clamp(max=LARGEST).half()
+        return pack(codes.to(torch.uint8), self.bits), scale.clamp(max=MAX_FLOAT16).half()
 
     @override
-    def decode(self, coded: Coded) -> Entries:
-        packed, scale = coded
+    def decode(self, encoded: Encoded) -> Entries:
+        packed, scale = encoded
         entries = unpack(packed, self.bits, self.head_dim).to(self.compute_dtype)
         entries = entries.sub_(self.half).mul_(scale.to(self.compute_dtype))
         return entries if self.mean is None else entries.add_(self.mean)
@@ -157,8 +157,8 @@ class Packed(Codec):
     # A scale and what lies around zero are taken out of the products: so a code is only made a number.
 
     @override
-    def dots(self, coded: Coded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
-        packed, scale = coded
+    def query_key_scores(self, encoded: Encoded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
+        packed, scale = encoded
         rows = rows.float()
         codes = unpack(packed, self.bits, self.head_dim).float()
         found = matmul(rows, codes.transpose(2, 3)).sub_(rows.sum(-1, keepdim=True) * self.half)
@@ -166,15 +166,15 @@ class Packed(Codec):
         return found if self.mean is None else found.add_(matmul(rows, self.mean.float().transpose(2, 3)))
 
     @override
-    def mixed(self, coded: Coded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
-        packed, scale = coded
+    def weighted_values(self, encoded: Encoded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
+        packed, scale = encoded
         scaled = weights.float() * scale.float().transpose(2, 3)
         codes = unpack(packed, self.bits, self.head_dim).float()
         found = matmul(scaled, codes).sub_(scaled.sum(-1, keepdim=True) * self.half)
         return found if self.mean is None else found.add_(weights.float().sum(-1, keepdim=True) * self.mean.float())
 
     @override
-    def joined(self, others: Sequence[Self]) -> Self:
+    def stack(self, others: Sequence[Self]) -> Self:
         joined = copy.copy(self)
         if self.mean is not None:
             joined.mean = torch.cat([self.mean, *(other.mean for other in others if other.mean is not None)])
@@ -192,7 +192,7 @@ class Packed(Codec):
             return
         weights = real[..., None].float()
         count, total = weights.sum(2, keepdim=True), (entries.float() * weights).sum(2, keepdim=True)
-        self.mean.copy_(torch.where(count >= LEAST, total / count.clamp(min=1), 0))
+        self.mean.copy_(torch.where(count >= MIN_ENTRIES_FOR_MEAN, total / count.clamp(min=1), 0))
 
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:

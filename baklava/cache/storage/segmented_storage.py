@@ -9,17 +9,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.cache.storage.base import FRESH, Entries, Index, Rows, Storage, among, origin, wide
-from baklava.cache.storage.slot_storage import Slots
+from baklava.cache.storage.base import NEW, Entries, Index, Rows, Storage, gather_new, source_slots, wide
+from baklava.cache.storage.slot_storage import SlotStorage
 
 
 @dataclass
-class Part:
+class Segment:
     """Slots `start` to `stop`, as far as there are so many."""
 
     start: int
     stop: int
-    slots: Slots
+    slots: SlotStorage
 
     @property
     def end(self) -> int:
@@ -35,19 +35,19 @@ class Part:
         """How many of the first so many slots are here."""
         return min(max(slots - self.start, 0), self.stop - self.start)
 
-    def has(self, slots: Tensor) -> Tensor:
+    def contains(self, slots: Tensor) -> Tensor:
         """Which slots are here."""
         return (slots >= self.start) & (slots < self.stop)
 
-    def own(self, source: Tensor) -> Tensor:
+    def to_local(self, source: Tensor) -> Tensor:
         """Sources as this part counts them, where all that lies elsewhere is FRESH."""
-        return torch.where(self.has(source), source - self.start, torch.where(source >= 0, FRESH, source))
+        return torch.where(self.contains(source), source - self.start, torch.where(source >= 0, NEW, source))
 
 
-class Spliced(Storage):
+class SegmentedStorage(Storage):
     """Storages side by side over one range of slots. An entry is encoded anew only where it moves between parts."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Segment]) -> None:
         self.parts = list(parts)
 
     @override
@@ -57,7 +57,7 @@ class Spliced(Storage):
 
     @override
     @property
-    def copies(self) -> bool:
+    def reads_copy(self) -> bool:
         return True
 
     @override
@@ -74,22 +74,22 @@ class Spliced(Storage):
 
     @override
     def scatter(self, slots: Index, entries: Entries) -> None:
-        self._put(torch.full_like(slots, FRESH), slots, entries)
+        self._put(torch.full_like(slots, NEW), slots, entries)
 
     @override
     def put(self, source: Index, target: Index, fresh: Entries) -> None:
         old = (source >= 0)[..., None]
-        self._put(source, target, torch.where(old, self.at(source.clamp(min=0)), fresh))
+        self._put(source, target, torch.where(old, self.gather(source.clamp(min=0)), fresh))
 
     @override
     def select(self, slots: Index, held: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
-        source, fresh = origin(slots, held), among(slots, held, new)
+        source, fresh = source_slots(slots, held), gather_new(slots, held, new)
         if held:
             old = (source >= 0)[..., None]
-            fresh = torch.where(old, self.at(source.clamp(min=0)), fresh)
+            fresh = torch.where(old, self.gather(source.clamp(min=0)), fresh)
         for part in self.parts:
             here = part.within(0, slots.shape[2])
-            part.slots.hold(part.own(source[..., here]), fresh[:, :, here], part.share(size))
+            part.slots.assign(part.to_local(source[..., here]), fresh[:, :, here], part.share(size))
 
     @override
     def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:
@@ -97,41 +97,43 @@ class Spliced(Storage):
         return read[0] if len(read) == 1 else torch.cat(read, 2)
 
     @override
-    def stored(self, entries: Entries, slots: Index) -> Entries:
-        stored = [part.slots.stored(entries, slots) for part in self.parts]
+    def round_trip(self, entries: Entries, slots: Index) -> Entries:
+        stored = [part.slots.round_trip(entries, slots) for part in self.parts]
         result = stored[0]
         for part, other in zip(self.parts[1:], stored[1:], strict=True):
             result = torch.where((slots >= part.start)[..., None], other, result)
         return result
 
     @override
-    def tiles(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
+    def iter_blocks(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
         for part in self._reached(slots):
-            yield from part.slots.tiles(part.share(slots))
+            yield from part.slots.iter_blocks(part.share(slots))
 
     @override
-    def dots(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
-        found = [part.slots.dots(rows, part.share(slots)) for part in self._reached(slots)]
+    def query_key_scores(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
+        found = [part.slots.query_key_scores(rows, part.share(slots)) for part in self._reached(slots)]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     @override
-    def mixed(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
+    def weighted_values(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
         slots = weights.shape[3]
-        mixed = [part.slots.mixed(weights[..., part.within(0, slots)]) for part in self._reached(slots)]
-        return functools.reduce(torch.add, mixed)
+        weighted_values = [
+            part.slots.weighted_values(weights[..., part.within(0, slots)]) for part in self._reached(slots)
+        ]
+        return functools.reduce(torch.add, weighted_values)
 
-    def joined(self, others: "Sequence[Spliced]", slots: int) -> "Spliced":
+    def stack(self, others: "Sequence[SegmentedStorage]", slots: int) -> "SegmentedStorage":
         """A copy of the first slots of this one and of others of its kind, as rows of one batch."""
         columns = zip(self.parts, *(other.parts for other in others), strict=True)
         parts = []
         for part, *more in columns:
-            held = part.slots.joined([each.slots for each in more], part.share(slots))
-            parts.append(Part(part.start, part.stop, held))
-        return Spliced(parts)
+            held = part.slots.stack([each.slots for each in more], part.share(slots))
+            parts.append(Segment(part.start, part.stop, held))
+        return SegmentedStorage(parts)
 
-    def row(self, row: int) -> "Spliced":
+    def row(self, row: int) -> "SegmentedStorage":
         """One row, which shares memory with this."""
-        return Spliced([Part(part.start, part.stop, part.slots.row(row)) for part in self.parts])
+        return SegmentedStorage([Segment(part.start, part.stop, part.slots.row(row)) for part in self.parts])
 
     def write_rows(self, starts: Sequence[int], entries: Entries) -> None:
         """Put an entry into each row, at a slot of its own."""
@@ -141,7 +143,7 @@ class Spliced(Storage):
             return
         self.scatter(torch.tensor(starts, device=entries.device)[:, None, None].expand(entries.shape[:3]), entries)
 
-    def write_each(self, others: "Sequence[Spliced]", starts: Sequence[int], entries: Entries) -> None:
+    def write_each(self, others: "Sequence[SegmentedStorage]", starts: Sequence[int], entries: Entries) -> None:
         """Put an entry into this one and into each of the others, a row each, at slots of their own."""
         if (place := self._home(min(starts), max(starts))) is not None:
             part, slots = self.parts[place], [each.parts[place].slots for each in others]
@@ -155,7 +157,7 @@ class Spliced(Storage):
         if part := self._common(source, target):
             part.slots.move(source - part.start, target - part.start)
             return
-        self._put(source, target, self.at(source))
+        self._put(source, target, self.gather(source))
 
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
@@ -166,7 +168,7 @@ class Spliced(Storage):
         """The place of the one part that has these slots and all between, if there is one."""
         return next((at for at, part in enumerate(self.parts) if part.start <= first and last < part.stop), None)
 
-    def _common(self, *slots: Index) -> Part | None:
+    def _common(self, *slots: Index) -> Segment | None:
         """The one part that has all of these, if there is one."""
         if not slots[0].numel() or torch.compiler.is_compiling():  # a graph cannot look at numbers
             return None
@@ -174,36 +176,36 @@ class Spliced(Storage):
         place = self._home(first, last)
         return None if place is None else self.parts[place]
 
-    def _reached(self, slots: int) -> list[Part]:
+    def _reached(self, slots: int) -> list[Segment]:
         return [part for part in self.parts if part.start < slots] or self.parts[:1]
 
     @override
-    def at(self, slots: Index) -> Entries:
+    def gather(self, slots: Index) -> Entries:
         if part := self._common(slots):
-            return part.slots.at(slots - part.start)
+            return part.slots.gather(slots - part.start)
         held = [part for part in self.parts if part.slots.count]
-        entries = held[0].slots.at(slots.clamp(max=held[0].end - 1))
+        entries = held[0].slots.gather(slots.clamp(max=held[0].end - 1))
         for part in held[1:]:
             index = (slots - part.start).clamp(0, part.slots.count - 1)
-            entries = torch.where((slots >= part.start)[..., None], part.slots.at(index), entries)
+            entries = torch.where((slots >= part.start)[..., None], part.slots.gather(index), entries)
         return entries
 
     def _put(self, source: Index, target: Index, fresh: Entries) -> None:
         for part in self.parts:
             if part.slots.count:
-                part.slots.put(*_aimed(part, source, target, fresh))
+                part.slots.put(*_moves_into(part, source, target, fresh))
 
 
-def _aimed(part: Part, source: Index, target: Index, fresh: Entries) -> tuple[Tensor, Tensor, Entries]:
+def _moves_into(part: Segment, source: Index, target: Index, fresh: Entries) -> tuple[Tensor, Tensor, Entries]:
     """The moves into a part, as it counts slots.
 
     Rows differ in how many there are. The others repeat the row's first one; where there is none, all put the first
     slot onto itself.
     """
-    here = part.has(target)
+    here = part.contains(target)
     places = torch.arange(target.shape[2], device=target.device)
     order = torch.where(here, places, here.int().argmax(-1, keepdim=True))
     fresh = fresh.gather(2, wide(order, fresh))
     none = ~here.any(-1, keepdim=True)
     source, target = (each.gather(-1, order).masked_fill(none, part.start) for each in (source, target))
-    return part.own(source), target - part.start, fresh
+    return part.to_local(source), target - part.start, fresh

@@ -16,8 +16,8 @@ from baklava.console import log, progress_bar
 from baklava.errors import UserError
 from baklava.evaluation.lm_eval.model_args import ModelArgs
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.runtime.decode import decode
-from baklava.runtime.logprobs import continuations, ending
+from baklava.runtime.decode import generate
+from baklava.runtime.logprobs import score_continuations, score_suffix
 from baklava.runtime.model_loader import LoadedModel
 
 
@@ -185,10 +185,10 @@ class BaklavaLM(TemplateLM):
         longest_first = sorted(sharing.items(), key=lambda each: len(each[0]), reverse=True)
         for context, numbers in counted(longest_first, tally.kind, "context", disable_tqdm):
             texts = [requests[number][2] for number in numbers]
-            found = continuations(self.loaded, self.plan, context, texts)
+            found = score_continuations(self.loaded, self.plan, context, texts)
             for number, text, likelihood in zip(numbers, texts, found, strict=True):
                 tally.count(len(context), len(text) - 1)
-                answers[number] = (likelihood.log_prob, likelihood.greedy)
+                answers[number] = (likelihood.log_prob, likelihood.is_greedy)
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
         log(f"baklava: {tally.sentences()}")
         return [answers[number] for number in range(len(requests))]
@@ -200,7 +200,7 @@ class BaklavaLM(TemplateLM):
         for (text,) in counted([request.args for request in requests], tally.kind, "text", disable_tqdm):
             ids, longest, total = self.tok_encode(text), 0, 0.0
             for seen, scored in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
-                total += ending(self.loaded, self.plan, [*seen, scored[-1]], len(scored)).log_prob
+                total += score_suffix(self.loaded, self.plan, [*seen, scored[-1]], len(scored)).log_prob
                 longest = max(longest, len(seen))
             tally.count(0, longest)
             answers.append(total)
@@ -224,7 +224,7 @@ class BaklavaLM(TemplateLM):
         if not options["do_sample"]:
             options.pop("temperature", None)
         prompt = self._cut(self.tok_encode(context) or [self.prefix_token_id], self.max_length - most, tally)
-        made = decode(
+        made = generate(
             self.loaded,
             self.plan,
             prompt,

@@ -8,8 +8,8 @@ from pydantic import Field, PositiveInt, ValidationError
 
 from baklava.allocation.plan_spec import named_plan
 from baklava.console import log
-from baklava.data.documents import documents
-from baklava.data.windows import split
+from baklava.data.documents import load_documents
+from baklava.data.windows import make_splits
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.profiling.profile import Profile
@@ -87,6 +87,6 @@ class ModelArgs(FrozenModel):
         return plan
 
     def _profile(self, loaded: LoadedModel, length: int) -> Profile:
-        texts, continuation = documents([self.calibration]), max(1, length // 8)
-        splits = split(texts, loaded.tokenizer, context=length - continuation, continuation=continuation, seed=0)
+        texts, continuation = load_documents([self.calibration]), max(1, length // 8)
+        splits = make_splits(texts, loaded.tokenizer, context=length - continuation, continuation=continuation, seed=0)
         return cached_profile(loaded, splits.calibration)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import groupby, islice
 
 from baklava.console import log
-from baklava.data.hub_datasets import Row, checked_row, file_rows, own_file
+from baklava.data.hub_datasets import Row, check_row, local_data_file, stream_file_rows
 from baklava.errors import UserError
 from baklava.evaluation.suites.base import Suite, Tokenizer, fitted
 from baklava.evaluation.suites.longbench import LongBench, LongBenchV2
@@ -50,11 +50,11 @@ def prompts(spec: str, count: int, *, tokens: int, tokenizer: Tokenizer) -> list
 
 
 def _rows(suite: Suite, file: str) -> Iterator[Row]:
-    files = own_file(file) if file else suite.published
+    files = local_data_file(file) if file else suite.published
     log(f"reading {suite.label} from {file or 'the hub'}")
     remedy = f"connect to the hub, or name a file of your own as {suite.label}=FILE"
-    for row in file_rows(f"suite {suite.label} ({files})", remedy, files=files, where=suite.where):
-        checked = checked_row(row, suite.columns, f"suite {suite.label}")
+    for row in stream_file_rows(f"suite {suite.label} ({files})", remedy, files=files, where=suite.where):
+        checked = check_row(row, suite.columns, f"suite {suite.label}")
         yield checked | {"context": str(checked["context"])}
 
 

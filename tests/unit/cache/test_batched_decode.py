@@ -35,7 +35,7 @@ def decoded(loaded, caches, rows, steps):
 def check_like_alone(loaded, starts, steps=30):
     """`starts` are (plan, prompt); every sequence says and keeps in the batch what it does alone."""
     rows = random_ids(len(starts), steps, seed=5)
-    together = [prefill(loaded, plan, prompt, room=prompt.shape[1] + steps)[0] for plan, prompt in starts]
+    together = [prefill(loaded, plan, prompt, max_tokens=prompt.shape[1] + steps)[0] for plan, prompt in starts]
     said = decoded(loaded, together, rows, steps)
     for row, (plan, prompt) in enumerate(starts):
         alone, _ = prefill(loaded, plan, prompt)
@@ -47,7 +47,7 @@ def check_like_alone(loaded, starts, steps=30):
             continue  # keys of one token differ in their norms by rounding alone, so either may go
         assert apart.mean() < 0.01  # a code that is rounded to the other side moves a few
         for layer, head in GRID:
-            kept, wanted = (set(cache.kept_positions(layer, head).tolist()) for cache in (together[row], alone))
+            kept, wanted = (set(cache.cached_positions(layer, head).tolist()) for cache in (together[row], alone))
             assert len(kept) == len(wanted)
             assert len(kept - wanted) <= 1
         together[row].check_integrity()
@@ -67,7 +67,7 @@ def test_sequences_of_one_plan_say_and_keep_what_they_do_alone(tiny, eviction, b
     plan = mixed(plan_of(loaded, [[20, 40], [28, 64]], eviction), [bits, bits])
     starts = [(plan, random_ids(1, tokens, seed=tokens)) for tokens in (50, 50, 57, 3, 90)]
     for cache in check_like_alone(loaded, starts):
-        assert cache.nbytes <= cache.promised_bytes
+        assert cache.nbytes <= cache.reserved_bytes
 
 
 def tensors(held):
@@ -76,13 +76,13 @@ def tensors(held):
         return [held]
     if isinstance(held, list | tuple):
         return [tensor for each in held for tensor in tensors(each)]
-    own = ("coded", "slots", "codec", "parts", "mean", "key", "value", "weight", "entropy")
+    own = ("encoded", "slots", "codec", "parts", "mean", "key", "value", "weight", "entropy")
     return [tensor for name in own if hasattr(held, name) for tensor in tensors(getattr(held, name))]
 
 
 def really_held(caches):
     """Bytes of the memory behind all of these caches, each piece counted once."""
-    groups = [group for cache in caches for layer in cache.ragged() for group in layer.groups]
+    groups = [group for cache in caches for layer in cache.budgeted_layers for group in layer.groups]
     found = tensors([(g.keys, g.values, g.positions, g.scores, g.centroids or ()) for g in groups])
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found}.values())
 
@@ -94,7 +94,7 @@ def test_what_sequences_share_while_they_decode_is_held_once_and_leaves_with_the
     loaded = tiny(head_dim=16)
     plan = mixed(plan_of(loaded, [[20, 40], [28, 64]], HeavyHitter(interval=4, distance=0)), [bits, bits])
     plan = plan.model_copy(update={"eviction": plan.eviction.model_copy(update={"centroids": centroids})})
-    caches = [prefill(loaded, plan, random_ids(1, 80, seed=seed), room=120)[0] for seed in range(4)]
+    caches = [prefill(loaded, plan, random_ids(1, 80, seed=seed), max_tokens=120)[0] for seed in range(4)]
     alone = really_held(caches)
     decoded(loaded, caches, random_ids(4, 10), 10)
     shared = caches[0].layers[0].groups[0].shared
@@ -102,10 +102,10 @@ def test_what_sequences_share_while_they_decode_is_held_once_and_leaves_with_the
     assert sum(cache.nbytes for cache in caches) == pytest.approx(really_held(caches), abs=64)
     assert really_held(caches) == pytest.approx(alone, rel=0.01)
     copied = caches[1].copy(120)
-    assert really_held([copied]) == copied.nbytes <= copied.promised_bytes
+    assert really_held([copied]) == copied.nbytes <= copied.reserved_bytes
     caches.pop()
     decoded(loaded, caches[:2], random_ids(2, 3), 3)
-    caches[2].stand_alone()
+    caches[2].unshare()
     assert really_held(caches) == pytest.approx(alone * 3 / 4, rel=0.01)
     for cache in caches:
         cache.check_integrity()
@@ -115,7 +115,7 @@ def test_a_batch_holds_the_plan_and_not_the_text(tiny):
     loaded = tiny()
     plan = plan_of(loaded, [[20, 40], [28, 64]], HeavyHitter(interval=4, distance=0), bits=16)
     caches = check_like_alone(loaded, [(plan, random_ids(1, 100, seed=seed)) for seed in range(4)], steps=100)
-    assert [len(caches[2].kept_positions(*place)) for place in GRID] == [16, 36, 24, 60]  # just evicted
+    assert [len(caches[2].cached_positions(*place)) for place in GRID] == [16, 36, 24, 60]  # just evicted
     assert all(cache.nbytes == plan.bytes_for(200) < plan.full_bytes_per_sequence for cache in caches)
 
 

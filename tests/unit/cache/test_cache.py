@@ -11,9 +11,9 @@ from reference_cache import ReferenceHead
 from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from baklava.cache.attention import Kernel
+from baklava.cache.attention import AttentionParams
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.budgeted_layer import RaggedLayer
+from baklava.cache.budgeted_layer import BudgetedLayer
 from baklava.errors import UserError
 from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, KeyNorm, SnapKV, Streaming, Tova
 from baklava.plan.budget_plan import LayerBudget, full_plan
@@ -44,10 +44,10 @@ def test_a_layer_equals_dense_attention_with_an_explicit_keep_set(
     eviction: Eviction, capacities: tuple[int, int], prompt: int, seed: int
 ) -> None:
     heads, group, dim, steps = 2, 2, 4, 60
-    kernel, draw = Kernel(0.5), torch.Generator().manual_seed(seed)
+    kernel, draw = AttentionParams(0.5), torch.Generator().manual_seed(seed)
     query = torch.randn(1, heads * group, prompt + steps, dim, generator=draw)
     key, value = (torch.randn(1, heads, prompt + steps, dim, generator=draw) for _ in range(2))
-    layer = RaggedLayer(LayerBudget(tokens=capacities, key_bits=(32, 32), value_bits=(32, 32)), eviction)
+    layer = BudgetedLayer(LayerBudget(tokens=capacities, key_bits=(32, 32), value_bits=(32, 32)), eviction)
     reference = [ReferenceHead(c, eviction, key[0, h], value[0, h]) for h, c in enumerate(capacities)]
     for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, prompt + steps))]:
         part = slice(start, stop)
@@ -57,7 +57,7 @@ def test_a_layer_equals_dense_attention_with_an_explicit_keep_set(
             rows = slice(index * group, (index + 1) * group)
             expected = (head.step if start else head.prompt)(query[0, rows, part], 0.5)
             torch.testing.assert_close(output[0, rows], expected, atol=1e-5, rtol=1e-5)
-            assert layer.kept_positions(index, 0).tolist() == sorted(head.kept)
+            assert layer.cached_positions(index, 0).tolist() == sorted(head.kept)
 
 
 @torch.inference_mode()
@@ -80,14 +80,14 @@ def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, evi
     cache = BudgetedCache(plan)
     loaded.model(random_ids(1, 90), past_key_values=cache)
     for token in random_ids(300, 1):
-        assert cache.nbytes <= cache.promised_bytes
+        assert cache.nbytes <= cache.reserved_bytes
         loaded.model(token[None], past_key_values=cache)
     cache.check_integrity()
-    assert cache.nbytes == cache.promised_bytes
+    assert cache.nbytes == cache.reserved_bytes
     assert cache.get_seq_length() == 390
     for layer, row in enumerate(plan.tokens):
         for head, tokens in enumerate(row):
-            held = cache.kept_positions(layer, head)
+            held = cache.cached_positions(layer, head)
             assert tokens - eviction.interval <= len(held) <= tokens
             assert held[: eviction.sinks].tolist() == list(range(eviction.sinks))
             assert held[-1] == 389
@@ -139,9 +139,9 @@ def test_a_copied_cache_goes_its_own_way(tiny: Maker) -> None:
     loaded = tiny()
     cache = BudgetedCache(plan_of(loaded, [[20, 30], [15, 15]], HeavyHitter(interval=4, distance=0)))
     loaded.model(random_ids(1, 50), past_key_values=cache)
-    before, snapshot = cache.kept_positions(0, 0), copy.deepcopy(cache)
+    before, snapshot = cache.cached_positions(0, 0), copy.deepcopy(cache)
     loaded.model(random_ids(1, 10, seed=5), past_key_values=snapshot)
-    assert torch.equal(cache.kept_positions(0, 0), before)
+    assert torch.equal(cache.cached_positions(0, 0), before)
     assert snapshot.get_seq_length() == 60
 
 
@@ -205,7 +205,7 @@ def test_sliding_layers_hold_their_window_and_not_the_prompt_behind_it(
     assert loaded.geometry.windows == (None, None, 16, 16)
     ids, cache = random_ids(1, 100), BudgetedCache(full_plan(loaded.identity, loaded.geometry, 130, bits))
     ours = loaded.model(ids, past_key_values=cache).logits
-    assert cache.nbytes <= cache.promised_bytes
+    assert cache.nbytes <= cache.reserved_bytes
     theirs, full = loaded.model(ids).logits, full_cache(config=loaded.model.config)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     loaded.model(ids, past_key_values=full)

@@ -35,9 +35,9 @@ def test_thousands_of_tokens_later_every_head_holds_its_budget_and_the_process_h
     assert resident() - before < 5 << 20
     cache.check_integrity()
     assert cache.get_seq_length() == 500 + TOKENS
-    assert cache.nbytes == 4 * cache.promised_bytes
+    assert cache.nbytes == 4 * cache.reserved_bytes
     for head, tokens in enumerate(plan.tokens[0]):
-        held = cache.kept_positions(0, head)
+        held = cache.cached_positions(0, head)
         assert tokens - eviction.interval <= len(held) <= tokens
         assert held[: eviction.sinks].tolist() == list(range(eviction.sinks))
         assert held[-1] == 500 + TOKENS - 1
@@ -51,8 +51,8 @@ def test_a_full_cache_copies_nothing_per_token(tiny: Callable[..., LoadedModel])
         loaded.model(random_ids(1, 60), past_key_values=cache)
         for token in random_ids(20, 1):
             loaded.model(token[None], past_key_values=cache)
-        groups = cache.ragged()[0].groups
-        places = [group.keys.coded[0].data_ptr() for group in groups]
+        groups = cache.budgeted_layers[0].groups
+        places = [group.keys.encoded[0].data_ptr() for group in groups]
         for token in random_ids(100, 1):
             loaded.model(token[None], past_key_values=cache)
-        assert [group.keys.coded[0].data_ptr() for group in groups] == places
+        assert [group.keys.encoded[0].data_ptr() for group in groups] == places

@@ -9,7 +9,7 @@ from plan_factory import chunked, plan_of, random_ids
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from baklava.cache.attention import Kernel, probabilities, weighted
+from baklava.cache.attention import AttentionParams, attention_probs, attend_values
 from baklava.cache.head_groups.centroids import Centroids
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, KeyDiff, Streaming
@@ -25,17 +25,17 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def of(key: Tensor, value: Tensor, weight: Tensor, count: int, iterations: int = 4) -> Centroids:
-    return Centroids.none_yet(key, key.shape[1], count).with_members(key, value, weight, iterations)
+    return Centroids.empty(key, key.shape[1], count).merge(key, value, weight, iterations)
 
 
 def test_equal_entries_are_as_good_as_their_centroid() -> None:
     key, value = draw(1, 2, 3, 8).repeat_interleave(5, 2), draw(1, 2, 3, 8, seed=1).repeat_interleave(5, 2)
-    summary = of(key, value, torch.ones(1, 2, 15), 3).summary(torch.float32)
+    summary = of(key, value, torch.ones(1, 2, 15), 3).entries(torch.float32)
     query, held, given = draw(1, 2, 2, 4, 8, seed=2), draw(1, 2, 6, 8, seed=3), draw(1, 2, 6, 8, seed=4)
-    kernel = Kernel(0.4)
-    exact = weighted(probabilities(query, torch.cat([key, held], 2), None, kernel), torch.cat([value, given], 2))
-    attention = probabilities(query, held, None, kernel, summary)
-    torch.testing.assert_close(weighted(attention, given, summary), exact, atol=2e-3, rtol=2e-3)
+    kernel = AttentionParams(0.4)
+    exact = attend_values(attention_probs(query, torch.cat([key, held], 2), None, kernel), torch.cat([value, given], 2))
+    attention = attention_probs(query, held, None, kernel, summary)
+    torch.testing.assert_close(attend_values(attention, given, summary), exact, atol=2e-3, rtol=2e-3)
 
 
 def test_a_centroid_is_the_weighted_mean_of_its_members_and_weighs_as_many() -> None:
@@ -45,10 +45,10 @@ def test_a_centroid_is_the_weighted_mean_of_its_members_and_weighs_as_many() -> 
     torch.testing.assert_close(found.key[0, 0, 0].float(), share @ key[0, 0], atol=1e-3, rtol=1e-2)
     torch.testing.assert_close(found.value[0, 0, 0].float(), share @ value[0, 0], atol=1e-3, rtol=1e-2)
     scaled = of(key, value, 100 * weight, 1)
-    bias = float(found.summary(torch.float32).bias)
-    assert bias == pytest.approx(float(scaled.summary(torch.float32).bias), abs=1e-4)
+    bias = float(found.entries(torch.float32).bias)
+    assert bias == pytest.approx(float(scaled.entries(torch.float32).bias), abs=1e-4)
     assert bias == pytest.approx(float(-(share * share.log()).sum()), abs=1e-4)
-    equal = of(key, value, torch.ones(1, 1, 40), 1).summary(torch.float32)
+    equal = of(key, value, torch.ones(1, 1, 40), 1).entries(torch.float32)
     assert float(equal.bias.exp()) == pytest.approx(40, rel=1e-4)
 
 
@@ -56,20 +56,20 @@ def test_members_that_come_late_count_as_those_that_came_first() -> None:
     key, value, weight = draw(1, 1, 60, 4), draw(1, 1, 60, 4, seed=1), draw(1, 1, 60, seed=2).abs()
     whole = of(key, value, weight, 1)
     parts = of(key[:, :, :25], value[:, :, :25], weight[:, :, :25], 1)
-    parts = parts.with_members(key[:, :, 25:], value[:, :, 25:], weight[:, :, 25:])
+    parts = parts.merge(key[:, :, 25:], value[:, :, 25:], weight[:, :, 25:])
     for mine, all_at_once in zip(parts.tensors, whole.tensors, strict=True):
         torch.testing.assert_close(mine, all_at_once, atol=2e-3, rtol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_centroids_follow_what_comes_for_ever(dtype: torch.dtype) -> None:
-    found = Centroids.none_yet(torch.empty(1, 1, 0, 4, dtype=dtype), 1, 1)
+    found = Centroids.empty(torch.empty(1, 1, 0, 4, dtype=dtype), 1, 1)
     steps = torch.linspace(1, 4, 1500)
     for step in steps:
         entries = torch.full((1, 1, 16, 4), float(step), dtype=dtype)
-        found = found.with_members(entries, entries, torch.ones(1, 1, 16))
+        found = found.merge(entries, entries, torch.ones(1, 1, 16))
     assert float(found.key.mean()) == pytest.approx(float(steps.mean()), rel=0.02)
-    assert float(found.summary(dtype).bias.exp()) == pytest.approx(1500 * 16, rel=1e-3)
+    assert float(found.entries(dtype).bias.exp()) == pytest.approx(1500 * 16, rel=1e-3)
 
 
 def test_a_prompt_is_folded_in_without_a_copy_of_it() -> None:
@@ -105,8 +105,8 @@ def test_more_centroids_keep_more_and_none_is_lost_on_entries_that_take_no_part(
 
 
 def test_centroids_without_members_are_never_seen() -> None:
-    summary = Centroids.none_yet(draw(1, 2, 1, 8), 2, 3).summary(torch.float32)
-    attention = probabilities(draw(1, 2, 2, 4, 8), draw(1, 2, 6, 8), None, Kernel(0.4), summary)
+    summary = Centroids.empty(draw(1, 2, 1, 8), 2, 3).entries(torch.float32)
+    attention = attention_probs(draw(1, 2, 2, 4, 8), draw(1, 2, 6, 8), None, AttentionParams(0.4), summary)
     assert float(attention[..., :3].abs().max()) == 0
 
 
@@ -134,7 +134,7 @@ def test_centroids_are_the_same_together_and_one_by_one_and_cost_what_the_plan_s
             fast = loaded.model(ids, past_key_values=together).logits
         torch.testing.assert_close(fast, slow, atol=1e-3, rtol=1e-3)
         one_by_one.check_integrity()
-        assert together.nbytes == one_by_one.nbytes <= one_by_one.promised_bytes
+        assert together.nbytes == one_by_one.nbytes <= one_by_one.reserved_bytes
         logits[count] = fast
     head_dim, heads = loaded.geometry.head_dim, 4
     grown = centroid_plan(loaded, 3, bits).bytes_per_sequence - centroid_plan(loaded, 0, bits).bytes_per_sequence

@@ -22,7 +22,7 @@ from transformers import (
 
 from baklava.cache import attention
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.budgeted_layer import RaggedLayer
+from baklava.cache.budgeted_layer import BudgetedLayer
 from baklava.errors import UserError
 from baklava.plan.budget_plan import full_plan
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
@@ -85,7 +85,7 @@ def test_a_left_padded_batch_decodes_to_the_same_logits(family: str) -> None:
         stream(loaded.model, ours, ids, mask, *steps), stream(eager, theirs, ids, mask, *steps), atol=1e-4, rtol=1e-4
     )
     assert ours.get_seq_length() == 60
-    assert ours.nbytes <= 3 * ours.promised_bytes
+    assert ours.nbytes <= 3 * ours.reserved_bytes
 
 
 @family_table
@@ -145,8 +145,8 @@ def test_two_turns_on_one_cache_give_the_tokens_of_transformers_own_cache(family
 def stored_dtypes(cache: BudgetedCache) -> set[torch.dtype]:
     held: list[Tensor] = []
     for layer in cache.layers:
-        if isinstance(layer, RaggedLayer):
-            held += [part for group in layer.groups for storage in (group.keys, group.values) for part in storage.coded]
+        if isinstance(layer, BudgetedLayer):
+            held += [part for group in layer.groups for storage in (group.keys, group.values) for part in storage.encoded]
         else:
             held += [layer.keys, layer.values]
     return {tensor.dtype for tensor in held}
@@ -193,7 +193,7 @@ def test_keys_that_a_model_changes_after_the_cache_are_refused_in_the_first_forw
     geometry = CacheGeometry(layers=4, kv_heads=1, query_group=4, head_dim=8, windows=(None,) * 4)
     cache = BudgetedCache(full_plan(ModelIdentity.of(latent, id="latent"), geometry, 50))
     model = tiny_model(latent)
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(attention.ATTN_IMPLEMENTATION)
     with pytest.raises(UserError, match="never reached baklava's attention"):
         model(random_ids(1, 10), past_key_values=cache)
 

@@ -55,14 +55,14 @@ def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, evi
     plan = packed_plan(loaded, eviction, 3)
     cache, _ = prefill(loaded, plan, random_ids(1, 90))
     for token in random_ids(60, 1):
-        assert cache.nbytes <= cache.promised_bytes
+        assert cache.nbytes <= cache.reserved_bytes
         loaded.model(token[None], past_key_values=cache)
     cache.check_integrity()
-    assert cache.nbytes == cache.promised_bytes
-    assert cache.promised_bytes < 0.8 * packed_plan(loaded, eviction, 16).bytes_per_sequence
+    assert cache.nbytes == cache.reserved_bytes
+    assert cache.reserved_bytes < 0.8 * packed_plan(loaded, eviction, 16).bytes_per_sequence
     for layer, row in enumerate(plan.tokens):
         for head, tokens in enumerate(row):
-            held = cache.kept_positions(layer, head)
+            held = cache.cached_positions(layer, head)
             assert tokens - eviction.interval <= len(held) <= tokens
             assert held[: eviction.sinks].tolist() == list(range(eviction.sinks))
 
@@ -81,7 +81,7 @@ def test_graded_keys_hold_what_the_plan_says_together_and_one_by_one(
     with together.teacher_forcing():
         fast = loaded.model(ids, past_key_values=together).logits
     one_by_one.check_integrity()
-    assert one_by_one.nbytes == 2 * one_by_one.promised_bytes
+    assert one_by_one.nbytes == 2 * one_by_one.reserved_bytes
     plain, _ = prefill(loaded, plan.model_copy(update={"key_channels": None}), random_ids(2, 80))
     # Sums in another order flip a code now and then, and what follows it: few logits, and little.
     assert float((fast - slow).abs().mean()) < 0.02 * float((steps(loaded, plain, ids) - slow).abs().mean())
@@ -131,11 +131,11 @@ def test_entries_that_stay_never_change(tiny: Maker, bits: int, staged: bool) ->
 def entries(cache: BudgetedCache) -> dict[tuple[int, int, int], Tensor]:
     """Key and value of each (layer, head, position) that is held."""
     found = {}
-    for index, layer in enumerate(cache.ragged()):
+    for index, layer in enumerate(cache.budgeted_layers):
         for group in layer.groups:
-            pair = torch.cat([group.keys.read(group.filled), group.values.read(group.filled)], -1)
+            pair = torch.cat([group.keys.read(group.num_filled), group.values.read(group.num_filled)], -1)
             for place, head in enumerate(group.budget.heads):
-                positions = group.kept().expand(-1, len(group.budget.heads), -1)[0, place].tolist()
+                positions = group.cached_positions().expand(-1, len(group.budget.heads), -1)[0, place].tolist()
                 found |= {(index, head, position): pair[0, place, slot] for slot, position in enumerate(positions)}
     return found
 
@@ -189,8 +189,8 @@ def test_what_a_short_prompt_left_stays_as_it_is_when_a_long_turn_comes(
     cache = BudgetedCache(plan_of(loaded, [[60, 60]] * 2, eviction, bits=4))
     loaded.model(ids[:, :first], past_key_values=cache)
     steps(loaded, cache, ids[:, first:18])
-    group = cache.ragged()[0].groups[0]
-    before = group.keys.read(group.filled).clone()
+    group = cache.budgeted_layers[0].groups[0]
+    before = group.keys.read(group.num_filled).clone()
     loaded.model(ids[:, 18:], past_key_values=cache)
     assert torch.equal(group.keys.read(18), before)
 
@@ -232,7 +232,7 @@ def test_heads_of_one_layer_have_bits_of_their_own(tiny: Maker, eviction: Evicti
     cache.check_integrity()
     loaded.model.generate(random_ids(2, 90), past_key_values=cache, max_new_tokens=20, do_sample=False)
     cache.check_integrity()
-    assert cache.nbytes == 2 * cache.promised_bytes
+    assert cache.nbytes == 2 * cache.reserved_bytes
 
 
 @torch.inference_mode()
@@ -263,7 +263,7 @@ def test_models_in_half_precision_pack_too(tiny: Maker, dtype: torch.dtype, evic
     assert outputs.dtype == logits.dtype == dtype
     assert bool(outputs.isfinite().all())
     cache.check_integrity()
-    assert cache.nbytes == 2 * cache.promised_bytes
+    assert cache.nbytes == 2 * cache.reserved_bytes
 
 
 @torch.inference_mode()

@@ -8,18 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from baklava.cache.storage import NOTHING, Layout, Storage, storage_for
-from baklava.cache.storage.fake_quantize import read_back
-from baklava.cache.storage.hadamard import Rotation
+from baklava.cache.storage import EMPTY, StorageLayout, Storage, storage_for
+from baklava.cache.storage.fake_quantize import fake_quantize
+from baklava.cache.storage.hadamard import HadamardRotation
 from baklava.cache.storage.quantized_codec import pack, unpack
 from baklava.errors import UserError
 from baklava.plan.budget_plan import EvictionChoice, head_bytes
-from baklava.plan.byte_accounting import Grades, grades, side_bytes
+from baklava.plan.byte_accounting import BitSplit, bit_split, tensor_bytes
 from baklava.plan.geometry import CacheGeometry
 
 BATCH, HEADS, DIM, TOKENS = 2, 3, 32, 24
-LAYOUTS = [Layout(TOKENS), Layout(TOKENS, sinks=3), Layout(TOKENS, sinks=2, staged=5), Layout(TOKENS, staged=4)]
-CODED = [((DIM, bits),) for bits in (32, 16, 8, 6, 5, 4, 3, 2)] + [grades(DIM, bits, True) for bits in (6, 5, 4, 3, 2)]
+LAYOUTS = [StorageLayout(TOKENS), StorageLayout(TOKENS, sinks=3), StorageLayout(TOKENS, sinks=2, staged=5), StorageLayout(TOKENS, staged=4)]
+CODED = [((DIM, bits),) for bits in (32, 16, 8, 6, 5, 4, 3, 2)] + [bit_split(DIM, bits, True) for bits in (6, 5, 4, 3, 2)]
 
 every_storage = pytest.mark.parametrize(
     ("coded", "layout", "centred"),
@@ -37,20 +37,20 @@ def slots(*rows: int) -> Tensor:
     return torch.tensor(rows).expand(BATCH, HEADS, -1).clone()
 
 
-def packed(coded: Grades) -> bool:
+def packed(coded: BitSplit) -> bool:
     return coded[0][1] < 16
 
 
-def alike(channels: int, bits: int) -> Grades:
+def alike(channels: int, bits: int) -> BitSplit:
     """All channels in the same bits."""
     return ((channels, bits),)
 
 
-def part_of(slots: Tensor, layout: Layout) -> Tensor:
+def part_of(slots: Tensor, layout: StorageLayout) -> Tensor:
     return (slots >= layout.sinks).int() + (slots >= layout.tokens - layout.staged).int()
 
 
-def filled(coded: Grades, layout: Layout, centred: bool) -> Storage:
+def filled(coded: BitSplit, layout: StorageLayout, centred: bool) -> Storage:
     """A full storage, whose mean is fitted to most of its entries."""
     storage = storage_for(coded, draw(1), layout, centred=centred)
     storage.select(torch.arange(20)[None, None], 0, draw(20), 20)
@@ -60,15 +60,15 @@ def filled(coded: Grades, layout: Layout, centred: bool) -> Storage:
 
 
 @every_storage
-def test_products_with_entries_are_those_with_what_is_read_out(coded: Grades, layout: Layout, centred: bool) -> None:
+def test_products_with_entries_are_those_with_what_is_read_out(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
     storage = filled(coded, layout, centred)
     rows = torch.randn(BATCH, HEADS, 4, DIM, generator=torch.Generator().manual_seed(1))
     for slots_used in (1, 5, TOKENS):
         entries = storage.read(slots_used)
-        torch.testing.assert_close(storage.dots(rows, slots_used), rows @ entries.transpose(2, 3), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(storage.query_key_scores(rows, slots_used), rows @ entries.transpose(2, 3), atol=1e-4, rtol=1e-4)
         weights = rows[..., :slots_used].softmax(-1)[..., :slots_used]
         weights = torch.nn.functional.pad(weights, (0, slots_used - weights.shape[-1]), value=0.1)
-        torch.testing.assert_close(storage.mixed(weights), weights @ entries, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(storage.weighted_values(weights), weights @ entries, atol=1e-4, rtol=1e-4)
 
 
 def row_of(storage: Storage, row: int) -> Storage:
@@ -79,14 +79,14 @@ def row_of(storage: Storage, row: int) -> Storage:
 
 @every_storage
 def test_rows_that_are_joined_read_as_they_do_alone_and_are_written_alone(
-    coded: Grades, layout: Layout, centred: bool
+    coded: BitSplit, layout: StorageLayout, centred: bool
 ) -> None:
     rows = [row_of(filled(coded, layout, centred), row) for row in (0, 1)]
     short = storage_for(coded, draw(1)[:1], layout, centred=centred)
     short.select(torch.arange(6)[None, None], 0, draw(6)[:1], 6)
     rows.append(short)
     for slots_used in (4, 6, 15):
-        joined = rows[0].joined(rows[1:], slots_used)
+        joined = rows[0].stack(rows[1:], slots_used)
         for place, alone in enumerate(rows):
             held = min(slots_used, 6) if alone is short else slots_used
             read = joined.read(slots_used)[place : place + 1, :, :held]
@@ -102,25 +102,25 @@ def test_rows_that_are_joined_read_as_they_do_alone_and_are_written_alone(
 
 
 @every_storage
-def test_what_is_written_scattered_and_stored_reads_back_alike(coded: Grades, layout: Layout, centred: bool) -> None:
+def test_what_is_written_scattered_and_stored_reads_back_alike(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
     storage, everywhere = filled(coded, layout, centred), torch.arange(TOKENS)[None, None]
     entries = torch.cat([draw(20), draw(TOKENS - 20, seed=1)], 2)
-    assert torch.equal(storage.read(TOKENS), storage.stored(entries, everywhere))
-    assert torch.equal(torch.cat(list(storage.tiles(TOKENS)), 2), storage.read(TOKENS))
+    assert torch.equal(storage.read(TOKENS), storage.round_trip(entries, everywhere))
+    assert torch.equal(torch.cat(list(storage.iter_blocks(TOKENS)), 2), storage.read(TOKENS))
     assert torch.equal(storage.read(7), storage.read(TOKENS)[:, :, :7])
     new = draw(2, seed=2)
     targets = torch.stack([slots(1, 22)[0], slots(9, 3)[0]])
     before = storage.read(TOKENS)
     storage.scatter(targets, new)
     wide = targets[..., None].expand(-1, -1, -1, DIM)
-    expected = before.scatter(2, wide, storage.stored(new, targets))
+    expected = before.scatter(2, wide, storage.round_trip(new, targets))
     assert torch.equal(storage.read(TOKENS), expected)
     storage.scatter(torch.tensor([[[0]], [[23]]]), new[:, :, :1])
-    assert torch.equal(storage.read(TOKENS)[1, :, 23:], storage.stored(new[:, :, :1], slots(23))[1])
+    assert torch.equal(storage.read(TOKENS)[1, :, 23:], storage.round_trip(new[:, :, :1], slots(23))[1])
 
 
 @every_storage
-def test_moves_copy_codes_and_encode_what_was_staged_once(coded: Grades, layout: Layout, centred: bool) -> None:
+def test_moves_copy_codes_and_encode_what_was_staged_once(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
     storage = filled(coded, layout, centred)
     before = storage.read(TOKENS)
     # Rows differ in what moves; an entry that goes nowhere goes onto itself.
@@ -131,22 +131,22 @@ def test_moves_copy_codes_and_encode_what_was_staged_once(coded: Grades, layout:
     wide = target[..., None].expand(-1, -1, -1, DIM)
     moved = before.gather(2, source[..., None].expand(-1, -1, -1, DIM))
     same = part_of(source, layout) == part_of(target, layout) if packed(coded) else torch.ones_like(source).bool()
-    expected = before.scatter(2, wide, torch.where(same[..., None], moved, storage.stored(moved, target)))
+    expected = before.scatter(2, wide, torch.where(same[..., None], moved, storage.round_trip(moved, target)))
     assert torch.equal(storage.read(TOKENS), expected)
 
 
 @every_storage
 def test_a_selection_is_of_old_entries_as_they_are_and_of_new_ones(
-    coded: Grades, layout: Layout, centred: bool
+    coded: BitSplit, layout: StorageLayout, centred: bool
 ) -> None:
     storage = filled(coded, layout, centred)
     before, new = storage.read(TOKENS), draw(9, seed=3)
-    chosen = slots(0, 1, 2, 3, 4, 7, 11, 15, TOKENS + 2, TOKENS + 5, NOTHING, TOKENS + 8)
+    chosen = slots(0, 1, 2, 3, 4, 7, 11, 15, TOKENS + 2, TOKENS + 5, EMPTY, TOKENS + 8)
     for _ in range(3):
         again = copy.deepcopy(storage)
         again.select(chosen, TOKENS, new, 15)
     assert torch.equal(again.read(8), before[:, :, [0, 1, 2, 3, 4, 7, 11, 15]])
-    fresh = storage.stored(new[:, :, [2, 5, 8]], slots(8, 9, 11))
+    fresh = storage.round_trip(new[:, :, [2, 5, 8]], slots(8, 9, 11))
     assert torch.equal(again.read(12)[:, :, [8, 9, 11]], fresh)
     assert torch.equal(storage.read(TOKENS), before)
     again.select(torch.arange(15)[None, None], 15, new, TOKENS)
@@ -154,7 +154,7 @@ def test_a_selection_is_of_old_entries_as_they_are_and_of_new_ones(
 
 
 @every_storage
-def test_rows_and_copies_keep_what_they_hold(coded: Grades, layout: Layout, centred: bool) -> None:
+def test_rows_and_copies_keep_what_they_hold(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
     storage = filled(coded, layout, centred)
     before, copied = storage.read(TOKENS), copy.deepcopy(storage)
     copied.select_rows(torch.tensor([1, 0, 1]))
@@ -170,12 +170,12 @@ def test_rows_and_copies_keep_what_they_hold(coded: Grades, layout: Layout, cent
 
 
 @every_storage
-def test_bytes_are_those_of_the_plan(coded: Grades, layout: Layout, centred: bool) -> None:
+def test_bytes_are_those_of_the_plan(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
     storage = filled(coded, layout, centred)
     mean = DIM * 2 if centred and packed(coded) else 0
-    assert storage.nbytes == BATCH * HEADS * (side_bytes(TOKENS, coded, layout.sinks + layout.staged) + mean)
+    assert storage.nbytes == BATCH * HEADS * (tensor_bytes(TOKENS, coded, layout.sinks + layout.staged) + mean)
     storage.resize(layout.sinks + 1)
-    assert storage.nbytes == BATCH * HEADS * (side_bytes(layout.sinks + 1, coded, layout.sinks) + mean)
+    assert storage.nbytes == BATCH * HEADS * (tensor_bytes(layout.sinks + 1, coded, layout.sinks) + mean)
 
 
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
@@ -185,8 +185,8 @@ def test_bytes_are_those_of_the_plan(coded: Grades, layout: Layout, centred: boo
 def test_a_pair_of_storages_is_a_head_of_the_plan(bits: int, sinks: int, staged: bool, graded: bool) -> None:
     geometry = CacheGeometry(layers=1, kv_heads=1, query_group=1, head_dim=64, windows=(None,))
     eviction = EvictionChoice(method="streaming", sinks=sinks, interval=8, staged=staged)
-    layout = Layout(40, sinks, 8 if staged else 0)
-    sides = [(grades(64, bits, graded), True), (alike(64, bits), False)]
+    layout = StorageLayout(40, sinks, 8 if staged else 0)
+    sides = [(bit_split(64, bits, graded), True), (alike(64, bits), False)]
     pair = [storage_for(coded, torch.empty(1, 1, 0, 64), layout, centred=centred) for coded, centred in sides]
     for storage in pair:
         storage.resize(40)
@@ -197,9 +197,9 @@ def test_a_pair_of_storages_is_a_head_of_the_plan(bits: int, sinks: int, staged:
 def test_the_error_is_that_of_the_best_uniform_levels(bits: int, error: float) -> None:
     entries = torch.randn(1, 2, 2000, 128, generator=torch.Generator().manual_seed(0))
     skewed = entries * torch.linspace(0.01, 3, 128)
-    for each in (entries, Rotation.of((128,), skewed).turned(skewed)):
-        storage = storage_for(alike(128, bits), each, Layout(2000))
-        off = (storage.stored(each, torch.arange(2000)[None, None]) - each).square().mean() / each.square().mean()
+    for each in (entries, HadamardRotation.of((128,), skewed).rotate(skewed)):
+        storage = storage_for(alike(128, bits), each, StorageLayout(2000))
+        off = (storage.round_trip(each, torch.arange(2000)[None, None]) - each).square().mean() / each.square().mean()
         assert off < error
 
 
@@ -207,27 +207,27 @@ def test_a_mean_that_keys_share_costs_no_precision() -> None:
     keys = draw(500, dim=64) + 20 * torch.randn(1, HEADS, 1, 64, generator=torch.Generator().manual_seed(5))
     errors = []
     for centred in (False, True):
-        storage = storage_for(alike(64, 4), keys, Layout(500, sinks=2), centred=centred)
+        storage = storage_for(alike(64, 4), keys, StorageLayout(500, sinks=2), centred=centred)
         storage.select(torch.arange(500)[None, None], 0, keys, 500)
         errors.append(float((storage.read(500) - keys)[:, :, 2:].square().mean()))
     assert errors[1] < 0.015 < 1 < errors[0]
 
 
 def test_the_mean_is_of_the_first_entries_and_not_of_sinks_or_padding() -> None:
-    keys, layout = draw(30) + 5, Layout(40, sinks=2)
+    keys, layout = draw(30) + 5, StorageLayout(40, sinks=2)
     odd = keys.clone()
     odd[:, :, :2] += 100
     odd[:, :, 25:] -= 50
     whole, cut = (storage_for(alike(DIM, 4), keys, layout, centred=True) for _ in range(2))
     whole.select(torch.arange(25)[None, None], 0, keys[:, :, :25], 30)
-    padded = torch.tensor([*range(25), *[NOTHING] * 5])[None, None]
+    padded = torch.tensor([*range(25), *[EMPTY] * 5])[None, None]
     cut.select(padded, 0, odd, 30)
     assert torch.equal(whole.read(25)[:, :, 2:], cut.read(25)[:, :, 2:])
     assert float((whole.read(25) - keys[:, :, :25])[:, :, 2:].square().mean()) < 0.02
 
 
 def test_few_entries_make_no_mean_and_late_ones_change_nothing() -> None:
-    keys, layout = draw(40) + 5, Layout(60)
+    keys, layout = draw(40) + 5, StorageLayout(60)
     few, late = (storage_for(alike(DIM, 4), keys, layout, centred=True) for _ in range(2))
     few.select(torch.arange(5)[None, None], 0, keys[:, :, :5], 60)
     plain = storage_for(alike(DIM, 4), keys, layout)
@@ -248,8 +248,8 @@ def test_extreme_entries_stay_finite(dtype: torch.dtype, bits: int) -> None:
         [torch.zeros(DIM), torch.full((DIM,), 1e-7), torch.eye(DIM)[0] * top, torch.full((DIM,), -top)]
     )
     entries = entries.to(dtype).expand(BATCH, HEADS, -1, -1)
-    storage = storage_for(alike(DIM, bits), entries, Layout(4))
-    stored = storage.stored(entries, torch.arange(4)[None, None])
+    storage = storage_for(alike(DIM, bits), entries, StorageLayout(4))
+    stored = storage.round_trip(entries, torch.arange(4)[None, None])
     assert stored.dtype == dtype
     assert bool(stored.isfinite().all())
     assert float(stored[:, :, 0].abs().max()) == 0
@@ -269,7 +269,7 @@ def test_packed_codes_come_back_exactly(bits: int, eighths: int, seed: int) -> N
 @pytest.mark.parametrize(("bits", "head_dim", "multiple"), [(4, 3, 2), (2, 6, 4), (3, 12, 8)])
 def test_heads_that_do_not_fill_bytes_are_refused(bits: int, head_dim: int, multiple: int) -> None:
     with pytest.raises(UserError, match=f"a multiple of {multiple}; keep them in 16 bits"):
-        storage_for(alike(head_dim, bits), torch.empty(1, 1, 0, head_dim), Layout(10))
+        storage_for(alike(head_dim, bits), torch.empty(1, 1, 0, head_dim), StorageLayout(10))
 
 
 @given(parts=st.lists(st.integers(1, 70), min_size=1, max_size=3), seed=st.integers(0, 2**30), ordered=st.booleans())
@@ -277,11 +277,11 @@ def test_a_rotation_keeps_products_and_is_turned_back(parts: list[int], seed: in
     generator, head_dim = torch.Generator().manual_seed(seed), sum(parts)
     pair = torch.randn(2, HEADS, 5, head_dim, generator=generator)
     order = torch.stack([torch.randperm(head_dim, generator=generator) for _ in range(HEADS)]) if ordered else None
-    rotation = Rotation.of(tuple(parts), pair, order)
-    turned = rotation.turned(pair)
-    torch.testing.assert_close(rotation.turned_back(turned), pair, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close((turned[0] * turned[1]).sum(-1), (pair[0] * pair[1]).sum(-1), atol=1e-4, rtol=1e-4)
-    grouped = rotation.turned(pair[:, :, None])
+    rotation = HadamardRotation.of(tuple(parts), pair, order)
+    turned = rotation.rotate(pair)
+    torch.testing.assert_close(rotation.inverse_rotate(turned), pair, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((turned[0] * rotate[1]).sum(-1), (pair[0] * pair[1]).sum(-1), atol=1e-4, rtol=1e-4)
+    grouped = rotation.rotate(pair[:, :, None])
     assert torch.equal(grouped[:, :, 0], turned)
 
 
@@ -290,7 +290,7 @@ def test_graded_keys_are_never_worse_than_plain_ones(head_dim: int) -> None:
     keys = torch.randn(HEADS, 2000, head_dim, generator=torch.Generator().manual_seed(0))
     keys = keys * torch.linspace(0.05, 3, head_dim)
     order = torch.arange(head_dim).flip(0).expand(HEADS, -1)
-    plain, graded = (read_back(keys, 4, 0, centred=True, order=each) for each in (None, order))
+    plain, graded = (fake_quantize(keys, 4, 0, centred=True, order=each) for each in (None, order))
     assert float((graded - keys).square().mean()) <= float((plain - keys).square().mean())
 
 
@@ -300,7 +300,7 @@ def test_channels_that_matter_most_are_coded_best() -> None:
     keys, loud = keys * (torch.arange(64) + 1), torch.arange(64) >= 32
     errors = {}
     for graded in (False, True):
-        back = read_back(keys[0], 4, 0, centred=True, order=order if graded else None)
+        back = fake_quantize(keys[0], 4, 0, centred=True, order=order if graded else None)
         off = (back - keys[0]).square().mean((0, 1))
         errors[graded] = float(off.mean())
         if graded:

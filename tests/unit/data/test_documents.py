@@ -7,22 +7,22 @@ from pathlib import Path
 import datasets
 import pytest
 
-from baklava.data.demo_assets import wheel
-from baklava.data.demo_corpora import LONG, plain
-from baklava.data.documents import DEMO, Document, digest, documents
+from baklava.data.demo_assets import fetch_wheel
+from baklava.data.demo_corpora import MIN_SERVICE_CHARACTERS, html_to_text
+from baklava.data.documents import DEMO_CORPORA, Document, documents_digest, load_documents
 from baklava.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def corpus() -> dict[str, dict[str, str]]:
-    return {name: {document.name: document.text for document in documents([name])} for name in DEMO}
+    return {name: {document.name: document.text for document in load_documents([name])} for name in DEMO_CORPORA}
 
 
 def test_botocore_gives_long_services_sorted_by_name(corpus: dict[str, dict[str, str]]) -> None:
     found = corpus["botocore"]
     assert len(found) == 51
     assert list(found) == sorted(found, key=lambda name: name.split("/")[1])
-    assert all(len(text) >= LONG for text in found.values())
+    assert all(len(text) >= MIN_SERVICE_CHARACTERS for text in found.values())
     assert found["botocore/s3"].startswith("Amazon Simple Storage Service\n\n")
     assert "This operation aborts a multipart upload." in found["botocore/s3"]
 
@@ -58,7 +58,7 @@ def test_no_markup_is_left(corpus: dict[str, dict[str, str]], name: str) -> None
 
 
 def test_the_corpora_are_the_same_every_time_and_everywhere(corpus: dict[str, dict[str, str]]) -> None:
-    again = {name: digest(documents([name])) for name in DEMO}
+    again = {name: documents_digest(load_documents([name])) for name in DEMO_CORPORA}
     assert {name: value[:12] for name, value in again.items()} == {
         "botocore": "288795c35e86",
         "ifcraft": "6e3caa044573",
@@ -69,24 +69,24 @@ def test_the_corpora_are_the_same_every_time_and_everywhere(corpus: dict[str, di
 def test_a_corpus_is_parsed_once_and_again_when_its_parsed_copy_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    source = wheel("ifcraft")
+    source = fetch_wheel("ifcraft")
     monkeypatch.setenv("BAKLAVA_CACHE", str(tmp_path))
     (tmp_path / "wheels").mkdir()
     shutil.copy(source, tmp_path / "wheels")
-    first = digest(documents(["ifcraft"]))
+    first = documents_digest(load_documents(["ifcraft"]))
     assert capfd.readouterr().err == "reading the texts of ifcraft, once\n"
-    assert digest(documents(["ifcraft"])) == first
+    assert documents_digest(load_documents(["ifcraft"])) == first
     assert capfd.readouterr().err == ""
     (cached,) = (tmp_path / "texts").iterdir()
     cached.write_bytes(cached.read_bytes()[:1000])
-    assert digest(documents(["ifcraft"])) == first
+    assert documents_digest(load_documents(["ifcraft"])) == first
     assert "reading the texts" in capfd.readouterr().err
 
 
 def test_html_becomes_paragraphs_lists_and_lines() -> None:
     html = "<p>One  <code>a</code>, two\n three.</p> <ul> <li> <p>x</p> </li> <li>y&nbsp;&amp; z</li> </ul>"
     html += "<p>End<br>line</p>"
-    assert plain(html) == "One a, two three.\n- x\n- y & z\n\nEnd\nline"
+    assert html_to_text(html) == "One a, two three.\n- x\n- y & z\n\nEnd\nline"
 
 
 def test_own_files_and_folders_are_documents(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_own_files_and_folders_are_documents(tmp_path: Path) -> None:
         '{"text": "third\\u2028line"}\n\n{"text": "", "id": 2}\n{"text": "fourth"}\n'
     )
     (tmp_path / "ignored.bin").write_bytes(b"\xff\xfe")
-    found = documents([str(tmp_path)])
+    found = load_documents([str(tmp_path)])
     assert [document.text for document in found] == ["# first", "second", "third\u2028line", "fourth"]
     assert [document.name.removeprefix(f"{tmp_path}/") for document in found] == [
         "a.md",
@@ -105,12 +105,12 @@ def test_own_files_and_folders_are_documents(tmp_path: Path) -> None:
         "sub/c.jsonl:1",
         "sub/c.jsonl:4",
     ]
-    assert documents([str(tmp_path / "b.txt")]) == [Document(f"{tmp_path}/b.txt", "second")]
+    assert load_documents([str(tmp_path / "b.txt")]) == [Document(f"{tmp_path}/b.txt", "second")]
 
 
 def test_names_are_read_in_the_order_given(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("mine")
-    found = documents([str(tmp_path / "own.txt"), "ifcraft"])
+    found = load_documents([str(tmp_path / "own.txt"), "ifcraft"])
     assert found[0].text == "mine"
     assert found[1].name == "ifcraft/agent-design"
 
@@ -129,14 +129,14 @@ def test_names_are_read_in_the_order_given(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as refused:
-        documents([str(tmp_path / name)])
+        load_documents([str(tmp_path / name)])
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["nope", "./missing.txt", "a/b/c/d", "texts/missing.md", ""])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
     with pytest.raises(UserError, match=r"known corpus \(botocore, ifcraft, factbook, wikitext, pg19\)"):
-        documents([name])
+        load_documents([name])
 
 
 @pytest.mark.parametrize("name", ["owner/set", "owner/set:test", "owner/set/config:test:body"])
@@ -144,15 +144,15 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(name: str) -> None:
     with pytest.raises(
         UserError, match=r"as a hub data set it could not be read .*botocore, ifcraft, factbook"
     ) as refused:
-        documents([name])
+        load_documents([name])
     assert "\n" not in str(refused.value)
 
 
 def test_no_name_and_a_repeated_name_are_refused() -> None:
     with pytest.raises(UserError, match="no text was named"):
-        documents([])
+        load_documents([])
     with pytest.raises(UserError, match="'ifcraft' is named twice"):
-        documents(["ifcraft", "ifcraft"])
+        load_documents(["ifcraft", "ifcraft"])
 
 
 def test_the_digest_tells_documents_apart() -> None:
@@ -164,8 +164,8 @@ def test_the_digest_tells_documents_apart() -> None:
         [Document("a", "X"), Document("b", "y")],
         [Document("c", "x"), Document("b", "y")],
     ]
-    assert digest(base) == digest(list(base))
-    assert len({digest(documents) for documents in [base, *others]}) == len(others) + 1
+    assert documents_digest(base) == documents_digest(list(base))
+    assert len({documents_digest(documents) for documents in [base, *others]}) == len(others) + 1
 
 
 def parquet(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -178,7 +178,7 @@ def test_wikitext_is_articles_of_lines(tmp_path: Path) -> None:
     lines = ["", " = Robert Boulter = \n", "", " He is an actor . \n", " = 1 + 1 = \n", "", " = = Career = = \n"]
     lines += ["", " He acts . \n", "", " = 2 = 2 = \n", "", " A law . \n"]
     file = parquet(tmp_path / "test-00000-of-00001.parquet", [{"text": line} for line in lines])
-    first, second = documents([f"wikitext={file}"])
+    first, second = load_documents([f"wikitext={file}"])
     assert first.name == "wikitext/Robert Boulter"
     assert first.text == (
         " = Robert Boulter = \n\n He is an actor . \n = 1 + 1 = \n\n = = Career = = \n\n He acts . \n\n"
@@ -189,17 +189,17 @@ def test_wikitext_is_articles_of_lines(tmp_path: Path) -> None:
 def test_pg19_is_a_document_a_book(tmp_path: Path) -> None:
     book = {"short_book_title": "Emma by Jane Austen", "publication_date": 1816, "url": "http://x", "text": "Emma ..."}
     file = parquet(tmp_path / "test.parquet", [book])
-    assert documents([f"pg19={file}"]) == [Document("pg19/Emma by Jane Austen", "Emma ...")]
+    assert load_documents([f"pg19={file}"]) == [Document("pg19/Emma by Jane Austen", "Emma ...")]
 
 
 @pytest.mark.parametrize("name", ["wikitext", "pg19"])
 def test_a_published_corpus_says_how_to_go_on_without_the_hub(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"text '{name}' \(hf://.*could not be read .*as {name}=FILE, or use one of"):
-        documents([name])
+        load_documents([name])
     with pytest.raises(UserError, match=r"data file 'no.parquet' does not exist"):
-        documents([f"{name}=no.parquet"])
+        load_documents([f"{name}=no.parquet"])
     with pytest.raises(UserError, match=r"has nothing in column .*'text' of a row with 'body'"):
-        documents([f"{name}={parquet(tmp_path / 'a.parquet', [{'body': 'x'}])}"])
+        load_documents([f"{name}={parquet(tmp_path / 'a.parquet', [{'body': 'x'}])}"])
 
 
 def test_a_data_set_is_read_by_configuration_split_and_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +211,6 @@ def test_a_data_set_is_read_by_configuration_split_and_column(tmp_path: Path, mo
         parquet(tmp_path / f"owner/name/{config}/test-00000-of-00001.parquet", [{"body": f"text of {config}"}])
     (tmp_path / "owner/name/README.md").write_text(card + "---\n")
     monkeypatch.chdir(tmp_path)
-    assert documents(["owner/name/b:test:body"]) == [Document("owner/name/b:test:body:0", "text of b")]
+    assert load_documents(["owner/name/b:test:body"]) == [Document("owner/name/b:test:body:0", "text of b")]
     with pytest.raises(UserError, match=r"has nothing in column 'text' of a row with 'body'"):
-        documents(["owner/name/b:test"])
+        load_documents(["owner/name/b:test"])

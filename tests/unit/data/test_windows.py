@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from baklava.data.documents import Document
-from baklava.data.windows import Window, read_windows, split, windows, write_windows
+from baklava.data.windows import Window, cut_windows, make_splits, read_windows, write_windows
 from baklava.errors import UserError
 
 
@@ -26,18 +26,18 @@ def document(name: str, tokens: int) -> Document:
 
 
 def test_windows_follow_each_other_and_start_as_the_tokenizer_starts_a_text() -> None:
-    cut = windows([document("a", 30)], Characters(bos=1), context=8, continuation=4, per_document=5)
+    cut = cut_windows([document("a", 30)], Characters(bos=1), context=8, continuation=4, per_document=5)
     assert [window.name for window in cut] == ["a:0", "a:1"]
     assert [window.ids[0] for window in cut] == [1, 1]
     assert [token for window in cut for token in window.ids[1:]] == [ord(c) for c in document("a", 22).text]
-    assert {(len(window.ids), window.continuation) for window in cut} == {(12, 4)}
+    assert {(len(window.ids), window.continuation_length) for window in cut} == {(12, 4)}
 
 
 def test_splits_share_no_document_and_depend_on_the_seed_alone() -> None:
     documents = [document(f"d{i}", 40) for i in range(20)]
-    first = split(documents, Characters(), context=8, continuation=4, seed=0)
-    again = split(list(reversed(documents)), Characters(), context=8, continuation=4, seed=0)
-    other = split(documents, Characters(), context=8, continuation=4, seed=1)
+    first = make_splits(documents, Characters(), context=8, continuation=4, seed=0)
+    again = make_splits(list(reversed(documents)), Characters(), context=8, continuation=4, seed=0)
+    other = make_splits(documents, Characters(), context=8, continuation=4, seed=1)
     parts = [{w.document for w in part} for part in (first.calibration, first.search, first.validation)]
     assert [len(part) for part in parts] == [3, 4, 4]
     assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
@@ -46,7 +46,7 @@ def test_splits_share_no_document_and_depend_on_the_seed_alone() -> None:
 
 def test_few_documents_are_cut_into_more_windows_without_sharing() -> None:
     documents = [document(f"d{i}", 200) for i in range(4)]
-    cut = split(documents, Characters(), context=8, continuation=4, seed=0)
+    cut = make_splits(documents, Characters(), context=8, continuation=4, seed=0)
     parts = [{w.document for w in part} for part in (cut.calibration, cut.search, cut.validation)]
     assert sum(map(len, parts)) == len(set().union(*parts))
     assert all(len(part) >= 3 for part in (cut.calibration, cut.search, cut.validation))
@@ -57,7 +57,7 @@ def test_short_documents_and_copies_neither_shrink_the_splits_nor_join_them() ->
     short = [document(f"s{i}", 5) for i in range(60)]
     copies = [Document(f"copy{i}", long[0].text) for i in range(10)]
     alone, crowded = (
-        split(texts, Characters(), context=8, continuation=4, seed=0) for texts in (long, long + short + copies)
+        make_splits(texts, Characters(), context=8, continuation=4, seed=0) for texts in (long, long + short + copies)
     )
     assert [len(part) for part in (crowded.calibration, crowded.search, crowded.validation)] == [3, 4, 4]
     used = [{w.document for w in part} for part in (crowded.calibration, crowded.search, crowded.validation)]
@@ -68,11 +68,11 @@ def test_short_documents_and_copies_neither_shrink_the_splits_nor_join_them() ->
 
 def test_texts_too_short_or_too_few_are_one_sentence() -> None:
     with pytest.raises(UserError, match="has 11 tokens, but a window needs 8 of context \\+ 4 of continuation"):
-        windows([document("a", 11), document("b", 3)], Characters(), context=8, continuation=4)
+        cut_windows([document("a", 11), document("b", 3)], Characters(), context=8, continuation=4)
     with pytest.raises(UserError, match="2 of 2 texts are long enough"):
-        split([document("a", 99), document("b", 99)], Characters(), context=8, continuation=4, seed=0)
+        make_splits([document("a", 99), document("b", 99)], Characters(), context=8, continuation=4, seed=0)
     with pytest.raises(UserError, match="at least 1 token"):
-        windows([document("a", 99)], Characters(), context=0, continuation=4)
+        cut_windows([document("a", 99)], Characters(), context=0, continuation=4)
 
 
 def test_a_window_file_is_read_and_checked(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_window_file_is_read_and_checked(tmp_path: Path) -> None:
     good = {"context": 3, "continuation": 2, "windows": [{"name": "w", "ids": [1, 2, 3, 4, 5]}]}
     file.write_text(json.dumps(good))
     [window] = read_windows(file, vocabulary=10)
-    assert (window.name, window.ids, window.context, window.continuation) == ("w", (1, 2, 3, 4, 5), 3, 2)
+    assert (window.name, window.ids, window.context_length, window.continuation_length) == ("w", (1, 2, 3, 4, 5), 3, 2)
     bad: list[tuple[object, str]] = [
         ({**good, "windows": []}, "holds no windows"),
         ({**good, "windows": [{"name": "w", "ids": [1, 2]}]}, "has 2 ids, not 5"),

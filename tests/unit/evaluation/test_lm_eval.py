@@ -22,7 +22,7 @@ from baklava.evaluation.window_scoring import prefill, score
 from baklava.eviction import Eviction, HeavyHitter, Reconstruction, Streaming
 from baklava.plan.budget_plan import BudgetPlan, full_plan
 from baklava.runtime import logprobs as likelihood
-from baklava.runtime.decode import decode
+from baklava.runtime.decode import generate
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill as enter
 
@@ -150,7 +150,7 @@ def test_a_rolling_loglikelihood_feeds_every_token_of_a_window_alone(
 def test_greedy_generation_is_that_of_transformers_in_the_same_cache(spelling: LoadedModel, number: int) -> None:
     plan, ids = plans(spelling)[number], ids_of(80)
     theirs = spelling.model.generate(torch.tensor([ids]), past_key_values=BudgetedCache(plan), max_new_tokens=30)
-    assert decode(spelling, plan, ids, max_new_tokens=30) == theirs[0, 80:].tolist()
+    assert generate(spelling, plan, ids, max_new_tokens=30) == theirs[0, 80:].tolist()
 
 
 @torch.inference_mode()
@@ -160,7 +160,7 @@ def test_a_prompt_that_is_repeated_is_gone_on_from(spelling: LoadedModel) -> Non
     for _ in range(20):
         made.append(int(logits.argmax()))
         logits = spelling.model(torch.tensor([made[-1:]]), past_key_values=cache).logits[:, -1]
-    assert decode(spelling, plan, ids_of(80), max_new_tokens=20) == made
+    assert generate(spelling, plan, ids_of(80), max_new_tokens=20) == made
 
 
 def test_greedy_generation_with_the_full_plan_is_the_plain_model(spelling: LoadedModel) -> None:
@@ -203,7 +203,7 @@ def kinds(model: BaklavaLM) -> list[Callable[[], object]]:
 def test_a_cache_that_breaks_its_promise_ends_the_run(
     spelling: LoadedModel, kind: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BudgetedCache, "promised_bytes", 1)
+    monkeypatch.setattr(BudgetedCache, "reserved_bytes", 1)
     with pytest.raises(RuntimeError, match="were promised"):
         kinds(BaklavaLM(spelling, plan_of(spelling, TIGHT, Streaming())))[kind]()
 
@@ -276,7 +276,7 @@ def test_a_request_is_touched_exactly_when_entries_were_gone(
     seen = set()
     for context in (7, 8, 9, 10, 11, 12, 13, 16):
         texts = [ids_of(length, 1) for length in (1, 2, 3, 5)]
-        whole, cut = (likelihood.continuations(spelling, each, ids_of(context), texts) for each in (full, tight))
+        whole, cut = (likelihood.score_continuations(spelling, each, ids_of(context), texts) for each in (full, tight))
         for text, exact, found in zip(texts, whole, cut, strict=True):
             tally = Tally(tight, "requests")
             tally.count(context, len(text) - 1)
@@ -311,7 +311,7 @@ def test_a_model_with_sliding_layers_is_scored_as_it_decodes() -> None:
     for token, following in pairwise(ids[50:]):
         logits = loaded.model(torch.tensor([[token]]), past_key_values=cache).logits[:, -1]
         expected += float(logits.log_softmax(-1)[0, following])
-    [found] = likelihood.continuations(loaded, plan, ids[:50], [ids[50:]])
+    [found] = likelihood.score_continuations(loaded, plan, ids[:50], [ids[50:]])
     assert found.log_prob == pytest.approx(expected, abs=1e-3)
 
 

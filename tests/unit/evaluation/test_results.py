@@ -9,7 +9,8 @@ from plan_factory import plan_of
 
 from baklava.allocation.plan_spec import NamedPlan
 from baklava.evaluation.evaluator import PromptResult, WindowResult
-from baklava.evaluation.results import Evaluation, Speed, TaskScore, best, compare
+from baklava.evaluation.results import Evaluation, TaskScore, best, compare
+from baklava.evaluation.speed.latency import Speed
 from baklava.evaluation.summary import verdict
 from baklava.evaluation.task_scoring import Answer, Answers
 from baklava.evaluation.window_scoring import Score

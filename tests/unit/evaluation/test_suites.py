@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baklava.data.hub_datasets import file_rows
+from baklava.data.hub_datasets import stream_file_rows
 from baklava.errors import UserError
 from baklava.evaluation.suites import SUITES, LongBench, Ruler, prompts, suite_of
 from baklava.evaluation.suites.base import fitted
@@ -217,7 +217,7 @@ def test_a_file_is_read_out_of_an_archive_as_the_published_one_is(tmp_path: Path
         archive.writestr("data/trec.jsonl", json.dumps(longbench_row(input="other")) + "\n")
     inner, _, hub = LongBench("qasper").published.partition("::")
     assert hub.startswith("hf://datasets/")
-    (row,) = file_rows("rows", "fix it", files=f"{inner}::{tmp_path / 'data.zip'}", where={})
+    (row,) = stream_file_rows("rows", "fix it", files=f"{inner}::{tmp_path / 'data.zip'}", where={})
     assert row["input"] == "Who wrote it?"
 
 

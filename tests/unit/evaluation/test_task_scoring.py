@@ -12,10 +12,11 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from baklava.allocation.plan_spec import named_plan
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.data.documents import documents
+from baklava.data.documents import load_documents
 from baklava.errors import UserError
 from baklava.evaluation import task_scoring as answering
 from baklava.evaluation.evaluator import Evaluator
+from baklava.evaluation.speed.workloads import transformers_attention
 from baklava.evaluation.task_scoring import (
     Answer,
     answer,
@@ -30,8 +31,7 @@ from baklava.evaluation.tasks.metrics import METRICS
 from baklava.eviction import Eviction, HeavyHitter, Reconstruction, SnapKV, Streaming, Tova
 from baklava.plan.budget_plan import BudgetPlan, full_plan
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import Recorded, prefill
-from benchmarks.transformers_baseline import as_peer
+from baklava.runtime.prefill import PrefilledPrompt, prefill
 
 Maker = Callable[..., LoadedModel]
 
@@ -102,9 +102,9 @@ def test_a_plan_that_keeps_everything_answers_as_the_full_cache(letters: LoadedM
     assert [each.nll for each in ours] == pytest.approx([each.nll for each in theirs], abs=1e-5)
 
 
-def kept(loaded: LoadedModel, recorded: Recorded, plan: BudgetPlan) -> list[list[int]]:
-    cache, _ = answering.cut(loaded, recorded, plan)
-    return [cache.kept_positions(layer, head).tolist() for layer in range(2) for head in range(2)]
+def kept(loaded: LoadedModel, recorded: PrefilledPrompt, plan: BudgetPlan) -> list[list[int]]:
+    cache, _ = answering.compress(loaded, recorded, plan)
+    return [cache.cached_positions(layer, head).tolist() for layer in range(2) for head in range(2)]
 
 
 def test_no_question_reaches_what_eviction_sees(letters: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_a_prompt_longer_than_the_model_is_refused(letters: LoadedModel) -> None
 
 @pytest.fixture(scope="module")
 def prose() -> Prose:
-    return Prose.of(documents(["ifcraft"])[:2])
+    return Prose.of(load_documents(["ifcraft"])[:2])
 
 
 def of_demo(demo: LoadedModel, prose: Prose, name: str, tokens: int = 640) -> Prompt:
@@ -157,7 +157,7 @@ def of_demo(demo: LoadedModel, prose: Prose, name: str, tokens: int = 640) -> Pr
 def by_transformers(demo: LoadedModel, prompt: Prompt, question: Question) -> Answer:
     """All of the prompt at once, and generate() with transformers' own attention and cache."""
     ids = [demo.tokenizer.encode(part) for part in (prompt.context, question.text, question.target)]
-    with as_peer(demo):
+    with transformers_attention(demo):
         logits = demo.model(torch.tensor([[*ids[0], *ids[1], *ids[2]]])).logits[0, -len(ids[2]) - 1 : -1]
         nll = float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[2])))
         asked = torch.tensor([ids[0] + ids[1]])

@@ -8,8 +8,8 @@ from transformers import DynamicCache
 
 from baklava.allocation import Baklava, allocate
 from baklava.allocation.plan_spec import named_plan
-from baklava.data.documents import documents
-from baklava.data.windows import Window, split, windows
+from baklava.data.documents import load_documents
+from baklava.data.windows import Window, cut_windows, make_splits
 from baklava.errors import UserError
 from baklava.evaluation.evaluator import Evaluator
 from baklava.evaluation.results import compare
@@ -39,18 +39,18 @@ def slow_score(loaded: LoadedModel, window: Window, plan: BudgetPlan) -> tuple[f
     """(NLL, KL to transformers' own cache) of the continuation, one token per forward as a server decodes."""
     ids = torch.tensor([window.ids])
     full = DynamicCache()
-    budgeted, first = enter(loaded, plan, ids[:, : window.context])
+    budgeted, first = enter(loaded, plan, ids[:, : window.context_length])
     nll = kl = 0.0
-    for position in range(window.context, len(window.ids)):
-        part = ids[:, : window.context] if position == window.context else ids[:, position - 1 : position]
+    for position in range(window.context_length, len(window.ids)):
+        part = ids[:, : window.context_length] if position == window.context_length else ids[:, position - 1 : position]
         theirs = loaded.model(part, past_key_values=full, logits_to_keep=1).logits[0].log_softmax(-1)
-        if position > window.context:
+        if position > window.context_length:
             first = loaded.model(part, past_key_values=budgeted, logits_to_keep=1).logits[:, -1]
         ours = first.log_softmax(-1)
         nll += float(cross_entropy(ours, ids[0, position : position + 1]))
         kl += float(kl_div(ours, theirs, log_target=True, reduction="sum"))
         assert budgeted.nbytes <= plan.bytes_per_sequence
-    return nll / window.continuation, kl / window.continuation
+    return nll / window.continuation_length, kl / window.continuation_length
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
@@ -118,8 +118,10 @@ def test_an_eviction_that_was_not_observed_is_refused(tiny: Maker) -> None:
 
 @pytest.mark.demo
 def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_loses_nothing(demo: LoadedModel) -> None:
-    window = windows(documents(["ifcraft"]), demo.tokenizer, context=768, continuation=48)[0]
-    profile = cached_profile(demo, windows(documents(["botocore"]), demo.tokenizer, context=320, continuation=48)[:1])
+    window = cut_windows(load_documents(["ifcraft"]), demo.tokenizer, context=768, continuation=48)[0]
+    profile = cached_profile(
+        demo, cut_windows(load_documents(["botocore"]), demo.tokenizer, context=320, continuation=48)[:1]
+    )
     evictions = (Streaming(), HeavyHitter(interval=16, distance=0))
     full = full_plan(demo.identity, demo.geometry, 816)
     prefilled = prefill(demo, window, evictions)
@@ -137,9 +139,9 @@ def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_lose
 
 @pytest.mark.demo
 def test_heavy_hitters_in_the_right_heads_beat_uniform_sinks_and_recent_on_unseen_text(demo: LoadedModel) -> None:
-    splits = split(documents(["botocore"]), demo.tokenizer, context=512, continuation=64, seed=0)
+    splits = make_splits(load_documents(["botocore"]), demo.tokenizer, context=512, continuation=64, seed=0)
     profile = cached_profile(demo, splits.calibration[:2])
-    cut = windows(documents(["ifcraft"]), demo.tokenizer, context=1024, continuation=256)[:3]
+    cut = cut_windows(load_documents(["ifcraft"]), demo.tokenizer, context=1024, continuation=256)[:3]
     names = ("uniform:0.2", "baklava+heavy_hitter:0.2")
     plans = [named_plan(name, demo, 1280, lambda: profile) for name in names]
     evaluator = Evaluator(demo, [named.plan for named in plans])

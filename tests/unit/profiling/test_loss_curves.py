@@ -14,14 +14,14 @@ from baklava.profiling.loss_curves import Kept, Lattice
 from baklava.profiling.output_gradients import LayerPass, passed
 from baklava.profiling.profiler import profile, ranking
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import record
+from baklava.runtime.prefill import prefill_and_record
 
 Maker = Callable[..., LoadedModel]
 CONTEXT, CONTINUATION = 60, 24
 
 
 def layers_of(loaded: LoadedModel, ids: Tensor, draws: int = 1) -> list[LayerPass]:
-    recording = record(loaded, ids[:, :CONTEXT], ()).recording
+    recording = prefill_and_record(loaded, ids[:, :CONTEXT], ()).recording
     passes = [passed(loaded, recording, ids[:, CONTEXT:], seed) for seed in range(draws)]
     return [
         LayerPass(first.query, first.key, first.value, torch.cat([p[i].gradient for p in passes]), first.kernel)

@@ -6,18 +6,24 @@ from plan_factory import EVICTIONS, chunked, mixed, plan_of, random_ids
 
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, Reconstruction, Streaming
-from baklava.runtime.prefill import TURN, Turn, entering, prefill, transient_bytes
+from baklava.runtime.prefill import (
+    CONTINUATION_CHUNK_TOKENS,
+    ContinuationPrefill,
+    make_prefill_task,
+    prefill,
+    prefill_workspace_bytes,
+)
 
 every_method = pytest.mark.parametrize("eviction", EVICTIONS, ids=lambda eviction: eviction.name)
 GRID = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def entered(loaded, plan, ids, sizes, room=None):
-    entry, place = entering(loaded, plan, ids[0].tolist(), room), 0
+    entry, place = make_prefill_task(loaded, plan, ids[0].tolist(), room), 0
     while True:
         if done := entry.step(sizes[place % len(sizes)]):
             return *done, place + 1
-        assert 0 <= entry.nbytes <= transient_bytes(plan, ids.shape[1], 4) + plan.bytes_for(room)
+        assert 0 <= entry.nbytes <= prefill_workspace_bytes(plan, ids.shape[1], 4) + plan.bytes_for(room)
         place += 1
 
 
@@ -28,14 +34,14 @@ def test_steps_of_any_size_leave_what_one_forward_leaves(tiny, eviction, sizes):
     loaded, ids = tiny(head_dim=16), random_ids(1, 100)
     plan = mixed(plan_of(loaded, [[20, 40], [28, 64]], eviction), [(16, 16), (32, 32)])
     cache, logits, _ = entered(loaded, plan, ids, sizes, room=130)
-    whole, expected = prefill(loaded, plan, ids, room=130)
+    whole, expected = prefill(loaded, plan, ids, max_tokens=130)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     for layer, head in GRID:
-        assert torch.equal(cache.kept_positions(layer, head), whole.kept_positions(layer, head))
+        assert torch.equal(cache.cached_positions(layer, head), whole.cached_positions(layer, head))
     for token in random_ids(30, 1, seed=3):
         given = [loaded.model(token[None], past_key_values=each).logits for each in (cache, whole)]
         torch.testing.assert_close(*given, atol=2e-3, rtol=2e-3)
-    assert cache.nbytes == whole.nbytes <= cache.promised_bytes == plan.bytes_for(130)
+    assert cache.nbytes == whole.nbytes <= cache.reserved_bytes == plan.bytes_for(130)
 
 
 @every_method
@@ -47,11 +53,11 @@ def test_a_chunked_plan_enters_a_chunk_when_so_many_tokens_are_allowed(tiny, evi
         return
     plan = chunked(plan_of(loaded, [[20, 40], [28, 64]], eviction), 16)
     cache, logits, taken = entered(loaded, plan, ids, [allowed], room=101)
-    whole, expected = prefill(loaded, plan, ids, room=101)
+    whole, expected = prefill(loaded, plan, ids, max_tokens=101)
     assert taken == steps
     assert torch.equal(logits, expected)
-    assert [cache.kept_positions(*place).tolist() for place in GRID] == [
-        whole.kept_positions(*place).tolist() for place in GRID
+    assert [cache.cached_positions(*place).tolist() for place in GRID] == [
+        whole.cached_positions(*place).tolist() for place in GRID
     ]
 
 
@@ -59,14 +65,14 @@ def test_a_chunked_plan_enters_a_chunk_when_so_many_tokens_are_allowed(tiny, evi
 def test_while_a_prompt_enters_it_holds_its_transient_to_the_byte_and_then_the_plan(tiny, eviction):
     loaded, ids = tiny(), random_ids(1, 90)
     plan = plan_of(loaded, [[20, 40], [28, 64]], eviction)
-    entry = entering(loaded, plan, ids[0].tolist())
+    entry = make_prefill_task(loaded, plan, ids[0].tolist())
     if isinstance(eviction, Reconstruction):
         assert entry.step(5) is not None
         return
     for _ in range(89):
         assert entry.step(1) is None
     whole_queries = eviction.sample.whole * 4 * 4 * 8 * 2  # the last query of 4 heads of 8, in 2 layers, is to come
-    transient = transient_bytes(plan, 90, 4)
+    transient = prefill_workspace_bytes(plan, 90, 4)
     assert entry.nbytes == transient - whole_queries
     assert entry.step(1) is None  # one layer of two is cut, so that no step takes long
     assert entry.nbytes < transient / 2 + plan.bytes_per_sequence / 2 + 1
@@ -78,7 +84,7 @@ def test_a_prompt_leaves_nothing_behind_that_is_not_the_caches_own(tiny):
     loaded, ids = tiny(), random_ids(1, 90)
     cache, _, _ = entered(loaded, plan_of(loaded, [[20, 40], [28, 64]], HeavyHitter(interval=4)), ids, [30])
     cache.check_integrity()
-    for layer in cache.ragged():
+    for layer in cache.budgeted_layers:
         for group in layer.groups:
             for state in group._state():
                 assert state.untyped_storage().nbytes() == state.numel() * state.element_size()
@@ -88,24 +94,24 @@ def test_an_empty_prompt_and_another_models_plan_are_refused(tiny):
     loaded = tiny()
     plan = plan_of(loaded, [[20, 40], [28, 64]], Streaming())
     with pytest.raises(UserError, match="at least one token"):
-        entering(loaded, plan, [])
+        make_prefill_task(loaded, plan, [])
     with pytest.raises(UserError, match="was made for"):
-        entering(tiny(layers=3), plan, [1])
+        make_prefill_task(tiny(layers=3), plan, [1])
 
 
 @every_method
 @torch.inference_mode()
 def test_a_turn_goes_on_from_a_cut_cache_as_plain_forwards_do(tiny, eviction):
-    loaded, ids, more = tiny(), random_ids(1, 60), random_ids(1, 2 * TURN + 3, seed=1)
+    loaded, ids, more = tiny(), random_ids(1, 60), random_ids(1, 2 * CONTINUATION_CHUNK_TOKENS + 3, seed=1)
     plan = plan_of(loaded, [[20, 40], [28, 64]], eviction)
     cache, logits = prefill(loaded, plan, ids)
     plain = cache.copy()
-    turn, steps = Turn(loaded, cache, logits, more[0].tolist()), 1
-    while not (done := turn.step(TURN // 2)):  # which has to wait for as much again
+    turn, steps = ContinuationPrefill(loaded, cache, logits, more[0].tolist()), 1
+    while not (done := turn.step(CONTINUATION_CHUNK_TOKENS // 2)):  # which has to wait for as much again
         steps += 1
-    assert (steps, turn.taken) == (5, more.shape[1])
-    for start in range(0, more.shape[1], TURN):
-        output = loaded.model(more[:, start : start + TURN], past_key_values=plain)
+    assert (steps, turn.num_processed) == (5, more.shape[1])
+    for start in range(0, more.shape[1], CONTINUATION_CHUNK_TOKENS):
+        output = loaded.model(more[:, start : start + CONTINUATION_CHUNK_TOKENS], past_key_values=plain)
     torch.testing.assert_close(done[1], output.logits[:, -1], atol=1e-4, rtol=1e-4)
-    assert torch.equal(cache.kept_positions(1, 1), plain.kept_positions(1, 1))
-    assert Turn(loaded, cache, logits, []).step(1)[1] is logits
+    assert torch.equal(cache.cached_positions(1, 1), plain.cached_positions(1, 1))
+    assert ContinuationPrefill(loaded, cache, logits, []).step(1)[1] is logits

@@ -12,7 +12,7 @@ from baklava.cache.recording_layer import RecordingCache
 from baklava.errors import UserError
 from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, Reconstruction, SnapKV, Streaming
 from baklava.plan.budget_plan import full_plan
-from baklava.runtime.context_reconstruction import repeated
+from baklava.runtime.context_reconstruction import add_reconstruction_scores
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
 
@@ -47,7 +47,7 @@ def test_a_chunked_plan_holds_the_same_whether_layers_or_the_model_cut_the_promp
     at_once = loaded.model(ids, attention_mask=mask, past_key_values=whole).logits[:, -1]
     torch.testing.assert_close(at_once, logits, atol=1e-5, rtol=1e-5)
     for layer, head, row in [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]:
-        assert torch.equal(whole.kept_positions(layer, head, row), cache.kept_positions(layer, head, row))
+        assert torch.equal(whole.cached_positions(layer, head, row), cache.cached_positions(layer, head, row))
 
 
 @torch.inference_mode()
@@ -63,7 +63,7 @@ def test_generate_goes_on_from_a_padded_prefill_as_it_would_have_alone(tiny: Mak
     cache, _ = prefill(loaded, plan, ids[:, :-1], mask[:, :-1])
     assert torch.equal(loaded.model.generate(ids, past_key_values=cache, **options)[:, 40:], expected)
     assert torch.equal(loaded.model.generate(ids, past_key_values=BudgetedCache(plan), **options)[:, 40:], expected)
-    assert cache.kept_positions(0, 0, row=0)[0] == 0
+    assert cache.cached_positions(0, 0, row=0)[0] == 0
 
 
 @torch.inference_mode()
@@ -102,7 +102,7 @@ def test_a_chunk_sees_what_is_kept_and_itself(tiny: Maker) -> None:
     kept = torch.cat([torch.arange(2), torch.arange(20, 40)])
     expected = loaded.model(ids[:, kept], position_ids=kept[None], past_key_values=DynamicCache()).logits[:, -1]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    assert cache.kept_positions(0, 0).tolist() == [0, 1, *range(30, 40)]
+    assert cache.cached_positions(0, 0).tolist() == [0, 1, *range(30, 40)]
 
 
 @torch.inference_mode()
@@ -112,7 +112,7 @@ def test_a_chunked_plan_is_not_cut_from_a_dense_recording(tiny: Maker) -> None:
     loaded.model(random_ids(1, 20), past_key_values=full)
     plan = chunked(full_plan(loaded.identity, loaded.geometry, 30), 8)
     with pytest.raises(UserError, match="prefill with it"):
-        BudgetedCache.cut(plan, full.recording(20))
+        BudgetedCache.from_recording(plan, full.to_recording(20))
 
 
 def repetition_by_hand(loaded: LoadedModel, ids: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def test_reconstruction_scores_are_the_most_attention_during_a_repetition(tiny: 
     loaded, ids = tiny(), random_ids(2, 50)
     full = RecordingCache(loaded.geometry, ())
     loaded.model(ids, past_key_values=full)
-    scores = [layer[Reconstruction().observation] for layer in repeated(loaded, ids, full.recording(50)).scores]
+    scores = [layer[Reconstruction().observation] for layer in add_reconstruction_scores(loaded, ids, full.to_recording(50)).scores]
     torch.testing.assert_close(torch.stack(scores), repetition_by_hand(loaded, ids), atol=1e-5, rtol=1e-4)
 
 
@@ -145,18 +145,18 @@ def test_reconstruction_keeps_the_best_scored_and_decodes_on(tiny: Maker) -> Non
     scores = repetition_by_hand(loaded, ids)[0, 0, 0]
     newest = eviction.newest(20)
     scores[:2], scores[50 - newest :] = torch.inf, torch.inf
-    assert cache.kept_positions(0, 0).tolist() == scores.topk(20 - 4).indices.sort().values.tolist()
+    assert cache.cached_positions(0, 0).tolist() == scores.topk(20 - 4).indices.sort().values.tolist()
     for token in random_ids(60, 1, seed=3):
         loaded.model(token[None], past_key_values=cache)
         cache.check_integrity()
-    assert len(cache.kept_positions(1, 1)) <= 22
+    assert len(cache.cached_positions(1, 1)) <= 22
 
 
 @torch.inference_mode()
 def test_reconstruction_refuses_what_it_cannot_repeat(tiny: Maker) -> None:
     loaded, ids = tiny(max_position_embeddings=64), random_ids(2, 40)
     plan = plan_of(loaded, [[20, 24], [22, 22]], Reconstruction(interval=4))
-    with pytest.raises(UserError, match=r"baklava\.prefilling\.prefill"):
+    with pytest.raises(UserError, match=r"baklava\.runtime\.prefill\.prefill"):
         loaded.model(ids, past_key_values=BudgetedCache(plan))
     with pytest.raises(UserError, match="leaves no room to repeat"):
         prefill(loaded, plan, ids)

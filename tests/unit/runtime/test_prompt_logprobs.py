@@ -7,14 +7,14 @@ from plan_factory import mixed, plan_of, random_ids
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, Streaming
 from baklava.plan.budget_plan import full_plan
-from baklava.runtime.logprobs import Spelling, ending, judged
+from baklava.runtime.logprobs import PromptLogprobsTask, score_suffix, token_logprobs
 
 
 def spelled(loaded, plan, ids, size, top=2):
-    spelling = Spelling(loaded, plan, ids, len(ids) + 5, top)
+    spelling = PromptLogprobsTask(loaded, plan, ids, len(ids) + 5, top)
     while not (done := spelling.step(size)):
         assert 0 < spelling.nbytes <= plan.bytes_for(len(ids) + 5)
-    return spelling.judged, *done
+    return spelling.token_logprobs, *done
 
 
 @pytest.mark.parametrize("size", [1, 9, 1000])
@@ -25,15 +25,15 @@ def test_steps_of_any_size_find_what_ending_finds_and_the_cache_goes_on(tiny, ev
     loaded, ids = tiny(head_dim=16), random_ids(1, 80)[0].tolist()
     plan = mixed(plan_of(loaded, [[12, 20], [16, 24]], eviction), [bits, bits])
     found, cache, logits = spelled(loaded, plan, ids, size)
-    expected = ending(loaded, plan, ids, 79)
+    expected = score_suffix(loaded, plan, ids, 79)
     assert sum(each.logprob for each in found) == pytest.approx(expected.log_prob, abs=0.05)
     assert [each.id for each in found] == ids[1:]
-    assert all(each.id == each.top[0][0] for each in found) == expected.greedy
+    assert all(each.id == each.top[0][0] for each in found) == expected.is_greedy
     assert all(each.top[0][1] >= each.top[1][1] for each in found)
     assert cache.get_seq_length() == 80
     cache.check_integrity()
     assert logits.shape == (1, 64)
-    dense = ending(loaded, full_plan(loaded.identity, loaded.geometry, 90, bits=32), ids, 79)
+    dense = score_suffix(loaded, full_plan(loaded.identity, loaded.geometry, 90, bits=32), ids, 79)
     assert abs(dense.log_prob - expected.log_prob) > 1
 
 
@@ -42,14 +42,14 @@ def test_one_token_has_no_likelihood_but_a_cache(tiny):
     found, cache, _ = spelled(loaded, plan_of(loaded, [[20, 40], [28, 64]], Streaming()), [5], 3)
     assert (found, cache.get_seq_length()) == ([], 1)
     with pytest.raises(UserError, match="0 tokens"):
-        Spelling(loaded, plan_of(loaded, [[20, 40], [28, 64]], Streaming()), [])
+        PromptLogprobsTask(loaded, plan_of(loaded, [[20, 40], [28, 64]], Streaming()), [])
 
 
 def test_alternatives_are_those_of_the_logits():
     logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0]])
-    first, second = judged(logits, [2, 0], 2)
+    first, second = token_logprobs(logits, [2, 0], 2)
     assert [token for token, _ in first.top] == [1, 2]
     assert first.logprob == pytest.approx(float(logits[0].log_softmax(-1)[2]))
     assert dict(first.top)[2] == pytest.approx(first.logprob)
     assert second.top[0] == (0, pytest.approx(second.logprob))
-    assert judged(logits, [2], 0)[0].top == ()
+    assert token_logprobs(logits, [2], 0)[0].top == ()

@@ -2,14 +2,14 @@ from byte_model import END, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.openai.detokenizer import Detokenizer, StopStrings
+from serve_app.openai.detokenizer import DecodeStream, StopStringFilter
 
 TOKENIZER = byte_tokenizer()
 
 
 @given(st.text(max_size=30))
 def test_no_character_is_sent_before_its_last_byte(text):
-    detokenizer = Detokenizer(TOKENIZER)
+    detokenizer = DecodeStream(TOKENIZER)
     sent = ""
     for byte in text.encode():
         sent += detokenizer.push(byte)
@@ -20,27 +20,27 @@ def test_no_character_is_sent_before_its_last_byte(text):
 
 @given(st.binary(max_size=24))
 def test_bytes_that_are_no_text_come_out_as_replacement_characters_in_the_end(data):
-    detokenizer = Detokenizer(TOKENIZER)
+    detokenizer = DecodeStream(TOKENIZER)
     sent = "".join(map(detokenizer.push, data)) + detokenizer.flush()
     assert sent.replace("\ufffd", "") == data.decode(errors="replace").replace("\ufffd", "")
 
 
 def test_the_end_token_has_no_text():
-    detokenizer = Detokenizer(TOKENIZER)
+    detokenizer = DecodeStream(TOKENIZER)
     assert detokenizer.push(END) + detokenizer.push(65) == "A"
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=5), max_size=4), st.data())
 def test_text_before_the_first_stop_string_is_sent_and_never_part_of_one(text, stops, data):
     found = [place for stop in stops if (place := text.find(stop)) >= 0]
-    finder, sent, rest = StopStrings(stops), "", text
-    while rest and not finder.hit:
+    finder, sent, rest = StopStringFilter(stops), "", text
+    while rest and not finder.matched:
         size = data.draw(st.integers(1, 3))
         sent += finder.push(rest[:size])
         rest = rest[size:]
-    if not finder.hit:
+    if not finder.matched:
         sent += finder.flush()
-    assert finder.hit == bool(found)
+    assert finder.matched == bool(found)
     # Of two stop strings the one that is complete first wins, and it may begin later.
     assert text.startswith(sent)
     assert not any(stop in sent for stop in stops)

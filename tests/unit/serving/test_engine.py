@@ -13,11 +13,11 @@ from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, Streaming
 from baklava.plan.budget_plan import full_plan
-from baklava.runtime.logprobs import ending
-from baklava.runtime.prefill import TURN, Entering, prefill, transient_bytes
+from baklava.runtime.logprobs import score_suffix
+from baklava.runtime.prefill import CONTINUATION_CHUNK_TOKENS, PrefillTask, prefill, prefill_workspace_bytes
 from serve_app.engine.engine import BrokenPromiseError, Engine, Limits
 from serve_app.engine.sequence import Continuation
-from serve_app.engine.types import DeadlineError, DrainingError, QueueFullError, Token, TooLargeError
+from serve_app.engine.types import DeadlineError, DrainingError, QueueFullError, TokenOutput, TooLargeError
 
 PROMPT = tuple(b"A river is a line of water that goes down to the sea.")
 GRID = [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -83,10 +83,10 @@ def test_under_concurrency_every_cache_holds_what_the_plan_says_and_no_dense_cac
 
     def look(engine):
         for cache in caches(engine):
-            kept = [len(cache.kept_positions(*place)) for place in GRID]
+            kept = [len(cache.cached_positions(*place)) for place in GRID]
             budgets = [tokens for row in BUDGETS for tokens in row]
             assert all(budget - 4 <= count <= budget for count, budget in zip(kept, budgets, strict=True))
-            assert cache.nbytes <= cache.promised_bytes
+            assert cache.nbytes <= cache.reserved_bytes
             cache.check_integrity()
             seen.append(cache.get_seq_length())
 
@@ -123,9 +123,9 @@ def test_state_counts_seen_and_kept_entries_from_the_caches(loaded, plan):
         def measured():
             measure()
             state = engine.state()
-            real = sum(len(cache.kept_positions(*place)) for cache in caches(engine) for place in GRID)
-            states.append((state.seen, state.kept, real, state.held_bytes, state.promised_bytes))
-            assert state.held_bytes >= sum(cache.nbytes for cache in caches(engine))
+            real = sum(len(cache.cached_positions(*place)) for cache in caches(engine) for place in GRID)
+            states.append((state.seen, state.kept, real, state.allocated_bytes, state.reserved_bytes))
+            assert state.allocated_bytes >= sum(cache.nbytes for cache in caches(engine))
 
         engine._stepper._measure = measured
         for answer in [ask(engine, prompt, 30) for prompt in prompts(5)]:
@@ -138,7 +138,7 @@ def test_state_counts_seen_and_kept_entries_from_the_caches(loaded, plan):
 
 
 def pool_for(plan, loaded, sequences, tokens, prompt):
-    return sequences * plan.bytes_for(tokens) + transient_bytes(plan, prompt, loaded.model.dtype.itemsize)
+    return sequences * plan.bytes_for(tokens) + prefill_workspace_bytes(plan, prompt, loaded.model.dtype.itemsize)
 
 
 def test_as_many_run_as_have_room_and_bytes_never_pass_the_pool(loaded):
@@ -158,8 +158,8 @@ def test_as_many_run_as_have_room_and_bytes_never_pass_the_pool(loaded):
         idle(engine)
         state = engine.state()
     assert max(most) == 3
-    assert max(held) <= state.most_bytes <= pool
-    assert (state.promised_bytes, state.held_bytes) == (0, 0)
+    assert max(held) <= state.peak_bytes <= pool
+    assert (state.reserved_bytes, state.allocated_bytes) == (0, 0)
     assert state.counts.finished == 9
 
 
@@ -200,7 +200,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(loaded):
         assert len(first.tokens()) == 150
         assert [len(other.tokens()) for other in others] == [5, 5, 5]
         assert len(ask(engine, PROMPT, 5).tokens()) == 5
-        assert engine.state().counts.refused == 1
+        assert engine.state().counts.rejected == 1
 
 
 def test_what_can_never_fit_is_refused_at_once(loaded):
@@ -234,7 +234,7 @@ def test_a_deadline_ends_who_waits_and_who_runs(loaded):
         assert not running.error.waiting
         assert len(patient.tokens()) == 5
         idle(engine)
-        assert engine.state().promised_bytes == 0
+        assert engine.state().reserved_bytes == 0
 
 
 def test_a_cancelled_request_is_gone_within_a_step(engine):
@@ -250,7 +250,7 @@ def test_a_cancelled_request_is_gone_within_a_step(engine):
 
 def test_siblings_that_break_their_promise_together_are_one_request_that_fails(loaded, plan, monkeypatch):
     with engine_of(loaded, plan) as engine:
-        monkeypatch.setattr(BudgetedCache, "promised_bytes", 1)
+        monkeypatch.setattr(BudgetedCache, "reserved_bytes", 1)
         answer = ask(engine, PROMPT, n=2)
         assert isinstance(answer.error, BrokenPromiseError)
         idle(engine)
@@ -280,7 +280,7 @@ def test_a_waiting_request_that_would_not_fit_inside_a_new_plan_keeps_its_own(lo
         with pytest.raises(TooLargeError):
             ask(engine, PROMPT, 150, n=4)
         assert len(first.tokens(3)) == len(waiting.tokens(3)) == 150
-        plans = [answer.started.plan for answer in (first, waiting, behind)]
+        plans = [answer.started.plan_digest for answer in (first, waiting, behind)]
         assert plans == [small.digest, small.digest, large.digest]
 
 
@@ -296,14 +296,14 @@ def test_a_continuation_that_is_complete_ends_alone(engine):
     answer = ask(engine, PROMPT, 400, n=2)
     until(lambda: len(answer.events) > 5)
     both = engine.state().promised_bytes
-    answer.handle.complete(0)
+    answer.handle.stop_sequence(0)
     until(lambda: engine.state().running == 1)
     until(lambda: engine.state().promised_bytes < both)
-    answer.handle.complete(1)
+    answer.handle.stop_sequence(1)
     idle(engine)
     counts = engine.state().counts
     assert (counts.finished, counts.cancelled, engine.state().promised_bytes) == (1, 0, 0)
-    assert max(len([e for e in answer.events if isinstance(e, Token) and e.index == one]) for one in (0, 1)) < 400
+    assert max(len([e for e in answer.events if isinstance(e, TokenOutput) and e.index == one]) for one in (0, 1)) < 400
 
 
 def test_two_hundred_cancelled_requests_leave_nothing(loaded, plan):
@@ -319,7 +319,7 @@ def test_two_hundred_cancelled_requests_leave_nothing(loaded, plan):
             answer.cancel()
         idle(engine)
         state = engine.state()
-        assert (state.running, state.waiting, state.promised_bytes, state.held_bytes) == (0, 0, 0, 0)
+        assert (state.running, state.waiting, state.reserved_bytes, state.allocated_bytes) == (0, 0, 0, 0)
         assert state.counts.cancelled + state.counts.finished == 200
         assert state.counts.cancelled > 90
         assert len(ask(engine, PROMPT, 5).tokens()) == 5
@@ -357,7 +357,7 @@ def test_a_request_that_fails_while_it_runs_harms_nobody(loaded, plan, harm, cap
             assert answer.tokens() == alone(loaded, plan, prompt, 40)
         idle(engine)
         state = engine.state()
-        assert (state.counts.failed, state.counts.finished, state.promised_bytes, state.alive) == (1, 6, 0, True)
+        assert (state.counts.failed, state.counts.finished, state.reserved_bytes, state.alive) == (1, 6, 0, True)
 
 
 def test_a_prompt_that_fails_and_a_client_that_fails_harm_nobody(loaded, plan):
@@ -381,9 +381,9 @@ def test_a_prompt_that_fails_and_a_client_that_fails_harm_nobody(loaded, plan):
 
 def work_of(prompt, tokens):
     from serve_app.engine.sampler import Sampling
-    from serve_app.engine.types import Work
+    from serve_app.engine.types import EngineRequest
 
-    return Work(tuple(prompt), Sampling(tokens, temperature=0))
+    return EngineRequest(tuple(prompt), Sampling(tokens, temperature=0))
 
 
 def test_a_forward_that_fails_for_all_fails_those_in_it_and_the_engine_goes_on(loaded, plan, monkeypatch):
@@ -443,13 +443,13 @@ def test_prompt_logprobs_are_those_of_the_budgeted_cache(loaded, plan):
         answer = ask(engine, prompt, 1, prompt_logprobs=2, logprobs=2)
         scored = answer.started.prompt_logprobs
         only = ask(engine, prompt, 0, prompt_logprobs=0)
-        assert (only.started.finish, only.events[1:]) == ("length", [])
+        assert (only.started.finish_reason, only.events[1:]) == ("length", [])
         assert [len(each.tokens()) for each in others] == [60] * 3
     assert scored[0] is None
-    assert [each.id for each in scored[1:]] == list(prompt[1:])
-    total, expected = sum(each.logprob for each in scored[1:]), ending(loaded, plan, prompt, 119)
+    assert [each.token_id for each in scored[1:]] == list(prompt[1:])
+    total, expected = sum(each.logprob for each in scored[1:]), score_suffix(loaded, plan, prompt, 119)
     assert total == pytest.approx(expected.log_prob, abs=0.02)
-    assert abs(total - ending(loaded, dense, prompt, 119).log_prob) > 1
+    assert abs(total - score_suffix(loaded, dense, prompt, 119).log_prob) > 1
     assert all(len(each.top) == 2 for each in scored[1:])
     assert [each.logprob for each in only.started.prompt_logprobs[1:]] == pytest.approx(
         [each.logprob for each in scored[1:]], abs=1e-3
@@ -487,7 +487,7 @@ def test_a_declared_prompt_is_a_boundary_and_nothing_else(loaded, plan):
         for _ in range(20):
             expected.append(int(logits.argmax()))
             logits = loaded.model(torch.tensor([expected[-1:]]), past_key_values=cache).logits[:, -1]
-    assert len(prompt) - len(PROMPT) <= TURN
+    assert len(prompt) - len(PROMPT) <= CONTINUATION_CHUNK_TOKENS
     with engine_of(loaded, plan) as engine:
         engine.declare(PROMPT)
         assert ask(engine, prompt).tokens() == expected
@@ -505,7 +505,7 @@ def test_snapshots_count_in_the_pool_and_the_longest_wins(loaded, plan):
         until(lambda: engine.state().snapshot_bytes)
         state = engine.state()
         promised = plan.bytes_for(20) + plan.bytes_for(len(PROMPT))
-        until(lambda: engine.state().promised_bytes == promised)
+        until(lambda: engine.state().reserved_bytes == promised)
         assert 0 < engine.state().snapshot_bytes <= promised
         assert state.counts.prompt_tokens == state.counts.finished == 0
         assert ask(engine, (*PROMPT, 65)).started.cached_tokens == len(PROMPT)
@@ -535,7 +535,7 @@ def test_a_swap_drops_nobody_and_makes_snapshots_anew(loaded, plan):
         assert declared.started.cached_tokens == len(PROMPT)
         assert engine._snapshots.of(PROMPT).cache.plan is other
         idle(engine)
-        until(lambda: engine.state().promised_bytes == other.bytes_for(len(PROMPT)))
+        until(lambda: engine.state().reserved_bytes == other.bytes_for(len(PROMPT)))
     with engine_of(loaded, plan, other.bytes_per_sequence - 1) as engine:
         with pytest.raises(UserError, match="does not hold one sequence"):
             engine.swap(other)
@@ -559,7 +559,7 @@ def test_a_cache_that_holds_more_than_it_promised_fails_alone(loaded, plan, capl
 
 def test_while_others_decode_a_prompt_enters_in_small_parts(loaded, plan, monkeypatch):
     asked = []
-    step = Entering.__subclasses__()
+    step = PrefillTask.__subclasses__()
     for kind in step:
         plain = kind.step
 

@@ -44,19 +44,19 @@ def test_null_is_absent():
     )
     nulls = CompletionRequest(prompt="a", stream=True, stream_options={"include_usage": None}, **fields)
     assert nulls.sampling(5) == CompletionRequest(prompt="a").sampling(5)
-    assert nulls.wanted_tokens == 16
+    assert nulls.requested_max_tokens == 16
     assert not nulls.stream_options.include_usage
 
 
 def test_defaults_are_those_of_openai():
-    assert CompletionRequest(prompt="a").wanted_tokens == 16
-    assert ChatRequest(messages=MESSAGES).wanted_tokens is None
+    assert CompletionRequest(prompt="a").requested_max_tokens == 16
+    assert ChatRequest(messages=MESSAGES).requested_max_tokens is None
     assert ChatRequest(messages=MESSAGES).sampling(9).temperature == 1.0
 
 
 def test_both_names_of_the_most_tokens_are_taken():
-    assert ChatRequest(messages=MESSAGES, max_tokens=3).wanted_tokens == 3
-    assert ChatRequest(messages=MESSAGES, max_completion_tokens=4).wanted_tokens == 4
+    assert ChatRequest(messages=MESSAGES, max_tokens=3).requested_max_tokens == 3
+    assert ChatRequest(messages=MESSAGES, max_completion_tokens=4).requested_max_tokens == 4
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_what_a_completion_cannot_do_is_refused_by_name(fields, name):
 
 
 def test_a_completion_may_be_only_scored_and_have_as_many_answers_as_the_best_of():
-    assert CompletionRequest(prompt="a", max_tokens=0, echo=True, logprobs=0).wanted_tokens == 0
+    assert CompletionRequest(prompt="a", max_tokens=0, echo=True, logprobs=0).requested_max_tokens == 0
     assert CompletionRequest(prompt="a", n=2, best_of=2).n == 2
 
 

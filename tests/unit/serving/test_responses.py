@@ -16,8 +16,8 @@ from serve_app.engine.types import (
     DrainingError,
     Logprob,
     QueueFullError,
-    Started,
-    Token,
+    PrefillDone,
+    TokenOutput,
     TooLargeError,
 )
 
@@ -47,12 +47,12 @@ def spelt(text, finish="length", index=0, logprobs=False):
     for place, byte in enumerate(text.encode()):
         last = place + 1 == len(text.encode())
         logprob = Logprob(byte, -float(place), ((byte, -float(place)), (byte + 1, -9.0))) if logprobs else None
-        yield Token(byte, index, finish if last else None, logprob)
+        yield TokenOutput(byte, index, finish if last else None, logprob)
 
 
 def test_each_prompt_has_its_continuations_and_they_are_numbered_through(serve):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         for index in range(work.n):
             yield from spelt(chr(work.prompt[0]).upper() + str(index), index=index)
 
@@ -67,7 +67,7 @@ def test_each_prompt_has_its_continuations_and_they_are_numbered_through(serve):
 
 def test_a_stream_of_several_chats_opens_each_with_its_role(serve):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         for one, other in zip(spelt("ab", index=0), spelt("cd", index=1), strict=True):
             yield one
             yield other
@@ -86,7 +86,7 @@ def test_a_stream_of_several_chats_opens_each_with_its_role(serve):
 
 def test_tokens_behind_a_stop_string_are_left_out_while_the_others_go_on(serve):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         yield from spelt("a.bc", index=0)
         yield from spelt("wxyz", index=1)
 
@@ -99,7 +99,7 @@ def test_tokens_behind_a_stop_string_are_left_out_while_the_others_go_on(serve):
 
 def test_a_stop_string_ends_the_engines_work(serve):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         yield from spelt("ab.", finish=None)
 
     response, engine, _ = serve(script, "/v1/completions", ONCE | {"stop": "."})
@@ -123,7 +123,7 @@ def test_a_stop_string_ends_the_engines_work(serve):
 )
 def test_no_stop_string_ends_a_text_before_it_has_its_least_tokens(serve, least, text):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         yield from spelt("a.b.c.<!x.d.")
 
     body = ONCE | {"max_tokens": 12, "min_tokens": least, "stop": [".", "!x"]}
@@ -133,7 +133,7 @@ def test_no_stop_string_ends_a_text_before_it_has_its_least_tokens(serve, least,
 
 def test_a_stop_string_ends_one_of_several_continuations_alone(serve):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         yield from spelt("a.", index=0, finish=None)
         yield from spelt("wxyz", index=1)
 
@@ -146,7 +146,7 @@ def test_what_has_ended_by_itself_is_not_cancelled(serve):
     """The engine would count it among those whose client went away."""
 
     def script(work):
-        yield Started(finish=None if work.sampling.max_tokens else "length")
+        yield PrefillDone(finish_reason=None if work.sampling.max_tokens else "length")
         if work.sampling.max_tokens:
             yield from spelt("ab", index=0)
             yield from spelt("cd", index=1)
@@ -162,7 +162,7 @@ def test_an_echo_begins_with_the_prompt_and_tells_how_likely_it_was(serve):
 
     def script(work):
         assert work.prompt_logprobs == work.logprobs == 1
-        yield Started(prompt_logprobs=prompt)
+        yield PrefillDone(prompt_logprobs=prompt)
         yield from spelt("!", logprobs=True)
 
     body = {"prompt": [list(b"Once")], "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
@@ -178,7 +178,7 @@ def test_an_echo_begins_with_the_prompt_and_tells_how_likely_it_was(serve):
 def test_an_echo_of_no_tokens_is_the_prompt_alone(serve):
     def script(work):
         assert work.sampling.max_tokens == 0
-        yield Started(finish="length")
+        yield PrefillDone(finish_reason="length")
 
     response, _, _ = serve(script, "/v1/completions", ONCE | {"max_tokens": 0, "echo": True})
     answer = response.json()
@@ -188,7 +188,7 @@ def test_an_echo_of_no_tokens_is_the_prompt_alone(serve):
 
 def test_a_streamed_echo_comes_with_the_first_token(serve):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         yield from spelt("ab")
 
     response, _, _ = serve(script, "/v1/completions", ONCE | {"echo": True, "stream": True})
@@ -198,7 +198,7 @@ def test_a_streamed_echo_comes_with_the_first_token(serve):
 def test_a_chat_tells_tokens_with_their_bytes_and_alternatives(serve):
     def script(work):
         assert (work.logprobs, work.prompt_logprobs) == (2, None)
-        yield Started()
+        yield PrefillDone()
         yield from spelt("hi", logprobs=True)
 
     response, _, _ = serve(script, "/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2})
@@ -209,10 +209,10 @@ def test_a_chat_tells_tokens_with_their_bytes_and_alternatives(serve):
 
 def test_half_a_character_has_no_bytes_and_comes_whole_later(serve):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         for byte in "é".encode():
-            yield Token(byte, finish=None, logprob=Logprob(byte, -1.0))
-        yield Token(33, finish="length", logprob=Logprob(33, -1.0))
+            yield TokenOutput(byte, finish_reason=None, logprob=Logprob(byte, -1.0))
+        yield TokenOutput(33, finish_reason="length", logprob=Logprob(33, -1.0))
 
     response, _, _ = serve(script, "/v1/chat/completions", CHAT | {"logprobs": True})
     choice = response.json()["choices"][0]
@@ -224,8 +224,8 @@ def test_tokens_that_look_the_same_keep_names_of_their_own(serve):
     """Otherwise the likelier one's number would stand for both, and a client would take either for the likeliest."""
 
     def script(work):
-        yield Started()
-        yield Token(200, finish="length", logprob=Logprob(200, -3.0, ((201, -0.1), (202, -2.5))))
+        yield PrefillDone()
+        yield TokenOutput(200, finish_reason="length", logprob=Logprob(200, -3.0, ((201, -0.1), (202, -2.5))))
 
     response, _, _ = serve(script, "/v1/completions", ONCE | {"max_tokens": 1, "logprobs": 2})
     logprobs = response.json()["choices"][0]["logprobs"]
@@ -235,7 +235,7 @@ def test_tokens_that_look_the_same_keep_names_of_their_own(serve):
 
 def test_tokens_are_named_by_number_on_request(serve):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         yield from spelt("a", logprobs=True)
 
     body = ONCE | {"max_tokens": 1, "logprobs": 1, "return_tokens_as_token_ids": True}
@@ -245,8 +245,8 @@ def test_tokens_are_named_by_number_on_request(serve):
 
 def test_no_number_is_infinite(serve):
     def script(work):
-        yield Started()
-        yield Token(97, finish="length", logprob=Logprob(97, -1.0, ((98, float("-inf")),)))
+        yield PrefillDone()
+        yield TokenOutput(97, finish_reason="length", logprob=Logprob(97, -1.0, ((98, float("-inf")),)))
 
     response, _, _ = serve(script, "/v1/completions", ONCE | {"max_tokens": 1, "logprobs": 1})
     assert response.json()["choices"][0]["logprobs"]["top_logprobs"] == [{"b": -9999.0, "a": -1.0}]
@@ -254,7 +254,7 @@ def test_no_number_is_infinite(serve):
 
 def test_usage_tells_what_came_from_a_declared_prompt(serve):
     def script(work):
-        yield Started(cached_tokens=3)
+        yield PrefillDone(cached_tokens=3)
         yield from spelt("ab")
 
     response, _, _ = serve(script, "/v1/completions", ONCE)
@@ -268,7 +268,7 @@ def test_usage_tells_what_came_from_a_declared_prompt(serve):
 
 def test_usage_counts_on_in_every_event_when_asked_for(serve):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         yield from spelt("abc")
 
     options = {"include_usage": True, "continuous_usage_stats": True}
@@ -302,7 +302,7 @@ def test_a_refusal_has_its_status_and_tells_when_to_come_back(serve, refusal, st
 
 def test_a_refusal_of_one_prompt_ends_the_others(serve):
     def script(work):
-        return [QueueFullError(3)] if work.prompt[0] == ord("x") else [Started()]
+        return [QueueFullError(3)] if work.prompt[0] == ord("x") else [PrefillDone()]
 
     response, engine, _ = serve(script, "/v1/completions", ONCE | {"prompt": ["abc", "xyz"]})
     assert response.status_code == 429
@@ -312,7 +312,7 @@ def test_a_refusal_of_one_prompt_ends_the_others(serve):
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_names_the_plan_that_it_was_let_in_with_and_not_the_one_before(serve, stream):
     def script(work):
-        yield Started(plan="later")
+        yield PrefillDone(plan_digest="later")
         yield from spelt("ab")
 
     response, _, _ = serve(script, "/v1/completions", ONCE | {"stream": stream})
@@ -323,8 +323,8 @@ def test_an_answer_names_the_plan_that_it_was_let_in_with_and_not_the_one_before
 
 def test_an_error_in_the_middle_of_a_stream_is_an_event_before_the_end(serve):
     def script(work):
-        yield Started()
-        yield Token(97)
+        yield PrefillDone()
+        yield TokenOutput(97)
         yield DeadlineError(waiting=False)
 
     response, _, _ = serve(script, "/v1/chat/completions", CHAT | {"stream": True})
@@ -344,7 +344,7 @@ def waiting(seconds, *then):
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_stream_that_waits_long_for_its_first_token_begins_with_comments(serve, monkeypatch, path):
     monkeypatch.setattr("serve_app.openai.responses.QUIET", 0.05)
-    script = waiting(0.3, Started(), Token(97), Token(98, finish="length"))
+    script = waiting(0.3, PrefillDone(), TokenOutput(97), TokenOutput(98, finish_reason="length"))
     body = (ONCE if path == "/v1/completions" else CHAT) | {"stream": True}
     waited, _, _ = serve(script, path, body)
     comments, *rest = waited.text.split("data: ")
@@ -387,14 +387,14 @@ def test_a_client_that_leaves_before_the_first_token_ends_its_request(loaded, mo
 
 def test_an_engine_that_says_nothing_is_not_waited_for_forever(serve, monkeypatch):
     monkeypatch.setattr("serve_app.openai.output_processor.GRACE", 0.05)
-    response, engine, _ = serve(lambda work: [Started()], "/v1/completions", ONCE, seconds=0.05)
+    response, engine, _ = serve(lambda work: [PrefillDone()], "/v1/completions", ONCE, seconds=0.05)
     assert response.status_code == 408
     assert engine.cancelled == engine.works
 
 
 def test_every_answer_names_the_plan_that_it_went_through(serve, loaded):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         yield from spelt("a")
 
     response, engine, _ = serve(script, "/v1/completions", ONCE)
@@ -404,7 +404,7 @@ def test_every_answer_names_the_plan_that_it_went_through(serve, loaded):
 
 def test_the_sampler_is_told_all_wishes(serve):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         yield from spelt("a")
 
     wishes = {"presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.2, "seed": 5, "top_k": 3}
@@ -419,7 +419,7 @@ def test_the_sampler_is_told_all_wishes(serve):
 
 def test_deadlines_count_from_the_request_on(serve):
     def script(work):
-        yield Started()
+        yield PrefillDone()
         yield from spelt("a")
 
     _, engine, _ = serve(script, "/v1/completions", ONCE, seconds=1e6)

@@ -54,7 +54,7 @@ def test_truncation_to_one_token_is_greedy(engine, wish):
 def test_continuations_have_seeds_in_order_and_each_its_own_end(engine):
     answer = ask(engine, PROMPT, 24, n=3, seed=5, temperature=1.0)
     assert [answer.tokens(index) for index in range(3)] == [ids(engine, seed=seed) for seed in (5, 6, 7)]
-    assert [answer.made(index)[-1].finish for index in range(3)] == ["length"] * 3
+    assert [answer.made(index)[-1].finish_reason for index in range(3)] == ["length"] * 3
 
 
 def test_greedy_continuations_are_the_same_and_independent(loaded):
@@ -68,8 +68,8 @@ def test_stop_tokens_end_a_text_and_the_models_own_unless_ignored(tiny, engine):
     tokens = ids(engine, temperature=0)
     place = next(place for place in range(3, 24) if tokens[place] not in tokens[:place])
     made = ask(engine, PROMPT, 24, stop_ids=frozenset([tokens[place]])).made()
-    assert [token.id for token in made] == tokens[: place + 1]
-    assert [token.finish for token in made] == [None] * place + ["stop"]
+    assert [token.token_id for token in made] == tokens[: place + 1]
+    assert [token.finish_reason for token in made] == [None] * place + ["stop"]
     other = byte_model(tiny, eos_token_id=tokens[place])
     with engine_of(other, full_plan(other.identity, other.geometry, 256, bits=32)) as ending:
         assert ids(ending, temperature=0) == tokens[: place + 1]
@@ -83,7 +83,7 @@ def test_stop_tokens_end_a_text_and_the_models_own_unless_ignored(tiny, engine):
 
 
 def test_the_last_token_says_that_the_length_is_reached(engine):
-    assert [token.finish for token in ask(engine, PROMPT, 5).made()] == [None, None, None, None, "length"]
+    assert [token.finish_reason for token in ask(engine, PROMPT, 5).made()] == [None, None, None, None, "length"]
 
 
 def test_a_bias_brings_a_token_in_and_keeps_one_out(engine):
@@ -94,13 +94,13 @@ def test_a_bias_brings_a_token_in_and_keeps_one_out(engine):
 
 def test_logprobs_are_those_of_the_raw_logits(loaded, engine):
     made = ask(engine, PROMPT, 6, logprobs=3, temperature=2.0, seed=4, logit_bias={50: 2.0}, top_k=40).made()
-    text = torch.tensor([[*PROMPT, *(token.id for token in made)]])
+    text = torch.tensor([[*PROMPT, *(token.token_id for token in made)]])
     with torch.inference_mode():
         expected = loaded.model(text).logits[0].log_softmax(-1)
     for place, token in enumerate(made):
         row = expected[len(PROMPT) - 1 + place]
-        assert token.logprob.id == token.id
-        assert token.logprob.logprob == pytest.approx(float(row[token.id]), abs=1e-3)
+        assert token.logprob.token_id == token.token_id
+        assert token.logprob.logprob == pytest.approx(float(row[token.token_id]), abs=1e-3)
         best = row.topk(3)
         assert [each for each, _ in token.logprob.top] == best.indices.tolist()
         assert [each for _, each in token.logprob.top] == pytest.approx(best.values.tolist(), abs=1e-3)

@@ -9,7 +9,7 @@ from ray.serve.schema import LoggingConfig
 
 from baklava.errors import UserError
 from baklava.eviction import Streaming
-from baklava.plan.byte_accounting import full_bytes
+from baklava.plan.byte_accounting import full_cache_bytes
 from baklava.runtime import host_memory as memory
 from serve_app.api.network import Keys, api_keys, key_digest
 from serve_app.deployment.app import Scale, _application, session
@@ -61,7 +61,7 @@ def test_a_containers_limit_bounds_what_is_free(tmp_path, monkeypatch):
 def test_the_table_tells_how_many_sequences_fit_at_each_length_next_to_a_prompt_that_enters(tiny):
     loaded = byte_loaded(tiny)
     plan = plan_of(loaded, [[16, 16]] * loaded.geometry.layers, Streaming(), context_length=256)
-    whole = full_bytes(plan.geometry, 256)
+    whole = full_cache_bytes(plan.geometry, 256)
     rows = table(loaded, plan, 10 * whole, lengths=(64, 128, 1024))
     assert [tokens for tokens, _, _ in rows] == [64, 128, 256]
     assert [dense for _, dense, _ in rows] == [38, 18, 8]  # a prompt enters in 32 bits, twice the 16 of the full cache
@@ -126,7 +126,7 @@ def test_a_declared_prompt_that_is_missing_too_long_or_not_for_the_template_is_r
     with pytest.raises(UserError, match="shorten it"):
         Declared("long", text="x" * 300).ids(prompts)
     with pytest.raises(UserError, match="refuses"):
-        Declared("odd", turns=({"role": "assistant", "content": "x"},)).ids(prompts)
+        Declared("odd", messages=({"role": "assistant", "content": "x"},)).ids(prompts)
 
 
 def test_admin_keys_are_let_in_as_the_others_are(tmp_path, monkeypatch):

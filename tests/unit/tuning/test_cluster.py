@@ -61,7 +61,7 @@ def test_the_cluster_file_uploads_neither_results_nor_environments(config: dict[
 
 
 def test_the_page_on_clusters_names_options_and_files_that_there_are() -> None:
-    page = (ROOT / "docs/cluster.md").read_text()
+    page = (ROOT / "docs/guide/cluster.md").read_text()
     commands = [line.partition("jobs/search.py ")[2] for line in page.splitlines() if "jobs/search.py --" in line]
     known = {option for action in search_parser()._actions for option in action.option_strings}
     assert commands

@@ -14,7 +14,7 @@ def test_a_disk_that_takes_no_more_leaves_the_journal_as_it_was_and_says_so(tmp_
     full = tmp_path / "trials.jsonl"
     full.symlink_to("/dev/full")
     journal: Journal[TrialRecord] = Journal(full)
-    with pytest.raises(UserError, match=r"cannot write to .* \(No space left on device\); make room there"):
+    with pytest.raises(UserError, match=r"cannot write to .* \(No space left on device\); free some space there"):
         journal.append(record(1, [0.1] * 4))
     assert journal.records == []
 

@@ -1,4 +1,4 @@
-"""Facts about the windows that a replica keeps: within its limits, spilled, prefilled again, with the same scores."""
+"""Facts about the windows that a replica keeps: within its limits, to_host, prefilled again, with the same scores."""
 
 from collections.abc import Callable
 
@@ -12,8 +12,8 @@ from baklava.evaluation.window_scoring import Prefilled, Score, prefill, score
 from baklava.eviction import Streaming
 from baklava.profiling.profile import flat_profile
 from baklava.runtime.model_loader import LoadedModel
-from tuning.study.search_space import evictions
-from tuning.workers.scoring_worker import Holding, Replica, restored, size_of, spilled
+from tuning.study.search_space import recorded_evictions
+from tuning.workers.scoring_worker import PrefillStore, ScoringWorker, to_devices, tensor_bytes, to_host
 
 
 @pytest.fixture(scope="module")
@@ -23,33 +23,33 @@ def loaded(tiny: Callable[..., LoadedModel]) -> LoadedModel:
 
 def window(number: int) -> Window:
     ids = torch.randint(2, 60, (56,), generator=torch.Generator().manual_seed(number)).tolist()
-    return Window(name=f"w{number}", document=f"d{number}", ids=tuple(ids), context=48)
+    return Window(name=f"w{number}", document=f"d{number}", ids=tuple(ids), context_length=48)
 
 
 class Kept:
     """A holding whose windows are prefilled for real, and counted."""
 
     def __init__(self, loaded: LoadedModel, **limits: int | None) -> None:
-        self.loaded, self.holding, self.prefills = loaded, Holding(**limits), 0
+        self.loaded, self.holding, self.prefills = loaded, PrefillStore(**limits), 0
 
     def get(self, number: int) -> Prefilled:
         return self.holding.get(f"w{number}", lambda: self._prefill(number))
 
     def _prefill(self, number: int) -> Prefilled:
         self.prefills += 1
-        return prefill(self.loaded, window(number), evictions())
+        return prefill(self.loaded, window(number), recorded_evictions())
 
 
 def one(loaded: LoadedModel) -> int:
-    return size_of(prefill(loaded, window(0), evictions()))
+    return tensor_bytes(prefill(loaded, window(0), recorded_evictions()))
 
 
 def test_a_window_counts_with_keys_values_scores_and_log_probabilities(loaded: LoadedModel) -> None:
-    held = prefill(loaded, window(0), evictions())
+    held = prefill(loaded, window(0), recorded_evictions())
     recording = held.recorded.recording
     tensors = [*recording.keys, *recording.values, held.log_probs, held.nll, held.recorded.ids, held.recorded.logits]
     tensors += [tensor for layer in recording.scores for tensor in layer.values()]
-    assert size_of(held) >= sum(tensor.nbytes for tensor in tensors)
+    assert tensor_bytes(held) >= sum(tensor.nbytes for tensor in tensors)
 
 
 def test_without_a_limit_every_window_is_prefilled_once(loaded: LoadedModel) -> None:
@@ -71,7 +71,7 @@ def test_what_the_limits_do_not_hold_is_spilled_and_then_prefilled_again_and_thi
     told = kept.holding.told()
     assert told is not None
     assert "2 windows on its device, 1 in host memory, 1 not at all" in told
-    assert sum(map(size_of, kept.holding.held.values())) <= 3 * size
+    assert sum(map(tensor_bytes, kept.holding.held.values())) <= 3 * size
 
 
 def test_a_plan_scores_the_same_wherever_its_window_was_kept(loaded: LoadedModel) -> None:
@@ -84,7 +84,7 @@ def test_a_plan_scores_the_same_wherever_its_window_was_kept(loaded: LoadedModel
         eviction=Streaming(sinks=1),
         bits=(16, 16),
     )
-    expected = score(loaded, prefill(loaded, window(1), evictions()), plan)
+    expected = score(loaded, prefill(loaded, window(1), recorded_evictions()), plan)
     for limits in ({}, {"device": size, "host": size}, {"device": 0, "host": 0}):
         kept = Kept(loaded, **limits)
         for number in (0, 1, 0, 1):
@@ -93,10 +93,10 @@ def test_a_plan_scores_the_same_wherever_its_window_was_kept(loaded: LoadedModel
 
 
 def test_a_spilled_window_comes_back_to_the_device_of_each_of_its_tensors(loaded: LoadedModel) -> None:
-    held = prefill(loaded, window(0), evictions())
-    away, devices = spilled(held)
+    held = prefill(loaded, window(0), recorded_evictions())
+    away, devices = to_host(held)
     assert len(devices) > 2 * loaded.geometry.layers
-    back = restored(away, [torch.device("meta"), *devices[1:]])
+    back = to_devices(away, [torch.device("meta"), *devices[1:]])
     assert back.recorded.ids.device.type == "meta"  # the first of all tensors, as a record lists them
     assert back.recorded.recording.keys[0].device.type == "cpu"
 
@@ -126,7 +126,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_replica_that_is_spread_short_of_memory_and_timed_scores_as_any_other(model: str) -> None:
-    usual = Replica(model, 1)
+    usual = ScoringWorker(model, 1)
     plan = allocate(
         flat_profile(usual.loaded.identity, usual.loaded.geometry),
         budget=0.5,
@@ -135,7 +135,7 @@ def test_a_replica_that_is_spread_short_of_memory_and_timed_scores_as_any_other(
         eviction=Streaming(sinks=1),
         bits=(16, 16),
     ).model_dump_json()
-    other = Replica(model, 1, spread=True, memory=1e-9, timed=True)
+    other = ScoringWorker(model, 1, spread=True, memory=1e-9, timed=True)
     assert {str(parameter.device) for parameter in other.loaded.model.parameters()} == {"cpu"}
     for number in (0, 1):
         other.warm(window(number))
@@ -153,7 +153,7 @@ def test_a_replica_that_is_spread_short_of_memory_and_timed_scores_as_any_other(
 def test_a_replica_out_of_memory_moves_its_windows_away_and_tries_once_more(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replica = Replica(model, 1, host_share=0.1)
+    replica = ScoringWorker(model, 1, host_share=0.1)
     replica.warm(window(0))
     tries: list[int] = []
 

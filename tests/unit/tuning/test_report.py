@@ -10,17 +10,17 @@ from search_factory import record, scored, task
 
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.plan.geometry import CacheGeometry
-from tuning.optimizers.baselines import heuristics
+from tuning.optimizers.baselines import baseline_methods
 from tuning.reporting.heat_map import heat_map
 from tuning.reporting.history_plot import trial_chart
 from tuning.reporting.pareto_plot import fidelity_chart
 from tuning.reporting.report import learned, pictures, write_report
 from tuning.reporting.svg import log_values, round_values, standalone
-from tuning.selection.ablation import Rival
-from tuning.selection.param_importance import LEAST_TRIALS, importance
-from tuning.selection.promotion import Claim, Registered
-from tuning.selection.result import Outcome
-from tuning.selection.validation import Validated, Verdict, above
+from tuning.selection.ablation import Ablation
+from tuning.selection.param_importance import MIN_TRIALS, param_importances
+from tuning.selection.promotion import PromotionDecision, RegisteredPlan
+from tuning.selection.result import SearchResult
+from tuning.selection.validation import ValidatedPlan, ValidationResult, log_kl_ratio
 from tuning.study.objective import Goal
 from tuning.study.settings import SearchSettings
 from tuning.study.trial import TrialRecord
@@ -40,27 +40,27 @@ def trials(count: int = 12) -> tuple[TrialRecord, ...]:
     return tuple(found)
 
 
-def outcome(tmp_path: Path, tried: tuple[TrialRecord, ...], **changes: object) -> Outcome:
-    settings = SearchSettings.of(model="m", texts=["t"], context=10, continuation=2, trials=20, budget=0.3)
+def outcome(tmp_path: Path, tried: tuple[TrialRecord, ...], **changes: object) -> SearchResult:
+    settings = SearchSettings.from_options(model="m", texts=["t"], context=10, continuation=2, trials=20, budget=0.3)
     ranking = tuple(whole(scored(name, 0.3, loss)) for name, loss in (("trial 1", 0.1), ("<b>other</b>", 0.2)))
-    rival = Rival("at random", above(ranking[1:], ranking[0]))
-    found = Outcome(
+    rival = Ablation("at random", log_kl_ratio(ranking[1:], ranking[0]))
+    found = SearchResult(
         out=tmp_path,
         settings=settings,
         plan=ranking[0].candidate.plan,
-        verdict=Verdict(ranking[0], ranking),
+        verdict=ValidationResult(ranking[0], ranking),
         rivals=(rival,),
         trials=tried,
-        registered=Registered("baklava-m", "4", Claim(False, "champion stays with version 3, which is better")),
+        registered=RegisteredPlan("baklava-m", "4", PromotionDecision(False, "champion stays with version 3, which is better")),
     )
     return replace(found, **changes)
 
 
-def whole(entry: Validated) -> Validated:
+def whole(entry: ValidatedPlan) -> ValidatedPlan:
     return replace(entry, metrics={**entry.metrics, "ppl_full": 1.0})
 
 
-def page(found: Outcome) -> str:
+def page(found: SearchResult) -> str:
     write_report(found, found.out / "report.html")
     return (found.out / "report.html").read_text()
 
@@ -108,7 +108,7 @@ def test_refinements_and_drawn_trials_are_told_apart(tmp_path: Path) -> None:
 
 def test_of_many_sizes_none_is_called_the_best(tmp_path: Path) -> None:
     ranking = tuple(whole(scored(f"trial {number}", number / 10, 1 / number)) for number in (1, 2, 3))
-    found = outcome(tmp_path, trials(), verdict=Verdict(ranking[1], ranking, ranking))
+    found = outcome(tmp_path, trials(), verdict=ValidationResult(ranking[1], ranking, ranking))
     text = page(replace(found, settings=found.settings.model_copy(update={"front": True})))
     assert "The front has 3 plans between" in text
     assert "The best trial that was drawn" not in text
@@ -118,7 +118,7 @@ def test_of_many_sizes_none_is_called_the_best(tmp_path: Path) -> None:
 
 
 def test_what_decided_is_found_and_adds_up() -> None:
-    shares = importance(trials(), KL)
+    shares = param_importances(trials(), KL)
     assert next(iter(shares)) == "bits"
     assert shares["bits"] > 0.8
     assert sum(shares.values()) == pytest.approx(1)
@@ -127,21 +127,21 @@ def test_what_decided_is_found_and_adds_up() -> None:
 
 
 def test_nothing_is_said_of_few_trials_of_equal_ones_or_of_refinements() -> None:
-    assert importance(trials(LEAST_TRIALS - 1), KL) == {}
-    assert importance([record(number, [0.1] * 4, floor=number / 10) for number in range(1, 9)], KL) == {}
+    assert param_importances(trials(MIN_TRIALS - 1), KL) == {}
+    assert param_importances([record(number, [0.1] * 4, floor=number / 10) for number in range(1, 9)], KL) == {}
     refined = [record(n, [0.1 * n] * 4, base=1, floor=n / 10) for n in range(2, 12)]
-    assert importance([record(1, [0.1] * 4), *refined], KL) == {}
+    assert param_importances([record(1, [0.1] * 4), *refined], KL) == {}
 
 
 def test_the_heat_map_has_a_cell_per_head_for_entries_and_bits_of_keys_and_of_values() -> None:
-    plan = heuristics(task().space)[0].plan(task().profile, 0.3, 2048)
+    plan = baseline_methods(task().space)[0].plan(task().profile, 0.3, 2048)
     told = [cell.text for cell in ElementTree.fromstring(heat_map(plan)).iter("title")]
     assert len(told) == 3 * plan.geometry.layers * plan.geometry.kv_heads
     assert f"layer 2, head 1: {plan.tokens[2][1]}" in told
 
 
 def test_the_heat_map_leaves_sliding_layers_blank() -> None:
-    plan = heuristics(task().space)[0].plan(task().profile, 0.3, 2048)
+    plan = baseline_methods(task().space)[0].plan(task().profile, 0.3, 2048)
     geometry = CacheGeometry(**{**plan.geometry.model_dump(), "windows": (None, 64, None, 64, None)})
     layers = tuple(None if window else layer for layer, window in zip(plan.layers, geometry.windows, strict=True))
     sliding = BudgetPlan.model_validate({**plan.model_dump(), "geometry": geometry, "layers": layers})

@@ -16,16 +16,16 @@ from search_factory import SPACE, record, report, task
 
 from baklava.errors import UserError
 from baklava.plan.geometry import ModelIdentity
-from tuning.optimizers.baselines import first_params
-from tuning.optimizers.optuna_search import Hopeless, PlanSearch
+from tuning.optimizers.baselines import initial_params
+from tuning.optimizers.optuna_search import RelativeLossPruner, PlanOptunaSearch
 from tuning.optimizers.pareto import non_dominated
-from tuning.optimizers.samplers import CONTINUOUS, Sampling, check_sampler, lies_in
+from tuning.optimizers.samplers import CMAES_FIXED_PARAMS, SamplerConfig, check_sampler, in_space
 from tuning.search.trial_loop import lanes
 from tuning.search.warm_start import POINTS, Warm, warm_start
-from tuning.selection.validation import leaders
-from tuning.study.interrupt import Stop, stoppable
+from tuning.selection.validation import top_trials
+from tuning.study.interrupt import StopFlag, graceful_interrupt
 from tuning.study.settings import SamplerName, SearchRecord, SearchSettings
-from tuning.study.trainable import _fail
+from tuning.study.trainable import report_failure
 from tuning.study.trial import TrialRecord
 
 NAMES = get_args(SamplerName)
@@ -35,7 +35,7 @@ DRAWN = 24
 def searched(name: str, seed: int = 0, count: int = DRAWN, front: bool = False) -> list[dict[str, object]]:
     """Parameters that a search draws whose trials all lose the distance of `recent` from 0.5."""
     goal = {"budget": None, "front": True} if front else {}
-    search = PlanSearch(task(**goal), Sampling(name, seed, count), [], Stop())
+    search = PlanOptunaSearch(task(**goal), SamplerConfig(name, seed, count), [], StopFlag())
     drawn = []
     for number in range(count):
         drawn.append(search.suggest(str(number)))
@@ -49,9 +49,9 @@ def searched(name: str, seed: int = 0, count: int = DRAWN, front: bool = False) 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_sampler_draws_from_the_space_after_the_heuristics_and_again_the_same(name: str) -> None:
     drawn = searched(name)
-    heuristics = [params for params in first_params(SPACE) if Sampling(name).admits(params)]
+    heuristics = [params for params in initial_params(SPACE) if SamplerConfig(name).is_compatible(params)]
     assert drawn[: len(heuristics)] == heuristics
-    assert all(lies_in(SPACE, params) for params in drawn)
+    assert all(in_space(SPACE, params) for params in drawn)
     assert searched(name) == drawn
     assert searched(name, seed=1) != drawn
 
@@ -65,10 +65,10 @@ def test_samplers_of_several_objectives_draw_sizes_too(name: str) -> None:
 def test_a_front_of_bytes_loss_and_latency_lowers_all_three(name: str) -> None:
     three = task(None, front=True, latency=True)
     known = [timed(1, 0.2, 0.1, 5.0), timed(2, 0.1, 0.2, 5.0), timed(3, 0.3, 0.3, 1.0), timed(4, 0.3, 0.3, 2.0)]
-    search = PlanSearch(three, Sampling(name, 0, DRAWN), known, Stop())
+    search = PlanOptunaSearch(three, SamplerConfig(name, 0, DRAWN), known, StopFlag())
     best = {tuple(trial.values) for trial in search._ot_study.best_trials}
     assert best == {(0.2, 0.1, 5.0), (0.1, 0.2, 5.0), (0.3, 0.3, 1.0)}
-    assert non_dominated(known, lambda each: three.goal.axes(each.metrics)) == [known[1], known[0], known[2]]
+    assert non_dominated(known, lambda each: three.goal.pareto_values(each.metrics)) == [known[1], known[0], known[2]]
     for number in range(DRAWN):
         search.suggest(str(number))
         search.on_trial_complete(str(number), {**report([0.2] * 4), "decode_seconds": 1.0})
@@ -83,12 +83,12 @@ def timed(number: int, ratio: float, loss: float, seconds: float) -> TrialRecord
 
 def test_latency_alone_is_no_goal() -> None:
     with pytest.raises(UserError, match="--latency is a part of --front"):
-        SearchSettings.of(model="m", texts=["t"], budget=0.3, context=10, continuation=2, trials=8, latency=True)
+        SearchSettings.from_options(model="m", texts=["t"], budget=0.3, context=10, continuation=2, trials=8, latency=True)
 
 
 def test_cma_es_moves_all_its_numbers_together_towards_less_loss() -> None:
     drawn = searched("cmaes", count=80)
-    assert all(params[name] == value for params in drawn for name, value in CONTINUOUS.items())
+    assert all(params[name] == value for params in drawn for name, value in CMAES_FIXED_PARAMS.items())
     away = [abs(params["recent"] - 0.5) for params in drawn]
     assert sum(away[-20:]) < sum(away[10:30]) / 2
 
@@ -148,7 +148,7 @@ def test_a_warm_start_tells_the_sampler_scores_and_tries_the_best_again(tmp_path
     assert list(warm.told) == TRIALS[POINTS:]
     assert list(warm.scored) == TRIALS
     assert (out / "trials.jsonl").read_text() == written  # another search may be writing to it
-    search = PlanSearch(task(), Sampling(), [], Stop(), warm.told, warm.points)
+    search = PlanOptunaSearch(task(), SamplerConfig(), [], StopFlag(), warm.told, warm.points)
     assert [search.suggest(str(number)) for number in range(POINTS)] == list(warm.points)
     assert [trial.state for trial in search._ot_study.trials].count(TrialState.COMPLETE) == 2
 
@@ -170,7 +170,7 @@ def test_scores_that_do_not_compare_are_left_and_only_parameters_taken(
     warm = warm_start(settings(warm_start=str(out)), MATERIAL, task())
     assert warm.scored == ()
     assert warm.points
-    assert all(lies_in(SPACE, params) for params in warm.points)
+    assert all(in_space(SPACE, params) for params in warm.points)
     assert said in capsys.readouterr().err
 
 
@@ -179,7 +179,7 @@ def test_a_size_is_added_where_the_new_search_draws_it(tmp_path: Path) -> None:
     asked = settings(budget=None, front=True, warm_start=str(out))
     warm = warm_start(asked, MATERIAL, front)
     assert {params["budget"] for params in warm.points} == {0.3}
-    assert all(lies_in(front.space, params) for params in warm.points)
+    assert all(in_space(front.space, params) for params in warm.points)
 
 
 def test_a_warm_start_from_another_model_or_from_nothing_is_refused(tmp_path: Path) -> None:
@@ -195,11 +195,11 @@ def test_a_warm_start_from_another_model_or_from_nothing_is_refused(tmp_path: Pa
 
 
 def test_the_first_ctrl_c_asks_to_stop_and_the_second_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
-    with stoppable(stop := Stop()):
-        search = PlanSearch(task(), Sampling(), [], stop)
+    with graceful_interrupt(stop := StopFlag()):
+        search = PlanOptunaSearch(task(), SamplerConfig(), [], stop)
         assert search.suggest("before") != Searcher.FINISHED
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked
+        assert stop.requested
         assert search.suggest("after") == Searcher.FINISHED
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -210,9 +210,9 @@ def test_the_first_ctrl_c_asks_to_stop_and_the_second_interrupts(capfd: pytest.C
 def test_a_search_in_the_background_that_ignores_ctrl_c_goes_on_ignoring_it() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with stoppable(stop := Stop()):
+        with graceful_interrupt(stop := StopFlag()):
             os.kill(os.getpid(), signal.SIGINT)
-        assert not stop.asked
+        assert not stop.requested
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -223,7 +223,7 @@ def test_cma_es_goes_on_from_what_an_earlier_search_learned() -> None:
         return abs(float(params.get("recent", 0.9)) - 0.25) + 0.01
 
     def drawn(told: list[TrialRecord], count: int) -> list[dict[str, object]]:
-        search = PlanSearch(task(), Sampling("cmaes", 1, 200), [], Stop(), told)
+        search = PlanOptunaSearch(task(), SamplerConfig("cmaes", 1, 200), [], StopFlag(), told)
         found = []
         for number in range(count):
             found.append(search.suggest(str(number)))
@@ -241,18 +241,18 @@ def test_cma_es_goes_on_from_what_an_earlier_search_learned() -> None:
 def test_where_latency_counts_no_trial_is_hopeless_and_the_fastest_reaches_validation() -> None:
     three = task(None, front=True, latency=True)
     known = [timed(1, 0.2, 0.1, 5.0), timed(2, 0.2, 0.3, 1.0), timed(3, 0.2, 0.31, 4.0)]
-    assert [each.trial for each in leaders(known, three.goal, 8)] == [1, 2]
+    assert [each.trial for each in top_trials(known, three.goal, 8)] == [1, 2]
     for goal, said in ((three, TrialScheduler.CONTINUE), (task(None, front=True), TrialScheduler.STOP)):
         result = report([0.3] * 2, ratio=0.2)
-        assert Hopeless(goal, known).on_trial_result(None, None, result) == said
+        assert RelativeLossPruner(goal, known).on_trial_result(None, None, result) == said
 
 
 def test_a_trial_that_fails_reports_every_number_that_a_search_lowers(monkeypatch: pytest.MonkeyPatch) -> None:
     reported: list[dict[str, object]] = []
     monkeypatch.setattr("tuning.study.trainable.tune.report", reported.append)
-    _fail("it broke")
+    report_failure("it broke")
     for goal in (task(), task(None, front=True), task(None, front=True, latency=True)):
-        lowered = PlanSearch(goal, Sampling(), [], Stop()).metric
+        lowered = PlanOptunaSearch(goal, SamplerConfig(), [], StopFlag()).metric
         assert {*([lowered] if isinstance(lowered, str) else lowered)} <= reported[0].keys()
 
 

@@ -8,19 +8,19 @@ from search_factory import SPACE, WINDOWS, profile, record, report, task
 
 from baklava.allocation import Blended, Shifted
 from baklava.profiling.profile import Curves
-from tuning.optimizers.baselines import BALANCED, SHARPEST, first_params, heuristics
-from tuning.optimizers.optuna_search import BEHIND, Hopeless, PlanSearch
-from tuning.optimizers.samplers import Sampling
-from tuning.study.interrupt import Stop
+from tuning.optimizers.baselines import DEFAULT_BLEND, BEST_HEAVY_HITTER, initial_params, baseline_methods
+from tuning.optimizers.optuna_search import MAX_LOSS_RATIO, RelativeLossPruner, PlanOptunaSearch
+from tuning.optimizers.samplers import SamplerConfig
+from tuning.study.interrupt import StopFlag
 from tuning.study.objective import Goal
-from tuning.study.search_space import PAIRS, Space, Task, allocation_of, eviction_of, evictions, sizes_of
-from tuning.study.settings import BITS
-from tuning.study.trial import GRACE_WINDOWS, LEAST_KL, TrialRecord, means
+from tuning.study.search_space import BIT_PAIRS, SearchSpace, SearchTask, allocation_from_params, eviction_from_params, recorded_evictions, budget_range_for
+from tuning.study.settings import ALL_BITS
+from tuning.study.trial import GRACE_WINDOWS, MIN_KL, TrialRecord, mean_metrics
 
-WHOLE = Space(BITS, ranked=True, curved=True)
+WHOLE = SearchSpace(ALL_BITS, ranked=True, curved=True)
 
 
-def draws(space: Space, count: int = 200) -> list[dict[str, object]]:
+def draws(space: SearchSpace, count: int = 200) -> list[dict[str, object]]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     trials = [study.ask() for _ in range(count)]
     for trial in trials:
@@ -45,55 +45,55 @@ def test_a_drawn_plan_stores_in_the_bits_and_steps_that_it_drew(drawn: list[dict
         plan = task().plan(params)
         layer = plan.layers[0]
         assert layer is not None
-        assert (layer.key_bits[0], layer.value_bits[0]) == PAIRS[params["bits"]]
+        assert (layer.key_bits[0], layer.value_bits[0]) == BIT_PAIRS[params["bits"]]
         least, most = plan.eviction.minimum_tokens, plan.context_length
         free = [tokens for row in plan.tokens for tokens in row if least < tokens < most]
         assert all(tokens % params["rounding"] in (0, least % params["rounding"]) for tokens in free)
 
 
 def test_a_prefill_records_what_any_drawn_plan_observes_and_nothing_twice(drawn: list[dict[str, object]]) -> None:
-    recorded = [eviction.observation for eviction in evictions()]
+    recorded = [eviction.observation for eviction in recorded_evictions()]
     assert len(recorded) == len(set(recorded))
-    assert {eviction_of(params).observation for params in drawn} == set(recorded)
+    assert {eviction_from_params(params).observation for params in drawn} == set(recorded)
 
 
 def test_a_prefill_records_what_every_heuristic_observes() -> None:
-    recorded = {eviction.observation for eviction in evictions()}
-    assert {each.eviction.observation for each in heuristics(SPACE)} <= recorded
-    assert SHARPEST.observation in recorded
+    recorded = {eviction.observation for eviction in recorded_evictions()}
+    assert {each.eviction.observation for each in baseline_methods(SPACE)} <= recorded
+    assert BEST_HEAVY_HITTER.observation in recorded
 
 
 def test_the_first_trials_are_the_strongest_blends_and_then_one_measure_each_in_4_bits() -> None:
-    points = first_params(WHOLE)
+    points = initial_params(WHOLE)
     assert [params["bits"] for params in points] == ["curves"] * 3 + ["4"] * 4
-    assert {eviction_of(params).observation for params in points} == {SHARPEST.observation}
-    assert allocation_of(points[0]) == BALANCED
+    assert {eviction_from_params(params).observation for params in points} == {BEST_HEAVY_HITTER.observation}
+    assert allocation_from_params(points[0]) == DEFAULT_BLEND
     assert [params["allocation"] for params in points[:3]] == ["blended", "blended", "greedy"]
     counts, greedy, baklava, flat = points[3:]
-    assert allocation_of(counts) == Blended(reconstruction_power=1.0, floor=0.0)
+    assert allocation_from_params(counts) == Blended(reconstruction_power=1.0, floor=0.0)
     assert greedy["allocation"] == "greedy"
-    assert allocation_of(baklava) == Blended(reconstruction_power=0.0, importance_power=2.0, floor=0.1)
-    assert allocation_of(flat) == Blended(reconstruction_power=0.0, floor=0.0)
+    assert allocation_from_params(baklava) == Blended(reconstruction_power=0.0, importance_power=2.0, floor=0.1)
+    assert allocation_from_params(flat) == Blended(reconstruction_power=0.0, floor=0.0)
 
 
-@pytest.mark.parametrize("space", [SPACE, WHOLE, Space(("16",), False, False, (0.05, 0.6))])
-def test_the_first_trials_lie_in_the_space(space: Space) -> None:
-    for params in first_params(space):
+@pytest.mark.parametrize("space", [SPACE, WHOLE, SearchSpace(("16",), False, False, (0.05, 0.6))])
+def test_the_first_trials_lie_in_the_space(space: SearchSpace) -> None:
+    for params in initial_params(space):
         for name, distribution in space.distributions(params).items():
             assert distribution._contains(distribution.to_internal_repr(params[name]))
         assert params.keys() == space.distributions(params).keys()
 
 
 def test_where_sizes_are_drawn_the_strongest_heuristic_is_tried_at_several() -> None:
-    points = first_params(task(None, front=True).space)
+    points = initial_params(task(None, front=True).space)
     strongest = [params["budget"] for params in points if {**params, "budget": 0} == {**points[0], "budget": 0}]
     assert len(set(strongest)) == len(strongest) == 4
     assert 0.02 < min(strongest) < 0.1 < 0.3 < max(strongest) < 0.6
 
 
 def test_the_smallest_size_that_is_drawn_holds_whatever_else_is_drawn() -> None:
-    small = Task(profile(), Goal(max_dnll=0.1), context_length=192, windows=WINDOWS)
-    least, most = sizes_of(profile().geometry, 192)
+    small = SearchTask(profile(), Goal(max_dnll=0.1), context_length=192, windows=WINDOWS)
+    least, most = budget_range_for(profile().geometry, 192)
     assert 0.02 < least < most <= 1
     for params in draws(small.space, 50):
         assert small.plan({**params, "budget": least}).ratio <= least
@@ -107,24 +107,24 @@ def test_what_the_profile_did_not_measure_is_not_drawn() -> None:
 
 
 def test_bits_without_loss_curves_are_left_out_where_the_others_have_them() -> None:
-    curves = Curves(eviction=SHARPEST.choice, entries=(1,), bits=((16, 16), (5, 4), (4, 4)), losses={})
+    curves = Curves(eviction=BEST_HEAVY_HITTER.choice, entries=(1,), bits=((16, 16), (5, 4), (4, 4)), losses={})
     measured = profile().model_copy(update={"curves": curves})
-    assert Space.of(measured, BITS, None).bits == ("16", "k5v4", "4", "curves")
-    assert Space.of(measured, ("k8v4",), None) == Space(("k8v4",), ranked=False, curved=False)
+    assert SearchSpace.of(measured, ALL_BITS, None).bits == ("16", "k5v4", "4", "curves")
+    assert SearchSpace.of(measured, ("k8v4",), None) == SearchSpace(("k8v4",), ranked=False, curved=False)
 
 
 def test_shifts_are_a_part_of_the_plan(drawn: list[dict[str, object]]) -> None:
-    base = {**first_params(SPACE)[0], "bits": "16"}
+    base = {**initial_params(SPACE)[0], "bits": "16"}
     shifts = [[1.0, -1.0]] + [[0.0, 0.0]] * 4
     refined = {**base, "shifts": shifts, "base": 1, "direction": 1, "step": 0.4}
-    assert isinstance(allocation_of(refined), Shifted)
+    assert isinstance(allocation_from_params(refined), Shifted)
     (before, after), others = zip(task().plan(base).tokens[0], task().plan(refined).tokens[0], strict=True)
     assert after > before
     assert others[1] < others[0]
 
 
-def searcher(known: list[TrialRecord] | None = None, **goal: object) -> PlanSearch:
-    return PlanSearch(task(**goal), Sampling(), known or [], Stop())
+def searcher(known: list[TrialRecord] | None = None, **goal: object) -> PlanOptunaSearch:
+    return PlanOptunaSearch(task(**goal), SamplerConfig(), known or [], StopFlag())
 
 
 def test_optuna_learns_which_trials_finished_were_stopped_or_failed() -> None:
@@ -148,18 +148,18 @@ def test_a_resumed_search_knows_what_was_recorded_and_tries_only_the_heuristics_
     states = [trial.state for trial in search._ot_study.get_trials(states=None)]
     recalled = [state for state in states if state != TrialState.WAITING]
     assert recalled == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
-    missing = first_params(SPACE)[1:]
+    missing = initial_params(SPACE)[1:]
     assert [search.suggest(f"next {number}") for number in range(len(missing))] == missing
 
 
 def test_a_resumed_search_does_not_draw_again_what_was_drawn_before() -> None:
     fresh, resumed = searcher(), searcher([record(1, [0.2] * 4, floor=0.3)])
-    count = len(first_params(SPACE)) + 3
+    count = len(initial_params(SPACE)) + 3
     first, again = ([search.suggest(str(number)) for number in range(count)] for search in (fresh, resumed))
-    assert all(params not in first for params in again if params not in first_params(SPACE))
+    assert all(params not in first for params in again if params not in initial_params(SPACE))
 
 
-def decisions(rule: Hopeless, values: list[float], ratio: float = 0.3) -> list[str]:
+def decisions(rule: RelativeLossPruner, values: list[float], ratio: float = 0.3) -> list[str]:
     return [rule.on_trial_result(None, None, report(values[: step + 1], ratio)) for step in range(len(values))]
 
 
@@ -167,25 +167,25 @@ GOES_ON = {TrialScheduler.CONTINUE}
 
 
 def test_a_trial_far_behind_the_best_on_the_same_windows_is_stopped_after_its_grace() -> None:
-    rule = Hopeless(task(), [record(1, [0.1] * 4), record(2, [0.5] * 4)])
+    rule = RelativeLossPruner(task(), [record(1, [0.1] * 4), record(2, [0.5] * 4)])
     assert decisions(rule, [0.2] * 4).index(TrialScheduler.STOP) == GRACE_WINDOWS - 1
-    assert set(decisions(rule, [0.9 * BEHIND * 0.1] * 4)) == GOES_ON
+    assert set(decisions(rule, [0.9 * MAX_LOSS_RATIO * 0.1] * 4)) == GOES_ON
 
 
 def test_windows_that_are_hard_for_all_plans_stop_none() -> None:
-    rule = Hopeless(task(), [record(1, [0.9, 0.9, 0.01, 0.01])])
+    rule = RelativeLossPruner(task(), [record(1, [0.9, 0.9, 0.01, 0.01])])
     assert set(decisions(rule, [0.8, 0.8, 0.02, 0.01])) == GOES_ON
 
 
 def test_a_trial_that_ends_becomes_what_others_are_compared_with_and_a_stopped_one_does_not() -> None:
-    rule = Hopeless(task(), [record(1, [0.01] * 2, "pruned")])
+    rule = RelativeLossPruner(task(), [record(1, [0.01] * 2, "pruned")])
     assert set(decisions(rule, [0.9] * 4)) == GOES_ON
     assert set(decisions(rule, [0.1] * 4)) == GOES_ON
     assert TrialScheduler.STOP in decisions(rule, [0.2] * 4)
 
 
 def test_where_sizes_are_drawn_a_trial_is_compared_with_those_that_are_no_larger() -> None:
-    rule = Hopeless(task(None, front=True), [record(1, [0.1] * 4, ratio=0.2)])
+    rule = RelativeLossPruner(task(None, front=True), [record(1, [0.1] * 4, ratio=0.2)])
     assert set(decisions(rule, [0.3] * 4, ratio=0.1)) == GOES_ON
     assert TrialScheduler.STOP in decisions(rule, [0.3] * 4, ratio=0.4)
 
@@ -208,7 +208,7 @@ def test_under_a_bound_the_least_bytes_win_and_what_breaks_it_comes_after() -> N
     goal = Goal(max_dnll=0.01)
     within, smaller = {"dnll": 0.009, "ratio": 0.3}, {"dnll": 0.01, "ratio": 0.2}
     broken, worse = {"dnll": 0.011, "ratio": 0.1}, {"dnll": 0.02, "ratio": 0.05}
-    values = [goal.value(metrics) for metrics in (smaller, within, broken, worse)]
+    values = [goal.objective_value(metrics) for metrics in (smaller, within, broken, worse)]
     assert values == sorted(values)
     assert values[:2] == [0.2, 0.3]
 
@@ -216,15 +216,15 @@ def test_under_a_bound_the_least_bytes_win_and_what_breaks_it_comes_after() -> N
 def test_the_objective_counts_what_a_plan_gains_on_every_window_alike() -> None:
     def kls(*values: float) -> float:
         scores = [record(1, [1.0]).windows[0] | {"kl": value} for value in values]
-        return Goal().value(means(scores))
+        return Goal().objective_value(mean_metrics(scores))
 
     assert kls(0.01, 0.04, 0.5) == pytest.approx((0.01 * 0.04 * 0.5) ** (1 / 3))
     assert kls(0.009, 0.036, 0.45) == pytest.approx(0.9 * kls(0.01, 0.04, 0.5))
-    assert kls(0.0, 0.0) == pytest.approx(LEAST_KL)
+    assert kls(0.0, 0.0) == pytest.approx(MIN_KL)
 
 
 @pytest.mark.parametrize("space", [SPACE, WHOLE])
-def test_recorded_trials_have_parameters_that_the_space_can_read_back(space: Space) -> None:
+def test_recorded_trials_have_parameters_that_the_space_can_read_back(space: SearchSpace) -> None:
     for params in draws(space, 20):
         replayed = optuna.trial.FixedTrial(params)
         space.suggest(replayed)

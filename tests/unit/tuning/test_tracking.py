@@ -15,15 +15,15 @@ from search_factory import SPACE, record, task
 from baklava.data.windows import Splits, Window
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
-from tuning.optimizers.baselines import first_params
+from tuning.optimizers.baselines import initial_params
 from tuning.search.trial_loop import Recorder
-from tuning.selection.promotion import Claim, Holder
+from tuning.selection.promotion import PromotionDecision, CurrentChampion
 from tuning.study.journal import Journal
 from tuning.study.settings import SearchRecord, SearchSettings
 from tuning.study.trial import TrialRecord
 from tuning.tracking.run_context import inputs
 from tuning.tracking.tracker import Tracker
-from tuning.tracking.trial_runs import name_of
+from tuning.tracking.trial_runs import trial_run_name
 
 SETTINGS = SearchSettings(model="org/Some Model", texts=("t",), budget=0.3, context=10, continuation=2, trials=3)
 
@@ -41,16 +41,16 @@ def tracker(tmp_path: Path) -> Iterator[Tracker]:
     tracker = Tracker.connect(SETTINGS.model_name)
     tracker.begin(SETTINGS, tmp_path)
     yield tracker
-    tracker.watch.stop()
+    tracker.system_metrics.stop()
 
 
 def plan() -> BudgetPlan:
-    return task().plan(first_params(SPACE)[0])
+    return task().plan(initial_params(SPACE)[0])
 
 
 def children(tracker: Tracker) -> list[mlflow.entities.Run]:
     tracker.flush()
-    return tracker.client.search_runs([tracker.experiment], f"tags.mlflow.parentRunId = '{tracker.parent}'")
+    return tracker.client.search_runs([tracker.experiment], f"tags.mlflow.parentRunId = '{tracker.parent_run}'")
 
 
 def search_record(run: str) -> SearchRecord:
@@ -81,10 +81,10 @@ def test_a_trial_is_a_child_with_its_curve_over_the_windows(tracker: Tracker) ->
 
 def test_runs_are_named_so_that_they_can_be_told_apart_where_they_are_compared(tracker: Tracker) -> None:
     chosen = {"allocation": "greedy", "bits": "k4v2", "eviction": "streaming"}
-    assert name_of(record(7, [0.1] * 4, ratio=0.125, **chosen), "x") == "trial 07, greedy, k4v2, streaming, 12.5%, x"
-    assert name_of(record(12, [0.1] * 4, base=7, **chosen), "x").startswith("trial 12 from 07, greedy")
-    assert name_of(TrialRecord(trial=3, params={}, metrics={}, status="failed"), "x") == "trial 03, x"
-    parent = tracker.client.get_run(tracker.parent)
+    assert trial_run_name(record(7, [0.1] * 4, ratio=0.125, **chosen), "x") == "trial 07, greedy, k4v2, streaming, 12.5%, x"
+    assert trial_run_name(record(12, [0.1] * 4, base=7, **chosen), "x").startswith("trial 12 from 07, greedy")
+    assert trial_run_name(TrialRecord(trial=3, params={}, metrics={}, status="failed"), "x") == "trial 03, x"
+    parent = tracker.client.get_run(tracker.parent_run)
     assert parent.info.run_name.startswith("30% of the bytes, t, ")
 
 
@@ -93,7 +93,7 @@ def test_a_parent_shows_the_trials_that_ended_as_a_curve(tracker: Tracker) -> No
     tracker.trial(record(2, [0.2] * 2, "pruned"), plan(), 1.0)
     tracker.trial(record(3, [0.1] * 4), plan(), 1.0)
     assert tracker.flush()
-    curve = tracker.client.get_metric_history(tracker.parent, "trial_kl_geometric")
+    curve = tracker.client.get_metric_history(tracker.parent_run, "trial_kl_geometric")
     assert [(point.step, point.value) for point in curve] == [(1, pytest.approx(0.3)), (3, pytest.approx(0.1))]
 
 
@@ -133,8 +133,8 @@ def test_texts_and_windows_are_inputs_by_their_hashes(tmp_path: Path) -> None:
 
     tracker = Tracker.connect(SETTINGS.model_name)
     tracker.begin(SETTINGS, tmp_path, inputs({"t": "f" * 64}, Splits(windows("a"), windows("b"), windows("c", "d"))))
-    tracker.watch.stop()
-    found = tracker.client.get_run(tracker.parent).inputs.dataset_inputs
+    tracker.system_metrics.stop()
+    found = tracker.client.get_run(tracker.parent_run).inputs.dataset_inputs
     by_name = {each.dataset.name: each for each in found}
     assert by_name.keys() == {"t", "calibration windows", "search windows", "validation windows"}
     assert by_name["t"].dataset.digest == "f" * 32
@@ -144,32 +144,32 @@ def test_texts_and_windows_are_inputs_by_their_hashes(tmp_path: Path) -> None:
 
 
 def test_a_parent_has_the_environment_and_the_machine(tracker: Tracker) -> None:
-    file = Path(tracker.client.download_artifacts(tracker.parent, "requirements.txt"))
+    file = Path(tracker.client.download_artifacts(tracker.parent_run, "requirements.txt"))
     assert f"mlflow=={mlflow.__version__}" in file.read_text().splitlines()
-    assert {"baklava.python", "baklava.host", "baklava.gpus"} <= tracker.client.get_run(tracker.parent).data.tags.keys()
+    assert {"baklava.python", "baklava.host", "baklava.gpus"} <= tracker.client.get_run(tracker.parent_run).data.tags.keys()
 
 
 def test_a_parent_has_the_load_of_its_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     tracker = Tracker.connect(SETTINGS.model_name)
     tracker.begin(SETTINGS, tmp_path)
-    while not (shown := tracker.client.get_run(tracker.parent).data.metrics):
+    while not (shown := tracker.client.get_run(tracker.parent_run).data.metrics):
         time.sleep(0.1)
     tracker.end({}, [])
     assert any(name.startswith("system/cpu") for name in shown)
 
 
-def crowned(holder: Holder | None) -> Claim:
-    return Claim(True, "it is better")
+def promoted(holder: CurrentChampion | None) -> PromotionDecision:
+    return PromotionDecision(True, "it is better")
 
 
-def refused(holder: Holder | None) -> Claim:
-    return Claim(False, "it is not")
+def refused(holder: CurrentChampion | None) -> PromotionDecision:
+    return PromotionDecision(False, "it is not")
 
 
 def test_a_winner_with_a_good_claim_becomes_the_champion(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.client.tracking_uri)
-    other = task(budget=0.5).plan(first_params(SPACE)[0])
+    other = task(budget=0.5).plan(initial_params(SPACE)[0])
     assert tracker.register(other, {"budget": "0.5"}, crowned) is not None
     registered = tracker.register(plan(), {"budget": "0.3"}, crowned)
     assert registered is not None
@@ -183,13 +183,13 @@ def test_a_winner_without_one_is_registered_and_leaves_the_alias(
     tracker: Tracker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = tracker.register(plan(), {"goal": "small"}, crowned)
-    asked: list[Holder | None] = []
+    asked: list[CurrentChampion | None] = []
     second = tracker.register(plan(), {}, lambda holder: asked.append(holder) or refused(holder))
     assert first is not None
     assert second is not None
     assert second.uri == f"models:/{tracker.name}/{second.version}"
     assert str(tracker.client.get_model_version_by_alias(tracker.name, "champion").version) == first.version
-    assert asked == [Holder(first.version, plan(), {"goal": "small"})]
+    assert asked == [CurrentChampion(first.version, plan(), {"goal": "small"})]
     assert f"version {second.version}, add the alias champion" in capsys.readouterr().err
 
 
@@ -197,7 +197,7 @@ def test_a_champion_whose_plan_is_gone_is_still_one(tracker: Tracker, data: Path
     tracker.register(plan(), {}, crowned)
     for file in (data / "mlartifacts").rglob("plan/plan.json"):
         file.unlink()
-    asked: list[Holder | None] = []
+    asked: list[CurrentChampion | None] = []
     tracker.register(plan(), {}, lambda holder: asked.append(holder) or refused(holder))
     assert asked[0] is not None
     assert asked[0].plan is None
@@ -207,9 +207,9 @@ def test_a_parent_run_tells_what_was_asked_and_how_it_ended(tracker: Tracker, tm
     file = tmp_path / "trials.jsonl"
     file.write_text("{}\n")
     tracker.end({"validation_kl": 0.1}, [file], texts={"fidelity.svg": "<svg/>"})
-    run = tracker.client.get_run(tracker.parent)
+    run = tracker.client.get_run(tracker.parent_run)
     assert (run.info.status, run.data.params["budget"], run.data.metrics["validation_kl"]) == ("FINISHED", "0.3", 0.1)
-    files = {file.path for file in tracker.client.list_artifacts(tracker.parent)}
+    files = {file.path for file in tracker.client.list_artifacts(tracker.parent_run)}
     assert files == {"trials.jsonl", "fidelity.svg", "requirements.txt"}
 
 
@@ -266,7 +266,7 @@ def test_a_server_that_comes_back_gets_what_it_missed_in_order(
     assert {run.info.status for run in found} == {"FINISHED"}
     assert "mlflow: the server is back" in capsys.readouterr().err
     tracker.end({}, [])
-    assert tracker.client.get_run(tracker.parent).info.status == "FINISHED"
+    assert tracker.client.get_run(tracker.parent_run).info.status == "FINISHED"
 
 
 class Fails:
@@ -296,7 +296,7 @@ def test_a_request_that_fails_amid_a_trial_loses_and_doubles_nothing(tracker: Tr
     tracker.runs.client = Fails(tracker.client, method, late)
     tracker.trial(record(1, [0.1] * 4), plan(), 1.0)
     tracker.writer.submit(int).result()
-    assert len(tracker.waiting) == 1
+    assert len(tracker.pending) == 1
     found = children(tracker)
     assert [(run.info.status, run.data.tags["baklava.trial"]) for run in found] == [("FINISHED", "1")]
     assert {file.path for file in tracker.client.list_artifacts(found[0].info.run_id)} == {"plan.json", "budgets.svg"}
@@ -305,28 +305,28 @@ def test_a_request_that_fails_amid_a_trial_loses_and_doubles_nothing(tracker: Tr
 def test_a_search_that_goes_on_writes_the_recorded_trials_that_mlflow_lacks(tracker: Tracker, tmp_path: Path) -> None:
     records = [record(number, [0.1] * 4) for number in (1, 2)] + [record(3, [], "failed")]
     tracker.trial(records[0], plan(), 1.0)
-    half = {"mlflow.parentRunId": tracker.parent, "baklava.trial": "2"}
+    half = {"mlflow.parentRunId": tracker.parent_run, "baklava.trial": "2"}
     tracker.client.create_run(tracker.experiment, tags=half)  # what a kill amid a write leaves
     assert tracker.flush()
     again = Tracker.connect(SETTINGS.model_name)
-    again.resume(search_record(tracker.parent), tmp_path)
+    again.resume(search_record(tracker.parent_run), tmp_path)
     again.replay(records, task().plan)
     again.replay(records, task().plan)
     found = children(again)
     assert sorted(run.data.tags["baklava.trial"] for run in found) == ["1", "2", "3"]
     assert all(run.info.end_time for run in found)
-    again.watch.stop()
+    again.system_metrics.stop()
 
 
 def test_a_search_whose_run_was_lost_goes_on_in_one_new_run(tracker: Tracker, tmp_path: Path) -> None:
-    record_of_it = search_record(tracker.parent)
-    tracker.client.delete_run(tracker.parent)
+    record_of_it = search_record(tracker.parent_run)
+    tracker.client.delete_run(tracker.parent_run)
     found = []
     for _ in range(2):
         again = Tracker.connect(SETTINGS.model_name)
         again.resume(record_of_it, tmp_path)
         again.replay([record(1, [0.1] * 4)], task().plan)
         assert len(children(again)) == 1
-        again.watch.stop()
-        found.append(again.parent)
-    assert found[0] == found[1] != tracker.parent
+        again.system_metrics.stop()
+        found.append(again.parent_run)
+    assert found[0] == found[1] != tracker.parent_run

@@ -12,9 +12,9 @@ from search_factory import SPACE, record, task
 from search_process import kill
 
 from baklava.errors import UserError
-from tuning.optimizers.baselines import first_params
-from tuning.workers.cluster import fleet_of
-from tuning.workers.scheduler import ATTEMPTS, Pool, homes
+from tuning.optimizers.baselines import initial_params
+from tuning.workers.cluster import plan_layout
+from tuning.workers.scheduler import MAX_DEATHS_PER_TASK, WorkerScheduler, assign_windows
 
 pytestmark = pytest.mark.ray
 
@@ -75,7 +75,7 @@ class Hands:
         self.windows = windows
         self.workers = [Worker.remote(str(broken)) for _ in range(workers)]
         held = {window: ray.put(window) for window in windows}
-        self.pool = ray.remote(Pool).options(num_cpus=0).remote(self.workers, held, task)
+        self.pool = ray.remote(WorkerScheduler).options(num_cpus=0).remote(self.workers, held, task)
         self.pairs = ray.get(self.pool.assign.remote(windows))
         assert ray.get([self.pool.warm.remote(*pair) for pair in self.pairs]) == [None] * len(self.pairs)
 
@@ -171,7 +171,7 @@ def test_a_replica_killed_amid_its_work_has_it_done_again(hands: Callable[..., H
 
 def test_a_plan_that_kills_replicas_is_given_up_and_the_next_one_scored(hands: Callable[..., Hands]) -> None:
     pool = hands(workers=1, windows="a")
-    assert f"{ATTEMPTS} replicas died" in pool.score(("deadly", "a"))[0]["error"]
+    assert f"{MAX_DEATHS_PER_TASK} replicas died" in pool.score(("deadly", "a"))[0]["error"]
     assert pool.score(("plan", "a"))[0]["window"] == "a"
 
 
@@ -198,7 +198,7 @@ def test_no_plan_is_scored_twice_on_a_window_not_even_at_once(hands: Callable[..
 
 
 def test_parameters_of_one_plan_share_its_scores_and_so_do_recorded_ones(hands: Callable[..., Hands]) -> None:
-    first = first_params(SPACE)[0]
+    first = initial_params(SPACE)[0]
     same = {**first, "floor": first["floor"] + 1e-9}
     assert task().plan(first).digest == task().plan(same).digest
     pool = hands(task=task())
@@ -225,7 +225,7 @@ def test_windows_no_longer_wanted_are_freed(hands: Callable[..., Hands]) -> None
 
 @pytest.mark.parametrize(("replicas", "windows"), [(1, 4), (2, 4), (3, 4), (4, 4), (6, 4), (8, 4), (2, 1)])
 def test_every_replica_holds_as_many_windows_as_any_other_and_every_window_is_held(replicas: int, windows: int) -> None:
-    held = homes(replicas, [str(number) for number in range(windows)])
+    held = assign_windows(replicas, [str(number) for number in range(windows)])
     assert len({len(each) for each in held}) == 1
     assert set.union(*held) == {str(number) for number in range(windows)}
 
@@ -245,7 +245,7 @@ def test_every_replica_holds_as_many_windows_as_any_other_and_every_window_is_he
 def test_a_fleet_has_a_replica_per_gpu_and_threads_that_fit(
     nodes: list[dict[str, float]], asked: int | str, replicas: int, threads: int, gpu: bool
 ) -> None:
-    fleet = fleet_of(nodes, asked)
+    fleet = plan_layout(nodes, asked)
     assert (fleet.replicas, fleet.threads, fleet.gpus) == (replicas, threads, int(gpu))
 
 
@@ -260,20 +260,20 @@ def test_a_fleet_has_a_replica_per_gpu_and_threads_that_fit(
 def test_a_replica_of_several_gpus_has_them_on_one_node(
     nodes: list[dict[str, float]], asked: int | str, gpus: int, replicas: int, threads: int
 ) -> None:
-    fleet = fleet_of(nodes, asked, gpus)
+    fleet = plan_layout(nodes, asked, gpus)
     assert (fleet.replicas, fleet.threads, fleet.options["num_gpus"]) == (replicas, threads, gpus)
 
 
 def test_every_node_of_cpus_gets_replicas_of_its_own() -> None:
-    assert fleet_of([{"CPU": 8}, {"CPU": 8}, {"CPU": 2}], "auto").replicas == 10
+    assert plan_layout([{"CPU": 8}, {"CPU": 8}, {"CPU": 2}], "auto").replicas == 10
 
 
 @pytest.mark.parametrize("nodes", [[{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}], [{"CPU": 8}]])
 def test_more_gpus_for_a_replica_than_a_node_has_are_refused(nodes: list[dict[str, float]]) -> None:
     with pytest.raises(UserError, match="2 GPUs of one node for each"):
-        fleet_of(nodes, "auto", 2)
+        plan_layout(nodes, "auto", 2)
 
 
 def test_more_replicas_than_fit_are_refused_with_what_there_is() -> None:
     with pytest.raises(UserError, match="--replicas 3 does not fit on 2 CPUs"):
-        fleet_of([{"CPU": 2}], 3)
+        plan_layout([{"CPU": 2}], 3)
