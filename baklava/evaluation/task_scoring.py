@@ -148,7 +148,7 @@ class _Asked:
         if isinstance(cache, BudgetedCache):
             cache.check_integrity()
             if self.held > cache.reserved_bytes:
-                raise RuntimeError(f"the cache held {self.held} bytes, {cache.reserved_bytes} were promised")
+                raise RuntimeError(f"the cache held {self.held} bytes, {cache.reserved_bytes} were reserved")
 
     def _ids(self, ids: Sequence[int]) -> Ids:
         return torch.tensor([list(ids)], device=self.loaded.device)

@@ -60,9 +60,7 @@ def _benchmark_pair(
     plans = prefill_plans(loaded, context, share)
     if context + REPEAT_OVERHEAD_TOKENS > loaded.max_length:
         plans.pop(Reconstruction.name)
-        log(
-            f"{Reconstruction.name} is left out: repeating {context} tokens would exceed the model's {loaded.max_length}"
-        )
+        log(f"{Reconstruction.name} is left out: repeating {context} tokens exceeds the model's {loaded.max_length}")
     runs: dict[str, Callable[[], Any]] = {BASELINE: lambda: baseline_prefill(loaded, ids)}
     runs |= {name: lambda plan=plan: prefill(loaded, plan, ids) for name, plan in plans.items()}  # type: ignore[misc]
     baseline_prefill(loaded, ids[:, :WARMUP_TOKENS])

@@ -11,7 +11,7 @@ from baklava.console import run_cli
 from baklava.errors import UserError
 from baklava.evaluation.speed.timing import Timing, time_interleaved
 from baklava.evaluation.speed.workloads import BASELINE
-from baklava.eviction import HeavyHitter
+from baklava.eviction import METHODS, HeavyHitter, Streaming
 from baklava.runtime.model_loader import LoadedModel
 from benchmarks.kernels.decode import NO_CACHE, benchmark_decode, same_plan_in_all_layers
 from benchmarks.kernels.plot import plot, table
@@ -20,41 +20,41 @@ from benchmarks.kernels.prefill import benchmark_prefill
 Maker = Callable[..., LoadedModel]
 
 
-def test_decode_rows_hold_what_their_plans_promise(tiny: Maker, tmp_path: Path) -> None:
-    figures = benchmark_decode(tiny(), contexts=[128, 200], batches=[1, 2], share=0.5, rounds=2)
-    budgeted = [row for row in figures["rows"] if row["plan"] not in (BASELINE, NO_CACHE)]
+def test_decode_rows_allocate_what_their_plans_reserve(tiny: Maker, tmp_path: Path) -> None:
+    results = benchmark_decode(tiny(), contexts=[128, 200], batches=[1, 2], share=0.5, rounds=2)
+    budgeted = [row for row in results["rows"] if row["plan"] not in (BASELINE, NO_CACHE)]
     assert len(budgeted) == 4 * 7
     for row in budgeted:
         assert 0.9 <= row["allocated_over_reserved"] <= 1.0
         assert row["milliseconds"] > 0
         assert row["attention_over_sdpa"] > 0
-    plot(figures, tmp_path / "decode.png")
+    plot(results, tmp_path / "decode.png")
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
-    assert len(table(figures).splitlines()) == 1 + len(figures["rows"])
+    assert len(table(results).splitlines()) == 1 + len(results["rows"])
 
 
-def test_prefill_compares_every_method_with_the_peer_and_with_a_ring(tiny: Maker, tmp_path: Path) -> None:
-    figures = benchmark_prefill(tiny(), contexts=[160], batches=[2], share=0.5, rounds=1, memory=False)
-    rows = {row["plan"]: row for row in figures["rows"]}
-    assert {BASELINE, "streaming", "streaming, chunked", "heavy_hitter", "reconstruction", "tova"} <= rows.keys()
-    assert rows["streaming"]["over_streaming"] == rows[BASELINE]["over_baseline"] == 1
-    plot(figures, tmp_path / "prefill.png")
-    assert "expected_attention" in table(figures)
+def test_prefill_compares_every_method_with_the_baseline_and_with_streaming(tiny: Maker, tmp_path: Path) -> None:
+    results = benchmark_prefill(tiny(), contexts=[160], batches=[2], share=0.5, rounds=1, memory=False)
+    rows = {row["plan"]: row for row in results["rows"]}
+    assert rows.keys() >= {BASELINE, *METHODS, f"{Streaming.name}, chunked"}
+    assert rows[Streaming.name]["over_streaming"] == rows[BASELINE]["over_baseline"] == 1
+    plot(results, tmp_path / "prefill.png")
+    assert "expected_attention" in table(results)
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    mine, other = Timing((2.0, 20.0, 3.0)), Timing((1.0, 10.0, 1.0))
-    assert mine.ratio_to(other) == 2
-    assert mine.total_ratio_to(other) == 25 / 12
+    one, other = Timing((2.0, 20.0, 3.0)), Timing((1.0, 10.0, 1.0))
+    assert one.ratio_to(other) == 2
+    assert one.total_ratio_to(other) == 25 / 12
 
 
-def test_each_round_begins_with_another_contestant() -> None:
+def test_each_round_starts_with_another_run() -> None:
     order: list[str] = []
     time_interleaved({name: lambda name=name: order.append(name) for name in "abc"}, rounds=2, warmup_rounds=1)
     assert "".join(order) == "abcbcacab"
 
 
-def test_too_few_entries_are_one_sentence(tiny: Maker) -> None:
+def test_too_few_entries_are_reported_in_one_sentence(tiny: Maker) -> None:
     with pytest.raises(UserError, match="raise --contexts or --share"):
         same_plan_in_all_layers(tiny(), (25, 25), HeavyHitter(), 16, 128)
 
@@ -71,9 +71,7 @@ def test_too_few_entries_are_one_sentence(tiny: Maker) -> None:
         ("", "benchmark.py: error: the following arguments are required: NAME"),
     ],
 )
-def test_what_is_wrong_on_the_command_line_is_one_sentence(
-    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_line_error_is_one_sentence(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "benchmark.py"))["main"]
     try:
         code = run_cli("benchmark", lambda: main(arguments.split()))
@@ -83,13 +81,13 @@ def test_what_is_wrong_on_the_command_line_is_one_sentence(
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith(said)
 
 
-def test_a_script_reports_to_nobody_at_the_hub() -> None:
+def test_a_script_sends_no_telemetry_to_the_hub() -> None:
     code = (
-        "from baklava.console import exit_code\n"
-        "def told():\n    import huggingface_hub.constants as hub\n    print(hub.HF_HUB_DISABLE_TELEMETRY)\n"
-        "exit_code('x', told)"
+        "from baklava.console import run_cli\n"
+        "def main():\n    import huggingface_hub.constants as hub\n    print(hub.HF_HUB_DISABLE_TELEMETRY)\n"
+        "run_cli('x', main)"
     )
-    asked = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
-    hidden = {name: value for name, value in os.environ.items() if name not in asked}
-    ran = subprocess.run([sys.executable, "-c", code], env=hidden, capture_output=True, text=True, check=True)
+    opt_outs = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+    environment = {name: value for name, value in os.environ.items() if name not in opt_outs}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "True"
