@@ -13,7 +13,7 @@ from baklava.errors import UserError
 from tuning.study.journal import new_run_dir
 
 if TYPE_CHECKING:
-    from tuning.evaluation.runner import Evaluated
+    from tuning.evaluation.runner import EvaluationResult
 
 EXAMPLES = """A plan is a plan.json, `full`, or METHOD[+EVICTION][@BITS]:BUDGET with METHOD one of uniform, baklava,
 pyramid, squeeze, duo, head_adaptive, heavy_hitter_counts, reconstruction_counts, greedy and blended, EVICTION one of
@@ -91,9 +91,9 @@ def run(given: dict[str, Any]) -> "Evaluated":
 
 def show(evaluated: "Evaluated") -> None:
     from baklava.evaluation.summary import verdict
-    from tuning.evaluation.report import tables
+    from tuning.evaluation.report import format_tables
 
-    print("\n" + tables(evaluated.evaluations))
+    print("\n" + format_tables(evaluated.evaluations))
     print("\n" + "\n".join(f"- {each}" for each in verdict(evaluated.evaluations, evaluated.settings.texts)))
     folder = evaluated.folder
     print(f"\nreport   {folder.report}\nscores   {folder.scores}\nwindows  {folder.windows}")

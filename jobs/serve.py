@@ -14,8 +14,8 @@ from typing import Any
 from baklava.console import log, run_cli
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
-from serve_app.api.network import Keys, api_keys, check_address
-from serve_app.engine.chunk_size import BESIDE
+from serve_app.api.network import ApiKeys, check_listen_address, read_api_keys
+from serve_app.engine.chunk_size import DEFAULT_PREFILL_DECODE_RATIO
 
 EXAMPLES = """examples:
   python jobs/serve.py --plan runs/my-search/plan.json --model demo
@@ -68,7 +68,7 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill-share",
         type=_positive,
-        default=BESIDE,
+        default=DEFAULT_PREFILL_DECODE_RATIO,
         metavar="X",
         help="time that a step gives to the prompt that enters, in that of its decode batch: more lets prompts in "
         "sooner, less keeps the others' tokens coming (default: %(default)s)",
@@ -108,8 +108,8 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check what can be checked in a moment, start the server, and wait for its end."""
-    keys = Keys.of(api_keys(arguments.api_keys), api_keys(arguments.admin_keys, "admin"))
-    check_address(arguments.host, arguments.port, guarded=keys.any)
+    keys = ApiKeys.from_keys(read_api_keys(arguments.api_keys), read_api_keys(arguments.admin_keys, "admin"))
+    check_listen_address(arguments.host, arguments.port, has_keys=keys.required)
     most = max(arguments.replicas, arguments.autoscale or 0)
     plan = checked_plan(arguments.plan, arguments.model)
     settings, scale = _settings(arguments, plan, keys, most)
@@ -119,16 +119,16 @@ def run(arguments: argparse.Namespace) -> None:
     with session(most, quiet=scale.logs is not None):
         signals = taken_signals()
         with deployed(settings, arguments.host, arguments.port, scale) as server:
-            print(welcome(server.about, arguments.host, arguments.port, guarded=keys.any), flush=True)
+            print(welcome(server.about, arguments.host, arguments.port, has_keys=keys.required), flush=True)
             wait(signals, lambda: reload(arguments, server.board))
 
 
-def _settings(arguments: argparse.Namespace, plan: BudgetPlan | None, keys: Keys, most: int) -> tuple[Any, Any]:
+def _settings(arguments: argparse.Namespace, plan: BudgetPlan | None, keys: ApiKeys, most: int) -> tuple[Any, Any]:
     from serve_app.engine.memory import PoolSize
-    from serve_app.openai.tokenization import Declared
+    from serve_app.openai.tokenization import PinnedPrefix
 
     pool = PoolSize.parse(arguments.pool)
-    declared = tuple(Declared.read(path) for path in arguments.prefix)
+    declared = tuple(PinnedPrefix.read(path) for path in arguments.prefix)
     logs = str(Path(arguments.logs).absolute()) if arguments.logs else None
     from serve_app.deployment.app import Scale
     from serve_app.deployment.replica import Settings
@@ -151,26 +151,26 @@ def _settings(arguments: argparse.Namespace, plan: BudgetPlan | None, keys: Keys
 
 def checked_plan(source: str, model: str) -> BudgetPlan | None:
     """The plan that `source` names, if it fits the model; None for the full cache."""
-    from serve_app.replication.plan_registry import resolve
+    from baklava.plan.registry import load_plan
 
-    plan = None if source == "full" else resolve(source)
-    from baklava.eviction import eviction_of
+    plan = None if source == "full" else load_plan(source)
+    from baklava.eviction import build_eviction
     from baklava.runtime.model_loader import load_config
 
     identity, geometry = load_config(model)
     if plan:
-        plan.check_fits(identity, geometry)
-        eviction_of(plan.eviction)
+        plan.validate_for(identity, geometry)
+        build_eviction(plan.eviction)
     return plan
 
 
-def welcome(about: dict[str, Any], host: str, port: int, *, guarded: bool) -> str:
+def welcome(about: dict[str, Any], host: str, port: int, *, has_keys: bool) -> str:
     """What is served where, how many sequences fit, and how to ask it something."""
     plan, model = about["plan"], about["model"]["id"]
     tokens = plan["context_length"]
     held, full = plan["bytes_per_sequence"] / MEBIBYTE, plan["full_bytes_per_sequence"] / MEBIBYTE
     base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    key = '-H "Authorization: Bearer $KEY" ' if guarded else ""
+    key = '-H "Authorization: Bearer $KEY" ' if has_keys else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "stream": true}}'
     return f"""
 baklava listens on {base}
@@ -233,7 +233,7 @@ def _positive(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0; try {BESIDE}")
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0; try {DEFAULT_PREFILL_DECODE_RATIO}")
     return value
 
 

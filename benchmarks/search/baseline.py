@@ -27,7 +27,7 @@ from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel, load
 from baklava.runtime.prefill import prefill
 from benchmarks.search.startup import Ran
-from tuning.search.inputs import Material
+from tuning.search.inputs import SearchInputs
 from tuning.study.search_space import SearchTask
 from tuning.study.trial import TrialRecord, finished_trials
 
@@ -77,7 +77,7 @@ if __name__ == "__main__":
 ROOT = Path(__file__).parents[2]
 
 
-def against(ran: Ran, count: int, material: Material, task: SearchTask, trial_seconds: float) -> dict[str, Any]:
+def against(ran: Ran, count: int, material: SearchInputs, task: SearchTask, trial_seconds: float) -> dict[str, Any]:
     """The first trials that scored every window, naively: trials per hour of both ways, and how far scores differ.
 
     The search's trials per hour are those of all its trials, the stopped ones included; per window both ways compare

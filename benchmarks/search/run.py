@@ -8,12 +8,12 @@ from typing import Any
 
 from baklava.console import log
 from baklava.errors import UserError
+from baklava.evaluation.speed.timing import machine_info
 from benchmarks.search.baseline import against
 from benchmarks.search.config import Asked
 from benchmarks.search.scaling import dispatch, scaling
 from benchmarks.search.startup import overhead, search
-from baklava.evaluation.speed.timing import machine_info
-from tuning.search.inputs import Material, prepare
+from tuning.search.inputs import SearchInputs, prepare_inputs
 from tuning.study.search_space import SearchTask
 from tuning.study.settings import SearchSettings
 
@@ -38,7 +38,7 @@ def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
         continuation=asked.continuation,
         trials=asked.trials,
     )
-    material = prepare(settings)  # also so that the timed search finds the profile cached, as a second search does
+    material = prepare_inputs(settings)  # also so that the timed search finds the profile cached, as a second search does
     task = task_of(settings, material)
     found: dict[str, Any] = {"benchmark": "search", "asked": asdict(asked), "machine": machine_info()}
     if {"overhead", "naive"} & set(parts):
@@ -50,13 +50,13 @@ def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     return found
 
 
-def task_of(settings: SearchSettings, material: Material) -> SearchTask:
+def task_of(settings: SearchSettings, material: SearchInputs) -> SearchTask:
     """The task of a search on this material."""
     windows = tuple(window.name for window in material.splits.search)
     return SearchTask(material.profile, settings.goal, settings.context_length, windows, settings.bits)
 
 
-def _script(asked: Asked, naive: bool, material: Material, task: SearchTask) -> dict[str, Any]:
+def _script(asked: Asked, naive: bool, material: SearchInputs, task: SearchTask) -> dict[str, Any]:
     with TemporaryDirectory(prefix="baklava-search-") as folder:
         log(f"overhead: a search of {asked.trials} trials")
         ran = search(asked, Path(folder) / "run")

@@ -10,10 +10,11 @@ from typing import Any, cast
 import ray
 
 from baklava.console import log
+from baklava.runtime.ray_session import ray_session
 from benchmarks.search.config import Asked
-from tuning.search.inputs import Material
-from tuning.search.trial_loop import Phases, Recorder
-from tuning.search.warm_start import Warm
+from tuning.search.inputs import SearchInputs
+from tuning.search.trial_loop import TrialLoop, TrialRecorder
+from tuning.search.warm_start import WarmStart
 from tuning.study.journal import Journal
 from tuning.study.search_space import SearchTask
 from tuning.study.settings import SearchSettings
@@ -28,17 +29,17 @@ class Sleeper:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def ready(self) -> int:
+    def ping(self) -> int:
         """Process id."""
         return os.getpid()
 
-    def warm(self, window: Any) -> None:
+    def prefill(self, window: Any) -> None:
         """Nothing to prefill."""
 
-    def told(self) -> None:
+    def status(self) -> None:
         """Nothing is kept elsewhere."""
 
-    def forget(self, windows: Sequence[str]) -> None:
+    def release(self, windows: Sequence[str]) -> None:
         """Nothing to free."""
 
     def score(self, plan_json: str, window: Any) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class Untold:
         """Nothing."""
 
 
-def scaling(asked: Asked, settings: SearchSettings, material: Material, task: SearchTask) -> dict[str, Any]:
+def scaling(asked: Asked, settings: SearchSettings, material: SearchInputs, task: SearchTask) -> dict[str, Any]:
     """Windows scored per second by one replica of one thread, and by two."""
     rates = {}
     settings = settings.model_copy(update={"trials": asked.scaled_trials})
@@ -66,12 +67,12 @@ def scaling(asked: Asked, settings: SearchSettings, material: Material, task: Se
         log(f"scaling: {replicas} replicas of {THREADS} thread")
         with ray_session(object_store_bytes=OBJECT_STORE_BYTES):
             windows = material.splits.search
-            crew = WorkerGroup.of(settings.model, WorkerLayout(replicas, THREADS), windows, task)
+            crew = WorkerGroup.for_search(settings.model, WorkerLayout(replicas, THREADS), windows, task)
             rates[replicas] = _run(crew, settings, task)["windows"]
     return {"threads": THREADS, "one": rates[1], "two": rates[2], "times": rates[2] / rates[1]}
 
 
-def dispatch(asked: Asked, settings: SearchSettings, material: Material, task: SearchTask) -> list[dict[str, Any]]:
+def dispatch(asked: Asked, settings: SearchSettings, material: SearchInputs, task: SearchTask) -> list[dict[str, Any]]:
     """Trials per second where scoring is replaced by a sleep, for several numbers of replicas."""
     settings = settings.model_copy(update={"trials": asked.dispatched_trials})
     found = []
@@ -94,9 +95,9 @@ def _run(crew: WorkerGroup, settings: SearchSettings, task: SearchTask) -> dict[
     crew.prefill(task.windows)
     with TemporaryDirectory(prefix="baklava-scaling-") as folder:
         journal: Journal[TrialRecord] = Journal(Path(folder) / "trials.jsonl")
-        recorder = Recorder(journal, cast(Tracker, Untold()), crew, task, plain.trials)
+        recorder = TrialRecorder(journal, cast(Tracker, Untold()), crew, task, plain.trials)
         started = time.perf_counter()
-        Phases(plain, task, journal, crew, recorder, Warm()).run()
+        TrialLoop(plain, task, journal, crew, recorder, WarmStart()).run()
         seconds = time.perf_counter() - started
     return {"trials": len(journal.records) / seconds, "windows": _windows(journal.records) / seconds}
 

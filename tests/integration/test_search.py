@@ -115,7 +115,7 @@ def test_only_a_trial_that_scored_all_windows_is_called_finished(finished: Finis
 def test_the_plan_is_the_best_of_all_candidates_on_validation(finished: Finished) -> None:
     scores = {entry["name"]: entry["metrics"]["kl_geometric"] for entry in finished.summary["validation"]}
     assert finished.summary["winner"] == min(scores, key=lambda name: scores[name])
-    rivals = {"uniform + streaming", "baklava + heavy_hitter"}
+    rivals = {"uniform + streaming_llm", "baklava + heavy_hitter"}
     assert {f"{name}, 16 bits" for name in rivals} <= scores.keys()
     assert finished.plan.provenance.scores["validation_kl_geometric"] == pytest.approx(min(scores.values()))
 
@@ -123,7 +123,7 @@ def test_the_plan_is_the_best_of_all_candidates_on_validation(finished: Finished
 @pytest.mark.ray
 def test_the_plan_fits_the_model_and_the_budget_and_says_where_it_comes_from(finished: Finished, place: Place) -> None:
     plan, loaded = finished.plan, load(str(place.root / "model"))
-    plan.check_fits(loaded.identity, loaded.geometry)
+    plan.validate_for(loaded.identity, loaded.geometry)
     assert plan.ratio <= 0.5
     assert plan.context_length == 192
     assert plan.provenance.profile
@@ -179,7 +179,7 @@ def test_the_last_third_of_the_trials_refines_the_best_and_says_from_which_they_
 @pytest.mark.ray
 def test_what_the_search_was_worth_is_told(finished: Finished) -> None:
     names = [rival["name"] for rival in finished.summary["rivals"]]
-    assert names[-1] == "its own budgets, dealt out at random 3 times"
+    assert names[-1] == "its own budgets, shuffled over the heads 3 times"
     assert f"{names[-1]}: " in finished.log
     assert names[-1] in (finished.out / "report.html").read_text()
 

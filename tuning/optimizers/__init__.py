@@ -1,1 +1,1 @@
-"""Where the next trial of a search comes from."""
+"""Where the next trial of a search comes from, and what stops it early."""

@@ -1,30 +1,29 @@
-"""The heuristics: what is tried before anything is drawn, and what every winner has to beat on validation."""
+"""Baseline methods: tried before anything is sampled, and what every winner has to beat on validation."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from baklava.allocation import Allocation, Baklava, Blended, Greedy, Pair, ReconstructionCounts, Uniform, allocate
-from baklava.eviction import Eviction, HeavyHitter, Streaming
+from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.profiling.profile import Profile
-from tuning.study.search_space import CURVES, BIT_PAIRS, Params, SearchSpace
+from tuning.study.search_space import BIT_PAIRS, CURVES, Params, SearchSpace
 from tuning.study.settings import BitsName
 
 BEST_HEAVY_HITTER = HeavyHitter(reduction="max", power=2, distance=32, centroids=4)
-"""The scores that did best of all heavy hitters in every measurement so far, and what they evict in four centroids."""
+"""The best heavy-hitter scores in every measurement so far, with evicted entries merged into four centroids."""
 
 DEFAULT_BLEND = Blended(reconstruction_power=0.3, importance_power=0.3, curve_power=0.7, floor=0.3, bits="curves")
-"""Mostly what the loss curves say, held back by reconstruction, importance and a floor from believing them too much."""
+"""Mostly the loss curves, tempered by reconstruction counts, importance and a floor."""
 
 NUM_BUDGET_LEVELS = 4
-"""Sizes, spread over the range, at which the strongest heuristic is tried where sizes are drawn."""
+"""Sizes, spread over the range, at which the strongest baseline is tried if sizes are sampled."""
 
 
 @dataclass(frozen=True)
 class BaselineMethod:
-    """A plan that needs no search: a method of allocation, one of eviction, and the bits of keys and values."""
+    """A plan that needs no search: an allocation method, an eviction method, and the bits of keys and values."""
 
     allocation: Allocation
     eviction: Eviction
@@ -32,14 +31,14 @@ class BaselineMethod:
 
     @property
     def name(self) -> str:
-        """What it is called in tables."""
+        """Its name in tables."""
         keys, values = self.bits
-        any_bits = self.allocation.knobs.get("bits", "given") != "given"
+        any_bits = self.allocation.params.get("bits", "given") != "given"
         bits = "any bits" if any_bits else f"{keys} bits" if keys == values else f"{keys} and {values} bits"
         return f"{self.allocation.name} + {self.eviction.name}, {bits}"
 
     def plan(self, profile: Profile, budget: float, context_length: int) -> BudgetPlan:
-        """Its plan inside a budget; raises UserError when it does not fit."""
+        """Return its plan for a budget; raise UserError if the budget is too small."""
         return allocate(
             profile,
             budget=budget,
@@ -51,73 +50,86 @@ class BaselineMethod:
 
 
 def baseline_methods(space: SearchSpace) -> list[BaselineMethod]:
-    """The methods that every winner has to beat, the strongest known first."""
-    narrow, wide = BIT_PAIRS[narrow_bits(space)], BIT_PAIRS[wide_bits(space)]
-    counts = ReconstructionCounts() if space.ranked else Baklava()
-    made = [BaselineMethod(DEFAULT_BLEND, BEST_HEAVY_HITTER, BIT_PAIRS[CURVES])] if _whole(space) else []
-    methods: dict[Allocation, None] = dict.fromkeys((counts, Baklava()))
-    made += [BaselineMethod(method, BEST_HEAVY_HITTER, narrow) for method in methods]
-    return [*made, *_greedy(space), BaselineMethod(Uniform(), Streaming(), wide)]
+    """Return the methods that every winner has to beat, the strongest known first."""
+    narrow, wide = BIT_PAIRS[_narrow_bits(space)], BIT_PAIRS[_wide_bits(space)]
+    methods = []
+    if _supports_default_blend(space):
+        methods.append(BaselineMethod(DEFAULT_BLEND, BEST_HEAVY_HITTER, BIT_PAIRS[CURVES]))
+    if space.has_reconstruction:
+        methods.append(BaselineMethod(ReconstructionCounts(), BEST_HEAVY_HITTER, narrow))
+    methods.append(BaselineMethod(Baklava(), BEST_HEAVY_HITTER, narrow))
+    if space.has_loss_curves and CURVES in space.bits:
+        methods.append(BaselineMethod(Greedy(measure="text", bits="any"), BEST_HEAVY_HITTER, BIT_PAIRS[CURVES]))
+    elif space.has_loss_curves:
+        methods.append(BaselineMethod(Greedy(measure="text"), BEST_HEAVY_HITTER, narrow))
+    methods.append(BaselineMethod(Uniform(), StreamingLLM(), wide))
+    return methods
 
 
 def initial_params(space: SearchSpace) -> list[Params]:
-    """The heuristics as trials, the strongest first: blends in the bits of the curves, then one measure in 4 bits.
+    """Return the baselines as trials: first blends in the bits of the curves, then single measures in 4 bits.
 
-    Where sizes are drawn, the strongest is tried at several and the others at one of them.
+    If sizes are sampled, the strongest is tried at several and each of the others at one of them.
     """
-    points = [*_balanced(space), *({**blend, **_stored(narrow_bits(space))} for blend in _blends(space))]
-    if not space.sizes:
-        return points
-    levels = [float(level) for level in np.geomspace(*space.sizes, NUM_BUDGET_LEVELS + 2)[1:-1]]
-    return [{**points[0], "budget": level} for level in levels] + [{**p, "budget": levels[1]} for p in points[1:]]
+    narrow = _shared_params(_narrow_bits(space))
+    trials = [*_strongest(space), *({**allocation, **narrow} for allocation in _single_measures(space))]
+    if not space.budget_range:
+        return trials
+    levels = [float(level) for level in np.geomspace(*space.budget_range, NUM_BUDGET_LEVELS + 2)[1:-1]]
+    return [{**trials[0], "budget": level} for level in levels] + [{**p, "budget": levels[1]} for p in trials[1:]]
 
 
-def _whole(space: SearchSpace) -> bool:
-    """Whether the strongest heuristic is in the space: it asks for every measure and for the bits of the curves."""
-    return CURVES in space.bits and space.ranked and space.curved
-
-
-def _balanced(space: SearchSpace) -> list[Params]:
-    """The strongest heuristics: two blends and greedy, with one sink, since sinks stay in 16 bits."""
-    if not _whole(space):
+def _strongest(space: SearchSpace) -> list[Params]:
+    """Two blends and greedy, with one sink, since sinks stay in 16 bits."""
+    if not _supports_default_blend(space):
         return []
-    stored = {**_stored(CURVES), "sinks": 1}
-    blend = {"allocation": Blended.name, **{knob: getattr(DEFAULT_BLEND, knob) for knob in space.powers}, **stored}
+    shared = {**_shared_params(CURVES), "sinks": 1}
+    blend = {
+        "allocation": Blended.name,
+        **{name: getattr(DEFAULT_BLEND, name) for name in space.blend_params},
+        **shared,
+    }
     halves = {"reconstruction_power": 0.5, "importance_power": 0.5, "curve_power": 0.5}
-    return [blend, {**blend, **halves}, {"allocation": Greedy.name, **stored}]
+    return [blend, {**blend, **halves}, {"allocation": Greedy.name, **shared}]
 
 
-def narrow_bits(space: SearchSpace) -> BitsName:
-    """4 bits, of which most measurements speak, or what comes nearest in the space."""
+def _single_measures(space: SearchSpace) -> list[Params]:
+    """Allocations by one measure: reconstruction counts, greedy, importance, and none."""
+    zeros = {"allocation": Blended.name, **dict.fromkeys(space.blend_params, 0.0)}
+    allocations: list[Params] = []
+    if space.has_reconstruction:
+        allocations.append({**zeros, "reconstruction_power": 1.0})
+    allocations.append({**zeros, "importance_power": 2.0, "floor": Baklava().floor})
+    allocations.append(zeros)
+    if space.has_loss_curves:
+        allocations.insert(1, {"allocation": Greedy.name})
+    return allocations
+
+
+def _shared_params(bits: BitsName) -> Params:
+    """The bits, and the eviction of the strongest baselines."""
+    params: Params = {
+        "bits": bits,
+        "rounding": 8,
+        "sinks": BEST_HEAVY_HITTER.sinks,
+        "recent": BEST_HEAVY_HITTER.recent_ratio,
+        "interval": BEST_HEAVY_HITTER.eviction_interval,
+        "centroids": BEST_HEAVY_HITTER.centroids,
+        "eviction": BEST_HEAVY_HITTER.name,
+        "group_reduction": BEST_HEAVY_HITTER.reduction,
+    }
+    return params if bits == "16" else {**params, "staged": BEST_HEAVY_HITTER.full_precision_recent}
+
+
+def _supports_default_blend(space: SearchSpace) -> bool:
+    return CURVES in space.bits and space.has_reconstruction and space.has_loss_curves
+
+
+def _narrow_bits(space: SearchSpace) -> BitsName:
+    """4 bits, which most measurements are about, or the nearest in the space."""
     return min(space.bits, key=lambda name: (name == CURVES, abs(sum(BIT_PAIRS[name]) - 8)))
 
 
-def wide_bits(space: SearchSpace) -> BitsName:
-    """16 bits, or the most that the space has."""
+def _wide_bits(space: SearchSpace) -> BitsName:
+    """16 bits, or the widest in the space."""
     return max(space.bits, key=lambda name: sum(BIT_PAIRS[name]))
-
-
-def _blends(space: SearchSpace) -> list[Params]:
-    """Allocations as points of the space: a blend of one measure each, and greedy."""
-    one = {"reconstruction_power": 1.0, "importance_power": 2.0}
-    floors = {"importance_power": {"floor": Baklava().floor}}
-    measures = [*({name: power, **floors.get(name, {})} for name, power in one.items() if name in space.powers), {}]
-    nothing = {"allocation": Blended.name, **dict.fromkeys(space.powers, 0.0)}
-    blends: list[Params] = [{**nothing, **measure} for measure in measures]
-    return [*blends[:1], *([{"allocation": Greedy.name}] if space.curved else []), *blends[1:]]
-
-
-def _stored(bits: BitsName) -> Params:
-    """The bits and the eviction of the strongest heuristics."""
-    packed: dict[str, Any] = {} if bits == "16" else {"staged": BEST_HEAVY_HITTER.staged}
-    shared = {knob: getattr(BEST_HEAVY_HITTER, knob) for knob in ("sinks", "recent", "interval", "centroids")}
-    method = {"eviction": BEST_HEAVY_HITTER.name, "group_reduction": BEST_HEAVY_HITTER.reduction}
-    return {"bits": bits, "rounding": 8, **shared, **method, **packed}
-
-
-def _greedy(space: SearchSpace) -> list[BaselineMethod]:
-    if not space.curved:
-        return []
-    if CURVES in space.bits:
-        return [BaselineMethod(Greedy(measure="text", bits="any"), BEST_HEAVY_HITTER, BIT_PAIRS[CURVES])]
-    return [BaselineMethod(Greedy(measure="text"), BEST_HEAVY_HITTER, BIT_PAIRS[narrow_bits(space)])]

@@ -1,4 +1,4 @@
-"""What proposes trials and what stops them early: Optuna and a rule for hopeless ones, both told of earlier trials."""
+"""The Optuna searcher, and the rule that stops trials early; both start from recorded trials."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,124 +17,137 @@ from tuning.study.search_space import Params, SearchTask
 from tuning.study.trial import DECODE_SECONDS, GRACE_WINDOWS, TrialRecord, finished_trials, geometric_mean
 
 MAX_LOSS_RATIO = 1.5
-"""How many times the best trial's KL a trial may lose on the same windows before it is hopeless."""
-
+"""KL over the best trial's on the same windows above which a trial is stopped."""
 
 MAX_RESAMPLES = 16
-"""Times that a point is drawn anew which was drawn before, until it is scored once more as what it is: a twin."""
+"""Times that parameters are sampled again because they were sampled before; after that, the duplicate is scored."""
 
 
 class PlanOptunaSearch(OptunaSearch):
-    """OptunaSearch that tells a stopped or failed trial from a finished one, and starts from recorded trials.
+    """OptunaSearch that tells stopped and failed trials from finished ones, and starts from recorded trials.
 
-    Tune hands over the last report of a stopped trial as if it were its result; a mean over the first windows would
-    mix into the model as if it were over all of them. Optuna has states for both cases. For a front it lowers two
-    numbers at once, the size and the loss, or three with the time of decoding.
+    Tune passes the last report of a stopped trial as if it were its result; a mean over the first windows would enter
+    the sampler's model as if it were over all of them. Optuna has states for both cases. For a front it minimises two
+    values, size and loss, or three with the decode time.
 
-    `known` trials are those of this search, `told` those of an earlier one; `points` come before the heuristics.
+    Args:
+        task: What is searched.
+        sampler: Which sampler samples.
+        recorded: Earlier trials of this search.
+        stop: Whether to start no more trials.
+        warm_trials: Trials of an earlier search.
+        enqueued_params: Parameters that are tried before the baselines.
     """
 
     def __init__(
         self,
         task: SearchTask,
-        sampling: SamplerConfig,
-        known: Sequence[TrialRecord],
+        sampler: SamplerConfig,
+        recorded: Sequence[TrialRecord],
         stop: StopFlag,
-        told: Sequence[TrialRecord] = (),
-        points: Sequence[Params] = (),
+        warm_trials: Sequence[TrialRecord] = (),
+        enqueued_params: Sequence[Params] = (),
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.windows, self.stop, space = len(task.windows), stop, task.space
-        earlier = [record for record in (*told, *known) if sampling.is_compatible(record.params)]
-        taught = [_recalled(record, task) for record in earlier]
-        complete = [trial for trial in taught if trial.state is TrialState.COMPLETE]
-        first = [params for params in (*points, *initial_params(space)) if sampling.is_compatible(params)]
-        axes = ["ratio", "objective", *([DECODE_SECONDS] if task.goal.latency else [])]
+        space = task.space
+        self.num_windows = len(task.windows)
+        self.stop = stop
+        self.suggested = [record.params for record in (*warm_trials, *recorded)]
+        frozen = [
+            _frozen_trial(record, task) for record in (*warm_trials, *recorded) if sampler.is_compatible(record.params)
+        ]
+        complete = [trial for trial in frozen if trial.state is TrialState.COMPLETE]
+        first = [params for params in (*enqueued_params, *initial_params(space)) if sampler.is_compatible(params)]
+        minimised = ["ratio", "objective", *([DECODE_SECONDS] if task.goal.latency else [])]
         super().__init__(
             space.suggest,
-            metric=axes if task.goal.front else "objective",
-            mode=["min"] * len(axes) if task.goal.front else "min",
-            points_to_evaluate=untried(first, [record.params for record in known]),
-            sampler=sampling.build(len(known), complete),
+            metric=minimised if task.goal.front else "objective",
+            mode=["min"] * len(minimised) if task.goal.front else "min",
+            points_to_evaluate=untried(first, [record.params for record in recorded]),
+            sampler=sampler.build(len(recorded), complete),
         )
-        for trial in taught:
+        for trial in frozen:
             self._ot_study.add_trial(trial)
-        self.drawn = [record.params for record in (*told, *known)]
 
     def suggest(self, trial_id: str) -> Params | str | None:
-        """Parameters of the next trial, unless the search was asked to stop."""
+        """Return the parameters of the next trial, or FINISHED if the search was asked to stop."""
         if self.stop.requested:
             return Searcher.FINISHED
         params = super().suggest(trial_id)
         for _ in range(MAX_RESAMPLES):
-            if params not in self.drawn:
+            if params not in self.suggested:
                 break
             self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
             params = super().suggest(trial_id)
-        self.drawn.append(params)
+        self.suggested.append(params)
         return params
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """The running mean after one more window."""
+        """Report the running mean after one more window to Optuna."""
         if "failed" not in result:
             super().on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """A trial that scored all windows, was stopped, or failed: complete, pruned, or failed in Optuna's words."""
+        """Report a trial that scored all windows, was stopped, or failed: complete, pruned or failed in Optuna."""
         failed = error or not result or "failed" in result
-        complete = result if result and len(result.get("windows", ())) == self.windows else None
+        complete = result if result and len(result.get("windows", ())) == self.num_windows else None
         super().on_trial_complete(trial_id, complete, error=failed)
 
 
 class RelativeLossPruner(FIFOScheduler):
-    """Stops a trial once it loses half as much again as the best of no more bytes did on the same windows.
+    """Stops a trial whose KL exceeds `MAX_LOSS_RATIO` times that of the best trial that is no larger.
 
-    All trials are scored on the same windows in the same order, so the best one is compared up to the same window and
-    no further. Losses are KLs, whatever is lowered: they have the least noise. Where the budget is given, all plans
-    count as of one size. Where latency counts, none is hopeless: what loses more may be the fastest. Next to other
-    rules in docs/lab-notes.md.
+    All trials are scored on the same windows in the same order, so that the best trial is compared on the windows seen
+    so far. It compares KLs, whatever the search minimises, since they are the least noisy. If the budget is fixed, all
+    plans count as equally large. It is disabled if latency counts: a plan that loses more may be the fastest.
+    docs/lab-notes.md compares it with other rules.
     """
 
-    def __init__(self, task: SearchTask, known: Sequence[TrialRecord]) -> None:
+    def __init__(self, task: SearchTask, recorded: Sequence[TrialRecord]) -> None:
         super().__init__()
-        self.sized, self.windows, self.idle = task.goal.samples_budget, len(task.windows), task.goal.latency
-        self.ended: list[tuple[float, list[float]]] = []
-        for record in finished_trials(known):
-            self.ended.append((self._size(record.metrics), _kls(record.windows)))
+        self.compares_sizes = task.goal.samples_budget
+        self.num_windows = len(task.windows)
+        self.disabled = task.goal.latency
+        self.completed: list[tuple[float, list[float]]] = []
+        for record in finished_trials(recorded):
+            self.completed.append((self._size(record.metrics), _kls(record.windows)))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Whether the trial goes on."""
-        if "failed" in result or self.idle:
+        """Return whether the trial continues."""
+        if "failed" in result or self.disabled:
             return TrialScheduler.CONTINUE
         size, kls = self._size(result), _kls(result["windows"])
-        if len(kls) == self.windows:
-            self.ended.append((size, kls))
-        rivals = [ended for held, ended in self.ended if held <= size]
-        if not rivals or not GRACE_WINDOWS <= len(kls) < self.windows:
+        if len(kls) == self.num_windows:
+            self.completed.append((size, kls))
+        rivals = [rival_kls for rival_size, rival_kls in self.completed if rival_size <= size]
+        if not rivals or not GRACE_WINDOWS <= len(kls) < self.num_windows:
             return TrialScheduler.CONTINUE
         best = min(rivals, key=geometric_mean)[: len(kls)]
-        return TrialScheduler.STOP if geometric_mean(kls) > MAX_LOSS_RATIO * geometric_mean(best) else TrialScheduler.CONTINUE
+        too_lossy = geometric_mean(kls) > MAX_LOSS_RATIO * geometric_mean(best)
+        return TrialScheduler.STOP if too_lossy else TrialScheduler.CONTINUE
 
-    def _size(self, numbers: Metrics) -> float:
-        return numbers["ratio"] if self.sized else 0.0
+    def _size(self, metrics: Metrics) -> float:
+        return metrics["ratio"] if self.compares_sizes else 0.0
 
 
 def _kls(windows: Sequence[dict[str, Any]]) -> list[float]:
     return [window["kl"] for window in windows]
 
 
-def _recalled(record: TrialRecord, task: SearchTask) -> optuna.trial.FrozenTrial:
-    state = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[record.status]
-    goal, steps = task.goal, range(1, len(record.windows) + 1)
+def _frozen_trial(record: TrialRecord, task: SearchTask) -> optuna.trial.FrozenTrial:
+    goal = task.goal
+    values = None
+    if record.status == "finished":
+        values = list(goal.pareto_values(record.metrics)) if goal.front else [goal.objective_value(record.metrics)]
+    intermediate = {}
+    if not goal.front:  # Optuna has no intermediate values for several objectives
+        for step in range(1, len(record.windows) + 1):
+            intermediate[step] = goal.objective_value(record.metrics_after(step))
+    states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
     return create_trial(
-        state=state,
-        values=_values(record, task) if state is TrialState.COMPLETE else None,
+        state=states[record.status],
+        values=values,
         params=record.params,
         distributions=task.space.distributions(record.params),
-        # Optuna has none for several objectives.
-        intermediate_values={} if goal.front else {step: goal.objective_value(record.metrics_after(step)) for step in steps},
+        intermediate_values=intermediate,
     )
-
-
-def _values(record: TrialRecord, task: SearchTask) -> list[float]:
-    return list(task.goal.pareto_values(record.metrics)) if task.goal.front else [task.goal.objective_value(record.metrics)]

@@ -1,4 +1,4 @@
-"""Fronts: what nothing else beats in two or more numbers that are all lowered."""
+"""Pareto fronts: what nothing else beats in two or more numbers that are all minimised."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ Key = Callable[[Item], tuple[float, ...]]
 
 
 def non_dominated(items: Sequence[Item], key: Key[Item]) -> list[Item]:
-    """The items that no other one beats in every number, by the first number; the first of equals stays."""
+    """Return the items that no other one beats in every number, ordered by the first; of equal ones, the first."""
     front: list[Item] = []
     for item in sorted(items, key=key):
         # Whatever beats it in every number was sorted before it.
@@ -18,15 +18,15 @@ def non_dominated(items: Sequence[Item], key: Key[Item]) -> list[Item]:
     return front
 
 
-def subsample(front: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` items of a sequence, spread evenly, both ends among them."""
-    if len(front) <= count:
-        return list(front)
-    return [front[round(number * (len(front) - 1) / max(1, count - 1))] for number in range(count)]
+def subsample(items: Sequence[Item], count: int) -> list[Item]:
+    """Return at most `count` items of a sequence, spread evenly and including both ends."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(number * (len(items) - 1) / max(1, count - 1))] for number in range(count)]
 
 
 def knee(front: Sequence[Item], key: Key[Item]) -> Item:
-    """The item furthest below the line between both ends of a front, in the logarithms of both numbers."""
+    """Return the item furthest below the line between both ends of a front, in the logarithms of both numbers."""
     points = [(math.log(max(x, 1e-9)), math.log(max(y, 1e-9))) for x, y, *_ in map(key, front)]
     (left, top), (right, bottom) = points[0], points[-1]
     slope = (bottom - top) / (right - left) if right > left else 0.0
@@ -34,6 +34,6 @@ def knee(front: Sequence[Item], key: Key[Item]) -> Item:
     return front[below.index(max(below))]
 
 
-def nearest(front: Sequence[Item], size: Callable[[Item], float], wanted: float) -> Item:
-    """The item whose size is nearest to the wanted one, as a ratio."""
-    return min(front, key=lambda item: abs(math.log(size(item) / wanted)))
+def nearest(front: Sequence[Item], size: Callable[[Item], float], target: float) -> Item:
+    """Return the item whose size is nearest to the target, as a ratio."""
+    return min(front, key=lambda item: abs(math.log(size(item) / target)))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from baklava.evaluation.formatting import share
 from tuning.reporting.svg import Scale, diamond, dot, level, log_values, logarithmic, svg, text, upright
-from tuning.selection.validation import ValidatedPlan, ValidationResult, pareto_front, byte_ratio
+from tuning.selection.validation import ValidatedPlan, ValidationResult, byte_ratio, pareto_front
 from tuning.study.objective import Goal
 from tuning.study.trial import TrialRecord, finished_trials
 

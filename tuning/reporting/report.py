@@ -17,7 +17,7 @@ from tuning.reporting.svg import standalone
 from tuning.selection.ablation import format_ratio
 from tuning.selection.param_importance import MAX_TRIALS, comparable_trials
 from tuning.selection.result import SearchResult
-from tuning.selection.validation import ValidatedPlan, log_kl_ratio, byte_ratio
+from tuning.selection.validation import ValidatedPlan, byte_ratio, log_kl_ratio
 from tuning.study.trial import best_trials
 
 HERE = Path(__file__).parent / "templates"
@@ -86,7 +86,7 @@ def write_report(outcome: SearchResult, path: Path) -> None:
     write_page(path, "report.html", {**fields, **charts})
 
 
-def pictures(outcome: SearchResult) -> dict[str, str]:
+def standalone_plots(outcome: SearchResult) -> dict[str, str]:
     """The charts of the report that are worth a file, by name."""
     goal = outcome.settings.goal
     drawn = {
@@ -201,15 +201,15 @@ def _against(entry: ValidatedPlan, winner: ValidatedPlan) -> str:
 
 def _knobs(outcome: SearchResult) -> dict[str, object]:
     allocation, eviction = outcome.plan.allocation, outcome.plan.eviction
-    shared = {"sinks": eviction.sinks, "recent": eviction.recent, "interval": eviction.interval}
-    packed = {"centroids": eviction.centroids, "staged": eviction.staged}
+    shared = {"sinks": eviction.sinks, "recent": eviction.recent_ratio, "interval": eviction.eviction_interval}
+    packed = {"centroids": eviction.centroids, "staged": eviction.full_precision_recent}
     trial = outcome.winner.candidate.trial
     return {
         "allocation": allocation.method,
-        **{name: value for name, value in allocation.knobs.items() if name != "shifts"},
+        **{name: value for name, value in allocation.params.items() if name != "shifts"},
         **({"bits": trial.params["bits"]} if trial else {}),
         "eviction": eviction.method,
         **shared,
         **packed,
-        **eviction.knobs,
+        **eviction.params,
     }

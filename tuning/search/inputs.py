@@ -1,4 +1,4 @@
-"""What a search needs before its first trial: windows of text, split by document, and the profile of the model."""
+"""Inputs of a search: token windows, split by document, and the model's profile."""
 
 import gc
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from baklava.profiling.profiler import cached_profile
 from baklava.runtime.model_loader import load
 from tuning.study.settings import SearchSettings
 
-WINDOWS = 4
+WINDOWS_PER_SPLIT = 4
 """Windows that trials are scored on, and as many for validation: documents differ more than plans do."""
 
 
 @dataclass(frozen=True)
-class Material:
-    """All that trials are made from. `corpora` maps the name of each text to its digest."""
+class SearchInputs:
+    """Everything that trials are made from. `corpora` maps the name of each text to its digest."""
 
     identity: ModelIdentity
     geometry: CacheGeometry
@@ -29,8 +29,10 @@ class Material:
     corpora: dict[str, str]
 
 
-def prepare(settings: SearchSettings) -> Material:
-    """Load the texts and the model, split, and profile; the model is freed again, since replicas have their own.
+def prepare_inputs(settings: SearchSettings) -> SearchInputs:
+    """Load the texts and the model, cut windows, and profile the model.
+
+    The model is freed again, since every worker loads its own copy.
 
     Raises:
         UserError: an unknown model or text, or texts too short for the windows.
@@ -40,22 +42,22 @@ def prepare(settings: SearchSettings) -> Material:
     log(f"model: loading {settings.model}")
     loaded = load(settings.model, device_map_auto=settings.gpus_per_replica > 1)
     splits = make_splits(
-        [document for each in texts.values() for document in each],
+        [document for documents in texts.values() for document in documents],
         loaded.tokenizer,
         context=settings.context,
         continuation=settings.continuation,
         seed=settings.seed,
-        search=WINDOWS,
-        validation=WINDOWS,
+        search=WINDOWS_PER_SPLIT,
+        validation=WINDOWS_PER_SPLIT,
     )
-    material = Material(
+    inputs = SearchInputs(
         identity=loaded.identity,
         geometry=loaded.geometry,
         splits=splits,
         profile=cached_profile(loaded, splits.calibration),
-        corpora={name: documents_digest(each) for name, each in texts.items()},
+        corpora={name: documents_digest(documents) for name, documents in texts.items()},
     )
     del loaded
     gc.collect()
     torch.cuda.empty_cache()
-    return material
+    return inputs

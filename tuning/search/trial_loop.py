@@ -1,9 +1,8 @@
-"""What happens when a trial ends: its line in `trials.jsonl`, its run in MLflow, its line on the screen."""
+"""The trials of a search, run by Ray Tune and recorded in the journal, MLflow and the log as they end."""
 
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,215 +15,208 @@ from ray.tune.search import Searcher
 
 from baklava.console import log
 from baklava.errors import UserError
-from tuning.optimizers.local_search import PairedPruner, LocalSearch
-from tuning.optimizers.optuna_search import RelativeLossPruner, PlanOptunaSearch
+from tuning.optimizers.local_search import LocalSearch, PairedPruner
+from tuning.optimizers.optuna_search import PlanOptunaSearch, RelativeLossPruner
 from tuning.optimizers.samplers import SamplerConfig
-from tuning.search.warm_start import Warm
+from tuning.search.warm_start import WarmStart
 from tuning.study.interrupt import StopFlag, graceful_interrupt
 from tuning.study.journal import Journal
 from tuning.study.search_space import SearchTask
 from tuning.study.settings import SearchSettings
 from tuning.study.trainable import trainable
-from tuning.study.trial import TrialStatus, TrialRecord, best_trials, finished_trials
+from tuning.study.trial import TrialRecord, TrialStatus, best_trials, finished_trials
 from tuning.tracking.tracker import Tracker
 from tuning.workers.cluster import TRIAL_CPUS, WorkerGroup
 
+MAX_NODE_FAILURES = 3
+"""How often a trial is restarted because its process or node died; a plan that fails is never tried again."""
 
-class Recorder(tune.Callback):
-    """Tells everyone about finished trials, the journal first.
+MIN_TRIALS_PER_SLOT = 4
+"""At least so many trials run one after another in each slot: a sampler learns only from trials that ended."""
 
-    It never raises: Tune would call that a failure of the trial, and have it recorded once more. Where the journal
-    takes no more, the search is stopped.
+
+class TrialRecorder(tune.Callback):
+    """Records every trial that ends: in the journal first, then in MLflow and in the log.
+
+    It never raises: Tune would count an exception as a failure of the trial, and record the trial twice. If the journal
+    cannot be written, the search is stopped.
     """
 
-    def __init__(self, journal: Journal[TrialRecord], tracker: Tracker, crew: WorkerGroup, task: SearchTask, trials: int) -> None:
-        self.journal, self.tracker, self.crew, self.task, self.trials = journal, tracker, crew, task, trials
-        self.stop, self.begun = StopFlag(), False
-        self.started, self.before = time.monotonic(), len(journal.records)
-        self.plans = _plans(journal.records, task)
+    def __init__(
+        self, journal: Journal[TrialRecord], tracker: Tracker, group: WorkerGroup, task: SearchTask, num_trials: int
+    ) -> None:
+        self.journal, self.tracker, self.group, self.task, self.num_trials = journal, tracker, group, task, num_trials
+        self.stop = StopFlag()
+        self.has_started = False
+        self.started_at = time.monotonic()
+        self.num_recorded_before = len(journal.records)
+        self.first_trial_of: dict[str, int] = {}  # by the digest of the plan
+        for record in journal.records:
+            if record.status != "failed":
+                self.first_trial_of.setdefault(record.digest or task.plan(record.params).digest, record.trial)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles callbacks into its snapshots, which `trials.jsonl` makes needless."""
+        """Return nothing: Tune pickles callbacks into its snapshots, which `trials.jsonl` makes superfluous."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The first one ends what people wait for at the start."""
-        if not self.begun:
-            self.begun = True
+        """Log that the first trial runs."""
+        if not self.has_started:
+            self.has_started = True
             log("trials: the first one is under way")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial that scored all windows, was stopped, or gave a reason why it cannot be scored."""
+        """Record a trial that scored all windows, was stopped early, or reported why it cannot be scored."""
         self._record(trial.config, trial.last_result or {}, (trial.last_result or {}).get("failed"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial whose process died, again after its restarts."""
+        """Record a trial whose process died again after its restarts."""
         self._record(trial.config, trial.last_result or {}, f"{trial.get_error() or 'its process died'}")
 
-    def end(self, error: UserError) -> None:
-        """Record and begin no more trials, and end the search with this error."""
+    def abort(self, error: UserError) -> None:
+        """Start and record no more trials, and end the search with this error."""
         self.stop.error = self.stop.error or error
         self.stop.requested = True
 
     def _record(self, params: dict[str, Any], result: dict[str, Any], error: str | None) -> None:
-        if self.stop.error:  # what ends the search may be what this trial failed of, and a resumed one has it anew
+        if self.stop.error:  # it may be what this trial failed of; a resumed search tries the trial again
             return
-        windows, number = tuple(result.get("windows", ())), len(self.journal.records) + 1
+        windows = tuple(result.get("windows", ()))
+        status: TrialStatus = "finished" if len(windows) == len(self.task.windows) else "pruned"
+        number = len(self.journal.records) + 1
         plan = None if error else self.task.plan(params)
-        first = self.plans.get(plan.digest, number) if plan else number
+        first = self.first_trial_of.get(plan.digest, number) if plan else number
         record = TrialRecord(
             trial=number,
             params=params,
             metrics=result.get("metrics", {}),
-            status=self._status(len(windows), error),
+            status="failed" if error else status,
             windows=windows,
             error=error,
+            digest=plan.digest if plan else None,
             twin=first if first < number else None,
         )
         try:
             self.journal.append(record)
-        except UserError as full:
-            self.end(full)
+        except UserError as unwritable:
+            self.abort(unwritable)
             return
         if plan:
-            self.plans.setdefault(plan.digest, number)
-        self.tracker.trial(record, plan, result.get("time_total_s", 0.0))
-        with suppress(RayError):  # without a pool, no trial will be scored, and each will say so
-            self.crew.report_events()
-        log(self._line(record))
+            self.first_trial_of.setdefault(plan.digest, number)
+        self.tracker.log_trial(record, plan, result.get("time_total_s", 0.0))
+        with suppress(RayError):  # if the scheduler is gone, every trial fails and says so
+            self.group.report_events()
+        log(self._describe(record))
 
-    def _status(self, windows: int, error: str | None) -> TrialStatus:
-        if error:
-            return "failed"
-        return "finished" if windows == len(self.task.windows) else "pruned"
+    def _describe(self, record: TrialRecord) -> str:
+        goal = self.task.goal
+        if record.status == "failed":
+            outcome = f"failed, {record.error}"
+        else:
+            outcome = goal.format_metrics(record.metrics)
+            if record.status == "pruned":
+                outcome += f" after {len(record.windows)} windows, stopped early"
+        parts = [f"trial {record.trial} of {self.num_trials}: {outcome}"]
+        if record.parent_trial:
+            parts.append(f"refined from trial {record.parent_trial}")
+        if record.twin:
+            parts.append(f"the same plan as trial {record.twin}")
+        if not goal.front:  # on a front, the best by loss alone is just the largest plan
+            parts += [
+                f"best so far {goal.format_metrics(best.metrics)} (trial {best.trial})"
+                for best in best_trials(self.journal.records, goal)
+            ]
+        return ", ".join([*parts, f"{self._time_left()} left"])
 
-    def _line(self, record: TrialRecord) -> str:
-        refined = [f"refined from trial {record.parent_trial}"] if record.parent_trial else []
-        same = [f"the same plan as trial {record.twin}"] if record.twin else []
-        parts = [f"trial {record.trial} of {self.trials}: {self._outcome(record)}", *refined, *same, *self._best()]
-        return ", ".join([*parts, f"{self._minutes_left()} left"])
-
-    def _best(self) -> list[str]:
-        if self.task.goal.front:  # of many sizes, the best by loss alone is only the largest
-            return []
-        best = best_trials(self.journal.records, self.task.goal)
-        return [f"best so far {self._value(record)} (trial {record.trial})" for record in best]
-
-    def _outcome(self, record: TrialRecord) -> str:
-        ended: dict[TrialStatus, Callable[[], str]] = {
-            "finished": lambda: self._value(record),
-            "pruned": lambda: f"{self._value(record)} after {len(record.windows)} windows, stopped early",
-            "failed": lambda: f"failed, {record.error}",
-        }
-        return ended[record.status]()
-
-    def _value(self, record: TrialRecord) -> str:
-        return self.task.goal.format_metrics(record.metrics)
-
-    def _minutes_left(self) -> str:
-        done = len(self.journal.records) - self.before
-        seconds = (time.monotonic() - self.started) / max(1, done) * (self.trials - len(self.journal.records))
+    def _time_left(self) -> str:
+        done = len(self.journal.records) - self.num_recorded_before
+        seconds_per_trial = (time.monotonic() - self.started_at) / max(1, done)
+        seconds = seconds_per_trial * (self.num_trials - len(self.journal.records))
         return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _plans(records: Sequence[TrialRecord], task: SearchTask) -> dict[str, int]:
-    """The first trial of each plan, by digest."""
-    first: dict[str, int] = {}
-    for record in records:
-        if record.status != "failed":
-            first.setdefault(task.plan(record.params).digest, record.trial)
-    return first
-
-
-NODE_FAILURES = 3
-"""Times that a trial is started again because its process or node died; a plan that fails is never tried again."""
-
-
-QUARTER = 4
-"""Trials at once are no more than this part of all: a sampler learns only from those that ended."""
-
-
 @dataclass(frozen=True)
-class Phases:
-    """All that the trials of a search need."""
+class TrialLoop:
+    """Runs the trials of a search: first those that a sampler proposes, then the local search around the best."""
 
     settings: SearchSettings
     task: SearchTask
     journal: Journal[TrialRecord]
-    crew: WorkerGroup
-    recorder: Recorder
-    warm: Warm
+    group: WorkerGroup
+    recorder: TrialRecorder
+    warm_start: WarmStart
 
     def run(self) -> None:
         """Run the trials that the journal still lacks.
 
-        Earlier trials reach the searchers from the journal, not from a snapshot of Tune's: the journal is exact to the
-        trial, a snapshot is always a little older.
+        Searchers learn of earlier trials from the journal, not from a snapshot of Tune's, which is always a little
+        older.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C was pressed; after one press, the trials that were under way have ended.
+            KeyboardInterrupt: Ctrl-C was pressed; after one press, the running trials have ended.
             UserError: trials can no longer be recorded.
         """
         stop = self.recorder.stop
         with graceful_interrupt(stop):
-            for phase in (self._draw, self._refine):
-                phase(stop)
-                stop.check()
+            for run_phase in (self._sample, self._refine):
+                run_phase(stop)
+                stop.raise_if_requested()
 
-    def _draw(self, stop: StopFlag) -> None:
-        settings, task, known = self.settings, self.task, drawn(self.journal.records)
-        missing = settings.trials - settings.num_refinements - len(known)
+    def _sample(self, stop: StopFlag) -> None:
+        settings, task, warm_start = self.settings, self.task, self.warm_start
+        sampled = [record for record in self.journal.records if not record.parent_trial]
+        missing = settings.trials - settings.num_refinements - len(sampled)
         if missing > 0:
             log(f"search: {missing} trials for {task.goal.description}, {len(task.windows)} windows each")
-            sampling = SamplerConfig(settings.sampler, settings.seed, settings.trials)
-            search = PlanOptunaSearch(task, sampling, known, stop, self.warm.told, self.warm.points)
-            self._tune(search, RelativeLossPruner(task, [*self.warm.told, *known]), missing)
+            sampler = SamplerConfig(settings.sampler, settings.seed, settings.trials)
+            known = warm_start.known_trials
+            searcher = PlanOptunaSearch(task, sampler, sampled, stop, known, warm_start.enqueued_params)
+            self._tune(searcher, RelativeLossPruner(task, [*known, *sampled]), missing)
 
     def _refine(self, stop: StopFlag) -> None:
         missing = self.settings.trials - len(self.journal.records)
         if missing > 0 and finished_trials(self.journal.records):
             log(f"search: {missing} refinements of the best so far")
-            search = LocalSearch(self.task, self.settings.seed, self.journal, stop)
-            self._tune(search, PairedPruner(self.task, self.journal), missing)
+            searcher = LocalSearch(self.task, self.settings.seed, self.journal, stop)
+            self._tune(searcher, PairedPruner(self.task, self.journal), missing)
 
-    def _tune(self, searcher: Searcher, scheduler: TrialScheduler, trials: int) -> None:
+    def _tune(self, searcher: Searcher, pruner: TrialScheduler, num_trials: int) -> None:
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
-        crew, task = self.crew, self.task
-        at_once, ahead = lanes(self.settings, len(crew.actors))
-        score = partial(trainable, scheduler=crew.scheduler, windows=task.windows, goal=task.goal, prefetch=ahead)
+        max_concurrent, prefetch = concurrency(self.settings, len(self.group.actors))
+        trial = partial(
+            trainable,
+            scheduler=self.group.scheduler,
+            windows=self.task.windows,
+            goal=self.task.goal,
+            prefetch=prefetch,
+        )
         with tempfile.TemporaryDirectory(prefix="baklava-tune-") as folder:
             tune.Tuner(
-                tune.with_resources(score, {"cpu": TRIAL_CPUS}),
+                tune.with_resources(trial, {"cpu": TRIAL_CPUS}),
                 tune_config=tune.TuneConfig(
                     metric="objective",
                     mode="min",
                     search_alg=searcher,
-                    scheduler=scheduler,
-                    num_samples=trials,
-                    max_concurrent_trials=at_once,
+                    scheduler=pruner,
+                    num_samples=num_trials,
+                    max_concurrent_trials=max_concurrent,
                     reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
                     name="search",
                     storage_path=folder,
                     verbose=0,
-                    failure_config=tune.FailureConfig(max_failures=NODE_FAILURES),
+                    failure_config=tune.FailureConfig(max_failures=MAX_NODE_FAILURES),
                     callbacks=[self.recorder],
                 ),
             ).fit()
 
 
-def lanes(settings: SearchSettings, replicas: int) -> tuple[int, int]:
-    """Trials at a time, and windows of each at a time, so that no replica is without work.
+def concurrency(settings: SearchSettings, num_workers: int) -> tuple[int, int]:
+    """Return how many trials run at once, and how many windows of each, so that no worker is idle.
 
-    One trial more than replicas, since a trial that ends leaves a gap before the next; with many replicas fewer trials,
-    each with several windows under way.
+    There is one trial more than workers, since a trial that ends leaves a gap before the next one. With many workers
+    there are fewer trials, each with several windows in flight.
     """
-    usual = max(2, min(replicas + 1, settings.trials // QUARTER))
-    at_once = settings.concurrent or usual
-    return at_once, -(-(replicas + 1) // at_once)
-
-
-def drawn(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials that are no refinements."""
-    return [record for record in records if not record.parent_trial]
+    trials = settings.concurrent or max(2, min(num_workers + 1, settings.trials // MIN_TRIALS_PER_SLOT))
+    return trials, -(-(num_workers + 1) // trials)

@@ -1,4 +1,4 @@
-"""What the search was worth: the winner against greedy, and against its own budgets dealt out at random."""
+"""What the search was worth: the winner against greedy, and against its own budgets shuffled over the heads."""
 
 import math
 from collections.abc import Sequence
@@ -17,39 +17,38 @@ NUM_SHUFFLES = 3
 
 @dataclass(frozen=True)
 class Ablation:
-    """Plans that cost no search, and the logarithm of their KL over the winner's on the same windows.
+    """Plans that need no search, and the logarithm of their KL over the winner's on the same windows.
 
-    The winner was chosen on those windows, which flatters it by some hundredths where several plans are as good.
+    The winner was chosen on those windows, which flatters it by some hundredths if several plans are equally good.
     """
 
     name: str
-    above: Interval
+    log_kl_ratio: Interval
 
 
-def run_ablations(crew: WorkerGroup, verdict: ValidationResult, windows: Sequence[str], task: SearchTask) -> tuple[Ablation, ...]:
-    """The best greedy heuristic, unless it won, and permutations of the winner's budgets."""
-    winner = verdict.winner
-    dealt = validate(crew, shuffled_candidates(winner), windows, task)
-    groups = [
-        *((entry.candidate.name, [entry]) for entry in _greedy(verdict, task)),
-        (f"its own budgets, dealt out at random {len(dealt)} times", dealt),
+def run_ablations(
+    group: WorkerGroup, validation: ValidationResult, windows: Sequence[str], task: SearchTask
+) -> tuple[Ablation, ...]:
+    """Compare the winner with the best greedy baseline, unless that won, and with permutations of its budgets."""
+    winner = validation.winner
+    others = [entry for entry in validation.ranking if entry.candidate.trial is None and entry is not winner]
+    greedy = [entry for entry in others if entry.candidate.plan.allocation.method == Greedy.name]
+    greedy = sorted(greedy, key=lambda entry: task.goal.loss(entry.metrics))[:1]
+    shuffled = validate(group, shuffled_candidates(winner), windows, task)
+    compared = [
+        *((entry.candidate.name, [entry]) for entry in greedy),
+        (f"its own budgets, shuffled over the heads {len(shuffled)} times", shuffled),
     ]
-    return tuple(Ablation(name, log_kl_ratio(entries, winner)) for name, entries in groups if entries)
+    return tuple(Ablation(name, log_kl_ratio(entries, winner)) for name, entries in compared if entries)
 
 
-def format_ratio(above: Interval) -> str:
-    """The ratio whose logarithm this is, with its interval."""
-    mean, low, high = (math.exp(value) for value in (above.mean, above.low, above.high))
-    return with_bounds(replace(above, mean=mean, low=low, high=high), ".2f")
+def format_ratio(log_ratio: Interval) -> str:
+    """Return the ratio whose logarithm this is, with its interval."""
+    mean, low, high = (math.exp(value) for value in (log_ratio.mean, log_ratio.low, log_ratio.high))
+    return with_bounds(replace(log_ratio, mean=mean, low=low, high=high), ".2f")
 
 
 def shuffled_candidates(winner: ValidatedPlan) -> list[Candidate]:
-    """The winner's budgets, in other heads."""
+    """Return plans with the winner's budgets in other heads."""
     plan = winner.candidate.plan
     return [Candidate(f"shuffled {seed}", permuted(plan, seed)) for seed in range(NUM_SHUFFLES)]
-
-
-def _greedy(verdict: ValidationResult, task: SearchTask) -> list[ValidatedPlan]:
-    methods = [entry for entry in verdict.ranking if entry.candidate.trial is None and entry is not verdict.winner]
-    greedy = [entry for entry in methods if entry.candidate.plan.allocation.method == Greedy.name]
-    return sorted(greedy, key=lambda entry: task.goal.loss(entry.metrics))[:1]

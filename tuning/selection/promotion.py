@@ -1,4 +1,4 @@
-"""Who is champion: the alias moves to a new plan only where that is better on the same windows, in no more bytes."""
+"""Promotion: the champion alias moves to a new plan only if it is better on the same windows and no larger."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ from baklava.errors import UserError
 from baklava.evaluation.formatting import share
 from baklava.plan.budget_plan import BudgetPlan
 from tuning.selection.ablation import format_ratio
-from tuning.selection.validation import Candidate, ValidatedPlan, log_kl_ratio, byte_ratio, validate
+from tuning.selection.validation import Candidate, ValidatedPlan, byte_ratio, log_kl_ratio, validate
 from tuning.study.search_space import SearchTask
 from tuning.workers.cluster import WorkerGroup
 
 ALIAS = "champion"
 
 MAX_SIZE_RATIO = 1.01
-"""Sizes up to this ratio count as equal: capacities are rounded, so that no two plans hold the same bytes."""
+"""Sizes up to this ratio count as equal: capacities are rounded, so that no two plans have the same bytes."""
 
 
 @dataclass(frozen=True)
 class CurrentChampion:
-    """The registered version that has the alias, with its tags and its plan; None where that cannot be read."""
+    """The registered version that has the alias, with its tags and its plan; the plan is None if it is unreadable."""
 
     version: str
     plan: BudgetPlan | None
@@ -28,25 +28,25 @@ class CurrentChampion:
 
 @dataclass(frozen=True)
 class PromotionDecision:
-    """Whether a plan takes the alias, and why, in a sentence; `same` where the plan that has it is equal to it."""
+    """Whether a plan takes the alias, and why, in a sentence; `identical` if the champion is the same plan."""
 
     promoted: bool
-    why: str
-    same: bool = False
+    reason: str
+    identical: bool = False
 
     @property
-    def holds(self) -> bool:
-        """Whether the alias leads to this plan."""
-        return self.promoted or self.same
+    def is_champion(self) -> bool:
+        """Whether the alias points to this plan."""
+        return self.promoted or self.identical
 
 
 @dataclass(frozen=True)
 class RegisteredPlan:
-    """A plan in the registry, and what became of its claim."""
+    """A plan in the registry, and the decision about the alias."""
 
     name: str
     version: str
-    claim: PromotionDecision
+    decision: PromotionDecision
 
     @property
     def uri(self) -> str:
@@ -54,40 +54,46 @@ class RegisteredPlan:
         return f"models:/{self.name}" + (f"@{ALIAS}" if self.decision.is_champion else f"/{self.version}")
 
     @property
-    def format_ratio(self) -> str:
-        """What became of it, and how to have it otherwise."""
+    def message(self) -> str:
+        """The decision in words, and how to override it."""
         by_hand = f"; to move it by hand: make ui, Models, {self.name}, version {self.version}, add the alias {ALIAS}"
-        return f"version {self.version} of {self.name}: {self.claim.why}" + ("" if self.decision.is_champion else by_hand)
+        message = f"version {self.version} of {self.name}: {self.decision.reason}"
+        return message if self.decision.is_champion else message + by_hand
 
 
 def decide_promotion(
-    crew: WorkerGroup, holder: CurrentChampion | None, winner: ValidatedPlan, windows: Sequence[str], task: SearchTask, corpora: dict[str, str]
+    group: WorkerGroup,
+    champion: CurrentChampion | None,
+    winner: ValidatedPlan,
+    windows: Sequence[str],
+    task: SearchTask,
+    corpora: dict[str, str],
 ) -> PromotionDecision:
-    """Whether the winner of a search takes the alias from the plan that has it.
+    """Decide whether the winner of a search takes the alias from the current champion.
 
-    Only plans for the same model, texts and length compare, and those on windows that this search scored its winner on:
+    Only plans for the same model, texts and length compare, on the windows that this search scored its winner on: the
     scores of an earlier search are of other windows.
     """
-    if holder is None:
+    if champion is None:
         return PromotionDecision(True, f"{ALIAS} points to it, the first of its name")
-    stays, plan = f"{ALIAS} stays with version {holder.version}, which", winner.candidate.plan
-    if holder.plan is None:
+    stays, plan = f"{ALIAS} stays with version {champion.version}, which", winner.candidate.plan
+    if champion.plan is None:
         return PromotionDecision(False, f"{stays} cannot be read")
-    if holder.plan.digest == plan.digest:
-        return PromotionDecision(False, f"{stays} is the same plan", same=True)
-    if differs := _difference(holder.plan, plan, corpora):
-        return PromotionDecision(False, f"{stays} {differs}")
-    entrant = Candidate(f"version {holder.version}, the {ALIAS} so far", holder.plan)
-    scored = validate(crew, [entrant], windows, task)
+    if champion.plan.digest == plan.digest:
+        return PromotionDecision(False, f"{stays} is the same plan", identical=True)
+    if reason := _incompatibility(champion.plan, plan, corpora):
+        return PromotionDecision(False, f"{stays} {reason}")
+    challenged = Candidate(f"version {champion.version}, the {ALIAS} so far", champion.plan)
+    scored = validate(group, [challenged], windows, task)
     if not scored:
         return PromotionDecision(False, f"{stays} could not be scored on this search's validation windows")
-    return _decided(scored[0], winner, holder, task)
+    return _compare(scored[0], winner, champion, task)
 
 
-def _difference(old: BudgetPlan, new: BudgetPlan, corpora: dict[str, str]) -> str | None:
-    """Why two plans cannot be compared, in words."""
+def _incompatibility(old: BudgetPlan, new: BudgetPlan, corpora: dict[str, str]) -> str | None:
+    """Why two plans do not compare, in words."""
     try:
-        old.check_fits(new.model, new.geometry)
+        old.validate_for(new.model, new.geometry)
     except UserError:
         return f"was made for another model, {old.model.id}"
     if old.context_length != new.context_length:
@@ -97,25 +103,26 @@ def _difference(old: BudgetPlan, new: BudgetPlan, corpora: dict[str, str]) -> st
     return None
 
 
-def _decided(old: ValidatedPlan, new: ValidatedPlan, holder: CurrentChampion, task: SearchTask) -> PromotionDecision:
+def _compare(old: ValidatedPlan, new: ValidatedPlan, champion: CurrentChampion, task: SearchTask) -> PromotionDecision:
     goal = task.goal
-    losses = [goal.loss(entry.metrics) for entry in (new, old)]
-    sizes = [byte_ratio(entry) for entry in (new, old)]
-    found = f"{goal.loss_name} {losses[0]:.4g} against {losses[1]:.4g} on the same validation windows"
-    found += f", {share(sizes[0])} of the bytes against {share(sizes[1])}"
-    found += f" (its KL is {format_ratio(log_kl_ratio([old], new))} times the new one's)"
-    if holder.tags.get("goal") == goal.description and goal.max_dnll is not None:
-        better = goal.objective_value(new.metrics) < goal.objective_value(old.metrics)  # both were to be small within one bound
+    new_loss, old_loss = goal.loss(new.metrics), goal.loss(old.metrics)
+    new_size, old_size = byte_ratio(new), byte_ratio(old)
+    comparison = (
+        f"{goal.loss_name} {new_loss:.4g} against {old_loss:.4g} on the same validation windows, "
+        f"{share(new_size)} of the bytes against {share(old_size)} "
+        f"(its KL is {format_ratio(log_kl_ratio([old], new))} times the new one's)"
+    )
+    if champion.tags.get("goal") == goal.description and goal.max_dnll is not None:
+        # Both were searched for the smallest size within the same bound.
+        is_better = goal.objective_value(new.metrics) < goal.objective_value(old.metrics)
     else:
-        better = sizes[0] <= MAX_SIZE_RATIO * sizes[1] and losses[0] < losses[1]
-    if better:
-        return PromotionDecision(True, f"{ALIAS} moves to it from version {holder.version}: {found}")
-    return PromotionDecision(False, f"{ALIAS} stays with version {holder.version}: {found}{_because(losses, sizes)}")
-
-
-def _because(losses: Sequence[float], sizes: Sequence[float]) -> str:
-    if losses[0] < losses[1]:
-        return "; more bytes lose less, which makes no better plan"
-    if sizes[0] * MAX_SIZE_RATIO < sizes[1]:
-        return "; fewer bytes lose more, which makes no better plan either"
-    return ""
+        is_better = new_size <= MAX_SIZE_RATIO * old_size and new_loss < old_loss
+    if is_better:
+        return PromotionDecision(True, f"{ALIAS} moves to it from version {champion.version}: {comparison}")
+    if new_loss < old_loss:
+        why = "; more bytes lose less, which makes no better plan"
+    elif new_size * MAX_SIZE_RATIO < old_size:
+        why = "; fewer bytes lose more, which makes no better plan either"
+    else:
+        why = ""
+    return PromotionDecision(False, f"{ALIAS} stays with version {champion.version}: {comparison}{why}")

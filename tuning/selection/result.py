@@ -1,4 +1,4 @@
-"""The front as files: every plan on it, and what each of them holds and loses."""
+"""The result of a search, and the front as files."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +18,11 @@ from tuning.study.trial import TrialRecord
 FRONT_FILE, FRONT_FOLDER = "front.json", "front"
 
 
-class Point(FrozenModel):
-    """A plan that no other one beats in bytes and loss, and in seconds of a decoding step where those are counted.
+class FrontPoint(FrozenModel):
+    """A plan that no other one beats in bytes, loss, and (with `--latency`) seconds per decode step.
 
-    The losses are means on the validation windows.
-
-    `plan` is its file, as seen from the folder of the search; `chosen` marks the one that became plan.json.
+    The losses are means on the validation windows. `plan` is its file, relative to the folder of the search; `chosen`
+    marks the one that became plan.json.
     """
 
     plan: str
@@ -41,55 +40,59 @@ class Point(FrozenModel):
 class Front(FrozenModel):
     """The points by size, the smallest first."""
 
-    points: tuple[Point, ...]
+    points: tuple[FrontPoint, ...]
 
 
-def write_front(out: Path, entries: Sequence[ValidatedPlan], plans: Sequence[BudgetPlan], winner: ValidatedPlan) -> None:
+def write_front(
+    out: Path, entries: Sequence[ValidatedPlan], plans: Sequence[BudgetPlan], winner: ValidatedPlan
+) -> None:
     """Write a plan file per point, then the list of them."""
     folder = out / FRONT_FOLDER
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("plan-*.json"):
         stale.unlink()
-    names = [f"{FRONT_FOLDER}/plan-{number:02}.json" for number in range(1, len(entries) + 1)]
-    for name, plan in zip(names, plans, strict=True):
+    points = []
+    for number, (entry, plan) in enumerate(zip(entries, plans, strict=True), start=1):
+        name = f"{FRONT_FOLDER}/plan-{number:02}.json"
         plan.write(out / name)
-    points = tuple(_point(name, entry, entry is winner) for name, entry in zip(names, entries, strict=True))
-    atomic_write_text(out / FRONT_FILE, Front(points=points).model_dump_json(indent=1) + "\n")
-
-
-def _point(file: str, entry: ValidatedPlan, chosen: bool) -> Point:
-    plan, metrics = entry.candidate.plan, entry.metrics
-    losses = {name: metrics[name] for name in ("kl", "kl_geometric", "dnll", "ppl")}
-    size = {"ratio": plan.ratio, "bytes_per_sequence": plan.bytes_per_sequence}
-    timed = metrics.get("decode_seconds")
-    return Point(plan=file, name=entry.candidate.name, chosen=chosen, decode_seconds=timed, **size, **losses)
+        points.append(
+            FrontPoint(
+                plan=name,
+                name=entry.candidate.name,
+                ratio=entry.candidate.plan.ratio,
+                bytes_per_sequence=entry.candidate.plan.bytes_per_sequence,
+                **{loss: entry.metrics[loss] for loss in ("kl", "kl_geometric", "dnll", "ppl")},
+                decode_seconds=entry.metrics.get("decode_seconds"),
+                chosen=entry is winner,
+            )
+        )
+    atomic_write_text(out / FRONT_FILE, Front(points=tuple(points)).model_dump_json(indent=1) + "\n")
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """Where a finished search is, and what came out.
 
-    `rivals` say what the search was worth. `registered` is the winner in MLflow's registry, None where the tracking
-    server was down.
+    `registered` is the winner in MLflow's registry, None if the tracking server was down.
     """
 
     out: Path
     settings: SearchSettings
     plan: BudgetPlan
-    verdict: ValidationResult
-    rivals: tuple[Ablation, ...]
+    validation: ValidationResult
+    ablations: tuple[Ablation, ...]
     trials: tuple[TrialRecord, ...]
     registered: RegisteredPlan | None
 
     @property
     def winner(self) -> ValidatedPlan:
         """The candidate that became the plan."""
-        return self.verdict.winner
+        return self.validation.winner
 
     @property
     def ranking(self) -> tuple[ValidatedPlan, ...]:
         """All candidates, the best first; those of a front by size."""
-        return self.verdict.ranking
+        return self.validation.ranking
 
     @property
     def plan_uri(self) -> str:
@@ -108,36 +111,37 @@ class SearchResult:
 
     @cached_property
     def param_importances(self) -> dict[str, float]:
-        """How much each parameter decided, see `tuning.selection.param_importance`."""
+        """The parameters that decided how good a trial was, see `tuning.selection.param_importance`."""
         return param_importances(self.trials, self.settings.goal)
 
     @property
-    def worth(self) -> list[str]:
-        """How many times the winner's KL that of each rival is, as sentences."""
-        return [f"{rival.name}: {format_ratio(rival.log_kl_ratio)} times the winner's KL on validation" for rival in self.rivals]
+    def ablation_summary(self) -> list[str]:
+        """The KL of each ablation over the winner's, as sentences."""
+        return [f"{a.name}: {format_ratio(a.log_kl_ratio)} times the winner's KL on validation" for a in self.ablations]
 
     def summary(self) -> dict[str, Any]:
-        """The outcome for machines."""
+        """Return the result for machines."""
+        registered = self.registered
+        ablations = []
+        for ablation in self.ablations:
+            # JSON has no NaN: a bound that one document cannot give is null.
+            ratio = {key: None if value != value else value for key, value in asdict(ablation.log_kl_ratio).items()}
+            ablations.append({"name": ablation.name, "log_kl_above": ratio})
         return {
             "out": str(self.out),
             "plan": str(self.out / "plan.json"),
-            "champion": self.registered.uri if self.registered and self.registered.decision.is_champion else None,
-            "registered": self.registered.uri if self.registered else None,
+            "champion": registered.uri if registered and registered.decision.is_champion else None,
+            "registered": registered.uri if registered else None,
             "ratio": self.plan.ratio,
             "bytes_per_sequence": self.plan.bytes_per_sequence,
             "winner": self.winner.candidate.name,
             "validation": [{"name": v.candidate.name, "metrics": v.metrics} for v in self.ranking],
-            "front": str(self.out / "front.json") if self.verdict.front else None,
-            "rivals": [{"name": r.name, "log_kl_above": _without_nan(asdict(r.above))} for r in self.rivals],
-            "importance": self.importance,
+            "front": str(self.out / FRONT_FILE) if self.validation.front else None,
+            "rivals": ablations,
+            "importance": self.param_importances,
             "trials": {status: self.count(status) for status in ("finished", "pruned", "failed")},
         }
 
     def count(self, status: str) -> int:
-        """Trials that ended this way."""
+        """Return the number of trials that ended with this status."""
         return sum(record.status == status for record in self.trials)
-
-
-def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: a bound that one document cannot give is null."""
-    return {name: None if value != value else value for name, value in values.items()}

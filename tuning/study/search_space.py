@@ -7,7 +7,7 @@ import optuna
 
 from baklava.allocation import Allocation, Blended, Greedy, Pair, Shifted, allocate
 from baklava.errors import UserError
-from baklava.eviction import Eviction, HeavyHitter, Streaming
+from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, head_bytes
 from baklava.plan.byte_accounting import FULL_BITS, full_cache_bytes, sliding_window_bytes
 from baklava.plan.geometry import CacheGeometry
@@ -58,9 +58,9 @@ MIN_BUDGET_SLACK = 1.5
 
 def budget_range_for(geometry: CacheGeometry, context_length: int) -> tuple[float, float]:
     """Return the smallest and the largest budget to sample: every plan of the space fits even into the smallest."""
-    eviction = HeavyHitter(centroids=max(CENTROID_CHOICES)).choice
-    heads = len(geometry.budgetable) * geometry.kv_heads
-    min_bytes = heads * head_bytes(geometry, eviction.minimum_tokens, FULL_BITS, FULL_BITS, eviction)
+    eviction = HeavyHitter(centroids=max(CENTROID_CHOICES)).config
+    heads = len(geometry.full_attention_layers) * geometry.kv_heads
+    min_bytes = heads * head_bytes(geometry, eviction.min_tokens, FULL_BITS, FULL_BITS, eviction)
     min_bytes += sliding_window_bytes(geometry, FULL_BITS)
     smallest = MIN_BUDGET_SLACK * min_bytes / full_cache_bytes(geometry, context_length)
     smallest = min(1.0, max(MIN_BUDGET, smallest))
@@ -111,7 +111,7 @@ class SearchSpace:
         bits = trial.suggest_categorical("bits", list(self.bits))
         trial.suggest_categorical("rounding", list(ROUNDINGS))
         trial.suggest_categorical("sinks", [1, 4])
-        if trial.suggest_categorical("eviction", [HeavyHitter.name, Streaming.name]) == HeavyHitter.name:
+        if trial.suggest_categorical("eviction", [HeavyHitter.name, StreamingLLM.name]) == HeavyHitter.name:
             trial.suggest_float("recent", 0.2, 0.8)
             trial.suggest_categorical("interval", [8, 16, 32])
             trial.suggest_categorical("group_reduction", list(GROUP_REDUCTIONS))
@@ -133,7 +133,7 @@ def recorded_evictions() -> tuple[Eviction, ...]:
 
     Sinks, recent ratio, interval, bits, staging and centroids change what is evicted, not what is recorded.
     """
-    return (Streaming(), *(HeavyHitter(reduction=reduction) for reduction in GROUP_REDUCTIONS))
+    return (StreamingLLM(), *(HeavyHitter(reduction=reduction) for reduction in GROUP_REDUCTIONS))
 
 
 def allocation_from_params(params: Params) -> Allocation:
@@ -149,15 +149,15 @@ def allocation_from_params(params: Params) -> Allocation:
 
 def eviction_from_params(params: Params) -> Eviction:
     """Return the eviction method of a trial."""
-    if params["eviction"] == Streaming.name:
-        return Streaming(sinks=params["sinks"])
+    if params["eviction"] == StreamingLLM.name:
+        return StreamingLLM(sinks=params["sinks"])
     return HeavyHitter(
         sinks=params["sinks"],
-        recent=params["recent"],
-        interval=params["interval"],
+        recent_ratio=params["recent"],
+        eviction_interval=params["interval"],
         centroids=params["centroids"],
         reduction=params["group_reduction"],
-        staged=params.get("staged", False),
+        full_precision_recent=params.get("staged", False),
     )
 
 

@@ -1,4 +1,4 @@
-"""The tracking server: a client that touches no global state of MLflow, and what its failures are to a user."""
+"""A client of the MLflow server that touches no global state of MLflow, and errors that a user understands."""
 
 import logging
 import os
@@ -17,59 +17,63 @@ from baklava.paths import data_dir, tracking_uri
 
 PARENT_TAG = "mlflow.parentRunId"
 
-WRITE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
-"""What a server raises that is down, full or not to be reached."""
+TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+"""What is raised if the server is down, full or out of reach."""
 
 
 def connect(experiment: str) -> tuple[MlflowClient, str]:
-    """A client of a server that answers, and the id of the experiment with this name.
+    """Return a client of a server that answers, and the id of the experiment with this name.
 
     Raises:
-        UserError: it does not.
+        UserError: the server does not answer.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     uri = tracking_uri()
     log(f"mlflow: opening {uri}")
-    with refused("start it, or unset MLFLOW_TRACKING_URI to record in a local database"):
+    with tracking_errors_as_user_errors("start it, or unset MLFLOW_TRACKING_URI to record in a local database"):
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         client = MlflowClient(tracking_uri=uri)
-        return client, _experiment(client, experiment)
+        return client, _experiment_id(client, experiment)
 
 
 @contextmanager
-def refused(remedy: str) -> Iterator[None]:
-    """Within it, a server that fails is a `UserError` with this remedy."""
+def tracking_errors_as_user_errors(remedy: str) -> Iterator[None]:
+    """Turn errors of the server inside the block into a UserError with this remedy."""
     try:
         yield
-    except WRITE_ERRORS as error:
+    except TRACKING_ERRORS as error:
         raise UserError(
-            f"the tracking server at {tracking_uri()} cannot be used ({first_line(error)}); {remedy}"
+            f"the tracking server at {tracking_uri()} cannot be used ({error_summary(error)}); {remedy}"
         ) from None
 
 
-def rejects(error: Exception) -> bool:
-    """Whether a server that is there does not take what it was given."""
+def is_invalid_parameter(error: Exception) -> bool:
+    """Return whether the server answered that it does not accept a value."""
     return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
 
 
-def now() -> int:
-    """The time as MLflow counts it, in milliseconds."""
+def source_tags(command: str) -> dict[str, str]:
+    """Return the tags that MLflow shows as a run's source: the command that made it."""
+    return {"mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
+
+
+def now_ms() -> int:
+    """Return the time in milliseconds, MLflow's unit."""
     return int(time.time() * 1000)
 
 
-def first_line(error: Exception) -> str:
-    """What went wrong, without MLflow's pages of explanation."""
+def error_summary(error: Exception) -> str:
+    """Return the first line of an error; MLflow explains its errors over pages."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
-def _experiment(client: MlflowClient, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found:
-        return str(found.experiment_id)
-    local = tracking_uri().startswith("sqlite:///") and not os.environ.get("MLFLOW_TRACKING_URI")
-    return str(
-        client.create_experiment(name, artifact_location=(data_dir() / "mlartifacts").as_uri() if local else None)
-    )
+def _experiment_id(client: MlflowClient, name: str) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment:
+        return str(experiment.experiment_id)
+    is_local = tracking_uri().startswith("sqlite:///") and not os.environ.get("MLFLOW_TRACKING_URI")
+    artifacts = (data_dir() / "mlartifacts").as_uri() if is_local else None
+    return str(client.create_experiment(name, artifact_location=artifacts))

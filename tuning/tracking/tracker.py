@@ -1,104 +1,120 @@
-"""The record in MLflow: a parent run per search, a child per trial, and the winner as a registered version."""
+"""A search in MLflow: a parent run, a child run per trial, and the winner as a registered version."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Self
 
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
 from mlflow.entities import DatasetInput, Metric, Param
 
 from baklava.console import log
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
-from tuning.selection.promotion import ALIAS, PromotionDecision, CurrentChampion, RegisteredPlan
+from baklava.plan.registry import download_plan
+from tuning.selection.promotion import ALIAS, CurrentChampion, PromotionDecision, RegisteredPlan
 from tuning.study.settings import SearchRecord, SearchSettings
 from tuning.study.trial import TrialRecord
-from tuning.tracking.client import WRITE_ERRORS, connect, first_line, now, refused, rejects
-from tuning.tracking.run_context import Watch, machine, packages
-from tuning.tracking.trial_runs import Ended, TrialRuns, plan_files
+from tuning.tracking.client import (
+    TRACKING_ERRORS,
+    connect,
+    error_summary,
+    is_invalid_parameter,
+    now_ms,
+    source_tags,
+    tracking_errors_as_user_errors,
+)
+from tuning.tracking.run_context import SystemMetrics, installed_packages, machine_tags
+from tuning.tracking.trial_runs import FinishedTrial, TrialRunWriter, log_plan
 
-RETRY_SECONDS = 15.0
-"""Between two attempts to reach a server that was away."""
+RETRY_INTERVAL_SECONDS = 15.0
+"""Between two attempts to reach a server that was down."""
 
-REPLACES = "baklava.replaces"
-"""Tag of a parent run that stands for one that the server has lost: the id of the first."""
+REPLACES_TAG = "baklava.replaces"
+"""Tag of a parent run that replaces one that the server has lost: the id of the lost run."""
 
 Params = dict[str, object]
+DecidePromotion = Callable[[CurrentChampion | None], PromotionDecision]
 
 
 class Tracker:
-    """Writes to MLflow through a client of its own, touching no global state of MLflow.
+    """Writes a search to MLflow through its own client, without MLflow's global state.
 
-    Trials are written by a thread, so that no trial waits for a server. One that goes away loses nothing: what is
-    waiting is written when it is back, `trials.jsonl` has every trial, and `replay` writes what a kill left out.
+    A thread writes the trials, so that no trial waits for the server. If the server goes down, nothing is lost: pending
+    trials are written when it is back, `trials.jsonl` has every trial, and `replay` writes those that a kill prevented.
     """
 
     def __init__(self, client: MlflowClient, experiment: str, name: str) -> None:
         self.client, self.experiment, self.name = client, experiment, name
-        self.parent_run, self.system_metrics = "", Watch(client.tracking_uri, "")
-        self.runs = TrialRuns(client, experiment, "", "")
-        self.pending: deque[Ended] = deque()
+        self.parent_run = ""
+        self.system_metrics = SystemMetrics(client.tracking_uri, "")
+        self.trial_runs = TrialRunWriter(client, experiment, "", "")
+        self.pending: deque[FinishedTrial] = deque()
         self.failed_at: float | None = None
         self.writer = ThreadPoolExecutor(1, "mlflow")
 
     @classmethod
     def connect(cls, model_name: str) -> Self:
-        """A tracker on a server that answers, for the experiment and the registered model of this name.
+        """Return a tracker for the experiment and the registered model of this name.
 
         Raises:
-            UserError: it does not.
+            UserError: the server does not answer.
         """
         client, experiment = connect(f"baklava/{model_name}")
         return cls(client, experiment, f"baklava-{model_name}")
 
-    def begin(self, settings: SearchSettings, out: Path, inputs: Sequence[DatasetInput] = ()) -> str:
-        """Create the parent run; returns its id. Raises UserError when the server went down meanwhile."""
-        with refused("start it again"):
-            self._create(settings, out, inputs, {})
+    def start(self, settings: SearchSettings, out: Path, inputs: Sequence[DatasetInput] = ()) -> str:
+        """Create the parent run and return its id; raise UserError if the server has gone down."""
+        with tracking_errors_as_user_errors("start it again"):
+            self._create_parent_run(settings, out, inputs, {})
         return self.parent_run
 
     def resume(self, record: SearchRecord, out: Path, inputs: Sequence[DatasetInput] = ()) -> None:
-        """Go on under an earlier parent run, or under a new one where the server has lost it.
+        """Continue the parent run of a search, or create a new one if the server has lost it.
 
         Raises:
-            UserError: the server went down meanwhile.
+            UserError: the server has gone down.
         """
-        with refused("start it again"):
-            try:
-                self._enter(self._found(record.run), out)
-            except MissingRunError:
-                log(f"mlflow: run {record.run} of this search is not there; its trials are written again, in a new run")
-                self._create(record.settings, out, inputs, {REPLACES: record.run})
+        with tracking_errors_as_user_errors("start it again"):
+            parent = self._find_parent_run(record.run)
+            if parent is not None:
+                self._use_parent_run(parent, out)
+            else:
+                log(f"mlflow: run {record.run} of this search is missing; its trials are written to a new run")
+                self._create_parent_run(record.settings, out, inputs, {REPLACES_TAG: record.run})
 
-    def replay(self, records: Sequence[TrialRecord], plan_of: Callable[[Params], BudgetPlan]) -> None:
+    def replay(self, records: Sequence[TrialRecord], make_plan: Callable[[Params], BudgetPlan]) -> None:
         """Write the recorded trials that have no child run yet."""
         for record in records:
-            self._add(record, _lazily(record, plan_of), record.metrics.get("seconds", 0.0))
 
-    def trial(self, record: TrialRecord, plan: BudgetPlan | None, seconds: float) -> None:
-        """Write a finished trial as a child run, once, now or when the server is back."""
-        self._add(record, lambda: plan, seconds)
+            def plan(record: TrialRecord = record) -> BudgetPlan | None:
+                try:
+                    return None if record.status == "failed" else make_plan(record.params)
+                except UserError:  # an older version may have made plans that this one does not
+                    return None
+
+            self._enqueue(record, plan, record.metrics.get("seconds", 0.0))
+
+    def log_trial(self, record: TrialRecord, plan: BudgetPlan | None, seconds: float) -> None:
+        """Write a trial that just ended as a child run, once, now or when the server is back."""
+        self._enqueue(record, lambda: plan, seconds)
 
     def flush(self) -> bool:
-        """Write what is waiting, if the server answers; returns whether nothing is left."""
-        self.writer.submit(self._drain, patient=False).result()
+        """Write the pending trials if the server answers; return whether none is left."""
+        self.writer.submit(self._write_pending, throttled=False).result()
         return not self.pending
 
-    def register(
-        self, plan: BudgetPlan, tags: Mapping[str, str], claim: Callable[[CurrentChampion | None], PromotionDecision]
-    ) -> RegisteredPlan | None:
-        """Register the winner, and move the alias to it if its claim is good; None where MLflow is down."""
-        found: list[RegisteredPlan] = []
+    def register(self, plan: BudgetPlan, tags: Mapping[str, str], decide: DecidePromotion) -> RegisteredPlan | None:
+        """Register the winner, and move the alias to it if `decide` says so; return None if MLflow is down."""
+        registered: list[RegisteredPlan] = []
         if self.flush():
-            self._attempt(lambda: found.append(self._register(plan, tags, claim)))
-        for registered in found:
-            log(f"mlflow: {registered.message}")
-        return found[0] if found else None
+            self._attempt(lambda: registered.append(self._register(plan, tags, decide)))
+        if not registered:
+            return None
+        log(f"mlflow: {registered[0].message}")
+        return registered[0]
 
     def end(
         self,
@@ -107,134 +123,114 @@ class Tracker:
         status: str = "FINISHED",
         texts: Mapping[str, str] | None = None,
     ) -> None:
-        """Write what was missed, then close the parent run with its files; `texts` are contents by file name."""
-        whole = self.flush()
-        if whole:  # else its last words would wait for the server once more
+        """Write what is pending, then end the parent run with its files; `texts` are contents by file name."""
+        complete = self.flush()
+        if complete:  # otherwise its last samples would wait for the server again
             self.system_metrics.stop()
-        if not (whole and self._attempt(lambda: self._close(metrics, files, texts or {}, status))):
+        if not (complete and self._attempt(lambda: self._end_parent_run(metrics, files, texts or {}, status))):
             log("mlflow: some of this search is missing there; trials.jsonl and plan.json have all of it")
 
-    def _create(
-        self, settings: SearchSettings, out: Path, inputs: Sequence[DatasetInput], more: Mapping[str, str]
+    def _create_parent_run(
+        self, settings: SearchSettings, out: Path, inputs: Sequence[DatasetInput], more_tags: Mapping[str, str]
     ) -> None:
-        own = {"baklava.out": str(out.absolute()), "baklava.kind": "search", "mlflow.source.name": "jobs/search.py"}
-        tags = {**own, **{f"baklava.{name}": value for name, value in machine().items()}, **more}
-        name = f"{settings.goal.description}, {_few(settings.texts)}, {out.name}"
-        self._enter(self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id, out)
+        tags = {"baklava.out": str(out.absolute()), "baklava.kind": "search", **source_tags("baklava-search")}
+        tags |= {**machine_tags(), **more_tags}
+        texts = " ".join(Path(text).name for text in settings.texts[:2])
+        if len(settings.texts) > 2:
+            texts += f" and {len(settings.texts) - 2} more"
+        # The folder comes first: in a list of runs MLflow shows some twenty characters.
+        name = f"{out.name}: {settings.goal.description}, {texts}"
+        self._use_parent_run(self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id, out)
         params = [Param(key, str(value)) for key, value in settings.model_dump().items()]
         self.client.log_batch(self.parent_run, params=params)
         self.client.log_inputs(self.parent_run, list(inputs))
-        self.client.log_text(self.parent_run, packages(), "requirements.txt")
+        self.client.log_text(self.parent_run, installed_packages(), "requirements.txt")
 
-    def _enter(self, parent: str, out: Path) -> None:
+    def _use_parent_run(self, parent: str, out: Path) -> None:
         self.client.update_run(parent, status="RUNNING")
-        self.parent_run, self.runs = parent, TrialRuns(self.client, self.experiment, parent, out.name)
-        self.system_metrics = Watch(self.client.tracking_uri, parent)
-        self.system_metrics.go_on()
+        self.parent_run = parent
+        self.trial_runs = TrialRunWriter(self.client, self.experiment, parent, out.name)
+        self.system_metrics = SystemMetrics(self.client.tracking_uri, parent)
+        self.system_metrics.restart()
 
-    def _found(self, parent: str) -> str:
-        """The run itself, else the one that was made to replace it."""
+    def _find_parent_run(self, parent: str) -> str | None:
+        """The run itself, or the one that replaced it; None if the server has neither."""
         if self.client.search_runs([self.experiment], f"attributes.run_id = '{parent}'"):
             return parent
-        replacing = self.client.search_runs([self.experiment], f"tags.`{REPLACES}` = '{parent}'")
-        if not replacing:
-            raise MissingRunError
-        return str(replacing[0].info.run_id)
+        replacements = self.client.search_runs([self.experiment], f"tags.`{REPLACES_TAG}` = '{parent}'")
+        return str(replacements[0].info.run_id) if replacements else None
 
-    def _add(self, record: TrialRecord, plan: Callable[[], BudgetPlan | None], seconds: float) -> None:
-        ended = now()
-        self.pending.append(Ended(record, plan, ended - int(1000 * seconds), ended))
-        self.writer.submit(self._drain, patient=True)
+    def _enqueue(self, record: TrialRecord, make_plan: Callable[[], BudgetPlan | None], seconds: float) -> None:
+        ended_ms = now_ms()
+        self.pending.append(FinishedTrial(record, make_plan, ended_ms - int(1000 * seconds), ended_ms))
+        self.writer.submit(self._write_pending, throttled=True)
 
-    def _drain(self, patient: bool) -> None:
-        """Write what is waiting, in its order; a server that was just away is not asked again at once if `patient`."""
-        if patient and self.failed_at is not None and monotonic() - self.failed_at < RETRY_SECONDS:
+    def _write_pending(self, throttled: bool) -> None:
+        """Write pending trials in order; if `throttled`, leave a server alone that failed a moment ago."""
+        if throttled and self.failed_at is not None and monotonic() - self.failed_at < RETRY_INTERVAL_SECONDS:
             return
         while self.pending and self._attempt(lambda: self._write(self.pending[0])):
             self.pending.popleft()
 
-    def _write(self, trial: Ended) -> None:
+    def _write(self, trial: FinishedTrial) -> None:
         try:
-            self.runs.write(trial)
-        except WRITE_ERRORS as error:
-            if not rejects(error):
+            self.trial_runs.write(trial)
+        except TRACKING_ERRORS as error:
+            if not is_invalid_parameter(error):
                 raise
-            # Asking again would not help, and all others wait behind it.
-            log(f"mlflow: does not take trial {trial.record.trial} ({first_line(error)}); trials.jsonl has it")
+            # A retry would not help, and all other trials would wait for it.
+            log(f"mlflow: does not accept trial {trial.record.trial} ({error_summary(error)}); trials.jsonl has it")
 
     def _attempt(self, write: Callable[[], None]) -> bool:
+        """Write something; return whether the server took it, and log when it goes down and comes back."""
         try:
             write()
-        except WRITE_ERRORS as error:
+        except TRACKING_ERRORS as error:
             if self.failed_at is None:
-                log(f"mlflow: cannot write ({first_line(error)}); the search goes on, trials.jsonl has every trial")
+                log(f"mlflow: cannot write ({error_summary(error)}); the search continues, trials.jsonl has every trial")
             self.failed_at = monotonic()
             return False
         if self.failed_at is not None:
             self.failed_at = None
-            self.system_metrics.go_on()
+            self.system_metrics.restart()
             log("mlflow: the server is back")
         return True
 
-    def _register(
-        self, plan: BudgetPlan, tags: Mapping[str, str], claim: Callable[[CurrentChampion | None], PromotionDecision]
-    ) -> RegisteredPlan:
-        settled = claim(self._holder())
-        plan_files(self.client, self.parent_run, plan, "plan/")
+    def _register(self, plan: BudgetPlan, tags: Mapping[str, str], decide: DecidePromotion) -> RegisteredPlan:
+        decision = decide(self._current_champion())
+        log_plan(self.client, self.parent_run, plan, "plan/")
         if not self.client.search_registered_models(f"name = '{self.name}'"):
             self.client.create_registered_model(self.name, description="KV-cache budget plans found by baklava")
-        source, named = f"runs:/{self.parent_run}/plan", {"tags": dict(tags), "description": settled.reason}
-        version = str(self.client.create_model_version(self.name, source, run_id=self.parent_run, **named).version)
-        if settled.promoted:
-            self.client.set_registered_model_alias(self.name, ALIAS, version)
-        return RegisteredPlan(self.name, version, settled)
+        version = self.client.create_model_version(
+            self.name,
+            f"runs:/{self.parent_run}/plan",
+            run_id=self.parent_run,
+            tags=dict(tags),
+            description=decision.reason,
+        ).version
+        if decision.promoted:
+            self.client.set_registered_model_alias(self.name, ALIAS, str(version))
+        return RegisteredPlan(self.name, str(version), decision)
 
-    def _holder(self) -> CurrentChampion | None:
-        found = self.client.search_registered_models(f"name = '{self.name}'")
-        version = found[0].aliases.get(ALIAS) if found else None
+    def _current_champion(self) -> CurrentChampion | None:
+        models = self.client.search_registered_models(f"name = '{self.name}'")
+        version = models[0].aliases.get(ALIAS) if models else None
         if version is None:
             return None
-        held = self.client.get_model_version(self.name, version)
-        return CurrentChampion(str(version), self._plan_of(str(version)), dict(held.tags))
+        tags = dict(self.client.get_model_version(self.name, version).tags)
+        try:
+            plan = download_plan(self.client, self.name, str(version))
+        except (*TRACKING_ERRORS, UserError):
+            plan = None
+        return CurrentChampion(str(version), plan, tags)
 
-    def _plan_of(self, version: str) -> BudgetPlan | None:
-        address = self.client.get_model_version_download_uri(self.name, version)
-        with TemporaryDirectory() as folder:
-            try:
-                uri = self.client.tracking_uri
-                return BudgetPlan.read(download_artifacts(f"{address}/plan.json", dst_path=folder, tracking_uri=uri))
-            except (*WRITE_ERRORS, UserError):
-                return None
-
-    def _close(
+    def _end_parent_run(
         self, metrics: Mapping[str, float], files: Sequence[Path], texts: Mapping[str, str], status: str
     ) -> None:
-        at = now()
-        self.client.log_batch(self.parent_run, metrics=[Metric(key, value, at, 0) for key, value in metrics.items()])
+        at = now_ms()
+        self.client.log_batch(self.parent_run, metrics=[Metric(name, value, at, 0) for name, value in metrics.items()])
         for path in files:
             self.client.log_artifact(self.parent_run, str(path))
         for name, content in texts.items():
             self.client.log_text(self.parent_run, content, name)
         self.client.set_terminated(self.parent_run, status)
-
-
-class MissingRunError(Exception):
-    """The server has no such run."""
-
-
-def _lazily(record: TrialRecord, plan_of: Callable[[Params], BudgetPlan]) -> Callable[[], BudgetPlan | None]:
-    def plan() -> BudgetPlan | None:
-        if record.status == "failed":
-            return None
-        try:
-            return plan_of(record.params)
-        except UserError:  # what held the plan before a change of version may hold it no more
-            return None
-
-    return plan
-
-
-def _few(texts: Sequence[str]) -> str:
-    """The first texts by their last names, and how many more there are."""
-    named = " ".join(Path(text).name for text in texts[:2])
-    return named + (f" and {len(texts) - 2} more" if len(texts) > 2 else "")

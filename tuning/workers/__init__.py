@@ -1,1 +1,1 @@
-"""Ray actors that hold a model replica each and score plans."""
+"""Workers on Ray that each hold a replica of the model, and the scheduler that gives them work."""

@@ -1,8 +1,5 @@
-"""The Ray cluster that a search runs on: the one it is sent to, or one of this machine's own."""
+"""A group of workers on a Ray cluster, each with a replica of the model; the search and the evaluation use it."""
 
-import os
-import re
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,159 +16,177 @@ from baklava.errors import UserError
 from tuning.study.search_space import SearchTask
 from tuning.study.trial import TrialRecord
 from tuning.workers.scheduler import WorkerScheduler, error_summary
-from tuning.workers.scoring_worker import ScoringWorker
+from tuning.workers.scoring_worker import ModelWorker, ScoringWorker
 
-MOST_CPU_REPLICAS = 4
+MAX_CPU_WORKERS_PER_NODE = 4
 """More copies of a model than this rarely pay on one machine's memory bandwidth."""
 
 TRIAL_CPUS = 0.01
-"""What a trial asks for: it only waits for replicas."""
+"""What a trial reserves: it only waits for workers."""
 
 SPARE_CPUS = 0.1
-"""What a replica leaves of its CPUs, so that trials always find room."""
+"""What a worker leaves of its CPUs, so that trials always fit."""
 
 OBJECT_STORE_BYTES = 256 << 20  # only windows of token ids and plans travel through it
 
 
 @dataclass(frozen=True)
 class WorkerLayout:
-    """How many replicas, with how many torch threads and GPUs each, and the most that one node may hold."""
+    """How many workers, with how many torch threads and GPUs each, and the most that one node may hold."""
 
     replicas: int
     threads: int
     gpus: int = 0
-    most_per_node: int = 1
+    max_per_node: int = 1
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Ray's options of one replica. A killed one restarts for ever, its task is for the pool to send elsewhere.
+    def actor_options(self) -> dict[str, Any]:
+        """Ray's options of one worker. A dead one restarts without limit; the scheduler sends its task elsewhere.
 
-        Replicas are spread over the nodes: on one they would share its memory bandwidth.
+        Workers are spread over the nodes: on one they would share its memory bandwidth.
         """
-        kind = {"max_restarts": -1, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
-        return {**kind, "num_cpus": self.threads - SPARE_CPUS, "num_gpus": self.gpus}
+        return {
+            "max_restarts": -1,
+            "max_task_retries": 0,
+            "scheduling_strategy": "SPREAD",
+            "num_cpus": self.threads - SPARE_CPUS,
+            "num_gpus": self.gpus,
+        }
 
     @property
     def host_share(self) -> float:
-        """Part of a node's memory that each replica may keep windows in: half of it, for all of them together."""
-        return 0.5 / self.most_per_node
+        """Share of a node's memory for one worker's windows: half of the memory for all workers together."""
+        return 0.5 / self.max_per_node
 
 
-@contextmanager
-def session() -> Iterator[None]:
-    """A connection to the cluster at `$RAY_ADDRESS`, else to one started here for as long as the block lasts."""
-    if ray.is_initialized():
-        yield
-        return
-    _connect(os.environ.get("RAY_ADDRESS"))
-    try:
-        yield
-    finally:
-        ray.shutdown()
+def plan_layout(nodes: Sequence[Mapping[str, float]], replicas: int | str, gpus_per_replica: int = 1) -> WorkerLayout:
+    """Return the layout for a cluster.
 
-
-def _connect(address: str | None) -> None:
-    log(f"ray: {f'connecting to {address}' if address else 'starting on this machine'}")
-    if not address:
-        # "local", since a bare init would join whatever cluster was last started on this machine.
-        own = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        ray.init(log_to_driver=False, logging_level="ERROR", **own)
-        return
-    try:
-        if re.fullmatch(r"[\w.-]+:\d+", address):
-            # Ray itself would ask for minutes.
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(log_to_driver=False, logging_level="ERROR")
-    except (OSError, ValueError, RayError) as error:
-        raise UserError(f"no Ray cluster answers at {address} ({error}); check RAY_ADDRESS and the token") from error
-
-
-def plan_layout(nodes: Sequence[Mapping[str, float]], asked: int | str, gpus: int = 1) -> WorkerLayout:
-    """The fleet for a cluster's nodes, each given by its resources; a replica takes `gpus` of one node, if it has any.
-
-    "auto" is as many replicas as the GPUs are enough for, else one per CPU, up to four a node. Threads are as many as
-    still fit.
+    Args:
+        nodes: The resources of each node.
+        replicas: Number of workers; "auto" is as many as the GPUs suffice for, else one per CPU, up to four a node.
+        gpus_per_replica: GPUs of one node that a worker takes, if the cluster has any.
 
     Raises:
-        UserError: the nodes do not hold that many replicas.
+        UserError: that many workers do not fit.
     """
-    present = sum(int(node.get("GPU", 0)) for node in nodes)
-    each = gpus if present or gpus > 1 else 0
-    kind = "GPU" if each else "CPU"
-    slots = [(int(node.get("CPU", 0)), int(node.get(kind, 0)) // (each or 1)) for node in nodes]
-    usual = sum(min(slot, slot if each else MOST_CPU_REPLICAS) for _, slot in slots)
-    replicas = usual if asked == "auto" else int(asked)
+    has_gpus = any(int(node.get("GPU", 0)) for node in nodes)
+    gpus = gpus_per_replica if has_gpus or gpus_per_replica > 1 else 0
+    kind = "GPU" if gpus else "CPU"
+    # Per node: its CPUs, and the workers that its GPUs (or CPUs) allow.
+    slots = [(int(node.get("CPU", 0)), int(node.get(kind, 0)) // (gpus or 1)) for node in nodes]
+    if replicas == "auto":
+        count = sum(slot if gpus else min(slot, MAX_CPU_WORKERS_PER_NODE) for _, slot in slots)
+    else:
+        count = int(replicas)
     fitting = [
         threads
         for threads in range(1, max(cpus for cpus, _ in slots) + 1)
-        if sum(min(cpus // threads, slot) for cpus, slot in slots) >= replicas > 0
+        if sum(min(cpus // threads, slot) for cpus, slot in slots) >= count > 0
     ]
     if not fitting:
-        raise UserError(_too_many(asked, sum(int(node.get(kind, 0)) for node in nodes), kind, each or 1))
-    return WorkerLayout(replicas, max(fitting), each, max(1, *(slot for _, slot in slots)))
+        present = sum(int(node.get(kind, 0)) for node in nodes)
+        share = f"{gpus} {kind}s of one node for each" if gpus > 1 else "one replica each"
+        raise UserError(f"--replicas {replicas} does not fit on {present} {kind}s, {share}; ask for fewer, or for auto")
+    return WorkerLayout(count, max(fitting), gpus, max(1, *(slot for _, slot in slots)))
 
 
-def _too_many(asked: int | str, present: int, kind: str, each: int) -> str:
-    share = f"{each} {kind}s of one node for each" if each > 1 else "one replica each"
-    return f"--replicas {asked} does not fit on {present} {kind}s, {share}; ask for fewer, or for auto"
-
-
-def cluster_layout(asked: int | str, gpus: int = 1) -> WorkerLayout:
-    """The fleet for the nodes that the connected cluster has now."""
-    return plan_layout([node["Resources"] for node in ray.nodes() if node["Alive"]], asked, gpus)
+def cluster_layout(replicas: int | str, gpus_per_replica: int = 1) -> WorkerLayout:
+    """Return the layout for the nodes that the connected cluster has now; raise like `plan_layout`."""
+    return plan_layout([node["Resources"] for node in ray.nodes() if node["Alive"]], replicas, gpus_per_replica)
 
 
 class WorkerGroup:
-    """The running replicas and the pool before them; `score` is all that a trial needs of it."""
+    """Workers and their scheduler.
 
-    def __init__(self, actors: Sequence[Any], windows: Sequence[Window], task: SearchTask) -> None:
+    Args:
+        actors: The workers' actor handles.
+        windows: The windows of a search.
+        task: The task of a search; trials need only the `scheduler` to have plans made and scored.
+    """
+
+    def __init__(self, actors: Sequence[Any], windows: Sequence[Window] = (), task: SearchTask | None = None) -> None:
         self.actors = list(actors)
-        self.windows = {window.name: ray.put(window) for window in windows}
-        # Beside the search itself, so that no other node's death takes the pool along.
+        references = {window.name: ray.put(window) for window in windows}
+        # On this node, so that the death of another one does not take the scheduler along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.pool = (
-            ray.remote(WorkerScheduler).options(num_cpus=0, scheduling_strategy=here).remote(self.actors, self.windows, task)
-        )
+        remote_class = ray.remote(WorkerScheduler).options(num_cpus=0, scheduling_strategy=here)
+        self.scheduler = remote_class.remote(self.actors, references, task)
 
     @classmethod
-    def of(cls, model: str, fleet: WorkerLayout, windows: Sequence[Window], task: SearchTask, memory: float | None = None) -> Self:
-        """A crew of a fleet's replicas, which keep at most `memory` GiB of windows each beside the model."""
-        replica = ray.remote(ScoringWorker).options(**fleet.options)
-        kept = {"memory": memory, "host_share": fleet.host_share}
-        kind = {"spread": fleet.gpus > 1, "timed": task.goal.latency, **kept}
-        return cls([replica.remote(model, fleet.threads, **kind) for _ in range(fleet.replicas)], windows, task)
+    def launch(
+        cls,
+        layout: WorkerLayout,
+        worker_class: type[ModelWorker],
+        model: str,
+        *,
+        windows: Sequence[Window] = (),
+        task: SearchTask | None = None,
+        **options: Any,
+    ) -> Self:
+        """Start the workers of a layout; `options` go to the constructor of their class."""
+        remote_class = ray.remote(worker_class).options(**layout.actor_options)
+        options["device_map_auto"] = layout.gpus > 1
+        actors = [remote_class.remote(model, layout.threads, **options) for _ in range(layout.replicas)]
+        return cls(actors, windows, task)
 
-    def start(self) -> None:
-        """Wait until every replica has the model in memory."""
+    @classmethod
+    def for_search(
+        cls,
+        model: str,
+        layout: WorkerLayout,
+        windows: Sequence[Window],
+        task: SearchTask,
+        memory: float | None = None,
+    ) -> Self:
+        """Start the workers of a search, which keep at most `memory` GiB of windows each next to the model."""
+        return cls.launch(
+            layout,
+            ScoringWorker,
+            model,
+            windows=windows,
+            task=task,
+            memory=memory,
+            host_share=layout.host_share,
+            timed=task.goal.latency,
+        )
+
+    def wait_until_ready(self) -> None:
+        """Wait until every worker has loaded the model.
+
+        Raises:
+            UserError: a worker cannot start.
+        """
         try:
-            _count([actor.ready.remote() for actor in self.actors], "starting replicas", "replicas")
+            for _ in _completed([actor.ping.remote() for actor in self.actors], "starting replicas", "replicas"):
+                pass
         except RayActorError as death:
             raise UserError(
                 f"a replica cannot start ({error_summary(death)}); its machine needs the model and memory"
             ) from death
 
-    def hold(self, windows: Sequence[str]) -> None:
-        """Prefill these windows, shared out over the replicas, and free all others.
+    def prefill(self, windows: Sequence[str]) -> None:
+        """Prefill these windows, distributed over the workers, and release all others.
 
         Raises:
-            UserError: the model does not take one of them.
+            UserError: the model does not accept one of them.
         """
-        self._prefill(ray.get(self.pool.assign.remote(windows)))
+        self._prefill(ray.get(self.scheduler.assign.remote(windows)))
 
     @contextmanager
-    def holding(self, windows: Sequence[str], failed: Callable[[UserError], None]) -> Iterator[None]:
-        """The same beside what the block does, which waits only for what it needs; at its end all are held.
+    def prefilling(self, windows: Sequence[str], on_error: Callable[[UserError], None]) -> Iterator[None]:
+        """Prefill these windows while the block runs, which waits only for those it needs; at its end all are there.
 
-        `failed` is told at once of a window that the model does not take.
+        `on_error` is called at once if the model does not accept a window.
         """
-        pairs, left = ray.get(self.pool.assign.remote(windows)), Event()
+        pairs = ray.get(self.scheduler.assign.remote(windows))
+        cancelled = Event()
 
         def prefill() -> None:
             try:
-                self._prefill(pairs, left)
+                self._prefill(pairs, cancelled)
             except UserError as error:
-                failed(error)
+                on_error(error)
             except RayError:
                 pass  # the cluster is gone, which the block finds out by itself
 
@@ -180,46 +195,62 @@ class WorkerGroup:
         try:
             yield
         except BaseException:
-            left.set()
+            cancelled.set()
             raise
         finally:
             thread.join()
 
-    def _prefill(self, pairs: Sequence[tuple[int, str]], left: Event | None = None) -> None:
-        for failed in _ended([self.pool.warm.remote(*pair) for pair in pairs], "prefilling", "windows", left):
-            if failed:
-                raise UserError(f"a window cannot be prefilled ({failed}); try another model or shorter windows")
-        if left and left.is_set():
-            return
-        for sentence in ray.get(self.pool.kept.remote()):
-            log(sentence)
-
-    def recall(self, records: Sequence[TrialRecord]) -> None:
-        """Take in what was scored before, so that it is not scored again."""
-        ray.get(self.pool.recall.remote([(record.params, record.windows) for record in records if record.windows]))
+    def preload_scores(self, records: Sequence[TrialRecord]) -> None:
+        """Take over recorded scores, so that they are not computed again."""
+        scored = [(record.params, record.windows) for record in records if record.windows]
+        ray.get(self.scheduler.preload_scores.remote(scored))
 
     def scores(self, tasks: Sequence[tuple[str, str]], label: str) -> list[dict[str, Any]]:
-        """Scores of (plan as JSON, window) tasks, in their order."""
-        return _count([self.pool.score.remote(*task) for task in tasks], label, "scores")
+        """Return the scores of (plan as JSON, window) tasks, in their order."""
+        references = [self.scheduler.score.remote(*task) for task in tasks]
+        for _ in _completed(references, label, "scores"):
+            pass
+        self.report_events()
+        return ray.get(references)
 
-    def tell(self) -> None:
-        """Say what happened to replicas since the last call."""
-        for sentence in ray.get(self.pool.tell.remote()):
+    def map_unordered(self, method: str, items: Sequence[Any]) -> Iterator[Any]:
+        """Yield the results of a worker's method on all items, as they come.
+
+        Raises:
+            UserError: an item failed.
+        """
+        waiting = [self.scheduler.run.remote(method, [ray.put(item)]) for item in items]
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            outcome = ray.get(done[0])
+            self.report_events()
+            if "error" in outcome:
+                raise UserError(f"a replica failed ({outcome['error']}); put that right, or use --replicas 1")
+            yield outcome["result"]
+
+    def report_events(self) -> None:
+        """Log what happened to workers since the last call."""
+        for event in ray.get(self.scheduler.take_events.remote()):
+            log(event)
+
+    def _prefill(self, pairs: Sequence[tuple[int, str]], cancelled: Event | None = None) -> None:
+        references = [self.scheduler.prefill.remote(*pair) for pair in pairs]
+        for reason in _completed(references, "prefilling", "windows", cancelled):
+            if reason:
+                self.report_events()
+                raise UserError(f"a window cannot be prefilled ({reason}); try another model or shorter windows")
+        if cancelled and cancelled.is_set():
+            return
+        for sentence in ray.get(self.scheduler.status.remote()):
             log(sentence)
 
 
-def _count(refs: list[Any], label: str, unit: str) -> list[Any]:
-    for _ in _ended(refs, label, unit):
-        pass
-    return ray.get(refs)
-
-
-def _ended(refs: Sequence[Any], label: str, unit: str, left: Event | None = None) -> Iterator[Any]:
-    """Results as they come, counted on the screen, until nobody waits for them any more."""
-    waiting = list(refs)
+def _completed(references: Sequence[Any], label: str, unit: str, cancelled: Event | None = None) -> Iterator[Any]:
+    """Yield results as they come, with a progress bar, until `cancelled` is set."""
+    waiting = list(references)
     with progress_bar(len(waiting), label, unit) as progress:
-        while waiting and not (left and left.is_set()):
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=None if left is None else 0.5)
+        while waiting and not (cancelled and cancelled.is_set()):
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=None if cancelled is None else 0.5)
             for result in ray.get(done):
                 progress.update(1)
                 yield result

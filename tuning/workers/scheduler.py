@@ -1,4 +1,4 @@
-"""The pool: sends every (plan, window) to a replica that holds the window, and survives the death of any of them."""
+"""The scheduler: sends each task to a worker that holds its window, and survives the death of any worker."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -12,224 +12,263 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from baklava.errors import UserError
 
 MAX_DEATHS_PER_TASK = 4
-"""Deaths of a replica under one task after which the task is blamed: it may be what kills them."""
+"""Worker deaths during one task after which the task is blamed for them."""
 
-HEAL_PAUSE = 1.0  # seconds between two looks at a replica that is restarting
-HEAL_DEATHS = 5
-"""Deaths in a row, without an answer in between, after which a replica is given up."""
+RECOVERY_POLL_SECONDS = 1.0
+MAX_DEATHS_IN_RECOVERY = 5
+"""Deaths in a row, without an answer in between, after which a worker is given up."""
 
 
-def assign_windows(replicas: int, windows: Sequence[str]) -> list[set[str]]:
-    """Windows that each replica prefills: as many copies as make all shares equal, and every window somewhere."""
-    held: list[set[str]] = [set() for _ in range(replicas)]
-    for step in range(lcm(replicas, len(windows)) if windows else 0):
-        held[step % replicas].add(windows[step % len(windows)])
-    return held
+def assign_windows(num_workers: int, windows: Sequence[str]) -> list[set[str]]:
+    """Return the windows that each worker prefills: every window somewhere, and equally many per worker."""
+    assigned: list[set[str]] = [set() for _ in range(num_workers)]
+    for step in range(lcm(num_workers, len(windows)) if windows else 0):
+        assigned[step % num_workers].add(windows[step % len(windows)])
+    return assigned
+
+
+def error_summary(error: Exception) -> str:
+    """Return a remote error in one line: the message of a UserError, or the last line of the traceback."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return str(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 @dataclass
-class Member:
-    """What the pool knows of one replica.
+class WorkerState:
+    """What the scheduler knows of one worker.
 
-    `lost` is the reason why it will not come back, `kept` what it said last of windows that it has not at hand.
+    `lost` is the reason why it will not come back, `status` what it last said of windows that it has not at hand.
     """
 
     index: int
     actor: Any
-    alive: bool = True
-    busy: bool = False
-    home: set[str] = field(default_factory=set)
-    holds: set[str] = field(default_factory=set)
+    is_alive: bool = True
+    is_busy: bool = False
+    assigned: set[str] = field(default_factory=set)
+    prefilled: set[str] = field(default_factory=set)
     lost: str | None = None
-    kept: str | None = None
-    warming: asyncio.Lock = field(default_factory=asyncio.Lock)
+    status: str | None = None
+    prefill_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def name(self) -> str:
+        """The worker's name in messages."""
+        return f"replica {self.index + 1}"
 
 
 class WorkerScheduler:
-    """Hands tasks to idle replicas, one at a time each. Runs as an async Ray actor without CPUs of its own.
+    """Gives tasks to idle workers, one at a time each. Runs as an async Ray actor without CPUs of its own.
 
-    A window goes to a living replica that holds it, or waits for one; when none lives, any idle replica takes it over.
-    No plan is scored twice on a window: equal plans are one text here, whatever parameters they came from.
+    A task on a window goes to a living worker that holds the window, or waits for one; if none lives, any idle worker
+    takes it over. No plan is scored twice on a window: plans are equal if their JSON is, whatever their parameters.
+
+    Args:
+        actors: The workers' actor handles.
+        windows: Object references of the windows by name: Ray copies each to a worker's machine once.
+        task: The `SearchTask` that makes plans; its import would load torch into the processes of the trials.
     """
 
     def __init__(self, actors: Sequence[Any], windows: Mapping[str, Any], task: Any) -> None:
-        self.members = [Member(index, actor) for index, actor in enumerate(actors)]
-        self.task = task  # a `SearchTask`, whose import would load torch into the processes of the trials
-        self.windows = windows  # by name, as references: Ray brings each to a replica's machine once
+        self.workers = [WorkerState(index, actor) for index, actor in enumerate(actors)]
+        self.windows = windows
+        self.task = task
         self.plans: dict[str, str] = {}
         self.scores: dict[tuple[str, str], asyncio.Task[dict[str, Any]]] = {}
         self.changed = asyncio.Condition()
-        self.healers: set[asyncio.Task[None]] = set()
-        self.news: list[str] = []
+        self.recoveries: set[asyncio.Task[None]] = set()
+        self.events: list[str] = []
+        self.tracebacks: set[str] = set()
 
     async def assign(self, windows: Sequence[str]) -> list[tuple[int, str]]:
-        """Make these windows the ones to hold; returns the (replica, window) pairs to `warm`."""
-        for member, home in zip(self.members, assign_windows(len(self.members), windows), strict=True):
-            stale, member.home = member.holds - home, home
-            member.holds -= stale
-            if stale and member.alive:
-                member.actor.forget.remote(tuple(stale))
-        return [(member.index, window) for window in windows for member in self.members if window in member.home]
+        """Assign these windows to the workers and release all others; return the (worker, window) pairs to prefill."""
+        assignments = assign_windows(len(self.workers), windows)
+        for worker, assigned in zip(self.workers, assignments, strict=True):
+            worker.assigned = assigned
+            stale = worker.prefilled - assigned
+            worker.prefilled -= stale
+            if stale and worker.is_alive:
+                worker.actor.release.remote(tuple(stale))
+        return [(worker.index, window) for window in windows for worker in self.workers if window in worker.assigned]
 
-    async def warm(self, replica: int, window: str) -> str | None:
-        """Prefill a window on one replica; returns why it could not be, which also a scored plan would meet.
+    async def prefill(self, index: int, window: str) -> str | None:
+        """Prefill a window on one worker; return why that failed, which a score would meet as well.
 
-        One at a time: plans to be scored would wait behind all that are sent at once.
+        A worker prefills one window at a time: plans to be scored would wait for all that are sent at once.
         """
-        member = self.members[replica]
+        worker = self.workers[index]
         try:
-            async with member.warming:
-                await member.actor.warm.remote(self.windows[window])
-        except RayActorError as death:
-            await self._bury(member, death)
+            async with worker.prefill_lock:
+                await worker.actor.prefill.remote(self.windows[window])
+        except RayActorError:
+            await self._mark_dead(worker)
         except RayError as error:
+            self._report_traceback(worker, _unexpected_traceback(error))
             return error_summary(error)
         else:
-            await self._holds(member, window)
+            async with self.changed:
+                worker.prefilled.add(window)
+                self.changed.notify_all()
         return None
 
     async def plan(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The plan of a trial as {"json", "size"}, or {"error": reason} where its knobs do not fit the budget."""
+        """Return the plan of a trial as {"json", "digest", "size"}, or {"error"} if the budget does not hold it."""
         try:
             plan = self.task.plan(params)
         except UserError as error:
             return {"error": str(error)}
         return {
             "json": self.plans.setdefault(plan.digest, plan.model_dump_json()),
+            "digest": plan.digest,
             "size": {"ratio": plan.ratio, "bytes_per_sequence": plan.bytes_per_sequence},
         }
 
-    async def recall(self, trials: Sequence[tuple[dict[str, Any], Sequence[dict[str, Any]]]]) -> None:
-        """Take in scores that were recorded, each trial as its parameters and its windows' scores."""
+    async def preload_scores(self, trials: Sequence[tuple[dict[str, Any], Sequence[dict[str, Any]]]]) -> None:
+        """Take over recorded scores; each trial is its parameters and the scores of its windows."""
         for params, scores in trials:
             plan = await self.plan(params)
             for score in scores if "json" in plan else ():
-                self.scores[plan["json"], score["window"]] = asyncio.create_task(_same(score))
+                known = asyncio.create_task(asyncio.sleep(0, result=score))
+                self.scores[plan["json"], score["window"]] = known
 
     async def score(self, plan_json: str, window: str) -> dict[str, Any]:
-        """Scores of a plan on a window, or {"error": reason}; what is known or under way is not scored again."""
+        """Return the scores of a plan on a window, or {"error": reason}; never score the same twice."""
         key = (plan_json, window)
         if key not in self.scores:
             self.scores[key] = asyncio.create_task(self._score(plan_json, window))
-        return await asyncio.shield(self.scores[key])  # who asked first may give up, others wait for it too
+        return await asyncio.shield(self.scores[key])  # if the first caller gives up, others still wait for it
+
+    async def run(self, method: str, argument: Sequence[Any]) -> dict[str, Any]:
+        """Run a method on any idle worker; return {"result"} or {"error": reason}.
+
+        `argument` holds the reference of the method's only argument, so that Ray does not load it into this process.
+        """
+        _, outcome = await self._run_on_worker(method, *argument)
+        return outcome
+
+    async def status(self) -> list[str]:
+        """Return which workers do not hold all their windows on their device, as sentences."""
+        sentences = []
+        for worker in self.workers:
+            with suppress(RayError):
+                worker.status = await worker.actor.status.remote() if worker.is_alive else None
+                sentences += [f"{worker.name} {worker.status}"] if worker.status else []
+        return sentences
+
+    async def take_events(self) -> list[str]:
+        """Return what happened to workers since the last call, as sentences."""
+        events, self.events = self.events, []
+        return events
 
     async def _score(self, plan_json: str, window: str) -> dict[str, Any]:
+        worker, outcome = await self._run_on_worker("score", plan_json, self.windows[window], window=window)
+        score: dict[str, Any] = outcome.get("result", outcome)
+        if worker and "result" in outcome:
+            self._report_traceback(worker, score.pop("traceback", None))
+            status = score.pop("status", None)
+            if status and status != worker.status:
+                self.events.append(f"{worker.name} {status}")
+            worker.status = status
+        return score
+
+    async def _run_on_worker(
+        self, method: str, *arguments: Any, window: str | None = None
+    ) -> tuple[WorkerState | None, dict[str, Any]]:
+        """Run a method on a worker, and on another one if it dies; return the worker and {"result"} or {"error"}."""
         for _ in range(MAX_DEATHS_PER_TASK):
-            member = await self._take(window)
-            if member is None:
-                return {"error": f"no replica is left: {'; '.join(m.lost for m in self.members if m.lost)}"}
+            worker = await self._acquire(window)
+            if worker is None:
+                reasons = "; ".join(worker.lost for worker in self.workers if worker.lost)
+                return None, {"error": f"no replica is left: {reasons}"}
             try:
-                result = await member.actor.score.remote(plan_json, self.windows[window])
-            except RayActorError as death:
-                await self._bury(member, death)
+                result = await getattr(worker.actor, method).remote(*arguments)
+            except RayActorError:
+                await self._mark_dead(worker)
             except RayError as error:
-                await self._free(member)
-                return {"error": error_summary(error)}
+                self._report_traceback(worker, _unexpected_traceback(error))
+                await self._release(worker)
+                return worker, {"error": error_summary(error)}
             else:
-                await self._holds(member, window)
-                await self._free(member)
-                self._notice(member, result.pop("kept", None))
-                return result
-        return {"error": f"{MAX_DEATHS_PER_TASK} replicas died while they scored this plan on window {window}"}
+                await self._release(worker, window)
+                return worker, {"result": result}
+        on_window = f" on window {window}" if window else ""
+        return None, {"error": f"{MAX_DEATHS_PER_TASK} replicas died during this task{on_window}"}
 
-    async def kept(self) -> list[str]:
-        """Which replicas do not keep all their windows where they are used, as sentences."""
-        told = []
-        for member in self.members:
-            with suppress(RayError):
-                member.kept = await member.actor.told.remote() if member.alive else None
-                told += [f"replica {member.index + 1} {member.kept}"] if member.kept else []
-        return told
-
-    async def tell(self) -> list[str]:
-        """What happened to replicas since the last call, as sentences."""
-        news, self.news = self.news, []
-        return news
-
-    def _notice(self, member: Member, kept: str | None) -> None:
-        if kept and kept != member.kept:
-            self.news.append(f"replica {member.index + 1} {kept}")
-        member.kept = kept
-
-    async def _take(self, window: str) -> Member | None:
+    async def _acquire(self, window: str | None) -> WorkerState | None:
+        """Wait for an idle worker that suits the window and mark it busy; return None if all workers are lost."""
         async with self.changed:
-            await self.changed.wait_for(lambda: self._idle(window) or all(m.lost for m in self.members))
-            member = self._idle(window)
-            if member is not None:
-                member.busy = True
-            return member
+            await self.changed.wait_for(
+                lambda: self._idle_worker(window) or all(worker.lost for worker in self.workers)
+            )
+            worker = self._idle_worker(window)
+            if worker is not None:
+                worker.is_busy = True
+            return worker
 
-    def _idle(self, window: str) -> Member | None:
-        alive = [member for member in self.members if member.alive]
-        holders = [member for member in alive if window in member.holds]
-        # Where a window is only about to be held, waiting for that costs less than prefilling it elsewhere as well.
-        homes = [member for member in alive if window in member.home]
-        return next((member for member in holders or homes or alive if not member.busy), None)
+    def _idle_worker(self, window: str | None) -> WorkerState | None:
+        alive = [worker for worker in self.workers if worker.is_alive]
+        holders = [worker for worker in alive if window in worker.prefilled]
+        # If a window is about to be prefilled, waiting for it costs less than prefilling it elsewhere as well.
+        assigned = [worker for worker in alive if window in worker.assigned]
+        return next((worker for worker in holders or assigned or alive if not worker.is_busy), None)
 
-    async def _holds(self, member: Member, window: str) -> None:
+    async def _release(self, worker: WorkerState, prefilled: str | None = None) -> None:
         async with self.changed:
-            member.holds.add(window)
+            worker.is_busy = False
+            if prefilled:
+                worker.prefilled.add(prefilled)
             self.changed.notify_all()
 
-    async def _free(self, member: Member) -> None:
+    async def _mark_dead(self, worker: WorkerState) -> None:
         async with self.changed:
-            member.busy = False
+            worker.is_busy = False
+            if worker.is_alive:
+                worker.is_alive = False
+                worker.prefilled.clear()
+                self.events.append(f"{worker.name} died; its work goes to the others until it is back")
+                recovery = asyncio.create_task(self._recover(worker))
+                self.recoveries.add(recovery)  # the event loop holds tasks only weakly
+                recovery.add_done_callback(self.recoveries.discard)
             self.changed.notify_all()
 
-    async def _bury(self, member: Member, death: RayActorError) -> None:
-        async with self.changed:
-            member.busy = False
-            if member.alive:
-                member.alive = False
-                member.holds.clear()
-                self.news.append(f"replica {member.index + 1} died; its work goes to the others until it is back")
-                healer = asyncio.create_task(self._heal(member))
-                self.healers.add(healer)  # the loop holds tasks only weakly
-                healer.add_done_callback(self.healers.discard)
-            self.changed.notify_all()
-
-    async def _heal(self, member: Member) -> None:
+    async def _recover(self, worker: WorkerState) -> None:
+        """Wait until Ray has started the worker again and return it to service, or give it up."""
         deaths, reason = 0, ""
-        while deaths < HEAL_DEATHS:
+        while deaths < MAX_DEATHS_IN_RECOVERY:
             answered = False
             try:
-                await member.actor.ready.remote()
+                await worker.actor.ping.remote()
                 answered = True
-                return await self._revive(member)
-            except RayError as death:
-                # Silence alone is no death: a model may take minutes to load, a cluster to find a new node.
-                if answered or not isinstance(death, RayActorError) or isinstance(death, ActorDiedError):
-                    deaths, reason = deaths + 1, error_summary(death)
-            await asyncio.sleep(HEAL_PAUSE)
-        await self._lose(member, reason)
-
-    async def _revive(self, member: Member) -> None:
-        # Without its windows a replica would stay idle: the others hold them all by now.
-        home = sorted(member.home)
-        for window in home:
-            with suppress(RayTaskError):  # a window that cannot be prefilled is the trial's error, when one asks for it
-                await member.actor.warm.remote(self.windows[window])
-                member.holds.add(window)
+                return await self._restore(worker)
+            except RayError as error:
+                # Silence alone is not a death: a model may take minutes to load, a cluster to find a new node.
+                if answered or not isinstance(error, RayActorError) or isinstance(error, ActorDiedError):
+                    deaths, reason = deaths + 1, error_summary(error)
+            await asyncio.sleep(RECOVERY_POLL_SECONDS)
         async with self.changed:
-            member.alive = True
-            self.news.append(f"replica {member.index + 1} is back")
+            worker.lost = f"{worker.name}: {reason}"
+            self.events.append(f"{worker.lost}; it stays away")
             self.changed.notify_all()
 
-    async def _lose(self, member: Member, reason: str) -> None:
+    async def _restore(self, worker: WorkerState) -> None:
+        # Without its windows, a worker would stay idle: the others hold them all by now.
+        for window in sorted(worker.assigned):
+            with suppress(RayTaskError):  # a window that cannot be prefilled is an error of the trial that needs it
+                await worker.actor.prefill.remote(self.windows[window])
+                worker.prefilled.add(window)
         async with self.changed:
-            member.lost = f"replica {member.index + 1}: {reason}"
-            self.news.append(f"{member.lost}; it stays away")
+            worker.is_alive = True
+            self.events.append(f"{worker.name} is back")
             self.changed.notify_all()
 
+    def _report_traceback(self, worker: WorkerState, traceback: str | None) -> None:
+        if traceback and traceback not in self.tracebacks:  # a bug would repeat itself with every trial
+            self.tracebacks.add(traceback)
+            self.events.append(f"{worker.name} failed:\n{traceback.rstrip()}")
 
-async def _same(score: dict[str, Any]) -> dict[str, Any]:
-    return score
 
-
-def error_summary(error: Exception) -> str:
-    """A remote error in one line: what it says to users, or the last line of its traceback."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, UserError):
-        return str(cause)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _unexpected_traceback(error: Exception) -> str | None:
+    """The remote traceback of an error that is not the user's."""
+    return None if isinstance(getattr(error, "cause", None), UserError) else str(error)

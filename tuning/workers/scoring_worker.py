@@ -1,143 +1,178 @@
-"""The windows that a replica keeps prefilled: on its device, then in host memory, then not at all."""
+"""The worker that scores plans for a search, and the prefilled windows that it stores."""
 
+import logging
 import os
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from socket import gethostname
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from baklava.data.windows import Window
-from baklava.evaluation.window_scoring import Prefilled, Score, decode_seconds, prefill, score
+from baklava.errors import UserError
+from baklava.evaluation.window_scoring import Prefilled, decode_seconds, prefill, score
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.host_memory import total_host_bytes
 from baklava.runtime.model_loader import load
 from tuning.study.search_space import recorded_evictions
 from tuning.study.trial import DECODE_SECONDS
 
-Where = Literal["device", "host", "nowhere"]
-Thing = TypeVar("Thing")
+logger = logging.getLogger(__name__)
+
+Tier = Literal["device", "host", "nowhere"]
+Node = TypeVar("Node")
+Result = TypeVar("Result")
 
 GIB = 1 << 30
 
 
 @dataclass
 class PrefillStore:
-    """Keeps prefilled windows within `device` and `host` bytes; None is no limit.
+    """Prefilled windows, within limits in bytes of device and host memory; None is no limit.
 
-    Who comes first stays: windows are asked for in turn, again and again, and where the longest unused had to go, each
-    would go just before it is asked for. What fits nowhere is prefilled anew for every score.
+    Nothing is evicted: access is cyclic, so that LRU would always evict the window needed next. A window that fits
+    nowhere is prefilled again for every score.
     """
 
-    device: int | None = None
-    host: int | None = 0
-    held: dict[str, Prefilled] = field(default_factory=dict)
-    where: dict[str, Where] = field(default_factory=dict)
+    max_device_bytes: int | None = None
+    max_host_bytes: int | None = 0
+    windows: dict[str, Prefilled] = field(default_factory=dict)
+    tiers: dict[str, Tier] = field(default_factory=dict)
     devices: dict[str, list[torch.device]] = field(default_factory=dict)
 
     def get(self, name: str, prefill: Callable[[], Prefilled]) -> Prefilled:
-        """The window on the device, from where it is kept, else prefilled and kept where there is room."""
-        if self.where.get(name) == "host":
-            return restored(self.held[name], self.devices[name])
-        if name in self.held:
-            return self.held[name]
+        """Return the window on its device; if it is not stored, prefill it and store it if a limit allows."""
+        if self.tiers.get(name) == "host":
+            return to_devices(self.windows[name], self.devices[name])
+        if name in self.windows:
+            return self.windows[name]
         window = prefill()
-        self._keep(name, window)
+        self._put(name, window)
         return window
 
-    def forget(self, name: str) -> None:
-        """Make room."""
-        self.held.pop(name, None)
-        self.where.pop(name, None)
+    def release(self, name: str) -> None:
+        """Free a window."""
+        self.windows.pop(name, None)
+        self.tiers.pop(name, None)
         self.devices.pop(name, None)
 
-    def shrink(self) -> bool:
-        """Move what is on the device away, since it ran out of memory; whether there was anything."""
-        there = [name for name, where in self.where.items() if where == "device"]
-        self.device = 0
-        for name in there:
-            del self.where[name]
-            self._keep(name, self.held.pop(name))
-        return bool(there)
+    def clear_device(self) -> bool:
+        """Move all windows off the device for good, since it ran out of memory; return whether there were any."""
+        on_device = [name for name, tier in self.tiers.items() if tier == "device"]
+        self.max_device_bytes = 0
+        for name in on_device:
+            del self.tiers[name]
+            self._put(name, self.windows.pop(name))
+        return bool(on_device)
 
-    def told(self) -> str | None:
-        """Which windows are not on the device, in words; None where all are."""
-        count = Counter(self.where.values())
-        parts = [(count["host"], "in host memory"), (count["nowhere"], "not at all, to be prefilled for every score")]
-        away = [f"{number} {place}" for number, place in parts if number]
-        kept = sum(map(size_of, self.held.values())) / GIB
-        return f"keeps {count['device']} windows on its device, {', '.join(away)} ({kept:.3g} GiB)" if away else None
+    def status(self) -> str | None:
+        """Return which windows are not on the device, in words; None if all are."""
+        count = Counter(self.tiers.values())
+        places = [(count["host"], "in host memory"), (count["nowhere"], "not at all, to be prefilled for every score")]
+        elsewhere = [f"{number} {place}" for number, place in places if number]
+        if not elsewhere:
+            return None
+        stored = sum(map(tensor_bytes, self.windows.values())) / GIB
+        return f"keeps {count['device']} windows on its device, {', '.join(elsewhere)} ({stored:.3g} GiB)"
 
-    def _keep(self, name: str, window: Prefilled) -> None:
-        size = size_of(window)
-        if self._room("device", self.device, size):
-            self.held[name], self.where[name] = window, "device"
-        elif self._room("host", self.host, size):
-            self.held[name], self.devices[name] = spilled(window)
-            self.where[name] = "host"
+    def _put(self, name: str, window: Prefilled) -> None:
+        size = tensor_bytes(window)
+        if self._fits("device", self.max_device_bytes, size):
+            self.windows[name], self.tiers[name] = window, "device"
+        elif self._fits("host", self.max_host_bytes, size):
+            self.windows[name], self.devices[name] = to_host(window)
+            self.tiers[name] = "host"
         else:
-            self.where[name] = "nowhere"
+            self.tiers[name] = "nowhere"
 
-    def _room(self, where: Where, limit: int | None, size: int) -> bool:
-        used = sum(size_of(self.held[name]) for name, place in self.where.items() if place == where)
+    def _fits(self, tier: Tier, limit: int | None, size: int) -> bool:
+        used = sum(tensor_bytes(self.windows[name]) for name, place in self.tiers.items() if place == tier)
         return limit is None or used + size <= limit
 
 
-def size_of(window: Prefilled) -> int:
-    """Bytes of all its tensors."""
+def tensor_bytes(window: Prefilled) -> int:
+    """Return the bytes of all tensors of a window."""
     sizes: list[int] = []
 
     def count(tensor: Tensor) -> Tensor:
         sizes.append(tensor.untyped_storage().nbytes())
         return tensor
 
-    mapped(window, count)
+    map_tensors(window, count)
     return sum(sizes)
 
 
-def spilled(window: Prefilled) -> tuple[Prefilled, list[torch.device]]:
-    """The window in host memory, and the device of each of its tensors: a model may lie on several."""
+def to_host(window: Prefilled) -> tuple[Prefilled, list[torch.device]]:
+    """Return the window in host memory, and the device of each of its tensors: a model may be on several."""
     devices: list[torch.device] = []
 
     def move(tensor: Tensor) -> Tensor:
         devices.append(tensor.device)
         return tensor.to("cpu")
 
-    return mapped(window, move), devices
+    return map_tensors(window, move), devices
 
 
-def restored(window: Prefilled, devices: Sequence[torch.device]) -> Prefilled:
-    """A spilled window, where it was."""
-    places = iter(devices)
-    return mapped(window, lambda tensor: tensor.to(next(places)))
+def to_devices(window: Prefilled, devices: Sequence[torch.device]) -> Prefilled:
+    """Return the window with each tensor on its device, in the order of `to_host`."""
+    remaining = iter(devices)
+    return map_tensors(window, lambda tensor: tensor.to(next(remaining)))
 
 
-def mapped(thing: Thing, change: Callable[[Tensor], Tensor]) -> Thing:
-    """A record, and all records, tuples and dictionaries in it, with every tensor changed."""
-    result: Any = thing
-    if isinstance(thing, Tensor):
-        result = change(thing)
-    elif isinstance(thing, tuple):
-        result = tuple(mapped(each, change) for each in thing)
-    elif isinstance(thing, dict):
-        result = {name: mapped(each, change) for name, each in thing.items()}
-    elif is_dataclass(thing) and not isinstance(thing, type):
-        values = {each.name: getattr(thing, each.name) for each in fields(thing)}
-        result = replace(thing, **{name: mapped(value, change) for name, value in values.items()})
-    return result
+def map_tensors(node: Node, change: Callable[[Tensor], Tensor]) -> Node:
+    """Return a copy of a dataclass with every tensor changed, also in nested dataclasses, tuples and dictionaries."""
+    changed: Any = node
+    if isinstance(node, Tensor):
+        changed = change(node)
+    elif isinstance(node, tuple):
+        changed = tuple(map_tensors(child, change) for child in node)
+    elif isinstance(node, dict):
+        changed = {name: map_tensors(child, change) for name, child in node.items()}
+    elif is_dataclass(node) and not isinstance(node, type):
+        children = {child.name: getattr(node, child.name) for child in fields(node)}
+        changed = replace(node, **{name: map_tensors(child, change) for name, child in children.items()})
+    return changed
 
 
-Result = TypeVar("Result")
+class ModelWorker:
+    """A Ray actor with a replica of the model. If its process dies, Ray starts it again and it loads the model again.
+
+    Args:
+        model: Name of the model.
+        threads: Torch's threads.
+        device_map_auto: Whether to spread the model over all GPUs that the actor has.
+        weights_digest: What the weights must be on this worker's machine; anything if None.
+
+    Raises:
+        UserError: the model cannot be loaded here, or has other weights.
+    """
+
+    def __init__(
+        self, model: str, threads: int, *, device_map_auto: bool = False, weights_digest: str | None = None
+    ) -> None:
+        self.loaded = load(model, threads=threads, device_map_auto=device_map_auto)
+        if weights_digest not in (None, self.loaded.weights_digest):
+            raise UserError(f"{model} has other weights on {gethostname()} than here; give every machine the same ones")
+
+    def ping(self) -> int:
+        """Return the process id, once the model is loaded."""
+        return os.getpid()
 
 
-class ScoringWorker:
-    """Scores a plan on a window. Prefills a window when it first meets it, since that does not depend on the plan.
+class ScoringWorker(ModelWorker):
+    """Scores plans on windows. It prefills a window once for all plans, since the prefill does not depend on the plan.
 
-    Runs as a Ray actor. A killed one comes back with the model and no windows. `spread` lays the model over all GPUs
-    that the actor has. At most `memory` GiB of windows stay on the model's device, and others in `host_share` of the
-    host's memory. `timed` ones time decoding, too.
+    Args:
+        model: Name of the model.
+        threads: Torch's threads.
+        device_map_auto: Whether to spread the model over all GPUs that the actor has.
+        memory: GiB of prefilled windows on the model's device; no limit if None.
+        host_share: Share of the host's memory for windows that do not fit on the device.
+        timed: Whether to time decode steps, too.
     """
 
     def __init__(
@@ -145,61 +180,62 @@ class ScoringWorker:
         model: str,
         threads: int,
         *,
-        spread: bool = False,
+        device_map_auto: bool = False,
         memory: float | None = None,
         host_share: float = 0,
         timed: bool = False,
     ) -> None:
+        super().__init__(model, threads, device_map_auto=device_map_auto)
         self.timed = timed
-        self.loaded = load(model, threads=threads, device_map_auto=spread)
-        limit = None if memory is None else int(memory * GIB)
-        # On a CPU the device's memory is the host's.
-        host = 0 if self.loaded.device.type == "cpu" else int(host_share * total_host_bytes())
-        self.holding = PrefillStore(limit, host)
+        max_device_bytes = None if memory is None else int(memory * GIB)
+        # On a CPU, the device's memory is the host's.
+        max_host_bytes = 0 if self.loaded.device.type == "cpu" else int(host_share * total_host_bytes())
+        self.store = PrefillStore(max_device_bytes, max_host_bytes)
 
-    def ready(self) -> int:
-        """Process id, once the model is in memory."""
-        return os.getpid()
+    def prefill(self, window: Window) -> None:
+        """Prefill a window unless it is stored."""
+        self._retry_without_windows(lambda: self._prefilled(window))
 
-    def warm(self, window: Window) -> None:
-        """Prefill a window unless it is held."""
-        self._with_room(lambda: self._held(window))
-
-    def told(self) -> str | None:
-        """Which windows are not kept on the device, in words; None where all are."""
-        return self.holding.told()
-
-    def forget(self, windows: Sequence[str]) -> None:
-        """Free windows that no plan will be scored on again."""
+    def release(self, windows: Sequence[str]) -> None:
+        """Free windows that no plan will be scored on any more."""
         for name in windows:
-            self.holding.forget(name)
+            self.store.release(name)
+
+    def status(self) -> str | None:
+        """Return which windows are not stored on the device, in words; None if all are."""
+        return self.store.status()
 
     def score(self, plan_json: str, window: Window) -> dict[str, Any]:
-        """Scores of a plan on a window and what `told` says, or {"error": reason}: what fails once would fail again."""
+        """Return the scores of a plan on a window and the worker's `status`, or {"error"} with the reason.
+
+        An error that is not the user's also has its "traceback". Whatever a plan causes is the trial's result and not
+        the end of the worker: what fails once would fail again.
+        """
         try:
             plan = BudgetPlan.model_validate_json(plan_json)
-            scored = self._with_room(lambda: self._scored(self._held(window), plan))
-            return {**scored, "kept": self.holding.told()}
-        except Exception as error:  # whatever a plan causes is the trial's result, not the end of the replica
-            return {"error": f"{type(error).__name__}: {error}"}
+            scores = self._retry_without_windows(lambda: self._score(window, plan))
+        except UserError as error:
+            return {"error": str(error)}
+        except Exception as error:
+            logger.exception("cannot score a plan on window %s", window.name)
+            return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        return {**scores, "status": self.store.status()}
 
-    def _scored(self, held: Prefilled, plan: BudgetPlan) -> dict[str, Any]:
-        found = _plain(score(self.loaded, held, plan))
-        return {**found, DECODE_SECONDS: decode_seconds(self.loaded, held, plan)} if self.timed else found
+    def _score(self, window: Window, plan: BudgetPlan) -> dict[str, Any]:
+        prefilled = self._prefilled(window)
+        result = score(self.loaded, prefilled, plan)
+        scores = {**asdict(result), "dnll": result.dnll}
+        return {**scores, DECODE_SECONDS: decode_seconds(self.loaded, prefilled, plan)} if self.timed else scores
 
-    def _held(self, window: Window) -> Prefilled:
-        return self.holding.get(window.name, lambda: prefill(self.loaded, window, recorded_evictions()))
+    def _prefilled(self, window: Window) -> Prefilled:
+        return self.store.get(window.name, lambda: prefill(self.loaded, window, recorded_evictions()))
 
-    def _with_room(self, work: Callable[[], Result]) -> Result:
-        """Do it, and once more without windows on the device where that has run out of memory."""
+    def _retry_without_windows(self, work: Callable[[], Result]) -> Result:
+        """Run `work`; if the device runs out of memory, move the windows off it and run `work` once more."""
         try:
             return work()
         except torch.OutOfMemoryError:
-            if not self.holding.shrink():
+            if not self.store.clear_device():
                 raise
         torch.cuda.empty_cache()
         return work()
-
-
-def _plain(result: Score) -> dict[str, Any]:
-    return {**asdict(result), "dnll": result.dnll}

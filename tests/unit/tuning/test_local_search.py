@@ -16,13 +16,28 @@ from baklava.console import reject_settings_on_resume
 from baklava.errors import UserError
 from baklava.evaluation.bootstrap import Interval
 from tuning.optimizers.baselines import baseline_methods
-from tuning.optimizers.local_search import INITIAL_STEP, MIN_STEP, PairedPruner, LocalSearch, propose, step_size, direction_vector
+from tuning.optimizers.local_search import (
+    INITIAL_STEP,
+    MIN_STEP,
+    LocalSearch,
+    PairedPruner,
+    direction_vector,
+    propose,
+    step_size,
+)
 from tuning.optimizers.pareto import knee, nearest, non_dominated, subsample
 from tuning.reporting.pareto_plot import fidelity_chart
 from tuning.reporting.report import write_report
 from tuning.selection.ablation import Ablation, run_ablations, shuffled_candidates
 from tuning.selection.result import Front, SearchResult, write_front
-from tuning.selection.validation import ValidatedPlan, ValidationResult, log_kl_ratio, trial_candidates, select_winner, rank_plans
+from tuning.selection.validation import (
+    ValidatedPlan,
+    ValidationResult,
+    log_kl_ratio,
+    rank_plans,
+    select_winner,
+    trial_candidates,
+)
 from tuning.study.interrupt import StopFlag
 from tuning.study.journal import Journal
 from tuning.study.objective import Goal
@@ -33,7 +48,9 @@ from tuning.study.trial import TrialRecord
 GEOMETRY = task().profile.geometry
 
 
-def run(values: Callable[[dict[str, object]], float], count: int, task: SearchTask, start: TrialRecord) -> list[TrialRecord]:
+def run(
+    values: Callable[[dict[str, object]], float], count: int, task: SearchTask, start: TrialRecord
+) -> list[TrialRecord]:
     """Records of refinements whose KL on all windows is what `values` says of their parameters."""
     records, proposed = [start], []
     for number in range(2, count + 2):
@@ -216,7 +233,7 @@ def test_the_winner_is_compared_with_its_own_budgets_in_other_heads() -> None:
     said = select_winner(crew, [record(1, [0.1] * 4)], WINDOWS, whole)
     assert said is not None
     compared = run_ablations(crew, said, WINDOWS, whole)
-    assert [rival.name for rival in compared] == ["its own budgets, dealt out at random 3 times"]
+    assert [rival.name for rival in compared] == ["its own budgets, shuffled over the heads 3 times"]
     assert isinstance(compared[0].log_kl_ratio, Interval)
     winner = said.winner.candidate.plan
     for each in shuffled_candidates(said.winner):
@@ -234,8 +251,10 @@ def test_validation_on_one_document_gives_ratios_without_an_interval(tmp_path: P
     ranking = tuple(in_one_document(scored(name, 0.0625, loss)) for name, loss in (("a", 0.1), ("b", 0.2)))
     settings = SearchSettings.from_options(model="m", texts=["t"], context=10, continuation=2, trials=5, budget=0.0625)
     rival, plan = Ablation("b", log_kl_ratio(ranking[1:], ranking[0])), ranking[0].candidate.plan
-    found = SearchResult(tmp_path, settings, plan, ValidationResult(ranking[0], ranking), (rival,), (record(1, [0.1] * 4),), None)
-    assert found.worth == ["b: 2.00 times the winner's KL on validation"]
+    found = SearchResult(
+        tmp_path, settings, plan, ValidationResult(ranking[0], ranking), (rival,), (record(1, [0.1] * 4),), None
+    )
+    assert found.ablation_summary == ["b: 2.00 times the winner's KL on validation"]
     write_report(found, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<td>2.00</td>" in page

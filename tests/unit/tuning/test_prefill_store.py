@@ -9,11 +9,11 @@ from search_process import make_model
 from baklava.allocation import Uniform, allocate
 from baklava.data.windows import Window
 from baklava.evaluation.window_scoring import Prefilled, Score, prefill, score
-from baklava.eviction import Streaming
+from baklava.eviction import StreamingLLM
 from baklava.profiling.profile import flat_profile
 from baklava.runtime.model_loader import LoadedModel
 from tuning.study.search_space import recorded_evictions
-from tuning.workers.scoring_worker import PrefillStore, ScoringWorker, to_devices, tensor_bytes, to_host
+from tuning.workers.scoring_worker import PrefillStore, ScoringWorker, tensor_bytes, to_devices, to_host
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,11 @@ class Kept:
     """A holding whose windows are prefilled for real, and counted."""
 
     def __init__(self, loaded: LoadedModel, **limits: int | None) -> None:
-        self.loaded, self.holding, self.prefills = loaded, PrefillStore(**limits), 0
+        self.loaded, self.holding, self.prefills = (
+            loaded,
+            PrefillStore(**{f"max_{tier}_bytes": limit for tier, limit in limits.items()}),
+            0,
+        )
 
     def get(self, number: int) -> Prefilled:
         return self.holding.get(f"w{number}", lambda: self._prefill(number))
@@ -46,8 +50,8 @@ def one(loaded: LoadedModel) -> int:
 
 def test_a_window_counts_with_keys_values_scores_and_log_probabilities(loaded: LoadedModel) -> None:
     held = prefill(loaded, window(0), recorded_evictions())
-    recording = held.recorded.recording
-    tensors = [*recording.keys, *recording.values, held.log_probs, held.nll, held.recorded.ids, held.recorded.logits]
+    recording = held.prompt.recording
+    tensors = [*recording.keys, *recording.values, held.full_log_probs, held.nll, held.prompt.ids, held.prompt.logits]
     tensors += [tensor for layer in recording.scores for tensor in layer.values()]
     assert tensor_bytes(held) >= sum(tensor.nbytes for tensor in tensors)
 
@@ -57,7 +61,7 @@ def test_without_a_limit_every_window_is_prefilled_once(loaded: LoadedModel) -> 
     for _ in range(2):
         assert [kept.get(number).window.name for number in range(3)] == ["w0", "w1", "w2"]
     assert kept.prefills == 3
-    assert kept.holding.told() is None
+    assert kept.holding.status() is None
 
 
 def test_what_the_limits_do_not_hold_is_spilled_and_then_prefilled_again_and_this_is_said(loaded: LoadedModel) -> None:
@@ -67,11 +71,11 @@ def test_what_the_limits_do_not_hold_is_spilled_and_then_prefilled_again_and_thi
         for number in range(4):
             kept.get(number)
     assert kept.prefills == 4 + 2  # the last window, in each later round: the first ones are not driven out by it
-    assert kept.holding.where == {"w0": "device", "w1": "device", "w2": "host", "w3": "nowhere"}
-    told = kept.holding.told()
+    assert kept.holding.tiers == {"w0": "device", "w1": "device", "w2": "host", "w3": "nowhere"}
+    told = kept.holding.status()
     assert told is not None
     assert "2 windows on its device, 1 in host memory, 1 not at all" in told
-    assert sum(map(tensor_bytes, kept.holding.held.values())) <= 3 * size
+    assert sum(map(tensor_bytes, kept.holding.windows.values())) <= 3 * size
 
 
 def test_a_plan_scores_the_same_wherever_its_window_was_kept(loaded: LoadedModel) -> None:
@@ -81,7 +85,7 @@ def test_a_plan_scores_the_same_wherever_its_window_was_kept(loaded: LoadedModel
         budget=0.5,
         context_length=56,
         method=Uniform(),
-        eviction=Streaming(sinks=1),
+        eviction=StreamingLLM(sinks=1),
         bits=(16, 16),
     )
     expected = score(loaded, prefill(loaded, window(1), recorded_evictions()), plan)
@@ -104,19 +108,19 @@ def test_a_spilled_window_comes_back_to_the_device_of_each_of_its_tensors(loaded
 def test_forgotten_windows_make_room(loaded: LoadedModel) -> None:
     kept = Kept(loaded, device=one(loaded), host=0)
     kept.get(0)
-    kept.holding.forget("w0")
+    kept.holding.release("w0")
     kept.get(1)
-    assert kept.holding.where == {"w1": "device"}
+    assert kept.holding.tiers == {"w1": "device"}
 
 
 def test_a_device_that_ran_out_of_memory_is_emptied_once(loaded: LoadedModel) -> None:
     kept = Kept(loaded, host=10 * one(loaded))
     kept.get(0)
-    assert kept.holding.shrink()
-    assert kept.holding.where == {"w0": "host"}
-    assert not kept.holding.shrink()
+    assert kept.holding.clear_device()
+    assert kept.holding.tiers == {"w0": "host"}
+    assert not kept.holding.clear_device()
     kept.get(1)
-    assert kept.holding.where["w1"] == "host"
+    assert kept.holding.tiers["w1"] == "host"
     assert kept.prefills == 2
 
 
@@ -132,34 +136,34 @@ def test_a_replica_that_is_spread_short_of_memory_and_timed_scores_as_any_other(
         budget=0.5,
         context_length=56,
         method=Uniform(),
-        eviction=Streaming(sinks=1),
+        eviction=StreamingLLM(sinks=1),
         bits=(16, 16),
     ).model_dump_json()
-    other = ScoringWorker(model, 1, spread=True, memory=1e-9, timed=True)
+    other = ScoringWorker(model, 1, device_map_auto=True, memory=1e-9, timed=True)
     assert {str(parameter.device) for parameter in other.loaded.model.parameters()} == {"cpu"}
     for number in (0, 1):
-        other.warm(window(number))
+        other.prefill(window(number))
         expected, found = usual.score(plan, window(number)), other.score(plan, window(number))
         assert found.pop("decode_seconds") > 0
-        assert "not at all" in found.pop("kept")
-        assert expected.pop("kept") is None
+        assert "not at all" in found.pop("status")
+        assert expected.pop("status") is None
         assert {**found, "seconds": 0} == {**expected, "seconds": 0}
-    told = other.told()
+    told = other.status()
     assert told is not None
     assert "2 not at all" in told
-    assert usual.told() is None
+    assert usual.status() is None
 
 
 def test_a_replica_out_of_memory_moves_its_windows_away_and_tries_once_more(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replica = ScoringWorker(model, 1, host_share=0.1)
-    replica.warm(window(0))
+    replica.prefill(window(0))
     tries: list[int] = []
 
     def short_of_memory(*arguments: object) -> Score:
-        tries.append(len(replica.holding.held))
-        if replica.holding.device is None:
+        tries.append(len(replica.store.windows))
+        if replica.store.max_device_bytes is None:
             raise torch.OutOfMemoryError("out of memory")
         return Score(window="w0", document="d0", nll_full=1, nll=2, kl=1, allocated_bytes=1, seconds=1)
 

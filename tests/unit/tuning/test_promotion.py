@@ -8,7 +8,7 @@ from search_factory import WINDOWS, task
 
 from baklava.plan.budget_plan import BudgetPlan, Provenance
 from tuning.optimizers.baselines import baseline_methods
-from tuning.selection.promotion import PromotionDecision, CurrentChampion, RegisteredPlan, decide_promotion
+from tuning.selection.promotion import CurrentChampion, PromotionDecision, RegisteredPlan, decide_promotion
 from tuning.selection.validation import Candidate, ValidatedPlan
 from tuning.study.objective import Goal
 from tuning.study.trial import mean_metrics
@@ -43,7 +43,9 @@ def won(plan: BudgetPlan, loss: float) -> ValidatedPlan:
     return ValidatedPlan(Candidate("new", plan), windows, {**mean_metrics(windows), **size})
 
 
-def claimed(new: tuple[BudgetPlan, float], old: tuple[BudgetPlan, float], goal: Goal | None = None) -> PromotionDecision:
+def claimed(
+    new: tuple[BudgetPlan, float], old: tuple[BudgetPlan, float], goal: Goal | None = None
+) -> PromotionDecision:
     """The claim of a plan that lost so much against one that did, if the latter is the champion."""
     whole, tags = (replace(task(), goal=goal), {"goal": goal.description}) if goal else (task(), {})
     crew, holder = WorkerGroup({old[0].digest: old[1]}), CurrentChampion("3", old[0], tags)
@@ -98,7 +100,7 @@ def test_plans_that_do_not_compare_leave_the_alias_where_it_is(old: Callable[[],
 
 def test_the_same_plan_again_is_what_the_alias_leads_to() -> None:
     found = claimed((made(0.3), 0.1), (made(0.3), 0.1))
-    assert found == PromotionDecision(False, "champion stays with version 3, which is the same plan", same=True)
+    assert found == PromotionDecision(False, "champion stays with version 3, which is the same plan", identical=True)
     registered = RegisteredPlan("baklava-demo", "4", found)
     assert registered.uri == "models:/baklava-demo@champion"
     assert "by hand" not in registered.message
@@ -114,12 +116,16 @@ def test_a_champion_that_cannot_be_read_or_scored_keeps_the_alias() -> None:
     unread = decide_promotion(WorkerGroup({}), CurrentChampion("3", None, {}), new, WINDOWS, task(), TEXTS)
     assert unread == PromotionDecision(False, "champion stays with version 3, which cannot be read")
     old = made(0.3, kind=1)
-    unscored = decide_promotion(WorkerGroup({old.digest: float("nan")}), CurrentChampion("3", old, {}), new, WINDOWS, task(), TEXTS)
+    unscored = decide_promotion(
+        WorkerGroup({old.digest: float("nan")}), CurrentChampion("3", old, {}), new, WINDOWS, task(), TEXTS
+    )
     assert not unscored.promoted
 
 
 def test_what_became_of_a_plan_is_told_with_a_way_to_have_it_otherwise() -> None:
-    kept = RegisteredPlan("baklava-demo", "4", PromotionDecision(False, "champion stays with version 3, which is better"))
+    kept = RegisteredPlan(
+        "baklava-demo", "4", PromotionDecision(False, "champion stays with version 3, which is better")
+    )
     assert kept.uri == "models:/baklava-demo/4"
     assert kept.message.endswith("to move it by hand: make ui, Models, baklava-demo, version 4, add the alias champion")
     assert RegisteredPlan("baklava-demo", "4", PromotionDecision(True, "")).uri == "models:/baklava-demo@champion"

@@ -14,7 +14,7 @@ from tuning.optimizers.baselines import baseline_methods
 from tuning.reporting.heat_map import heat_map
 from tuning.reporting.history_plot import trial_chart
 from tuning.reporting.pareto_plot import fidelity_chart
-from tuning.reporting.report import learned, pictures, write_report
+from tuning.reporting.report import learned, standalone_plots, write_report
 from tuning.reporting.svg import log_values, round_values, standalone
 from tuning.selection.ablation import Ablation
 from tuning.selection.param_importance import MIN_TRIALS, param_importances
@@ -48,10 +48,12 @@ def outcome(tmp_path: Path, tried: tuple[TrialRecord, ...], **changes: object) -
         out=tmp_path,
         settings=settings,
         plan=ranking[0].candidate.plan,
-        verdict=ValidationResult(ranking[0], ranking),
-        rivals=(rival,),
+        validation=ValidationResult(ranking[0], ranking),
+        ablations=(rival,),
         trials=tried,
-        registered=RegisteredPlan("baklava-m", "4", PromotionDecision(False, "champion stays with version 3, which is better")),
+        registered=RegisteredPlan(
+            "baklava-m", "4", PromotionDecision(False, "champion stays with version 3, which is better")
+        ),
     )
     return replace(found, **changes)
 
@@ -108,7 +110,7 @@ def test_refinements_and_drawn_trials_are_told_apart(tmp_path: Path) -> None:
 
 def test_of_many_sizes_none_is_called_the_best(tmp_path: Path) -> None:
     ranking = tuple(whole(scored(f"trial {number}", number / 10, 1 / number)) for number in (1, 2, 3))
-    found = outcome(tmp_path, trials(), verdict=ValidationResult(ranking[1], ranking, ranking))
+    found = outcome(tmp_path, trials(), validation=ValidationResult(ranking[1], ranking, ranking))
     text = page(replace(found, settings=found.settings.model_copy(update={"front": True})))
     assert "The front has 3 plans between" in text
     assert "The best trial that was drawn" not in text
@@ -152,7 +154,7 @@ def test_the_heat_map_leaves_sliding_layers_blank() -> None:
 
 def test_the_winner_is_marked_and_heuristics_are_told_from_trials(tmp_path: Path) -> None:
     found = outcome(tmp_path, trials())
-    chart = ElementTree.fromstring(fidelity_chart(found.verdict, found.trials, KL))
+    chart = ElementTree.fromstring(fidelity_chart(found.validation, found.trials, KL))
     kinds = [part.attrib.get("class") for part in chart.iter()]
     assert kinds.count("ring") == 1
     assert kinds.count("tried") == 12
@@ -166,7 +168,7 @@ def test_a_trial_that_failed_has_a_cross_with_its_reason() -> None:
 
 
 def test_pictures_are_files_of_their_own_with_their_colours(tmp_path: Path) -> None:
-    drawn = pictures(outcome(tmp_path, trials()))
+    drawn = standalone_plots(outcome(tmp_path, trials()))
     names = {"fidelity", "against_heuristics", "trials", "importance", "slices"}
     assert drawn.keys() == {f"{name}.svg" for name in names}
     for picture in drawn.values():

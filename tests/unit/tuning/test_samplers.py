@@ -17,11 +17,11 @@ from search_factory import SPACE, record, report, task
 from baklava.errors import UserError
 from baklava.plan.geometry import ModelIdentity
 from tuning.optimizers.baselines import initial_params
-from tuning.optimizers.optuna_search import RelativeLossPruner, PlanOptunaSearch
+from tuning.optimizers.optuna_search import PlanOptunaSearch, RelativeLossPruner
 from tuning.optimizers.pareto import non_dominated
 from tuning.optimizers.samplers import CMAES_FIXED_PARAMS, SamplerConfig, check_sampler, in_space
-from tuning.search.trial_loop import lanes
-from tuning.search.warm_start import POINTS, Warm, warm_start
+from tuning.search.trial_loop import concurrency
+from tuning.search.warm_start import NUM_ENQUEUED, WarmStart, load_warm_start
 from tuning.selection.validation import top_trials
 from tuning.study.interrupt import StopFlag, graceful_interrupt
 from tuning.study.settings import SamplerName, SearchRecord, SearchSettings
@@ -83,7 +83,9 @@ def timed(number: int, ratio: float, loss: float, seconds: float) -> TrialRecord
 
 def test_latency_alone_is_no_goal() -> None:
     with pytest.raises(UserError, match="--latency is a part of --front"):
-        SearchSettings.from_options(model="m", texts=["t"], budget=0.3, context=10, continuation=2, trials=8, latency=True)
+        SearchSettings.from_options(
+            model="m", texts=["t"], budget=0.3, context=10, continuation=2, trials=8, latency=True
+        )
 
 
 def test_cma_es_moves_all_its_numbers_together_towards_less_loss() -> None:
@@ -115,7 +117,7 @@ def test_cma_es_is_refused_where_it_cannot_do_what_is_asked(monkeypatch: pytest.
 def test_trials_at_a_time_keep_all_replicas_busy_and_leave_the_sampler_some_to_learn_from(
     trials: int, replicas: int, asked: int | None, expected: tuple[int, int]
 ) -> None:
-    assert lanes(settings(trials=trials, concurrent=asked), replicas) == expected
+    assert concurrency(settings(trials=trials, concurrent=asked), replicas) == expected
 
 
 def settings(**values: object) -> SearchSettings:
@@ -143,13 +145,13 @@ TRIALS = [record(number, [0.1 * number] * 4, floor=0.01 * number) for number in 
 def test_a_warm_start_tells_the_sampler_scores_and_tries_the_best_again(tmp_path: Path) -> None:
     out = earlier(tmp_path / "run", [*TRIALS, record(7, [0.01] * 4, base=1, shifts=[[0.0] * 2] * 5)])
     written = (out / "trials.jsonl").read_text()
-    warm = warm_start(settings(warm_start=str(out)), MATERIAL, task())
-    assert list(warm.points) == [each.params for each in TRIALS[:POINTS]]
-    assert list(warm.told) == TRIALS[POINTS:]
-    assert list(warm.scored) == TRIALS
+    warm = load_warm_start(settings(warm_start=str(out)), MATERIAL, task())
+    assert list(warm.enqueued_params) == [each.params for each in TRIALS[:NUM_ENQUEUED]]
+    assert list(warm.known_trials) == TRIALS[NUM_ENQUEUED:]
+    assert list(warm.scored_trials) == TRIALS
     assert (out / "trials.jsonl").read_text() == written  # another search may be writing to it
-    search = PlanOptunaSearch(task(), SamplerConfig(), [], StopFlag(), warm.told, warm.points)
-    assert [search.suggest(str(number)) for number in range(POINTS)] == list(warm.points)
+    search = PlanOptunaSearch(task(), SamplerConfig(), [], StopFlag(), warm.known_trials, warm.enqueued_params)
+    assert [search.suggest(str(number)) for number in range(NUM_ENQUEUED)] == list(warm.enqueued_params)
     assert [trial.state for trial in search._ot_study.trials].count(TrialState.COMPLETE) == 2
 
 
@@ -167,31 +169,31 @@ def test_scores_that_do_not_compare_are_left_and_only_parameters_taken(
 ) -> None:
     sized = [each.model_copy(update={"params": {**each.params, "budget": 0.4}}) for each in TRIALS]
     out = earlier(tmp_path / "run", sized if values.get("front") else TRIALS, **values)
-    warm = warm_start(settings(warm_start=str(out)), MATERIAL, task())
-    assert warm.scored == ()
-    assert warm.points
-    assert all(in_space(SPACE, params) for params in warm.points)
+    warm = load_warm_start(settings(warm_start=str(out)), MATERIAL, task())
+    assert warm.scored_trials == ()
+    assert warm.enqueued_params
+    assert all(in_space(SPACE, params) for params in warm.enqueued_params)
     assert said in capsys.readouterr().err
 
 
 def test_a_size_is_added_where_the_new_search_draws_it(tmp_path: Path) -> None:
     out, front = earlier(tmp_path / "run", TRIALS), task(None, front=True)
     asked = settings(budget=None, front=True, warm_start=str(out))
-    warm = warm_start(asked, MATERIAL, front)
-    assert {params["budget"] for params in warm.points} == {0.3}
-    assert all(in_space(front.space, params) for params in warm.points)
+    warm = load_warm_start(asked, MATERIAL, front)
+    assert {params["budget"] for params in warm.enqueued_params} == {0.3}
+    assert all(in_space(front.space, params) for params in warm.enqueued_params)
 
 
 def test_a_warm_start_from_another_model_or_from_nothing_is_refused(tmp_path: Path) -> None:
     out = earlier(tmp_path / "run", TRIALS)
     other = SimpleNamespace(**{**vars(MATERIAL), "identity": ModelIdentity(id="other", config_hash="1")})
     with pytest.raises(UserError, match="give a search of the same model"):
-        warm_start(settings(warm_start=str(out)), other, task())
+        load_warm_start(settings(warm_start=str(out)), other, task())
     with pytest.raises(UserError, match="no finished trial that this search could draw"):
-        warm_start(settings(warm_start=str(earlier(tmp_path / "none", []))), MATERIAL, task())
+        load_warm_start(settings(warm_start=str(earlier(tmp_path / "none", []))), MATERIAL, task())
     with pytest.raises(UserError, match=r"--warm-start .* holds no valid search.json"):
-        warm_start(settings(warm_start=str(tmp_path)), MATERIAL, task())
-    assert warm_start(settings(), MATERIAL, task()) == Warm()
+        load_warm_start(settings(warm_start=str(tmp_path)), MATERIAL, task())
+    assert load_warm_start(settings(), MATERIAL, task()) == WarmStart()
 
 
 def test_the_first_ctrl_c_asks_to_stop_and_the_second_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
@@ -257,10 +259,10 @@ def test_a_trial_that_fails_reports_every_number_that_a_search_lowers(monkeypatc
 
 
 def test_what_a_search_began_with_is_kept_beside_its_results(tmp_path: Path) -> None:
-    warm = Warm(points=({"recent": 0.5, "bits": "4"},), scored=(record(1, [0.1] * 4),))
+    warm = WarmStart(enqueued_params=({"recent": 0.5, "bits": "4"},), scored_trials=(record(1, [0.1] * 4),))
     warm.write(tmp_path)
-    assert Warm.read(tmp_path) == warm
-    assert Warm.read(tmp_path / "elsewhere") == Warm()
+    assert WarmStart.read(tmp_path) == warm
+    assert WarmStart.read(tmp_path / "elsewhere") == WarmStart()
     (tmp_path / "warm.json").write_text("{")
     with pytest.raises(UserError, match="put that back"):
-        Warm.read(tmp_path)
+        WarmStart.read(tmp_path)

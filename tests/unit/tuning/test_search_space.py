@@ -8,16 +8,24 @@ from search_factory import SPACE, WINDOWS, profile, record, report, task
 
 from baklava.allocation import Blended, Shifted
 from baklava.profiling.profile import Curves
-from tuning.optimizers.baselines import DEFAULT_BLEND, BEST_HEAVY_HITTER, initial_params, baseline_methods
-from tuning.optimizers.optuna_search import MAX_LOSS_RATIO, RelativeLossPruner, PlanOptunaSearch
+from tuning.optimizers.baselines import BEST_HEAVY_HITTER, DEFAULT_BLEND, baseline_methods, initial_params
+from tuning.optimizers.optuna_search import MAX_LOSS_RATIO, PlanOptunaSearch, RelativeLossPruner
 from tuning.optimizers.samplers import SamplerConfig
 from tuning.study.interrupt import StopFlag
 from tuning.study.objective import Goal
-from tuning.study.search_space import BIT_PAIRS, SearchSpace, SearchTask, allocation_from_params, eviction_from_params, recorded_evictions, budget_range_for
+from tuning.study.search_space import (
+    BIT_PAIRS,
+    SearchSpace,
+    SearchTask,
+    allocation_from_params,
+    budget_range_for,
+    eviction_from_params,
+    recorded_evictions,
+)
 from tuning.study.settings import ALL_BITS
 from tuning.study.trial import GRACE_WINDOWS, MIN_KL, TrialRecord, mean_metrics
 
-WHOLE = SearchSpace(ALL_BITS, ranked=True, curved=True)
+WHOLE = SearchSpace(ALL_BITS, has_reconstruction=True, has_loss_curves=True)
 
 
 def draws(space: SearchSpace, count: int = 200) -> list[dict[str, object]]:
@@ -46,27 +54,27 @@ def test_a_drawn_plan_stores_in_the_bits_and_steps_that_it_drew(drawn: list[dict
         layer = plan.layers[0]
         assert layer is not None
         assert (layer.key_bits[0], layer.value_bits[0]) == BIT_PAIRS[params["bits"]]
-        least, most = plan.eviction.minimum_tokens, plan.context_length
+        least, most = plan.eviction.min_tokens, plan.context_length
         free = [tokens for row in plan.tokens for tokens in row if least < tokens < most]
         assert all(tokens % params["rounding"] in (0, least % params["rounding"]) for tokens in free)
 
 
 def test_a_prefill_records_what_any_drawn_plan_observes_and_nothing_twice(drawn: list[dict[str, object]]) -> None:
-    recorded = [eviction.observation for eviction in recorded_evictions()]
+    recorded = [eviction.score_key for eviction in recorded_evictions()]
     assert len(recorded) == len(set(recorded))
-    assert {eviction_from_params(params).observation for params in drawn} == set(recorded)
+    assert {eviction_from_params(params).score_key for params in drawn} == set(recorded)
 
 
 def test_a_prefill_records_what_every_heuristic_observes() -> None:
-    recorded = {eviction.observation for eviction in recorded_evictions()}
-    assert {each.eviction.observation for each in baseline_methods(SPACE)} <= recorded
-    assert BEST_HEAVY_HITTER.observation in recorded
+    recorded = {eviction.score_key for eviction in recorded_evictions()}
+    assert {each.eviction.score_key for each in baseline_methods(SPACE)} <= recorded
+    assert BEST_HEAVY_HITTER.score_key in recorded
 
 
 def test_the_first_trials_are_the_strongest_blends_and_then_one_measure_each_in_4_bits() -> None:
     points = initial_params(WHOLE)
     assert [params["bits"] for params in points] == ["curves"] * 3 + ["4"] * 4
-    assert {eviction_from_params(params).observation for params in points} == {BEST_HEAVY_HITTER.observation}
+    assert {eviction_from_params(params).score_key for params in points} == {BEST_HEAVY_HITTER.score_key}
     assert allocation_from_params(points[0]) == DEFAULT_BLEND
     assert [params["allocation"] for params in points[:3]] == ["blended", "blended", "greedy"]
     counts, greedy, baklava, flat = points[3:]
@@ -107,10 +115,12 @@ def test_what_the_profile_did_not_measure_is_not_drawn() -> None:
 
 
 def test_bits_without_loss_curves_are_left_out_where_the_others_have_them() -> None:
-    curves = Curves(eviction=BEST_HEAVY_HITTER.choice, entries=(1,), bits=((16, 16), (5, 4), (4, 4)), losses={})
+    curves = Curves(eviction=BEST_HEAVY_HITTER.config, entries=(1,), bits=((16, 16), (5, 4), (4, 4)), losses={})
     measured = profile().model_copy(update={"curves": curves})
-    assert SearchSpace.of(measured, ALL_BITS, None).bits == ("16", "k5v4", "4", "curves")
-    assert SearchSpace.of(measured, ("k8v4",), None) == SearchSpace(("k8v4",), ranked=False, curved=False)
+    assert SearchSpace.for_profile(measured, ALL_BITS, None).bits == ("16", "k5v4", "4", "curves")
+    assert SearchSpace.for_profile(measured, ("k8v4",), None) == SearchSpace(
+        ("k8v4",), has_reconstruction=False, has_loss_curves=False
+    )
 
 
 def test_shifts_are_a_part_of_the_plan(drawn: list[dict[str, object]]) -> None:

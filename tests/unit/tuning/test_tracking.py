@@ -16,12 +16,12 @@ from baklava.data.windows import Splits, Window
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from tuning.optimizers.baselines import initial_params
-from tuning.search.trial_loop import Recorder
-from tuning.selection.promotion import PromotionDecision, CurrentChampion
+from tuning.search.trial_loop import TrialRecorder
+from tuning.selection.promotion import CurrentChampion, PromotionDecision
 from tuning.study.journal import Journal
 from tuning.study.settings import SearchRecord, SearchSettings
 from tuning.study.trial import TrialRecord
-from tuning.tracking.run_context import inputs
+from tuning.tracking.run_context import dataset_inputs
 from tuning.tracking.tracker import Tracker
 from tuning.tracking.trial_runs import trial_run_name
 
@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def tracker(tmp_path: Path) -> Iterator[Tracker]:
     tracker = Tracker.connect(SETTINGS.model_name)
-    tracker.begin(SETTINGS, tmp_path)
+    tracker.start(SETTINGS, tmp_path)
     yield tracker
     tracker.system_metrics.stop()
 
@@ -63,14 +63,14 @@ def test_everything_of_a_model_is_under_the_last_part_of_its_name(tracker: Track
 
 
 def test_results_lie_in_the_data_folder(tracker: Tracker, data: Path) -> None:
-    tracker.trial(record(1, [0.1] * 4), plan(), 1.0)
+    tracker.log_trial(record(1, [0.1] * 4), plan(), 1.0)
     assert tracker.flush()
     assert (data / "mlflow.db").exists()
     assert len(list((data / "mlartifacts").rglob("plan.json"))) == 1
 
 
 def test_a_trial_is_a_child_with_its_curve_over_the_windows(tracker: Tracker) -> None:
-    tracker.trial(record(7, [0.1, 0.2, 0.3, 0.4]), plan(), seconds=60.0)
+    tracker.log_trial(record(7, [0.1, 0.2, 0.3, 0.4]), plan(), seconds=60.0)
     child = children(tracker)[0]
     curve = tracker.client.get_metric_history(child.info.run_id, "window_kl")
     assert [point.value for point in sorted(curve, key=lambda point: point.step)] == [0.1, 0.2, 0.3, 0.4]
@@ -80,8 +80,11 @@ def test_a_trial_is_a_child_with_its_curve_over_the_windows(tracker: Tracker) ->
 
 
 def test_runs_are_named_so_that_they_can_be_told_apart_where_they_are_compared(tracker: Tracker) -> None:
-    chosen = {"allocation": "greedy", "bits": "k4v2", "eviction": "streaming"}
-    assert trial_run_name(record(7, [0.1] * 4, ratio=0.125, **chosen), "x") == "trial 07, greedy, k4v2, streaming, 12.5%, x"
+    chosen = {"allocation": "greedy", "bits": "k4v2", "eviction": "streaming_llm"}
+    assert (
+        trial_run_name(record(7, [0.1] * 4, ratio=0.125, **chosen), "x")
+        == "trial 07, greedy, k4v2, streaming_llm, 12.5%, x"
+    )
     assert trial_run_name(record(12, [0.1] * 4, base=7, **chosen), "x").startswith("trial 12 from 07, greedy")
     assert trial_run_name(TrialRecord(trial=3, params={}, metrics={}, status="failed"), "x") == "trial 03, x"
     parent = tracker.client.get_run(tracker.parent_run)
@@ -89,9 +92,9 @@ def test_runs_are_named_so_that_they_can_be_told_apart_where_they_are_compared(t
 
 
 def test_a_parent_shows_the_trials_that_ended_as_a_curve(tracker: Tracker) -> None:
-    tracker.trial(record(1, [0.3] * 4), plan(), 1.0)
-    tracker.trial(record(2, [0.2] * 2, "pruned"), plan(), 1.0)
-    tracker.trial(record(3, [0.1] * 4), plan(), 1.0)
+    tracker.log_trial(record(1, [0.3] * 4), plan(), 1.0)
+    tracker.log_trial(record(2, [0.2] * 2, "pruned"), plan(), 1.0)
+    tracker.log_trial(record(3, [0.1] * 4), plan(), 1.0)
     assert tracker.flush()
     curve = tracker.client.get_metric_history(tracker.parent_run, "trial_kl_geometric")
     assert [(point.step, point.value) for point in curve] == [(1, pytest.approx(0.3)), (3, pytest.approx(0.1))]
@@ -99,7 +102,7 @@ def test_a_parent_shows_the_trials_that_ended_as_a_curve(tracker: Tracker) -> No
 
 def test_the_shifts_of_a_refinement_are_a_file_since_a_parameter_may_not_be_as_long(tracker: Tracker) -> None:
     shifts = [[0.123] * 8] * 200
-    tracker.trial(record(7, [0.1] * 4, base=1, shifts=shifts), None, 1.0)
+    tracker.log_trial(record(7, [0.1] * 4, base=1, shifts=shifts), None, 1.0)
     run = children(tracker)[0].info.run_id
     params = tracker.client.get_run(run).data.params
     assert params["base"] == "1"
@@ -110,7 +113,7 @@ def test_the_shifts_of_a_refinement_are_a_file_since_a_parameter_may_not_be_as_l
 @pytest.mark.parametrize(("status", "shown"), [("finished", "FINISHED"), ("pruned", "FINISHED"), ("failed", "FAILED")])
 def test_a_child_shows_how_its_trial_ended(tracker: Tracker, status: str, shown: str) -> None:
     ended = TrialRecord(trial=1, params={}, metrics={}, status=status, error="no room" if status == "failed" else None)
-    tracker.trial(ended, None, 0.0)
+    tracker.log_trial(ended, None, 0.0)
     child = children(tracker)[0]
     assert child.info.status == shown
     assert child.data.tags["baklava.status"] == status
@@ -120,8 +123,8 @@ def test_a_child_shows_how_its_trial_ended(tracker: Tracker, status: str, shown:
 def test_a_trial_that_mlflow_does_not_take_holds_up_no_other(
     tracker: Tracker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracker.trial(record(1, [0.1] * 4, **{"no name?": 1}), None, 1.0)
-    tracker.trial(record(2, [0.1] * 4), None, 1.0)
+    tracker.log_trial(record(1, [0.1] * 4, **{"no name?": 1}), None, 1.0)
+    tracker.log_trial(record(2, [0.1] * 4), None, 1.0)
     assert tracker.flush()
     assert [run.data.tags["baklava.trial"] for run in children(tracker) if run.info.status == "FINISHED"] == ["2"]
     assert "mlflow: does not take trial 1" in capsys.readouterr().err
@@ -132,7 +135,9 @@ def test_texts_and_windows_are_inputs_by_their_hashes(tmp_path: Path) -> None:
         return tuple(Window(name, f"{name}.txt", (1, 2, 3), 2) for name in names)
 
     tracker = Tracker.connect(SETTINGS.model_name)
-    tracker.begin(SETTINGS, tmp_path, inputs({"t": "f" * 64}, Splits(windows("a"), windows("b"), windows("c", "d"))))
+    tracker.start(
+        SETTINGS, tmp_path, dataset_inputs({"t": "f" * 64}, Splits(windows("a"), windows("b"), windows("c", "d")))
+    )
     tracker.system_metrics.stop()
     found = tracker.client.get_run(tracker.parent_run).inputs.dataset_inputs
     by_name = {each.dataset.name: each for each in found}
@@ -146,13 +151,15 @@ def test_texts_and_windows_are_inputs_by_their_hashes(tmp_path: Path) -> None:
 def test_a_parent_has_the_environment_and_the_machine(tracker: Tracker) -> None:
     file = Path(tracker.client.download_artifacts(tracker.parent_run, "requirements.txt"))
     assert f"mlflow=={mlflow.__version__}" in file.read_text().splitlines()
-    assert {"baklava.python", "baklava.host", "baklava.gpus"} <= tracker.client.get_run(tracker.parent_run).data.tags.keys()
+    assert {"baklava.python", "baklava.host", "baklava.gpus"} <= tracker.client.get_run(
+        tracker.parent_run
+    ).data.tags.keys()
 
 
 def test_a_parent_has_the_load_of_its_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     tracker = Tracker.connect(SETTINGS.model_name)
-    tracker.begin(SETTINGS, tmp_path)
+    tracker.start(SETTINGS, tmp_path)
     while not (shown := tracker.client.get_run(tracker.parent_run).data.metrics):
         time.sleep(0.1)
     tracker.end({}, [])
@@ -214,7 +221,7 @@ def test_a_parent_run_tells_what_was_asked_and_how_it_ended(tracker: Tracker, tm
 
 
 def test_nothing_of_mlflow_travels_with_the_callback(tracker: Tracker, tmp_path: Path) -> None:
-    callback = Recorder(Journal(tmp_path / "trials.jsonl"), tracker, None, task(), 3)
+    callback = TrialRecorder(Journal(tmp_path / "trials.jsonl"), tracker, None, task(), 3)
     assert callback.__getstate__() == {}
 
 
@@ -236,12 +243,12 @@ def test_a_server_that_goes_down_loses_nothing_of_a_search_and_warns_once(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = Tracker.connect("demo")
-    tracker.begin(SETTINGS, tmp_path)
-    tracker.trial(record(1, [0.1] * 4), plan(), 1.0)
+    tracker.start(SETTINGS, tmp_path)
+    tracker.log_trial(record(1, [0.1] * 4), plan(), 1.0)
     assert len(children(tracker)) == 1
     server.stop()
     for number in (2, 3, 4):
-        tracker.trial(record(number, [0.1] * 4), plan(), 1.0)
+        tracker.log_trial(record(number, [0.1] * 4), plan(), 1.0)
     assert tracker.register(plan(), {}, crowned) is None
     assert capsys.readouterr().err.count("cannot write") == 1
     tracker.end({}, [])
@@ -252,15 +259,15 @@ def test_a_server_that_comes_back_gets_what_it_missed_in_order(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = Tracker.connect("demo")
-    tracker.begin(SETTINGS, tmp_path)
-    tracker.trial(record(1, [0.1] * 4), plan(), 1.0)
+    tracker.start(SETTINGS, tmp_path)
+    tracker.log_trial(record(1, [0.1] * 4), plan(), 1.0)
     assert tracker.flush()
     server.stop()
-    tracker.trial(record(2, [0.1] * 4), plan(), 1.0)
-    tracker.trial(record(3, [0.1] * 4), plan(), 1.0)
+    tracker.log_trial(record(2, [0.1] * 4), plan(), 1.0)
+    tracker.log_trial(record(3, [0.1] * 4), plan(), 1.0)
     assert not tracker.flush()
     server.start()
-    tracker.trial(record(4, [0.1] * 4), plan(), 1.0)
+    tracker.log_trial(record(4, [0.1] * 4), plan(), 1.0)
     found = children(tracker)
     assert [run.data.tags["baklava.trial"] for run in sorted(found, key=lambda run: run.info.run_name)] == list("1234")
     assert {run.info.status for run in found} == {"FINISHED"}
@@ -294,7 +301,7 @@ class Fails:
 def test_a_request_that_fails_amid_a_trial_loses_and_doubles_nothing(tracker: Tracker, method: str, late: bool) -> None:
     assert children(tracker) == []
     tracker.runs.client = Fails(tracker.client, method, late)
-    tracker.trial(record(1, [0.1] * 4), plan(), 1.0)
+    tracker.log_trial(record(1, [0.1] * 4), plan(), 1.0)
     tracker.writer.submit(int).result()
     assert len(tracker.pending) == 1
     found = children(tracker)
@@ -304,7 +311,7 @@ def test_a_request_that_fails_amid_a_trial_loses_and_doubles_nothing(tracker: Tr
 
 def test_a_search_that_goes_on_writes_the_recorded_trials_that_mlflow_lacks(tracker: Tracker, tmp_path: Path) -> None:
     records = [record(number, [0.1] * 4) for number in (1, 2)] + [record(3, [], "failed")]
-    tracker.trial(records[0], plan(), 1.0)
+    tracker.log_trial(records[0], plan(), 1.0)
     half = {"mlflow.parentRunId": tracker.parent_run, "baklava.trial": "2"}
     tracker.client.create_run(tracker.experiment, tags=half)  # what a kill amid a write leaves
     assert tracker.flush()

@@ -39,19 +39,19 @@ class Worker:
     def happened(self) -> list[str]:
         return self.events
 
-    def told(self) -> str | None:
+    def status(self) -> str | None:
         return f"keeps {len(self.held)} windows" if len(self.held) < 4 else None
 
-    def ready(self) -> int:
+    def ping(self) -> int:
         return os.getpid()
 
-    def warm(self, window: str) -> None:
+    def prefill(self, window: str) -> None:
         if window.startswith("slow"):
             time.sleep(1)
         self.held.append(window)
         self.events.append(f"{window} warmed")
 
-    def forget(self, windows: list[str]) -> None:
+    def release(self, windows: list[str]) -> None:
         self.held = [window for window in self.held if window not in windows]
 
     def score(self, plan: str, window: str) -> dict[str, Any]:
@@ -77,10 +77,10 @@ class Hands:
         held = {window: ray.put(window) for window in windows}
         self.pool = ray.remote(WorkerScheduler).options(num_cpus=0).remote(self.workers, held, task)
         self.pairs = ray.get(self.pool.assign.remote(windows))
-        assert ray.get([self.pool.warm.remote(*pair) for pair in self.pairs]) == [None] * len(self.pairs)
+        assert ray.get([self.pool.prefill.remote(*pair) for pair in self.pairs]) == [None] * len(self.pairs)
 
     def pids(self) -> list[int]:
-        return ray.get([worker.ready.remote() for worker in self.workers])
+        return ray.get([worker.ping.remote() for worker in self.workers])
 
     def score(self, *tasks: tuple[str, str]) -> list[dict[str, Any]]:
         return ray.get([self.pool.score.remote(*task) for task in tasks], timeout=120)
@@ -91,7 +91,7 @@ class Hands:
         ]
 
     def told(self) -> str:
-        return " | ".join(ray.get(self.pool.tell.remote()))
+        return " | ".join(ray.get(self.pool.take_events.remote()))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,7 +127,7 @@ def test_a_window_that_is_about_to_be_held_is_waited_for_and_prefilled_nowhere_e
     hands: Callable[..., Hands],
 ) -> None:
     pool = hands()
-    ray.get([worker.forget.remote("abcd") for worker in pool.workers])
+    ray.get([worker.release.remote("abcd") for worker in pool.workers])
     for windows in ("", "abcd"):  # all are assigned anew, and not one is warm yet
         ray.get(pool.pool.assign.remote(list(windows)))
     scores = pool.score(*[(f"slow {number}", window) for number, window in enumerate("aaacca")])
@@ -142,7 +142,7 @@ def test_a_score_waits_for_its_own_window_and_not_for_all_that_are_still_to_be_h
     ray.get(pool.pool.assign.remote([]))
     pairs = ray.get(pool.pool.assign.remote(list(pool.windows)))
     assert [window for _, window in pairs] == list(pool.windows)
-    warming = [pool.pool.warm.remote(*pair) for pair in pairs]
+    warming = [pool.pool.prefill.remote(*pair) for pair in pairs]
     pool.score(("plan", "slow a"))
     ray.get(warming)
     assert ray.get(pool.workers[0].happened.remote())[-3:] == ["slow a warmed", "slow a", "slow c warmed"]
@@ -203,7 +203,7 @@ def test_parameters_of_one_plan_share_its_scores_and_so_do_recorded_ones(hands: 
     assert task().plan(first).digest == task().plan(same).digest
     pool = hands(task=task())
     windows = tuple(score | {"window": name} for score, name in zip(record(1, [0.1] * 2).windows, "ab", strict=True))
-    ray.get(pool.pool.recall.remote([(first, windows)]))
+    ray.get(pool.pool.preload_scores.remote([(first, windows)]))
     plans = ray.get([pool.pool.plan.remote(params) for params in (first, same)])
     assert plans[0]["json"] == plans[1]["json"]
     known, new = pool.score((plans[1]["json"], "b"), (plans[1]["json"], "c"))
@@ -213,8 +213,8 @@ def test_parameters_of_one_plan_share_its_scores_and_so_do_recorded_ones(hands: 
 
 
 def test_replicas_that_do_not_keep_all_their_windows_are_named(hands: Callable[..., Hands]) -> None:
-    assert ray.get(hands(workers=1).pool.kept.remote()) == []
-    assert ray.get(hands(workers=2).pool.kept.remote()) == ["replica 1 keeps 2 windows", "replica 2 keeps 2 windows"]
+    assert ray.get(hands(workers=1).pool.status.remote()) == []
+    assert ray.get(hands(workers=2).pool.status.remote()) == ["replica 1 keeps 2 windows", "replica 2 keeps 2 windows"]
 
 
 def test_windows_no_longer_wanted_are_freed(hands: Callable[..., Hands]) -> None:
@@ -245,8 +245,8 @@ def test_every_replica_holds_as_many_windows_as_any_other_and_every_window_is_he
 def test_a_fleet_has_a_replica_per_gpu_and_threads_that_fit(
     nodes: list[dict[str, float]], asked: int | str, replicas: int, threads: int, gpu: bool
 ) -> None:
-    fleet = plan_layout(nodes, asked)
-    assert (fleet.replicas, fleet.threads, fleet.gpus) == (replicas, threads, int(gpu))
+    layout = plan_layout(nodes, asked)
+    assert (layout.replicas, layout.threads, layout.gpus) == (replicas, threads, int(gpu))
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,8 @@ def test_a_fleet_has_a_replica_per_gpu_and_threads_that_fit(
 def test_a_replica_of_several_gpus_has_them_on_one_node(
     nodes: list[dict[str, float]], asked: int | str, gpus: int, replicas: int, threads: int
 ) -> None:
-    fleet = plan_layout(nodes, asked, gpus)
-    assert (fleet.replicas, fleet.threads, fleet.options["num_gpus"]) == (replicas, threads, gpus)
+    layout = plan_layout(nodes, asked, gpus)
+    assert (layout.replicas, layout.threads, layout.actor_options["num_gpus"]) == (replicas, threads, gpus)
 
 
 def test_every_node_of_cpus_gets_replicas_of_its_own() -> None:
