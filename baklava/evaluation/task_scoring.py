@@ -1,7 +1,6 @@
 """Answering: what a cache still knows of a context that was cut before anybody asked."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from baklava.evaluation.tasks import Prompt, Question
 from baklava.evaluation.tasks.metrics import METRICS
 from baklava.eviction import Eviction
 from baklava.plan.budget_plan import BudgetPlan
+from baklava.runtime.logprobs import forced_logits
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import PrefilledPrompt, compress, prefill_and_record
 
@@ -53,7 +53,7 @@ def record_prompt(loaded: LoadedModel, prompt: Prompt, evictions: Sequence[Evict
         UserError: the prompt is longer than the model's positions.
     """
     encode = loaded.tokenizer.encode
-    longest = prompt.length(loaded.count_tokens)
+    longest = prompt.num_tokens(loaded.count_tokens)
     loaded.check_length(longest + len(bos_tokens(loaded.tokenizer)), "a prompt", "make shorter prompts")
     ids = bos_tokens(loaded.tokenizer) + encode(prompt.context, add_special_tokens=False)
     return prefill_and_record(loaded, torch.tensor([ids], device=loaded.device), evictions)
@@ -75,7 +75,7 @@ def answer(loaded: LoadedModel, recorded: PrefilledPrompt, prompt: Prompt, plan:
 @torch.inference_mode()
 def answer_full(loaded: LoadedModel, recorded: PrefilledPrompt, prompt: Prompt) -> tuple[Answer, ...]:
     """The answers of transformers' own cache, which keeps everything."""
-    asked = _Asked(loaded, prompt, recorded.recording.full)
+    asked = _Asked(loaded, prompt, recorded.recording.to_dynamic_cache)
     return tuple(asked.answer(question) for question in prompt.questions)
 
 
@@ -126,7 +126,7 @@ class _Asked:
         if question.metric == "exact":
             # By induction, greedy decoding writes the target exactly when it would choose each of its tokens.
             return Answer(float(torch.equal(logits.argmax(-1), target[0])), float(nll))
-        return Answer(METRICS[question.metric](self._greedy(asked, question.tokens), question), float(nll))
+        return Answer(METRICS[question.metric](self._greedy(asked, question.max_new_tokens), question), float(nll))
 
     def _greedy(self, asked: Ids, tokens: int) -> str:
         cache, ends = self.start(), self.loaded.eos_token_ids
@@ -138,8 +138,7 @@ class _Asked:
 
     def _forward(self, cache: Cache, ids: Ids) -> Float[Tensor, "tokens vocabulary"]:
         """The logits behind each of these tokens, which meet the budget one by one."""
-        with _one_by_one(cache):
-            logits = self.loaded.model(ids, past_key_values=cache).logits[0]
+        logits = forced_logits(self.loaded, cache, ids[0])
         if isinstance(cache, BudgetedCache):
             self.held = max(self.held, cache.nbytes)
         return logits
@@ -152,7 +151,3 @@ class _Asked:
 
     def _ids(self, ids: Sequence[int]) -> Ids:
         return torch.tensor([list(ids)], device=self.loaded.device)
-
-
-def _one_by_one(cache: Cache) -> AbstractContextManager[None]:
-    return cache.teacher_forcing() if isinstance(cache, BudgetedCache) else nullcontext()

@@ -15,8 +15,8 @@ from baklava.console import progress_bar
 from baklava.errors import UserError
 from baklava.evaluation.speed.timing import machine_info, time_interleaved
 from baklava.evaluation.speed.workloads import BASELINE, WARMUP_STEPS, fill_cache, make_decode_step
-from baklava.eviction import Eviction, HeavyHitter, Streaming
-from baklava.plan.budget_plan import AllocationChoice, Bits, BudgetPlan, LayerBudget, full_plan
+from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
+from baklava.plan.budget_plan import AllocationConfig, Bits, BudgetPlan, LayerBudget, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel
 
 NO_CACHE = "no cache at all: the floor"
@@ -82,9 +82,9 @@ def _benchmark_pair(loaded: LoadedModel, context: int, batch: int, share: float,
                 milliseconds=timing.median * 1e3,
                 spread=timing.spread,
                 speedup=timings[BASELINE].ratio_to(timing),
-                attention_over_sdpa=plan and attention_over_sdpa(loaded, plan, batch, context),
-                allocated_over_reserved=plan and cache.nbytes / (cache.reserved_bytes * batch),
-                allocated_bytes=plan and cache.nbytes,
+                attention_over_sdpa=attention_over_sdpa(loaded, plan, batch, context) if plan else None,
+                allocated_over_reserved=cache.nbytes / (cache.reserved_bytes * batch) if plan else None,
+                allocated_bytes=cache.nbytes if plan else None,
             )
         )
     return rows
@@ -108,7 +108,7 @@ def attention_over_sdpa(loaded: LoadedModel, plan: BudgetPlan, batch: int, conte
     key, value = torch.randn(2, batch, geometry.kv_heads, entries, geometry.head_dim, **options)
     grouped_query = query.view(batch, geometry.kv_heads, geometry.query_group, geometry.head_dim)
     runs = {"plan": lambda: _attend(layer, query, new, kernel), "sdpa": lambda: sdpa(grouped_query, key, value)}
-    timings = time_interleaved(runs, max(MIN_ATTENTION_ROUNDS, plan.eviction.interval), WARMUP_STEPS)
+    timings = time_interleaved(runs, max(MIN_ATTENTION_ROUNDS, plan.eviction.eviction_interval), WARMUP_STEPS)
     return timings["plan"].total_ratio_to(timings["sdpa"])
 
 
@@ -128,13 +128,13 @@ def decode_plans(loaded: LoadedModel, context: int, share: float, steps: int) ->
     uneven = tuple(round(tokens * (0.5 + head / max(1, heads - 1))) for head in range(heads))
     percent = f"{share:.0%}"
     return {
-        f"{percent}, sinks + recent": same_plan_in_all_layers(loaded, even, Streaming(), 32, context),
-        f"{percent}, sinks + recent, ragged": same_plan_in_all_layers(loaded, uneven, Streaming(), 32, context),
+        f"{percent}, sinks + recent": same_plan_in_all_layers(loaded, even, StreamingLLM(), 32, context),
+        f"{percent}, sinks + recent, ragged": same_plan_in_all_layers(loaded, uneven, StreamingLLM(), 32, context),
         f"{percent}, heavy hitter": same_plan_in_all_layers(loaded, even, HeavyHitter(), 32, context),
-        f"{percent}, sinks + recent, 16 bit": same_plan_in_all_layers(loaded, even, Streaming(), 16, context),
+        f"{percent}, sinks + recent, 16 bit": same_plan_in_all_layers(loaded, even, StreamingLLM(), 16, context),
         f"{percent}, heavy hitter, 16 bit": same_plan_in_all_layers(loaded, even, HeavyHitter(), 16, context),
-        "all entries": full_plan(loaded.identity, loaded.geometry, context + steps, 32),
-        "all entries, 16 bit": full_plan(loaded.identity, loaded.geometry, context + steps, 16),
+        "all entries": full_cache_plan(loaded.identity, loaded.geometry, context + steps, 32),
+        "all entries, 16 bit": full_cache_plan(loaded.identity, loaded.geometry, context + steps, 16),
     }
 
 
@@ -146,9 +146,9 @@ def same_plan_in_all_layers(
     Raises:
         UserError: a head has fewer tokens than the eviction method needs.
     """
-    if min(tokens) < eviction.choice.minimum_tokens:
+    if min(tokens) < eviction.config.min_tokens:
         raise UserError(
-            f"{min(tokens)} of {context} tokens are fewer than the {eviction.choice.minimum_tokens} per head that "
+            f"{min(tokens)} of {context} tokens are fewer than the {eviction.config.min_tokens} per head that "
             f"{eviction.name} needs; raise --contexts or --share"
         )
     bits_per_head = (bits,) * loaded.geometry.kv_heads
@@ -157,7 +157,7 @@ def same_plan_in_all_layers(
         model=loaded.identity,
         geometry=loaded.geometry,
         context_length=context,
-        eviction=eviction.choice,
-        allocation=AllocationChoice(method="benchmark", budget=1.0),
+        eviction=eviction.config,
+        allocation=AllocationConfig(method="benchmark", budget=1.0),
         layers=(layer,) * loaded.geometry.layers,
     )

@@ -8,8 +8,8 @@ from baklava.console import log, progress_bar
 from baklava.evaluation.speed.peak_memory import WARMUP_TOKENS, prefill_peak_over_floor
 from baklava.evaluation.speed.timing import machine_info, time_interleaved
 from baklava.evaluation.speed.workloads import BASELINE, baseline_prefill, random_prompt
-from baklava.eviction import METHODS, HeavyHitter, Reconstruction, Streaming
-from baklava.plan.budget_plan import BudgetPlan, Prefill
+from baklava.eviction import METHODS, HeavyHitter, KVzip, StreamingLLM
+from baklava.plan.budget_plan import BudgetPlan, PrefillConfig
 from baklava.runtime.context_reconstruction import REPEAT_OVERHEAD_TOKENS
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
@@ -59,12 +59,12 @@ def _benchmark_pair(
     ids = random_prompt(loaded, batch, context)
     plans = prefill_plans(loaded, context, share)
     if context + REPEAT_OVERHEAD_TOKENS > loaded.max_length:
-        plans.pop(Reconstruction.name)
-        log(f"{Reconstruction.name} is left out: repeating {context} tokens exceeds the model's {loaded.max_length}")
+        plans.pop(KVzip.name)
+        log(f"{KVzip.name} is left out: repeating {context} tokens exceeds the model's {loaded.max_length}")
     runs: dict[str, Callable[[], Any]] = {BASELINE: lambda: baseline_prefill(loaded, ids)}
     runs |= {name: lambda plan=plan: prefill(loaded, plan, ids) for name, plan in plans.items()}  # type: ignore[misc]
     baseline_prefill(loaded, ids[:, :WARMUP_TOKENS])
-    prefill(loaded, plans[Streaming.name], ids[:, :WARMUP_TOKENS])
+    prefill(loaded, plans[StreamingLLM.name], ids[:, :WARMUP_TOKENS])
     timings = time_interleaved(runs, rounds)
     return [
         PrefillRow(
@@ -74,7 +74,7 @@ def _benchmark_pair(
             seconds=timing.median,
             spread=timing.spread,
             over_baseline=timing.ratio_to(timings[BASELINE]),
-            over_streaming=timing.ratio_to(timings[Streaming.name]),
+            over_streaming=timing.ratio_to(timings[StreamingLLM.name]),
             peak_over_floor=prefill_peak_over_floor(loaded, plans.get(name), context, batch) if memory else None,
         )
         for name, timing in timings.items()
@@ -87,5 +87,5 @@ def prefill_plans(loaded: LoadedModel, context: int, share: float) -> dict[str, 
     evictions = {name: method() for name, method in METHODS.items()}
     evictions["heavy_hitter, stride 4"] = HeavyHitter(stride=4)
     plans = {name: same_plan_in_all_layers(loaded, tokens, method, 16, context) for name, method in evictions.items()}
-    chunked = Prefill(mode="chunked", chunk=PREFILL_CHUNK_TOKENS)
-    return plans | {f"{Streaming.name}, chunked": plans[Streaming.name].model_copy(update={"prefill": chunked})}
+    chunked = PrefillConfig(mode="chunked", chunk_size=PREFILL_CHUNK_TOKENS)
+    return plans | {f"{StreamingLLM.name}, chunked": plans[StreamingLLM.name].model_copy(update={"prefill": chunked})}

@@ -1,4 +1,4 @@
-"""What every task has: contexts with questions about them, made from prose, a seed and a length."""
+"""What all tasks share: a context, questions about it, and a builder that fits a prompt to a length."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -7,20 +7,23 @@ from random import Random
 from typing import ClassVar
 
 from baklava.errors import UserError
-from baklava.evaluation.tasks.filler_text import Prose
+from baklava.evaluation.tasks.filler_text import FillerText
 
-Length = Callable[[str], int]
-"""Tokens of a text."""
+TokenCounter = Callable[[str], int]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question that is asked once the context has been cut to its budget.
+    """A question that is asked after the context has been compressed to its plan.
 
-    `text` ends where the answer begins. `target` is the text whose NLL is measured, `answers` are what the `metric` (a
-    name in `baklava.evaluation.tasks.metrics`, or "exact") looks for, `choices` all answers that could be given, where
-    the task says so. `chance` is the score of a guess by someone who knows the form of the answers but not the context.
-    `tokens` are the most to generate; an "exact" answer is `target` to the letter and needs none.
+    Attributes:
+        text: the question; it ends where the answer begins.
+        target: the answer whose NLL is measured.
+        answers: what the metric looks for in a generated answer.
+        chance: the score of a guess by somebody who knows the form of the answers but not the context.
+        metric: a name in `baklava.evaluation.tasks.metrics`, or "exact": greedy decoding yields `target`.
+        max_new_tokens: tokens to generate at most; "exact" generates none.
+        choices: all possible answers, if the task has such a list.
     """
 
     text: str
@@ -28,7 +31,7 @@ class Question:
     answers: tuple[str, ...] = ()
     chance: float = 0.0
     metric: str = "exact"
-    tokens: int = 0
+    max_new_tokens: int = 0
     choices: tuple[str, ...] = ()
 
 
@@ -37,7 +40,7 @@ class Prompt:
     """A context that is prefilled once, and the questions about it.
 
     Raises:
-        ValueError: a question's text is empty, or in the context, so that eviction would know it.
+        ValueError: a question's text is empty or part of the context, so eviction would know it.
     """
 
     name: str
@@ -48,57 +51,62 @@ class Prompt:
         for question in self.questions:
             if not question.text:
                 raise ValueError(f"a question of {self.name} has no text; ask in at least one word")
-            if (asked := question.text.strip()) and asked in self.context:
-                raise ValueError(f"{self.name} asks {asked!r} in its context already; ask behind it")
+            if (text := question.text.strip()) and text in self.context:
+                raise ValueError(f"{self.name} already asks {text!r} in its context; ask after the context")
 
-    def length(self, length: Length) -> int:
-        """Tokens of the context with its longest question and answer."""
-        rest = (length(question.text) + max(length(question.target), question.tokens) for question in self.questions)
-        return length(self.context) + max(rest, default=0)
+    def num_tokens(self, count_tokens: TokenCounter) -> int:
+        """Return the tokens of the context with its longest question and answer."""
+        questions = (
+            count_tokens(question.text) + max(count_tokens(question.target), question.max_new_tokens)
+            for question in self.questions
+        )
+        return count_tokens(self.context) + max(questions, default=0)
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A kind of prompt. Knobs are the fields of the dataclass; one verb makes a prompt of any size."""
+    """A kind of prompt. The fields of the dataclass are its parameters; its one verb builds a prompt of any size."""
 
     name: ClassVar[str]
 
     @abstractmethod
-    def compose(self, prose: Prose, size: int, draw: Random) -> Prompt:
-        """A prompt with `size` units (from 1 on) of what fills its context: sentences, pairs, words.
+    def build(self, filler: FillerText, size: int, rng: Random) -> Prompt:
+        """Build a prompt whose context has `size` units (at least 1), such as sentences, pairs or words.
 
-        The same `draw` and size give the same prompt; a larger size a longer one.
+        The same state of `rng` and the same size give the same prompt; a larger size gives a longer one.
         """
 
 
-def prompts(task: Task, prose: Prose, count: int, *, tokens: int, seed: int, length: Length) -> list[Prompt]:
-    """`count` prompts, each the longest one that fits into `tokens` with its longest question and answer.
+def build_prompts(
+    task: Task, filler: FillerText, count: int, *, tokens: int, seed: int, count_tokens: TokenCounter
+) -> list[Prompt]:
+    """Build `count` prompts, each the longest that fits into `tokens` with its longest question and answer.
 
     Raises:
-        UserError: not even the smallest prompt fits, or there is nothing in the longest that can be asked for.
+        UserError: the smallest prompt does not fit, or the longest has nothing to ask about.
     """
-    return [_longest(task, prose, f"{task.name}:{number}", tokens, seed, length) for number in range(count)]
+    return [_build_longest(task, filler, f"{task.name}:{n}", tokens, seed, count_tokens) for n in range(count)]
 
 
-def _longest(task: Task, prose: Prose, name: str, tokens: int, seed: int, length: Length) -> Prompt:
-    def of(size: int) -> Prompt:
-        return replace(task.compose(prose, size, Random(f"{seed}:{name}")), name=name)
+def _build_longest(
+    task: Task, filler: FillerText, name: str, tokens: int, seed: int, count_tokens: TokenCounter
+) -> Prompt:
+    def build(size: int) -> Prompt:
+        return replace(task.build(filler, size, Random(f"{seed}:{name}")), name=name)
 
     def fits(size: int) -> bool:
-        return of(size).length(length) <= tokens
+        return build(size).num_tokens(count_tokens) <= tokens
 
     if not fits(1):
-        raise UserError(
-            f"the smallest {task.name} prompt has {of(1).length(length)} tokens, more than {tokens}; make room for it"
-        )
+        smallest = build(1).num_tokens(count_tokens)
+        raise UserError(f"the smallest {task.name} prompt has {smallest} tokens, more than {tokens}; allow longer ones")
     low, high = 1, 2
     while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    if not of(low).questions:
-        raise UserError(
-            f"nothing in a {task.name} prompt of {tokens} tokens of these texts can be asked for; give longer texts"
-        )
-    return of(low)
+    longest = build(low)
+    if not longest.questions:
+        raise UserError(f"a {task.name} prompt of {tokens} tokens of these texts has nothing to ask; give longer texts")
+    return longest

@@ -7,7 +7,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from baklava.evaluation.tasks.base import Prompt, Question, Task
-from baklava.evaluation.tasks.filler_text import Prose
+from baklava.evaluation.tasks.filler_text import FillerText
 
 KINDS = {
     "animal": "dog cat horse cow sheep goat lion wolf fox bear rabbit mouse elephant monkey camel deer pig zebra whale "
@@ -32,14 +32,15 @@ class FewShot(Task):
     queries: int = 8
 
     @override
-    def compose(self, prose: Prose, size: int, draw: Random) -> Prompt:
+    def build(self, filler: FillerText, size: int, rng: Random) -> Prompt:
         pairs = [(word, kind) for kind, words in KINDS.items() for word in words.split()]
-        order = draw.sample(pairs, len(pairs))
-        asked, known = order[: self.queries], order[self.queries :]
-        shots = [known[number % len(known)] for number in range(size)]
-        text = "\n\n".join(f"Word: {word}\nKind: {kind}" for word, kind in shots)
-        return Prompt(self.name, text, tuple(_question(word, kind) for word, kind in asked))
-
-
-def _question(word: str, kind: str) -> Question:
-    return Question(f"\n\nWord: {word}\nKind:", f" {kind}", (kind,), chance=1 / len(KINDS), choices=tuple(KINDS))
+        shuffled = rng.sample(pairs, len(pairs))
+        queries, shots = shuffled[: self.queries], shuffled[self.queries :]
+        repeated_shots = [shots[number % len(shots)] for number in range(size)]
+        text = "\n\n".join(f"Word: {word}\nKind: {kind}" for word, kind in repeated_shots)
+        chance, choices = 1 / len(KINDS), tuple(KINDS)
+        questions = [
+            Question(f"\n\nWord: {word}\nKind:", f" {kind}", (kind,), chance=chance, choices=choices)
+            for word, kind in queries
+        ]
+        return Prompt(self.name, text, tuple(questions))

@@ -19,8 +19,8 @@ from baklava.errors import UserError
 from baklava.evaluation.lm_eval.model import BaklavaLM, Tally
 from baklava.evaluation.lm_eval.model_args import ModelArgs
 from baklava.evaluation.window_scoring import prefill, score
-from baklava.eviction import Eviction, HeavyHitter, Reconstruction, Streaming
-from baklava.plan.budget_plan import BudgetPlan, full_plan
+from baklava.eviction import Eviction, HeavyHitter, KVzip, StreamingLLM
+from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime import logprobs as likelihood
 from baklava.runtime.decode import generate
 from baklava.runtime.model_loader import LoadedModel
@@ -29,7 +29,7 @@ from baklava.runtime.prefill import prefill as enter
 Maker = Callable[..., LoadedModel]
 
 TIGHT = [[20, 33], [16, 24]]
-EVICTIONS = [Streaming(), HeavyHitter(interval=8), Reconstruction(interval=8)]
+EVICTIONS = [StreamingLLM(), HeavyHitter(eviction_interval=8), KVzip(eviction_interval=8)]
 SIGNS = [chr(0x4E00 + number) for number in range(64)]  # a token each, none of which is a stop or a space
 
 
@@ -80,7 +80,7 @@ def test_a_loglikelihood_is_what_the_scorer_says(spelling: LoadedModel, number: 
 
 @torch.inference_mode()
 def test_the_full_plan_is_a_plain_forward(spelling: LoadedModel) -> None:
-    ids, model = ids_of(90), BaklavaLM(spelling, full_plan(spelling.identity, spelling.geometry, 200, bits=32))
+    ids, model = ids_of(90), BaklavaLM(spelling, full_cache_plan(spelling.identity, spelling.geometry, 200, bits=32))
     likeliest = spelling.model.generate(torch.tensor([ids[:60]]), max_new_tokens=9, use_cache=False)[0, 60:].tolist()
     for text in (ids[60:], likeliest, [*likeliest[:-1], (likeliest[-1] + 1) % 60 + 3]):
         whole = torch.tensor([ids[:60] + text])
@@ -94,7 +94,7 @@ def test_the_full_plan_is_a_plain_forward(spelling: LoadedModel) -> None:
 @pytest.mark.parametrize("eviction", EVICTIONS[:2], ids=str)
 def test_a_tight_plan_changes_what_is_found(spelling: LoadedModel, eviction: Eviction) -> None:
     ids = ids_of(130)
-    full = BaklavaLM(spelling, full_plan(spelling.identity, spelling.geometry, 200, bits=32))
+    full = BaklavaLM(spelling, full_cache_plan(spelling.identity, spelling.geometry, 200, bits=32))
     tight = BaklavaLM(spelling, plan_of(spelling, TIGHT, eviction))
     text = signs(ids)
     [rolling, budgeted] = [
@@ -117,7 +117,7 @@ def test_requests_that_share_a_context_prefill_it_once(spelling: LoadedModel, mo
         return enter(loaded, plan, ids)
 
     monkeypatch.setattr(likelihood, "prefill", counting)
-    model = BaklavaLM(spelling, plan_of(spelling, TIGHT, HeavyHitter(interval=8)))
+    model = BaklavaLM(spelling, plan_of(spelling, TIGHT, HeavyHitter(eviction_interval=8)))
     one, other = ids_of(50), ids_of(70, seed=1)
     pairs = [(one, ids_of(9, 2)), (other, ids_of(9, 2)), (one, ids_of(1, 3)), (one, ids_of(30, 4)), (other, ids_of(1))]
     together = loglikelihood(model, *pairs)
@@ -164,7 +164,7 @@ def test_a_prompt_that_is_repeated_is_gone_on_from(spelling: LoadedModel) -> Non
 
 
 def test_greedy_generation_with_the_full_plan_is_the_plain_model(spelling: LoadedModel) -> None:
-    ids, plan = ids_of(80), full_plan(spelling.identity, spelling.geometry, 200, bits=32)
+    ids, plan = ids_of(80), full_cache_plan(spelling.identity, spelling.geometry, 200, bits=32)
     plain = spelling.model.generate(torch.tensor([ids]), use_cache=False, max_new_tokens=20)[0, 80:].tolist()
     model = BaklavaLM(spelling, plan)
     [text] = model.generate_until([asked("generate_until", signs(ids), {"until": [], "max_gen_toks": 20})])
@@ -175,7 +175,7 @@ def test_greedy_generation_with_the_full_plan_is_the_plain_model(spelling: Loade
 
 
 def test_sampling_follows_its_seed_and_beams_are_refused(spelling: LoadedModel) -> None:
-    model = BaklavaLM(spelling, plan_of(spelling, TIGHT, Streaming()))
+    model = BaklavaLM(spelling, plan_of(spelling, TIGHT, StreamingLLM()))
 
     def drawn(seed: int, **options: Any) -> str:
         torch.manual_seed(seed)
@@ -204,8 +204,8 @@ def test_a_cache_that_breaks_its_promise_ends_the_run(
     spelling: LoadedModel, kind: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BudgetedCache, "reserved_bytes", 1)
-    with pytest.raises(RuntimeError, match="were promised"):
-        kinds(BaklavaLM(spelling, plan_of(spelling, TIGHT, Streaming())))[kind]()
+    with pytest.raises(RuntimeError, match="reserved"):
+        kinds(BaklavaLM(spelling, plan_of(spelling, TIGHT, StreamingLLM())))[kind]()
 
 
 @pytest.mark.parametrize("kind", range(3))
@@ -219,13 +219,13 @@ def test_a_model_that_passes_the_cache_by_ends_the_run(
 
     monkeypatch.setattr(inner, "forward", forgetting)
     with pytest.raises(RuntimeError, match="the plan was not applied"):
-        kinds(BaklavaLM(spelling, plan_of(spelling, TIGHT, Streaming())))[kind]()
+        kinds(BaklavaLM(spelling, plan_of(spelling, TIGHT, StreamingLLM())))[kind]()
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(
     spelling: LoadedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ids, plan = ids_of(60), plan_of(spelling, TIGHT, Streaming())
+    ids, plan = ids_of(60), plan_of(spelling, TIGHT, StreamingLLM())
     short, long = BaklavaLM(spelling, plan, max_length=40), BaklavaLM(spelling, plan)
     assert loglikelihood(short, (ids[:50], ids[50:])) == loglikelihood(long, (ids[19:50], ids[50:]))
     options = {"until": [], "max_gen_toks": 10}
@@ -243,7 +243,7 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(
 
 
 def test_a_text_without_context_stands_behind_the_start_token(spelling: LoadedModel) -> None:
-    model, ids = BaklavaLM(spelling, plan_of(spelling, TIGHT, Streaming())), ids_of(50)
+    model, ids = BaklavaLM(spelling, plan_of(spelling, TIGHT, StreamingLLM())), ids_of(50)
     [(found, _)] = loglikelihood(model, ([], ids))
     [rolling] = model.loglikelihood_rolling([asked("loglikelihood_rolling", signs(ids))])
     assert found == pytest.approx(rolling, abs=1e-3)
@@ -251,7 +251,7 @@ def test_a_text_without_context_stands_behind_the_start_token(spelling: LoadedMo
 
 
 def test_a_tally_tells_which_requests_a_plan_touched(spelling: LoadedModel) -> None:
-    plan = plan_of(spelling, TIGHT, Streaming())
+    plan = plan_of(spelling, TIGHT, StreamingLLM())
     for chunk, touched, exact in ((None, 2, 1), (8, 3, 0)):
         tally = Tally(chunked(plan, chunk) if chunk else plan, "requests")
         for context, decoded in ((16, 0), (15, 1), (16, 1), (3, 60), (80, 0)):
@@ -265,12 +265,12 @@ def test_a_tally_tells_which_requests_a_plan_touched(spelling: LoadedModel) -> N
 
 @pytest.mark.parametrize("chunk", [None, 7], ids=["dense", "chunks"])
 @pytest.mark.parametrize(
-    "eviction", [Streaming(), HeavyHitter(sinks=2, interval=3, recent=0.2)], ids=["ring", "ranked"]
+    "eviction", [StreamingLLM(), HeavyHitter(sinks=2, eviction_interval=3, recent_ratio=0.2)], ids=["ring", "ranked"]
 )
 def test_a_request_is_touched_exactly_when_entries_were_gone(
     spelling: LoadedModel, eviction: Eviction, chunk: int | None
 ) -> None:
-    full = full_plan(spelling.identity, spelling.geometry, 200, bits=32)
+    full = full_cache_plan(spelling.identity, spelling.geometry, 200, bits=32)
     plan = plan_of(spelling, [[12, 12], [12, 12]], eviction)
     tight = chunked(plan, chunk) if chunk else plan
     seen = set()
@@ -304,7 +304,7 @@ def test_a_model_with_sliding_layers_is_scored_as_it_decodes() -> None:
     torch.manual_seed(0)
     loaded = LoadedModel.of(AutoModelForCausalLM.from_config(Gemma2Config(**shape, **heads)))
     assert loaded.geometry.windows == (12, None)
-    plan = full_plan(loaded.identity, loaded.geometry, 20, bits=32)
+    plan = full_cache_plan(loaded.identity, loaded.geometry, 20, bits=32)
     ids = ids_of(90)
     cache, logits = enter(loaded, plan, torch.tensor([ids[:50]]))
     expected = float(logits.log_softmax(-1)[0, ids[50]])
@@ -331,7 +331,7 @@ def test_what_a_run_cannot_do_is_refused_in_a_sentence(spelling: LoadedModel, tm
         BaklavaLM.create_from_arg_string("pretrained=demo", {"batch_size": 1})
     with pytest.raises(UserError, match="takes 4096"):
         ModelArgs.of({**good, "max_length": 5000}).checked_length(spelling)
-    plan_of(spelling, TIGHT, Streaming()).write(tmp_path / "plan.json")
+    plan_of(spelling, TIGHT, StreamingLLM()).write(tmp_path / "plan.json")
     stated = ModelArgs.of({**good, "plan": str(tmp_path / "plan.json"), "context_length": 300})
     with pytest.raises(UserError, match="made for 100 tokens"):
         stated.named_plan(spelling, 4096)

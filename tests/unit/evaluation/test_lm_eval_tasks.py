@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 
 from baklava.allocation.plan_spec import named_plan
 from baklava.evaluation.lm_eval.model import BaklavaLM
-from baklava.plan.budget_plan import full_plan
+from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.model_loader import LoadedModel
 
 ROOT = Path(__file__).parents[3]
@@ -92,7 +92,7 @@ def test_tasks_run_through_the_harness(demo: LoadedModel, tasks: Path, capsys: p
 
 @pytest.mark.demo
 def test_the_chat_template_is_that_of_the_model(demo: LoadedModel) -> None:
-    model = BaklavaLM(demo, full_plan(demo.identity, demo.geometry, 100))
+    model = BaklavaLM(demo, full_cache_plan(demo.identity, demo.geometry, 100))
     turns = [{"role": "user", "content": "Say hello."}]
     assert model.apply_chat_template(turns).endswith("<|im_start|>assistant\n")
     assert model.chat_template(True) == demo.tokenizer.chat_template

@@ -14,10 +14,10 @@ from baklava.evaluation.speed.latency import Speed
 from baklava.evaluation.summary import verdict
 from baklava.evaluation.task_scoring import Answer, Answers
 from baklava.evaluation.window_scoring import Score
-from baklava.eviction import Streaming
-from baklava.plan.budget_plan import full_plan
+from baklava.eviction import StreamingLLM
+from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.model_loader import LoadedModel
-from tuning.evaluation.report import tables, write_report
+from tuning.evaluation.report import format_tables, write_report
 from tuning.evaluation.run_dir import EvaluationSettings
 
 Maker = Callable[..., LoadedModel]
@@ -52,8 +52,8 @@ def prompt(number: int, full: Sequence[float], *plans: Sequence[float]) -> Promp
 @pytest.fixture
 def plans(tiny: Maker) -> list[NamedPlan]:
     loaded = tiny()
-    small = plan_of(loaded, [[10, 20], [12, 8]], Streaming(), bits=16)
-    everything = full_plan(loaded.identity, loaded.geometry, 100)
+    small = plan_of(loaded, [[10, 20], [12, 8]], StreamingLLM(), bits=16)
+    everything = full_cache_plan(loaded.identity, loaded.geometry, 100)
     return [NamedPlan("full", everything), NamedPlan("small", small), NamedPlan("other", small)]
 
 
@@ -76,7 +76,7 @@ def test_tasks_are_scored_question_by_question_against_the_full_cache(compared: 
 def test_an_interval_of_a_task_draws_prompts_not_questions() -> None:
     together = [prompt(n, [1] * 10, [n % 2] * 10) for n in range(4)]
     apart = [prompt(n, [1], [n % 2]) for n in range(40)]
-    wide, narrow = (TaskScore.of(results, 0, 10).loss for results in (together, apart))
+    wide, narrow = (TaskScore.from_results(results, 0, 10).loss for results in (together, apart))
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 
 
@@ -131,7 +131,7 @@ def test_a_table_and_a_report_are_made_of_any_of_them(
     compared: list[Evaluation], shown: slice, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     chosen = compared[shown]
-    head, *rows = tables(chosen).split("\n\n")[0].splitlines()
+    head, *rows = format_tables(chosen).split("\n\n")[0].splitlines()
     assert len({len(line) for line in (head, *rows)}) == 1, "columns are aligned"
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(chosen, SETTINGS, path)

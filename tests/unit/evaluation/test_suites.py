@@ -1,4 +1,4 @@
-"""Facts about suites: rows in the published formats become prompts that fit, and what is wrong is one sentence."""
+"""Suites: rows in the published formats become prompts that fit, and errors are one sentence."""
 
 import json
 import zipfile
@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 from baklava.data.hub_datasets import stream_file_rows
 from baklava.errors import UserError
-from baklava.evaluation.suites import SUITES, LongBench, Ruler, prompts, suite_of
-from baklava.evaluation.suites.base import fitted
+from baklava.evaluation.suites import SUITES, LongBench, Ruler, load_prompts, parse_suite_spec
+from baklava.evaluation.suites.base import fit_prompt
 from baklava.evaluation.suites.longbench import FORMATS
 from baklava.evaluation.tasks.metrics import METRICS
 from baklava.runtime.model_loader import LoadedModel
 
-ROOM = 10_000
+MAX_TOKENS = 10_000
 
 
 class Words:
-    """A tokenizer whose tokens are words with the white space behind them, and which adds one of its own."""
+    """A tokenizer whose tokens are words with the white space after them, and and one special token."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -68,7 +68,7 @@ def ruler_row(**fields: Any) -> dict[str, Any]:
     return row | fields
 
 
-def written(path: Path, rows: list[dict[str, Any]]) -> str:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     match path.suffix:
         case ".jsonl":
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -79,9 +79,9 @@ def written(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def test_longbench_asks_in_its_own_words_behind_the_context(tmp_path: Path) -> None:
-    file = written(tmp_path / "qasper.jsonl", [longbench_row()])
-    (prompt,) = prompts(f"longbench:qasper={file}", 5, tokens=ROOM, tokenizer=Words())
+def test_longbench_asks_in_its_own_words_after_the_context(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "qasper.jsonl", [longbench_row()])
+    (prompt,) = load_prompts(f"longbench:qasper={file}", 5, tokens=MAX_TOKENS, tokenizer=Words())
     (question,) = prompt.questions
     assert prompt.name == "longbench:qasper:0"
     assert prompt.context.startswith("You are given a scientific article and a question.")
@@ -89,32 +89,32 @@ def test_longbench_asks_in_its_own_words_behind_the_context(tmp_path: Path) -> N
     assert question.text.startswith("\n\n Answer the question based on the above article as concisely as you can,")
     assert question.text.endswith("\n\nQuestion: Who wrote it?\n\nAnswer:")
     assert (question.target, question.answers) == (" Ada", ("Ada", "Ada L."))
-    assert (question.metric, question.tokens, question.chance) == ("f1", 128, 0)
+    assert (question.metric, question.max_new_tokens, question.chance) == ("f1", 128, 0)
 
 
-def test_longbench_has_its_sixteen_english_data_sets_with_the_question_behind_the_context() -> None:
+def test_longbench_has_its_sixteen_english_data_sets_with_the_question_after_the_context() -> None:
     assert len(FORMATS) == 16
-    assert len(LongBench.known) == 16 + 13
-    for form in FORMATS.values():
-        assert form.before.endswith("{context}")
-        assert "{input}" not in form.before
-        assert form.metric in METRICS
+    assert len(LongBench.datasets) == 16 + 13
+    for prompt_format in FORMATS.values():
+        assert prompt_format.context_template.endswith("{context}")
+        assert "{input}" not in prompt_format.context_template
+        assert prompt_format.metric in METRICS
 
 
 def test_every_longbench_data_set_makes_prompts() -> None:
-    for name in LongBench.known:
+    for name in LongBench.datasets:
         prompt = LongBench(name).prompt(longbench_row())
         assert "A text by Ada." in prompt.context
         assert "{" not in prompt.context + prompt.questions[0].text
 
 
-def test_signs_of_a_template_in_a_row_are_left_as_they_are() -> None:
+def test_template_placeholders_in_a_row_stay_as_they_are() -> None:
     prompt = LongBench("qasper").prompt(longbench_row(context="{input}", input="{context} {0}"))
     assert prompt.context.endswith("Article: {input}")
     assert prompt.questions[0].text.endswith("Question: {context} {0}\n\nAnswer:")
 
 
-def test_guesses_are_counted_where_the_answers_are_known_beforehand() -> None:
+def test_chance_is_set_if_the_answers_are_known_beforehand() -> None:
     trec = longbench_row(input="Question: Who?\nType:", answers=["City"], all_classes=["Food", "City"])
     (question,) = LongBench("trec").prompt(trec).questions
     assert (question.choices, question.chance, question.target) == (("Food", "City"), 0.5, " City")
@@ -123,8 +123,8 @@ def test_guesses_are_counted_where_the_answers_are_known_beforehand() -> None:
 
 
 def test_longbench_v2_strips_and_chooses(tmp_path: Path) -> None:
-    file = written(tmp_path / "data.json", [v2_row()])
-    (prompt,) = prompts(f"longbench_v2={file}", 1, tokens=ROOM, tokenizer=Words())
+    file = write_rows(tmp_path / "data.json", [v2_row()])
+    (prompt,) = load_prompts(f"longbench_v2={file}", 1, tokens=MAX_TOKENS, tokenizer=Words())
     (question,) = prompt.questions
     assert prompt.context.endswith("\n\n<text>\nIt was Bob.")
     assert question.text == (
@@ -132,7 +132,7 @@ def test_longbench_v2_strips_and_chooses(tmp_path: Path) -> None:
         'Format your response as follows: "The correct answer is (insert answer here)".'
     )
     assert question.target == " The correct answer is (B)"
-    assert (question.answers, question.chance, question.tokens) == (("B",), 0.25, 128)
+    assert (question.answers, question.chance, question.max_new_tokens) == (("B",), 0.25, 128)
     assert METRICS[question.metric](question.target, question) == 1
 
 
@@ -140,34 +140,34 @@ def test_longbench_v2_strips_and_chooses(tmp_path: Path) -> None:
 def test_ruler_takes_the_rows_of_its_task_and_joins_questions_of_one_context(tmp_path: Path, ending: str) -> None:
     other = ruler_row(task="qa_1", context="Documents", answer=["Ada", "Lady Ada"], max_new_tokens=32)
     again = ruler_row(question="What are all the special magic numbers for dog?", answer=["9"])
-    file = written(tmp_path / f"test.{ending}", [other, ruler_row(), again, ruler_row(context="Another.\n")])
-    found = prompts(f"ruler:niah_multivalue@4096={file}", 9, tokens=ROOM, tokenizer=Words())
-    assert [prompt.name for prompt in found] == ["ruler:niah_multivalue@4096:0", "ruler:niah_multivalue@4096:1"]
-    first, second = found[0].questions
-    assert found[0].context == ruler_row()["context"]
+    file = write_rows(tmp_path / f"test.{ending}", [other, ruler_row(), again, ruler_row(context="Another.\n")])
+    prompts = load_prompts(f"ruler:niah_multivalue@4096={file}", 9, tokens=MAX_TOKENS, tokenizer=Words())
+    assert [prompt.name for prompt in prompts] == ["ruler:niah_multivalue@4096:0", "ruler:niah_multivalue@4096:1"]
+    first, second = prompts[0].questions
+    assert prompts[0].context == ruler_row()["context"]
     assert first.text == ruler_row()["question"] + ruler_row()["answer_prefix"]
-    assert (first.target, first.answers, first.metric, first.tokens) == (" 7, 8", ("7", "8"), "recall", 128)
+    assert (first.target, first.answers, first.metric, first.max_new_tokens) == (" 7, 8", ("7", "8"), "recall", 128)
     assert second.answers == ("9",)
-    (qa,) = prompts(f"ruler:qa_1={file}", 9, tokens=ROOM, tokenizer=Words())[0].questions
-    assert (qa.target, qa.metric, qa.tokens) == (" Ada", "part", 32)
+    (qa,) = load_prompts(f"ruler:qa_1={file}", 9, tokens=MAX_TOKENS, tokenizer=Words())[0].questions
+    assert (qa.target, qa.metric, qa.max_new_tokens) == (" Ada", "contains_any", 32)
 
 
-def test_only_as_many_prompts_are_made_as_asked_for(tmp_path: Path) -> None:
-    file = written(tmp_path / "q.jsonl", [longbench_row(context=f"Text {number}.") for number in range(5)])
-    assert len(prompts(f"longbench:qasper={file}", 3, tokens=ROOM, tokenizer=Words())) == 3
-    assert len(prompts(f"longbench:qasper={file}", 9, tokens=ROOM, tokenizer=Words())) == 5
+def test_no_more_prompts_are_loaded_than_requested(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "q.jsonl", [longbench_row(context=f"Text {number}.") for number in range(5)])
+    assert len(load_prompts(f"longbench:qasper={file}", 3, tokens=MAX_TOKENS, tokenizer=Words())) == 3
+    assert len(load_prompts(f"longbench:qasper={file}", 9, tokens=MAX_TOKENS, tokenizer=Words())) == 5
 
 
-def test_a_question_that_its_context_has_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_question_that_is_in_its_context_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     known = longbench_row(context="Question: Who?\nType: City", input="Question: Who?\nType:", all_classes=["City"])
     new = longbench_row(context="Question: Who?\nType: City", input="Question: When?\nType:", all_classes=["City"])
-    file = written(tmp_path / "trec.jsonl", [known, new])
-    (prompt,) = prompts(f"longbench:trec={file}", 2, tokens=ROOM, tokenizer=Words())
+    file = write_rows(tmp_path / "trec.jsonl", [known, new])
+    (prompt,) = load_prompts(f"longbench:trec={file}", 2, tokens=MAX_TOKENS, tokenizer=Words())
     assert [question.text for question in prompt.questions] == ["\nQuestion: When?\nType:"]
     assert "left out 1 of 2 questions" in capfd.readouterr().err
-    file = written(tmp_path / "known.jsonl", [known])
+    file = write_rows(tmp_path / "known.jsonl", [known])
     with pytest.raises(UserError, match="has no row that could be asked"):
-        prompts(f"longbench:trec={file}", 2, tokens=ROOM, tokenizer=Words())
+        load_prompts(f"longbench:trec={file}", 2, tokens=MAX_TOKENS, tokenizer=Words())
 
 
 @given(words=st.integers(1, 400), tokens=st.integers(250, 700))
@@ -175,9 +175,9 @@ def test_a_long_context_keeps_both_ends_and_fits(words: int, tokens: int) -> Non
     context = " ".join(f"w{number}" for number in range(words))
     tokenizer = Words()
     row = longbench_row(context=context)
-    prompt = fitted(LongBench("hotpotqa"), [row], tokens=tokens, tokenizer=tokenizer)
+    prompt = fit_prompt(LongBench("hotpotqa"), [row], tokens=tokens, tokenizer=tokenizer)
     assert prompt is not None
-    length = prompt.length(lambda text: len(tokenizer.encode(text)))
+    length = prompt.num_tokens(lambda text: len(tokenizer.encode(text)))
     assert length <= tokens
     whole = LongBench("hotpotqa").prompt(row)
     assert prompt.questions == whole.questions
@@ -188,23 +188,25 @@ def test_a_long_context_keeps_both_ends_and_fits(words: int, tokens: int) -> Non
         assert length >= tokens - 2  # halves of one size, and one word that joins at the cut
 
 
-def test_a_context_with_no_room_is_refused() -> None:
+def test_a_context_that_cannot_fit_is_rejected() -> None:
     row = longbench_row(context="word " * 100)
-    with pytest.raises(UserError, match=r"longbench:hotpotqa leaves no room for its context in 60 tokens; allow more"):
-        fitted(LongBench("hotpotqa"), [row], tokens=60, tokenizer=Words())
+    with pytest.raises(
+        UserError, match=r"longbench:hotpotqa leaves no tokens for its context in 60 tokens; allow more"
+    ):
+        fit_prompt(LongBench("hotpotqa"), [row], tokens=60, tokenizer=Words())
 
 
-def test_ruler_is_never_cut() -> None:
-    with pytest.raises(UserError, match=r"ruler:niah_multivalue has \d+ tokens, more than 50, and cutting"):
-        fitted(Ruler("niah_multivalue"), [ruler_row()], tokens=50, tokenizer=Words())
+def test_ruler_is_never_truncated() -> None:
+    with pytest.raises(UserError, match=r"ruler:niah_multivalue has \d+ tokens, more than 50, and truncation"):
+        fit_prompt(Ruler("niah_multivalue"), [ruler_row()], tokens=50, tokenizer=Words())
 
 
 @pytest.mark.demo
-def test_a_real_tokenizer_cuts_to_what_fits(demo: LoadedModel, tmp_path: Path) -> None:
+def test_a_prompt_fits_with_a_real_tokenizer(demo: LoadedModel, tmp_path: Path) -> None:
     context = "".join(f"Sentence {number} says «naïve» 日本 things.\n" for number in range(400))
-    file = written(tmp_path / "q.jsonl", [longbench_row(context=context)])
-    (prompt,) = prompts(f"longbench:qasper={file}", 1, tokens=1000, tokenizer=demo.tokenizer)
-    length = prompt.length(lambda text: len(demo.tokenizer.encode(text)))
+    file = write_rows(tmp_path / "q.jsonl", [longbench_row(context=context)])
+    (prompt,) = load_prompts(f"longbench:qasper={file}", 1, tokens=1000, tokenizer=demo.tokenizer)
+    length = prompt.num_tokens(lambda text: len(demo.tokenizer.encode(text)))
     assert 980 <= length <= 1000
     assert "Sentence 0 says" in prompt.context
     assert prompt.context.endswith("Sentence 399 says «naïve» 日本 things.\n")
@@ -215,7 +217,7 @@ def test_a_file_is_read_out_of_an_archive_as_the_published_one_is(tmp_path: Path
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.writestr("data/qasper.jsonl", json.dumps(longbench_row()) + "\n")
         archive.writestr("data/trec.jsonl", json.dumps(longbench_row(input="other")) + "\n")
-    inner, _, hub = LongBench("qasper").published.partition("::")
+    inner, _, hub = LongBench("qasper").published_files.partition("::")
     assert hub.startswith("hf://datasets/")
     (row,) = stream_file_rows("rows", "fix it", files=f"{inner}::{tmp_path / 'data.zip'}", where={})
     assert row["input"] == "Who wrote it?"
@@ -243,33 +245,35 @@ def test_a_file_is_read_out_of_an_archive_as_the_published_one_is(tmp_path: Path
         ("ruler:vt@4096", r"suite ruler:vt@4096 \(hf://.*/4096/.*\) could not be read"),
     ],
 )
-def test_what_cannot_be_read_is_one_sentence(spec: str, message: str) -> None:
+def test_an_unreadable_suite_is_one_sentence(spec: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as refused:
-        prompts(spec, 1, tokens=ROOM, tokenizer=Words())
+        load_prompts(spec, 1, tokens=MAX_TOKENS, tokenizer=Words())
     assert "\n" not in str(refused.value)
 
 
-def test_rows_without_a_column_are_refused(tmp_path: Path) -> None:
-    file = written(tmp_path / "q.jsonl", [{"context": "c", "input": "i"}])
+def test_rows_without_a_column_are_rejected(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "q.jsonl", [{"context": "c", "input": "i"}])
     with pytest.raises(UserError, match=r"has nothing in column 'answers' of a row with 'context', 'input'"):
-        prompts(f"longbench:qasper={file}", 1, tokens=ROOM, tokenizer=Words())
+        load_prompts(f"longbench:qasper={file}", 1, tokens=MAX_TOKENS, tokenizer=Words())
     (tmp_path / "bad.jsonl").write_text("no json")
     with pytest.raises(UserError, match=r"could not be read"):
-        prompts(f"longbench:qasper={tmp_path / 'bad.jsonl'}", 1, tokens=ROOM, tokenizer=Words())
+        load_prompts(f"longbench:qasper={tmp_path / 'bad.jsonl'}", 1, tokens=MAX_TOKENS, tokenizer=Words())
 
 
-def test_a_suite_is_named_as_it_is_read() -> None:
+def test_a_label_is_parsed_back_into_its_suite() -> None:
     for spec in ("longbench:qasper", "longbench_v2", "ruler:vt@8192"):
-        suite, file = suite_of(spec)
+        suite, file = parse_suite_spec(spec)
         assert (suite.label, file, type(suite)) == (spec, "", SUITES[suite.name])
-    assert suite_of("ruler:vt=a=b.jsonl")[1] == "a=b.jsonl"
+    assert parse_suite_spec("ruler:vt=a=b.jsonl")[1] == "a=b.jsonl"
 
 
-def test_rows_of_ones_own_are_checked_before_they_are_asked(tmp_path: Path) -> None:
+def test_rows_of_a_users_file_are_checked(tmp_path: Path) -> None:
     row = {"context": "A text of London.", "input": "Where?", "answers": "London"}
-    (prompt,) = prompts(f"longbench:qasper={written(tmp_path / 'a.jsonl', [row])}", 1, tokens=ROOM, tokenizer=Words())
+    (prompt,) = load_prompts(
+        f"longbench:qasper={write_rows(tmp_path / 'a.jsonl', [row])}", 1, tokens=MAX_TOKENS, tokenizer=Words()
+    )
     assert prompt.questions[0].answers == ("London",)
     for name, answers in (("b", [""]), ("c", {"text": "London"}), ("d", [5])):
-        file = written(tmp_path / f"{name}.jsonl", [row | {"answers": answers}])
+        file = write_rows(tmp_path / f"{name}.jsonl", [row | {"answers": answers}])
         with pytest.raises(UserError, match="neither text nor a list of texts"):
-            prompts(f"longbench:qasper={file}", 1, tokens=ROOM, tokenizer=Words())
+            load_prompts(f"longbench:qasper={file}", 1, tokens=MAX_TOKENS, tokenizer=Words())

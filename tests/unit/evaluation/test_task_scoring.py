@@ -26,10 +26,10 @@ from baklava.evaluation.task_scoring import (
     check_unasked,
     record_prompt,
 )
-from baklava.evaluation.tasks import TASKS, Prompt, Prose, Question, prompts
+from baklava.evaluation.tasks import TASKS, FillerText, Prompt, Question, build_prompts
 from baklava.evaluation.tasks.metrics import METRICS
-from baklava.eviction import Eviction, HeavyHitter, Reconstruction, SnapKV, Streaming, Tova
-from baklava.plan.budget_plan import BudgetPlan, full_plan
+from baklava.eviction import Eviction, HeavyHitter, KVzip, SnapKV, StreamingLLM, TOVA
+from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import PrefilledPrompt, prefill
 
@@ -38,11 +38,11 @@ Maker = Callable[..., LoadedModel]
 CONTEXT = "a list: one two three four five six seven eight nine ten eleven twelve, and so on."
 ASKED = tuple(Question(f" What is {word}?", f" {word}!") for word in ("first", "second", "last"))
 EVICTIONS = [
-    Streaming(),
-    HeavyHitter(interval=4),
-    Tova(interval=4),
-    SnapKV(interval=4, window=8),
-    Reconstruction(interval=4),
+    StreamingLLM(),
+    HeavyHitter(eviction_interval=4),
+    TOVA(eviction_interval=4),
+    SnapKV(eviction_interval=4, window=8),
+    KVzip(eviction_interval=4),
 ]
 
 
@@ -94,9 +94,9 @@ def test_questions_do_not_disturb_each_other(letters: LoadedModel, eviction: Evi
 
 
 def test_a_plan_that_keeps_everything_answers_as_the_full_cache(letters: LoadedModel) -> None:
-    prompt = Prompt("p", CONTEXT, (*ASKED, replace(ASKED[0], metric="recall", answers=("z",), tokens=5)))
-    recorded = record_prompt(letters, prompt, [Streaming()])
-    plan = full_plan(letters.identity, letters.geometry, 200, 32)
+    prompt = Prompt("p", CONTEXT, (*ASKED, replace(ASKED[0], metric="recall", answers=("z",), max_new_tokens=5)))
+    recorded = record_prompt(letters, prompt, [StreamingLLM()])
+    plan = full_cache_plan(letters.identity, letters.geometry, 200, 32)
     ours, theirs = answer(letters, recorded, prompt, plan).answers, answer_full(letters, recorded, prompt)
     assert [each.exact for each in ours] == [each.exact for each in theirs]
     assert [each.nll for each in ours] == pytest.approx([each.nll for each in theirs], abs=1e-5)
@@ -108,7 +108,7 @@ def kept(loaded: LoadedModel, recorded: PrefilledPrompt, plan: BudgetPlan) -> li
 
 
 def test_no_question_reaches_what_eviction_sees(letters: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    eviction = SnapKV(interval=4, window=8)
+    eviction = SnapKV(eviction_interval=4, window=8)
     plan = plan_of(letters, [[24, 40], [30, 24]], eviction, context_length=200)
     prompt = Prompt("p", CONTEXT, ASKED)
     recorded = record_prompt(letters, prompt, [eviction])
@@ -144,12 +144,12 @@ def test_a_prompt_longer_than_the_model_is_refused(letters: LoadedModel) -> None
 
 
 @pytest.fixture(scope="module")
-def prose() -> Prose:
-    return Prose.of(load_documents(["ifcraft"])[:2])
+def filler() -> FillerText:
+    return FillerText.from_documents(load_documents(["ifcraft"])[:2])
 
 
-def of_demo(demo: LoadedModel, prose: Prose, name: str, tokens: int = 640) -> Prompt:
-    (prompt,) = prompts(TASKS[name](), prose, 1, tokens=tokens, seed=0, length=demo.count_tokens)
+def of_demo(demo: LoadedModel, filler: FillerText, name: str, tokens: int = 640) -> Prompt:
+    (prompt,) = build_prompts(TASKS[name](), filler, 1, tokens=tokens, seed=0, count_tokens=demo.count_tokens)
     return replace(prompt, questions=prompt.questions[:2])
 
 
@@ -161,7 +161,7 @@ def by_transformers(demo: LoadedModel, prompt: Prompt, question: Question) -> An
         logits = demo.model(torch.tensor([[*ids[0], *ids[1], *ids[2]]])).logits[0, -len(ids[2]) - 1 : -1]
         nll = float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[2])))
         asked = torch.tensor([ids[0] + ids[1]])
-        options = {"max_new_tokens": question.tokens or len(ids[2]), "do_sample": False}
+        options = {"max_new_tokens": question.max_new_tokens or len(ids[2]), "do_sample": False}
         made = demo.model.generate(asked, attention_mask=torch.ones_like(asked), **options)
     written = made[0, asked.shape[1] :].tolist()
     if question.metric == "exact":
@@ -171,9 +171,11 @@ def by_transformers(demo: LoadedModel, prompt: Prompt, question: Question) -> An
 
 @pytest.mark.demo
 @pytest.mark.parametrize("name", TASKS)
-def test_the_full_cache_scores_what_transformers_scores(demo: LoadedModel, prose: Prose, name: str) -> None:
-    prompt = of_demo(demo, prose, name)
-    prompt = replace(prompt, questions=tuple(replace(q, tokens=min(q.tokens, 24)) for q in prompt.questions))
+def test_the_full_cache_scores_what_transformers_scores(demo: LoadedModel, filler: FillerText, name: str) -> None:
+    prompt = of_demo(demo, filler, name)
+    prompt = replace(
+        prompt, questions=tuple(replace(q, max_new_tokens=min(q.max_new_tokens, 24)) for q in prompt.questions)
+    )
     recorded = record_prompt(demo, prompt, [])
     ours = answer_full(demo, recorded, prompt)
     theirs = [by_transformers(demo, prompt, question) for question in prompt.questions]
@@ -182,12 +184,12 @@ def test_the_full_cache_scores_what_transformers_scores(demo: LoadedModel, prose
 
 
 @pytest.mark.demo
-def test_a_plan_that_keeps_nothing_but_sinks_retrieves_by_chance(demo: LoadedModel, prose: Prose) -> None:
-    sinks = plan_of(demo, [[8] * 3] * 30, Streaming(sinks=4), context_length=640)
+def test_a_plan_that_keeps_nothing_but_sinks_retrieves_by_chance(demo: LoadedModel, filler: FillerText) -> None:
+    sinks = plan_of(demo, [[8] * 3] * 30, StreamingLLM(sinks=4), context_length=640)
     everything = named_plan("full", demo, 700, lambda: pytest.fail("no profile is needed")).plan
     evaluator = Evaluator(demo, [everything, sinks])
     for name in ("passkey", "kv_retrieval"):
-        result = evaluator.prompt(name, of_demo(demo, prose, name))
+        result = evaluator.prompt(name, of_demo(demo, filler, name))
         full, kept, closed = result.plans[0].answers, result.plans[1].answers, result.closed_book
         assert [each.exact for each in full] == [each.exact for each in result.full]
         assert sum(each.exact for each in full) >= len(full) / 2

@@ -14,8 +14,8 @@ from baklava.errors import UserError
 from baklava.evaluation.evaluator import Evaluator
 from baklava.evaluation.results import compare
 from baklava.evaluation.window_scoring import prefill, score
-from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, Reconstruction, SnapKV, Streaming, Tova
-from baklava.plan.budget_plan import BudgetPlan, full_plan
+from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, KVzip, SnapKV, StreamingLLM, TOVA
+from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.profiling.profiler import cached_profile
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill as enter
@@ -23,14 +23,14 @@ from baklava.runtime.prefill import prefill as enter
 Maker = Callable[..., LoadedModel]
 
 EVICTIONS = [
-    Streaming(),
-    HeavyHitter(interval=8, distance=0),
-    HeavyHitter(sinks=1, interval=5, recent=0.3, reduction="max", power=2, distance=7),
-    Tova(interval=4),
-    SnapKV(interval=6, window=4),
-    KeyDiff(interval=4),
-    ExpectedAttention(interval=8, window=12),
-    Reconstruction(interval=8),
+    StreamingLLM(),
+    HeavyHitter(eviction_interval=8, distance=0),
+    HeavyHitter(sinks=1, eviction_interval=5, recent_ratio=0.3, reduction="max", power=2, distance=7),
+    TOVA(eviction_interval=4),
+    SnapKV(eviction_interval=6, window=4),
+    KeyDiff(eviction_interval=4),
+    ExpectedAttention(eviction_interval=8, window=12),
+    KVzip(eviction_interval=8),
 ]
 
 
@@ -75,7 +75,7 @@ def test_the_fast_score_rounds_to_16_bits_as_a_server_does(tiny: Maker, eviction
     assert score(loaded, prefill(loaded, window, [eviction]), plan).nll == pytest.approx(nll, abs=2e-5)
 
 
-@pytest.mark.parametrize("eviction", [*EVICTIONS[:2], Tova(interval=4, staged=True)], ids=str)
+@pytest.mark.parametrize("eviction", [*EVICTIONS[:2], TOVA(eviction_interval=4, full_precision_recent=True)], ids=str)
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_the_fast_score_packs_as_a_server_does(tiny: Maker, eviction: Eviction, bits: int) -> None:
     loaded = tiny()
@@ -109,11 +109,11 @@ def test_one_prefill_serves_many_plans_and_is_not_changed_by_them(tiny: Maker) -
 
 def test_an_eviction_that_was_not_observed_is_refused(tiny: Maker) -> None:
     loaded = tiny()
-    prefilled = prefill(loaded, Window("w", "d", tuple(random_ids(1, 60)[0].tolist()), 50), [Streaming()])
+    prefilled = prefill(loaded, Window("w", "d", tuple(random_ids(1, 60)[0].tolist()), 50), [StreamingLLM()])
     with pytest.raises(UserError, match="was not observed"):
-        score(loaded, prefilled, plan_of(loaded, [[20, 20]] * 2, HeavyHitter(interval=4, distance=0)))
+        score(loaded, prefilled, plan_of(loaded, [[20, 20]] * 2, HeavyHitter(eviction_interval=4, distance=0)))
     with pytest.raises(UserError, match="was made for"):
-        score(loaded, prefilled, plan_of(tiny(layers=1), [[20, 20]], Streaming()))
+        score(loaded, prefilled, plan_of(tiny(layers=1), [[20, 20]], StreamingLLM()))
 
 
 @pytest.mark.demo
@@ -122,8 +122,8 @@ def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_lose
     profile = cached_profile(
         demo, cut_windows(load_documents(["botocore"]), demo.tokenizer, context=320, continuation=48)[:1]
     )
-    evictions = (Streaming(), HeavyHitter(interval=16, distance=0))
-    full = full_plan(demo.identity, demo.geometry, 816)
+    evictions = (StreamingLLM(), HeavyHitter(eviction_interval=16, distance=0))
+    full = full_cache_plan(demo.identity, demo.geometry, 816)
     prefilled = prefill(demo, window, evictions)
     whole = score(demo, prefilled, full)
     assert abs(whole.dnll) < 1e-4
