@@ -14,12 +14,11 @@ from baklava.runtime.decode import decode_step
 from baklava.runtime.model_loader import LoadedModel
 from benchmarks.serve.config import Asked
 from benchmarks.serve.load_generator import spread
-from serve_app.engine import scheduler as stepping
-from serve_app.engine.engine import Engine, Limits
-from serve_app.engine.memory import capacities
-from serve_app.engine.prefill import transient
-from serve_app.engine.sampler import Sampling
-from serve_app.engine.types import EngineOutput, TokenOutput, EngineRequest
+from serve_app.engine import model_runner
+from serve_app.engine.engine import Engine, EngineConfig
+from serve_app.engine.memory import max_sequences, prefill_workspace
+from serve_app.engine.sampler import SamplingParams
+from serve_app.engine.types import EngineOutput, EngineRequest, TokenOutput
 
 
 class Waiter:
@@ -45,7 +44,7 @@ class Waiter:
 @contextmanager
 def engine_of(loaded: LoadedModel, plan: BudgetPlan, pool: int) -> Iterator[Engine]:
     """An engine for as long as the block lasts."""
-    engine = Engine(loaded, plan, Limits(pool, waiting=1 << 16))
+    engine = Engine(loaded, plan, EngineConfig(pool, max_waiting=1 << 16))
     try:
         yield engine
     finally:
@@ -55,13 +54,13 @@ def engine_of(loaded: LoadedModel, plan: BudgetPlan, pool: int) -> Iterator[Engi
 def ask(engine: Engine, prompt: Sequence[int], tokens: int) -> Waiter:
     """A request for exactly so many tokens."""
     waiter = Waiter()
-    engine.submit((EngineRequest(tuple(prompt), Sampling(tokens, temperature=0, ignore_eos=True)), waiter.take))
+    engine.submit((EngineRequest(tuple(prompt), SamplingParams(tokens, temperature=0, ignore_eos=True)), waiter.take))
     return waiter
 
 
 def overhead(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequence[int]) -> dict[str, float]:
     """Seconds of an engine's decode step, and of the model's part of it: the forward of the batch, with its caches."""
-    pool = 2 * (asked.batch + 1) * plan.bytes_per_sequence + transient(loaded, plan, len(prompt) + 1)
+    pool = 2 * (asked.batch + 1) * plan.bytes_per_sequence + prefill_workspace(loaded, plan, len(prompt) + 1)
     forwards: list[float] = []
 
     def timed(*arguments: Any) -> Any:
@@ -70,8 +69,8 @@ def overhead(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequen
         forwards.append(time.perf_counter() - began)
         return made
 
-    with engine_of(loaded, plan, pool) as engine, patch.object(stepping, "decode_step", timed):
-        engine.declare(prompt)  # so that all of them decode together from the first step on
+    with engine_of(loaded, plan, pool) as engine, patch.object(model_runner, "decode_step", timed):
+        engine.pin_prefix(prompt)  # so that all of them decode together from the first step on
         waiters = [ask(engine, (*prompt, 1 + place), asked.steps + place) for place in range(asked.batch)]
         for waiter in waiters:
             waiter.ended.wait()
@@ -84,7 +83,7 @@ def overhead(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequen
 
 def beside(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequence[int], long: Sequence[int]) -> Any:
     """Seconds between tokens of a sequence, alone and while a long prompt enters."""
-    pool = plan.bytes_per_sequence * 4 + transient(loaded, plan, len(long) + 1)
+    pool = plan.bytes_per_sequence * 4 + prefill_workspace(loaded, plan, len(long) + 1)
     with engine_of(loaded, plan, pool) as engine:
         waiter = ask(engine, prompt, 4 * asked.steps + len(long) // 8)
         waiter.begun.wait()
@@ -104,8 +103,11 @@ def beside(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequence
 def fits(loaded: LoadedModel, plan: BudgetPlan, full: BudgetPlan, asked: Asked) -> list[dict[str, int]]:
     """How many sequences fit into the pool, by their tokens: computed, as the engine admits them."""
     itemsize = loaded.model.dtype.itemsize
-    dense, ours = (capacities(each, asked.pool, asked.contexts, itemsize) for each in (full, plan))
-    return [{"tokens": tokens, "full": dense[tokens], "plan": ours[tokens]} for tokens in asked.contexts]
+    return [
+        {"tokens": tokens}
+        | {name: max_sequences(own, asked.pool, tokens, itemsize) for name, own in (("full", full), ("plan", plan))}
+        for tokens in asked.contexts
+    ]
 
 
 def together(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequence[int]) -> dict[str, int]:
@@ -115,7 +117,7 @@ def together(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequen
     """
     most, held = 0, 0
     with engine_of(loaded, plan, asked.pool) as engine:
-        engine.declare(prompt)
+        engine.pin_prefix(prompt)
         own = plan.bytes_for(len(prompt) + 1 + asked.generated)
         waiters = [ask(engine, (*prompt, 1 + place), asked.generated) for place in range(asked.pool // own + 2)]
         while not all(waiter.ended.wait(0.05) for waiter in waiters):

@@ -66,7 +66,7 @@ def server(name: str, asked: Asked, prefix: str = "") -> Iterator[Server]:
         if prefix:
             path = Path(folder, "prefix.json")
             path.write_text(json.dumps({"text": prefix}))
-            command += ["--prefix", str(path)]
+            command += ["--pinned-prefix", str(path)]
         process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
         try:
             address = f"http://127.0.0.1:{port}"
@@ -79,7 +79,7 @@ def server(name: str, asked: Asked, prefix: str = "") -> Iterator[Server]:
 def _ours(asked: Asked, name: str, port: int) -> list[str]:
     plan = asked.plan if name == PLAN else "full"
     options = ["--plan", plan, "--model", asked.model, "--port", str(port), "--pool", str(asked.roomy)]
-    return [sys.executable, str(JOB), *options, "--waiting", "256", "--timeout", "3600"]
+    return [sys.executable, str(JOB), *options, "--max-waiting", "256", "--timeout", "3600"]
 
 
 def _peer(name: str, model: str, port: int) -> list[str]:

@@ -1,23 +1,23 @@
-"""How many replicas a server needs: as many as hold all that is running and waiting, with some room left."""
+"""How many replicas a server needs for the sequences that run and wait."""
 
 import math
 from typing import Any
 
-LOAD = "load"
-"""Name of what a replica reports: bytes that it has promised or would have to, over its pool."""
+LOAD_METRIC = "load"
+"""Name of what a replica reports to the autoscaler, see `pool_load`."""
 
-TARGET = 0.8
-"""Share of all pools together that is to be promised; above it replicas are added."""
-
-
-def load(promised_bytes: int, waiting: int, bytes_per_sequence: int, pool_bytes: int) -> float:
-    """Pools that a replica would fill if it let in all who wait, each at a whole budget; above 1 it is too small."""
-    return (promised_bytes + waiting * bytes_per_sequence) / pool_bytes
+TARGET_LOAD = 0.8
+"""Replicas are added if the mean load of the pools is above this."""
 
 
-def replicas_for(context: Any) -> tuple[int, dict[str, Any]]:
-    """What Ray Serve's autoscaler calls: the replicas that are wanted, before its bounds and delays."""
-    loads = context.aggregated_metrics.get(LOAD, {})
+def pool_load(reserved_bytes: int, waiting: int, bytes_per_sequence: int, pool_bytes: int) -> float:
+    """Return the share of a pool that would be reserved if every waiting request was admitted; it may exceed 1."""
+    return (reserved_bytes + waiting * bytes_per_sequence) / pool_bytes
+
+
+def target_replicas(context: Any) -> tuple[int, dict[str, Any]]:
+    """Return the number of replicas for Ray Serve's autoscaler, before its bounds and delays."""
+    loads = context.aggregated_metrics.get(LOAD_METRIC, {})
     if not loads:
         return context.target_num_replicas, {}
-    return max(1, math.ceil(sum(loads.values()) / TARGET)), {}
+    return max(1, math.ceil(sum(loads.values()) / TARGET_LOAD)), {}

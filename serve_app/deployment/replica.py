@@ -1,6 +1,8 @@
-"""One replica as Ray Serve runs it: loads the model, holds it inside the plan, answers HTTP."""
+"""One replica as Ray Serve runs it: loads the model, runs its engine under the active plan, and answers HTTP."""
 
+import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,31 +12,39 @@ from ray import serve
 from transformers.utils.logging import disable_progress_bar
 
 from baklava.errors import UserError
-from baklava.plan.budget_plan import BudgetPlan, full_plan
+from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel, load
-from serve_app.api.handlers import REQUEST_SECONDS, Replica
+from serve_app.api.handlers import DEFAULT_REQUEST_TIMEOUT_SECONDS, RequestHandlers
 from serve_app.api.metrics import Metrics
-from serve_app.api.network import NO_KEYS, Keys
+from serve_app.api.network import NO_KEYS, ApiKeys
 from serve_app.api.routes import create_app
-from serve_app.deployment.autoscaling import LOAD
-from serve_app.deployment.autoscaling import load as load_of
-from serve_app.engine.chunk_size import BESIDE
-from serve_app.engine.engine import Engine, Limits
-from serve_app.engine.memory import PoolSize, free_bytes, table
-from serve_app.openai.tokenization import Declared, Prompts
-from serve_app.replication.coordinator import Follower, Order, Report
+from serve_app.deployment.autoscaling import LOAD_METRIC, pool_load
+from serve_app.engine.chunk_size import DEFAULT_PREFILL_DECODE_RATIO
+from serve_app.engine.engine import Engine, EngineConfig
+from serve_app.engine.memory import PoolSize, capacity_table, free_memory_bytes
+from serve_app.openai.tokenization import PinnedPrefix, PromptEncoder
+from serve_app.replication.coordinator import INITIAL_STATE, DesiredState
+from serve_app.replication.replica_sync import ReplicaReport, ReplicaSync
+
+APP_NAME = "baklava"
+
+_COORDINATOR_TIMEOUT_SECONDS = 5.0
+_BROADCAST_TIMEOUT_SECONDS = 5.0
 
 logger = logging.getLogger("ray.serve")
 
-_BOARD_SECONDS = 5.0
-
 
 @dataclass(frozen=True)
-class Settings:
-    """What a replica needs to come up. Without a plan it keeps every entry; `threads` are torch's, 0 its default.
+class ReplicaConfig:
+    """What a replica needs to start.
 
-    `waiting` is the number of requests that wait, `beside` the time that a step may give to a prompt, in that of its
-    decode batch, `seconds` the longest life of a request, `host` where Serve listens.
+    Args:
+        plan: the full cache if None.
+        created: Unix time at which the server started.
+        threads: of torch; 0 for its default.
+        max_waiting: requests that may wait in the queue.
+        timeout_seconds: limit of a request, including its wait.
+        host: where Serve listens.
     """
 
     model: str
@@ -42,114 +52,111 @@ class Settings:
     created: int
     threads: int
     pool: PoolSize
-    waiting: int
-    declared: tuple[Declared, ...] = ()
-    keys: Keys = NO_KEYS
-    seconds: float = REQUEST_SECONDS
+    max_waiting: int
+    pinned_prefixes: tuple[PinnedPrefix, ...] = ()
+    keys: ApiKeys = NO_KEYS
+    timeout_seconds: float = DEFAULT_REQUEST_TIMEOUT_SECONDS
     host: str = "localhost"
-    beside: float = BESIDE
+    prefill_decode_ratio: float = DEFAULT_PREFILL_DECODE_RATIO
 
 
-class RemoteBoard:
-    """The board as an actor."""
+class RayReplicaGroup:
+    """The replicas of this server's deployment and the coordinator actor, see `ReplicaGroup`."""
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    def __init__(self, coordinator: Any) -> None:
+        self._coordinator = coordinator
 
-    def report(self, report: Report) -> Order:
-        """Hear a replica, and tell it what to do."""
-        return ray.get(self._actor.report.remote(report), timeout=_BOARD_SECONDS)
+    def sync(self, applied: DesiredState) -> DesiredState:
+        """Exchange states with the coordinator."""
+        return ray.get(self._coordinator.sync.remote(applied), timeout=_COORDINATOR_TIMEOUT_SECONDS)
 
-    def offer(self, plan: str) -> Order:
-        """Put a plan in force."""
-        return ray.get(self._actor.offer.remote(plan), timeout=_BOARD_SECONDS)
+    def publish_plan(self, plan: str) -> DesiredState:
+        """Make a plan the active one."""
+        return ray.get(self._coordinator.publish_plan.remote(plan), timeout=_COORDINATOR_TIMEOUT_SECONDS)
 
-    def order(self) -> Order:
-        """What is in force."""
-        return ray.get(self._actor.order.remote(), timeout=_BOARD_SECONDS)
+    def drain(self) -> DesiredState:
+        """Have all replicas drain, those that start later as well."""
+        return ray.get(self._coordinator.drain.remote(), timeout=_COORDINATOR_TIMEOUT_SECONDS)
 
-    def drain(self) -> Order:
-        """Tell all replicas to take no more requests."""
-        return ray.get(self._actor.drain.remote(), timeout=_BOARD_SECONDS)
-
-    def leave(self, replica: str) -> None:
-        """A replica ends."""
-        ray.get(self._actor.leave.remote(replica), timeout=_BOARD_SECONDS)
-
-    def reports(self) -> list[Report]:
-        """The last word of every replica."""
-        return ray.get(self._actor.reports.remote(), timeout=_BOARD_SECONDS)
+    def broadcast(self, desired: DesiredState | None = None) -> Sequence[ReplicaReport | BaseException]:
+        """Call `BaklavaReplica.apply` on every running replica."""
+        response = serve.get_deployment_handle(APP_NAME, APP_NAME).broadcast("apply", desired)
+        return response.results(timeout_s=_BROADCAST_TIMEOUT_SECONDS, return_exceptions=True)
 
 
 @serve.ingress()
-class Server:
-    """What Ray Serve starts, asks and ends."""
+class BaklavaReplica:
+    """What Ray Serve starts, calls and ends."""
 
-    _follower: Follower | None = None
-
-    def __init__(self, settings: Settings, actor: Any) -> None:
+    def __init__(self, config: ReplicaConfig, coordinator: Any) -> None:
         disable_progress_bar()
-        self._loaded = loaded = load(settings.model, threads=settings.threads)
-        board = RemoteBoard(actor)
-        order = board.order()
-        self._engine, followed = _started(loaded, settings, order)
-        prompts = Prompts.of(loaded)
-        for declared in settings.declared:
-            self._engine.declare(declared.ids(prompts))
+        self._config = config
+        self._loaded = loaded = load(config.model, threads=config.threads)
+        group = RayReplicaGroup(coordinator)
+        self._engine, applied = _start_engine(loaded, config, group.sync(INITIAL_STATE))
+        encoder = PromptEncoder.from_model(loaded)
+        for prefix in config.pinned_prefixes:
+            self._engine.pin_prefix(prefix.encode(encoder))
         name = serve.get_replica_context().replica_id.unique_id
-        self._metrics = Metrics(loaded.identity.id, name, self._engine.state, lambda: self._engine.plan)
-        self._follower = Follower(
-            self._engine, board, name, lambda: self._replica.card, lambda: self._metrics.text, followed
+        metrics = Metrics(loaded.identity.id, name, self._engine.state, lambda: self._engine.plan)
+        self._sync = ReplicaSync(self._engine, group, name, lambda: metrics.text, applied)
+        self._handlers = RequestHandlers(
+            self._engine, encoder, metrics, self._sync, loaded.identity.id, config.created, config.timeout_seconds
         )
-        self._replica = Replica(
-            self._engine,
-            prompts,
-            self._metrics,
-            self._follower,
-            loaded.identity.id,
-            settings.created,
-            settings.seconds,
-        )
-        self._keys, self._host = settings.keys, settings.host
-        self._follower.once()
-        self._follower.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """What Ray Serve asks a replica for once it is up."""
-        return create_app(self._replica, self._keys, self._host)
+        """Return the HTTP application; Ray Serve calls this once the replica is up."""
+        return create_app(self._handlers, self._config.keys, self._config.host)
 
-    def __del__(self) -> None:
-        # Ray Serve calls this before it ends a replica, which may never have come up.
-        if self._follower:
-            self._follower.stop()
+    def apply(self, desired: DesiredState | None) -> ReplicaReport:
+        """Apply the desired state, if there is one, and report; the method of `RayReplicaGroup.broadcast`."""
+        return self._sync.report() if desired is None else self._sync.apply(desired)
 
-    def check_health(self) -> None:
-        """Ray Serve replaces a replica that raises here."""
+    async def check_health(self) -> None:
+        """Raise if Ray Serve should replace this replica; called every few seconds.
+
+        A broadcast reaches only replicas that run when it is sent. This catches up with those that were missed.
+        """
         if not self._engine.state().alive:
             raise RuntimeError("the engine has died")
+        try:
+            await asyncio.to_thread(self._sync.sync)
+        except Exception:  # whatever the cluster raises; the replica itself is well
+            logger.warning("the coordinator does not answer", exc_info=True, extra={"log_to_stderr": False})
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """How full this replica is, for the autoscaler."""
+        """Return how full this replica is, for the autoscaler."""
         state = self._engine.state()
+        bytes_per_sequence = self._engine.plan.bytes_per_sequence
+        return {LOAD_METRIC: pool_load(state.reserved_bytes, state.waiting, bytes_per_sequence, state.pool_bytes)}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the model, the plan, the pool and how many sequences it holds, for the welcome of the server."""
+        pool_bytes = self._engine.config.pool_bytes
         return {
-            LOAD: load_of(state.reserved_bytes, state.waiting, self._engine.plan.bytes_per_sequence, state.pool_bytes)
+            "model": self._handlers.model_card,
+            "plan": self._handlers.plan_info,
+            "pool_bytes": pool_bytes,
+            "capacity": capacity_table(self._loaded, self._engine.plan, pool_bytes),
         }
 
-    def about(self) -> dict[str, Any]:
-        """The model, the plan and the pool as the replica really has them."""
-        pool = self._engine.limits.pool_bytes
-        fits = table(self._loaded, self._engine.plan, pool)
-        return {"model": self._replica.card, "plan": self._replica.plan, "pool_bytes": pool, "fits": fits}
 
-
-def _started(loaded: LoadedModel, settings: Settings, order: Order) -> tuple[Engine, Order]:
-    """An engine inside the plan that is in force, and the order that this follows."""
-    pool = settings.pool.bytes_of(free_bytes(loaded.device.type == "cuda"))
-    limits = Limits(pool, settings.waiting, beside=settings.beside)
-    if order.version:
+def _start_engine(loaded: LoadedModel, config: ReplicaConfig, desired: DesiredState) -> tuple[Engine, DesiredState]:
+    """Return an engine under the active plan, and the state that this applies."""
+    pool_bytes = config.pool.resolve(free_memory_bytes(loaded.device.type == "cuda"))
+    limits = EngineConfig(pool_bytes, config.max_waiting, prefill_decode_ratio=config.prefill_decode_ratio)
+    if desired.version:
         try:
-            return Engine(loaded, BudgetPlan.model_validate_json(order.plan), limits), order
+            engine = Engine(loaded, BudgetPlan.model_validate_json(desired.plan), limits)
         except UserError as error:
-            logger.error("starts in the plan of the command line: %s", error)
-    plan = settings.plan or full_plan(loaded.identity, loaded.geometry, loaded.max_length)
-    return Engine(loaded, plan, limits), Order(draining=order.draining)
+            logger.error("starts under the plan of the command line: %s", error)
+        else:
+            return _draining_if(engine, desired), desired
+    plan = config.plan or full_cache_plan(loaded.identity, loaded.geometry, loaded.max_length)
+    return _draining_if(Engine(loaded, plan, limits), desired), DesiredState(draining=desired.draining)
+
+
+def _draining_if(engine: Engine, desired: DesiredState) -> Engine:
+    if desired.draining:
+        engine.drain()
+    return engine

@@ -1,95 +1,80 @@
-"""How fast things go: how much of a prompt a step may take, and when there will be room for another request."""
+"""How many prompt tokens a step prefills, and how long a new request has to wait."""
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
 
-BESIDE = 1.3
-"""Time that a step's part of a prompt may take, in that of its decode batch, unless it is said: so long others wait."""
+DEFAULT_PREFILL_DECODE_RATIO = 1.3
+"""Default ratio of prefill time to decode time within one step. Running sequences wait this much longer."""
 
-LEAST = 16
-"""Fewest tokens of a prompt in a step: the model's weights are read for one as for many."""
+MIN_PREFILL_CHUNK_TOKENS = 16
+"""A smaller chunk takes as long: the model's weights are read for one token as for many."""
 
-LARGE = 256
-"""Tokens of which the time for the model's weights is a small part."""
+LARGE_CHUNK_TOKENS = 256
+"""In a chunk of at least so many tokens, reading the weights is a small part of the time."""
 
-ALONE = 512
-"""Tokens of a prompt in a step while nobody decodes; a request that comes waits for no more than that."""
+IDLE_PREFILL_CHUNK_TOKENS = 512
+"""Chunk while nothing decodes; a request that arrives waits for one such chunk at most."""
 
-LONGEST_WAIT = 120
-"""Seconds; clients do not come back when told to wait for longer."""
+MAX_RETRY_AFTER_SECONDS = 120
+"""Clients do not come back if they are told to wait longer."""
 
 
-class _Mean:
-    """A mean that forgets, of what was added so far."""
+class MovingAverage:
+    """An exponential moving average."""
 
     def __init__(self, weight: float = 0.3) -> None:
         self._weight, self.value = weight, 0.0
 
     def add(self, value: float) -> None:
+        """Add a value; the first one is the average."""
         self.value = value if not self.value else (1 - self._weight) * self.value + self._weight * value
 
 
-class Taken(Protocol):
-    """A prompt on its way."""
+class ChunkSizePolicy:
+    """Chooses the prefill chunk so that a step's prefill takes `prefill_decode_ratio` times as long as its decode.
 
-    @property
-    def taken(self) -> int:
-        """Tokens of it so far."""
-
-
-class Pace:
-    """Measures steps, and says what they allow.
-
-    A part of a prompt takes some time for the model's weights, and some for each token: large parts tell the one, and
-    small ones then the other.
+    A chunk's time is that of reading the weights plus a time per token. Large chunks measure the time per token, small
+    ones the time of the weights.
     """
 
-    def __init__(self, most: int, beside: float = BESIDE) -> None:
-        self._most, self._beside = most, beside
-        self._decode, self._between = _Mean(), _Mean()
-        self._token, self._weights = _Mean(), _Mean()
-        self._ended: float | None = None
+    def __init__(self, max_chunk_tokens: int, prefill_decode_ratio: float = DEFAULT_PREFILL_DECODE_RATIO) -> None:
+        self._max_chunk_tokens, self._ratio = max_chunk_tokens, prefill_decode_ratio
+        self._decode_seconds, self._weights_seconds = MovingAverage(), MovingAverage()
+        self._seconds_per_token = MovingAverage()
+        self._seconds_between_finishes = MovingAverage()
+        self._finished_at: float | None = None
 
-    @contextmanager
-    def decoding(self) -> Iterator[None]:
-        """Around a decode batch."""
-        began = time.perf_counter()
-        yield
-        self._decode.add(time.perf_counter() - began)
+    def observe_decode(self, seconds: float) -> None:
+        """Record the duration of a decode batch."""
+        self._decode_seconds.add(seconds)
 
-    @contextmanager
-    def entering(self, prompt: Taken) -> Iterator[None]:
-        """Around a part of a prompt."""
-        before, began = prompt.taken, time.perf_counter()
-        yield
-        if tokens := prompt.taken - before:
-            self._took(tokens, time.perf_counter() - began)
-
-    def _took(self, tokens: int, seconds: float) -> None:
-        if tokens >= LARGE or not self._token.value:
-            self._token.add(seconds / tokens)
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
+        """Record the duration of a chunk; a step that accumulated tokens without a forward tells nothing."""
+        if not tokens:
+            return
+        if tokens >= LARGE_CHUNK_TOKENS or not self._seconds_per_token.value:
+            self._seconds_per_token.add(seconds / tokens)
         else:
-            self._weights.add(max(0.0, seconds - tokens * self._token.value))
+            self._weights_seconds.add(max(0.0, seconds - tokens * self._seconds_per_token.value))
 
-    def chunk(self, beside: bool) -> int:
-        """Tokens of a prompt for the next step, which has a decode batch `beside` it or not."""
-        if not beside:
-            return max(ALONE, self._most)
-        if not self._token.value:
-            return min(LEAST, self._most)
-        allowed = int((self._beside * self._decode.value - self._weights.value) / self._token.value)
-        return max(1, min(max(LEAST, allowed), self._most))
+    def chunk_tokens(self, decoding: bool) -> int:
+        """Return the prompt tokens to prefill in the next step, which decodes a batch as well or not."""
+        if not decoding:
+            return max(IDLE_PREFILL_CHUNK_TOKENS, self._max_chunk_tokens)
+        if not self._seconds_per_token.value:
+            return min(MIN_PREFILL_CHUNK_TOKENS, self._max_chunk_tokens)
+        seconds = self._ratio * self._decode_seconds.value - self._weights_seconds.value
+        tokens = int(seconds / self._seconds_per_token.value)
+        return max(1, min(max(MIN_PREFILL_CHUNK_TOKENS, tokens), self._max_chunk_tokens))
 
-    def ended(self) -> None:
-        """A request has ended."""
+    def on_finished(self) -> None:
+        """Record that a request finished now."""
         now = time.monotonic()
-        if self._ended is not None:
-            self._between.add(min(now - self._ended, LONGEST_WAIT))
-        self._ended = now
+        if self._finished_at is not None:
+            self._seconds_between_finishes.add(min(now - self._finished_at, MAX_RETRY_AFTER_SECONDS))
+        self._finished_at = now
 
-    def wait(self, before: int) -> int:
-        """Seconds until a request with so many before it may come in, as the last ones ended."""
-        return min(max(1, math.ceil((before + 1) * (self._between.value or 1))), LONGEST_WAIT)
+    def estimate_wait_seconds(self, num_ahead: int) -> int:
+        """Estimate when a request with `num_ahead` others before it is admitted, at the recent rate of finishes."""
+        seconds = math.ceil((num_ahead + 1) * (self._seconds_between_finishes.value or 1))
+        return min(max(1, seconds), MAX_RETRY_AFTER_SECONDS)

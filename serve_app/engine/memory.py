@@ -1,4 +1,4 @@
-"""The bytes of all KV caches of an engine: what is promised to whom, and how many sequences that makes."""
+"""The bytes of an engine's KV caches: what requests need, what is reserved and allocated, and the size of the pool."""
 
 import math
 import re
@@ -8,130 +8,163 @@ from weakref import WeakKeyDictionary
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.errors import UserError
-from baklava.plan.budget_plan import BudgetPlan, full_plan
+from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.host_memory import available_host_bytes
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill_workspace_bytes
+from serve_app.engine.prefix_cache import Prefix
+from serve_app.engine.sequence import Request
 
 
-class Pool:
-    """Promises of bytes, which together never exceed what there is."""
+class ByteBudget:
+    """Reservations of bytes, which together never exceed the total."""
 
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self._promised: dict[Hashable, int] = {}
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes, self.reserved_bytes = total_bytes, 0
+        self._reservations: dict[Hashable, int] = {}
 
-    @property
-    def promised(self) -> int:
-        """Bytes promised now."""
-        return sum(self._promised.values())
+    def can_reserve(self, nbytes: int) -> bool:
+        """Return whether `nbytes` more can be reserved."""
+        return self.reserved_bytes + nbytes <= self.total_bytes
 
-    def fits(self, size: int) -> bool:
-        """Whether so many bytes more can be promised."""
-        return self.promised + size <= self.total
+    def reserve(self, owner: Hashable, nbytes: int) -> None:
+        """Reserve bytes for an owner in place of those it had. Raises ValueError if they are not available."""
+        others = self.reserved_bytes - self.reserved_by(owner)
+        if others + nbytes > self.total_bytes:
+            raise ValueError(f"{nbytes} bytes do not fit alongside the {others} reserved of {self.total_bytes}")
+        self._reservations[owner] = nbytes
+        self.reserved_bytes = others + nbytes
 
-    def promise(self, owner: Hashable, size: int) -> None:
-        """Promise an owner so many bytes, instead of those it had; raises ValueError where they are not there."""
-        before = self._promised.pop(owner, 0)
-        if not self.fits(size):
-            self._promised[owner] = before
-            raise ValueError(f"{size} bytes do not fit beside the {self.promised - before} promised of {self.total}")
-        self._promised[owner] = size
-
-    def promised_to(self, owner: Hashable) -> int:
-        """Bytes promised to an owner."""
-        return self._promised.get(owner, 0)
+    def reserved_by(self, owner: Hashable) -> int:
+        """Return the bytes reserved for an owner."""
+        return self._reservations.get(owner, 0)
 
     def release(self, owner: Hashable) -> None:
-        """Take back what was promised to an owner, if anything was."""
-        self._promised.pop(owner, None)
+        """Give back what is reserved for an owner, if anything is."""
+        self.reserved_bytes -= self._reservations.pop(owner, 0)
 
 
-def capacity(plan: BudgetPlan, pool_bytes: int, tokens: int, itemsize: int) -> int:
-    """How many sequences of so many tokens fit into a pool together, next to one prompt of as many that enters."""
-    left = pool_bytes - prefill_workspace_bytes(plan, tokens, itemsize)
-    return max(0, left // plan.bytes_for(tokens))
+@dataclass(frozen=True)
+class MemoryRequirement:
+    """Bytes that must be available before a request is admitted.
+
+    Args:
+        cache_bytes: the caches of its sequences at their maximum length.
+        workspace_bytes: what the prompt allocates in addition while it is prefilled.
+        prefix_bytes: a new prefix cache entry.
+        prefix: the pinned prefix that the prompt starts with.
+    """
+
+    cache_bytes: int
+    workspace_bytes: int
+    prefix_bytes: int = 0
+    prefix: Prefix | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum."""
+        return self.cache_bytes + self.workspace_bytes + self.prefix_bytes
 
 
-def capacities(plan: BudgetPlan, pool_bytes: int, lengths: Sequence[int], itemsize: int) -> dict[int, int]:
-    """`capacity` for each of these lengths."""
-    return {tokens: capacity(plan, pool_bytes, tokens, itemsize) for tokens in lengths}
+def memory_required(
+    loaded: LoadedModel, plan: BudgetPlan, request: Request, prefix: Prefix | None = None, *, is_cached: bool = False
+) -> MemoryRequirement:
+    """Return what a request needs under a plan if its prompt starts with `prefix`, which is in the cache or not."""
+    params = request.params
+    only_fills_prefix_cache = not params.sampling_params.max_tokens and prefix == params.prompt
+    cache_bytes = 0 if only_fills_prefix_cache else params.n * plan.bytes_for(request.max_tokens)
+    if prefix is None:
+        prefilled = 0 if params.prompt_logprobs is not None else len(params.prompt)
+        return MemoryRequirement(cache_bytes, prefill_workspace(loaded, plan, prefilled))
+    if is_cached:
+        return MemoryRequirement(cache_bytes, 0, prefix=prefix)
+    workspace = prefill_workspace(loaded, plan, len(prefix))
+    return MemoryRequirement(cache_bytes, workspace, plan.bytes_for(len(prefix)), prefix)
 
 
-class BrokenPromiseError(RuntimeError):
-    """A cache holds more bytes than its plan promised."""
+def prefill_workspace(loaded: LoadedModel, plan: BudgetPlan, tokens: int) -> int:
+    """Return the bytes that a prompt allocates in addition to its cache while it is prefilled."""
+    return prefill_workspace_bytes(plan, tokens, loaded.model.dtype.itemsize)
 
 
-class Meter:
-    """What caches hold, from their tensors: when their slots have changed, and otherwise in turns.
+class ReservationExceededError(RuntimeError):
+    """A cache allocates more bytes than were reserved for it."""
 
-    To look at every tensor of every cache at every step takes as long as a tenth of the step.
+
+def check_reservation(allocated_bytes: int, reserved_bytes: int) -> None:
+    """Raise ReservationExceededError if more bytes are allocated than reserved."""
+    if allocated_bytes > reserved_bytes:
+        raise ReservationExceededError(
+            f"the cache allocates {allocated_bytes} bytes, and its plan reserves at most {reserved_bytes}"
+        )
+
+
+class MemoryMeter:
+    """Measures the bytes of caches from their tensors.
+
+    Looking at every tensor of every cache would take a tenth of a step. So a cache is measured again if its slots have
+    changed, and one of the others at every step.
     """
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[BudgetedCache, tuple[int, int]] = WeakKeyDictionary()
-        self._turn = 0
+        self._steps = 0
 
-    def held(self, cache: BudgetedCache) -> int:
-        """Bytes that a cache holds."""
-        slots, held = self._known.get(cache, (-1, 0))
-        if slots != cache.num_slots:
-            held = cache.nbytes
-            self._known[cache] = cache.num_slots, held
-        return held
+    def allocated_bytes(self, cache: BudgetedCache) -> int:
+        """Return the bytes that a cache allocates."""
+        num_slots, nbytes = self._known.get(cache, (-1, 0))
+        if num_slots != cache.num_slots:
+            nbytes = cache.nbytes
+            self._known[cache] = cache.num_slots, nbytes
+        return nbytes
 
-    def turn(self, caches: Sequence[BudgetedCache]) -> None:
-        """Have the next of these caches looked at again."""
+    def recheck_next(self, caches: Sequence[BudgetedCache]) -> None:
+        """Have the next of these caches measured again at the next step."""
         if caches:
-            self._turn += 1
-            self._known.pop(caches[self._turn % len(caches)], None)
-
-
-def check_promise(held: int, promised: int) -> None:
-    """Raise BrokenPromiseError where more is held than was promised."""
-    if held > promised:
-        raise BrokenPromiseError(f"the cache holds {held} bytes, and its plan promises at most {promised}")
+            self._steps += 1
+            self._known.pop(caches[self._steps % len(caches)], None)
 
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-LENGTHS = (1024, 4096, 8192, 32768)
-"""Tokens per sequence that the table of a starting server tells about."""
-
 
 @dataclass(frozen=True)
 class PoolSize:
-    """Bytes, or a share of the memory that is free once the model is loaded; one of both.
+    """Bytes, or a fraction of the memory that is free once the model is loaded; one of both.
 
-    A share is divided between the replicas that stand on one device, `sharing`.
+    A fraction is divided between the replicas on one device.
     """
 
-    amount: int | None = None
-    share: float | None = None
-    sharing: int = 1
+    num_bytes: int | None = None
+    fraction: float | None = None
+    replicas_per_device: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "PoolSize":
-        """From `2GiB` or `50%`; raises UserError."""
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*|%)", text.strip())
-        unit = found[2].upper() if found else "?"
-        if found and unit == "%" and 0 < float(found[1]) <= 100:
-            return cls(share=float(found[1]) / 100)
-        if found and unit in _UNITS and float(found[1]) > 0:
-            return cls(amount=int(float(found[1]) * _UNITS[unit]))
-        raise UserError(f"--pool {text} is no size; give bytes like 2GiB, or a share of the free memory like 50%")
+        """Read `2GiB` or `50%`. Raises UserError."""
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*|%)", text.strip())
+        unit = match[2].upper() if match else "?"
+        if match and unit == "%" and 0 < float(match[1]) <= 100:
+            return cls(fraction=float(match[1]) / 100)
+        if match and unit in _UNITS and float(match[1]) > 0:
+            return cls(num_bytes=int(float(match[1]) * _UNITS[unit]))
+        raise UserError(
+            f"--pool {text} is not a size: give bytes such as 2GiB, or a share of the free memory such as 50%"
+        )
 
-    def between(self, replicas: int, gpus: int = 0) -> "PoolSize":
-        """The same for so many replicas: on as many GPUs, or, where there are none, on one machine."""
-        return replace(self, sharing=math.ceil(replicas / (gpus or 1)))
+    def shared_by(self, replicas: int, gpus: int = 0) -> "PoolSize":
+        """Return the size for so many replicas on so many GPUs, or on one machine without a GPU."""
+        return replace(self, replicas_per_device=math.ceil(replicas / (gpus or 1)))
 
-    def bytes_of(self, free: int) -> int:
-        """The pool's size where so many bytes are free."""
-        return self.amount if self.amount is not None else int(free * (self.share or 0) / self.sharing)
+    def resolve(self, free_bytes: int) -> int:
+        """Return the pool's bytes, given what is free on the device."""
+        if self.num_bytes is not None:
+            return self.num_bytes
+        return int(free_bytes * (self.fraction or 0) / self.replicas_per_device)
 
 
-def free_bytes(cuda: bool = False) -> int:
-    """Bytes that could be allocated now, on the GPU or within this machine's or this container's memory."""
+def free_memory_bytes(cuda: bool = False) -> int:
+    """Return the bytes that could be allocated now, on the GPU or in the memory of this machine or container."""
     if cuda:
         import torch
 
@@ -139,16 +172,32 @@ def free_bytes(cuda: bool = False) -> int:
     return available_host_bytes()
 
 
-def table(
-    loaded: LoadedModel, plan: BudgetPlan, pool: int, lengths: Sequence[int] = LENGTHS
-) -> list[tuple[int, int, int]]:
-    """Tokens, sequences of so many that fit into the pool with the full 16-bit cache, and those inside the plan.
+def max_sequences(plan: BudgetPlan, pool_bytes: int, tokens: int, itemsize: int) -> int:
+    """Return how many sequences of `tokens` fit into a pool together, along with one such prompt being prefilled."""
+    available = pool_bytes - prefill_workspace_bytes(plan, tokens, itemsize)
+    return max(0, available // plan.bytes_for(tokens))
 
-    Room for one prompt that enters is set aside in both. Lengths beyond the model's are left out, but for its own.
+
+CAPACITY_TABLE_TOKENS = (1024, 4096, 8192, 32768)
+"""Sequence lengths in the capacity table that a starting server prints."""
+
+
+def capacity_table(
+    loaded: LoadedModel, plan: BudgetPlan, pool_bytes: int, lengths: Sequence[int] = CAPACITY_TABLE_TOKENS
+) -> list[tuple[int, int, int]]:
+    """Return rows of (tokens, sequences that fit with the full 16-bit cache, sequences that fit under the plan).
+
+    Lengths above the model's are replaced by it.
     """
     itemsize = loaded.model.dtype.itemsize
     rows = []
     for tokens in sorted({min(length, loaded.max_length) for length in lengths}):
-        full = full_plan(loaded.identity, loaded.geometry, tokens)
-        rows.append((tokens, capacity(full, pool, tokens, itemsize), capacity(plan, pool, tokens, itemsize)))
+        full = full_cache_plan(loaded.identity, loaded.geometry, tokens)
+        rows.append(
+            (
+                tokens,
+                max_sequences(full, pool_bytes, tokens, itemsize),
+                max_sequences(plan, pool_bytes, tokens, itemsize),
+            )
+        )
     return rows

@@ -1,6 +1,5 @@
-"""Prompts that were declared beforehand: entered once, and copied by every request that begins with one of them."""
+"""The KV caches of pinned prefixes: prefilled once, and copied for every request whose prompt starts with one."""
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,64 +12,67 @@ Prefix = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Snapshot:
-    """A cache at the end of a declared prompt, which nothing changes any more, and the logits behind it."""
+class PrefixCacheEntry:
+    """The cache after a pinned prefix, which nothing changes any more, and the logits of its last token."""
 
     cache: BudgetedCache
     logits: Logits
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes allocated."""
         return self.cache.nbytes
 
 
-class Snapshots:
-    """Declared prompts, and the snapshots of those that have been computed inside the current plan."""
+class PrefixCache:
+    """Pinned prefixes, and an entry for each that has been prefilled under the active plan.
+
+    `version` changes whenever a prefix or an entry does.
+    """
 
     def __init__(self, plan: BudgetPlan) -> None:
-        self.plan = plan
-        self._writing = threading.Lock()  # what is read is never changed, but replaced
-        self._known: dict[Prefix, Snapshot | None] = {}
+        self._plan = plan
+        self._entries: dict[Prefix, PrefixCacheEntry | None] = {}
+        self.version = 0
 
     @property
-    def declared(self) -> list[Prefix]:
-        """All declared prompts."""
-        return list(self._known)
-
-    def declare(self, prefix: Prefix) -> None:
-        """From now on, prompts that begin so are cut here."""
-        with self._writing:
-            self._known = {**self._known, prefix: self._known.get(prefix)}
-
-    def begins(self, prompt: Sequence[int]) -> Prefix | None:
-        """The longest declared prompt that this one begins with."""
-        found = [prefix for prefix in self._known if tuple(prompt[: len(prefix)]) == prefix]
-        return max(found, key=len, default=None)
-
-    def of(self, prefix: Prefix) -> Snapshot | None:
-        """Its snapshot, if it has been computed."""
-        return self._known.get(prefix)
+    def pinned(self) -> list[Prefix]:
+        """All pinned prefixes."""
+        return list(self._entries)
 
     @property
-    def missing(self) -> list[Prefix]:
-        """Declared prompts without a snapshot."""
-        return [prefix for prefix, snapshot in self._known.items() if snapshot is None]
-
-    def keep(self, prefix: Prefix, snapshot: Snapshot) -> None:
-        """Keep the snapshot of a declared prompt, unless it was made inside another plan."""
-        with self._writing:
-            if snapshot.cache.plan is self.plan:
-                self._known = self._known | {prefix: snapshot}
-
-    def forget(self, plan: BudgetPlan) -> list[Prefix]:
-        """Drop all snapshots, because another plan is in force; gives their prompts, which stay declared."""
-        with self._writing:
-            dropped = [prefix for prefix, snapshot in self._known.items() if snapshot is not None]
-            self._known, self.plan = dict.fromkeys(self._known), plan
-        return dropped
+    def pending(self) -> list[Prefix]:
+        """Pinned prefixes without an entry."""
+        return [prefix for prefix, entry in self._entries.items() if entry is None]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all snapshots."""
-        return sum(snapshot.nbytes for snapshot in self._known.values() if snapshot)
+        """Bytes allocated by all entries."""
+        return sum(entry.nbytes for entry in self._entries.values() if entry)
+
+    def pin(self, prefix: Prefix) -> None:
+        """Prefill this prefix on its own from now on, and keep its cache."""
+        self._entries.setdefault(prefix, None)
+        self.version += 1
+
+    def match(self, prompt: Sequence[int]) -> Prefix | None:
+        """Return the longest pinned prefix that a prompt starts with."""
+        matches = [prefix for prefix in self._entries if tuple(prompt[: len(prefix)]) == prefix]
+        return max(matches, key=len, default=None)
+
+    def get(self, prefix: Prefix) -> PrefixCacheEntry | None:
+        """Return a prefix's entry, None if it has not been prefilled yet."""
+        return self._entries.get(prefix)
+
+    def put(self, prefix: Prefix, entry: PrefixCacheEntry) -> None:
+        """Keep the entry of a pinned prefix, unless it was prefilled under another plan."""
+        if entry.cache.plan is self._plan:
+            self._entries[prefix] = entry
+            self.version += 1
+
+    def invalidate(self, plan: BudgetPlan) -> list[Prefix]:
+        """Drop all entries because `plan` is active now. Return their prefixes, which stay pinned."""
+        dropped = [prefix for prefix, entry in self._entries.items() if entry is not None]
+        self._entries, self._plan = dict.fromkeys(self._entries), plan
+        self.version += 1
+        return dropped

@@ -1,30 +1,54 @@
-"""The steps of the engine: who comes in, who decodes, who is done, and what all of them hold."""
+"""Decides who is admitted, who runs, and what memory is reserved for each.
+
+The life of a request:
+
+    Engine.submit ─> waiting ──────────> prefilling ─────────────> running ───────────────> finished
+                     first come,         all bytes that it can     n sequences, one token   its bytes are
+                     first served        ever need are reserved;   each per step            released
+                                         one chunk per step
+
+`Scheduler.add` rejects a request that can never fit or finds the queue full. `Scheduler._admit` moves the first one in
+the queue to prefilling as soon as its memory can be reserved. So nothing is preempted, and nothing runs out of memory.
+A request ends early if its client cancels it, its deadline passes, or its forward fails.
+
+The engine's thread goes through this every step: `schedule`, the forwards of the model runner, `process_decode`,
+`process_prefill`, `measure`. Whoever calls holds the engine's lock; nothing here is safe without it.
+"""
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from threading import Condition
+from collections.abc import Iterable
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass, replace
 
-import torch
-
+from baklava.errors import UserError
+from baklava.eviction import build_eviction
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.runtime.decode import decode_step
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import PrefillResult, Logits
-from serve_app.engine.chunk_size import Pace
-from serve_app.engine.memory import BrokenPromiseError, Meter, Pool, check_promise
-from serve_app.engine.prefill import Entrance, Needs, needs
-from serve_app.engine.prefix_cache import Prefix, Snapshots
-from serve_app.engine.sequence import Continuation, Request, begin
+from serve_app.engine.chunk_size import ChunkSizePolicy
+from serve_app.engine.memory import (
+    ByteBudget,
+    MemoryMeter,
+    MemoryRequirement,
+    ReservationExceededError,
+    check_reservation,
+    memory_required,
+    prefill_workspace,
+)
+from serve_app.engine.model_runner import PrefillJob
+from serve_app.engine.prefix_cache import Prefix, PrefixCache
+from serve_app.engine.sampler import SamplingParams
+from serve_app.engine.sequence import Request, Sequence
 from serve_app.engine.types import (
-    EngineStats,
     DeadlineError,
     DrainingError,
-    FinishReason,
-    RequestRejected,
-    PrefillDone,
+    EngineRequest,
     EngineState,
+    EngineStats,
+    FinishReason,
+    PrefillDone,
+    QueueFullError,
+    RequestRejected,
     TokenOutput,
     TooLargeError,
 )
@@ -32,253 +56,351 @@ from serve_app.engine.types import (
 logger = logging.getLogger("ray.serve")
 
 
-class Stepper:
-    """What the engine's thread does, one step at a time; nothing here may be touched by another one but `state`."""
+@dataclass(frozen=True)
+class ScheduledStep:
+    """What the model runner does in one step: a decode batch, and about `chunk_tokens` of a prompt."""
 
-    def __init__(self, loaded: LoadedModel, pool_bytes: int, pace: Pace, snapshots: Snapshots) -> None:
-        self._loaded, self.pool, self.pace, self._snapshots = loaded, Pool(pool_bytes), pace, snapshots
-        self.running: list[Continuation] = []
-        self.entrance: Entrance | None = None
-        self.present: set[Request] = set()  # from the moment that it leaves the queue until its end
-        self._meter, self._most, self._counts = Meter(), 0, EngineStats()
-        self.refused = 0
-        self.state = self._measured({})
+    batch: Sequences[Sequence]
+    prefill: PrefillJob | None
+    chunk_tokens: int
+
+
+class Scheduler:
+    """Owns the queue, the running sequences, the byte budget, the prefix cache and the active plan.
+
+    Raises:
+        UserError: the plan was made for another model, or the pool does not hold one sequence.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, plan: BudgetPlan, pool_bytes: int, max_waiting: int, chunk_size: ChunkSizePolicy
+    ) -> None:
+        self._loaded, self._max_waiting, self._chunk_size = loaded, max_waiting, chunk_size
+        self.budget = ByteBudget(pool_bytes)
+        self._check_plan(plan, [])
+        self.plan, self.prefix_cache = plan, PrefixCache(plan)
+        self.waiting: deque[Request] = deque()
+        self.prefilling: PrefillJob | None = None
+        self.running: list[Sequence] = []
+        self.stats = EngineStats()
+        self._meter, self._peak_bytes = MemoryMeter(), 0
+        self._head_requirement: tuple[Request, BudgetPlan, int, MemoryRequirement] | None = None
+        self._logged_error: Exception | None = None
+        self._state = self._snapshot({})
 
     @property
-    def busy(self) -> bool:
-        """Whether anything is under way."""
-        return bool(self.running or self.entrance)
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.waiting or self.running or self.prefilling)
 
-    @torch.inference_mode()
-    def step(self, queue: deque[Request], changed: Condition, plan: Callable[[], BudgetPlan]) -> None:
-        """A token of every running sequence, and a part of the prompt that enters.
+    # Requests and plans, as the engine's clients bring them
 
-        The queue changes only by who holds `changed`, and the plan that is in force for those who come in as well.
+    def add(self, requests: Sequences[Request]) -> None:
+        """Queue requests, all or none of them.
+
+        Raises:
+            RequestRejected: the queue is full, or a request can never fit.
         """
-        with changed:
-            self._sweep(queue)
-        self._decode()
-        with changed:
-            admitted = self._admitted(queue, plan())
-        if admitted:
-            self._admit(*admitted)
-        self._enter()
-        self._count(steps=1)
-        self._measure()
+        prefix_bytes = self._prefix_bytes(self.plan, self.prefix_cache.pinned)
+        for request in requests:
+            required = memory_required(self._loaded, self.plan, request).total_bytes
+            available = self.budget.total_bytes - prefix_bytes
+            if required > available:
+                self.stats.rejected += 1
+                raise TooLargeError(
+                    f"The request needs {required} bytes of KV cache, more than the {available} that this server has "
+                    "for requests; shorten the prompt, or generate fewer tokens or fewer choices."
+                )
+        waiting = self._num_waiting
+        if waiting and waiting + len(requests) > self._max_waiting:
+            self.stats.rejected += len(requests)
+            raise QueueFullError(self._chunk_size.estimate_wait_seconds(waiting))
+        if len(requests) > max(1, self._max_waiting):
+            self.stats.rejected += len(requests)
+            raise TooLargeError(
+                f"The request has {len(requests)} prompts, and at most {self._max_waiting} may wait here."
+            )
+        self.waiting.extend(requests)
 
-    def give_up(self, queue: deque[Request]) -> None:
-        """Tell everybody that there will be no answer."""
-        error = DrainingError("The server has stopped; ask another one.")
-        for request in {*(each.request for each in self.running), *self._entering(), *queue}:
-            self._end(request, error)
-        queue.clear()
+    def pin_prefix(self, prefix: Prefix) -> None:
+        """Prefill a prefix next, and keep its cache. Raises UserError if the pool does not hold it and one sequence."""
+        if not prefix:
+            raise UserError("a pinned prefix of 0 tokens starts every prompt; give at least one token")
+        self._check_plan(self.plan, [*self.prefix_cache.pinned, prefix])
+        self.prefix_cache.pin(prefix)
+        self.waiting.appendleft(_prefix_request(prefix, self.plan))
 
-    def _entering(self) -> list[Request]:
-        return [self.entrance.request] if self.entrance else []
+    def swap_plan(self, plan: BudgetPlan) -> None:
+        """Admit requests under this plan from now on, and prefill the pinned prefixes again. Raises UserError."""
+        self._check_plan(plan, self.prefix_cache.pinned)
+        self.plan = plan
+        self._release(self.prefix_cache.invalidate(plan))
+        for prefix in reversed(self.prefix_cache.pinned):
+            self.waiting.appendleft(_prefix_request(prefix, plan))
 
-    def _sweep(self, queue: deque[Request]) -> None:
-        """Let go of what is cancelled, late or complete."""
-        for request in {*(each.request for each in self.running), *self._entering()}:
-            if request.cancelled or request.late:
-                self._end(request, None if request.cancelled else DeadlineError(waiting=False))
-        for each in [each for each in self.running if each.complete]:
-            self.running.remove(each)
-            self._shrink(each.request)
-        for request in [each for each in queue if each.cancelled or each.late]:
-            queue.remove(request)
-            self._end(request, None if request.cancelled else DeadlineError(waiting=True))
+    # One step
 
-    def _admitted(self, queue: deque[Request], plan: BudgetPlan) -> tuple[Request, BudgetPlan, Needs] | None:
-        """The first in line, if there is room for all that it can ever hold and no other prompt is entering.
+    def schedule(self) -> ScheduledStep:
+        """End what is over, admit the next request if it fits, and choose what this step runs."""
+        self._reap()
+        self._admit()
+        chunk = self._chunk_size.chunk_tokens(decoding=bool(self.running))
+        return ScheduledStep(tuple(self.running), self.prefilling, chunk)
 
-        It lives inside the plan in force; or, if not even the whole pool holds it so, inside the one that it came with.
-        """
-        if plan is not self._snapshots.plan:
-            self._forget(self._snapshots.forget(plan))
-        while queue and self.entrance is None:
-            inside, wanted = plan, needs(self._loaded, plan, queue[0], self._snapshots)
-            if not self.pool.fits(wanted.total):
-                if self.running:
-                    return None
-                inside = queue[0].plan
-                wanted = needs(self._loaded, inside, queue[0], Snapshots(inside))
-            if self.pool.fits(wanted.total):
-                self.present.add(queue[0])
-                return queue.popleft(), inside, wanted
-            self._end(queue.popleft(), TooLargeError("The request needs more bytes of KV cache than there are."))
-        return None
-
-    def _admit(self, request: Request, plan: BudgetPlan, wanted: Needs) -> None:
-        """Promise a request its bytes, and let it begin to enter."""
-        try:
-            if wanted.snapshot:
-                self.pool.promise(wanted.prefix, wanted.snapshot)
-            self.pool.promise(request, wanted.caches + wanted.transient)
-            self.entrance = Entrance(self._loaded, plan, request, wanted.prefix, self._snapshots)
-        except Exception as error:
-            self._end(request, error)
-
-    def _enter(self) -> None:
-        if self.entrance is None:
-            return
-        entrance, request = self.entrance, self.entrance.request
-        try:
-            with self.pace.entering(entrance):
-                entered = entrance.step(self.pace.chunk(beside=bool(self.running)))
-            if entered is not None:
-                self._begin(entrance, entered)
-        except Exception as error:
-            self._end(request, error)
-
-    def _begin(self, entrance: Entrance, entered: PrefillResult) -> None:
-        """The prompt is in its cache: its continuations begin."""
-        request, self.entrance = entrance.request, None
-        self._forget_unborn()
-        work = request.work
-        finish: FinishReason | None = None if work.sampling_params.max_tokens else "length"
-        if not request.internal:
-            self._count(prompt_tokens=len(work.prompt), cached_tokens=entrance.cached_tokens)
-        plan = entrance.plan.digest
-        request.tell(PrefillDone(entrance.cached_tokens, entrance.prompt_logprobs, finish, entrance.admitted, plan))
-        if finish:
-            self._end(request)
-            return
-        cache, logits = entered
-        begun = request.continuations(self._loaded, cache)
-        self.running += begun
-        self._shrink(request)
-        self._told(request, zip(begun, begin(begun, logits), strict=True))
-
-    def _decode(self) -> None:
-        """One more token of every running sequence."""
-        if not self.running:
-            return
-        batch = list(self.running)
-        with self.pace.decoding():
-            try:
-                caches, last = [each.cache for each in batch], [each.last for each in batch]
-                logits, failed = decode_step(self._loaded, caches, last)
-            except Exception as error:  # whose fault it is cannot be told
-                logits, failed = torch.empty(len(batch), 0), dict.fromkeys(range(len(batch)), error)
-            likeliest = logits.argmax(-1).tolist() if logits.numel() else []
-        self._deliver(batch, logits, likeliest, failed)
-        if len(self.running) < len(batch):  # so that the bytes of those that have ended are free
-            for each in self.running:
-                each.cache.unshare()
-
-    def _deliver(
-        self, batch: Sequence[Continuation], logits: Logits, likeliest: Sequence[int], failed: Mapping[int, Exception]
+    def process_decode(
+        self, batch: Sequences[Sequence], outputs: Sequences[TokenOutput | Exception], seconds: float
     ) -> None:
-        for row, each in enumerate(batch):
-            if each.finish is not None or each not in self.running:
-                continue  # a sibling has failed
+        """Deliver the tokens of a decode batch, and end the requests that failed."""
+        self._chunk_size.observe_decode(seconds)
+        for sequence, output in zip(batch, outputs, strict=True):
+            if sequence not in self.running:
+                continue  # another sequence of its request has failed
+            if isinstance(output, Exception):
+                self._finish(sequence.request, output)
+            else:
+                self._emit(sequence, output)
+
+    def process_prefill(
+        self, job: PrefillJob, started: Sequences[tuple[Sequence, TokenOutput]] | None, tokens: int, seconds: float
+    ) -> None:
+        """Keep a new prefix cache entry; once the prompt is done (`started`), its sequences run."""
+        self._chunk_size.observe_prefill(tokens, seconds)
+        if job.new_entry and job.prefix:
+            self.prefix_cache.put(job.prefix, job.new_entry)
+            job.new_entry = None
+        if started is None:
+            return
+        request, self.prefilling = job.request, None
+        self._release_unbuilt_prefixes()
+        if not request.is_internal:
+            self.stats.prompt_tokens += len(request.params.prompt)
+            self.stats.cached_tokens += job.cached_tokens
+        finish: FinishReason | None = None if started else "length"
+        try:
+            request.emit(PrefillDone(job.cached_tokens, job.prompt_logprobs, finish, job.admitted_at, job.plan.digest))
+        except Exception as error:
+            self._finish(request, error)
+            return
+        if finish:
+            self._finish(request)
+            return
+        self.running += [sequence for sequence, _ in started]
+        self._release_unused(request)
+        for sequence, token in started:
+            if sequence in self.running:
+                self._emit(sequence, token)
+
+    def fail_prefill(self, job: PrefillJob, error: Exception) -> None:
+        """End the request whose prompt could not be prefilled."""
+        self._finish(job.request, error)
+
+    def measure(self) -> None:
+        """Measure all caches; one that allocates more than it reserved fails its request, and no other."""
+        self.stats.steps += 1
+        allocated = {sequence: self._meter.allocated_bytes(sequence.cache) for sequence in self.running}
+        for sequence, nbytes in allocated.items():
             try:
-                if row in failed:
-                    raise failed[row]
-                self._told(each.request, [(each, each.go_on(logits[row], likeliest[row]))])
-            except Exception as error:
-                self._end(each.request, error)
+                check_reservation(nbytes, sequence.cache.reserved_bytes)
+            except ReservationExceededError as error:
+                if sequence in self.running:  # not ended by another sequence of its request
+                    self._finish(sequence.request, error)
+        if job := self.prefilling:
+            reserved = self.budget.reserved_by(job.request)
+            if job.prefix in self.prefix_cache.pending:  # the job allocates what will be the entry
+                reserved += self.budget.reserved_by(job.prefix)
+            try:
+                check_reservation(job.nbytes, reserved)
+            except ReservationExceededError as error:
+                self._finish(job.request, error)
+        self._meter.recheck_next([sequence.cache for sequence in self.running])
+        self._state = self._snapshot({sequence: allocated[sequence] for sequence in self.running})
 
-    def _told(self, request: Request, made: Iterable[tuple[Continuation, TokenOutput]]) -> None:
-        """Deliver tokens; continuations that have ended give their bytes back at once."""
-        for each, token in made:
-            self._count(generation_tokens=1)
-            if each.finish:
-                self.running.remove(each)
-            request.tell(token)
-            if each.finish:
-                self._shrink(request)
+    def state(self) -> EngineState:
+        """Return the last measurement, with the queue and the running requests as they are now."""
+        return replace(
+            self._state,
+            running=self._num_running,
+            waiting=self._num_waiting,
+            plan=self.plan.digest,
+            counts=replace(self.stats),
+        )
 
-    def _shrink(self, request: Request) -> None:
-        """Promise a request no more than its continuations that go on can need; without any, it has ended."""
-        going_on = [each.cache.reserved_bytes for each in self.running if each.request is request]
-        if going_on:
-            self.pool.promise(request, sum(going_on))
+    def abort_all(self) -> None:
+        """End every request, because the engine stops."""
+        error = DrainingError("The server has stopped; ask another one.")
+        for request in {*self._in_flight(), *self.waiting}:
+            self._finish(request, error)
+        self.waiting.clear()
+
+    # Admission
+
+    def _admit(self) -> None:
+        """Admit the first request in the queue if all bytes that it can ever need can be reserved.
+
+        It runs under the active plan. If even an idle pool does not hold it so, it runs under the plan that was active
+        when it was submitted. One prompt is prefilled at a time.
+        """
+        while self.waiting and self.prefilling is None:
+            request, plan = self.waiting[0], self.plan
+            required = self._requirement(request)
+            if not self.budget.can_reserve(required.total_bytes):
+                if self.running:
+                    return  # until some of them end
+                plan, required = request.plan, memory_required(self._loaded, request.plan, request)
+            self.waiting.popleft()
+            if not self.budget.can_reserve(required.total_bytes):
+                self._finish(request, TooLargeError("The request needs more bytes of KV cache than there are."))
+                continue
+            prefix = required.prefix
+            if required.prefix_bytes:
+                self.budget.reserve(prefix, required.prefix_bytes)
+            self.budget.reserve(request, required.cache_bytes + required.workspace_bytes)
+            entry = None if prefix is None else self.prefix_cache.get(prefix)
+            self.prefilling = PrefillJob(plan, request, prefix, entry)
+
+    def _requirement(self, request: Request) -> MemoryRequirement:
+        """Return what the first request in the queue needs; computed once per plan and state of the prefix cache."""
+        plan, version = self.plan, self.prefix_cache.version
+        known = self._head_requirement
+        if known and known[0] is request and known[1] is plan and known[2] == version:
+            return known[3]
+        prefix = None
+        if request.params.prompt_logprobs is None:  # those of a pinned prefix are not kept
+            prefix = self.prefix_cache.match(request.params.prompt)
+        is_cached = prefix is not None and self.prefix_cache.get(prefix) is not None
+        required = memory_required(self._loaded, plan, request, prefix, is_cached=is_cached)
+        self._head_requirement = request, plan, version, required
+        return required
+
+    def _check_plan(self, plan: BudgetPlan, pinned: Sequences[Prefix]) -> None:
+        loaded = self._loaded
+        plan.validate_for(loaded.identity, loaded.geometry)
+        build_eviction(plan.eviction)
+        workspace = prefill_workspace(loaded, plan, max(map(len, pinned), default=0))
+        required = plan.bytes_for(loaded.max_length) + self._prefix_bytes(plan, pinned) + workspace
+        if required > self.budget.total_bytes:
+            raise UserError(
+                f"the pool of {self.budget.total_bytes} bytes does not hold one sequence of {loaded.max_length} tokens "
+                f"and the pinned prefixes, which need {required} bytes; give it more, or choose a smaller plan"
+            )
+
+    def _prefix_bytes(self, plan: BudgetPlan, pinned: Sequences[Prefix]) -> int:
+        return sum(plan.bytes_for(len(prefix)) for prefix in pinned)
+
+    # Ends
+
+    def _reap(self) -> None:
+        """End requests that are cancelled or past their deadline, and sequences that were stopped."""
+        for request in self._in_flight():
+            if request.is_cancelled or request.is_expired:
+                self._finish(request, None if request.is_cancelled else DeadlineError(was_waiting=False))
+        for sequence in [one for one in self.running if one.request.is_stopped(one.index)]:
+            self.running.remove(sequence)
+            self._release_unused(sequence.request)
+        for request in [one for one in self.waiting if one.is_cancelled or one.is_expired]:
+            self.waiting.remove(request)
+            self._finish(request, None if request.is_cancelled else DeadlineError(was_waiting=True))
+
+    def _emit(self, sequence: Sequence, token: TokenOutput) -> None:
+        """Deliver a token. A sequence that finishes with it gives its bytes back at once."""
+        self.stats.generation_tokens += 1
+        if token.finish_reason:
+            self.running.remove(sequence)
+        try:
+            sequence.request.emit(token)
+        except Exception as error:
+            self._finish(sequence.request, error)
+            return
+        if token.finish_reason:
+            self._release_unused(sequence.request)
+
+    def _release_unused(self, request: Request) -> None:
+        """Reserve no more than a request's running sequences can need; without any, the request has finished."""
+        reserved = [sequence.cache.reserved_bytes for sequence in self.running if sequence.request is request]
+        if reserved:
+            self.budget.reserve(request, sum(reserved))
         else:
-            self._end(request)
+            self._finish(request)
 
-    def _end(self, request: Request, error: Exception | None = None) -> None:
-        """Free all that a request holds, and say why if it did not end by itself."""
-        self.running = [each for each in self.running if each.request is not request]
-        if self.entrance is not None and self.entrance.request is request:
-            self.entrance = None
-        self.pool.release(request)
-        self.present.discard(request)
-        self._forget_unborn()
-        self._account(request, error)
+    def _finish(self, request: Request, error: Exception | None = None) -> None:
+        """Release all that a request has, count it, and deliver the error if it did not end by itself."""
+        self.running = [sequence for sequence in self.running if sequence.request is not request]
+        if self.prefilling is not None and self.prefilling.request is request:
+            self.prefilling = None
+        self.budget.release(request)
+        self._release_unbuilt_prefixes()
+        if not request.is_internal:
+            self._count_end(request, error)
         if error is not None:
             try:
-                request.tell(error)
+                request.emit(error)
             except Exception:
-                logger.exception("a request could not be told how it ended")
+                logger.exception("the error of a request could not be delivered")
 
-    def _forget_unborn(self) -> None:
-        """Give back what was promised to snapshots that did not come to be."""
-        if self.entrance is None:
-            self._forget(self._snapshots.missing)
-
-    def _forget(self, prefixes: Iterable[Prefix]) -> None:
-        for prefix in prefixes:
-            self.pool.release(prefix)
-
-    def _account(self, request: Request, error: Exception | None) -> None:
-        if request.internal:
-            return
-        if request.cancelled:
-            self._count(cancelled=1)
+    def _count_end(self, request: Request, error: Exception | None) -> None:
+        if request.is_cancelled:
+            self.stats.cancelled += 1
         elif error is None:
-            self._count(finished=1)
-            self.pace.ended()
+            self.stats.finished += 1
+            self._chunk_size.on_finished()
         else:
-            self._count(failed=1)
-            if not isinstance(error, RequestRejected):
+            self.stats.failed += 1
+            if not isinstance(error, RequestRejected) and error is not self._logged_error:
                 logger.error("a request failed", exc_info=error)
+                self._logged_error = error  # a decode step fails all requests of its batch with the same one
 
-    def _count(self, **more: int) -> None:
-        self._counts = replace(self._counts, **{name: getattr(self._counts, name) + by for name, by in more.items()})
+    def _release_unbuilt_prefixes(self) -> None:
+        """Release what is reserved for prefix cache entries whose prefill did not come to its end."""
+        if self.prefilling is None:
+            self._release(self.prefix_cache.pending)
 
-    def _measure(self) -> None:
-        """Measure what all caches hold; one that holds more than it promised fails its request, and no other."""
-        held = {each: self._meter.held(each.cache) for each in self.running}
-        for each, nbytes in held.items():
-            try:
-                check_promise(nbytes, each.cache.reserved_bytes)
-            except BrokenPromiseError as error:
-                if each in self.running:  # a sibling may have ended it
-                    self._end(each.request, error)
-        self._check_entrance()
-        self._meter.turn([each.cache for each in self.running])
-        self.state = self._measured({each: held[each] for each in self.running})
+    def _release(self, prefixes: Iterable[Prefix]) -> None:
+        for prefix in prefixes:
+            self.budget.release(prefix)
 
-    def _check_entrance(self) -> None:
-        if self.entrance is None:
-            return
-        request, held = self.entrance.request, self.entrance.nbytes
-        own = self.pool.promised_to(request)
-        if self.entrance.prefix in self._snapshots.missing:  # it holds what will be the snapshot
-            own += self.pool.promised_to(self.entrance.prefix)
-        try:
-            check_promise(held, own)
-        except BrokenPromiseError as error:
-            self._end(request, error)
+    # Numbers
 
-    def _measured(self, held: dict[Continuation, int]) -> EngineState:
-        heads = self._loaded.geometry.kv_heads * len(self._loaded.geometry.budgetable)
-        snapshots = self._snapshots.nbytes
-        total = sum(held.values()) + snapshots + (self.entrance.nbytes if self.entrance else 0)
-        self._most = max(self._most, total)
+    def _in_flight(self) -> set[Request]:
+        """All requests that were admitted and have not ended."""
+        requests = {sequence.request for sequence in self.running}
+        return requests | ({self.prefilling.request} if self.prefilling else set())
+
+    @property
+    def _num_running(self) -> int:
+        return len(self.running) + (self.prefilling is not None)
+
+    @property
+    def _num_waiting(self) -> int:
+        return sum(not request.is_internal for request in self.waiting)
+
+    def _snapshot(self, allocated: dict[Sequence, int]) -> EngineState:
+        geometry = self._loaded.geometry
+        prefix_cache_bytes = self.prefix_cache.nbytes
+        total = sum(allocated.values()) + prefix_cache_bytes + (self.prefilling.nbytes if self.prefilling else 0)
+        self._peak_bytes = max(self._peak_bytes, total)
+        seen_tokens = sum(sequence.cache.get_seq_length() for sequence in allocated)
         return EngineState(
-            running=len(self.running),
-            waiting=0,
-            pool_bytes=self.pool.total,
-            reserved_bytes=self.pool.promised,
+            running=self._num_running,
+            waiting=self._num_waiting,
+            pool_bytes=self.budget.total_bytes,
+            reserved_bytes=self.budget.reserved_bytes,
             allocated_bytes=total,
-            peak_bytes=self._most,
-            snapshot_bytes=snapshots,
-            seen=heads * sum(each.cache.get_seq_length() for each in held),
-            kept=sum(each.cache.num_entries for each in held),
+            peak_bytes=self._peak_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
+            full_entries=geometry.kv_heads * len(geometry.full_attention_layers) * seen_tokens,
+            cached_entries=sum(sequence.cache.num_entries for sequence in allocated),
             draining=False,
             alive=True,
-            plan="",
-            counts=replace(self._counts, refused=self.refused),
+            plan=self.plan.digest,
         )
+
+
+def _prefix_request(prefix: Prefix, plan: BudgetPlan) -> Request:
+    """Return the engine's own request that fills the prefix cache."""
+
+    def log_failure(output: object) -> None:
+        if isinstance(output, Exception):
+            logger.error("a pinned prefix of %d tokens is not in the prefix cache: %s", len(prefix), output)
+
+    params = EngineRequest(prefix, SamplingParams(max_tokens=0))
+    return Request(params, plan, log_failure, is_internal=True)

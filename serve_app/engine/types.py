@@ -1,26 +1,31 @@
-"""What the engine is asked for and what it answers: frozen records that pass between the HTTP side and its thread."""
+"""The engine's requests and outputs: frozen records that pass between the HTTP side and the engine's thread."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from serve_app.engine.sampler import Sampling
+from serve_app.engine.sampler import SamplingParams
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One request: `n` continuations of a prompt, each drawn with the sampling's seed plus its index.
+    """A prompt and how to continue it.
 
-    `logprobs` asks for log-probabilities of generated tokens, each with so many alternatives; `prompt_logprobs` for
-    those of the prompt, which then enters token by token as if it were decoded, so that the budget holds for every one
-    of them. `deadline` is the time.monotonic() by which the request must have ended, its wait included.
+    Args:
+        prompt: token ids.
+        sampling_params: how tokens are sampled; sequence `index` uses the seed plus its index.
+        n: number of sequences generated from the prompt.
+        logprobs: number of alternatives to return with the log-probability of each generated token.
+        prompt_logprobs: the same for prompt tokens. The prompt is then prefilled token by token as if it were decoded,
+            so the budget applies to every token.
+        deadline: time.monotonic() by which the request must have ended, its time in the queue included.
     """
 
     prompt: tuple[int, ...]
-    sampling_params: Sampling
+    sampling_params: SamplingParams
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -29,7 +34,7 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's log-probability in nats before temperature and truncation, and the likeliest tokens in its place."""
+    """A token's log-probability in nats before temperature and truncation, and the most likely alternatives."""
 
     token_id: int
     logprob: float
@@ -38,11 +43,14 @@ class Logprob:
 
 @dataclass(frozen=True)
 class PrefillDone:
-    """The prompt is in the cache; `cached_tokens` of it came from a snapshot.
+    """The prompt is in the cache.
 
-    `prompt_logprobs` has one entry per prompt token, None for the first; empty where none were asked for. `finish` is
-    set where no token was to be generated. `admitted` is the time.monotonic() at which it left the queue,
-    `plan` the digest of the plan that it lives inside.
+    Args:
+        cached_tokens: prompt tokens that came from the prefix cache.
+        prompt_logprobs: one per prompt token, None for the first; empty if none were requested.
+        finish_reason: set if no token was to be generated.
+        admitted_at: time.monotonic() at which the request left the queue.
+        plan_digest: the plan that bounds the request's caches.
     """
 
     cached_tokens: int = 0
@@ -54,7 +62,7 @@ class PrefillDone:
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """A token of the continuation `index`, and why that one ends with it, if it does."""
+    """A generated token of sequence `index`, with the reason if the sequence finishes with it."""
 
     token_id: int
     index: int = 0
@@ -62,12 +70,12 @@ class TokenOutput:
     logprob: Logprob | None = None
 
 
-class RequestRejected(Exception):  # noqa: N818  # its kinds are errors
-    """Why the engine does not begin or go on with a request; nothing else is harmed by it."""
+class RequestRejected(Exception):  # noqa: N818  # its subclasses are errors
+    """Why the engine does not start or continue a request; no other request is affected."""
 
 
 class QueueFullError(RequestRejected):
-    """As many requests wait as may; `retry_after` is in seconds."""
+    """The queue is full; `retry_after` is in seconds."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__("The server is busy and its queue is full; try again later.")
@@ -75,44 +83,44 @@ class QueueFullError(RequestRejected):
 
 
 class DrainingError(RequestRejected):
-    """The server takes no more requests, because it is about to end."""
+    """The server takes no new requests because it is shutting down."""
 
     def __init__(self, message: str = "The server is shutting down; ask another one.") -> None:
         super().__init__(message)
 
 
 class TooLargeError(RequestRejected):
-    """The request alone needs more bytes than the pool has."""
+    """The request needs more bytes than the pool has."""
 
 
 class DeadlineError(RequestRejected):
-    """The request's time is up; `waiting` tells whether it was still in the queue."""
+    """The request passed its deadline, in the queue if `was_waiting`, otherwise while it ran."""
 
-    def __init__(self, waiting: bool) -> None:
+    def __init__(self, was_waiting: bool) -> None:
         super().__init__("The request's time was up.")
-        self.waiting = waiting
+        self.was_waiting = was_waiting
 
 
 EngineOutput = PrefillDone | TokenOutput | Exception
-"""Of every request: Started, then tokens until each continuation had its finish; or an exception, which ends it."""
+"""A request's outputs in order: PrefillDone, then tokens until every sequence finishes; an exception ends it early."""
 
 OutputCallback = Callable[[EngineOutput], None]
 """Called on the engine's thread; must return at once."""
 
 
 class RequestHandle(Protocol):
-    """A request that the engine has taken in. Both may be called from any thread, and more than once."""
+    """A submitted request. Both methods may be called from any thread, and more than once."""
 
     def cancel(self) -> None:
-        """Nobody wants it any more: it ends within one step, and is told nothing more."""
+        """End the request within one step, without further outputs."""
 
     def stop_sequence(self, index: int) -> None:
-        """One continuation has all the text that it needs: it ends within one step, and the others go on."""
+        """End one sequence within one step, for example at a stop string; the others go on."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineStats:
-    """What an engine has done so far; every number only grows."""
+    """Totals since the engine started."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -126,9 +134,18 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class EngineState:
-    """What an engine is doing now. Bytes are of KV caches; `promised` are reserved, `held` measured, `most` ever held.
+    """A snapshot of what the engine is doing.
 
-    `seen` and `kept` are entries of all running sequences over all (layer, KV head), without and with eviction.
+    Args:
+        running: sequences that decode, plus the request being prefilled.
+        waiting: requests in the queue.
+        reserved_bytes: bytes set aside for KV caches at admission.
+        allocated_bytes: bytes that KV caches really allocate.
+        peak_bytes: highest `allocated_bytes` ever.
+        prefix_cache_bytes: bytes of the prefix cache, part of `allocated_bytes`.
+        full_entries: KV entries of all running sequences over all (layer, KV head) if nothing had been evicted.
+        cached_entries: KV entries that they have.
+        plan: digest of the active plan.
     """
 
     running: int
@@ -137,10 +154,10 @@ class EngineState:
     reserved_bytes: int
     allocated_bytes: int
     peak_bytes: int
-    snapshot_bytes: int
-    seen: int
-    kept: int
+    prefix_cache_bytes: int
+    full_entries: int
+    cached_entries: int
     draining: bool
     alive: bool
     plan: str
-    counts: EngineStats = EngineStats()
+    counts: EngineStats = field(default_factory=EngineStats)

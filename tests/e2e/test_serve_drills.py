@@ -69,7 +69,7 @@ def test_a_full_queue_sends_clients_away_until_there_is_room(start, plan):
                 await asyncio.sleep(0.05)
             return await all_of(*(ask() for _ in range(8))), await all_of(*running)
 
-    with start("--pool", room_for(plan, 2), "--waiting", 2) as server:
+    with start("--pool", room_for(plan, 2), "--max-waiting", 2) as server:
         answers, first = asyncio.run(scene(server))
         refused = [answer for answer in answers if answer.status_code == 429]
         assert len(refused) == 6
@@ -77,7 +77,7 @@ def test_a_full_queue_sends_clients_away_until_there_is_room(start, plan):
         assert min(int(answer.headers["retry-after"]) for answer in refused) >= 1
         assert {answer.status_code for answer in [*first, *answers] if answer not in refused} == {200}
         (state,) = server.states().values()
-        assert state["most_bytes"] <= state["pool_bytes"]
+        assert state["peak_bytes"] <= state["pool_bytes"]
         assert state["counts"]["failed"] == 0
         assert server.post("/v1/completions", **SHORT).status_code == 200
 

@@ -9,7 +9,7 @@ from schemathesis.checks import not_a_server_error
 
 from serve_app.api.network import Keys
 from serve_app.api.routes import create_app
-from serve_app.engine.engine import Limits
+from serve_app.engine.engine import EngineConfig
 
 # schemathesis draws some of its strings with the random module
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
@@ -21,7 +21,7 @@ KEY = {"Authorization": "Bearer key"}
 @pytest.fixture(scope="module")
 def api(tiny):
     """The description of an app and the app behind it. The key is an admin's, so that plans are posted as well."""
-    replica = make_replica(byte_loaded(tiny, max_position_embeddings=64), limits=Limits(1 << 20, waiting=4))
+    replica = make_replica(byte_loaded(tiny, max_position_embeddings=64), limits=EngineConfig(1 << 20, waiting=4))
     app = create_app(replica, Keys.of([], ["key"]))
     schema = schemathesis.openapi.from_dict(app.openapi())
     schema.app = app

@@ -81,7 +81,7 @@ def resident(pid: int) -> int:
 async def look(client: httpx.AsyncClient, pid: int, until_: float, tally: Tally) -> None:
     while time.monotonic() < until_:
         for state in (await client.get("/v1/plan")).json()["replicas"].values():
-            if not state["held_bytes"] <= state["promised_bytes"] <= state["pool_bytes"]:
+            if not state["allocated_bytes"] <= state["reserved_bytes"] <= state["pool_bytes"]:
                 tally.broken.append(state)
         tally.memory.append(resident(pid))
         await asyncio.sleep(min(5.0, MINUTES * 60 / 40))
@@ -93,7 +93,7 @@ def test_a_server_stays_inside_its_promises_for_as_long_as_it_is_asked(tmp_path)
     plan = small_plan(model)
     plan.write(tmp_path / "plan.json")
     pool = plan.bytes_for(4096) * 8 + prefill_workspace_bytes(plan, 2048, itemsize=4)  # and the longest prompt that enters
-    arguments = ("--plan", tmp_path / "plan.json", "--model", model, "--pool", pool, "--waiting", 8)
+    arguments = ("--plan", tmp_path / "plan.json", "--model", model, "--pool", pool, "--max-waiting", 8)
     with serving(*arguments, folder=tmp_path) as server:
         (pid,) = [pid for pid, title in descendants(server.process.pid) if title.startswith("ray::ServeReplica")]
         tally, end = Tally(), time.monotonic() + MINUTES * 60
@@ -113,6 +113,6 @@ def test_a_server_stays_inside_its_promises_for_as_long_as_it_is_asked(tmp_path)
         assert tally.whole > 10 * MINUTES
         assert tally.left > MINUTES
         assert tally.growth < SLACK
-        assert state["held_bytes"] == state["promised_bytes"] == 0
-        assert 0 < state["most_bytes"] <= state["pool_bytes"]
+        assert state["allocated_bytes"] == state["reserved_bytes"] == 0
+        assert 0 < state["peak_bytes"] <= state["pool_bytes"]
         assert state["counts"]["failed"] == 0

@@ -8,9 +8,9 @@ from typing import Any
 
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
-from serve_app.engine.engine import Engine, Limits
-from serve_app.engine.sampler import Sampling
-from serve_app.engine.types import EngineOutput, RequestHandle, PrefillDone, TokenOutput, EngineRequest
+from serve_app.engine.engine import Engine, EngineConfig
+from serve_app.engine.sampler import SamplingParams
+from serve_app.engine.types import EngineOutput, EngineRequest, PrefillDone, RequestHandle, TokenOutput
 
 TIMEOUT = 60.0
 
@@ -62,7 +62,7 @@ class Answer:
 
 @contextmanager
 def engine_of(loaded: LoadedModel, plan: BudgetPlan, pool: int = 1 << 24, **limits: Any) -> Iterator[Engine]:
-    engine = Engine(loaded, plan, Limits(pool, **limits))
+    engine = Engine(loaded, plan, EngineConfig(pool, **limits))
     try:
         yield engine
     finally:
@@ -70,7 +70,7 @@ def engine_of(loaded: LoadedModel, plan: BudgetPlan, pool: int = 1 << 24, **limi
 
 
 def ask(engine: Engine, prompt: Any, tokens: int = 20, take: Any = None, **options: Any) -> Answer:
-    """Send a request; options of `Work` and of `Sampling` alike. `take` hears every event as well."""
+    """Send a request; options of `EngineRequest` and of `SamplingParams` alike. `take` hears every event as well."""
     own = {name: options.pop(name) for name in list(options) if name in EngineRequest.__dataclass_fields__}
     answer = Answer(own.get("n", 1))
 
@@ -79,7 +79,7 @@ def ask(engine: Engine, prompt: Any, tokens: int = 20, take: Any = None, **optio
         if take:
             take(event)
 
-    sampling = Sampling(tokens, **({"temperature": 0.0} | options))
+    sampling = SamplingParams(tokens, **({"temperature": 0.0} | options))
     (answer.handle,) = engine.submit((EngineRequest(tuple(prompt), sampling, **own), deliver))
     return answer
 
@@ -94,5 +94,5 @@ def until(true: Callable[[], Any]) -> None:
 
 def idle(engine: Engine) -> None:
     """Wait until the engine has nothing to do."""
-    until(lambda: not (engine.state().running or engine.state().waiting or engine._stepper.busy))
-    until(lambda: engine.state().allocated_bytes == engine.state().snapshot_bytes)
+    until(lambda: not (engine.state().running or engine.state().waiting or engine._scheduler.has_work))
+    until(lambda: engine.state().allocated_bytes == engine.state().prefix_cache_bytes)

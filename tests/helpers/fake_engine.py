@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from serve_app.engine.types import OutputCallback, EngineOutput, RequestHandle, EngineState, EngineRequest
+from serve_app.engine.types import EngineOutput, EngineRequest, EngineState, OutputCallback, RequestHandle
 
 STATE = EngineState(
     running=0,
@@ -13,9 +13,9 @@ STATE = EngineState(
     reserved_bytes=0,
     allocated_bytes=0,
     peak_bytes=0,
-    snapshot_bytes=0,
-    seen=0,
-    kept=0,
+    prefix_cache_bytes=0,
+    full_entries=0,
+    cached_entries=0,
     draining=False,
     alive=True,
     plan="plan",
@@ -60,7 +60,7 @@ class ScriptedEngine:
             threading.Thread(target=_tell, args=(deliver, events), daemon=True).start()
         return [_Handle(self, work) for work, _ in asked]
 
-    def swap(self, plan: Any) -> None:
+    def swap_plan(self, plan: Any) -> None:
         self.plan = plan
 
     def drain(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import torch
 from byte_model import byte_tokenizer
-from plan_factory import plan_of
+from plan_factory import make_plan
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baklava.eviction import HeavyHitter
@@ -128,7 +128,7 @@ def small_plan(model: Path, tokens: int = 128) -> BudgetPlan:
     """A plan of uneven budgets, so that long requests soon outgrow it."""
     loaded = load(str(model))
     budgets = [[tokens, tokens // 2], [tokens // 2, tokens]] * (loaded.geometry.layers // 2)
-    return plan_of(loaded, budgets, HeavyHitter(interval=8, distance=0), context_length=1024)
+    return make_plan(loaded, budgets, HeavyHitter(eviction_interval=8, distance=0), context_length=1024)
 
 
 async def stream(client: httpx.AsyncClient, body: dict[str, Any], stop_after: int | None = None) -> list[str]:

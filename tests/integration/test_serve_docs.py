@@ -1,7 +1,6 @@
 """The page on serving names options, routes and metrics that there are, and all of them."""
 
 import re
-import runpy
 
 import pytest
 from inprocess_replica import byte_loaded, make_replica
@@ -9,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_process import ROOT
 
 from serve_app.api.routes import create_app
+from serve_app.cli import build_parser
 
 PAGE = (ROOT / "docs/serving.md").read_text()
 
@@ -20,7 +20,7 @@ def replica(tiny):
 
 def test_every_option_on_the_page_is_one_of_the_script(capsys):
     with pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / "jobs/serve.py"))["parse"](["--help"])
+        build_parser().parse_args(["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
     told = set(re.findall(r"--[a-z][a-z-]+", PAGE))
     assert told <= known

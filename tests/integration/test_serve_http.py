@@ -14,7 +14,7 @@ from server_process import PATIENCE, command, free_port, serving
 from baklava.allocation import Baklava, allocate
 from baklava.data.windows import Window
 from baklava.eviction import HeavyHitter
-from baklava.profiling.profiler import profile
+from baklava.profiling.profiler import measure_profile
 
 KEY = "a key of the test"
 HELLO = [{"role": "user", "content": "Name three rivers of Europe."}]
@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.demo, pytest.mark.ray]
 def plan(demo):
     """A searched-like plan: BaKlaVa's allocation at 30 % of 256 tokens, so that a chat soon outgrows it."""
     ids = tuple(demo.tokenizer("The rivers of Europe are long, and there are many of them. " * 20)["input_ids"][:192])
-    measured = profile(demo, [Window("rivers", "rivers", ids, 128)])
-    return allocate(measured, budget=0.3, context_length=256, method=Baklava(), eviction=HeavyHitter(interval=8))
+    measured = measure_profile(demo, [Window("rivers", "rivers", ids, 128)])
+    return allocate(measured, budget=0.3, context_length=256, method=Baklava(), eviction=HeavyHitter(eviction_interval=8))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_long_prompt_is_held_inside_the_plan(server, client, plan):
     assert usage.prompt_tokens > plan.context_length
     assert usage.completion_tokens == 12
     assert state["plan"] == plan.digest
-    assert 0 < state["most_bytes"] <= state["pool_bytes"]
+    assert 0 < state["peak_bytes"] <= state["pool_bytes"]
 
 
 def test_refusals_have_the_shape_that_clients_read(server):

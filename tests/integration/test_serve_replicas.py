@@ -2,36 +2,34 @@
 
 import asyncio
 import dataclasses
-import runpy
 import threading
 import time
-from types import SimpleNamespace
 
 import httpx
 import pytest
 from engine_client import ask as submit
 from engine_client import engine_of
 from fake_engine import STATE, ScriptedEngine
-from inprocess_replica import LOCAL, POOL, ask, byte_loaded, full, make_replica, replica_of
-from plan_factory import plan_of
+from inprocess_replica import LOCAL, POOL, LocalGroup, ask, byte_loaded, full, make_replica, replica_of
+from plan_factory import make_plan
 from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import GetTimeoutError
-from server_process import ROOT, small_model
+from server_process import small_model
 
 from baklava.errors import UserError
-from baklava.eviction import Streaming
-from baklava.plan.budget_plan import full_plan
+from baklava.eviction import StreamingLLM
+from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.model_loader import load_config
 from baklava.runtime.prefill import prefill_workspace_bytes
-from serve_app.api.metrics import merged
-from serve_app.api.network import Keys
+from serve_app.api.metrics import merge_metrics
+from serve_app.api.network import ApiKeys
 from serve_app.api.routes import create_app
-from serve_app.deployment.autoscaling import LOAD, load, replicas_for
-from serve_app.deployment.replica import Server
-from serve_app.engine.engine import Engine, Limits
+from serve_app.cli import build_parser, reload_plan
+from serve_app.deployment.autoscaling import LOAD_METRIC, pool_load, target_replicas
+from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.types import DeadlineError, PrefillDone, TokenOutput
-from serve_app.replication.coordinator import SILENT_SECONDS, Board, Order
-from serve_app.replication.plan_rollout import put_in_force
+from serve_app.replication.coordinator import Coordinator, DesiredState
+from serve_app.replication.plan_rollout import rollout_plan
 
 ONCE = {"prompt": "Once", "max_tokens": 6, "temperature": 0}
 
@@ -43,85 +41,65 @@ def loaded(tiny):
 
 @pytest.fixture(scope="module")
 def tight(loaded):
-    return plan_of(loaded, [[8, 16]] * loaded.geometry.layers, Streaming(), context_length=256)
+    return make_plan(loaded, [[8, 16]] * loaded.geometry.layers, StreamingLLM(), context_length=256)
 
 
 @pytest.fixture
 def pair(loaded):
-    """Two replicas of one server, and the board between them."""
-    board = Board()
-    engines = {name: Engine(loaded, full(loaded), Limits(POOL)) for name in ("one", "two")}
-    return [replica_of(engine, loaded, name, board) for name, engine in engines.items()], board
-
-
-def following(replica):
-    """A thread that does what a replica's own does, ten times as often."""
-
-    def loop():
-        while not over.wait(0.05):
-            replica.follower.once()
-
-    over = threading.Event()
-    threading.Thread(target=loop, daemon=True).start()
-    return over
+    """Two replicas of one server, and their group."""
+    group = LocalGroup()
+    engines = {name: Engine(loaded, full(loaded), EngineConfig(POOL)) for name in ("one", "two")}
+    return [replica_of(engine, loaded, name, group) for name, engine in engines.items()], group
 
 
 def test_a_plan_that_is_posted_to_one_replica_is_taken_up_by_all(pair, tight):
     (one, two), _ = pair
-    two.follower.once()
-    over = following(two)
-    try:
-        response = ask(create_app(one), "POST", "/v1/plan", json={"plan": tight.model_dump(mode="json")})
-    finally:
-        over.set()
+    response = ask(create_app(one), "POST", "/v1/plan", json={"plan": tight.model_dump(mode="json")})
     assert response.json()["digest"] == tight.digest
     assert response.json()["replicas"] == {"one": {"plan": tight.digest}, "two": {"plan": tight.digest}}
     assert one.engine.plan == two.engine.plan == tight
     assert ask(create_app(two), "GET", "/v1/plan").json()["digest"] == tight.digest
 
 
-def test_a_replica_that_comes_later_or_back_takes_up_the_plan_in_force(pair, tight):
-    (one, two), board = pair
-    one.follower.propose(tight)
-    two.follower.once()
+def test_a_replica_that_comes_later_or_back_takes_up_the_active_plan(pair, tight):
+    (one, two), group = pair
+    group.silent = {"two"}
+    one.replica_sync.publish(tight)
+    assert two.engine.plan != tight
+    two.replica_sync.sync()
     assert two.engine.plan == tight
-    forgetful = Board()  # as after a restart: the replicas know
-    one.follower._board = forgetful
-    one.follower.once()
-    assert forgetful.order() == board.order()
+    desired = group.coordinator.sync(DesiredState())
+    group.coordinator = Coordinator()  # as after a restart: the replicas know
+    one.replica_sync.sync()
+    assert group.coordinator.sync(DesiredState()) == desired
 
 
-def test_a_plan_that_a_replica_cannot_take_is_told_and_not_tried_again(pair, tight, monkeypatch):
+def test_a_plan_that_a_replica_rejects_is_reported_and_not_tried_again(pair, tight, monkeypatch):
     (one, two), _ = pair
     tried = []
 
-    def refuse(plan):
+    def reject(plan):
         tried.append(plan)
         raise UserError("the pool does not hold one sequence")
 
-    monkeypatch.setattr(two.engine, "swap", refuse)
-    one.follower.propose(tight)
-    two.follower.once()
-    two.follower.once()
+    monkeypatch.setattr(two.engine, "swap_plan", reject)
+    reports = one.replica_sync.publish(tight)
+    assert [report.failure for report in reports] == ["", "the pool does not hold one sequence"]
+    two.replica_sync.sync()
     assert len(tried) == 1
     assert two.engine.plan != tight
-    told = ask(create_app(two), "GET", "/").text
-    assert "does not hold one sequence" in told
+    page = ask(create_app(two), "GET", "/").text
+    assert "does not hold one sequence" in page
 
 
-def test_a_plan_counts_as_in_force_when_every_replica_has_taken_it_up(pair, tight, monkeypatch):
-    (one, two), board = pair
-    one.follower.once()
-    two.follower.once()
-    monkeypatch.setattr("serve_app.replication.plan_rollout.PATIENCE", 0.1)
-    assert "0 of 2 replicas have taken it up so far" in put_in_force(board, tight)
-    over = [following(replica) for replica in (one, two)]
-    monkeypatch.setattr("serve_app.replication.plan_rollout.PATIENCE", 30)
-    assert put_in_force(board, tight) == f"new requests live inside plan {tight.digest} ({tight.ratio:.1%})"
-    monkeypatch.setattr(two.engine, "_check", lambda *_: refuse_plan())
-    assert "1 of 2 replicas stay in the plan that they have: too small" in put_in_force(board, full(two.engine._loaded))
-    for event in over:
-        event.set()
+def test_a_plan_counts_as_active_when_every_replica_runs_it(pair, tight, loaded, monkeypatch):
+    (_, two), group = pair
+    group.silent = {"one", "two"}
+    assert "0 of 2 replicas run it so far" in rollout_plan(group, tight)
+    group.silent = set()
+    assert rollout_plan(group, tight) == f"new requests run under plan {tight.digest} ({tight.ratio:.1%})"
+    monkeypatch.setattr(two.engine, "swap_plan", lambda _: refuse_plan())
+    assert "1 of 2 replicas keep the plan that they have: too small" in rollout_plan(group, full(loaded))
 
 
 def refuse_plan():
@@ -140,32 +118,32 @@ def refuse_plan():
     ],
 )
 def test_what_is_no_plan_changes_nothing(pair, body, words):
-    (one, _), board = pair
+    (one, _), group = pair
     response = ask(create_app(one), "POST", "/v1/plan", json=body)
     assert response.status_code == 400
     assert words in response.json()["error"]["message"]
-    assert board.order() == Order()
+    assert group.coordinator.sync(DesiredState()) == DesiredState()
 
 
 def test_a_plan_for_another_model_is_refused(pair, tiny):
-    (one, _), board = pair
+    (one, _), group = pair
     foreign = tiny(layers=3)
     plan = full(dataclasses.replace(foreign, tokenizer=None))
     response = ask(create_app(one), "POST", "/v1/plan", faults=False, json={"plan": plan.model_dump(mode="json")})
     assert response.status_code == 400
     assert "was made for" in response.json()["error"]["message"]
-    assert board.order() == Order()
+    assert group.coordinator.sync(DesiredState()) == DesiredState()
 
 
 def test_only_an_admins_key_changes_the_plan(pair, tight):
     (one, _), _ = pair
-    app = create_app(one, Keys.of(["plain"], ["admin"]))
+    app = create_app(one, ApiKeys.from_keys(["plain"], ["admin"]))
     body = {"plan": tight.model_dump(mode="json")}
     for key, status in (("plain", 403), ("wrong", 401), ("admin", 200)):
         response = ask(app, "POST", "/v1/plan", json=body, headers={"Authorization": f"Bearer {key}"})
         assert response.status_code == status
     assert one.engine.plan == tight
-    nobody = create_app(one, Keys.of(["plain"], []))
+    nobody = create_app(one, ApiKeys.from_keys(["plain"], []))
     assert ask(nobody, "POST", "/v1/plan", json=body, headers={"Authorization": "Bearer plain"}).status_code == 403
 
 
@@ -193,74 +171,62 @@ def test_a_request_under_way_ends_in_its_plan_while_another_is_put_in_force(pair
     assert long["system_fingerprint"] != f"baklava-{tight.digest}"
 
 
-def test_draining_reaches_every_replica_and_new_requests_are_told(pair):
-    (one, two), board = pair
-    board.drain()
+def test_draining_reaches_every_replica_and_new_requests_are_rejected(pair):
+    (one, two), group = pair
+    group.broadcast(group.coordinator.drain())
     for replica in (one, two):
-        replica.follower.once()
         app = create_app(replica)
         ready = ask(app, "GET", "/ready", faults=False)
         assert (ready.status_code, ready.headers["retry-after"]) == (503, "5")
         assert ask(app, "GET", "/health").status_code == 200
-        refused = ask(app, "POST", "/v1/completions", json=ONCE)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
-        assert int(refused.headers["retry-after"]) > 0
-    assert {report.state["draining"] for report in (one.follower.say(), two.follower.say())} == {True}
+        rejected = ask(app, "POST", "/v1/completions", json=ONCE)
+        assert (rejected.status_code, rejected.json()["error"]["code"]) == (503, "draining")
+        assert int(rejected.headers["retry-after"]) > 0
+    assert {replica.replica_sync.report().state["draining"] for replica in (one, two)} == {True}
 
 
 def test_a_replica_that_comes_up_during_a_drain_takes_no_requests(loaded):
-    board = Board()
-    late = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=board, order=board.drain())
-    late.follower.once()
+    group = LocalGroup()
+    applied = group.coordinator.drain()
+    late = replica_of(Engine(loaded, full(loaded), EngineConfig(POOL)), loaded, group=group, applied=applied)
+    late.replica_sync.sync()
     assert ask(create_app(late), "GET", "/ready").status_code == 503
-    assert late.follower.say().state["draining"]
+    assert late.replica_sync.report().state["draining"]
 
 
-def test_a_replica_that_is_silent_counts_as_gone(pair, monkeypatch):
-    (one, two), board = pair
-    one.follower.once()
-    two.follower.once()
-    assert [report.replica for report in board.reports()] == ["one", "two"]
-    later = time.time() + SILENT_SECONDS + 1
-    monkeypatch.setattr("serve_app.replication.coordinator.time.time", lambda: later)
-    one.follower.once()
-    assert [report.replica for report in board.reports()] == ["one"]
+def test_a_replica_that_does_not_answer_leaves_out_no_other(pair):
+    (one, _), group = pair
+    group.silent = {"one"}  # the one that asks knows itself
+    assert [report.replica for report in one.replica_sync.all_reports()] == ["one", "two"]
+    group.silent = {"two"}
+    assert [report.replica for report in one.replica_sync.all_reports()] == ["one"]
 
 
 class Gone:
-    def reports(self, *_):
+    def broadcast(self, *_):
         raise GetTimeoutError("it does not answer")
 
-    offer = report = reports
+    publish_plan = sync = broadcast
 
 
-def test_a_replica_that_serve_ends_is_gone_at_once(pair):
-    (one, two), board = pair
-    one.follower.once()
-    two.follower.once()
-    asyncio.run(Server.__del__(SimpleNamespace(_follower=one.follower)))
-    one.follower.once()  # as its thread may have been about to
-    assert [report.replica for report in board.reports()] == ["two"]
-
-
-def test_a_board_that_does_not_answer_leaves_a_replica_by_itself(loaded):
-    replica = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=Gone())
-    assert [report.replica for report in replica.follower.everyone()] == ["one"]
+def test_a_group_that_does_not_answer_leaves_a_replica_by_itself(loaded):
+    replica = replica_of(Engine(loaded, full(loaded), EngineConfig(POOL)), loaded, group=Gone())
+    assert [report.replica for report in replica.replica_sync.all_reports()] == ["one"]
     assert ask(create_app(replica), "GET", "/metrics").status_code == 200
 
 
-def test_a_signal_to_read_the_plan_again_never_ends_the_server(tmp_path, tight, capsys):
-    script = runpy.run_path(str(ROOT / "jobs/serve.py"))
+def test_a_signal_to_read_the_plan_again_never_ends_the_server(tmp_path, capsys):
     model, file = small_model(tmp_path / "model"), tmp_path / "plan.json"
     identity, geometry = load_config(str(model))
-    full_plan(identity, geometry, 64).write(file)
-    for plan, words in ((file, "cannot be told"), ("full", "nothing to read again"), ("none.json", "cannot read plan")):
-        script["reload"](script["parse"](["--plan", str(plan), "--model", str(model)]), Gone())
+    full_cache_plan(identity, geometry, 64).write(file)
+    cases = [(file, "cannot be sent"), ("full", "nothing to read again"), ("none.json", "cannot read plan")]
+    for plan, words in [*cases, ("uniform:0.3", "nothing to read again")]:
+        reload_plan(build_parser().parse_args(["--plan", str(plan), "--model", str(model)]), Gone())
         assert words in capsys.readouterr().err
 
 
-def test_a_plan_that_the_others_cannot_be_told_of_is_not_put_in_force(loaded, tight):
-    replica = replica_of(Engine(loaded, full(loaded), Limits(POOL)), loaded, board=Gone())
+def test_a_plan_that_the_others_cannot_get_is_not_made_active(loaded, tight):
+    replica = replica_of(Engine(loaded, full(loaded), EngineConfig(POOL)), loaded, group=Gone())
     response = ask(create_app(replica), "POST", "/v1/plan", json={"plan": tight.model_dump(mode="json")})
     assert (response.status_code, "retry-after" in response.headers) == (503, True)
     assert replica.engine.plan == full(loaded)
@@ -287,7 +253,6 @@ def test_any_replica_tells_the_metrics_of_all_each_name_described_once(pair):
     (one, two), _ = pair
     for replica in (one, two):
         assert ask(create_app(replica), "POST", "/v1/completions", json=ONCE).status_code == 200
-        replica.follower.once()
     response = ask(create_app(one), "GET", "/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     described = [line for line in response.text.splitlines() if line.startswith("# TYPE ")]
@@ -307,7 +272,7 @@ def test_the_metrics_count_what_happened(loaded):
         yield TokenOutput(99, finish_reason="length")
 
     engine = ScriptedEngine(full(loaded), script)
-    engine.now = dataclasses.replace(STATE, running=2, promised_bytes=1 << 19, kept=5, seen=9)
+    engine.now = dataclasses.replace(STATE, running=2, reserved_bytes=1 << 19, cached_entries=5, full_entries=9)
     replica = replica_of(engine, loaded)
     app = create_app(replica)
     ask(app, "POST", "/v1/completions", json=ONCE)
@@ -361,7 +326,7 @@ def test_only_a_request_of_which_nothing_was_delivered_counts_as_refused(loaded,
     def script(work):
         yield PrefillDone()
         yield from [TokenOutput(97)] * delivered
-        yield DeadlineError(waiting=False)
+        yield DeadlineError(was_waiting=False)
 
     replica = replica_of(ScriptedEngine(full(loaded), script), loaded)
     assert ask(create_app(replica), "POST", "/v1/completions", json=ONCE).status_code == 408
@@ -386,7 +351,7 @@ def test_the_names_are_vllms_behind_a_prefix_of_our_own(loaded):
 
 def test_merging_keeps_every_sample():
     text = '# HELP a An a.\n# TYPE a gauge\na{{replica="{0}"}} 1\n# HELP b A b.\n# TYPE b gauge\nb{{replica="{0}"}} 2\n'
-    both = merged([text.format("x"), text.format("y")])
+    both = merge_metrics([text.format("x"), text.format("y")])
     assert both.splitlines() == [
         "# HELP a An a.",
         "# TYPE a gauge",
@@ -409,9 +374,9 @@ class Context:
     ("loads", "wanted"), [([0.0], 1), ([0.79], 1), ([0.9], 2), ([0.5, 0.5], 2), ([0.1, 0.1], 1), ([3.2], 4), ([], 3)]
 )
 def test_replicas_are_added_when_the_pools_fill_up(loads, wanted):
-    reported = {LOAD: dict(enumerate(loads))} if loads else {}
-    assert replicas_for(Context(reported))[0] == wanted
+    reported = {LOAD_METRIC: dict(enumerate(loads))} if loads else {}
+    assert target_replicas(Context(reported))[0] == wanted
 
 
 def test_who_waits_counts_as_if_it_were_in_the_pool():
-    assert load(promised_bytes=50, waiting=5, bytes_per_sequence=10, pool_bytes=100) == 1.0
+    assert pool_load(reserved_bytes=50, waiting=5, bytes_per_sequence=10, pool_bytes=100) == 1.0

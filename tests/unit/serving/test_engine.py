@@ -7,16 +7,17 @@ import pytest
 import torch
 from byte_model import byte_model
 from engine_client import Answer, ask, engine_of, idle, until
-from plan_factory import chunked, mixed, plan_of
+from plan_factory import make_plan, with_bits, with_chunked_prefill
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.errors import UserError
-from baklava.eviction import HeavyHitter, Streaming
-from baklava.plan.budget_plan import full_plan
+from baklava.eviction import HeavyHitter, StreamingLLM
+from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.logprobs import score_suffix
 from baklava.runtime.prefill import CONTINUATION_CHUNK_TOKENS, PrefillTask, prefill, prefill_workspace_bytes
-from serve_app.engine.engine import BrokenPromiseError, Engine, Limits
-from serve_app.engine.sequence import Continuation
+from serve_app.engine.engine import Engine, EngineConfig
+from serve_app.engine.memory import ReservationExceededError
+from serve_app.engine.sequence import Sequence
 from serve_app.engine.types import DeadlineError, DrainingError, QueueFullError, TokenOutput, TooLargeError
 
 PROMPT = tuple(b"A river is a line of water that goes down to the sea.")
@@ -31,7 +32,7 @@ def loaded(tiny):
 
 @pytest.fixture(scope="module")
 def plan(loaded):
-    return plan_of(loaded, BUDGETS, HeavyHitter(interval=4, distance=0), bits=16, context_length=256)
+    return make_plan(loaded, BUDGETS, HeavyHitter(eviction_interval=4, distance=0), bits=16, context_length=256)
 
 
 @pytest.fixture
@@ -57,14 +58,16 @@ def alone(loaded, plan, prompt, tokens):
 
 
 def caches(engine):
-    return [each.cache for each in engine._stepper.running]
+    return [each.cache for each in engine._scheduler.running]
 
 
 EVERY_PLAN = {
-    "full": lambda loaded: full_plan(loaded.identity, loaded.geometry, 256, bits=32),
-    "ring": lambda loaded: plan_of(loaded, BUDGETS, Streaming(), bits=32, context_length=256),
-    "scored": lambda loaded: plan_of(loaded, BUDGETS, HeavyHitter(interval=4, distance=0), 32, 256),
-    "chunked": lambda loaded: chunked(plan_of(loaded, BUDGETS, HeavyHitter(interval=4, distance=0), 32, 256), 11),
+    "full": lambda loaded: full_cache_plan(loaded.identity, loaded.geometry, 256, bits=32),
+    "ring": lambda loaded: make_plan(loaded, BUDGETS, StreamingLLM(), bits=32, context_length=256),
+    "scored": lambda loaded: make_plan(loaded, BUDGETS, HeavyHitter(eviction_interval=4, distance=0), 32, 256),
+    "chunked": lambda loaded: with_chunked_prefill(
+        make_plan(loaded, BUDGETS, HeavyHitter(eviction_interval=4, distance=0), 32, 256), 11
+    ),
 }
 
 
@@ -72,7 +75,7 @@ EVERY_PLAN = {
 def test_requests_together_get_what_each_gets_alone(loaded, kind):
     plan = EVERY_PLAN[kind](loaded)
     wanted = [*prompts(4), *prompts(3, 20, seed=1), *prompts(2, 130, seed=2)]
-    with engine_of(loaded, plan, chunk=7) as engine:
+    with engine_of(loaded, plan, max_prefill_chunk_tokens=7) as engine:
         answers = [ask(engine, prompt, 25) for prompt in wanted]
         for prompt, answer in zip(wanted, answers, strict=True):
             assert answer.tokens() == alone(loaded, plan, prompt, 25)
@@ -100,34 +103,34 @@ def test_under_concurrency_every_cache_holds_what_the_plan_says_and_no_dense_cac
 
 def test_a_batch_path_that_keeps_everything_fails(loaded, plan, monkeypatch):
     """The check behind the others: a cache that grows beyond its plan is noticed, and its request fails."""
-    dense = full_plan(loaded.identity, loaded.geometry, 256, bits=32)
+    dense = full_cache_plan(loaded.identity, loaded.geometry, 256, bits=32)
     with engine_of(loaded, plan) as engine:
-        honest = engine._stepper._enter
+        measure = engine._scheduler.measure
 
         def swap_in_dense():
-            honest()
-            for each in engine._stepper.running:
-                if each.cache.plan is plan:
-                    each.cache = prefill(loaded, dense, torch.tensor([PROMPT]))[0]
-                    each.cache._promised = plan.bytes_for(each.request.tokens)
+            for sequence in engine._scheduler.running:
+                if sequence.cache.plan is plan:
+                    sequence.cache = prefill(loaded, dense, torch.tensor([PROMPT]))[0]
+                    sequence.cache._reserved_bytes = plan.bytes_for(sequence.request.max_tokens)
+            measure()
 
-        monkeypatch.setattr(engine._stepper, "_enter", swap_in_dense)
-        assert isinstance(ask(engine, PROMPT).error, BrokenPromiseError)
+        monkeypatch.setattr(engine._scheduler, "measure", swap_in_dense)
+        assert isinstance(ask(engine, PROMPT).error, ReservationExceededError)
 
 
 def test_state_counts_seen_and_kept_entries_from_the_caches(loaded, plan):
     states = []
     with engine_of(loaded, plan) as engine:
-        measure = engine._stepper._measure
+        measure = engine._scheduler.measure
 
         def measured():
             measure()
             state = engine.state()
             real = sum(len(cache.cached_positions(*place)) for cache in caches(engine) for place in GRID)
-            states.append((state.seen, state.kept, real, state.allocated_bytes, state.reserved_bytes))
+            states.append((state.full_entries, state.cached_entries, real, state.allocated_bytes, state.reserved_bytes))
             assert state.allocated_bytes >= sum(cache.nbytes for cache in caches(engine))
 
-        engine._stepper._measure = measured
+        engine._scheduler.measure = measured
         for answer in [ask(engine, prompt, 30) for prompt in prompts(5)]:
             answer.wait()
         idle(engine)
@@ -142,16 +145,16 @@ def pool_for(plan, loaded, sequences, tokens, prompt):
 
 
 def test_as_many_run_as_have_room_and_bytes_never_pass_the_pool(loaded):
-    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    plan = make_plan(loaded, [[60, 60], [60, 60]], StreamingLLM(), bits=32, context_length=256)
     # The prompt of the last needs its transient beside the others' caches.
     pool = pool_for(plan, loaded, 3, 256, 53) + plan.bytes_for(256) // 2
     most, held = [], []
     with engine_of(loaded, plan, pool) as engine:
 
         def look(_):
-            most.append(len(engine._stepper.running))
+            most.append(len(engine._scheduler.running))
             held.append(sum(cache.nbytes for cache in caches(engine)))
-            assert engine._stepper.pool.promised <= pool
+            assert engine._scheduler.budget.reserved_bytes <= pool
 
         answers = [ask(engine, prompt, 40, take=look) for prompt in prompts(9)]
         assert all(len(answer.tokens()) == 40 for answer in answers)
@@ -164,17 +167,17 @@ def test_as_many_run_as_have_room_and_bytes_never_pass_the_pool(loaded):
 
 
 def test_short_requests_take_less_so_that_more_of_them_run(loaded):
-    plan = plan_of(loaded, [[200, 200], [200, 200]], Streaming(), bits=16, context_length=256)
+    plan = make_plan(loaded, [[200, 200], [200, 200]], StreamingLLM(), bits=16, context_length=256)
     most = []
     with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 10)) as engine:
-        look = lambda _: most.append(len(engine._stepper.running))  # noqa: E731
+        look = lambda _: most.append(len(engine._scheduler.running))  # noqa: E731
         for answer in [ask(engine, prompt, 20, take=look) for prompt in prompts(12, 10)]:
             answer.wait()
     assert max(most) >= 6
 
 
 def test_first_come_first_served_and_nobody_overtakes(loaded):
-    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    plan = make_plan(loaded, [[60, 60], [60, 60]], StreamingLLM(), bits=32, context_length=256)
     order = []
     with engine_of(loaded, plan, pool_for(plan, loaded, 2, 256, 100)) as engine:
         answers = []
@@ -188,8 +191,8 @@ def test_first_come_first_served_and_nobody_overtakes(loaded):
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(loaded):
-    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
-    with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 53), waiting=3) as engine:
+    plan = make_plan(loaded, [[60, 60], [60, 60]], StreamingLLM(), bits=32, context_length=256)
+    with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 53), max_waiting=3) as engine:
         first = ask(engine, PROMPT, 150)
         until(lambda: engine.state().running)
         others = [ask(engine, PROMPT, 5) for _ in range(3)]
@@ -204,7 +207,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(loaded):
 
 
 def test_what_can_never_fit_is_refused_at_once(loaded):
-    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    plan = make_plan(loaded, [[60, 60], [60, 60]], StreamingLLM(), bits=32, context_length=256)
     pool = pool_for(plan, loaded, 2, 256, 60)
     with engine_of(loaded, plan, pool) as engine:
         with pytest.raises(TooLargeError, match="shorten the prompt"):
@@ -216,22 +219,22 @@ def test_what_can_never_fit_is_refused_at_once(loaded):
 
 def test_a_pool_that_does_not_hold_one_sequence_and_another_models_plan_are_refused(loaded, plan, tiny):
     with pytest.raises(UserError, match="does not hold one sequence of 256 tokens"):
-        Engine(loaded, plan, Limits(plan.bytes_per_sequence - 1))
+        Engine(loaded, plan, EngineConfig(plan.bytes_per_sequence - 1))
     with pytest.raises(UserError, match="was made for"):
-        Engine(tiny(layers=3), plan, Limits(1 << 20))
+        Engine(tiny(layers=3), plan, EngineConfig(1 << 20))
 
 
 def test_a_deadline_ends_who_waits_and_who_runs(loaded):
-    plan = plan_of(loaded, [[60, 60], [60, 60]], Streaming(), bits=32, context_length=256)
+    plan = make_plan(loaded, [[60, 60], [60, 60]], StreamingLLM(), bits=32, context_length=256)
     with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 53)) as engine:
         now = time.monotonic()
         running = ask(engine, PROMPT, 200, deadline=now + 0.2)
         waiting = ask(engine, PROMPT, 5, deadline=now + 0.1)
         patient = ask(engine, PROMPT, 5)
         assert isinstance(waiting.error, DeadlineError)
-        assert waiting.error.waiting
+        assert waiting.error.was_waiting
         assert isinstance(running.error, DeadlineError)
-        assert not running.error.waiting
+        assert not running.error.was_waiting
         assert len(patient.tokens()) == 5
         idle(engine)
         assert engine.state().reserved_bytes == 0
@@ -252,14 +255,14 @@ def test_siblings_that_break_their_promise_together_are_one_request_that_fails(l
     with engine_of(loaded, plan) as engine:
         monkeypatch.setattr(BudgetedCache, "reserved_bytes", 1)
         answer = ask(engine, PROMPT, n=2)
-        assert isinstance(answer.error, BrokenPromiseError)
+        assert isinstance(answer.error, ReservationExceededError)
         idle(engine)
         assert engine.state().counts.failed == 1
         assert sum(isinstance(event, Exception) for event in answer.events) == 1
 
 
 def test_the_prompts_of_a_request_wait_together_or_not_at_all(loaded, plan):
-    with engine_of(loaded, plan, waiting=4) as engine:
+    with engine_of(loaded, plan, max_waiting=4) as engine:
         answers = [Answer() for _ in range(5)]
         asked = [(work_of(PROMPT, 20), answer.take) for answer in answers]
         with pytest.raises(TooLargeError, match="5 prompts"):
@@ -271,12 +274,12 @@ def test_the_prompts_of_a_request_wait_together_or_not_at_all(loaded, plan):
 
 
 def test_a_waiting_request_that_would_not_fit_inside_a_new_plan_keeps_its_own(loaded):
-    small, large = (plan_of(loaded, [[n, n], [n, n]], Streaming(), bits=32, context_length=256) for n in (40, 200))
+    small, large = (make_plan(loaded, [[n, n], [n, n]], StreamingLLM(), bits=32, context_length=256) for n in (40, 200))
     with engine_of(loaded, small, pool_for(large, loaded, 1, 256, 53)) as engine:
         first = ask(engine, PROMPT, 150, n=4)
         until(lambda: engine.state().running)
         waiting, behind = ask(engine, PROMPT, 150, n=4), ask(engine, PROMPT, 20)
-        engine.swap(large)
+        engine.swap_plan(large)
         with pytest.raises(TooLargeError):
             ask(engine, PROMPT, 150, n=4)
         assert len(first.tokens(3)) == len(waiting.tokens(3)) == 150
@@ -288,26 +291,26 @@ def test_a_declared_prompt_that_could_never_enter_is_refused(loaded, plan):
     prompt = prompts(1, 100)[0]
     pool = plan.bytes_for(256) + plan.bytes_for(100)
     with engine_of(loaded, plan, pool) as engine, pytest.raises(UserError, match="does not hold"):
-        engine.declare(prompt)
+        engine.pin_prefix(prompt)
 
 
 def test_a_continuation_that_is_complete_ends_alone(engine):
     """As one that has met its stop string; what it was promised is given back, and it was not cancelled."""
     answer = ask(engine, PROMPT, 400, n=2)
     until(lambda: len(answer.events) > 5)
-    both = engine.state().promised_bytes
+    both = engine.state().reserved_bytes
     answer.handle.stop_sequence(0)
     until(lambda: engine.state().running == 1)
-    until(lambda: engine.state().promised_bytes < both)
+    until(lambda: engine.state().reserved_bytes < both)
     answer.handle.stop_sequence(1)
     idle(engine)
     counts = engine.state().counts
-    assert (counts.finished, counts.cancelled, engine.state().promised_bytes) == (1, 0, 0)
+    assert (counts.finished, counts.cancelled, engine.state().reserved_bytes) == (1, 0, 0)
     assert max(len([e for e in answer.events if isinstance(e, TokenOutput) and e.index == one]) for one in (0, 1)) < 400
 
 
 def test_two_hundred_cancelled_requests_leave_nothing(loaded, plan):
-    with engine_of(loaded, plan, waiting=1000, chunk=8) as engine:
+    with engine_of(loaded, plan, max_waiting=1000, max_prefill_chunk_tokens=8) as engine:
         answers = []
         for place, prompt in enumerate(prompts(200)):
             answers.append(ask(engine, prompt, 100, n=1 + place % 2))
@@ -329,23 +332,18 @@ def boom(*args, **kwargs):
     raise MemoryError("no room")
 
 
-def break_cache(each: Continuation):
-    each.cache.layers[1].groups[0]._grow = boom
+def break_sampler(sequence: Sequence):
+    sequence.sampler.sample = boom
 
 
-def break_sampler(each: Continuation):
-    each.sampler.draw = boom
-
-
-@pytest.mark.parametrize("harm", [break_cache, break_sampler])
-def test_a_request_that_fails_while_it_runs_harms_nobody(loaded, plan, harm, caplog):
+def test_a_request_whose_sampling_fails_harms_nobody(loaded, plan):
     with engine_of(loaded, plan) as engine:
 
         def at_the_tenth(_):
             if len(victim[0].events) == 10:
-                for each in engine._stepper.running:
-                    if each.sampler._sampling.seed == 99:
-                        harm(each)
+                for each in engine._scheduler.running:
+                    if each.sampler._params.seed == 99:
+                        break_sampler(each)
 
         victim = []
         others = [ask(engine, prompt, 40) for prompt in prompts(3)]
@@ -380,10 +378,10 @@ def test_a_prompt_that_fails_and_a_client_that_fails_harm_nobody(loaded, plan):
 
 
 def work_of(prompt, tokens):
-    from serve_app.engine.sampler import Sampling
+    from serve_app.engine.sampler import SamplingParams
     from serve_app.engine.types import EngineRequest
 
-    return EngineRequest(tuple(prompt), Sampling(tokens, temperature=0))
+    return EngineRequest(tuple(prompt), SamplingParams(tokens, temperature=0))
 
 
 def test_a_forward_that_fails_for_all_fails_those_in_it_and_the_engine_goes_on(loaded, plan, monkeypatch):
@@ -400,7 +398,7 @@ def test_an_engine_whose_thread_dies_says_so_and_leaves_nobody_waiting(loaded, p
     with engine_of(loaded, plan) as engine:
         answer = ask(engine, PROMPT, 150)
         until(lambda: engine.state().running)
-        monkeypatch.setattr(engine._stepper, "_measure", boom)
+        monkeypatch.setattr(engine._scheduler, "measure", boom)
         assert isinstance(answer.error, DrainingError)
         until(lambda: not engine.state().alive)
         with pytest.raises(DrainingError):
@@ -418,7 +416,7 @@ def test_a_drained_engine_ends_what_it_has_and_takes_no_more(loaded, plan):
 
 
 def test_a_request_waits_or_runs_at_every_moment_until_its_end(loaded, plan):
-    with engine_of(loaded, plan, chunk=8) as engine:
+    with engine_of(loaded, plan, max_prefill_chunk_tokens=8) as engine:
         answer, looks = ask(engine, prompts(1, 200)[0], 20), 0
         while not answer.ended.is_set():
             state = engine.state()
@@ -436,7 +434,7 @@ def test_a_closed_engine_tells_everybody(loaded, plan):
 
 
 def test_prompt_logprobs_are_those_of_the_budgeted_cache(loaded, plan):
-    dense = full_plan(loaded.identity, loaded.geometry, 256, bits=32)
+    dense = full_cache_plan(loaded.identity, loaded.geometry, 256, bits=32)
     with engine_of(loaded, plan) as engine:
         prompt = prompts(1, 120)[0]
         others = [ask(engine, each, 60) for each in prompts(3, seed=4)]
@@ -463,12 +461,12 @@ SUFFIXES = [b"", b"x", b" And so it goes.", bytes(range(40, 120)) + bytes(range(
 @pytest.mark.parametrize("chunk", [None, 11])
 def test_warm_is_cold_token_for_token(tiny, bits, chunk):
     loaded = byte_model(tiny, head_dim=16, max_position_embeddings=512)
-    plan = plan_of(loaded, BUDGETS, HeavyHitter(interval=4, distance=0, centroids=2), context_length=512)
-    plan = mixed(chunked(plan, chunk) if chunk else plan, [bits, bits])
+    plan = make_plan(loaded, BUDGETS, HeavyHitter(eviction_interval=4, distance=0, centroids=2), context_length=512)
+    plan = with_bits(with_chunked_prefill(plan, chunk) if chunk else plan, [bits, bits])
     for suffix in SUFFIXES:
         prompt = (*PROMPT, *suffix)
         with engine_of(loaded, plan) as engine:
-            engine._snapshots.declare(PROMPT)  # its snapshot is not there yet
+            engine._scheduler.prefix_cache.pin(PROMPT)  # it has no entry yet
             cold = ask(engine, prompt, 40, logprobs=0)
             warm = ask(engine, prompt, 40, logprobs=0)
             again = [ask(engine, prompt, 40) for _ in range(3)]
@@ -489,7 +487,7 @@ def test_a_declared_prompt_is_a_boundary_and_nothing_else(loaded, plan):
             logits = loaded.model(torch.tensor([expected[-1:]]), past_key_values=cache).logits[:, -1]
     assert len(prompt) - len(PROMPT) <= CONTINUATION_CHUNK_TOKENS
     with engine_of(loaded, plan) as engine:
-        engine.declare(PROMPT)
+        engine.pin_prefix(PROMPT)
         assert ask(engine, prompt).tokens() == expected
         assert ask(engine, prompt).started.cached_tokens == len(PROMPT)
         assert ask(engine, prompts(1)[0]).started.cached_tokens == 0
@@ -499,46 +497,46 @@ def test_a_declared_prompt_is_a_boundary_and_nothing_else(loaded, plan):
 
 def test_snapshots_count_in_the_pool_and_the_longest_wins(loaded, plan):
     with engine_of(loaded, plan) as engine:
-        engine.declare(PROMPT[:20])
-        engine.declare(PROMPT)
+        engine.pin_prefix(PROMPT[:20])
+        engine.pin_prefix(PROMPT)
         idle(engine)
-        until(lambda: engine.state().snapshot_bytes)
+        until(lambda: engine.state().prefix_cache_bytes)
         state = engine.state()
         promised = plan.bytes_for(20) + plan.bytes_for(len(PROMPT))
         until(lambda: engine.state().reserved_bytes == promised)
-        assert 0 < engine.state().snapshot_bytes <= promised
+        assert 0 < engine.state().prefix_cache_bytes <= promised
         assert state.counts.prompt_tokens == state.counts.finished == 0
         assert ask(engine, (*PROMPT, 65)).started.cached_tokens == len(PROMPT)
         assert ask(engine, (*PROMPT[:30], 65)).started.cached_tokens == 20
-        held = engine._snapshots.of(PROMPT).cache
+        held = engine._scheduler.prefix_cache.get(PROMPT).cache
         assert held.get_seq_length() == len(PROMPT)
     small = plan.bytes_per_sequence + plan.bytes_for(30) - 1
     with engine_of(loaded, plan, small) as engine:
         with pytest.raises(UserError, match="does not hold one sequence"):
-            engine.declare(PROMPT[:30])
+            engine.pin_prefix(PROMPT[:30])
         with pytest.raises(UserError, match="0 tokens"):
-            engine.declare([])
+            engine.pin_prefix([])
 
 
 def test_a_swap_drops_nobody_and_makes_snapshots_anew(loaded, plan):
-    other = plan_of(loaded, [[40, 40], [40, 40]], Streaming(), bits=32, context_length=256)
+    other = make_plan(loaded, [[40, 40], [40, 40]], StreamingLLM(), bits=32, context_length=256)
     prompt, tight = (*PROMPT, *b" And so on."), prompts(1, seed=3)[0]
-    with engine_of(loaded, plan, chunk=8) as engine:
-        engine.declare(PROMPT)
+    with engine_of(loaded, plan, max_prefill_chunk_tokens=8) as engine:
+        engine.pin_prefix(PROMPT)
         before = ask(engine, tight, 60)
         until(lambda: before.events)
-        engine.swap(other)
+        engine.swap_plan(other)
         assert engine.state().plan == engine.plan.digest == other.digest
         after, declared = ask(engine, tight, 60), ask(engine, prompt, 30)
         assert before.tokens() == alone(loaded, plan, tight, 60)
         assert after.tokens() == alone(loaded, other, tight, 60)
         assert declared.started.cached_tokens == len(PROMPT)
-        assert engine._snapshots.of(PROMPT).cache.plan is other
+        assert engine._scheduler.prefix_cache.get(PROMPT).cache.plan is other
         idle(engine)
         until(lambda: engine.state().reserved_bytes == other.bytes_for(len(PROMPT)))
     with engine_of(loaded, plan, other.bytes_per_sequence - 1) as engine:
         with pytest.raises(UserError, match="does not hold one sequence"):
-            engine.swap(other)
+            engine.swap_plan(other)
         assert engine.plan is plan
 
 
@@ -547,13 +545,13 @@ def test_a_cache_that_holds_more_than_it_promised_fails_alone(loaded, plan, capl
 
         def lower(_):
             if len(answers) == 2 and len(answers[1].events) == 5:
-                each = next(one for one in engine._stepper.running if one.request.work.prompt == PROMPT)
-                each.cache._promised = 100
+                each = next(one for one in engine._scheduler.running if one.request.params.prompt == PROMPT)
+                each.cache._reserved_bytes = 100
 
         answers = []
         answers.append(ask(engine, prompts(1)[0], 60))
         answers.append(ask(engine, PROMPT, 60, take=lower))
-        assert isinstance(answers[1].error, BrokenPromiseError)
+        assert isinstance(answers[1].error, ReservationExceededError)
         assert len(answers[0].tokens()) == 60
 
 
@@ -568,7 +566,7 @@ def test_while_others_decode_a_prompt_enters_in_small_parts(loaded, plan, monkey
             return plain(self, tokens)
 
         monkeypatch.setattr(kind, "step", noted)
-    with engine_of(loaded, plan, chunk=24) as engine:
+    with engine_of(loaded, plan, max_prefill_chunk_tokens=24) as engine:
         first = ask(engine, PROMPT, 200)
         until(lambda: first.events)
         ask(engine, prompts(1, 200)[0], 5).wait()

@@ -6,15 +6,16 @@ import pytest
 from mlflow import MlflowClient
 
 from baklava.errors import UserError
-from baklava.plan.budget_plan import full_plan
-from serve_app.api.network import api_keys, check_address, check_answers
-from serve_app.replication.plan_registry import resolve
+from baklava.plan.budget_plan import full_cache_plan
+from baklava.plan.registry import load_plan
+from baklava.runtime.ray_session import check_answers
+from serve_app.api.network import check_listen_address, read_api_keys
 
 
 @pytest.fixture(scope="module")
 def plan(tiny):
     loaded = tiny()
-    return full_plan(loaded.identity, loaded.geometry, 64)
+    return full_cache_plan(loaded.identity, loaded.geometry, 64)
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +37,15 @@ def registry(plan, tmp_path_factory):
 
 def test_a_registered_plan_is_found_by_alias_and_by_version(registry, plan, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
-    assert resolve("models:/rivers@champion") == plan
-    assert resolve("models:/rivers/2").context_length == 32
+    assert load_plan("models:/rivers@champion") == plan
+    assert load_plan("models:/rivers/2").context_length == 32
 
 
 def test_the_registry_in_the_data_folder_is_the_default_and_no_other_is_made(registry, plan, monkeypatch, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("BAKLAVA_DATA", str(Path(registry.removeprefix("sqlite:///")).parent))
     monkeypatch.chdir(tmp_path)
-    assert resolve("models:/rivers@champion") == plan
+    assert load_plan("models:/rivers@champion") == plan
     assert not list(tmp_path.iterdir())
 
 
@@ -60,7 +61,20 @@ def test_the_registry_in_the_data_folder_is_the_default_and_no_other_is_made(reg
 def test_an_unknown_registered_plan_is_refused_with_the_known_ones(registry, source, words, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
     with pytest.raises(UserError, match=words):
-        resolve(source)
+        load_plan(source)
+
+
+def test_a_registry_is_read_to_its_last_page(registry, plan, monkeypatch, tmp_path):
+    database = tmp_path / "mlflow.db"
+    database.write_bytes(Path(registry.removeprefix("sqlite:///")).read_bytes())
+    uri = f"sqlite:///{database}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = MlflowClient(uri, uri)
+    for number in range(100):
+        client.create_registered_model(f"lake-{number:03}")
+    assert load_plan("models:/rivers@champion") == plan
+    with pytest.raises(UserError, match=r"has lake-000, .* and 81 more"):
+        load_plan("models:/sea@champion")
 
 
 def test_a_tracking_server_that_is_down_is_told(monkeypatch):
@@ -68,54 +82,54 @@ def test_a_tracking_server_that_is_down_is_told(monkeypatch):
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed.getsockname()[1]}")
         with pytest.raises(UserError, match="cannot fetch"):
-            resolve("models:/rivers@champion")
+            load_plan("models:/rivers@champion")
 
 
 def test_no_empty_database_is_made(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.raises(UserError, match="run a search first"):
-        resolve("models:/rivers@champion")
+        load_plan("models:/rivers@champion")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_read_as_it_is(plan, tmp_path):
     plan.write(tmp_path / "plan.json")
-    assert resolve(str(tmp_path / "plan.json")) == plan
+    assert load_plan(str(tmp_path / "plan.json")) == plan
     (tmp_path / "plan.json").write_text(json.dumps({"schema_version": 9}))
     with pytest.raises(UserError, match="not a valid plan"):
-        resolve(str(tmp_path / "plan.json"))
+        load_plan(str(tmp_path / "plan.json"))
 
 
 def test_keys_come_from_a_file_or_else_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("BAKLAVA_API_KEYS", "one, two,")
-    assert api_keys(None) == ["one", "two"]
+    assert read_api_keys(None) == ["one", "two"]
     file = tmp_path / "keys"
     file.write_text("three\n\nfour\n")
-    assert api_keys(file) == ["three", "four"]
+    assert read_api_keys(file) == ["three", "four"]
     file.write_text("\n")
     with pytest.raises(UserError, match="no keys"):
-        api_keys(file)
+        read_api_keys(file)
     with pytest.raises(UserError, match="cannot read"):
-        api_keys(tmp_path / "none")
+        read_api_keys(tmp_path / "none")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_an_open_address_without_keys_is_refused(host):
     with pytest.raises(UserError, match="API keys"):
-        check_address(host, 8000, guarded=False)
+        check_listen_address(host, 8000, has_keys=False)
 
 
 def test_a_port_in_use_is_told():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"127.0.0.1:{port}.*in use"):
-            check_address("127.0.0.1", port, guarded=False)
-    check_address("127.0.0.1", port, guarded=False)
+            check_listen_address("127.0.0.1", port, has_keys=False)
+    check_listen_address("127.0.0.1", port, has_keys=False)
 
 
 def test_a_host_that_is_no_address_is_told():
     with pytest.raises(UserError, match="no address"):
-        check_address("no.such.host.invalid", 8000, guarded=True)
+        check_listen_address("no.such.host.invalid", 8000, has_keys=True)
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once():

@@ -6,11 +6,11 @@ from byte_model import byte_model
 from engine_client import ask, engine_of
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_factory import plan_of
+from plan_factory import make_plan
 
 from baklava.eviction import HeavyHitter
-from baklava.plan.budget_plan import full_plan
-from serve_app.engine.sampler import Sampler, Sampling
+from baklava.plan.budget_plan import full_cache_plan
+from serve_app.engine.sampler import Sampler, SamplingParams
 
 PROMPT = tuple(b"A river is a line of water.")
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def loaded(tiny):
 
 @pytest.fixture(scope="module")
 def engine(loaded):
-    with engine_of(loaded, full_plan(loaded.identity, loaded.geometry, 256, bits=32)) as engine:
+    with engine_of(loaded, full_cache_plan(loaded.identity, loaded.geometry, 256, bits=32)) as engine:
         yield engine
 
 
@@ -33,7 +33,11 @@ def ids(engine, **wishes):
 
 @pytest.mark.parametrize("tight", [False, True])
 def test_a_seed_gives_the_same_tokens_alone_and_among_eight(loaded, engine, tight):
-    plan = plan_of(loaded, [[12, 24]] * 2, HeavyHitter(interval=4, distance=0), 32, 256) if tight else engine.plan
+    plan = (
+        make_plan(loaded, [[12, 24]] * 2, HeavyHitter(eviction_interval=4, distance=0), 32, 256)
+        if tight
+        else engine.plan
+    )
     with engine_of(loaded, plan) as own:
         first = ids(own, seed=7)
         torch.manual_seed(0)
@@ -58,7 +62,7 @@ def test_continuations_have_seeds_in_order_and_each_its_own_end(engine):
 
 
 def test_greedy_continuations_are_the_same_and_independent(loaded):
-    plan = plan_of(loaded, [[12, 24]] * 2, HeavyHitter(interval=4, distance=0), 32, 256)
+    plan = make_plan(loaded, [[12, 24]] * 2, HeavyHitter(eviction_interval=4, distance=0), 32, 256)
     with engine_of(loaded, plan) as engine:
         answer = ask(engine, PROMPT, 40, n=3)
         assert answer.tokens(0) == answer.tokens(1) == answer.tokens(2) == ask(engine, PROMPT, 40).tokens()
@@ -67,11 +71,11 @@ def test_greedy_continuations_are_the_same_and_independent(loaded):
 def test_stop_tokens_end_a_text_and_the_models_own_unless_ignored(tiny, engine):
     tokens = ids(engine, temperature=0)
     place = next(place for place in range(3, 24) if tokens[place] not in tokens[:place])
-    made = ask(engine, PROMPT, 24, stop_ids=frozenset([tokens[place]])).made()
+    made = ask(engine, PROMPT, 24, stop_token_ids=frozenset([tokens[place]])).made()
     assert [token.token_id for token in made] == tokens[: place + 1]
     assert [token.finish_reason for token in made] == [None] * place + ["stop"]
     other = byte_model(tiny, eos_token_id=tokens[place])
-    with engine_of(other, full_plan(other.identity, other.geometry, 256, bits=32)) as ending:
+    with engine_of(other, full_cache_plan(other.identity, other.geometry, 256, bits=32)) as ending:
         assert ids(ending, temperature=0) == tokens[: place + 1]
         assert ids(ending, temperature=0, ignore_eos=True) == tokens
         longer = ids(ending, temperature=0, min_tokens=place + 5)
@@ -108,8 +112,8 @@ def test_logprobs_are_those_of_the_raw_logits(loaded, engine):
 
 
 def drawn(wishes, logits, draws=1, prompt=(), ends=frozenset()):
-    sampler = Sampler(Sampling(100, **wishes), prompt, ends, CPU)
-    return [sampler.draw(logits) for _ in range(draws)]
+    sampler = Sampler(SamplingParams(100, **wishes), prompt, ends, CPU)
+    return [sampler.sample(logits) for _ in range(draws)]
 
 
 def test_penalties_are_subtracted_as_openai_says():

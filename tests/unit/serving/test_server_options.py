@@ -4,23 +4,23 @@ import json
 
 import pytest
 from inprocess_replica import byte_loaded
-from plan_factory import plan_of
+from plan_factory import make_plan
 from ray.serve.schema import LoggingConfig
 
 from baklava.errors import UserError
-from baklava.eviction import Streaming
+from baklava.eviction import StreamingLLM
 from baklava.plan.byte_accounting import full_cache_bytes
 from baklava.runtime import host_memory as memory
-from serve_app.api.network import Keys, api_keys, key_digest
-from serve_app.deployment.app import Scale, _application, session
-from serve_app.deployment.replica import Settings
-from serve_app.engine.memory import PoolSize, free_bytes, table
-from serve_app.openai.tokenization import Declared, Prompts
+from serve_app.api.network import ApiKeys, key_digest, read_api_keys
+from serve_app.deployment.app import ScalingConfig, _application, serving_session
+from serve_app.deployment.replica import ReplicaConfig
+from serve_app.engine.memory import PoolSize, capacity_table, free_memory_bytes
+from serve_app.openai.tokenization import PinnedPrefix, PromptEncoder
 
 
 @pytest.fixture(scope="module")
 def prompts(tiny):
-    return Prompts.of(byte_loaded(tiny))
+    return PromptEncoder.from_model(byte_loaded(tiny))
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def prompts(tiny):
     [("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("512mib", 512 << 20), ("4096", 4096), ("3GB", 3 * 10**9)],
 )
 def test_a_pool_is_so_many_bytes_whatever_is_free(text, amount):
-    assert PoolSize.parse(text).between(4).bytes_of(free=1) == amount
+    assert PoolSize.parse(text).shared_by(4).resolve(free_bytes=1) == amount
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,9 @@ def test_a_pool_is_so_many_bytes_whatever_is_free(text, amount):
 )
 def test_a_share_is_of_what_is_free_and_divided_between_replicas_on_one_device(gpus, pool, held, monkeypatch):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {}))
-    settings = Settings("demo", None, created=1, threads=1, pool=PoolSize.parse("50%"), waiting=1)
-    bound = _application(settings, Scale(4, most=4), LoggingConfig(), actor=None)._bound_deployment
-    assert bound.init_args[0].pool.bytes_of(1000) == pool
+    config = ReplicaConfig("demo", None, created=1, threads=1, pool=PoolSize.parse("50%"), max_waiting=1)
+    bound = _application(config, ScalingConfig(4, max_replicas=4), LoggingConfig(), coordinator=None)._bound_deployment
+    assert bound.init_args[0].pool.resolve(1000) == pool
     assert bound.ray_actor_options["num_gpus"] == held
 
 
@@ -50,19 +50,19 @@ def test_what_is_no_size_is_refused_with_examples(text):
 
 def test_a_containers_limit_bounds_what_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
-    unbounded = free_bytes()
+    unbounded = free_memory_bytes()
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    assert free_bytes() == 2000 < unbounded
+    assert free_memory_bytes() == 2000 < unbounded
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes() > 2000
+    assert free_memory_bytes() > 2000
 
 
 def test_the_table_tells_how_many_sequences_fit_at_each_length_next_to_a_prompt_that_enters(tiny):
     loaded = byte_loaded(tiny)
-    plan = plan_of(loaded, [[16, 16]] * loaded.geometry.layers, Streaming(), context_length=256)
+    plan = make_plan(loaded, [[16, 16]] * loaded.geometry.layers, StreamingLLM(), context_length=256)
     whole = full_cache_bytes(plan.geometry, 256)
-    rows = table(loaded, plan, 10 * whole, lengths=(64, 128, 1024))
+    rows = capacity_table(loaded, plan, 10 * whole, lengths=(64, 128, 1024))
     assert [tokens for tokens, _, _ in rows] == [64, 128, 256]
     assert [dense for _, dense, _ in rows] == [38, 18, 8]  # a prompt enters in 32 bits, twice the 16 of the full cache
     left = [10 * whole - tokens * whole // 128 for tokens in (64, 128, 256)]
@@ -73,13 +73,13 @@ def test_on_a_cluster_of_others_a_warning_tells_what_serve_answers_by_itself(mon
     for name in (
         "ray.init",
         "ray.shutdown",
-        "serve_app.deployment.app._check_room",
-        "serve_app.deployment.app.check_answers",
+        "serve_app.deployment.app._check_cluster",
+        "baklava.runtime.ray_session.check_answers",
     ):
         monkeypatch.setattr(name, lambda *_, **__: None)
     for address, words in (("head:6379", ("/-/routes", "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")), ("", ())):
         monkeypatch.setenv("RAY_ADDRESS", address)
-        with session(1):
+        with serving_session(1):
             told = capsys.readouterr().err
         assert all(word in told for word in words)
         assert bool(told) == bool(words)
@@ -88,20 +88,20 @@ def test_on_a_cluster_of_others_a_warning_tells_what_serve_answers_by_itself(mon
 def test_a_text_is_a_system_prompt_and_its_tokens_begin_every_chat(tmp_path, prompts):
     file = tmp_path / "system.txt"
     file.write_text("Be brief.\n")
-    ids = Declared.read(file).ids(prompts)
+    ids = PinnedPrefix.read(file).encode(prompts)
     assert bytes(ids) == b"s:Be brief.;u:"
 
 
 def test_messages_are_the_first_turns_of_a_chat(tmp_path, prompts):
     file = tmp_path / "turns.json"
     file.write_text(json.dumps([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]))
-    assert bytes(Declared.read(file).ids(prompts)) == b"u:Hi;a:Yes?;u:"
+    assert bytes(PinnedPrefix.read(file).encode(prompts)) == b"u:Hi;a:Yes?;u:"
 
 
 def test_a_text_in_json_begins_texts(tmp_path, prompts):
     file = tmp_path / "text.json"
     file.write_text(json.dumps({"text": "Once upon"}))
-    assert bytes(Declared.read(file).ids(prompts)) == b"Once upon"
+    assert bytes(PinnedPrefix.read(file).encode(prompts)) == b"Once upon"
 
 
 @pytest.mark.parametrize(
@@ -117,24 +117,24 @@ def test_a_text_in_json_begins_texts(tmp_path, prompts):
 def test_what_is_no_declared_prompt_is_refused(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=r"a\.json"):
-        Declared.read(tmp_path / name)
+        PinnedPrefix.read(tmp_path / name)
 
 
 def test_a_declared_prompt_that_is_missing_too_long_or_not_for_the_template_is_refused(tmp_path, prompts):
     with pytest.raises(UserError, match="cannot read"):
-        Declared.read(tmp_path / "none.txt")
+        PinnedPrefix.read(tmp_path / "none.txt")
     with pytest.raises(UserError, match="shorten it"):
-        Declared("long", text="x" * 300).ids(prompts)
+        PinnedPrefix("long", text="x" * 300).encode(prompts)
     with pytest.raises(UserError, match="refuses"):
-        Declared("odd", messages=({"role": "assistant", "content": "x"},)).ids(prompts)
+        PinnedPrefix("odd", messages=({"role": "assistant", "content": "x"},)).encode(prompts)
 
 
 def test_admin_keys_are_let_in_as_the_others_are(tmp_path, monkeypatch):
     monkeypatch.setenv("BAKLAVA_ADMIN_KEYS", "boss")
-    keys = Keys.of(["one"], api_keys(None, "admin"))
+    keys = ApiKeys.from_keys(["one"], read_api_keys(None, "admin"))
     assert keys.all == {key_digest("one"), key_digest("boss")}
     assert keys.admin == {key_digest("boss")}
-    assert keys.any
-    assert not Keys.of([], []).any
+    assert keys.required
+    assert not ApiKeys.from_keys([], []).required
     with pytest.raises(UserError, match="--admin-keys"):
-        api_keys(tmp_path / "none", "admin")
+        read_api_keys(tmp_path / "none", "admin")

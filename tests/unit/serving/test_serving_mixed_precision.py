@@ -2,7 +2,7 @@
 
 import pytest
 from inprocess_replica import ask, byte_loaded, make_replica
-from plan_factory import graded, mixed, packed_plan
+from plan_factory import quantized_plan, with_bits, with_mixed_precision
 
 from baklava.eviction import HeavyHitter
 from serve_app.api.routes import create_app
@@ -11,7 +11,10 @@ from serve_app.api.routes import create_app
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_plan_with_graded_keys_is_served_alone_and_together(tiny, n):
     loaded = byte_loaded(tiny, head_dim=32)
-    plan = graded(loaded, mixed(packed_plan(loaded, HeavyHitter(sinks=2, interval=4, distance=0)), [(4, 4), (5, 16)]))
+    plan = with_mixed_precision(
+        loaded,
+        with_bits(quantized_plan(loaded, HeavyHitter(sinks=2, eviction_interval=4, distance=0)), [(4, 4), (5, 16)]),
+    )
     app = create_app(make_replica(loaded, plan))
     body = {"prompt": "The rivers of Europe are long, and many.", "max_tokens": 40, "n": n, "ignore_eos": True}
     answer = ask(app, "POST", "/v1/completions", json=body)

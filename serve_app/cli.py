@@ -1,0 +1,325 @@
+"""Serve a model under a budget plan over HTTP, for OpenAI's clients."""
+
+import argparse
+import contextlib
+import os
+import queue
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from baklava.console import log, positive_int, run_cli
+from baklava.errors import UserError
+from baklava.plan.budget_plan import BudgetPlan
+from baklava.plan.registry import REGISTRY_SCHEME, load_plan
+from serve_app.api import proxy_middleware
+from serve_app.api.network import ApiKeys, check_listen_address, read_api_keys
+from serve_app.engine.chunk_size import DEFAULT_PREFILL_DECODE_RATIO
+
+EXAMPLES = """A plan is a plan.json, models:/NAME@ALIAS or models:/NAME/VERSION in MLflow's registry, `full` to keep
+every entry, or METHOD[+EVICTION][@BITS]:BUDGET as in `baklava-evaluate --help`; some methods profile the model first.
+
+examples:
+  baklava-serve --plan runs/my-search/plan.json --model demo
+  baklava-serve --plan models:/baklava-demo@champion --model demo --port 8080 --pool 2GiB
+  baklava-serve --plan full --model HuggingFaceTB/SmolLM2-360M-Instruct
+  baklava-serve --plan baklava+heavy_hitter:0.3 --model HuggingFaceTB/SmolLM2-360M-Instruct
+  baklava-serve --plan plan.json --model demo --pinned-prefix system-prompt.txt --replicas 2 --autoscale 4
+  BAKLAVA_API_KEYS=secret1,secret2 baklava-serve --plan plan.json --model demo --host 0.0.0.0
+
+Requests without a temperature are sampled at 1.0, as with OpenAI; give 0 for greedy decoding.
+SIGHUP reads --plan again, a file or an alias of the registry, and swaps it in: running requests end under the old one.
+Ctrl-C or SIGTERM ends the server after its running requests; a second one ends it at once.
+jobs/serve.py is the same command as a script."""
+
+# The windows that `baklava-evaluate` profiles on by default; its budgets hold at the length of one.
+PROFILE_CONTEXT_TOKENS = 3072
+PROFILE_CONTINUATION_TOKENS = 512
+
+MEBIBYTE = 2**20
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="baklava-serve",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--plan", required=True, help="what bounds every KV cache, see below")
+    add("--model", required=True, metavar="demo|DIR|HUB_ID", help="the model to serve")
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    add("--port", type=_port, default=8000, help="port to listen on (default: 8000)")
+    add(
+        "--pool",
+        default="50%",
+        metavar="SIZE",
+        help="memory for KV caches: bytes per replica such as 2GiB, or a share of the memory that is free on a device, "
+        "divided between its replicas (default: 50%%)",
+    )
+    add(
+        "--max-waiting",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="requests that may wait in a replica's queue (default: 64)",
+    )
+    add(
+        "--prefill-decode-ratio",
+        type=_positive_float,
+        default=DEFAULT_PREFILL_DECODE_RATIO,
+        metavar="X",
+        help="time of a step's prefill relative to its decode batch: a higher one admits prompts sooner, a lower one "
+        "delays running requests less (default: %(default)s)",
+    )
+    add("--replicas", type=positive_int, default=1, metavar="N", help="copies of the model (default: 1)")
+    add(
+        "--autoscale",
+        type=positive_int,
+        metavar="N",
+        help="add replicas, up to N in all, while the pools are nearly full",
+    )
+    add(
+        "--timeout",
+        type=positive_int,
+        default=600,
+        metavar="SECONDS",
+        help="limit of a request, its wait included (default: 600)",
+    )
+    add(
+        "--pinned-prefix",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="start of many prompts, kept in the prefix cache: a system prompt as text, or messages as .json; repeat "
+        "for several",
+    )
+    add(
+        "--calibration",
+        nargs="+",
+        default=["botocore"],
+        metavar="NAME|FILE",
+        help="texts METHOD:BUDGET profiles on (default: botocore)",
+    )
+    add(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        help="file with one accepted API key per line; or set BAKLAVA_API_KEYS to keys with commas between them",
+    )
+    add(
+        "--admin-keys",
+        type=Path,
+        metavar="FILE",
+        help="the same for keys that may also change the plan; or set BAKLAVA_ADMIN_KEYS",
+    )
+    add("--logs", metavar="DIR", help="write a JSON line per request there, without prompts and answers")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    options = build_parser().parse_args(argv)
+    _set_ray_environment()
+    return run_cli("baklava-serve", lambda: _serve(options))
+
+
+def _set_ray_environment() -> None:
+    """Set what Ray reads when it is imported; what the user has set stays."""
+    defaults = {
+        "RAY_AUTH_MODE": "token",  # anyone who reaches a port of Ray's could run code otherwise
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Serve's controller is killed at the end, under calls that Ray would announce to retry.
+        "RAY_enable_output_error_log_if_still_retry": "0",
+        proxy_middleware.IMPORT_PATH_VARIABLE: proxy_middleware.IMPORT_PATH,
+    }
+    if not os.environ.get("RAY_ADDRESS"):
+        # A cluster of this machine's own stays on the loopback address. Ray would ask an address on the internet for
+        # another one.
+        defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    """Check what can be checked in a moment, start the server, and wait for its end."""
+    keys = ApiKeys.from_keys(read_api_keys(options.api_keys), read_api_keys(options.admin_keys, "admin"))
+    check_listen_address(options.host, options.port, has_keys=keys.required)
+    # Imported here, since it takes seconds and --help should not.
+    from serve_app.engine.memory import PoolSize
+    from serve_app.openai.tokenization import PinnedPrefix
+
+    pool = PoolSize.parse(options.pool)
+    prefixes = tuple(PinnedPrefix.read(path) for path in options.pinned_prefix)
+    plan = load_served_plan(options.plan, options.model, options.calibration)
+    from serve_app.deployment.app import ScalingConfig, run_server, serving_session
+    from serve_app.deployment.replica import ReplicaConfig
+
+    max_replicas = max(options.replicas, options.autoscale or 0)
+    config = ReplicaConfig(
+        model=options.model,
+        plan=plan,
+        created=int(time.time()),
+        threads=max(1, (os.cpu_count() or 1) // max_replicas),
+        pool=pool,
+        max_waiting=options.max_waiting,
+        pinned_prefixes=prefixes,
+        keys=keys,
+        timeout_seconds=float(options.timeout),
+        host=options.host,
+        prefill_decode_ratio=options.prefill_decode_ratio,
+    )
+    scaling = ScalingConfig(
+        options.replicas, max_replicas, str(Path(options.logs).absolute()) if options.logs else None
+    )
+    log(f"starting {options.replicas} replica(s) of {options.model}")
+    with serving_session(max_replicas, quiet=scaling.log_dir is not None):
+        signals = _catch_signals()
+        with run_server(config, options.host, options.port, scaling) as server:
+            print(welcome(server.description, options.host, options.port, needs_key=keys.required), flush=True)
+            _wait_for_end(signals, lambda: reload_plan(options, server.group))
+
+
+def load_served_plan(source: str, model: str, calibration: Sequence[str]) -> BudgetPlan | None:
+    """Return the plan that `--plan` names, if it fits the model; None for the full cache.
+
+    Raises:
+        UserError: there is no such plan, it is invalid, or it was made for another model.
+    """
+    if source == "full":
+        return None
+    if _is_method(source):
+        return _allocate(source, model, calibration)
+    plan = load_plan(source)
+    from baklava.eviction import build_eviction
+    from baklava.runtime.model_loader import load_config
+
+    plan.validate_for(*load_config(model))
+    build_eviction(plan.eviction)
+    return plan
+
+
+def _is_method(source: str) -> bool:
+    """Whether `--plan` is METHOD:BUDGET, which is made once when the server starts."""
+    if source.startswith(REGISTRY_SCHEME) or Path(source).exists():
+        return False
+    from baklava.allocation import METHODS
+
+    return ":" in source or re.split(r"\W", source)[0] in METHODS
+
+
+def _allocate(spec: str, model: str, calibration: Sequence[str]) -> BudgetPlan:
+    from baklava.allocation.plan_spec import resolve_plan
+    from baklava.data.documents import load_documents
+    from baklava.data.windows import make_splits
+    from baklava.profiling.profile import Profile
+    from baklava.profiling.profiler import cached_profile
+    from baklava.runtime.model_loader import load
+
+    log(f"making plan {spec} for {model}")
+    loaded = load(model)
+    tokens = min(PROFILE_CONTEXT_TOKENS + PROFILE_CONTINUATION_TOKENS, loaded.max_length)
+    continuation = min(PROFILE_CONTINUATION_TOKENS, tokens // 7)
+
+    def load_profile() -> Profile:
+        log(f"profiling {model} on {', '.join(calibration)}, since {spec} needs it")
+        documents = load_documents(calibration)
+        splits = make_splits(
+            documents, loaded.tokenizer, context=tokens - continuation, continuation=continuation, seed=0
+        )
+        return cached_profile(loaded, splits.calibration)
+
+    return resolve_plan(spec, loaded, tokens, load_profile).plan
+
+
+def reload_plan(options: argparse.Namespace, group: Any) -> None:
+    """Read the plan again and log what has come of it; whatever is wrong with it, the server goes on."""
+    from serve_app.replication.plan_rollout import rollout_plan
+
+    if options.plan == "full" or _is_method(options.plan):
+        log(f"the plan stays as it is: --plan {options.plan} has nothing to read again")
+        return
+    try:
+        plan = load_served_plan(options.plan, options.model, options.calibration)
+    except UserError as error:
+        log(f"the plan stays as it is: {error}")
+    else:
+        assert plan is not None  # --plan is a file or a registry address
+        log(rollout_plan(group, plan))
+
+
+def welcome(description: dict[str, Any], host: str, port: int, *, needs_key: bool) -> str:
+    """Return what is served where, how many sequences fit, and how to send a request."""
+    plan, model = description["plan"], description["model"]["id"]
+    tokens = plan["context_length"]
+    per_sequence, full = plan["bytes_per_sequence"] / MEBIBYTE, plan["full_bytes_per_sequence"] / MEBIBYTE
+    base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    key = '-H "Authorization: Bearer $KEY" ' if needs_key else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "stream": true}}'
+    return f"""
+baklava listens on {base}
+  model        {model}, up to {description["model"]["max_model_len"]:,} tokens
+  plan         {plan["digest"]}, {plan["eviction"]["method"]} eviction
+  memory       {per_sequence:,.1f} MiB per sequence; full cache of {tokens:,} tokens {full:,.1f} ({plan["ratio"]:.1%})
+  pool         {description["pool_bytes"] / MEBIBYTE:,.0f} MiB of KV caches per replica
+{format_capacity(description["capacity"])}
+  base_url     {base}/v1
+  status page  {base}/
+
+curl -N {base}/v1/chat/completions -H "Content-Type: application/json" {key}\\
+  -d '{body}'
+"""
+
+
+def format_capacity(rows: Sequence[tuple[int, int, int]]) -> str:
+    """Format how many sequences fit into the pool by their length, with the full cache and under the plan."""
+    labels = ("tokens per sequence", "sequences, full cache", "sequences, this plan")
+    columns = zip(*rows, strict=True)
+    return "\n".join(
+        f"  {label:<22}" + "".join(f"{number:>9,}" for number in numbers)
+        for label, numbers in zip(labels, columns, strict=True)
+    )
+
+
+def _catch_signals() -> "queue.SimpleQueue[int]":
+    """Return the queue of SIGHUPs from now on; SIGTERM does what Ctrl-C does.
+
+    Ray sets handlers of its own when it starts, so this comes after.
+    """
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, lambda number, _: signals.put(number))
+    return signals
+
+
+def _wait_for_end(signals: "queue.SimpleQueue[int]", on_hangup: Callable[[], None]) -> None:
+    """Wait for Ctrl-C or SIGTERM; handle SIGHUPs until then."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while signals.get():
+            on_hangup()
+    log("stopping: waiting for running requests")
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a number above 0; the default is {DEFAULT_PREFILL_DECODE_RATIO}"
+        )
+    return value
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is not a port; give a number from 1 to 65535")
+    return int(text)

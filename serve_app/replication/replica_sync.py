@@ -1,0 +1,129 @@
+"""Keeps one replica in step with the others: applies the desired state, and reports what the replica is doing."""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from baklava.errors import UserError
+from baklava.plan.budget_plan import BudgetPlan
+from serve_app.engine.engine import Engine
+from serve_app.openai.errors import ApiError
+from serve_app.replication.coordinator import INITIAL_STATE, DesiredState
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class ReplicaReport:
+    """What a replica says about itself.
+
+    Args:
+        applied: the desired state that it follows.
+        state: its `EngineState` as a dict.
+        metrics: its metrics in Prometheus's text format.
+        failure: why it could not apply the plan of version `rejected_version`.
+    """
+
+    replica: str
+    applied: DesiredState
+    state: dict[str, Any]
+    metrics: str
+    failure: str = ""
+    rejected_version: int = 0
+
+
+class ReplicaGroup(Protocol):
+    """All replicas of a server and their coordinator. Every method raises whatever the cluster raises."""
+
+    def sync(self, applied: DesiredState) -> DesiredState:
+        """Exchange states with the coordinator."""
+
+    def publish_plan(self, plan: str) -> DesiredState:
+        """Make a plan (JSON) the active one for replicas that sync from now on."""
+
+    def broadcast(self, desired: DesiredState | None = None) -> Sequence[ReplicaReport | BaseException]:
+        """Have every running replica apply the state, if one is given, and return their reports.
+
+        A replica that does not answer is an exception in its place.
+        """
+
+
+class ReplicaSync:
+    """Applies the desired state to one engine. Its methods may be called from any thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        group: ReplicaGroup,
+        replica: str,
+        metrics: Callable[[], str],
+        applied: DesiredState = INITIAL_STATE,
+    ) -> None:
+        self._engine, self._group, self.replica, self._metrics = engine, group, replica, metrics
+        self._applied = applied
+        self._failure, self._rejected_version = "", 0
+        self._lock = threading.Lock()
+
+    def report(self) -> ReplicaReport:
+        """Return what this replica is doing now."""
+        state = dataclasses.asdict(self._engine.state())
+        return ReplicaReport(self.replica, self._applied, state, self._metrics(), self._failure, self._rejected_version)
+
+    def apply(self, desired: DesiredState) -> ReplicaReport:
+        """Drain, and swap the plan if it is a newer one. A plan that the engine rejects is not tried again."""
+        with self._lock:
+            if desired.draining:
+                self._engine.drain()
+                self._applied = dataclasses.replace(self._applied, draining=True)
+            if desired.version > max(self._applied.version, self._rejected_version):
+                try:
+                    self._engine.swap_plan(BudgetPlan.model_validate_json(desired.plan))
+                except (UserError, ValidationError) as error:
+                    self._failure, self._rejected_version = str(error), desired.version
+                    logger.error("keeps plan %s: %s", self._engine.plan.digest, error)
+                else:
+                    self._applied = dataclasses.replace(desired, draining=self._applied.draining)
+                    self._failure = ""
+        return self.report()
+
+    def sync(self) -> None:
+        """Apply what was published while this replica started, or could not be reached."""
+        self.apply(self._group.sync(self._applied))
+
+    def publish(self, plan: BudgetPlan) -> list[ReplicaReport]:
+        """Swap this replica's plan and then everybody's. Return what the replicas say afterwards.
+
+        Raises:
+            UserError: the plan is for another model, or the pool does not hold one sequence.
+            ApiError: 503, the coordinator does not answer; this replica is back under the plan that it had.
+        """
+        with self._lock:
+            previous = self._engine.plan
+            self._engine.swap_plan(plan)
+            try:
+                desired = self._group.publish_plan(plan.model_dump_json())
+            except Exception:  # whatever the cluster raises
+                self._engine.swap_plan(previous)
+                logger.warning("the coordinator of the replicas does not answer", exc_info=True)
+                message = "The other replicas cannot be reached; the plan stays."
+                raise ApiError(message, 503, retry_after=5) from None
+            self._applied, self._failure = dataclasses.replace(desired, draining=self._applied.draining), ""
+        return self.all_reports(desired)
+
+    def all_reports(self, desired: DesiredState | None = None) -> list[ReplicaReport]:
+        """Return the reports of all replicas that answer, after they applied the state if one is given."""
+        try:
+            answers = self._group.broadcast(desired)
+        except Exception:  # whatever the cluster raises
+            logger.warning("the other replicas do not answer", exc_info=True)
+            answers = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                logger.warning("a replica does not answer: %s", answer)
+        reports = [answer for answer in answers if isinstance(answer, ReplicaReport) and answer.replica != self.replica]
+        return sorted([self.report(), *reports], key=lambda report: report.replica)
