@@ -1,4 +1,4 @@
-"""Means with intervals: windows of one document are not independent, so documents are what is drawn."""
+"""Means with bootstrap intervals over documents, because windows of one document are not independent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-DRAWS = 4000
-Z = 1.96
+NUM_RESAMPLES = 4000
+Z_95 = 1.96
 """The normal quantile of a 95 % interval."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over windows and its 95 % bootstrap interval over documents; NaN bounds when there is one document."""
+    """A mean over windows and its 95 % bootstrap interval over documents; the bounds of one document are NaN."""
 
     mean: float
     low: float
@@ -22,59 +22,61 @@ class Interval:
     documents: int
 
 
-def interval(values: Sequence[float], documents: Sequence[str], seed: int = 0) -> Interval:
-    """Bootstrap the mean of one value per window, drawing documents with replacement (Efron's percentile interval).
+def bootstrap_mean(values: Sequence[float], documents: Sequence[str], seed: int = 0) -> Interval:
+    """Bootstrap the mean of one value per window by resampling documents (Efron's percentile interval).
 
-    Percentiles of few documents lie too near to each other (of four normal ones, 79 % of the intervals hold the mean),
-    so their distance from the mean is scaled as Student's t asks for.
+    Percentiles of few documents lie too close together: of four normal ones, 79 % of the intervals cover the mean. So
+    their distance from the mean is scaled up to match Student's t.
     """
-    sums, counts = _by_document(values, documents)
+    sums, counts = _sums_by_document(values, documents)
     mean = float(np.mean(values))
     if len(sums) < 2:
         return Interval(mean, float("nan"), float("nan"), len(values), len(sums))
-    drawn = _drawn(len(sums), seed)
-    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
-    return Interval(mean, *_widened(mean, low, high, len(sums)), len(values), len(sums))
+    samples = _resample(len(sums), seed)
+    low, high = np.percentile(sums[samples].sum(1) / counts[samples].sum(1), [2.5, 97.5])
+    return Interval(mean, *_widen(mean, low, high, len(sums)), len(values), len(sums))
 
 
-def ratio(values: Sequence[float], over: Sequence[float], documents: Sequence[str], seed: int = 0) -> Interval:
-    """The mean of `values` over the mean of `over` on the same windows, both from the same drawn documents.
+def bootstrap_ratio(
+    numerator: Sequence[float], denominator: Sequence[float], documents: Sequence[str], seed: int = 0
+) -> Interval:
+    """Bootstrap the ratio of two means over the same windows, both from the same resampled documents.
 
-    Infinite where the mean below is not above 0: there is nothing to be a multiple of.
+    The ratio is infinite if the denominator's mean is not positive.
     """
-    above, below = (_by_document(each, documents)[0] for each in (values, over))
-    mean = float(_over(above.sum(), below.sum()))
-    if len(above) < 2:
-        return Interval(mean, float("nan"), float("nan"), len(values), len(above))
-    drawn = _drawn(len(above), seed)
-    found = _over(above[drawn].sum(1), below[drawn].sum(1))
-    low, high = np.percentile(found, [2.5, 97.5], method="nearest")  # interpolating between infinities gives NaN
-    return Interval(mean, *_widened(mean, low, high, len(above)), len(values), len(above))
+    upper, lower = (_sums_by_document(values, documents)[0] for values in (numerator, denominator))
+    mean = float(_divide(upper.sum(), lower.sum()))
+    if len(upper) < 2:
+        return Interval(mean, float("nan"), float("nan"), len(numerator), len(upper))
+    samples = _resample(len(upper), seed)
+    ratios = _divide(upper[samples].sum(1), lower[samples].sum(1))
+    low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")  # interpolating between infinities gives NaN
+    return Interval(mean, *_widen(mean, low, high, len(upper)), len(numerator), len(upper))
 
 
-def _widened(mean: float, low: float, high: float, documents: int) -> tuple[float, float]:
-    """Bounds as far from the mean as so few documents make them; infinite ones stay."""
+def _widen(mean: float, low: float, high: float, documents: int) -> tuple[float, float]:
+    """Scale the distance of both bounds from the mean for a small number of documents; infinite bounds stay."""
     freedom = documents - 1
-    # Expansion of the t quantile around the normal one, within 1 % from four documents on.
-    quantile = Z + (Z**3 + Z) / (4 * freedom) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * freedom**2)
-    quantile += (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / (384 * freedom**3)
-    wider = quantile / Z * (documents / freedom) ** 0.5
-    bounds = (
-        float(bound) if np.isinf(bound) or np.isinf(mean) else mean + wider * (bound - mean) for bound in (low, high)
+    # Expansion of the t quantile around the normal one, accurate to 1 % from four documents on.
+    quantile = Z_95 + (Z_95**3 + Z_95) / (4 * freedom) + (5 * Z_95**5 + 16 * Z_95**3 + 3 * Z_95) / (96 * freedom**2)
+    quantile += (3 * Z_95**7 + 19 * Z_95**5 + 17 * Z_95**3 - 15 * Z_95) / (384 * freedom**3)
+    scale = quantile / Z_95 * (documents / freedom) ** 0.5
+    low, high = (
+        float(bound) if np.isinf(bound) or np.isinf(mean) else float(mean + scale * (bound - mean))
+        for bound in (low, high)
     )
-    low, high = map(float, bounds)
     return low, high
 
 
-def _drawn(documents: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(documents, size=(DRAWS, documents))
+def _resample(documents: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(documents, size=(NUM_RESAMPLES, documents))
 
 
-def _over(above: Any, below: Any) -> Any:
-    return np.where(below > 0, above / np.where(below > 0, below, 1), np.inf)
+def _divide(upper: Any, lower: Any) -> Any:
+    return np.where(lower > 0, upper / np.where(lower > 0, lower, 1), np.inf)
 
 
-def _by_document(values: Sequence[float], documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _sums_by_document(values: Sequence[float], documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     names = sorted(set(documents))
-    of = np.array([names.index(document) for document in documents])
-    return np.bincount(of, weights=values), np.bincount(of)
+    index = np.array([names.index(document) for document in documents])
+    return np.bincount(index, weights=values), np.bincount(index)

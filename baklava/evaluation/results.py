@@ -1,75 +1,89 @@
-"""Comparison: results over windows and prompts as means, paired differences and intervals, plan by plan."""
+"""Results over windows and prompts: means, paired differences and intervals of every plan."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-from baklava.allocation.plan_spec import NamedPlan
-from baklava.evaluation.bootstrap import Interval, interval
+from baklava.allocation.plan_spec import ResolvedPlan
+from baklava.evaluation.bootstrap import Interval, bootstrap_mean
 from baklava.evaluation.evaluator import PromptResult, WindowResult
+from baklava.evaluation.formatting import nan_to_null
 from baklava.evaluation.speed.latency import Speed
-from baklava.evaluation.task_scoring import Answer
-from baklava.evaluation.window_scoring import Score
+from baklava.evaluation.window_scoring import WindowScore
+from baklava.plan.budget_plan import BudgetPlan
 
-METRICS = ("dnll", "kl", "gain")
+WINDOW_METRICS = ("dnll", "kl", "context_gain")
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A plan on one task: `exact` from 0 to 1 (higher is better), NLLs in nats per token of the answer (lower is).
+    """A plan on one task. Scores are from 0 to 1, higher is better; NLLs are in nats per token of the answer.
 
-    `metric` is the name of what scored the answers, "exact" where that is exact match. Of the `prompts`, `cut` are so
-    long that the plan lost entries of their context. `loss` is the full cache's `exact` minus the plan's, question by
-    question, with its interval over prompts.
+    Attributes:
+        score: mean score of the plan's answers.
+        nll: mean NLL of the right answers.
+        full_score: the same for the full cache.
+        full_nll: the same for the full cache.
+        closed_book_score: the same without the context.
+        closed_book_nll: the same without the context.
+        chance: mean score of a guess.
+        loss: the full cache's score minus the plan's, paired by question, with its interval over prompts.
+        questions: number of questions.
+        prompts: number of prompts.
+        num_compressed: prompts so long that the plan evicted entries of their context.
+        metric: names of the metrics, "exact" for exact match.
     """
 
-    exact: float
+    score: float
     nll: float
-    full_exact: float
+    full_score: float
     full_nll: float
-    closed_book_exact: float
+    closed_book_score: float
     closed_book_nll: float
     chance: float
     loss: Interval
     questions: int
     prompts: int
-    cut: int
+    num_compressed: int
     metric: str
 
     @classmethod
-    def of(cls, results: Sequence[PromptResult], plan: int, lossless: int) -> "TaskScore":
-        """The score of the plan with this number, which loses no entry of that many tokens, over prompts of a task."""
-        ours = [answer for result in results for answer in result.plans[plan].answers]
+    def from_results(cls, results: Sequence[PromptResult], plan: int, max_lossless_tokens: int) -> "TaskScore":
+        """Aggregate the prompts of a task for the plan with this index."""
+        answers = [answer for result in results for answer in result.plans[plan].answers]
         full = [answer for result in results for answer in result.full]
-        closed = [answer for result in results for answer in result.closed_book]
-        prompts = [result.name for result in results for _ in result.full]
-        losses = [theirs.exact - mine.exact for theirs, mine in zip(full, ours, strict=True)]
+        closed_book = [answer for result in results for answer in result.closed_book]
+        prompt_of_question = [result.name for result in results for _ in result.full]
+        losses = [reference.score - answer.score for reference, answer in zip(full, answers, strict=True)]
         return cls(
-            *_means(ours),
-            *_means(full),
-            *_means(closed),
+            score=fmean(answer.score for answer in answers),
+            nll=fmean(answer.nll for answer in answers),
+            full_score=fmean(answer.score for answer in full),
+            full_nll=fmean(answer.nll for answer in full),
+            closed_book_score=fmean(answer.score for answer in closed_book),
+            closed_book_nll=fmean(answer.nll for answer in closed_book),
             chance=fmean(chance for result in results for chance in result.chance),
-            loss=interval(losses, prompts),
-            questions=len(ours),
+            loss=bootstrap_mean(losses, prompt_of_question),
+            questions=len(answers),
             prompts=len(results),
-            cut=sum(result.tokens > lossless for result in results),
+            num_compressed=sum(result.tokens > max_lossless_tokens for result in results),
             metric=" ".join(dict.fromkeys(metric for result in results for metric in result.metrics)),
         )
 
     def as_json(self) -> dict[str, Any]:
-        """What other people's scripts read."""
+        """Return the record that users' scripts read."""
         return {
-            "exact": self.exact,
+            "score": self.score,
             "answer_nll": self.nll,
             "chance": self.chance,
             "n": self.questions,
             "metric": self.metric,
             "prompts": self.prompts,
-            "cut": self.cut,
-            "full": {"exact": self.full_exact, "answer_nll": self.full_nll},
-            "closed_book": {"exact": self.closed_book_exact, "answer_nll": self.closed_book_nll},
-            "loss": _without_nan(asdict(self.loss)),
+            "num_compressed": self.num_compressed,
+            "full": {"score": self.full_score, "answer_nll": self.full_nll},
+            "closed_book": {"score": self.closed_book_score, "answer_nll": self.closed_book_nll},
+            "loss": nan_to_null(asdict(self.loss)),
         }
 
 
@@ -77,36 +91,47 @@ class TaskScore:
 class Evaluation:
     """One plan over all windows and prompts.
 
-    `gain` is what context is worth on each window, in nats per token: all of it instead of its last `short` tokens. Of
-    the windows, `cut` are so long that the plan lost entries.
+    Attributes:
+        name: the plan's name or file.
+        plan: the plan.
+        scores: its score on each window.
+        context_gain: what the context of each window is worth, in nats per token; see `WindowResult`.
+        short_context: tokens of the short context in that gain.
+        num_compressed: windows so long that the plan evicted entries.
+        tasks: its score on each task.
+        peak_task_bytes: peak bytes of the cache on any prompt.
+        speed: its speed, if it was measured.
     """
 
-    named: NamedPlan
-    scores: tuple[Score, ...]
-    gain: tuple[float, ...]
-    short: int = 0
-    cut: int = 0
+    name: str
+    plan: BudgetPlan
+    scores: tuple[WindowScore, ...]
+    context_gain: tuple[float, ...]
+    short_context: int = 0
+    num_compressed: int = 0
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
-    answer_bytes: int = 0
+    peak_task_bytes: int = 0
     speed: Speed | None = None
 
     def values(self, metric: str) -> tuple[float, ...]:
-        """`dnll`, `kl` or `gain` window by window."""
-        return self.gain if metric == "gain" else tuple(getattr(score, metric) for score in self.scores)
+        """Return one of `WINDOW_METRICS` of each window."""
+        if metric == "context_gain":
+            return self.context_gain
+        return tuple(getattr(score, metric) for score in self.scores)
 
     def mean(self, metric: str) -> Interval:
-        """Mean of `dnll`, `kl` or `gain` over the windows, with its interval over documents."""
-        return interval(self.values(metric), self.documents)
+        """Return the mean of one of `WINDOW_METRICS` over the windows, with its interval over documents."""
+        return bootstrap_mean(self.values(metric), self.documents)
 
-    def above(self, other: "Evaluation", metric: str) -> Interval:
-        """This plan's `dnll` or `kl` minus the other's on the same windows; above 0 the other is better."""
+    def paired_difference(self, other: "Evaluation", metric: str) -> Interval:
+        """Return this plan's `dnll` or `kl` minus the other's on the same windows; above 0 the other is better."""
         pairs = zip(self.values(metric), other.values(metric), strict=True)
-        return interval([mine - theirs for mine, theirs in pairs], self.documents)
+        return bootstrap_mean([mine - theirs for mine, theirs in pairs], self.documents)
 
     @property
-    def keeps_all(self) -> bool:
+    def is_full_cache(self) -> bool:
         """Whether the plan is the full cache."""
-        return self.named.plan.allocation.method == "full"
+        return self.plan.allocation.method == "full"
 
     @property
     def documents(self) -> list[str]:
@@ -115,14 +140,14 @@ class Evaluation:
 
     @property
     def allocated_bytes(self) -> int:
-        """Most bytes that the cache was measured to hold on any window or prompt."""
-        return max([self.answer_bytes, *(score.allocated_bytes for score in self.scores)])
+        """The peak bytes of the cache on any window or prompt."""
+        return max([self.peak_task_bytes, *(score.allocated_bytes for score in self.scores)])
 
     def as_json(self) -> dict[str, Any]:
-        """What other people's scripts read."""
-        plan = self.named.plan
+        """Return the record that users' scripts read."""
+        plan = self.plan
         return {
-            "name": self.named.name,
+            "name": self.name,
             "plan": {
                 "bytes_per_sequence": plan.bytes_per_sequence,
                 "full_bytes_per_sequence": plan.full_bytes_per_sequence,
@@ -130,54 +155,57 @@ class Evaluation:
                 "digest": plan.digest,
             },
             "allocated_bytes": self.allocated_bytes,
-            "cut": self.cut,
+            "num_compressed": self.num_compressed,
             "windows": [
-                {"name": s.window, "nll_full": s.nll_full, "nll": s.nll, "dnll": s.dnll, "kl": s.kl, "gain": gain}
-                for s, gain in zip(self.scores, self.gain, strict=True)
+                {
+                    "name": score.window,
+                    "nll_full": score.nll_full,
+                    "nll": score.nll,
+                    "dnll": score.dnll,
+                    "kl": score.kl,
+                    "context_gain": gain,
+                }
+                for score, gain in zip(self.scores, self.context_gain, strict=True)
             ],
             "tasks": {name: score.as_json() for name, score in self.tasks.items()},
-            "mean": {metric: self.mean(metric).mean for metric in METRICS},
-            "interval": {metric: _without_nan(asdict(self.mean(metric))) for metric in METRICS},
+            "mean": {metric: self.mean(metric).mean for metric in WINDOW_METRICS},
+            "interval": {metric: nan_to_null(asdict(self.mean(metric))) for metric in WINDOW_METRICS},
             "speed": asdict(self.speed) if self.speed else None,
         }
 
 
-def compare(
-    plans: Sequence[NamedPlan],
+def aggregate_results(
+    plans: Sequence[ResolvedPlan],
     windows: Sequence[WindowResult],
     prompts: Sequence[PromptResult],
     speeds: Mapping[str, Speed] | None = None,
 ) -> list[Evaluation]:
-    """An evaluation per plan; the results have the plans in this order."""
+    """Return an evaluation of each plan; every result lists the plans in this order."""
     tasks = dict.fromkeys(result.task for result in prompts)
-    groups = {task: [result for result in prompts if result.task == task] for task in tasks}
-    return [
-        Evaluation(
-            named,
-            tuple(result.scores[number] for result in windows),
-            tuple(result.gain for result in windows),
-            windows[0].short,
-            sum(result.tokens > named.plan.lossless_tokens for result in windows),
-            {task: TaskScore.of(group, number, named.plan.lossless_tokens) for task, group in groups.items()},
-            max((result.plans[number].allocated_bytes for result in prompts), default=0),
-            (speeds or {}).get(named.name),
+    by_task = {task: [result for result in prompts if result.task == task] for task in tasks}
+    evaluations = []
+    for index, named in enumerate(plans):
+        max_lossless_tokens = named.plan.max_lossless_tokens
+        evaluations.append(
+            Evaluation(
+                name=named.name,
+                plan=named.plan,
+                scores=tuple(result.scores[index] for result in windows),
+                context_gain=tuple(result.context_gain for result in windows),
+                short_context=windows[0].short_context,
+                num_compressed=sum(result.tokens > max_lossless_tokens for result in windows),
+                tasks={
+                    task: TaskScore.from_results(results, index, max_lossless_tokens)
+                    for task, results in by_task.items()
+                },
+                peak_task_bytes=max((result.plans[index].allocated_bytes for result in prompts), default=0),
+                speed=(speeds or {}).get(named.name),
+            )
         )
-        for number, named in enumerate(plans)
-    ]
+    return evaluations
 
 
-def best(evaluations: Sequence[Evaluation]) -> Evaluation | None:
-    """The plan with the least KL among those that keep less than everything."""
-    budgeted = [each for each in evaluations if not each.keeps_all]
-    return min(budgeted, key=lambda each: each.mean("kl").mean, default=None)
-
-
-def _means(answers: Sequence[Answer]) -> tuple[float, float]:
-    reads: tuple[Callable[[Answer], float], ...] = (lambda answer: answer.exact, lambda answer: answer.nll)
-    exact, nll = (fmean(map(read, answers)) for read in reads)
-    return exact, nll
-
-
-def _without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: a bound that one document cannot give is null."""
-    return {name: None if value != value else value for name, value in values.items()}
+def best_plan(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """Return the plan with the lowest mean KL, other than full caches."""
+    budgeted = [evaluation for evaluation in evaluations if not evaluation.is_full_cache]
+    return min(budgeted, key=lambda evaluation: evaluation.mean("kl").mean, default=None)

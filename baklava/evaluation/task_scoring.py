@@ -1,4 +1,4 @@
-"""Answering: what a cache still knows of a context that was cut before anybody asked."""
+"""Answer a prompt's questions from a context that was prefilled and compressed before any of them was asked."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -20,134 +20,139 @@ from baklava.runtime.logprobs import forced_logits
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import PrefilledPrompt, compress, prefill_and_record
 
-Ids = Int[Tensor, "one tokens"]
+Ids = Int[Tensor, " tokens"]
 
-TAIL = 64
-"""Characters of a context that its questions are encoded behind."""
+BOUNDARY_CHARS = 64
+"""Characters of the context that a question is encoded with, so that its first token is that of running text."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """How one question was answered.
 
-    `exact` is the metric of the greedy answer, from 0 to 1: where the answer is one text, 1 if greedy decoding writes
-    all of its tokens, whatever follows them. `nll` is the NLL of the right answer in nats per token.
+    Attributes:
+        score: the question's metric of the greedy answer, from 0 to 1. For "exact" it is 1 if greedy decoding writes
+            all tokens of the target, whatever follows them.
+        nll: NLL of the right answer in nats per token.
     """
 
-    exact: float
+    score: float
     nll: float
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The answers to a prompt's questions, and the most bytes that the cache was measured to hold on the way."""
+class PlanAnswers:
+    """A plan's answers to the questions of a prompt, and the peak bytes of its cache."""
 
     answers: tuple[Answer, ...]
     allocated_bytes: int
 
 
-def record_prompt(loaded: LoadedModel, prompt: Prompt, evictions: Sequence[Eviction]) -> PrefilledPrompt:
-    """Prefill the context of a prompt, and nothing of its questions, for plans with these eviction methods.
+def prefill_context(loaded: LoadedModel, prompt: Prompt, evictions: Sequence[Eviction]) -> PrefilledPrompt:
+    """Prefill the context of a prompt, without its questions, for plans with these eviction methods.
 
     Raises:
         UserError: the prompt is longer than the model's positions.
     """
-    encode = loaded.tokenizer.encode
-    longest = prompt.num_tokens(loaded.count_tokens)
-    loaded.check_length(longest + len(bos_tokens(loaded.tokenizer)), "a prompt", "make shorter prompts")
-    ids = bos_tokens(loaded.tokenizer) + encode(prompt.context, add_special_tokens=False)
-    return prefill_and_record(loaded, torch.tensor([ids], device=loaded.device), evictions)
+    bos = bos_tokens(loaded.tokenizer)
+    loaded.check_length(prompt.num_tokens(loaded.count_tokens) + len(bos), "a prompt", "make shorter prompts")
+    ids = bos + loaded.tokenizer.encode(prompt.context, add_special_tokens=False)
+    return prefill_and_record(loaded, loaded.as_batch(ids), evictions)
 
 
 @torch.inference_mode()
-def answer(loaded: LoadedModel, recorded: PrefilledPrompt, prompt: Prompt, plan: BudgetPlan) -> Answers:
-    """Answer the questions inside a plan: every question starts from the same cut cache.
+def answer_with_plan(loaded: LoadedModel, context: PrefilledPrompt, prompt: Prompt, plan: BudgetPlan) -> PlanAnswers:
+    """Answer the questions under a plan; every question starts from a copy of the same compressed cache.
 
     Raises:
-        RuntimeError: the cache has seen more than the context, so that eviction may have known a question.
+        RuntimeError: the cache has seen more than the context, so eviction may have known a question.
     """
-    start, _ = compress(loaded, recorded, plan)
-    check_unasked(start, recorded.ids.shape[1])
-    asked = _Asked(loaded, prompt, lambda: deepcopy(start))
-    return Answers(tuple(asked.answer(question) for question in prompt.questions), asked.held)
+    compressed, _ = compress(loaded, context, plan)
+    check_question_unseen(compressed, context.ids.shape[1])
+    runner = _QuestionRunner(loaded, prompt, lambda: deepcopy(compressed))
+    return PlanAnswers(tuple(runner.answer(question) for question in prompt.questions), runner.peak_bytes)
 
 
 @torch.inference_mode()
-def answer_full(loaded: LoadedModel, recorded: PrefilledPrompt, prompt: Prompt) -> tuple[Answer, ...]:
-    """The answers of transformers' own cache, which keeps everything."""
-    asked = _Asked(loaded, prompt, recorded.recording.to_dynamic_cache)
-    return tuple(asked.answer(question) for question in prompt.questions)
+def answer_with_full_cache(loaded: LoadedModel, context: PrefilledPrompt, prompt: Prompt) -> tuple[Answer, ...]:
+    """Answer the questions with transformers' own cache of the whole context."""
+    runner = _QuestionRunner(loaded, prompt, context.recording.to_dynamic_cache)
+    return tuple(runner.answer(question) for question in prompt.questions)
 
 
 @torch.inference_mode()
 def answer_closed_book(loaded: LoadedModel, prompt: Prompt) -> tuple[Answer, ...]:
-    """The answers of a model that was never shown the context: what chance is, measured."""
-    asked = _Asked(loaded, prompt, DynamicCache, bos_tokens(loaded.tokenizer))
-    return tuple(asked.answer(question) for question in prompt.questions)
+    """Answer the questions without the context: the measured level of chance."""
+    runner = _QuestionRunner(loaded, prompt, DynamicCache, bos_tokens(loaded.tokenizer))
+    return tuple(runner.answer(question) for question in prompt.questions)
 
 
-def check_unasked(cache: Cache, context: int) -> None:
-    """Raise RuntimeError when a cache has seen more than the `context` tokens before the questions."""
-    if cache.get_seq_length() != context:
+def check_question_unseen(cache: Cache, context_tokens: int) -> None:
+    """Raise RuntimeError if a cache has seen other than the `context_tokens` before the questions."""
+    if cache.get_seq_length() != context_tokens:
         raise RuntimeError(
-            f"the cache has seen {cache.get_seq_length()} tokens, but the context has {context}: eviction may know the "
-            "question; a question is asked behind the cut"
+            f"the cache has seen {cache.get_seq_length()} tokens, but the context has {context_tokens}: eviction may "
+            "know the question; ask it after the context has been compressed"
         )
 
 
-def behind(tokenizer: Any, before: str, text: str) -> list[int]:
-    """The tokens of a text that goes on behind another one, as far as tokens do not span the two.
+def encode_continuation(tokenizer: Any, before: str, text: str) -> list[int]:
+    """Encode a text that continues another one, unless a token spans both.
 
-    Encoded alone, many a tokenizer would put a mark of a first word before it, which no model writes in mid-text.
+    Many tokenizers start a text that is encoded alone with a mark of its first word, which no model writes in
+    mid-text.
     """
-    encoded, first = (tokenizer.encode(part, add_special_tokens=False) for part in (before + text, before))
-    if encoded[: len(first)] == first:
-        return encoded[len(first) :]
+    encoded, prefix = (tokenizer.encode(part, add_special_tokens=False) for part in (before + text, before))
+    if encoded[: len(prefix)] == prefix:
+        return encoded[len(prefix) :]
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-class _Asked:
-    """Asks questions, each on a cache of its own that `start` gives."""
+class _QuestionRunner:
+    """Asks questions, each on a new cache from `make_cache`, and records the peak bytes of budgeted ones."""
 
     def __init__(
-        self, loaded: LoadedModel, prompt: Prompt, start: Callable[[], Cache], before: Sequence[int] = ()
+        self, loaded: LoadedModel, prompt: Prompt, make_cache: Callable[[], Cache], bos: Sequence[int] = ()
     ) -> None:
-        self.loaded, self.context, self.start, self.before = loaded, prompt.context[-TAIL:], start, list(before)
-        self.held = 0
+        self.loaded, self.make_cache, self.bos = loaded, make_cache, list(bos)
+        self.context_end = prompt.context[-BOUNDARY_CHARS:]
+        self.peak_bytes = 0
 
     def answer(self, question: Question) -> Answer:
-        """Score the right answer, and the greedy one if it has to be written down to be scored."""
-        asked = self._ids([*self.before, *behind(self.loaded.tokenizer, self.context, question.text)])
-        target = self._ids(behind(self.loaded.tokenizer, question.text, question.target))
-        cache = self.start()
-        logits = self._forward(cache, torch.cat([asked, target[:, :-1]], 1))[asked.shape[1] - 1 :]
-        nll = torch.nn.functional.cross_entropy(logits.float(), target[0])
+        """Score the right answer, and generate one if the metric needs it."""
+        tokenizer = self.loaded.tokenizer
+        ids = self._tensor([*self.bos, *encode_continuation(tokenizer, self.context_end, question.text)])
+        target = self._tensor(encode_continuation(tokenizer, question.text, question.target))
+        cache = self.make_cache()
+        logits = self._forward(cache, torch.cat([ids, target[:-1]]))[len(ids) - 1 :]
+        nll = torch.nn.functional.cross_entropy(logits.float(), target)
         self._check(cache)
         if question.metric == "exact":
-            # By induction, greedy decoding writes the target exactly when it would choose each of its tokens.
-            return Answer(float(torch.equal(logits.argmax(-1), target[0])), float(nll))
-        return Answer(METRICS[question.metric](self._greedy(asked, question.max_new_tokens), question), float(nll))
+            # By induction, greedy decoding writes the target exactly if it would choose each of its tokens.
+            return Answer(float(torch.equal(logits.argmax(-1), target)), float(nll))
+        return Answer(METRICS[question.metric](self._generate(ids, question.max_new_tokens), question), float(nll))
 
-    def _greedy(self, asked: Ids, tokens: int) -> str:
-        cache, ends = self.start(), self.loaded.eos_token_ids
-        made = [int(self._forward(cache, asked)[-1].argmax())]
-        while len(made) < tokens and made[-1] not in ends:
-            made.append(int(self._forward(cache, asked.new_tensor([made[-1:]]))[-1].argmax()))
+    def _generate(self, ids: Ids, max_new_tokens: int) -> str:
+        cache = self.make_cache()
+        tokens = [int(self._forward(cache, ids)[-1].argmax())]
+        while len(tokens) < max_new_tokens and tokens[-1] not in self.loaded.eos_token_ids:
+            tokens.append(int(self._forward(cache, ids.new_tensor(tokens[-1:]))[-1].argmax()))
         self._check(cache)
-        return str(self.loaded.tokenizer.decode(made, skip_special_tokens=True))
+        return str(self.loaded.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _forward(self, cache: Cache, ids: Ids) -> Float[Tensor, "tokens vocabulary"]:
-        """The logits behind each of these tokens, which meet the budget one by one."""
-        logits = forced_logits(self.loaded, cache, ids[0])
+        logits = forced_logits(self.loaded, cache, ids)
         if isinstance(cache, BudgetedCache):
-            self.held = max(self.held, cache.nbytes)
+            self.peak_bytes = max(self.peak_bytes, cache.nbytes)
         return logits
 
     def _check(self, cache: Cache) -> None:
         if isinstance(cache, BudgetedCache):
             cache.check_integrity()
-            if self.held > cache.reserved_bytes:
-                raise RuntimeError(f"the cache held {self.held} bytes, {cache.reserved_bytes} were reserved")
+            if self.peak_bytes > cache.reserved_bytes:
+                raise RuntimeError(
+                    f"the cache allocated {self.peak_bytes} bytes, but only {cache.reserved_bytes} were reserved"
+                )
 
-    def _ids(self, ids: Sequence[int]) -> Ids:
-        return torch.tensor([list(ids)], device=self.loaded.device)
+    def _tensor(self, ids: Sequence[int]) -> Ids:
+        return torch.tensor(list(ids), device=self.loaded.device)

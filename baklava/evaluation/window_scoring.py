@@ -1,4 +1,4 @@
-"""Scoring: prefill once, then try many plans on a copy of the prompt's cache."""
+"""Score plans on a window: prefill once, then try every plan on a copy of the recorded prompt."""
 
 import time
 from collections.abc import Sequence
@@ -12,27 +12,34 @@ from torch import Tensor
 from baklava.data.windows import Window
 from baklava.eviction import Eviction
 from baklava.plan.budget_plan import BudgetPlan
+from baklava.runtime.logprobs import forced_logits
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import PrefilledPrompt, compress, prefill_and_record
 
 
 @dataclass(frozen=True)
-class Prefilled:
-    """A window whose context has been prefilled: what every plan shares.
+class PrefilledWindow:
+    """A window whose context has been prefilled, which all plans share.
 
-    `log_probs[i]` is the full cache's distribution over continuation token i, in float16 for the KL; `nll[i]` its NLL
-    of that token in nats, before that rounding.
+    Attributes:
+        window: the window.
+        prompt: its context as the full cache attended to it.
+        full_log_probs: the full cache's distribution over each token of the continuation, in float16, for the KL.
+        full_nll: the full cache's NLL of each of these tokens in nats, from float32.
     """
 
     window: Window
-    recorded: PrefilledPrompt
-    log_probs: Float[Tensor, "continuation vocabulary"]
-    nll: Float[Tensor, " continuation"]
+    prompt: PrefilledPrompt
+    full_log_probs: Float[Tensor, "continuation vocabulary"]
+    full_nll: Float[Tensor, " continuation"]
 
 
 @dataclass(frozen=True)
-class Score:
-    """What a plan costs on one window. NLLs are in nats per continuation token; dnll and kl are lower for better."""
+class WindowScore:
+    """What a plan costs on one window, in nats per token of the continuation; lower is better.
+
+    `kl` is the divergence of the plan's predictions from the full cache's, `allocated_bytes` the peak of the cache.
+    """
 
     window: str
     document: str
@@ -44,93 +51,83 @@ class Score:
 
     @property
     def dnll(self) -> float:
-        """NLL above the full cache's."""
+        """The NLL minus the full cache's."""
         return self.nll - self.nll_full
 
 
 @torch.inference_mode()
-def prefill(loaded: LoadedModel, window: Window, evictions: Sequence[Eviction]) -> Prefilled:
-    """Prefill a window's context with the full cache, scoring it for these eviction methods, and run the continuation.
+def prefill_window(loaded: LoadedModel, window: Window, evictions: Sequence[Eviction]) -> PrefilledWindow:
+    """Prefill a window with the full cache, and score its context for these eviction methods.
 
     Raises:
         UserError: the model has sliding layers, or the window is longer than the model's positions.
     """
     loaded.check_length(len(window.ids))
     ids = torch.tensor([window.ids], device=loaded.device)
-    recorded = prefill_and_record(loaded, ids[:, : window.context_length], evictions)
-    logits = recorded.logits
+    prompt = prefill_and_record(loaded, ids[:, : window.context_length], evictions)
+    logits = prompt.logits
     if window.continuation_length > 1:
-        rest = loaded.model(
-            ids[:, window.context_length : -1], past_key_values=recorded.recording.to_dynamic_cache()
-        ).logits
-        logits = torch.cat([logits, rest[0]])
+        full_cache = prompt.recording.to_dynamic_cache()
+        logits = torch.cat([logits, forced_logits(loaded, full_cache, ids[0, window.context_length : -1])])
     log_probs = torch.log_softmax(logits.float(), -1)
     nll = -log_probs.gather(-1, ids[0, window.context_length :, None])[:, 0]
-    return Prefilled(window, recorded, log_probs.half(), nll)
+    return PrefilledWindow(window, prompt, log_probs.half(), nll)
 
 
 @torch.inference_mode()
-def score(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan) -> Score:
-    """Score a plan on a prefilled window, exactly as a server that decodes token by token would meet the text.
+def score_plan(loaded: LoadedModel, prefilled: PrefilledWindow, plan: BudgetPlan) -> WindowScore:
+    """Score a plan on a prefilled window, exactly as if the continuation were decoded token by token.
 
     Raises:
         UserError: the plan is for another model, or its eviction method was not observed in the prefill.
     """
     started = time.perf_counter()
-    cache, logits = compress(loaded, prefilled.recorded, plan)
-    nll, kl = _first(logits, prefilled)
-    targets, held = _targets(prefilled), cache.nbytes
+    cache, logits = compress(loaded, prefilled.prompt, plan)
+    targets = _continuation(prefilled)
+    if logits is prefilled.prompt.logits:
+        nll, kl = float(prefilled.full_nll[0]), 0.0
+    else:  # a plan with chunked prefill predicts the first token from a compressed cache
+        nll, kl = _sum_losses(logits, targets[:1], prefilled.full_log_probs[:1])
+    peak_bytes = cache.nbytes
     if len(targets) > 1:
-        # Layer by layer the whole continuation in one forward: the weights are read once, not once per token.
-        with cache.teacher_forcing():
-            logits = loaded.model(targets[None, :-1], past_key_values=cache).logits[0]
-        losses = _losses(logits, targets[1:], prefilled.log_probs[1:])
-        nll, kl, held = nll + losses[0], kl + losses[1], max(held, cache.nbytes)
+        # One forward for the whole continuation reads the weights once instead of once per token.
+        logits = forced_logits(loaded, cache, targets[:-1])
+        rest_nll, rest_kl = _sum_losses(logits, targets[1:], prefilled.full_log_probs[1:])
+        nll, kl = nll + rest_nll, kl + rest_kl
+        peak_bytes = max(peak_bytes, cache.nbytes)
     cache.check_integrity()
-    count = len(targets)
-    return Score(
+    return WindowScore(
         window=prefilled.window.name,
         document=prefilled.window.document,
-        nll_full=float(prefilled.nll.mean()),
-        nll=nll / count,
-        kl=kl / count,
-        allocated_bytes=held,
+        nll_full=float(prefilled.full_nll.mean()),
+        nll=nll / len(targets),
+        kl=kl / len(targets),
+        allocated_bytes=peak_bytes,
         seconds=time.perf_counter() - started,
     )
 
 
 @torch.inference_mode()
-def decode_seconds(loaded: LoadedModel, prefilled: Prefilled, plan: BudgetPlan, steps: int = 8) -> float:
-    """Median seconds of one decoding step inside a plan, behind the window's context; a step before warms up."""
-    cache, _ = compress(loaded, prefilled.recorded, plan)
-    taken = []
-    for token in _targets(prefilled)[: steps + 1]:
+def median_decode_seconds(loaded: LoadedModel, prefilled: PrefilledWindow, plan: BudgetPlan, steps: int = 8) -> float:
+    """Return the median time of a decode step under a plan after the window's context; one more step warms up."""
+    cache, _ = compress(loaded, prefilled.prompt, plan)
+    seconds = []
+    for token in _continuation(prefilled)[: steps + 1]:
         started = time.perf_counter()
         logits = loaded.model(token[None, None], past_key_values=cache).logits
-        float(logits[0, -1, 0])  # a GPU answers only when it is done
-        taken.append(time.perf_counter() - started)
-    return median(taken[1:] or taken)
+        float(logits[0, -1, 0])  # waits for a GPU to finish
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:] or seconds)
 
 
-def _first(logits: Tensor, prefilled: Prefilled) -> tuple[float, float]:
-    """NLL and KL of the first token, which differs from the full cache's only where a plan prefills in chunks."""
-    if logits is prefilled.recorded.logits:
-        return float(prefilled.nll[0]), 0.0
-    return _losses(logits, _targets(prefilled)[:1], prefilled.log_probs[:1])
-
-
-def _losses(logits: Tensor, targets: Tensor, full: Tensor) -> tuple[float, float]:
-    """Sums over tokens of the NLL and of the KL to the full cache's log-probabilities."""
-    log_probs, reference = torch.log_softmax(logits.float(), -1), _renormalised(full)
+def _sum_losses(logits: Tensor, targets: Tensor, full_log_probs: Tensor) -> tuple[float, float]:
+    """Return the NLL and the KL from the full cache's log-probabilities, both summed over tokens."""
+    log_probs = torch.log_softmax(logits.float(), -1)
+    # Normalised again in float32, because the rounding of float16 would show up in a small KL.
+    reference = torch.log_softmax(full_log_probs.float(), -1)
     nll = -log_probs.gather(-1, targets[:, None]).sum()
     return float(nll), float((reference.exp() * (reference - log_probs)).sum())
 
 
-def _targets(prefilled: Prefilled) -> Int[Tensor, " continuation"]:
-    """Token ids of the continuation."""
-    return torch.tensor(prefilled.window.ids[prefilled.window.context_length :], device=prefilled.nll.device)
-
-
-def _renormalised(log_probs: Tensor) -> Tensor:
-    """Back to float32; without the sum to one, the rounding of float16 would show up in a small KL."""
-    return torch.log_softmax(log_probs.float(), -1)
+def _continuation(prefilled: PrefilledWindow) -> Int[Tensor, " continuation"]:
+    return torch.tensor(prefilled.window.ids[prefilled.window.context_length :], device=prefilled.full_nll.device)

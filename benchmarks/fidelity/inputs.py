@@ -10,7 +10,7 @@ from baklava.data.windows import Splits, Window, cut_windows, make_splits, round
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from benchmarks.fidelity.methods import Contestant, Maker
-from tuning.search.inputs import WINDOWS
+from tuning.search.inputs import WINDOWS_PER_SPLIT
 
 Split = Literal["test", "validation"]
 
@@ -48,9 +48,9 @@ def cut(texts: Texts, which: Split, tokenizer: Any) -> Cut:
     """
     searched = load_documents([texts.searched])
     lengths = {"context": texts.context, "continuation": texts.continuation}
-    splits = make_splits(searched, tokenizer, **lengths, seed=texts.seed, search=WINDOWS, validation=WINDOWS)
+    splits = make_splits(searched, tokenizer, **lengths, seed=texts.seed, search=WINDOWS_PER_SPLIT, validation=WINDOWS_PER_SPLIT)
     if which == "validation":
-        count = dict(texts.test).get(texts.searched, WINDOWS)
+        count = dict(texts.test).get(texts.searched, WINDOWS_PER_SPLIT)
         return Cut(splits.calibration, {texts.searched: splits.validation[:count]})
     scored = {}
     for name, count in texts.test:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from typing_extensions import override
 
-from baklava.allocation import permuted
+from baklava.allocation import shuffled
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 
@@ -77,7 +77,7 @@ class Shuffled(Contestant):
     def plans(self, budget: float, make: Maker) -> tuple[str, tuple[BudgetPlan, ...]]:
         assert self.of is not None
         spec, (plan,) = self.of.plans(budget, make)
-        return f"{spec}, dealt to random heads", tuple(permuted(plan, seed) for seed in self.seeds)
+        return f"{spec}, dealt to random heads", tuple(shuffled(plan, seed) for seed in self.seeds)
 
 
 UNSEARCHED = "greedy(measure=text,bits=any)+heavy_hitter(sinks=1,centroids=4)@k5v4"
@@ -98,14 +98,14 @@ CONTESTANTS: Mapping[str, Contestant] = {
     for each in (
         BASELINE,
         Method("uniform+heavy_hitter", "uniform, heavy hitters", "published"),
-        Method("pyramid", "PyramidKV, sinks + recent", "published"),
-        Method("pyramid+heavy_hitter", "PyramidKV, heavy hitters", "published"),
-        Method("squeeze", "SqueezeAttention, sinks + recent", "published"),
-        Method("squeeze+heavy_hitter", "SqueezeAttention, heavy hitters", "published"),
+        Method("pyramidkv", "PyramidKV, sinks + recent", "published"),
+        Method("pyramidkv+heavy_hitter", "PyramidKV, heavy hitters", "published"),
+        Method("squeeze_attention", "SqueezeAttention, sinks + recent", "published"),
+        Method("squeeze_attention+heavy_hitter", "SqueezeAttention, heavy hitters", "published"),
         Method("baklava", "BaKlaVa, sinks + recent", "published"),
         Method("baklava+heavy_hitter", "BaKlaVa, heavy hitters", "published"),
-        Method("duo", "DuoAttention", "published"),
-        Method("head_adaptive+heavy_hitter", "head-adaptive, heavy hitters", "published"),
+        Method("duo_attention", "DuoAttention", "published"),
+        Method("adakv+heavy_hitter", "head-adaptive, heavy hitters", "published"),
         Method("uniform@4", "uniform, sinks + recent, 4 bits", "packed"),
         Method("uniform+heavy_hitter@4", "uniform, 4 bits", "packed"),
         Method("greedy+heavy_hitter@4", "greedy on curves, 4 bits", "packed"),

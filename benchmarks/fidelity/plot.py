@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.fidelity.markdown import number, percent
 from benchmarks.fidelity.results import TOGETHER
-from tuning.reporting.svg import level, text
+from tuning.reporting.svg import hline, text
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 560, 64, 64, 52
 NAMES = 640  # where the names begin
@@ -99,7 +99,7 @@ def _frame(figures: Mapping[str, Any], x: Scale, y: Scale) -> list[str]:
     kind = "unseen" if figures["split"] == "test" else figures["split"]
     over = f"{together['n']} windows of {together['documents']} {kind} documents"
     said = f"nats per token over the full cache, mean of {over}"
-    levels = [level(y(loss), LEFT, NAMES - 40, f"{'≤ ' * (loss == LEAST)}{loss:g}") for loss in LEVELS if y(loss) > TOP]
+    levels = [hline(y(loss), LEFT, NAMES - 40, f"{'≤ ' * (loss == LEAST)}{loss:g}") for loss in LEVELS if y(loss) > TOP]
     ticks = [
         f'<line class="grid" x1="{x(budget):.1f}" x2="{x(budget):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
         + text(x(budget), HEIGHT - BOTTOM + 18, percent(budget), "middle")

@@ -10,11 +10,11 @@ from statistics import fmean
 from typing import Any, Literal
 
 from baklava.data.windows import Window
-from baklava.evaluation.bootstrap import Interval, interval, ratio
+from baklava.evaluation.bootstrap import Interval, bootstrap_mean, bootstrap_ratio
+from baklava.evaluation.speed.timing import machine_info
 from benchmarks.fidelity.inputs import Entry
 from benchmarks.fidelity.methods import BASELINE, CONTROLLED, OURS
 from benchmarks.fidelity.run import Study
-from baklava.evaluation.speed.timing import machine_info
 
 Metric = Literal["dnll", "kl"]
 METRICS: tuple[Metric, Metric] = ("dnll", "kl")
@@ -84,11 +84,11 @@ def _row(found: Study, entry: Entry, corpus: str, windows: Sequence[Window]) -> 
     }
     for metric in METRICS:
         mine = values(found, entry, windows, metric)
-        row[metric] = plain(interval(mine, documents))
+        row[metric] = plain(bootstrap_mean(mine, documents))
         if ours and ours is not entry:
             theirs = values(found, ours, windows, metric)
             pairs = zip(mine, theirs, strict=True)
-            row[f"{metric}_above_ours"] = plain(interval([mine - theirs for mine, theirs in pairs], documents))
+            row[f"{metric}_above_ours"] = plain(bootstrap_mean([mine - theirs for mine, theirs in pairs], documents))
     return row
 
 
@@ -105,7 +105,7 @@ def _factors(found: Study, corpus: str, windows: Sequence[Window]) -> Iterator[d
             factor: dict[str, Any] = {"budget": budget, "corpus": corpus}
             for metric in METRICS:
                 above, below = (values(found, one, windows, metric) for one in (baseline, ours))
-                factor[metric] = plain(ratio(above, below, documents))
+                factor[metric] = plain(bootstrap_ratio(above, below, documents))
             yield factor
 
 
@@ -114,7 +114,7 @@ def _corpus(found: Study, name: str, windows: Sequence[Window]) -> dict[str, Any
     content: dict[str, Any] = {"name": name, "n": len(windows), "documents": len(set(documents))}
     if found.rows:
         gains = {window: row.gain for (window, _), row in found.rows.items()}
-        content["gain"] = plain(interval([gains[window.name] for window in windows], documents))
+        content["gain"] = plain(bootstrap_mean([gains[window.name] for window in windows], documents))
     return content if name == TOGETHER else content | {"windows": [window.name for window in windows]}
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from baklava.allocation.plan_spec import named_plan
+from baklava.allocation.plan_spec import resolve_plan
 from baklava.console import log, progress_bar
 from baklava.data.windows import Window
 from baklava.errors import UserError
-from baklava.evaluation.formatting import counted
+from baklava.evaluation.formatting import pluralize
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile
@@ -95,9 +95,9 @@ def study(asked: Asked, folder: Path, workers: int = 1) -> Study:
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal.open(folder / "rows.jsonl", Row.model_validate_json)
     tasks = _missing(prepared, {row.key for row in journal.records})
-    windows = counted(len(prepared.runs), "window")
+    windows = pluralize(len(prepared.runs), "window")
     log(
-        f"{counted(len(prepared.entries), 'contestant')} on {windows}; {journal.path} holds {len(journal.records)} rows"
+        f"{pluralize(len(prepared.entries), 'contestant')} on {windows}; {journal.path} holds {len(journal.records)} rows"
     )
     _run(asked.model, tasks, journal, workers)
     rows = {(prepared.runs[row.run].name, row.plan): row for row in journal.records if row.run in prepared.runs}
@@ -123,7 +123,7 @@ def _entries(asked: Asked, material: Cut, loaded: LoadedModel) -> tuple[list[Ent
         return cached_profile(loaded, material.calibration)
 
     def make(spec: str) -> BudgetPlan:
-        return named_plan(spec, loaded, tokens, profile).plan
+        return resolve_plan(spec, loaded, tokens, profile).plan
 
     return entries(asked.contestants, asked.budgets, tokens, make)
 

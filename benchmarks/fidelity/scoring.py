@@ -10,9 +10,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 from baklava.data.windows import Window
-from baklava.evaluation.evaluator import gain
-from baklava.evaluation.window_scoring import prefill, score
-from baklava.eviction import eviction_of
+from baklava.evaluation.evaluator import context_gain
+from baklava.evaluation.window_scoring import prefill_window, score_plan
+from baklava.eviction import build_eviction
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel, load
 from baklava.serialization import FrozenModel
@@ -53,10 +53,10 @@ def rows(loaded: LoadedModel, window: Window, plans: Sequence[BudgetPlan], code:
         RuntimeError: a cache held more than its plan promised.
     """
     run = run_of(loaded.weights_digest, window)
-    prefilled = prefill(loaded, window, tuple(dict.fromkeys(eviction_of(plan.eviction) for plan in plans)))
-    worth = gain(loaded, prefilled)
+    prefilled = prefill_window(loaded, window, tuple(dict.fromkeys(build_eviction(plan.eviction) for plan in plans)))
+    worth = context_gain(loaded, prefilled)
     for plan in plans:
-        found = score(loaded, prefilled, plan)
+        found = score_plan(loaded, prefilled, plan)
         if found.allocated_bytes > plan.bytes_per_sequence:
             raise RuntimeError(
                 f"plan {plan.digest} held {found.allocated_bytes} bytes on {window.name}, but promised "

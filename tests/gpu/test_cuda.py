@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine_client import ask, engine_of
-from plan_factory import chunked, graded, plan_of
+from plan_factory import make_plan, with_chunked_prefill, with_mixed_precision
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import DynamicCache
@@ -20,9 +20,10 @@ from transformers import DynamicCache
 from baklava.allocation import Blended, allocate
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.data.windows import Window
-from baklava.evaluation.window_scoring import decode_seconds, score
-from baklava.evaluation.window_scoring import prefill as prefilled
+from baklava.evaluation.window_scoring import median_decode_seconds, score_plan
+from baklava.evaluation.window_scoring import prefill_window as prefilled
 from baklava.eviction import (
+    TOVA,
     Eviction,
     ExpectedAttention,
     HeavyHitter,
@@ -31,10 +32,9 @@ from baklava.eviction import (
     KVzip,
     SnapKV,
     StreamingLLM,
-    TOVA,
 )
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
-from baklava.profiling.profiler import profile
+from baklava.profiling.profiler import measure_profile
 from baklava.runtime.logprobs import score_continuations
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
@@ -86,7 +86,7 @@ def seen_of(model: LoadedModel, plan: BudgetPlan, ids: Tensor, prompt: int, mask
 
 
 def tight(loaded: LoadedModel, eviction: Eviction, bits: int = 16) -> BudgetPlan:
-    return plan_of(loaded, [[14, 40], [25, 25]], eviction, bits=bits)
+    return make_plan(loaded, [[14, 40], [25, 25]], eviction, bits=bits)
 
 
 def shared(ours: list[list[int]], theirs: list[list[int]]) -> float:
@@ -102,7 +102,9 @@ def wrong(found: Tensor, expected: Tensor) -> float:
 
 @every_eviction
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
-def test_the_device_keeps_what_the_cpu_keeps_and_gives_its_logits(tiny: Maker, eviction: Eviction, bits: int) -> None:
+def test_the_device_retains_the_same_entries_and_gives_the_same_logits_as_the_cpu(
+    tiny: Maker, eviction: Eviction, bits: int
+) -> None:
     loaded, ids = tiny(vocab_size=256), different_ids(2, 110)
     plan = tight(loaded, eviction, bits)
     expected, kept = seen_of(loaded, plan, ids, 80)
@@ -113,9 +115,9 @@ def test_the_device_keeps_what_the_cpu_keeps_and_gives_its_logits(tiny: Maker, e
 
 @some_evictions
 @pytest.mark.parametrize("bits", [5, 3])
-def test_graded_keys_are_on_the_device_what_they_are_on_the_cpu(tiny: Maker, eviction: Eviction, bits: int) -> None:
+def test_mixed_precision_keys_on_the_device_equal_those_on_the_cpu(tiny: Maker, eviction: Eviction, bits: int) -> None:
     loaded, ids = tiny(vocab_size=256, head_dim=32), different_ids(2, 110)
-    plan = graded(loaded, tight(loaded, eviction, bits))
+    plan = with_mixed_precision(loaded, tight(loaded, eviction, bits))
     expected, kept = seen_of(loaded, plan, ids, 80)
     found, held = seen_of(moved(loaded), plan, ids, 80)
     assert held == kept
@@ -125,7 +127,7 @@ def test_graded_keys_are_on_the_device_what_they_are_on_the_cpu(tiny: Maker, evi
 @every_eviction
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", [16, 4])
-def test_in_half_precision_nearly_the_same_is_kept(
+def test_in_half_precision_nearly_the_same_entries_are_retained(
     tiny: Maker, eviction: Eviction, dtype: torch.dtype, bits: int
 ) -> None:
     loaded, ids = tiny(vocab_size=256, head_dim=32), different_ids(2, 110)
@@ -152,7 +154,7 @@ def test_rows_padded_on_the_left_are_on_the_device_what_they_are_on_the_cpu(tiny
 @some_evictions
 def test_a_prompt_in_chunks_is_on_the_device_what_it_is_on_the_cpu(tiny: Maker, eviction: Eviction) -> None:
     loaded, ids = tiny(vocab_size=256), different_ids(2, 100)
-    plan = chunked(tight(loaded, eviction), 24)
+    plan = with_chunked_prefill(tight(loaded, eviction), 24)
     expected, kept = seen_of(loaded, plan, ids, 80)
     found, held = seen_of(moved(loaded), plan, ids, 80)
     assert held == kept
@@ -202,11 +204,11 @@ def test_generate_gives_the_tokens_of_the_cpu(tiny: Maker, eviction: Eviction, o
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("eviction", [StreamingLLM(), HeavyHitter(centroids=4)], ids=str)
-def test_the_allocator_holds_what_the_cache_says_and_a_plan_frees_the_rest(
+def test_the_allocator_has_the_bytes_of_the_cache_and_a_plan_frees_the_rest(
     tiny: Maker, eviction: Eviction, bits: int, dtype: torch.dtype
 ) -> None:
     loaded, ids = moved(tiny(vocab_size=256, head_dim=64), dtype), torch.randint(1, 256, (8, 4096), device=DEVICE)
-    plan = plan_of(loaded, [[512, 512], [256, 600]], eviction, bits=bits, context_length=4096)
+    plan = make_plan(loaded, [[512, 512], [256, 600]], eviction, bits=bits, context_length=4096)
     full, in_full = filled(loaded, DynamicCache, ids)
     entries = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
     del full
@@ -237,7 +239,7 @@ def test_a_model_is_profiled_and_its_plans_are_scored_as_on_the_cpu(tiny: Maker)
     loaded, ids = tiny(vocab_size=256, head_dim=32), different_ids(2, 160).tolist()
     windows = [Window(f"w{row}", f"d{row}", tuple(each), 120) for row, each in enumerate(ids)]
     on_device = moved(loaded)
-    ours, theirs = profile(on_device, windows), profile(loaded, windows)
+    ours, theirs = measure_profile(on_device, windows), measure_profile(loaded, windows)
     assert_close(torch.tensor(ours.importance["value"]), torch.tensor(theirs.importance["value"]), atol=1e-4, rtol=1e-3)
     assert_close(torch.tensor(ours.layer_importance), torch.tensor(theirs.layer_importance), atol=1e-4, rtol=1e-3)
     assert ours.rankings.keys() == theirs.rankings.keys()
@@ -245,7 +247,7 @@ def test_a_model_is_profiled_and_its_plans_are_scored_as_on_the_cpu(tiny: Maker)
     eviction = HeavyHitter(eviction_interval=8, distance=0, centroids=2)
     for bits in ((16, 16), (4, 3)):
         plan = allocate(ours, budget=0.5, context_length=160, method=Blended(), eviction=eviction, bits=bits, step=1)
-        scores = [score(model, prefilled(model, windows[0], [eviction]), plan) for model in (on_device, loaded)]
+        scores = [score_plan(model, prefilled(model, windows[0], [eviction]), plan) for model in (on_device, loaded)]
         assert scores[0].kl == pytest.approx(scores[1].kl, abs=2e-3, rel=0.02)
         assert scores[0].nll == pytest.approx(scores[1].nll, abs=2e-3)
         assert scores[0].allocated_bytes == scores[1].allocated_bytes <= plan.bytes_per_sequence
@@ -255,14 +257,14 @@ def test_a_model_is_profiled_and_its_plans_are_scored_as_on_the_cpu(tiny: Maker)
 def test_a_model_in_half_precision_is_profiled_and_scored(tiny: Maker, dtype: torch.dtype) -> None:
     loaded = moved(tiny(vocab_size=256, head_dim=32), dtype)
     window = Window("w", "d", tuple(different_ids(1, 160)[0].tolist()), 120)
-    measured = profile(loaded, [window])
+    measured = measure_profile(loaded, [window])
     eviction = HeavyHitter(eviction_interval=8, distance=0, centroids=2)
     plan = allocate(measured, budget=0.3, context_length=160, method=Blended(), eviction=eviction, bits=(4, 4), step=1)
     held = prefilled(loaded, window, [eviction])
-    found = score(loaded, held, plan)
+    found = score_plan(loaded, held, plan)
     assert 0 < found.kl < 20
-    assert decode_seconds(loaded, held, plan) > 0
-    assert score(loaded, held, full_cache_plan(loaded.identity, loaded.geometry, 160)).kl < 0.05
+    assert median_decode_seconds(loaded, held, plan) > 0
+    assert score_plan(loaded, held, full_cache_plan(loaded.identity, loaded.geometry, 160)).kl < 0.05
 
 
 def test_a_window_that_was_in_host_memory_is_scored_as_before(tiny: Maker) -> None:
@@ -271,7 +273,7 @@ def test_a_window_that_was_in_host_memory_is_scored_as_before(tiny: Maker) -> No
     held, plan = prefilled(loaded, window, EVICTIONS[:3]), tight(loaded, EVICTIONS[1])
     away, devices = to_host(held)
     assert away.nll.device.type == "cpu"
-    before, after = (score(loaded, each, plan) for each in (held, to_devices(away, devices)))
+    before, after = (score_plan(loaded, each, plan) for each in (held, to_devices(away, devices)))
     assert (after.nll, after.kl) == pytest.approx((before.nll, before.kl), abs=1e-5)
 
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from search_process import make_model, make_texts
 
-from baklava.allocation.plan_spec import named_plan
+from baklava.allocation.plan_spec import resolve_plan
 from baklava.data.documents import load_documents
 from baklava.data.windows import Window, make_splits
 from baklava.errors import UserError
-from baklava.evaluation.bootstrap import interval, ratio
-from baklava.evaluation.window_scoring import score
-from baklava.plan.budget_plan import BudgetPlan, full_plan
-from baklava.profiling.profile import flat_profile
-from baklava.runtime.model_loader import load_config, load
+from baklava.evaluation.bootstrap import bootstrap_mean, bootstrap_ratio
+from baklava.evaluation.window_scoring import score_plan
+from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
+from baklava.profiling.profile import uniform_profile
+from baklava.runtime.model_loader import load, load_config
 from benchmarks.fidelity import methods, scoring
 from benchmarks.fidelity import run as studying
 from benchmarks.fidelity import scoring as workers
@@ -27,7 +27,7 @@ from benchmarks.fidelity.plot import picture
 from benchmarks.fidelity.results import TOGETHER, dumped, figures
 from benchmarks.fidelity.run import Asked, Study, asked, study
 from benchmarks.fidelity.scoring import Row, rows
-from tuning.search.inputs import WINDOWS
+from tuning.search.inputs import WINDOWS_PER_SPLIT
 
 OURS = "ours"
 
@@ -39,7 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = load(str(make_model(folder / "model")))
     make_texts(folder / "searched", count=20)
     make_texts(folder / "other", count=4, words=500)
-    plan = named_plan("uniform+heavy_hitter:0.5", loaded, 192, lambda: flat_profile(loaded.identity, loaded.geometry))
+    plan = resolve_plan("uniform+heavy_hitter:0.5", loaded, 192, lambda: uniform_profile(loaded.identity, loaded.geometry))
     (folder / "plans").mkdir()
     plan.plan.write(folder / "plans/demo-50.json")
     return folder
@@ -91,7 +91,7 @@ def test_worker_processes_find_what_one_process_finds(home: Path, tmp_path: Path
 
 def test_what_ends_a_worker_ends_the_study(home: Path) -> None:
     identity, geometry = load_config(str(make_model(home / "model2")))
-    plan = full_plan(identity, geometry, 600)
+    plan = full_cache_plan(identity, geometry, 600)
     window = Window("too long", "d", (5,) * 600, 560)
     with pytest.raises(UserError, match="longer than the 512"):
         list(workers.in_processes(str(home / "model2"), [(window, (plan,))], 2, "code"))
@@ -100,7 +100,7 @@ def test_what_ends_a_worker_ends_the_study(home: Path) -> None:
 def test_a_cache_above_its_promise_ends_the_study(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(str(home / "model"))
     plan = BudgetPlan.read(home / "plans/demo-50.json")
-    monkeypatch.setattr(scoring, "score", lambda *given: replace(score(*given), allocated_bytes=10**9))
+    monkeypatch.setattr(scoring, "score_plan", lambda *given: replace(score_plan(*given), allocated_bytes=10**9))
     with pytest.raises(RuntimeError, match="held 1000000000 bytes on w, but promised"):
         list(rows(loaded, Window("w", "d", (5,) * 192, 160), [plan], "code"))
 
@@ -109,7 +109,7 @@ def test_the_test_sees_no_document_that_the_search_saw(home: Path) -> None:
     loaded = load(str(home / "model"))
     wanted = asked_in(home).texts
     searched = load_documents([wanted.searched])
-    seen = make_splits(searched, loaded.tokenizer, context=160, continuation=32, seed=0, search=WINDOWS, validation=WINDOWS)
+    seen = make_splits(searched, loaded.tokenizer, context=160, continuation=32, seed=0, search=WINDOWS_PER_SPLIT, validation=WINDOWS_PER_SPLIT)
     parts = (seen.calibration, seen.search, seen.validation)
     scored = cut(wanted, "test", loaded.tokenizer)
     assert scored.calibration == seen.calibration
@@ -135,10 +135,10 @@ def test_a_copy_of_a_document_that_was_searched_is_no_unseen_one(home: Path) -> 
 def test_what_a_budget_does_not_hold_is_left_out_with_its_reason(home: Path) -> None:
     contestants = [BASELINE, Method("nonsense", "", "packed"), Champion(OURS, "ours", "ours", folder=home / "plans")]
     loaded = load(str(home / "model"))
-    flat = flat_profile(loaded.identity, loaded.geometry)
+    flat = uniform_profile(loaded.identity, loaded.geometry)
 
     def make(spec: str) -> BudgetPlan:
-        return named_plan(spec, loaded, 192, lambda: flat).plan
+        return resolve_plan(spec, loaded, 192, lambda: flat).plan
 
     found, left_out = entries(contestants, (0.5, 0.001), 192, make)
     assert [(one.contestant.name, one.budget) for one in found] == [("uniform", 0.5), (OURS, 0.5)]
@@ -211,7 +211,7 @@ def test_means_differences_and_factors_are_those_reckoned_by_hand(home: Path) ->
     assert uniform is not None
     assert uniform["dnll"][0] == pytest.approx(0.5)  # the control does not count
     assert uniform["kl"][0] == pytest.approx(0.25)
-    expected = interval([0.4 - 0.1, 0.8 - 0.2, 0.6 - 0.2, 0.2 - 0.1], list("abcd"))
+    expected = bootstrap_mean([0.4 - 0.1, 0.8 - 0.2, 0.6 - 0.2, 0.2 - 0.1], list("abcd"))
     assert uniform["dnll_above_ours"] == pytest.approx([expected.mean, expected.low, expected.high], rel=1e-4)
     assert (uniform["n"], uniform["documents"], uniform["bytes"] - uniform["allocated"]) == (4, 4, 8)
     control = row_of(found, "uniform", 0.125, "c")
@@ -231,12 +231,12 @@ def test_means_differences_and_factors_are_those_reckoned_by_hand(home: Path) ->
 
 
 def test_a_ratio_is_drawn_over_documents_and_infinite_over_nothing() -> None:
-    found = ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0], ["a", "a", "b"])
+    found = bootstrap_ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0], ["a", "a", "b"])
     assert found.mean == 15 / 6
     assert found.low < 2 < 3 < found.high  # only a, only b, and two documents know little
     assert (found.windows, found.documents) == (3, 2)
-    assert np.isnan(ratio([2.0], [1.0], ["a"]).low)
-    nothing = ratio([1.0, 1.0], [0.5, -0.5], ["a", "b"])
+    assert np.isnan(bootstrap_ratio([2.0], [1.0], ["a"]).low)
+    nothing = bootstrap_ratio([1.0, 1.0], [0.5, -0.5], ["a", "b"])
     assert nothing.mean == nothing.high == np.inf
     assert nothing.low == 2  # no scale where the mean is infinite
 
@@ -277,11 +277,11 @@ def test_the_picture_names_every_method_that_competes(home: Path) -> None:
 def test_budgets_are_dealt_to_random_heads_with_seeds_of_their_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dealt: list[int] = []
 
-    def permuted(plan: BudgetPlan, seed: int) -> BudgetPlan:
+    def shuffled(plan: BudgetPlan, seed: int) -> BudgetPlan:
         dealt.append(seed)
         return plan
 
-    monkeypatch.setattr(methods, "permuted", permuted)
+    monkeypatch.setattr(methods, "shuffled", shuffled)
     ours = Champion(OURS, "ours", "ours", folder=home / "plans")
     spec, plans = Shuffled("shuffled", "", "control", of=ours).plans(0.5, lambda path: BudgetPlan.read(Path(path)))
     assert dealt == [0, 1, 2]

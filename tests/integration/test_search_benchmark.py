@@ -15,9 +15,9 @@ from search_process import ROOT, make_model, make_texts
 from baklava.allocation import Uniform, allocate
 from baklava.data.windows import Window
 from baklava.errors import UserError
-from baklava.evaluation.window_scoring import prefill, score
-from baklava.eviction import HeavyHitter, Streaming
-from baklava.profiling.profile import flat_profile
+from baklava.evaluation.window_scoring import prefill_window, score_plan
+from baklava.eviction import HeavyHitter, StreamingLLM
+from baklava.profiling.profile import uniform_profile
 from baklava.runtime.model_loader import LoadedModel
 from benchmarks.markdown_page import read_checked, write_section
 from benchmarks.search import baseline as naive
@@ -28,19 +28,19 @@ from benchmarks.search.startup import Ran, overhead
 from tuning.study.search_space import recorded_evictions
 
 
-@pytest.mark.parametrize("eviction", [Streaming(sinks=1), HeavyHitter(reduction="max", interval=8)])
+@pytest.mark.parametrize("eviction", [StreamingLLM(sinks=1), HeavyHitter(reduction="max", eviction_interval=8)])
 @pytest.mark.parametrize("bits", [(16, 16), (8, 4)])
 @pytest.mark.parametrize("step", [1, 64])
 def test_the_naive_way_has_the_same_scores(
-    tiny: Callable[..., LoadedModel], eviction: Streaming | HeavyHitter, bits: tuple[int, int], step: int
+    tiny: Callable[..., LoadedModel], eviction: StreamingLLM | HeavyHitter, bits: tuple[int, int], step: int
 ) -> None:
     loaded = tiny()
     ids = torch.randint(2, 60, (160,), generator=torch.Generator().manual_seed(0)).tolist()
     window = Window(name="w", document="d", ids=tuple(ids), context_length=128)
-    profile = flat_profile(loaded.identity, loaded.geometry)
+    profile = uniform_profile(loaded.identity, loaded.geometry)
     plan = allocate(profile, budget=0.5, context_length=160, method=Uniform(), eviction=eviction, bits=bits)
     slow = naive.score(loaded, plan, window, step)
-    fast = score(loaded, prefill(loaded, window, recorded_evictions()), plan)
+    fast = score_plan(loaded, prefill_window(loaded, window, recorded_evictions()), plan)
     assert fast.kl > 1e-4
     assert slow["nll"] == pytest.approx(fast.nll, abs=2e-4)
     assert slow["kl"] == pytest.approx(fast.kl, rel=2e-2, abs=1e-5)

@@ -1,255 +1,243 @@
-"""The figures on a terminal."""
+"""The report of an evaluation: aligned tables for a terminal, and an HTML page with plots."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from baklava.evaluation.bootstrap import Interval
-from baklava.evaluation.formatting import bounds, counted, mebibytes, percent, with_bounds
+from baklava.evaluation.formatting import (
+    format_bounds,
+    format_interval,
+    format_mebibytes,
+    format_perplexity_change,
+    pluralize,
+)
 from baklava.evaluation.results import Evaluation, TaskScore
-from baklava.evaluation.summary import verdict
+from baklava.evaluation.summary import summarize
 from tuning.evaluation.run_dir import EvaluationSettings
-from tuning.reporting.report import filled, pairs, steps, write_page
-from tuning.reporting.svg import level, round_values, svg, text
+from tuning.reporting.html import commands_html, definitions_html, fill_template, write_page
+from tuning.reporting.svg import circle, hline, line, linear_scale, linear_ticks, log_scale, svg, text, vline
+
+PLAN_COLUMNS = ("bytes", "allocated", "prefill peak", "dNLL (nats/token)", "KL (nats/token)", "prefill", "decode")
 
 
-def tables(evaluations: Sequence[Evaluation]) -> str:
-    """Aligned tables: the plans, and what they answered."""
-    parts = [_aligned(["plan", *HEADS], [[each.named.name, *_cells(each)] for each in evaluations])]
-    if tasks := evaluations[0].tasks:
-        names = [each.named.name for each in evaluations]
-        rows = [_row(task, [each.tasks[task] for each in evaluations]) for task in tasks]
-        parts.append(_aligned(["score", "n", "chance", "no context", "full cache", *names], rows))
-        rows = [_row(task, [each.tasks[task] for each in evaluations], nll=True) for task in tasks]
-        parts.append(_aligned(["answer NLL", "n", "", "no context", "full cache", *names], rows))
-    return "\n\n".join(parts)
-
-
-HEADS = ("bytes", "held", "prefill peak", "dNLL (nats/token)", "KL (nats/token)", "prefill", "decode")
-
-
-def _cells(evaluation: Evaluation) -> list[str]:
-    plan, speed = evaluation.named.plan, evaluation.speed
-    quality = [with_bounds(evaluation.mean(metric), ".4f") for metric in ("dnll", "kl")]
-    peak = "-" if speed is None or speed.peak_bytes is None else mebibytes(speed.peak_bytes)
-    times = [f"{ratio:.2f} x" for ratio in (speed.prefill_ratio, speed.decode_ratio)] if speed else ["-", "-"]
-    return [f"{plan.ratio:.1%}", mebibytes(evaluation.allocated_bytes), peak, *quality, *times]
-
-
-def _row(task: str, scores: Sequence[TaskScore], *, nll: bool = False) -> list[str]:
-    read: Callable[[TaskScore], float] = (lambda score: score.nll) if nll else (lambda score: score.exact)
-    first = scores[0]
-    before = (first.closed_book_nll, first.full_nll) if nll else (first.closed_book_exact, first.full_exact)
-    chance = "" if nll else f"{first.chance:.2f}"
-    return [task, str(first.questions), chance, *(f"{value:.2f}" for value in (*before, *map(read, scores)))]
+def format_tables(evaluations: Sequence[Evaluation]) -> str:
+    """Return aligned tables: the plans, and their scores on the tasks."""
+    rows = []
+    for evaluation in evaluations:
+        speed = evaluation.speed
+        rows.append(
+            [
+                evaluation.name,
+                f"{evaluation.plan.ratio:.1%}",
+                format_mebibytes(evaluation.allocated_bytes),
+                format_mebibytes(speed.peak_bytes) if speed and speed.peak_bytes is not None else "-",
+                *(format_interval(evaluation.mean(metric), ".4f") for metric in ("dnll", "kl")),
+                *((f"{speed.prefill_ratio:.2f} x", f"{speed.decode_ratio:.2f} x") if speed else ("-", "-")),
+            ]
+        )
+    tables = [_aligned(["plan", *PLAN_COLUMNS], rows)]
+    tasks, names = evaluations[0].tasks, [evaluation.name for evaluation in evaluations]
+    if tasks:
+        scores_of = {task: [evaluation.tasks[task] for evaluation in evaluations] for task in tasks}
+        rows = []
+        nll_rows = []
+        for task, scores in scores_of.items():
+            first, questions = scores[0], str(scores[0].questions)
+            values = (first.chance, first.closed_book_score, first.full_score, *(score.score for score in scores))
+            rows.append([task, questions, *(f"{value:.2f}" for value in values)])
+            values = (first.closed_book_nll, first.full_nll, *(score.nll for score in scores))
+            nll_rows.append([task, questions, *(f"{value:.2f}" for value in values)])
+        tables.append(_aligned(["score", "n", "chance", "no context", "full cache", *names], rows))
+        tables.append(_aligned(["answer NLL", "n", "no context", "full cache", *names], nll_rows))
+    return "\n\n".join(tables)
 
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join(_line(row, widths) for row in (head, *rows))
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = zip(cells, widths, strict=True)
-    return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
+    lines = []
+    for row in (head, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    return "\n".join(lines)
 
 
 WIDTH, LEFT, RIGHT, TOP = 720, 64, 24, 16
-HEIGHT, BOTTOM = 340, 44
+QUALITY_HEIGHT, BOTTOM = 340, 44
 MIN_KL = 1e-4
 """Nats per token at the foot of the scale: what rounding to 16 bits costs a plan that keeps everything."""
 
-ROW, NAMES = 24, 190
-Scale = Callable[[float], float]
-COLOURS = 6
-BESIDE = 7  # pixels
-SAME = 0.02  # of the bytes: a rounding of capacities
+SAME_SIZE_TOLERANCE = 0.02
+"""Relative difference of sizes that is only rounding of capacities."""
+
+SAME_SIZE_OFFSET = 7
+"""Pixels between the points of plans of the same size."""
+
+NUM_COLORS = 6
+NAMES_WIDTH, ROW_HEIGHT = 190, 24
+MAX_NAME_CHARACTERS = 24
 
 
-def colour(number: int) -> str:
-    """The class that gives a plan its colour."""
-    return f"plan-{number % COLOURS}"
+def color_class(number: int) -> str:
+    """Return the CSS class that gives a plan its colour."""
+    return f"plan-{number % NUM_COLORS}"
 
 
-def quality_chart(evaluations: Sequence[Evaluation]) -> str:
-    """KL over bytes, a point a plan with its interval."""
-    means = [max(MIN_KL, each.mean("kl").mean) for each in evaluations]
-    top = 10 ** math.ceil(math.log10(2 * max(means)))
-    widest = max(each.named.plan.bytes_per_sequence for each in evaluations) / 2**20
-
-    def x(size: float) -> float:
-        return LEFT + size / widest * 0.82 * (WIDTH - LEFT - RIGHT)
+def plot_quality(evaluations: Sequence[Evaluation]) -> str:
+    """Return KL over bytes: a point per plan, with its interval."""
+    max_kl = 10 ** math.ceil(math.log10(2 * max(max(MIN_KL, evaluation.mean("kl").mean) for evaluation in evaluations)))
+    max_mebibytes = max(evaluation.plan.bytes_per_sequence for evaluation in evaluations) / 2**20
+    bottom = QUALITY_HEIGHT - BOTTOM
+    x = linear_scale(0, max_mebibytes, LEFT, LEFT + 0.82 * (WIDTH - LEFT - RIGHT))
+    scale = log_scale(MIN_KL, max_kl, bottom, TOP)
 
     def y(kl: float) -> float:
-        share = math.log(max(kl, MIN_KL) / MIN_KL) / math.log(top / MIN_KL)
-        return HEIGHT - BOTTOM - min(1.0, share) * (HEIGHT - BOTTOM - TOP)
+        return scale(min(max_kl, max(MIN_KL, kl)))
 
-    powers = [10.0**power for power in range(round(math.log10(MIN_KL)), round(math.log10(top)) + 1)]
-    grid = [level(y(kl), LEFT, WIDTH - RIGHT, f"{kl:g}") for kl in powers]
-    ticks = [text(x(size), HEIGHT - BOTTOM + 18, f"{size:g}", "middle") for size in round_values(0, widest)]
-    axis = text((LEFT + WIDTH) / 2, HEIGHT - 6, "MiB per sequence", "middle")
-    sizes = [each.named.plan.bytes_per_sequence for each in evaluations]
-    points = [_point(number, each, x, y, sizes[:number]) for number, each in enumerate(evaluations)]
-    return svg(WIDTH, HEIGHT, "KL over bytes, plan by plan", [*grid, *ticks, axis, *points])
+    powers = range(round(math.log10(MIN_KL)), round(math.log10(max_kl)) + 1)
+    elements = [hline(y(10.0**power), LEFT, WIDTH - RIGHT, f"{10.0**power:g}") for power in powers]
+    elements += [text(x(tick), bottom + 18, f"{tick:g}", "middle") for tick in linear_ticks(0, max_mebibytes)]
+    elements.append(text((LEFT + WIDTH) / 2, QUALITY_HEIGHT - 6, "MiB per sequence", "middle"))
+    sizes = [evaluation.plan.bytes_per_sequence for evaluation in evaluations]
+    for number, evaluation in enumerate(evaluations):
+        kl, size = evaluation.mean("kl"), sizes[number]
+        num_same = sum(abs(other - size) < SAME_SIZE_TOLERANCE * size for other in sizes[:number])
+        point_x = x(size / 2**20) + SAME_SIZE_OFFSET * num_same
+        tooltip = f"{evaluation.name}: {evaluation.plan.ratio:.1%} of the bytes, KL {format_interval(kl, '.4f')}"
+        bar = "" if math.isnan(kl.low) else line(point_x, y(kl.low), point_x, y(kl.high), "series")
+        point = circle("series", point_x, y(kl.mean), 5, tooltip)
+        elements.append(f'<g class="{color_class(number)}">{bar}{point}</g>')
+    return svg(WIDTH, QUALITY_HEIGHT, "KL over bytes, plan by plan", elements)
 
 
-def window_chart(evaluations: Sequence[Evaluation]) -> str:
-    """The loss of every plan on every window, a row a window."""
+def plot_windows(evaluations: Sequence[Evaluation]) -> str:
+    """Return the loss of every plan on every window: a row per window."""
     first = evaluations[0]
-    losses = [each.values("dnll") for each in evaluations]
+    losses = [evaluation.values("dnll") for evaluation in evaluations]
     low, high = min(0.0, min(map(min, losses))), max(1e-3, max(map(max, losses)))
+    bottom = TOP + ROW_HEIGHT * len(first.scores)
+    x = linear_scale(low, high, NAMES_WIDTH, WIDTH - RIGHT)
+    elements = [vline(x(tick), TOP, bottom, f"{tick:.3g}") for tick in linear_ticks(low, high)]
+    for row, (score, gain) in enumerate(zip(first.scores, first.context_gain, strict=True)):
+        y, name = TOP + ROW_HEIGHT * (row + 0.5), score.window
+        short = name if len(name) <= MAX_NAME_CHARACTERS else f"{name[:10]}…{name[-13:]}"
+        elements.append(line(NAMES_WIDTH, y, WIDTH - RIGHT, y, "soft") + text(0, y + 4, f"{short} ({gain:+.2f})"))
+        for number, evaluation in enumerate(evaluations):
+            loss = evaluation.scores[row].dnll
+            point = circle("series", x(loss), y, 4.5, f"{evaluation.name} on {name}: {loss:+.4f}")
+            elements.append(f'<g class="{color_class(number)}">{point}</g>')
+    elements.append(text((NAMES_WIDTH + WIDTH) / 2, bottom + 34, "loss over the full cache, nats per token", "middle"))
+    return svg(WIDTH, bottom + 42, "loss over the full cache, window by window", elements)
 
-    def x(loss: float) -> float:
-        return NAMES + (loss - low) / (high - low) * (WIDTH - NAMES - RIGHT)
 
-    bottom = TOP + ROW * len(first.scores)
-    parts = [_column(loss, x, bottom) for loss in round_values(low, high)]
-    for row, (score, gain) in enumerate(zip(first.scores, first.gain, strict=True)):
-        y = TOP + ROW * (row + 0.5)
-        parts.append(_named_row(score.window, gain, y))
-        parts += [_dot(number, each, row, x, y) for number, each in enumerate(evaluations)]
-    axis = text((NAMES + WIDTH) / 2, bottom + 34, "loss over the full cache, nats per token", "middle")
-    return svg(WIDTH, bottom + 42, "loss over the full cache, window by window", [*parts, axis])
-
-
-def legend(evaluations: Sequence[Evaluation]) -> str:
-    """Which colour is which plan."""
+def legend_html(evaluations: Sequence[Evaluation]) -> str:
+    """Return which colour is which plan."""
     names = [
-        f'<span class="{colour(number)}"><i class="key"></i>{escape(each.named.name)}</span>'
-        for number, each in enumerate(evaluations)
+        f'<span class="{color_class(number)}"><i class="key"></i>{escape(evaluation.name)}</span>'
+        for number, evaluation in enumerate(evaluations)
     ]
     return f'<p class="note legend">{" ".join(names)}</p>'
 
 
-def _point(number: int, evaluation: Evaluation, x: Scale, y: Scale, before: Sequence[int]) -> str:
-    kl, size, ratio = evaluation.mean("kl"), evaluation.named.plan.bytes_per_sequence, evaluation.named.plan.ratio
-    like = sum(abs(other - size) < SAME * size for other in before)
-    across = x(size / 2**20) + BESIDE * like  # plans of one size stand beside each other
-    told = f"{evaluation.named.name}: {ratio:.1%} of the bytes, KL {kl.mean:.4f}"
-    bar = ""
-    if not math.isnan(kl.low):
-        told += f" [{kl.low:.4f}, {kl.high:.4f}]"
-        at = f'x1="{across:.1f}" x2="{across:.1f}"'
-        bar = f'<line class="series" {at} y1="{y(kl.low):.1f}" y2="{y(kl.high):.1f}"/>'
-    at = f'cx="{across:.1f}" cy="{y(kl.mean):.1f}"'
-    dot = f'<circle class="series" {at} r="5"><title>{escape(told)}</title></circle>'
-    return f'<g class="{colour(number)}">{bar}{dot}</g>'
-
-
-def _column(loss: float, x: Scale, bottom: float) -> str:
-    line = f'<line class="grid" x1="{x(loss):.1f}" x2="{x(loss):.1f}" y1="{TOP}" y2="{bottom}"/>'
-    return line + text(x(loss), bottom + 16, f"{loss:.3g}", "middle")
-
-
-def _named_row(name: str, gain: float, y: float) -> str:
-    short = name if len(name) <= 24 else f"{name[:10]}…{name[-13:]}"
-    line = f'<line class="soft" x1="{NAMES}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return line + text(0, y + 4, f"{short} ({gain:+.2f})")
-
-
-def _dot(number: int, evaluation: Evaluation, row: int, x: Scale, y: float) -> str:
-    loss = evaluation.scores[row].dnll
-    told = f"{evaluation.named.name} on {evaluation.scores[row].window}: {loss:+.4f}"
-    circle = f'<circle class="series" cx="{x(loss):.1f}" cy="{y:.1f}" r="4.5"><title>{escape(told)}</title></circle>'
-    return f'<g class="{colour(number)}">{circle}</g>'
-
-
 def write_report(evaluations: Sequence[Evaluation], settings: EvaluationSettings, path: Path) -> None:
     """Write the report of these plans."""
-    told = verdict(evaluations, settings.texts)
+    summary = summarize(evaluations, settings.texts)
+    files = [evaluation.name for evaluation in evaluations if evaluation.name.endswith(".json")]
+    steps = {"search for a better plan": f"baklava-search --model {settings.model} --texts your-text/ --budget 0.3"}
+    if files:
+        steps["serve one"] = f"baklava-serve --plan {files[0]} --model {settings.model}"
+    steps["compare evaluations"] = "make ui"
+    options = {
+        name: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for name, value in settings.model_dump().items()
+    }
     fields = {
-        "title": escape(f"{counted(len(evaluations), 'plan')} for {settings.model_name}"),
-        "lead": escape(told[0]),
-        "verdict": "".join(f"<li>{escape(sentence)}</li>" for sentence in told[1:]),
-        "quality": quality_chart(evaluations) + legend(evaluations),
-        "plans": "".join(_plan(number, each) for number, each in enumerate(evaluations)),
+        "title": escape(f"{pluralize(len(evaluations), 'plan')} for {settings.model_name}"),
+        "lead": escape(summary[0]),
+        "summary": "".join(f"<li>{escape(sentence)}</li>" for sentence in summary[1:]),
+        "quality": plot_quality(evaluations) + legend_html(evaluations),
+        "plans": "".join(_plan_row(number, evaluation) for number, evaluation in enumerate(evaluations)),
         "tasks": _tasks(evaluations) if evaluations[0].tasks else "",
         "speed": _speed(evaluations) if evaluations[0].speed else "",
-        "windows": window_chart(evaluations) + legend(evaluations),
-        "settings": pairs({name: _plain(value) for name, value in settings.model_dump().items()}),
-        "steps": steps(_next(evaluations, settings)),
+        "windows": plot_windows(evaluations) + legend_html(evaluations),
+        "settings": definitions_html(options),
+        "steps": commands_html(steps),
     }
     write_page(path, "evaluation.html", fields)
 
 
-def _next(evaluations: Sequence[Evaluation], settings: EvaluationSettings) -> dict[str, str]:
-    files = [each.named.name for each in evaluations if each.named.name.endswith(".json")]
-    found = {"search a better plan": f"python jobs/search.py --model {settings.model} --texts your-text/ --budget 0.3"}
-    if files:
-        found["serve one"] = f"python jobs/serve.py --plan {files[0]} --model {settings.model}"
-    return found | {"compare evaluations": "make ui"}
-
-
-def _plan(number: int, evaluation: Evaluation) -> str:
-    plan, speed = evaluation.named.plan, evaluation.speed
-    peak = mebibytes(speed.peak_bytes) if speed and speed.peak_bytes is not None else "–"
-    sizes = [f"{plan.ratio:.1%}", mebibytes(plan.bytes_per_sequence), mebibytes(evaluation.allocated_bytes), peak]
+def _plan_row(number: int, evaluation: Evaluation) -> str:
+    plan, speed = evaluation.plan, evaluation.speed
     dnll, kl = evaluation.mean("dnll"), evaluation.mean("kl")
-    quality = [_with_small(percent(dnll)), _with_bounds(dnll), _with_bounds(kl)]
-    return f"<tr>{_head(number, evaluation)}{''.join(f'<td>{cell}</td>' for cell in (*sizes, *quality))}</tr>"
+    cells = [
+        f"{plan.ratio:.1%}",
+        format_mebibytes(plan.bytes_per_sequence),
+        format_mebibytes(evaluation.allocated_bytes),
+        format_mebibytes(speed.peak_bytes) if speed and speed.peak_bytes is not None else "–",
+        _with_small_bounds(format_perplexity_change(dnll)),
+        _with_small_bounds(format_interval(dnll, ".4f")),
+        _with_small_bounds(format_interval(kl, ".4f")),
+    ]
+    return _row(_plan_head(number, evaluation), cells)
 
 
 def _tasks(evaluations: Sequence[Evaluation]) -> str:
-    names = "".join(f"<th>{escape(each.named.name)}</th>" for each in evaluations)
+    names = "".join(f"<th>{escape(evaluation.name)}</th>" for evaluation in evaluations)
     head = f"<th>task</th><th>n</th><th>chance</th><th>no context</th><th>full cache</th>{names}"
-    rows = "".join(_task(task, [each.tasks[task] for each in evaluations]) for task in evaluations[0].tasks)
-    nlls = "".join(_nll(task, [each.tasks[task] for each in evaluations]) for task in evaluations[0].tasks)
-    plain = head.replace("<th>chance</th>", "")
-    return filled("evaluation_tasks.html", {"head": head, "exact": rows, "plain": plain, "nll": nlls})
+    score_rows, nll_rows = [], []
+    for task in evaluations[0].tasks:
+        scores: list[TaskScore] = [evaluation.tasks[task] for evaluation in evaluations]
+        first, name = scores[0], escape(task.replace("_", " "))
+        nlls = [first.closed_book_nll, first.full_nll, *(score.nll for score in scores)]
+        nll_rows.append(_row(f"<th>{name}</th>", [str(first.questions), *(f"{nll:.2f}" for nll in nlls)]))
+        if first.metric != "exact":
+            name += f" <small>{escape(first.metric.replace('_', ' '))}</small>"
+        cells = "".join(
+            [
+                f"<td>{first.questions}</td><td>{first.chance:.2f}</td>",
+                *(_heat_cell(value) for value in (first.closed_book_score, first.full_score)),
+                *(_heat_cell(score.score, format_bounds(score.loss, ".2f")) for score in scores),
+            ]
+        )
+        score_rows.append(f"<tr><th>{name}</th>{cells}</tr>")
+    fields = {
+        "score_head": head,
+        "score_rows": "".join(score_rows),
+        "nll_head": head.replace("<th>chance</th>", ""),
+        "nll_rows": "".join(nll_rows),
+    }
+    return fill_template("evaluation_tasks.html", fields)
 
 
-def _task(task: str, scores: Sequence[TaskScore]) -> str:
-    first = scores[0]
-    before = "".join(_heat(share) for share in (first.closed_book_exact, first.full_exact))
-    after = "".join(_heat(score.exact, bounds(score.loss, ".2f")) for score in scores)
-    name = escape(task.replace("_", " "))
-    if first.metric != "exact":
-        name += f" <small>{escape(first.metric.replace('_', ' '))}</small>"
-    return f"<tr><th>{name}</th><td>{first.questions}</td><td>{first.chance:.2f}</td>{before}{after}</tr>"
-
-
-def _nll(task: str, scores: Sequence[TaskScore]) -> str:
-    first = scores[0]
-    values = [first.closed_book_nll, first.full_nll, *(score.nll for score in scores)]
-    cells = "".join(f"<td>{value:.2f}</td>" for value in values)
-    return f"<tr><th>{escape(task.replace('_', ' '))}</th><td>{first.questions}</td>{cells}</tr>"
-
-
-def _heat(share: float, bounds: str = "") -> str:
-    told = f' title="loss against the full cache, 95 % {escape(bounds)}"' if bounds else ""
-    return f'<td class="heat" style="--share: {share:.3f}"{told}>{share:.2f}</td>'
+def _heat_cell(value: float, loss_bounds: str = "") -> str:
+    tooltip = f' title="loss against the full cache, 95 % {escape(loss_bounds)}"' if loss_bounds else ""
+    return f'<td class="heat" style="--share: {value:.3f}"{tooltip}>{value:.2f}</td>'
 
 
 def _speed(evaluations: Sequence[Evaluation]) -> str:
-    rows = []
-    for number, each in enumerate(evaluations):
-        if speed := each.speed:
+    rows, context = [], 0
+    for number, evaluation in enumerate(evaluations):
+        if speed := evaluation.speed:
+            context = speed.context
             cells = [
                 f"{speed.prefill_seconds:.2f} s",
                 f"{speed.prefill_ratio:.2f} ×",
                 f"{speed.decode_milliseconds:.1f} ms",
                 f"{speed.decode_ratio:.2f} ×",
             ]
-            rows.append(f"<tr>{_head(number, each)}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    context = evaluations[0].speed.context if evaluations[0].speed else 0
-    return filled("evaluation_speed.html", {"rows": "".join(rows), "context": f"{context:,}"})
+            rows.append(_row(_plan_head(number, evaluation), cells))
+    return fill_template("evaluation_speed.html", {"rows": "".join(rows), "context": f"{context:,}"})
 
 
-def _head(number: int, evaluation: Evaluation) -> str:
-    return f'<th class="{colour(number)}"><i class="key"></i>{escape(evaluation.named.name)}</th>'
+def _row(head: str, cells: Sequence[str]) -> str:
+    return f"<tr>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _with_bounds(found: Interval) -> str:
-    inside = bounds(found, ".4f")
-    return f"{found.mean + 0.0:.4f}" + (f"<br><small>{inside}</small>" if inside else "")
+def _plan_head(number: int, evaluation: Evaluation) -> str:
+    return f'<th class="{color_class(number)}"><i class="key"></i>{escape(evaluation.name)}</th>'
 
 
-def _with_small(told: str) -> str:
-    """A value with its bounds below it."""
-    value, _, bounds = told.partition(" [")
-    return escape(value) + (f"<br><small>[{escape(bounds)}</small>" if bounds else "")
-
-
-def _plain(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _with_small_bounds(value: str) -> str:
+    """A value with its bounds in small type below it."""
+    mean, _, bounds = value.partition(" [")
+    return escape(mean) + (f"<br><small>[{escape(bounds)}</small>" if bounds else "")

@@ -1,100 +1,116 @@
-"""An evaluation from settings to a report."""
+"""An evaluation from its settings to a report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baklava.allocation.plan_spec import NamedPlan
+from baklava.allocation.plan_spec import ResolvedPlan
 from baklava.console import log, progress_bar
-from baklava.evaluation.results import Evaluation, compare
+from baklava.evaluation.results import Evaluation, aggregate_results
 from baklava.evaluation.speed.latency import Speed
 from baklava.runtime.model_loader import LoadedModel, load
-from tuning.evaluation.inputs import prepare
-from tuning.evaluation.mlflow_runs import write_runs
+from tuning.evaluation.inputs import prepare_inputs
+from tuning.evaluation.mlflow_runs import log_evaluation
 from tuning.evaluation.report import write_report
-from tuning.evaluation.run_dir import EvaluationRecord, EvaluationSettings, Folder, Material, in_order
-from tuning.evaluation.workers import results
+from tuning.evaluation.run_dir import (
+    EvaluationDir,
+    EvaluationInputs,
+    EvaluationRecord,
+    EvaluationSettings,
+    in_item_order,
+)
+from tuning.evaluation.workers import evaluate_items
 from tuning.study.journal import check_new_run_dir
-from tuning.tracking.client import connect
+from tuning.tracking.client import connect, now_ms
 
-LEAST_TOKENS = 32
-"""Tokens that a plan must be made for, so that a prompt and some decoded tokens fit."""
+MIN_CONTEXT_TOKENS = 32
+"""Tokens that a plan must be made for so that its speed can be measured."""
 
-Stopwatch = Callable[[LoadedModel, Sequence[NamedPlan]], Mapping[str, Speed]]
-"""Measures the plans' speed, by name."""
+MeasureSpeeds = Callable[[LoadedModel, Sequence[ResolvedPlan]], Mapping[str, Speed]]
+"""Measures the speed of plans; returns it by the plan's name."""
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """Where a finished evaluation is, and what came out."""
+class EvaluationResult:
+    """A finished evaluation."""
 
-    folder: Folder
+    run_dir: EvaluationDir
     settings: EvaluationSettings
     evaluations: tuple[Evaluation, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """What other people's scripts read: one plan, or several under "plans"."""
+        """Return the scores of one plan, or of several under "plans"; scripts of others read them."""
         if len(self.evaluations) == 1:
             return self.evaluations[0].as_json()
-        return {"plans": [each.as_json() for each in self.evaluations]}
+        return {"plans": [evaluation.as_json() for evaluation in self.evaluations]}
 
 
-def evaluate(settings: EvaluationSettings, out: Path, stopwatch: Stopwatch) -> Evaluated:
-    """Compare plans on windows and prompts; everything goes into the folder `out`.
+def evaluate(settings: EvaluationSettings, out: Path, measure_speeds: MeasureSpeeds) -> EvaluationResult:
+    """Compare plans on windows and prompts; write everything into the new folder `out`.
 
     Raises:
-        UserError: anything a user can put right. Nothing has been written to `out` then.
+        UserError: anything that a user can put right. Nothing has been written to `out` then.
     """
+    started_ms = now_ms()
     check_new_run_dir(out, "evaluation")
     loaded = load(settings.model, threads=settings.threads)
-    material = prepare(settings, loaded)
-    connect(f"baklava/{settings.model_name}")  # a server that is down is told now, not after half an hour
-    folder = Folder(out)
-    folder.begin(EvaluationRecord(settings=settings, weights=loaded.weights_digest), material)
-    return _run(folder, settings, loaded, material, stopwatch)
+    inputs = prepare_inputs(settings, loaded)
+    connect(f"baklava/{settings.model_name}")  # fail now if the server is down, not after half an hour
+    run_dir = EvaluationDir(out)
+    record = EvaluationRecord(settings=settings, weights=loaded.weights_digest, started_ms=started_ms)
+    run_dir.write_inputs(record, inputs)
+    return _run(run_dir, record, loaded, inputs, measure_speeds)
 
 
-def resume(out: Path, stopwatch: Stopwatch) -> Evaluated:
-    """Go on with an evaluation that was killed, from the results that it recorded.
+def resume(out: Path, measure_speeds: MeasureSpeeds) -> EvaluationResult:
+    """Continue an evaluation that was killed, from the results that it recorded.
 
     Raises:
-        UserError: there is none, or the model has changed since.
+        UserError: no evaluation there, or its model has changed since.
     """
-    folder = Folder(out)
-    record = folder.record()
-    settings = record.settings
-    loaded = load(settings.model, threads=settings.threads)
-    record.check_same(loaded)
-    return _run(folder, settings, loaded, folder.material(settings, loaded.model.config.vocab_size), stopwatch)
+    run_dir = EvaluationDir(out)
+    record = run_dir.read_record()
+    loaded = load(record.settings.model, threads=record.settings.threads)
+    record.check_unchanged(loaded)
+    inputs = run_dir.read_inputs(record.settings, loaded.model.config.vocab_size)
+    return _run(run_dir, record, loaded, inputs, measure_speeds)
 
 
 def _run(
-    folder: Folder, settings: EvaluationSettings, loaded: LoadedModel, material: Material, stopwatch: Stopwatch
-) -> Evaluated:
+    run_dir: EvaluationDir,
+    record: EvaluationRecord,
+    loaded: LoadedModel,
+    inputs: EvaluationInputs,
+    measure_speeds: MeasureSpeeds,
+) -> EvaluationResult:
+    settings = record.settings
     try:
-        found = _all_results(folder, settings, loaded, material)
-        speeds = _speeds(folder, settings, loaded, material, stopwatch)
+        results = _evaluate_missing(run_dir, settings, loaded, inputs)
+        speeds = _speeds(run_dir, loaded, inputs, measure_speeds) if settings.speed else {}
     except BaseException:
-        log(f"the evaluation ended early; go on with it: python jobs/evaluate.py --resume {folder.path}")
+        log(f"the evaluation ended early; resume it with: baklava-evaluate --resume {run_dir.path}")
         raise
-    windows = in_order(found, [("window", window.name) for window in material.windows])
-    prompts = in_order(found, [("prompt", asked.prompt.name) for asked in material.prompts])
-    evaluated = Evaluated(folder, settings, tuple(compare(material.plans, windows, prompts, speeds)))
-    write_report(evaluated.evaluations, settings, folder.report)
-    folder.write_scores(evaluated.as_json())
-    write_runs(evaluated.evaluations, settings, folder)
-    return evaluated
+    windows = in_item_order(results, [("window", window.name) for window in inputs.windows])
+    prompts = in_item_order(results, [("prompt", prompt.prompt.name) for prompt in inputs.prompts])
+    result = EvaluationResult(run_dir, settings, tuple(aggregate_results(inputs.plans, windows, prompts, speeds)))
+    write_report(result.evaluations, settings, run_dir.report_path)
+    run_dir.write_scores(result.as_json())
+    log_evaluation(result.evaluations, record, run_dir)
+    return result
 
 
-def _all_results(folder: Folder, settings: EvaluationSettings, loaded: LoadedModel, material: Material) -> list[Any]:
-    journal = folder.journal()
-    known = {(result.kind, result.name) for result in journal.records}
-    missing = [item for key, item in material.items if key not in known]
-    counts = f"{len(material.windows)} windows and {len(material.prompts)} prompts"
-    log(f"evaluating {len(material.plans)} plans on {counts}, {len(known)} of them done before")
+def _evaluate_missing(
+    run_dir: EvaluationDir, settings: EvaluationSettings, loaded: LoadedModel, inputs: EvaluationInputs
+) -> list[Any]:
+    """All results: those in the journal, and those of the remaining items."""
+    journal = run_dir.open_journal()
+    done = {(result.kind, result.name) for result in journal.records}
+    missing = [item for key, item in inputs.items if key not in done]
+    counts = f"{len(inputs.windows)} windows and {len(inputs.prompts)} prompts"
+    log(f"evaluating {len(inputs.plans)} plans on {counts}, {len(done)} of them done before")
     with progress_bar(len(missing), "evaluating", "items") as progress:
-        for result in results(loaded, material, missing, settings.replicas):
+        for result in evaluate_items(loaded, inputs, missing, settings.replicas):
             journal.append(result)
             progress.set_postfix_str(result.name)
             progress.update(1)
@@ -102,16 +118,15 @@ def _all_results(folder: Folder, settings: EvaluationSettings, loaded: LoadedMod
 
 
 def _speeds(
-    folder: Folder, settings: EvaluationSettings, loaded: LoadedModel, material: Material, stopwatch: Stopwatch
+    run_dir: EvaluationDir, loaded: LoadedModel, inputs: EvaluationInputs, measure_speeds: MeasureSpeeds
 ) -> Mapping[str, Speed]:
-    if not settings.speed:
+    recorded = run_dir.read_speeds()
+    if recorded is not None:
+        return recorded
+    if inputs.min_context_length <= MIN_CONTEXT_TOKENS:
+        log(f"speed is left out: plans for {inputs.min_context_length} tokens are too short to time")
         return {}
-    speeds = folder.speeds()
-    if speeds is None and material.shortest <= LEAST_TOKENS:
-        log(f"speed is left out: plans for {material.shortest} tokens leave too few to time")
-        return {}
-    if speeds is None:
-        log("measuring speed and peak memory, all plans in turns")
-        speeds = dict(stopwatch(loaded, material.plans))
-        folder.write_speeds(speeds)
+    log("measuring speed and peak memory, all plans in turns")
+    speeds = measure_speeds(loaded, inputs.plans)
+    run_dir.write_speeds(speeds)
     return speeds

@@ -1,4 +1,4 @@
-"""The work of an evaluation: item after item, in this process or on replicas of the model."""
+"""Evaluate items in this process, or on workers of a Ray cluster."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -15,46 +15,23 @@ from tuning.evaluation.run_dir import RESULT, EvaluationInputs, Item
 from tuning.workers.scoring_worker import ModelWorker
 
 
-def evaluate_item(evaluator: Evaluator, item: Item) -> WindowResult | PromptResult:
-    """The result of one item."""
-    if isinstance(item, Window):
-        return evaluator.window(item)
-    return evaluator.prompt(item.task, item.prompt)
-
-
 def evaluate_items(
-    loaded: LoadedModel, material: EvaluationInputs, items: Sequence[Item], replicas: int | str
+    loaded: LoadedModel, inputs: EvaluationInputs, items: Sequence[Item], replicas: int | str
 ) -> Iterator[WindowResult | PromptResult]:
-    """The results of all items as they come, in any order.
+    """Yield the results of all items as they come, in any order.
 
-    "auto" is one replica per GPU of the cluster at `$RAY_ADDRESS` or of this machine where it has several, else this
-    process.
+    With `replicas` "auto" there is one worker per GPU of the cluster at `$RAY_ADDRESS`, or of this machine if it has
+    several, and otherwise only this process.
     """
-    plans = [named.plan for named in material.plans]
     if not items:
         return
-    if replicas == 1 or (replicas == "auto" and not (os.environ.get("RAY_ADDRESS") or torch.cuda.device_count() > 1)):
+    plans = [named.plan for named in inputs.plans]
+    has_cluster = bool(os.environ.get("RAY_ADDRESS")) or torch.cuda.device_count() > 1
+    if replicas == 1 or (replicas == "auto" and not has_cluster):
         evaluator = Evaluator(loaded, plans)
         yield from (evaluate_item(evaluator, item) for item in items)
-    else:
-        yield from _on_replicas(loaded, plans, items, replicas)
+        return
 
-
-class EvaluationWorker(ModelWorker):
-    """A replica of the model with all plans. It refuses to start if its weights are not `weights_digest`."""
-
-    def __init__(self, model: str, threads: int, *, plans: Sequence[str], **options: Any) -> None:
-        super().__init__(model, threads, **options)
-        self.evaluator = Evaluator(self.loaded, [BudgetPlan.model_validate_json(plan) for plan in plans])
-
-    def evaluate(self, item: Item) -> str:
-        """Return the result of one item as JSON."""
-        return evaluate_item(self.evaluator, item).model_dump_json()
-
-
-def _on_replicas(
-    loaded: LoadedModel, plans: Sequence[BudgetPlan], items: Sequence[Item], replicas: int | str
-) -> Iterator[WindowResult | PromptResult]:
     # Imported here, since a single process needs no Ray.
     from baklava.runtime.ray_session import ray_session
     from tuning.workers.cluster import OBJECT_STORE_BYTES, WorkerGroup, cluster_layout
@@ -72,3 +49,22 @@ def _on_replicas(
         group.wait_until_ready()
         for result in group.map_unordered("evaluate", items):
             yield RESULT.validate_json(result)
+
+
+def evaluate_item(evaluator: Evaluator, item: Item) -> WindowResult | PromptResult:
+    """Return the result of one item."""
+    if isinstance(item, Window):
+        return evaluator.evaluate_window(item)
+    return evaluator.evaluate_prompt(item.task, item.prompt)
+
+
+class EvaluationWorker(ModelWorker):
+    """A replica of the model with all plans. It refuses to start if its weights are not `weights_digest`."""
+
+    def __init__(self, model: str, threads: int, *, plans: Sequence[str], **options: Any) -> None:
+        super().__init__(model, threads, **options)
+        self.evaluator = Evaluator(self.loaded, [BudgetPlan.model_validate_json(plan) for plan in plans])
+
+    def evaluate(self, item: Item) -> str:
+        """Return the result of one item as JSON."""
+        return evaluate_item(self.evaluator, item).model_dump_json()

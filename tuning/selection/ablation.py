@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from baklava.allocation import Greedy, permuted
+from baklava.allocation import Greedy, shuffled
 from baklava.evaluation.bootstrap import Interval
-from baklava.evaluation.formatting import with_bounds
+from baklava.evaluation.formatting import format_interval
 from tuning.selection.validation import Candidate, ValidatedPlan, ValidationResult, log_kl_ratio, validate
 from tuning.study.search_space import SearchTask
 from tuning.workers.cluster import WorkerGroup
@@ -45,10 +45,10 @@ def run_ablations(
 def format_ratio(log_ratio: Interval) -> str:
     """Return the ratio whose logarithm this is, with its interval."""
     mean, low, high = (math.exp(value) for value in (log_ratio.mean, log_ratio.low, log_ratio.high))
-    return with_bounds(replace(log_ratio, mean=mean, low=low, high=high), ".2f")
+    return format_interval(replace(log_ratio, mean=mean, low=low, high=high), ".2f")
 
 
 def shuffled_candidates(winner: ValidatedPlan) -> list[Candidate]:
     """Return plans with the winner's budgets in other heads."""
     plan = winner.candidate.plan
-    return [Candidate(f"shuffled {seed}", permuted(plan, seed)) for seed in range(NUM_SHUFFLES)]
+    return [Candidate(f"shuffled {seed}", shuffled(plan, seed)) for seed in range(NUM_SHUFFLES)]

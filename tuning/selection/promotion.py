@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baklava.errors import UserError
-from baklava.evaluation.formatting import share
+from baklava.evaluation.formatting import format_share
 from baklava.plan.budget_plan import BudgetPlan
 from tuning.selection.ablation import format_ratio
 from tuning.selection.validation import Candidate, ValidatedPlan, byte_ratio, log_kl_ratio, validate
@@ -50,7 +50,7 @@ class RegisteredPlan:
 
     @property
     def uri(self) -> str:
-        """What jobs/serve.py takes as --plan."""
+        """What baklava-serve takes as --plan."""
         return f"models:/{self.name}" + (f"@{ALIAS}" if self.decision.is_champion else f"/{self.version}")
 
     @property
@@ -109,7 +109,7 @@ def _compare(old: ValidatedPlan, new: ValidatedPlan, champion: CurrentChampion, 
     new_size, old_size = byte_ratio(new), byte_ratio(old)
     comparison = (
         f"{goal.loss_name} {new_loss:.4g} against {old_loss:.4g} on the same validation windows, "
-        f"{share(new_size)} of the bytes against {share(old_size)} "
+        f"{format_share(new_size)} of the bytes against {format_share(old_size)} "
         f"(its KL is {format_ratio(log_kl_ratio([old], new))} times the new one's)"
     )
     if champion.tags.get("goal") == goal.description and goal.max_dnll is not None:

@@ -96,7 +96,7 @@ class SearchResult:
 
     @property
     def plan_uri(self) -> str:
-        """What jobs/serve.py takes as --plan: the plan in the registry, else the file."""
+        """What baklava-serve takes as --plan: the plan in the registry, else the file."""
         return self.registered.uri if self.registered else str(self.out / "plan.json")
 
     @property
@@ -105,8 +105,8 @@ class SearchResult:
         model, file = self.settings.model, self.out / "plan.json"
         return {
             "open the UI": "make ui",
-            "serve it": f"python jobs/serve.py --plan {self.plan_uri} --model {model}",
-            "evaluate it": f"python jobs/evaluate.py --plan {file} --model {model} --texts ifcraft",
+            "serve it": f"baklava-serve --plan {self.plan_uri} --model {model}",
+            "evaluate it": f"baklava-evaluate --plan {file} --model {model} --texts ifcraft",
         }
 
     @cached_property

@@ -7,7 +7,7 @@ from typing import Any
 
 from baklava.console import log
 from baklava.errors import UserError
-from baklava.evaluation.bootstrap import Interval, interval
+from baklava.evaluation.bootstrap import Interval, bootstrap_mean
 from baklava.plan.budget_plan import BudgetPlan
 from tuning.optimizers.baselines import baseline_methods
 from tuning.optimizers.pareto import knee, nearest, non_dominated, subsample
@@ -188,4 +188,4 @@ def log_kl_ratio(plans: Sequence[ValidatedPlan], winner: ValidatedPlan) -> Inter
     """Return the mean log of plans' KL over the winner's, window by window; above 0 the winner is better."""
     pairs = [pair for plan in plans for pair in zip(plan.windows, winner.windows, strict=True)]
     ratios = [math.log(max(score["kl"], MIN_KL) / max(best["kl"], MIN_KL)) for score, best in pairs]
-    return interval(ratios, [score["document"] for score, _ in pairs])
+    return bootstrap_mean(ratios, [score["document"] for score, _ in pairs])

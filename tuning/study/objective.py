@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from baklava.evaluation.formatting import share
+from baklava.evaluation.formatting import format_share
 from baklava.serialization import FrozenModel
 
 Objective = Literal["kl", "ppl"]
@@ -41,7 +41,7 @@ class Goal(FrozenModel):
             return f"every size, for a front of {'bytes, loss and latency' if self.latency else 'bytes and loss'}"
         if self.max_dnll is not None:
             return f"the smallest size that loses at most {self.max_dnll:g} nats per token"
-        return f"{share(self.budget or 0, 4)} of the bytes"
+        return f"{format_share(self.budget or 0, 4)} of the bytes"
 
     def is_feasible(self, metrics: Metrics) -> bool:
         """Return whether a plan with these metrics stays within `max_dnll`."""
@@ -77,7 +77,7 @@ class Goal(FrozenModel):
     def format_metrics(self, metrics: Metrics) -> str:
         """Return the quality of a plan with these metrics, in words."""
         if self.max_dnll is not None:
-            return f"{share(metrics['ratio'])} of the bytes at {metrics['dnll']:+.4f} nats per token"
-        size = f" at {share(metrics['ratio'])} of the bytes" if self.front else ""
+            return f"{format_share(metrics['ratio'])} of the bytes at {metrics['dnll']:+.4f} nats per token"
+        size = f" at {format_share(metrics['ratio'])} of the bytes" if self.front else ""
         time = f", {1e3 * metrics['decode_seconds']:.3g} ms a token" if self.latency else ""
         return f"{LOSS_NAMES[self.objective]} {self.loss(metrics):.4g}{size}{time}"

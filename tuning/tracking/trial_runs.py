@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from baklava.evaluation.formatting import share
+from baklava.evaluation.formatting import format_share
+from baklava.evaluation.heat_map import plot_heat_map
 from baklava.plan.budget_plan import BudgetPlan
-from tuning.reporting.heat_map import plot_heat_map
 from tuning.reporting.svg import standalone_svg
 from tuning.study.trial import TrialRecord
 from tuning.tracking.client import PARENT_TAG
@@ -132,5 +132,5 @@ def trial_run_name(record: TrialRecord, search_name: str) -> str:
     """Return a trial's name: `trial 07 from 03, blended, k4v2, heavy_hitter, 12.5%, mine`."""
     number = f"trial {record.trial:02}" + (f" from {record.parent_trial:02}" if record.parent_trial else "")
     choices = [str(record.params[name]) for name in NAMING_PARAMS if name in record.params]
-    size = [share(record.metrics["ratio"])] if "ratio" in record.metrics else []
+    size = [format_share(record.metrics["ratio"])] if "ratio" in record.metrics else []
     return ", ".join([number, *choices, *size, search_name])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from baklava.data.windows import Window
 from baklava.errors import UserError
-from baklava.evaluation.window_scoring import Prefilled, decode_seconds, prefill, score
+from baklava.evaluation.window_scoring import PrefilledWindow, median_decode_seconds, prefill_window, score_plan
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.host_memory import total_host_bytes
 from baklava.runtime.model_loader import load
@@ -40,11 +40,11 @@ class PrefillStore:
 
     max_device_bytes: int | None = None
     max_host_bytes: int | None = 0
-    windows: dict[str, Prefilled] = field(default_factory=dict)
+    windows: dict[str, PrefilledWindow] = field(default_factory=dict)
     tiers: dict[str, Tier] = field(default_factory=dict)
     devices: dict[str, list[torch.device]] = field(default_factory=dict)
 
-    def get(self, name: str, prefill: Callable[[], Prefilled]) -> Prefilled:
+    def get(self, name: str, prefill: Callable[[], PrefilledWindow]) -> PrefilledWindow:
         """Return the window on its device; if it is not stored, prefill it and store it if a limit allows."""
         if self.tiers.get(name) == "host":
             return to_devices(self.windows[name], self.devices[name])
@@ -79,7 +79,7 @@ class PrefillStore:
         stored = sum(map(tensor_bytes, self.windows.values())) / GIB
         return f"keeps {count['device']} windows on its device, {', '.join(elsewhere)} ({stored:.3g} GiB)"
 
-    def _put(self, name: str, window: Prefilled) -> None:
+    def _put(self, name: str, window: PrefilledWindow) -> None:
         size = tensor_bytes(window)
         if self._fits("device", self.max_device_bytes, size):
             self.windows[name], self.tiers[name] = window, "device"
@@ -94,7 +94,7 @@ class PrefillStore:
         return limit is None or used + size <= limit
 
 
-def tensor_bytes(window: Prefilled) -> int:
+def tensor_bytes(window: PrefilledWindow) -> int:
     """Return the bytes of all tensors of a window."""
     sizes: list[int] = []
 
@@ -106,7 +106,7 @@ def tensor_bytes(window: Prefilled) -> int:
     return sum(sizes)
 
 
-def to_host(window: Prefilled) -> tuple[Prefilled, list[torch.device]]:
+def to_host(window: PrefilledWindow) -> tuple[PrefilledWindow, list[torch.device]]:
     """Return the window in host memory, and the device of each of its tensors: a model may be on several."""
     devices: list[torch.device] = []
 
@@ -117,7 +117,7 @@ def to_host(window: Prefilled) -> tuple[Prefilled, list[torch.device]]:
     return map_tensors(window, move), devices
 
 
-def to_devices(window: Prefilled, devices: Sequence[torch.device]) -> Prefilled:
+def to_devices(window: PrefilledWindow, devices: Sequence[torch.device]) -> PrefilledWindow:
     """Return the window with each tensor on its device, in the order of `to_host`."""
     remaining = iter(devices)
     return map_tensors(window, lambda tensor: tensor.to(next(remaining)))
@@ -223,12 +223,12 @@ class ScoringWorker(ModelWorker):
 
     def _score(self, window: Window, plan: BudgetPlan) -> dict[str, Any]:
         prefilled = self._prefilled(window)
-        result = score(self.loaded, prefilled, plan)
+        result = score_plan(self.loaded, prefilled, plan)
         scores = {**asdict(result), "dnll": result.dnll}
-        return {**scores, DECODE_SECONDS: decode_seconds(self.loaded, prefilled, plan)} if self.timed else scores
+        return {**scores, DECODE_SECONDS: median_decode_seconds(self.loaded, prefilled, plan)} if self.timed else scores
 
-    def _prefilled(self, window: Window) -> Prefilled:
-        return self.store.get(window.name, lambda: prefill(self.loaded, window, recorded_evictions()))
+    def _prefilled(self, window: Window) -> PrefilledWindow:
+        return self.store.get(window.name, lambda: prefill_window(self.loaded, window, recorded_evictions()))
 
     def _retry_without_windows(self, work: Callable[[], Result]) -> Result:
         """Run `work`; if the device runs out of memory, move the windows off it and run `work` once more."""

@@ -39,7 +39,7 @@ class Tally:
     @property
     def lossless(self) -> int:
         """Tokens up to which no head loses an entry."""
-        return self.plan.lossless_tokens
+        return self.plan.max_lossless_tokens
 
     def count(self, context: int, decoded: int) -> None:
         """Count a request of `context` prefilled tokens, behind which `decoded` forwards of one predicted the rest."""
@@ -51,8 +51,8 @@ class Tally:
 
     def _lost(self, context: int, decoded: int) -> bool:
         """Whether entries were gone when the last token was predicted."""
-        eviction, chunk = self.plan.eviction, self.plan.prefill.chunk
-        every = eviction.interval if eviction.scored else 1
+        eviction, chunk = self.plan.eviction, self.plan.prefill.chunk_size
+        every = eviction.eviction_interval if eviction.scored else 1
         start = max(0, context - 1) // chunk * chunk if chunk else 0
         if start and context - start <= every:  # so short a last chunk is decoded
             context, decoded = start, decoded + context - start
@@ -96,7 +96,7 @@ class BaklavaLM(TemplateLM):
 
     def __init__(self, loaded: LoadedModel, plan: BudgetPlan, max_length: int | None = None) -> None:
         super().__init__()
-        plan.check_fits(loaded.identity, loaded.geometry)
+        plan.validate_for(loaded.identity, loaded.geometry)
         self.loaded, self.plan, self.tokenizer = loaded, plan, loaded.tokenizer
         self.max_length = max_length or loaded.max_length
         self.tallies: list[Tally] = []

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from pydantic import Field, PositiveInt, ValidationError
 
-from baklava.allocation.plan_spec import named_plan
+from baklava.allocation.plan_spec import resolve_plan
 from baklava.console import log
 from baklava.data.documents import load_documents
 from baklava.data.windows import make_splits
@@ -78,7 +78,7 @@ class ModelArgs(FrozenModel):
         """
         usual = most if self.plan == "full" else min(CONTEXT_LENGTH, most)
         length = self.context_length or usual
-        plan = named_plan(self.plan, loaded, length, lambda: self._profile(loaded, length)).plan
+        plan = resolve_plan(self.plan, loaded, length, lambda: self._profile(loaded, length)).plan
         if self.context_length not in (None, plan.context_length):
             raise UserError(
                 f"context_length={self.context_length}, but {self.plan} was made for {plan.context_length} tokens; "

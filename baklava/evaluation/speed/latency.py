@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from baklava.allocation.plan_spec import NamedPlan
+from baklava.allocation.plan_spec import ResolvedPlan
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.console import progress_bar
 from baklava.evaluation.speed.peak_memory import measure_prefill_peak
@@ -44,7 +44,7 @@ class Speed:
     peak_bytes: int | None
 
 
-def measure_speeds(loaded: LoadedModel, plans: Sequence[NamedPlan]) -> dict[str, Speed]:
+def measure_speeds(loaded: LoadedModel, plans: Sequence[ResolvedPlan]) -> dict[str, Speed]:
     """Time decode steps and a prefill of every plan and of the baseline, interleaved, and measure the plans' peaks.
 
     The prompt is as long as the shortest context of the plans, minus the tokens that are then decoded.
@@ -77,14 +77,14 @@ def measure_speeds(loaded: LoadedModel, plans: Sequence[NamedPlan]) -> dict[str,
 
 
 @torch.inference_mode()
-def _time_decoding(loaded: LoadedModel, plans: Mapping[str, NamedPlan], context: int) -> dict[str, Timing]:
+def _time_decoding(loaded: LoadedModel, plans: Mapping[str, ResolvedPlan], context: int) -> dict[str, Timing]:
     caches: dict[str, Any] = {name: BudgetedCache(named.plan) for name, named in plans.items()}
     caches[BASELINE] = DynamicCache()
     steps = {name: make_decode_step(loaded, fill_cache(loaded, cache, 1, context), 1) for name, cache in caches.items()}
     return time_interleaved(steps, DECODE_STEPS, WARMUP_STEPS)
 
 
-def _time_prefills(loaded: LoadedModel, plans: Mapping[str, NamedPlan], context: int) -> dict[str, Timing]:
+def _time_prefills(loaded: LoadedModel, plans: Mapping[str, ResolvedPlan], context: int) -> dict[str, Timing]:
     ids = random_prompt(loaded, 1, context)
     prefills: dict[str, Callable[[], Any]] = {BASELINE: lambda: baseline_prefill(loaded, ids)}
     for name, named in plans.items():

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_families import SHAPE, covering, pair, tiny_model
-from plan_factory import plan_of, random_ids
+from model_families import SHAPE, full_cache, model_pair, tiny_model
+from plan_factory import make_plan, random_ids
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Gemma3nTextConfig, Gemma4TextConfig, MistralConfig
@@ -17,28 +17,28 @@ from transformers.cache_utils import (
 
 from baklava.cache.attention import AttentionParams
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.budgeted_layer import BudgetedLayer
+from baklava.cache.budgeted_layer import BudgetedLayer, Padding
 from baklava.data.documents import load_documents
 from baklava.data.windows import cut_windows
 from baklava.errors import UserError
-from baklava.evaluation.window_scoring import prefill, score
-from baklava.eviction import Eviction, HeavyHitter, Streaming
-from baklava.plan.budget_plan import BudgetPlan, LayerBudget, full_plan
+from baklava.evaluation.window_scoring import prefill_window, score_plan
+from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
+from baklava.plan.budget_plan import BudgetPlan, LayerBudget, full_cache_plan
 from baklava.plan.geometry import CacheGeometry
 from baklava.runtime.model_loader import LoadedModel
 
 Maker = Callable[..., LoadedModel]
 
 EVICTIONS = [
-    Streaming(sinks=2),
-    HeavyHitter(sinks=2, interval=4, distance=0),
-    HeavyHitter(sinks=2, interval=3, reduction="max", distance=0),
+    StreamingLLM(sinks=2),
+    HeavyHitter(sinks=2, eviction_interval=4, distance=0),
+    HeavyHitter(sinks=2, eviction_interval=3, reduction="max", distance=0),
 ]
 eviction_table = pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 
 
 def tight(loaded: LoadedModel, eviction: Eviction) -> BudgetPlan:
-    return plan_of(loaded, [[12, 20], [16, 16]], eviction)
+    return make_plan(loaded, [[12, 20], [16, 16]], eviction)
 
 
 def cached_positions(cache: BudgetedCache, row: int = 0) -> list[list[int]]:
@@ -66,28 +66,26 @@ def test_a_second_turn_feeds_only_what_is_new_to_a_cache_that_has_evicted(tiny: 
     # A turn starts with the last token of the one before, which was made and never fed.
     assert lengths == [40, *[1] * 9, 13, *[1] * 9]
     assert cache.get_seq_length() == 71 == second.shape[1] - 1
-    assert max(map(len, kept(cache))) <= 20
+    assert max(map(len, cached_positions(cache))) <= 20
 
 
 @torch.inference_mode()
 @eviction_table
-def test_a_padded_row_keeps_the_positions_and_gives_the_logits_that_it_does_alone(
-    tiny: Maker, eviction: Eviction
-) -> None:
+def test_a_padded_row_has_the_positions_and_logits_that_it_has_alone(tiny: Maker, eviction: Eviction) -> None:
     loaded, ids, pads = tiny(), random_ids(3, 90, seed=1), [7, 0, 25]
     mask = torch.arange(90)[None] >= torch.tensor(pads)[:, None]
     cache = BudgetedCache(tight(loaded, eviction))
     logits = [loaded.model(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache).logits[:, -1:]]
-    after_the_prompt = [kept(cache, row) for row in range(3)]
+    after_the_prompt = [cached_positions(cache, row) for row in range(3)]
     for t in range(40, 90):
         logits.append(loaded.model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits)
     for row, pad in enumerate(pads):
         prompt, rest = ids[row : row + 1, pad:40], ids[row : row + 1, 40:]
-        assert after_the_prompt[row] == kept(fed(loaded, cache.plan, prompt, rest[:, :0])[1])
+        assert after_the_prompt[row] == cached_positions(fed(loaded, cache.plan, prompt, rest[:, :0])[1])
         alone, single = fed(loaded, cache.plan, prompt, rest)
         assert_close(torch.cat(logits, 1)[row : row + 1], alone, atol=1e-4, rtol=1e-4)
-        assert kept(cache, row) == kept(single)
-        assert all(positions[:2] == [0, 1] for positions in kept(cache, row))
+        assert cached_positions(cache, row) == cached_positions(single)
+        assert all(positions[:2] == [0, 1] for positions in cached_positions(cache, row))
 
 
 @torch.inference_mode()
@@ -98,15 +96,15 @@ def test_a_budget_is_unseen_by_the_forward_of_a_prompt_and_seen_by_a_stream(tiny
     assert_close(loaded.model(ids, past_key_values=cache).logits, full, atol=1e-4, rtol=1e-4)
     streamed, _ = fed(loaded, cache.plan, ids[:, :1], ids[:, 1:])
     off = (streamed - full).abs().amax((0, 2))
-    until = 12 - (eviction.interval if eviction.scored else 0)
+    until = 12 - (eviction.eviction_interval if eviction.scored else 0)
     assert off[:until].max() < 1e-4
     assert off[-20:].min() > 0.1
 
 
 @torch.inference_mode()
 def test_full_layers_are_not_taken_for_sliding_ones() -> None:
-    loaded, _ = pair("gemma2")
-    cache = covering(loaded)
+    loaded, _ = model_pair("gemma2")
+    cache = full_cache(loaded)
     assert loaded.geometry.windows == (16, None, 16, None)
     assert cache.is_sliding == [True, False, True, False]
     assert [isinstance(layer, BudgetedLayer) for layer in cache.layers] == [False, True, False, True]
@@ -114,7 +112,7 @@ def test_full_layers_are_not_taken_for_sliding_ones() -> None:
 
 def test_a_model_whose_layers_all_slide_is_refused() -> None:
     with pytest.raises(UserError, match="nothing to budget"):
-        CacheGeometry.of(MistralConfig(**SHAPE, sliding_window=16))
+        CacheGeometry.from_config(MistralConfig(**SHAPE, sliding_window=16))
 
 
 @torch.inference_mode()
@@ -122,7 +120,7 @@ def test_a_checkpoint_that_asks_for_a_cache_of_its_own_generates_in_ours(tiny: M
     model = tiny().model
     model.generation_config.cache_implementation = "static"
     loaded = LoadedModel.of(model)
-    cache = BudgetedCache(tight(loaded, Streaming(sinks=2)))
+    cache = BudgetedCache(tight(loaded, StreamingLLM(sinks=2)))
     model.generate(random_ids(1, 30), past_key_values=cache, max_new_tokens=5, do_sample=False)
     assert cache.get_seq_length() == 34
 
@@ -147,17 +145,17 @@ def test_rows_that_change_places_take_entries_positions_and_scores_along(
     for part in (slice(40), slice(40, 41), slice(41, 42)):
         loaded.model(ids[:, part], attention_mask=mask[:, : part.stop], past_key_values=cache)
     change(cache)
-    moved, mask, ours = [kept(cache, place) for place in range(len(rows))], mask[rows], []
+    moved, mask, ours = [cached_positions(cache, place) for place in range(len(rows))], mask[rows], []
     rest = random_ids(len(rows), 20, seed=4)
     for token in rest.split(1, 1):
         mask = torch.cat([mask, mask[:, -1:]], 1)
         ours.append(loaded.model(token, attention_mask=mask, past_key_values=cache).logits)
     for place, row in enumerate(rows):
         prompt, text = ids[row : row + 1, pads[row] : 40], torch.cat([ids[row, 40:], rest[place]])[None]
-        assert moved[place] == kept(fed(loaded, cache.plan, prompt, text[:, :2])[1])
+        assert moved[place] == cached_positions(fed(loaded, cache.plan, prompt, text[:, :2])[1])
         alone, single = fed(loaded, cache.plan, prompt, text)
         assert_close(torch.cat(ours, 1)[place], alone[0, 3:], atol=1e-4, rtol=1e-4)
-        assert kept(cache, place) == kept(single)
+        assert cached_positions(cache, place) == cached_positions(single)
     cache.check_integrity()
 
 
@@ -182,11 +180,11 @@ def test_decoding_that_takes_tokens_back_is_refused_in_a_sentence(tiny: Maker) -
     loaded = tiny()
     options = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 20, "do_sample": False}
     with pytest.raises(UserError, match="decode without assisted or prompt-lookup generation"):
-        loaded.model.generate(random_ids(1, 20).repeat(1, 2), past_key_values=covering(loaded), **options)
+        loaded.model.generate(random_ids(1, 20).repeat(1, 2), past_key_values=full_cache(loaded), **options)
 
 
-def test_a_cache_says_that_it_can_be_neither_cropped_nor_compiled_nor_made_early(tiny: Maker) -> None:
-    cache = covering(tiny())
+def test_a_cache_is_neither_croppable_nor_compileable_nor_initialized_early(tiny: Maker) -> None:
+    cache = full_cache(tiny())
     cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
     assert (cache.is_croppable, cache.is_compileable, cache.is_initialized) == (False, False, False)
     assert cache.get_max_length() == -1
@@ -195,7 +193,7 @@ def test_a_cache_says_that_it_can_be_neither_cropped_nor_compiled_nor_made_early
 @torch.inference_mode()
 def test_a_reset_cache_is_as_good_as_new(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(2, 40)
-    cache, mask = BudgetedCache(tight(loaded, HeavyHitter(sinks=2, interval=4, distance=0))), torch.ones(2, 40)
+    cache, mask = BudgetedCache(tight(loaded, HeavyHitter(sinks=2, eviction_interval=4, distance=0))), torch.ones(2, 40)
     mask[0, :9] = 0
     loaded.model(ids, attention_mask=mask, past_key_values=cache)
     cache.reset()
@@ -208,8 +206,17 @@ def test_a_reset_cache_is_as_good_as_new(tiny: Maker) -> None:
     assert_close(again, loaded.model(ids[:1], use_cache=False).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_a_new_mask_in_a_reused_buffer_is_counted_again() -> None:
+    padding, buffer = Padding(), torch.ones(2, 1, 1, 10, dtype=torch.bool)
+    first = buffer[:]
+    assert padding.count(first, None, 0, 10).tolist() == [0, 0]
+    del first
+    buffer[1, ..., :4] = False
+    assert padding.count(buffer[:], None, 0, 10).tolist() == [0, 4]
+
+
 def test_the_caches_of_other_models_stay_transformers_own(tiny: Maker) -> None:
-    covering(tiny())
+    full_cache(tiny())
     assert DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] is DynamicLayer
     assert DYNAMIC_LAYER_TYPE_MAPPING["sliding_attention"] is DynamicSlidingWindowLayer
     layers = [*DYNAMIC_LAYER_TYPE_MAPPING.values(), *STATIC_LAYER_TYPE_MAPPING.values()]
@@ -219,15 +226,15 @@ def test_the_caches_of_other_models_stay_transformers_own(tiny: Maker) -> None:
 @torch.inference_mode()
 def test_no_attention_weights_are_given_to_whoever_asks_for_them(tiny: Maker) -> None:
     loaded = tiny()
-    for options in ({"past_key_values": covering(loaded)}, {"use_cache": False}):
+    for options in ({"past_key_values": full_cache(loaded)}, {"use_cache": False}):
         output = loaded.model(random_ids(1, 10), output_attentions=True, **options)
         assert not output.attentions
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("reduction", ["mean", "max"])
-def test_every_query_head_of_a_group_has_a_say_in_what_its_kv_head_keeps(reduction: Any) -> None:
-    eviction = HeavyHitter(sinks=0, recent=0, interval=1, reduction=reduction, distance=0)
+def test_every_query_head_of_a_group_counts_for_its_kv_head(reduction: Any) -> None:
+    eviction = HeavyHitter(sinks=0, recent_ratio=0, eviction_interval=1, reduction=reduction, distance=0)
     layer = BudgetedLayer(LayerBudget(tokens=(3,), key_bits=(32,), value_bits=(32,)), eviction)
     key = torch.eye(8)[None, None]
     # One head looks for token 3 only, the other for token 5.
@@ -241,9 +248,9 @@ def test_every_query_head_of_a_group_has_a_say_in_what_its_kv_head_keeps(reducti
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("scored", [False, True])
 def test_padding_that_sees_nothing_spreads_no_nan(family: str, scored: bool) -> None:
-    loaded, _ = pair(family)
-    full = full_plan(loaded.identity, loaded.geometry, 30, bits=32)
-    plan = full.model_copy(update={"eviction": HeavyHitter(interval=8, distance=0).choice}) if scored else full
+    loaded, _ = model_pair(family)
+    full = full_cache_plan(loaded.identity, loaded.geometry, 30, bits=32)
+    plan = full.model_copy(update={"eviction": HeavyHitter(eviction_interval=8, distance=0).config}) if scored else full
     cache, mask = BudgetedCache(plan), torch.ones(3, 80, dtype=torch.long)
     # The second row is nothing but padding at first.
     mask[0, :25], mask[1, :40] = 0, 0
@@ -257,7 +264,7 @@ def test_padding_that_sees_nothing_spreads_no_nan(family: str, scored: bool) -> 
 @torch.inference_mode()
 def test_offloading_is_refused_in_a_sentence(tiny: Maker) -> None:
     loaded = tiny()
-    cache = covering(loaded)
+    cache = full_cache(loaded)
     loaded.model(random_ids(1, 10), past_key_values=cache)
     for ask in (lambda: cache.offload(0), cache.layers[0].prefetch):
         with pytest.raises(UserError, match="build it without offloading"):
@@ -265,8 +272,8 @@ def test_offloading_is_refused_in_a_sentence(tiny: Maker) -> None:
 
 
 def test_what_other_versions_pass_to_update_is_taken() -> None:
-    loaded, _ = pair("gemma2")
-    cache, entries = covering(loaded), torch.zeros(1, 2, 5, 8)
+    loaded, _ = model_pair("gemma2")
+    cache, entries = full_cache(loaded), torch.zeros(1, 2, 5, 8)
     cache.update(entries, entries, 0, {"cache_position": torch.arange(5)}, sliding_window=16)
     key, _ = cache.update(entries, entries, 1, {"cache_position": torch.arange(5)}, sin=None)
     assert key.budgeted_layer is cache.layers[1]
@@ -279,10 +286,10 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_wi
 def test_layers_that_share_their_entries_with_others_are_refused(config: Any) -> None:
     sharing = config(**SHAPE, **MIXED, global_head_dim=8, num_kv_shared_layers=2)
     with pytest.raises(UserError, match="layers of type dummy"):
-        CacheGeometry.of(sharing)
+        CacheGeometry.from_config(sharing)
 
 
-@pytest.mark.parametrize("look_at", [CacheGeometry.of, lambda config: LoadedModel.of(tiny_model(config))])
+@pytest.mark.parametrize("look_at", [CacheGeometry.from_config, lambda config: LoadedModel.of(tiny_model(config))])
 def test_layers_of_different_shapes_are_refused_in_a_sentence(look_at: Callable[[Any], Any]) -> None:
     uneven = Gemma4TextConfig(**SHAPE, **MIXED, global_head_dim=16, vocab_size_per_layer_input=64)
     with pytest.raises(UserError, match="share one"):
@@ -292,10 +299,10 @@ def test_layers_of_different_shapes_are_refused_in_a_sentence(look_at: Callable[
 @pytest.mark.demo
 def test_a_real_model_needs_its_first_tokens(demo: LoadedModel) -> None:
     window = cut_windows(load_documents(["ifcraft"]), demo.tokenizer, context=512, continuation=128)[0]
-    prefilled = prefill(demo, window, [])
+    prefilled = prefill_window(demo, window, [])
     grid = [[64] * demo.geometry.kv_heads] * demo.geometry.layers
     with_sinks, without = (
-        score(demo, prefilled, plan_of(demo, grid, Streaming(sinks=sinks), bits=16)).dnll for sinks in (4, 0)
+        score_plan(demo, prefilled, make_plan(demo, grid, StreamingLLM(sinks=sinks), bits=16)).dnll for sinks in (4, 0)
     )
     # Measured: 0.45 and 1.35 nats per token.
     assert with_sinks < 0.7

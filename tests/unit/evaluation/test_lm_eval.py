@@ -9,7 +9,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.utils import get_rolling_token_windows
-from plan_factory import chunked, plan_of, random_ids
+from plan_factory import make_plan, random_ids, with_chunked_prefill
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
@@ -18,7 +18,7 @@ from baklava.data.windows import Window
 from baklava.errors import UserError
 from baklava.evaluation.lm_eval.model import BaklavaLM, Tally
 from baklava.evaluation.lm_eval.model_args import ModelArgs
-from baklava.evaluation.window_scoring import prefill, score
+from baklava.evaluation.window_scoring import prefill_window, score_plan
 from baklava.eviction import Eviction, HeavyHitter, KVzip, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime import logprobs as likelihood
@@ -63,8 +63,8 @@ def loglikelihood(model: BaklavaLM, *pairs: tuple[list[int], list[int]]) -> list
 
 
 def plans(loaded: LoadedModel) -> list[BudgetPlan]:
-    made = [plan_of(loaded, TIGHT, eviction) for eviction in EVICTIONS]
-    return [*made, chunked(made[0], 24), chunked(made[1], 24)]
+    made = [make_plan(loaded, TIGHT, eviction) for eviction in EVICTIONS]
+    return [*made, with_chunked_prefill(made[0], 24), with_chunked_prefill(made[1], 24)]
 
 
 @pytest.mark.parametrize("number", range(5), ids=["streaming", "heavy_hitter", "reconstruction", "chunks", "hh-chunks"])
@@ -73,7 +73,7 @@ def test_a_loglikelihood_is_what_the_scorer_says(spelling: LoadedModel, number: 
     plan, ids = plans(spelling)[number], ids_of(80 + length)
     window = Window("w", "d", tuple(ids), 80)
     eviction = EVICTIONS[(0, 1, 2, 0, 1)[number]]
-    expected = score(spelling, prefill(spelling, window, [eviction]), plan).nll * length
+    expected = score_plan(spelling, prefill_window(spelling, window, [eviction]), plan).nll * length
     [(found, _)] = loglikelihood(BaklavaLM(spelling, plan), (ids[:80], ids[80:]))
     assert found == pytest.approx(-expected, abs=1e-3)
 
@@ -95,7 +95,7 @@ def test_the_full_plan_is_a_plain_forward(spelling: LoadedModel) -> None:
 def test_a_tight_plan_changes_what_is_found(spelling: LoadedModel, eviction: Eviction) -> None:
     ids = ids_of(130)
     full = BaklavaLM(spelling, full_cache_plan(spelling.identity, spelling.geometry, 200, bits=32))
-    tight = BaklavaLM(spelling, plan_of(spelling, TIGHT, eviction))
+    tight = BaklavaLM(spelling, make_plan(spelling, TIGHT, eviction))
     text = signs(ids)
     [rolling, budgeted] = [
         each.loglikelihood_rolling([asked("loglikelihood_rolling", text)])[0] for each in (full, tight)
@@ -117,7 +117,7 @@ def test_requests_that_share_a_context_prefill_it_once(spelling: LoadedModel, mo
         return enter(loaded, plan, ids)
 
     monkeypatch.setattr(likelihood, "prefill", counting)
-    model = BaklavaLM(spelling, plan_of(spelling, TIGHT, HeavyHitter(eviction_interval=8)))
+    model = BaklavaLM(spelling, make_plan(spelling, TIGHT, HeavyHitter(eviction_interval=8)))
     one, other = ids_of(50), ids_of(70, seed=1)
     pairs = [(one, ids_of(9, 2)), (other, ids_of(9, 2)), (one, ids_of(1, 3)), (one, ids_of(30, 4)), (other, ids_of(1))]
     together = loglikelihood(model, *pairs)
@@ -175,7 +175,7 @@ def test_greedy_generation_with_the_full_plan_is_the_plain_model(spelling: Loade
 
 
 def test_sampling_follows_its_seed_and_beams_are_refused(spelling: LoadedModel) -> None:
-    model = BaklavaLM(spelling, plan_of(spelling, TIGHT, StreamingLLM()))
+    model = BaklavaLM(spelling, make_plan(spelling, TIGHT, StreamingLLM()))
 
     def drawn(seed: int, **options: Any) -> str:
         torch.manual_seed(seed)
@@ -205,7 +205,7 @@ def test_a_cache_that_breaks_its_promise_ends_the_run(
 ) -> None:
     monkeypatch.setattr(BudgetedCache, "reserved_bytes", 1)
     with pytest.raises(RuntimeError, match="reserved"):
-        kinds(BaklavaLM(spelling, plan_of(spelling, TIGHT, StreamingLLM())))[kind]()
+        kinds(BaklavaLM(spelling, make_plan(spelling, TIGHT, StreamingLLM())))[kind]()
 
 
 @pytest.mark.parametrize("kind", range(3))
@@ -219,13 +219,13 @@ def test_a_model_that_passes_the_cache_by_ends_the_run(
 
     monkeypatch.setattr(inner, "forward", forgetting)
     with pytest.raises(RuntimeError, match="the plan was not applied"):
-        kinds(BaklavaLM(spelling, plan_of(spelling, TIGHT, StreamingLLM())))[kind]()
+        kinds(BaklavaLM(spelling, make_plan(spelling, TIGHT, StreamingLLM())))[kind]()
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(
     spelling: LoadedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ids, plan = ids_of(60), plan_of(spelling, TIGHT, StreamingLLM())
+    ids, plan = ids_of(60), make_plan(spelling, TIGHT, StreamingLLM())
     short, long = BaklavaLM(spelling, plan, max_length=40), BaklavaLM(spelling, plan)
     assert loglikelihood(short, (ids[:50], ids[50:])) == loglikelihood(long, (ids[19:50], ids[50:]))
     options = {"until": [], "max_gen_toks": 10}
@@ -243,7 +243,7 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(
 
 
 def test_a_text_without_context_stands_behind_the_start_token(spelling: LoadedModel) -> None:
-    model, ids = BaklavaLM(spelling, plan_of(spelling, TIGHT, StreamingLLM())), ids_of(50)
+    model, ids = BaklavaLM(spelling, make_plan(spelling, TIGHT, StreamingLLM())), ids_of(50)
     [(found, _)] = loglikelihood(model, ([], ids))
     [rolling] = model.loglikelihood_rolling([asked("loglikelihood_rolling", signs(ids))])
     assert found == pytest.approx(rolling, abs=1e-3)
@@ -251,9 +251,9 @@ def test_a_text_without_context_stands_behind_the_start_token(spelling: LoadedMo
 
 
 def test_a_tally_tells_which_requests_a_plan_touched(spelling: LoadedModel) -> None:
-    plan = plan_of(spelling, TIGHT, StreamingLLM())
+    plan = make_plan(spelling, TIGHT, StreamingLLM())
     for chunk, touched, exact in ((None, 2, 1), (8, 3, 0)):
-        tally = Tally(chunked(plan, chunk) if chunk else plan, "requests")
+        tally = Tally(with_chunked_prefill(plan, chunk) if chunk else plan, "requests")
         for context, decoded in ((16, 0), (15, 1), (16, 1), (3, 60), (80, 0)):
             tally.count(context, decoded)
         assert (tally.lossless, tally.requests, tally.touched, tally.exact) == (16, 5, touched, exact)
@@ -271,8 +271,8 @@ def test_a_request_is_touched_exactly_when_entries_were_gone(
     spelling: LoadedModel, eviction: Eviction, chunk: int | None
 ) -> None:
     full = full_cache_plan(spelling.identity, spelling.geometry, 200, bits=32)
-    plan = plan_of(spelling, [[12, 12], [12, 12]], eviction)
-    tight = chunked(plan, chunk) if chunk else plan
+    plan = make_plan(spelling, [[12, 12], [12, 12]], eviction)
+    tight = with_chunked_prefill(plan, chunk) if chunk else plan
     seen = set()
     for context in (7, 8, 9, 10, 11, 12, 13, 16):
         texts = [ids_of(length, 1) for length in (1, 2, 3, 5)]
@@ -331,7 +331,7 @@ def test_what_a_run_cannot_do_is_refused_in_a_sentence(spelling: LoadedModel, tm
         BaklavaLM.create_from_arg_string("pretrained=demo", {"batch_size": 1})
     with pytest.raises(UserError, match="takes 4096"):
         ModelArgs.of({**good, "max_length": 5000}).checked_length(spelling)
-    plan_of(spelling, TIGHT, StreamingLLM()).write(tmp_path / "plan.json")
+    make_plan(spelling, TIGHT, StreamingLLM()).write(tmp_path / "plan.json")
     stated = ModelArgs.of({**good, "plan": str(tmp_path / "plan.json"), "context_length": 300})
     with pytest.raises(UserError, match="made for 100 tokens"):
         stated.named_plan(spelling, 4096)

@@ -11,7 +11,7 @@ import pytest
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.tasks import TaskManager
 
-from baklava.allocation.plan_spec import named_plan
+from baklava.allocation.plan_spec import resolve_plan
 from baklava.evaluation.lm_eval.model import BaklavaLM
 from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.model_loader import LoadedModel
@@ -65,7 +65,7 @@ def test_tasks_run_through_the_harness(demo: LoadedModel, tasks: Path, capsys: p
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     found = {}
     for name in ("full", "uniform:0.3"):
-        plan = named_plan(name, demo, 1024 if name == "full" else 80, lambda: pytest.fail("no profile")).plan
+        plan = resolve_plan(name, demo, 1024 if name == "full" else 80, lambda: pytest.fail("no profile")).plan
         ran = lm_eval.simple_evaluate(
             model=BaklavaLM(demo, plan, max_length=1024),
             tasks=[f"baklava_{name}" for name in TASKS],

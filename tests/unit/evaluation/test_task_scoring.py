@@ -1,4 +1,4 @@
-"""Facts about answering: the full cache answers as transformers' own does, and no plan knows what will be asked."""
+"""Task scoring: the full cache answers as transformers' own does, and no plan knows what will be asked."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,29 +6,29 @@ from dataclasses import replace
 import pytest
 import torch
 from byte_model import byte_model
-from plan_factory import plan_of
+from plan_factory import make_plan
 from tokenizers import Tokenizer, models, normalizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
-from baklava.allocation.plan_spec import named_plan
+from baklava.allocation.plan_spec import resolve_plan
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.data.documents import load_documents
 from baklava.errors import UserError
-from baklava.evaluation import task_scoring as answering
+from baklava.evaluation import task_scoring
 from baklava.evaluation.evaluator import Evaluator
 from baklava.evaluation.speed.workloads import transformers_attention
 from baklava.evaluation.task_scoring import (
     Answer,
-    answer,
     answer_closed_book,
-    answer_full,
-    behind,
-    check_unasked,
-    record_prompt,
+    answer_with_full_cache,
+    answer_with_plan,
+    check_question_unseen,
+    encode_continuation,
+    prefill_context,
 )
 from baklava.evaluation.tasks import TASKS, FillerText, Prompt, Question, build_prompts
 from baklava.evaluation.tasks.metrics import METRICS
-from baklava.eviction import Eviction, HeavyHitter, KVzip, SnapKV, StreamingLLM, TOVA
+from baklava.eviction import TOVA, Eviction, HeavyHitter, KVzip, SnapKV, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import PrefilledPrompt, prefill
@@ -53,94 +53,99 @@ def letters(tiny: Maker) -> LoadedModel:
 
 def greedy(loaded: LoadedModel, cache: BudgetedCache | DynamicCache, ids: list[int], tokens: int) -> list[int]:
     """Token by token through a cache that is behind the context, as a server decodes."""
-    made: list[int] = []
+    generated: list[int] = []
     for token in ids[:-1]:
         loaded.model(torch.tensor([[token]]), past_key_values=cache)
     token = ids[-1]
     for _ in range(tokens):
         token = int(loaded.model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1].argmax())
-        made.append(token)
-    return made
+        generated.append(token)
+    return generated
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 @torch.inference_mode()
 def test_an_exact_answer_is_what_greedy_decoding_writes(letters: LoadedModel, eviction: Eviction) -> None:
-    plan = plan_of(letters, [[24, 40], [30, 24]], eviction, context_length=120)
+    plan = make_plan(letters, [[24, 40], [30, 24]], eviction, context_length=120)
     prompt = Prompt("p", CONTEXT, ASKED)
-    recorded = record_prompt(letters, prompt, [eviction])
+    context = prefill_context(letters, prompt, [eviction])
     for question in ASKED:
-        cache, _ = prefill(letters, plan, recorded.ids)
-        written = greedy(letters, cache, letters.tokenizer.encode(question.text), 6)
-        text = letters.tokenizer.decode(written)
-        assert letters.tokenizer.encode(text) == written
+        cache, _ = prefill(letters, plan, context.ids)
+        new_tokens = greedy(letters, cache, letters.tokenizer.encode(question.text), 6)
+        text = letters.tokenizer.decode(new_tokens)
+        assert letters.tokenizer.encode(text) == new_tokens
         right = replace(question, target=text)
         wrong = replace(question, target=text[:-1] + ("x" if text[-1] != "x" else "y"))
-        found = answer(letters, recorded, Prompt("p", CONTEXT, (right, wrong)), plan)
-        assert [each.exact for each in found.answers] == [1.0, 0.0]
+        found = answer_with_plan(letters, context, Prompt("p", CONTEXT, (right, wrong)), plan)
+        assert [each.score for each in found.answers] == [1.0, 0.0]
         assert found.answers[0].nll < found.answers[1].nll
         assert found.allocated_bytes <= plan.bytes_per_sequence
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 def test_questions_do_not_disturb_each_other(letters: LoadedModel, eviction: Eviction) -> None:
-    plan = plan_of(letters, [[24, 40], [30, 24]], eviction, context_length=120)
-    recorded = record_prompt(letters, Prompt("p", CONTEXT, ASKED), [eviction])
-    forward = answer(letters, recorded, Prompt("p", CONTEXT, ASKED), plan)
-    backward = answer(letters, recorded, Prompt("p", CONTEXT, ASKED[::-1]), plan)
-    alone = answer(letters, recorded, Prompt("p", CONTEXT, ASKED[1:2]), plan)
+    plan = make_plan(letters, [[24, 40], [30, 24]], eviction, context_length=120)
+    context = prefill_context(letters, Prompt("p", CONTEXT, ASKED), [eviction])
+    forward = answer_with_plan(letters, context, Prompt("p", CONTEXT, ASKED), plan)
+    backward = answer_with_plan(letters, context, Prompt("p", CONTEXT, ASKED[::-1]), plan)
+    alone = answer_with_plan(letters, context, Prompt("p", CONTEXT, ASKED[1:2]), plan)
     assert forward.answers == backward.answers[::-1]
     assert forward.answers[1] == alone.answers[0]
 
 
 def test_a_plan_that_keeps_everything_answers_as_the_full_cache(letters: LoadedModel) -> None:
     prompt = Prompt("p", CONTEXT, (*ASKED, replace(ASKED[0], metric="recall", answers=("z",), max_new_tokens=5)))
-    recorded = record_prompt(letters, prompt, [StreamingLLM()])
+    context = prefill_context(letters, prompt, [StreamingLLM()])
     plan = full_cache_plan(letters.identity, letters.geometry, 200, 32)
-    ours, theirs = answer(letters, recorded, prompt, plan).answers, answer_full(letters, recorded, prompt)
-    assert [each.exact for each in ours] == [each.exact for each in theirs]
+    ours, theirs = (
+        answer_with_plan(letters, context, prompt, plan).answers,
+        answer_with_full_cache(letters, context, prompt),
+    )
+    assert [each.score for each in ours] == [each.score for each in theirs]
     assert [each.nll for each in ours] == pytest.approx([each.nll for each in theirs], abs=1e-5)
 
 
-def kept(loaded: LoadedModel, recorded: PrefilledPrompt, plan: BudgetPlan) -> list[list[int]]:
-    cache, _ = answering.compress(loaded, recorded, plan)
+def cached_positions(loaded: LoadedModel, context: PrefilledPrompt, plan: BudgetPlan) -> list[list[int]]:
+    cache, _ = task_scoring.compress(loaded, context, plan)
     return [cache.cached_positions(layer, head).tolist() for layer in range(2) for head in range(2)]
 
 
 def test_no_question_reaches_what_eviction_sees(letters: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     eviction = SnapKV(eviction_interval=4, window=8)
-    plan = plan_of(letters, [[24, 40], [30, 24]], eviction, context_length=200)
+    plan = make_plan(letters, [[24, 40], [30, 24]], eviction, context_length=200)
     prompt = Prompt("p", CONTEXT, ASKED)
-    recorded = record_prompt(letters, prompt, [eviction])
-    other = record_prompt(letters, Prompt("p", CONTEXT, ASKED[2:]), [eviction])
-    assert kept(letters, recorded, plan) == kept(letters, other, plan)
+    context = prefill_context(letters, prompt, [eviction])
+    other = prefill_context(letters, Prompt("p", CONTEXT, ASKED[2:]), [eviction])
+    assert cached_positions(letters, context, plan) == cached_positions(letters, other, plan)
 
     # Broken on purpose: the prompt goes in with its question, as it would from a chat.
-    leaking = record_prompt(letters, Prompt("p", CONTEXT + ASKED[0].text, ASKED[1:]), [eviction])
-    before = [[at for at in head if at < recorded.ids.shape[1]] for head in kept(letters, leaking, plan)]
-    assert before != kept(letters, recorded, plan), "a leak must matter here, or the next lines prove nothing"
-    monkeypatch.setattr(answering, "cut", lambda loaded, unused, plan: prefill(loaded, plan, leaking.ids))
+    leaking = prefill_context(letters, Prompt("p", CONTEXT + ASKED[0].text, ASKED[1:]), [eviction])
+    before = [[at for at in head if at < context.ids.shape[1]] for head in cached_positions(letters, leaking, plan)]
+    assert before != cached_positions(letters, context, plan), (
+        "a leak must matter here, or the next lines prove nothing"
+    )
+    monkeypatch.setattr(task_scoring, "compress", lambda loaded, unused, plan: prefill(loaded, plan, leaking.ids))
     with pytest.raises(RuntimeError, match="eviction may know the question"):
-        answer(letters, recorded, prompt, plan)
+        answer_with_plan(letters, context, prompt, plan)
 
 
-def test_a_cache_that_saw_a_question_is_recognised() -> None:
+def test_a_cache_that_saw_a_question_is_detected() -> None:
     cache = DynamicCache()
     cache.update(torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 5, 4), 0)
-    check_unasked(cache, 5)
+    check_question_unseen(cache, 5)
     with pytest.raises(RuntimeError, match="has seen 5 tokens, but the context has 4"):
-        check_unasked(cache, 4)
+        check_question_unseen(cache, 4)
 
 
-def test_the_model_without_the_context_is_chance(letters: LoadedModel) -> None:
+def test_closed_book_answers_do_not_depend_on_the_context(letters: LoadedModel) -> None:
     first = answer_closed_book(letters, Prompt("p", CONTEXT, ASKED))
     assert first == answer_closed_book(letters, Prompt("q", "Another text.", ASKED))
     assert all(isinstance(each, Answer) for each in first)
 
 
-def test_a_prompt_longer_than_the_model_is_refused(letters: LoadedModel) -> None:
+def test_a_prompt_longer_than_the_model_is_rejected(letters: LoadedModel) -> None:
     with pytest.raises(UserError, match=r"a prompt of .* is longer than the 256"):
-        record_prompt(letters, Prompt("p", "x" * 300, ASKED), [])
+        prefill_context(letters, Prompt("p", "x" * 300, ASKED), [])
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +167,11 @@ def by_transformers(demo: LoadedModel, prompt: Prompt, question: Question) -> An
         nll = float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[2])))
         asked = torch.tensor([ids[0] + ids[1]])
         options = {"max_new_tokens": question.max_new_tokens or len(ids[2]), "do_sample": False}
-        made = demo.model.generate(asked, attention_mask=torch.ones_like(asked), **options)
-    written = made[0, asked.shape[1] :].tolist()
+        generated = demo.model.generate(asked, attention_mask=torch.ones_like(asked), **options)
+    new_tokens = generated[0, asked.shape[1] :].tolist()
     if question.metric == "exact":
-        return Answer(float(written == ids[2]), nll)
-    return Answer(METRICS[question.metric](demo.tokenizer.decode(written, skip_special_tokens=True), question), nll)
+        return Answer(float(new_tokens == ids[2]), nll)
+    return Answer(METRICS[question.metric](demo.tokenizer.decode(new_tokens, skip_special_tokens=True), question), nll)
 
 
 @pytest.mark.demo
@@ -176,39 +181,39 @@ def test_the_full_cache_scores_what_transformers_scores(demo: LoadedModel, fille
     prompt = replace(
         prompt, questions=tuple(replace(q, max_new_tokens=min(q.max_new_tokens, 24)) for q in prompt.questions)
     )
-    recorded = record_prompt(demo, prompt, [])
-    ours = answer_full(demo, recorded, prompt)
+    context = prefill_context(demo, prompt, [])
+    ours = answer_with_full_cache(demo, context, prompt)
     theirs = [by_transformers(demo, prompt, question) for question in prompt.questions]
-    assert [each.exact for each in ours] == [each.exact for each in theirs]
+    assert [each.score for each in ours] == [each.score for each in theirs]
     assert [each.nll for each in ours] == pytest.approx([each.nll for each in theirs], abs=1e-3)
 
 
 @pytest.mark.demo
 def test_a_plan_that_keeps_nothing_but_sinks_retrieves_by_chance(demo: LoadedModel, filler: FillerText) -> None:
-    sinks = plan_of(demo, [[8] * 3] * 30, StreamingLLM(sinks=4), context_length=640)
-    everything = named_plan("full", demo, 700, lambda: pytest.fail("no profile is needed")).plan
+    sinks = make_plan(demo, [[8] * 3] * 30, StreamingLLM(sinks=4), context_length=640)
+    everything = resolve_plan("full", demo, 700, lambda: pytest.fail("no profile is needed")).plan
     evaluator = Evaluator(demo, [everything, sinks])
     for name in ("passkey", "kv_retrieval"):
-        result = evaluator.prompt(name, of_demo(demo, filler, name))
-        full, kept, closed = result.plans[0].answers, result.plans[1].answers, result.closed_book
-        assert [each.exact for each in full] == [each.exact for each in result.full]
-        assert sum(each.exact for each in full) >= len(full) / 2
-        assert [each.exact for each in kept] == [0.0] * len(kept)
-        for lost, guess in zip(kept, closed, strict=True):
+        result = evaluator.evaluate_prompt(name, of_demo(demo, filler, name))
+        full, compressed, closed = result.plans[0].answers, result.plans[1].answers, result.closed_book
+        assert [each.score for each in full] == [each.score for each in result.full]
+        assert sum(each.score for each in full) >= len(full) / 2
+        assert [each.score for each in compressed] == [0.0] * len(compressed)
+        for lost, guess in zip(compressed, closed, strict=True):
             assert lost.nll > 0.7 * guess.nll
 
 
-def test_an_answer_has_the_tokens_that_it_has_behind_its_question() -> None:
+def test_an_answer_has_the_tokens_that_it_has_after_its_question() -> None:
     # As Llama 2's: every text begins with a mark, which encoding an answer alone would put in the middle.
     letters = {letter: number for number, letter in enumerate("▁123abcdefghijklmnopqrstuvwxyz?")}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    assert wrapped.convert_ids_to_tokens(behind(wrapped, "what is it?", " 12")) == ["▁", "1", "2"]
+    assert wrapped.convert_ids_to_tokens(encode_continuation(wrapped, "what is it?", " 12")) == ["▁", "1", "2"]
     assert wrapped.convert_ids_to_tokens(wrapped.encode(" 12")) == ["▁", "▁", "1", "2"]
 
 
-def test_tokens_that_span_question_and_answer_are_left_apart() -> None:
+def test_an_answer_is_encoded_alone_if_a_token_spans_the_boundary() -> None:
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    assert behind(wrapped, "aa", "b") == [1]
+    assert encode_continuation(wrapped, "aa", "b") == [1]

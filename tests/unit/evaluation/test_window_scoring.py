@@ -2,23 +2,23 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plan_factory import chunked, plan_of, random_ids
+from plan_factory import make_plan, random_ids, with_chunked_prefill
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import DynamicCache
 
 from baklava.allocation import Baklava, allocate
-from baklava.allocation.plan_spec import named_plan
+from baklava.allocation.plan_spec import resolve_plan
 from baklava.data.documents import load_documents
 from baklava.data.windows import Window, cut_windows, make_splits
 from baklava.errors import UserError
 from baklava.evaluation.evaluator import Evaluator
-from baklava.evaluation.results import compare
-from baklava.evaluation.window_scoring import prefill, score
-from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, KVzip, SnapKV, StreamingLLM, TOVA
+from baklava.evaluation.results import aggregate_results
+from baklava.evaluation.window_scoring import prefill_window, score_plan
+from baklava.eviction import TOVA, Eviction, ExpectedAttention, HeavyHitter, KeyDiff, KVzip, SnapKV, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.profiling.profiler import cached_profile
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import prefill as enter
+from baklava.runtime.prefill import prefill
 
 Maker = Callable[..., LoadedModel]
 
@@ -39,16 +39,16 @@ def slow_score(loaded: LoadedModel, window: Window, plan: BudgetPlan) -> tuple[f
     """(NLL, KL to transformers' own cache) of the continuation, one token per forward as a server decodes."""
     ids = torch.tensor([window.ids])
     full = DynamicCache()
-    budgeted, first = enter(loaded, plan, ids[:, : window.context_length])
+    budgeted, first = prefill(loaded, plan, ids[:, : window.context_length])
     nll = kl = 0.0
     for position in range(window.context_length, len(window.ids)):
         part = ids[:, : window.context_length] if position == window.context_length else ids[:, position - 1 : position]
-        theirs = loaded.model(part, past_key_values=full, logits_to_keep=1).logits[0].log_softmax(-1)
+        expected = loaded.model(part, past_key_values=full, logits_to_keep=1).logits[0].log_softmax(-1)
         if position > window.context_length:
             first = loaded.model(part, past_key_values=budgeted, logits_to_keep=1).logits[:, -1]
-        ours = first.log_softmax(-1)
-        nll += float(cross_entropy(ours, ids[0, position : position + 1]))
-        kl += float(kl_div(ours, theirs, log_target=True, reduction="sum"))
+        actual = first.log_softmax(-1)
+        nll += float(cross_entropy(actual, ids[0, position : position + 1]))
+        kl += float(kl_div(actual, expected, log_target=True, reduction="sum"))
         assert budgeted.nbytes <= plan.bytes_per_sequence
     return nll / window.continuation_length, kl / window.continuation_length
 
@@ -58,8 +58,8 @@ def slow_score(loaded: LoadedModel, window: Window, plan: BudgetPlan) -> tuple[f
 def test_the_fast_score_is_the_slow_one(tiny: Maker, eviction: Eviction, continuation: int) -> None:
     loaded = tiny()
     window = Window("w", "d", tuple(random_ids(1, 80 + continuation)[0].tolist()), 80)
-    plan = plan_of(loaded, [[20, 33], [16, 90]], eviction)
-    fast = score(loaded, prefill(loaded, window, [eviction]), plan)
+    plan = make_plan(loaded, [[20, 33], [16, 90]], eviction)
+    fast = score_plan(loaded, prefill_window(loaded, window, [eviction]), plan)
     nll, kl = slow_score(loaded, window, plan)
     assert fast.nll == pytest.approx(nll, abs=1e-4)
     assert fast.kl == pytest.approx(kl, abs=1e-3)
@@ -70,9 +70,9 @@ def test_the_fast_score_is_the_slow_one(tiny: Maker, eviction: Eviction, continu
 def test_the_fast_score_rounds_to_16_bits_as_a_server_does(tiny: Maker, eviction: Eviction) -> None:
     loaded = tiny()
     window = Window("w", "d", tuple(random_ids(1, 140)[0].tolist()), 80)
-    plan = plan_of(loaded, [[20, 33], [16, 90]], eviction, bits=16)
+    plan = make_plan(loaded, [[20, 33], [16, 90]], eviction, bits=16)
     nll, _ = slow_score(loaded, window, plan)
-    assert score(loaded, prefill(loaded, window, [eviction]), plan).nll == pytest.approx(nll, abs=2e-5)
+    assert score_plan(loaded, prefill_window(loaded, window, [eviction]), plan).nll == pytest.approx(nll, abs=2e-5)
 
 
 @pytest.mark.parametrize("eviction", [*EVICTIONS[:2], TOVA(eviction_interval=4, full_precision_recent=True)], ids=str)
@@ -80,17 +80,17 @@ def test_the_fast_score_rounds_to_16_bits_as_a_server_does(tiny: Maker, eviction
 def test_the_fast_score_packs_as_a_server_does(tiny: Maker, eviction: Eviction, bits: int) -> None:
     loaded = tiny()
     window = Window("w", "d", tuple(random_ids(1, 110)[0].tolist()), 80)
-    plan = plan_of(loaded, [[20, 33], [16, 90]], eviction, bits=bits)
+    plan = make_plan(loaded, [[20, 33], [16, 90]], eviction, bits=bits)
     nll, _ = slow_score(loaded, window, plan)
-    assert score(loaded, prefill(loaded, window, [eviction]), plan).nll == pytest.approx(nll, abs=1e-4)
+    assert score_plan(loaded, prefill_window(loaded, window, [eviction]), plan).nll == pytest.approx(nll, abs=1e-4)
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS[:2], ids=str)
 def test_a_chunked_plan_is_scored_as_it_prefills(tiny: Maker, eviction: Eviction) -> None:
     loaded = tiny()
     window = Window("w", "d", tuple(random_ids(1, 140)[0].tolist()), 100)
-    plan = chunked(plan_of(loaded, [[20, 33], [16, 40]], eviction), 24)
-    fast = score(loaded, prefill(loaded, window, [eviction]), plan)
+    plan = with_chunked_prefill(make_plan(loaded, [[20, 33], [16, 40]], eviction), 24)
+    fast = score_plan(loaded, prefill_window(loaded, window, [eviction]), plan)
     nll, kl = slow_score(loaded, window, plan)
     assert fast.nll == pytest.approx(nll, abs=1e-4)
     assert fast.kl == pytest.approx(kl, abs=1e-3)
@@ -99,21 +99,23 @@ def test_a_chunked_plan_is_scored_as_it_prefills(tiny: Maker, eviction: Eviction
 def test_one_prefill_serves_many_plans_and_is_not_changed_by_them(tiny: Maker) -> None:
     loaded = tiny()
     window = Window("w", "d", tuple(random_ids(1, 140)[0].tolist()), 80)
-    prefilled = prefill(loaded, window, EVICTIONS)
-    plans = [plan_of(loaded, [[20, 33], [16, 90]], eviction) for eviction in EVICTIONS]
-    first = [score(loaded, prefilled, plan).nll for plan in plans]
-    assert [score(loaded, prefilled, plan).nll for plan in plans] == first
-    alone = [score(loaded, prefill(loaded, window, [e]), p).nll for e, p in zip(EVICTIONS, plans, strict=True)]
+    prefilled = prefill_window(loaded, window, EVICTIONS)
+    plans = [make_plan(loaded, [[20, 33], [16, 90]], eviction) for eviction in EVICTIONS]
+    first = [score_plan(loaded, prefilled, plan).nll for plan in plans]
+    assert [score_plan(loaded, prefilled, plan).nll for plan in plans] == first
+    alone = [
+        score_plan(loaded, prefill_window(loaded, window, [e]), p).nll for e, p in zip(EVICTIONS, plans, strict=True)
+    ]
     assert alone == pytest.approx(first, abs=1e-4)
 
 
-def test_an_eviction_that_was_not_observed_is_refused(tiny: Maker) -> None:
+def test_an_eviction_that_was_not_observed_is_rejected(tiny: Maker) -> None:
     loaded = tiny()
-    prefilled = prefill(loaded, Window("w", "d", tuple(random_ids(1, 60)[0].tolist()), 50), [StreamingLLM()])
+    prefilled = prefill_window(loaded, Window("w", "d", tuple(random_ids(1, 60)[0].tolist()), 50), [StreamingLLM()])
     with pytest.raises(UserError, match="was not observed"):
-        score(loaded, prefilled, plan_of(loaded, [[20, 20]] * 2, HeavyHitter(eviction_interval=4, distance=0)))
+        score_plan(loaded, prefilled, make_plan(loaded, [[20, 20]] * 2, HeavyHitter(eviction_interval=4, distance=0)))
     with pytest.raises(UserError, match="was made for"):
-        score(loaded, prefilled, plan_of(tiny(layers=1), [[20, 20]], StreamingLLM()))
+        score_plan(loaded, prefilled, make_plan(tiny(layers=1), [[20, 20]], StreamingLLM()))
 
 
 @pytest.mark.demo
@@ -124,14 +126,14 @@ def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_lose
     )
     evictions = (StreamingLLM(), HeavyHitter(eviction_interval=16, distance=0))
     full = full_cache_plan(demo.identity, demo.geometry, 816)
-    prefilled = prefill(demo, window, evictions)
-    whole = score(demo, prefilled, full)
+    prefilled = prefill_window(demo, window, evictions)
+    whole = score_plan(demo, prefilled, full)
     assert abs(whole.dnll) < 1e-4
     assert whole.kl < 1e-5
     assert whole.allocated_bytes <= full.bytes_per_sequence == full.full_bytes_per_sequence
     for eviction in evictions:
         plan = allocate(profile, budget=0.3, context_length=816, method=Baklava(), eviction=eviction)
-        fast = score(demo, prefilled, plan)
+        fast = score_plan(demo, prefilled, plan)
         nll, kl = slow_score(demo, window, plan)
         assert (fast.nll, fast.kl) == pytest.approx((nll, kl), abs=1e-3)
         assert 0 < fast.allocated_bytes <= plan.bytes_per_sequence <= 0.3 * full.bytes_per_sequence
@@ -141,10 +143,10 @@ def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_lose
 def test_heavy_hitters_in_the_right_heads_beat_uniform_sinks_and_recent_on_unseen_text(demo: LoadedModel) -> None:
     splits = make_splits(load_documents(["botocore"]), demo.tokenizer, context=512, continuation=64, seed=0)
     profile = cached_profile(demo, splits.calibration[:2])
-    cut = cut_windows(load_documents(["ifcraft"]), demo.tokenizer, context=1024, continuation=256)[:3]
+    test_windows = cut_windows(load_documents(["ifcraft"]), demo.tokenizer, context=1024, continuation=256)[:3]
     names = ("uniform:0.2", "baklava+heavy_hitter:0.2")
-    plans = [named_plan(name, demo, 1280, lambda: profile) for name in names]
+    plans = [resolve_plan(name, demo, 1280, lambda: profile) for name in names]
     evaluator = Evaluator(demo, [named.plan for named in plans])
-    compared = compare(plans, [evaluator.window(window) for window in cut], [])
-    uniform, ours = (evaluation.mean("kl").mean for evaluation in compared)
+    evaluations = aggregate_results(plans, [evaluator.evaluate_window(window) for window in test_windows], [])
+    uniform, ours = (evaluation.mean("kl").mean for evaluation in evaluations)
     assert ours < uniform / 1.2
