@@ -208,7 +208,7 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_search_goes_on_once_there_is_
         end(search, ground, code=2)
         said = ground.log.read_text()
         assert "No space left on device" in said.splitlines()[-1]
-        assert f"python jobs/search.py --resume {ground.out}" in said
+        assert f"baklava-search --resume {ground.out}" in said
         assert "Traceback" not in said
         before = ground.trials()
         assert 2 <= len(before) < TRIALS

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import signal
 import socket
 import xml.etree.ElementTree as ElementTree
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from search_process import ROOT, SMALL, descendants, kill, lines, make_model, make_texts, start_search, wait_until
+from search_process import SMALL, descendants, kill, lines, make_model, make_texts, start_search, wait_until
 
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import load
+from tuning.search.cli import main
 from tuning.study.journal import Journal
 from tuning.study.settings import SearchRecord
 from tuning.study.trial import TRIALS_FILE, TrialRecord
@@ -187,8 +187,8 @@ def test_what_the_search_was_worth_is_told(finished: Finished) -> None:
 @pytest.mark.ray
 def test_three_next_steps_are_printed(finished: Finished) -> None:
     assert "make ui" in finished.log
-    assert "python jobs/serve.py --plan models:/baklava-model@champion --model " in finished.log
-    assert f"python jobs/evaluate.py --plan {finished.out / 'plan.json'} --model " in finished.log
+    assert "baklava-serve --plan models:/baklava-model@champion --model " in finished.log
+    assert f"baklava-evaluate --plan {finished.out / 'plan.json'} --model " in finished.log
 
 
 class Page(HTMLParser):
@@ -299,8 +299,7 @@ def test_the_least_bytes_that_keep_a_bound_on_the_loss_are_found_or_it_is_said_t
 
 @pytest.fixture
 def refused(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs jobs/search.py with arguments that it must refuse; returns the sentence that it ends with."""
-    main = runpy.run_path(str(ROOT / "jobs/search.py"))["main"]
+    """Run the command with arguments that it must refuse; return its error message."""
 
     def run(*arguments: object, out: Path | None = None) -> str:
         out = out or tmp_path / "out"
@@ -368,8 +367,6 @@ def test_resuming_takes_no_other_settings(refused: Callable[..., str], tmp_path:
 
 @pytest.fixture
 def resumed(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
-    main = runpy.run_path(str(ROOT / "jobs/search.py"))["main"]
-
     def run(out: Path) -> str:
         assert main(["--resume", str(out)]) == 2
         return capsys.readouterr().err.splitlines()[-1]
@@ -406,6 +403,6 @@ def test_ctrl_c_ends_a_search_that_can_be_resumed(place: Place) -> None:
     records = Journal.open(out / TRIALS_FILE, TrialRecord.model_validate_json).records
     assert {record.status for record in records} <= {"finished", "pruned"}
     assert [record.trial for record in records] == list(range(1, len(records) + 1))
-    assert f"python jobs/search.py --resume {out}" in log.read_text()
+    assert f"baklava-search --resume {out}" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert not (out / "plan.json").exists()

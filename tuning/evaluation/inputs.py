@@ -1,11 +1,11 @@
-"""What an evaluation works on: plans by name, windows of the texts, prompts of the tasks."""
+"""Inputs of an evaluation: plans by name, windows of the texts, prompts of the tasks."""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
-from baklava.allocation.plan_spec import NamedPlan, named_plan
+from baklava.allocation.plan_spec import ResolvedPlan, resolve_plan
 from baklava.cache.recording_layer import check_recordable
 from baklava.data.documents import load_documents
 from baklava.data.windows import Window, bos_tokens, cut_windows, make_splits, read_windows
@@ -13,6 +13,7 @@ from baklava.errors import UserError, first_duplicate
 from baklava.evaluation import suites
 from baklava.evaluation.tasks import FillerText, Prompt, build_prompts, task_class
 from baklava.eviction import build_eviction
+from baklava.plan.registry import REGISTRY_SCHEME, load_plan
 from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile
 from baklava.runtime.context_reconstruction import REPEAT_OVERHEAD_TOKENS
@@ -21,90 +22,97 @@ from tuning.evaluation.run_dir import DEFAULT_MAX_WINDOWS, EvaluationInputs, Eva
 
 
 def prepare_inputs(settings: EvaluationSettings, loaded: LoadedModel) -> EvaluationInputs:
-    """Plans, windows and prompts.
+    """Return plans, windows and prompts.
 
-    Plans that are made here state their ratio at a window's length, whatever the prompts; `full` holds the longest.
+    Plans that are made here state their ratio at the length of a window, whatever the prompts; `full` is made for the
+    longest.
 
     Raises:
-        UserError: an unknown plan, text or task, texts too short, or more tokens than the model takes.
+        UserError: an unknown plan, text or task, texts too short, or more tokens than the model accepts.
     """
-    cut = _windows(settings, loaded)
-    window = len(cut[0].ids)
-    loaded.check_length(window)
-    lengths = tuple(sorted(settings.lengths)) or (window,)
+    windows = _windows(settings, loaded)
+    window_tokens = len(windows[0].ids)
+    loaded.check_length(window_tokens)
+    lengths = tuple(sorted(settings.lengths)) or (window_tokens,)
     if settings.tasks:
         loaded.check_length(max(lengths), "a prompt", "lower --lengths")
-    asked = _prompts(settings, loaded, lengths)
-    longest = max(window, *lengths) if asked else window
-    profile = _profiler(settings, loaded, cut)
-    lengths_of = {spec: longest if spec == "full" else window for spec in settings.plans}
-    plans = tuple(named_plan(spec, loaded, length, profile) for spec, length in lengths_of.items())
-    _check_recorded(loaded, plans, longest)
-    return EvaluationInputs(plans, tuple(cut), tuple(asked))
+    prompts = _prompts(settings, loaded, lengths)
+    max_tokens = max(window_tokens, *lengths) if prompts else window_tokens
+
+    @cache
+    def load_profile() -> Profile:
+        # Never on a document that is scored.
+        scored = {window.document for window in windows}
+        documents = [document for document in load_documents(settings.calibration) if document.name not in scored]
+        tokens = {"context": windows[0].context_length, "continuation": windows[0].continuation_length}
+        return cached_profile(loaded, make_splits(documents, loaded.tokenizer, **tokens, seed=0).calibration)
+
+    plans = []
+    for spec in settings.plans:
+        if spec.startswith(REGISTRY_SCHEME):
+            plan = load_plan(spec)
+            plan.validate_for(loaded.identity, loaded.geometry)
+            plans.append(ResolvedPlan(spec, plan))
+        else:
+            plans.append(resolve_plan(spec, loaded, max_tokens if spec == "full" else window_tokens, load_profile))
+    _check_recordable(loaded, plans, max_tokens)
+    return EvaluationInputs(tuple(plans), tuple(windows), tuple(prompts))
 
 
-def _check_recorded(loaded: LoadedModel, plans: Sequence[NamedPlan], longest: int) -> None:
-    """Raise UserError when prefills of this length cannot be recorded for the plans."""
+def _check_recordable(loaded: LoadedModel, plans: Sequence[ResolvedPlan], max_tokens: int) -> None:
+    """Raise UserError if prefills of this length cannot be recorded for the plans."""
     check_recordable(loaded.geometry)
-    for named in plans:
-        repeats = build_eviction(named.plan.eviction).query_sample.uses_repetition
-        if repeats and longest + REPEAT_OVERHEAD_TOKENS > loaded.max_length:
+    for resolved in plans:
+        uses_repetition = build_eviction(resolved.plan.eviction).query_sample.uses_repetition
+        if uses_repetition and max_tokens + REPEAT_OVERHEAD_TOKENS > loaded.max_length:
             raise UserError(
-                f"{named.name} repeats what it prefilled, which takes {REPEAT_OVERHEAD_TOKENS} tokens more than the {longest} of the "
-                f"longest window or prompt, and {loaded.identity.id} takes {loaded.max_length}; shorten them, or leave "
-                "the plan out"
+                f"{resolved.name} repeats what it prefilled, which takes {REPEAT_OVERHEAD_TOKENS} tokens more than the "
+                f"{max_tokens} of the longest window or prompt, and {loaded.identity.id} accepts {loaded.max_length}; "
+                "shorten them, or leave the plan out"
             )
 
 
 def _windows(settings: EvaluationSettings, loaded: LoadedModel) -> list[Window]:
     if settings.windows:
         return read_windows(settings.windows, loaded.model.config.vocab_size)[: settings.limit]
-    lengths = {"context": settings.context, "continuation": settings.continuation}
-    return cut_windows(load_documents(settings.texts), loaded.tokenizer, **lengths)[: settings.limit or DEFAULT_MAX_WINDOWS]
+    tokens = {"context": settings.context, "continuation": settings.continuation}
+    windows = cut_windows(load_documents(settings.texts), loaded.tokenizer, **tokens)
+    return windows[: settings.limit or DEFAULT_MAX_WINDOWS]
 
 
 def _prompts(settings: EvaluationSettings, loaded: LoadedModel, lengths: Sequence[int]) -> list[TaskPrompt]:
-    for name in settings.tasks:
-        (suites.parse_suite_spec if _is_suite(name) else task_class)(name)  # a wrong name is refused before anything is made
-    prose = cache(lambda: FillerText.from_documents(load_documents(settings.texts)))
-    made = [
-        prompt
+    """The prompts of all tasks; suites have prompts of the greatest length only."""
+    for name in settings.tasks:  # a wrong name is an error before any prompt is made
+        (suites.parse_suite_spec if _is_suite(name) else task_class)(name)
+    load_filler = cache(lambda: FillerText.from_documents(load_documents(settings.texts)))
+    prompts = [
+        TaskPrompt(task=prompt.name.rpartition(":")[0], prompt=prompt)
         for name in settings.tasks
         for length in (lengths[-1:] if _is_suite(name) else lengths)
-        for prompt in _of_task(settings, loaded, prose, name, length)
+        for prompt in _task_prompts(settings, loaded, load_filler, name, length)
     ]
-    asked = [TaskPrompt(task=prompt.name.rpartition(":")[0], prompt=prompt) for prompt in made]
-    if twice := first_duplicate(each.prompt.name for each in asked):
-        raise UserError(f"two prompts are named {twice}; evaluate the files of one benchmark one by one")
-    return asked
+    if duplicate := first_duplicate(prompt.prompt.name for prompt in prompts):
+        raise UserError(f"two prompts are named {duplicate}; evaluate the files of one benchmark one by one")
+    return prompts
 
 
-def _of_task(
-    settings: EvaluationSettings, loaded: LoadedModel, prose: Callable[[], FillerText], name: str, length: int
+def _task_prompts(
+    settings: EvaluationSettings, loaded: LoadedModel, load_filler: Callable[[], FillerText], name: str, length: int
 ) -> list[Prompt]:
-    """The prompts of one task at one length, named TASK:NUMBER, or TASK@LENGTH:NUMBER among several lengths."""
+    """The prompts of one task at one length, named TASK:NUMBER, or TASK@LENGTH:NUMBER if there are several lengths."""
     if _is_suite(name):
         return suites.load_prompts(name, settings.prompts, tokens=length, tokenizer=loaded.tokenizer)
-    tokens, label = length - len(bos_tokens(loaded.tokenizer)), f"{name}@{length}" if settings.lengths[1:] else name
-    made = build_prompts(
-        task_class(name)(), prose(), settings.prompts, tokens=tokens, seed=settings.seed, count_tokens=loaded.count_tokens
+    prompts = build_prompts(
+        task_class(name)(),
+        load_filler(),
+        settings.prompts,
+        tokens=length - len(bos_tokens(loaded.tokenizer)),
+        seed=settings.seed,
+        count_tokens=loaded.count_tokens,
     )
-    return [replace(prompt, name=f"{label}:{number}") for number, prompt in enumerate(made)]
+    label = f"{name}@{length}" if len(settings.lengths) > 1 else name
+    return [replace(prompt, name=f"{label}:{number}") for number, prompt in enumerate(prompts)]
 
 
 def _is_suite(name: str) -> bool:
     return re.split("[:@=]", name)[0] in suites.SUITES
-
-
-def _profiler(settings: EvaluationSettings, loaded: LoadedModel, cut: Sequence[Window]) -> Callable[[], Profile]:
-    """Profiles on the calibration texts, once, and only if a plan asks for it; never on a document that is scored."""
-
-    @cache
-    def profile() -> Profile:
-        lengths = {"context": cut[0].context_length, "continuation": cut[0].continuation_length}
-        scored = {window.document for window in cut}
-        texts = [document for document in load_documents(settings.calibration) if document.name not in scored]
-        splits = make_splits(texts, loaded.tokenizer, **lengths, seed=0)
-        return cached_profile(loaded, splits.calibration)
-
-    return profile

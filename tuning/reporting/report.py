@@ -1,215 +1,164 @@
-"""Pages: one HTML file that needs nothing else, neither a network nor a script, in the light and dark of its reader."""
+"""The report of a search."""
 
 import json
-from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from string import Template
 
-from baklava.evaluation.formatting import counted, share
-from baklava.serialization import atomic_write_text
-from tuning.reporting.baseline_plot import rivals_chart
-from tuning.reporting.heat_map import heat_map
-from tuning.reporting.history_plot import trial_chart
-from tuning.reporting.param_plots import importance_chart, slices_chart
-from tuning.reporting.pareto_plot import fidelity_chart
-from tuning.reporting.svg import standalone
+from baklava.evaluation.formatting import format_share, pluralize
+from baklava.evaluation.heat_map import plot_heat_map
+from tuning.reporting.html import commands_html, definitions_html, figures_html, fill_template, write_page
+from tuning.reporting.plots import (
+    plot_baselines,
+    plot_optimization_history,
+    plot_param_importances,
+    plot_pareto_front,
+    plot_slices,
+)
+from tuning.reporting.svg import standalone_svg
 from tuning.selection.ablation import format_ratio
 from tuning.selection.param_importance import MAX_TRIALS, comparable_trials
 from tuning.selection.result import SearchResult
 from tuning.selection.validation import ValidatedPlan, byte_ratio, log_kl_ratio
 from tuning.study.trial import best_trials
 
-HERE = Path(__file__).parent / "templates"
-
-
-def write_page(path: Path, template: str, fields: Mapping[str, str]) -> None:
-    """Write a page whose content is a template beside this file; `fields`, "title" and "lead" too, are HTML already."""
-    style, content = (HERE / "style.css").read_text(), filled(template, fields)
-    atomic_write_text(
-        path, filled("page.html", {**fields, "style": style, "kind": Path(template).stem, "content": content})
-    )
-
-
-def filled(template: str, fields: Mapping[str, str]) -> str:
-    """A template beside this file with its fields filled in; a field that is missing is an error."""
-    return Template((HERE / template).read_text()).substitute(fields)
-
-
-def figures(values: Mapping[str, str]) -> str:
-    """Large figures with small names."""
-    return "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in values.items())
-
-
-def pairs(values: Mapping[str, object]) -> str:
-    """Names and values, for a <dl>."""
-    shown = {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in values.items()}
-    return "".join(
-        f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(value)}</dd>" for name, value in shown.items()
-    )
-
-
-def steps(commands: Mapping[str, str]) -> str:
-    """What to do next, and the command for it, for a <dl>."""
-    return "".join(
-        f"<dt>{escape(what)}</dt><dd><code>{escape(command)}</code></dd>" for what, command in commands.items()
-    )
-
-
-FIDELITY_NOTE = "Down and to the left is better; both scales are logarithmic."
+PARETO_NOTE = "Down and to the left is better; both scales are logarithmic."
 FRONT_NOTE = (
-    "The line is the front of what was validated: no plan beats one of its points in both bytes and loss. Every point "
-    "of it is a plan file in front/, and the marked one became plan.json."
+    "The line is the front of the validated plans: no plan beats one of its points in both bytes and loss. Every point "
+    "on it is a plan file in front/, and the marked one became plan.json."
 )
 
 
-def write_report(outcome: SearchResult, path: Path) -> None:
+def write_report(result: SearchResult, path: Path) -> None:
     """Write the report of a search."""
-    settings, winner = outcome.settings, outcome.winner
+    settings, winner = result.settings, result.winner
+    options = {name: value for name, value in settings.model_dump().items() if value is not None}
+    options |= {"texts": " ".join(settings.texts), "bits": " ".join(settings.bits), "refine": settings.num_refinements}
+    body = {"model": result.plan.model.id, "prompt": "Once upon a time", "max_tokens": 32}
+    request = f"curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    steps = {"serve it": result.next_steps["serve it"], "send a request": request, **result.next_steps}
+    registered = "MLflow was down when the search ended, so the plan is not registered; its file serves as well."
+    if result.registered:
+        message = result.registered.message
+        registered = f"{message[:1].upper()}{message[1:]}."
     fields = {
-        "title": escape(f"{settings.model_name} at {share(outcome.plan.ratio)} of its KV cache"),
-        "lead": escape(_lead(outcome)),
-        "figures": _figures(outcome),
-        "registered": escape(_registered(outcome)),
-        "fidelity_note": escape(f"{FIDELITY_NOTE} {FRONT_NOTE if settings.front else ''}"),
-        "ranking": "".join(_row(entry, winner) for entry in outcome.ranking),
-        "knobs": pairs(_knobs(outcome)),
-        "worth": escape("; ".join(outcome.ablation_summary)),
-        "learned": "".join(f"<li>{escape(sentence)}</li>" for sentence in learned(outcome)),
-        "parameters": _parameters(outcome),
-        "settings": pairs(_settings(outcome)),
-        "steps": steps(_steps(outcome)),
+        "title": escape(f"{settings.model_name} at {format_share(result.plan.ratio)} of its KV cache"),
+        "lead": escape(
+            f"{winner.candidate.name} keeps {settings.model_name} inside {format_share(result.plan.ratio)} "
+            f"of the bytes of its full KV cache at {settings.context_length} tokens, for "
+            f"{winner.metrics['dnll']:+.4f} nats per token on windows that no trial was scored on."
+        ),
+        "figures": _figures(result),
+        "steps": commands_html(steps),
+        "registered": escape(registered),
+        "pareto": plot_pareto_front(result.validation, result.trials, settings.goal),
+        "pareto_note": escape(f"{PARETO_NOTE} {FRONT_NOTE if settings.front else ''}"),
+        "baselines": plot_baselines(result),
+        "ranking": "".join(_ranking_row(entry, winner) for entry in result.ranking),
+        "ablations": escape("; ".join(result.ablation_summary)),
+        "heat_map": plot_heat_map(result.plan),
+        "findings": "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(result)),
+        "history": plot_optimization_history(result.trials, settings.goal),
+        "parameters": _parameters(result),
+        "winner_params": definitions_html(_winner_params(result)),
+        "settings": definitions_html(options),
     }
-    charts = {"heat": heat_map(outcome.plan), "rivals": rivals_chart(outcome)}
-    charts["chart"] = trial_chart(outcome.trials, settings.goal)
-    charts["fidelity"] = fidelity_chart(outcome.validation, outcome.trials, settings.goal)
-    write_page(path, "report.html", {**fields, **charts})
+    write_page(path, "report.html", fields)
 
 
-def standalone_plots(outcome: SearchResult) -> dict[str, str]:
-    """The charts of the report that are worth a file, by name."""
-    goal = outcome.settings.goal
-    drawn = {
-        "fidelity.svg": fidelity_chart(outcome.validation, outcome.trials, goal),
-        "against_heuristics.svg": rivals_chart(outcome),
-        "trials.svg": trial_chart(outcome.trials, goal),
+def standalone_plots(result: SearchResult) -> dict[str, str]:
+    """Return plots of the report as contents of files, by file name."""
+    goal, importances = result.settings.goal, result.param_importances
+    plots = {
+        "fidelity.svg": plot_pareto_front(result.validation, result.trials, goal),
+        "against_heuristics.svg": plot_baselines(result),
+        "trials.svg": plot_optimization_history(result.trials, goal),
     }
-    if outcome.param_importances:
-        drawn["importance.svg"] = importance_chart(outcome.param_importances)
-        drawn["slices.svg"] = slices_chart(outcome.trials, goal, outcome.param_importances)
-    return {name: standalone(picture) for name, picture in drawn.items() if picture.startswith("<svg")}
+    if importances:
+        plots["importance.svg"] = plot_param_importances(importances)
+        plots["slices.svg"] = plot_slices(result.trials, goal, importances)
+    return {name: standalone_svg(plot) for name, plot in plots.items() if plot.startswith("<svg")}
 
 
-def learned(outcome: SearchResult) -> list[str]:
-    """What the trials taught, in sentences."""
-    told = _sizes(outcome) if outcome.settings.front else _bests(outcome)
-    names = [f"{name.replace('_', ' ')} ({part:.0%})" for name, part in list(outcome.param_importances.items())[:3]]
-    if names:
-        told.append(f"Most of the difference between trials came from {', '.join(names)}.")
+def findings(result: SearchResult) -> list[str]:
+    """Return what the trials showed, in sentences."""
+    goal, front = result.settings.goal, result.validation.front
+    sentences = []
+    if front:  # losses at different sizes do not compare, so there is no best
+        smallest, largest = format_share(byte_ratio(front[0])), format_share(byte_ratio(front[-1]))
+        sentences.append(
+            f"The front has {pluralize(len(front), 'plan')} between {smallest} and {largest} of the bytes."
+        )
     else:
-        told.append("Too few trials scored every window to tell which parameters decided.")
-    stopped, failed = outcome.count("pruned"), outcome.count("failed")
-    told += [f"{counted(stopped, 'trial')} stopped early, as others lost less on the same windows."] if stopped else []
-    return told + ([f"{counted(failed, 'trial')} failed."] if failed else [])
+        for is_refined, kind in ((False, "sampled trial"), (True, "refinement")):
+            for best in best_trials([trial for trial in result.trials if bool(trial.parent_trial) is is_refined], goal):
+                outcome = goal.format_metrics(best.metrics)
+                sentences.append(f"The best {kind} reached {outcome} (trial {best.trial}).")
+    importances = list(result.param_importances.items())[:3]
+    if importances:
+        names = ", ".join(f"{name.replace('_', ' ')} ({importance:.0%})" for name, importance in importances)
+        sentences.append(f"Most of the difference between trials came from {names}.")
+    else:
+        sentences.append("Too few trials scored every window to say which parameters matter.")
+    if pruned := result.count("pruned"):
+        sentences.append(f"{pluralize(pruned, 'trial')} stopped early, as others lost less on the same windows.")
+    if failed := result.count("failed"):
+        sentences.append(f"{pluralize(failed, 'trial')} failed.")
+    return sentences
 
 
-def _bests(outcome: SearchResult) -> list[str]:
-    goal, found = outcome.settings.goal, []
-    for refines, what in ((False, "trial that was drawn"), (True, "refinement")):
-        for best in best_trials([trial for trial in outcome.trials if bool(trial.parent_trial) is refines], goal):
-            found.append(f"The best {what} came to {goal.format_metrics(best.metrics)} (trial {best.trial}).")
-    return found
-
-
-def _sizes(outcome: SearchResult) -> list[str]:
-    """Losses of different sizes do not compare: there is a front instead of a best."""
-    smallest, largest = (share(byte_ratio(outcome.validation.front[end])) for end in (0, -1))
-    plans = counted(len(outcome.validation.front), "plan")
-    return [f"The front has {plans} between {smallest} and {largest} of the bytes."]
-
-
-def _parameters(outcome: SearchResult) -> str:
-    goal, shares = outcome.settings.goal, outcome.param_importances
-    if not shares:
+def _parameters(result: SearchResult) -> str:
+    goal, importances = result.settings.goal, result.param_importances
+    if not importances:
         return ""
     fields = {
-        "importance": importance_chart(shares),
-        "slices": slices_chart(outcome.trials, goal, shares),
-        "trials": str(min(MAX_TRIALS, len(comparable_trials(outcome.trials)))),
+        "importances": plot_param_importances(importances),
+        "slices": plot_slices(result.trials, goal, importances),
+        "trials": str(min(MAX_TRIALS, len(comparable_trials(result.trials)))),
         "objective": escape(goal.value_name),
     }
-    return filled("report_parameters.html", fields)
+    return fill_template("report_parameters.html", fields)
 
 
-def _registered(outcome: SearchResult) -> str:
-    if outcome.registered:
-        told = outcome.registered.message
-        return f"{told[:1].upper()}{told[1:]}."
-    return "MLflow was down when the search ended, so the plan is not registered; its file serves as well."
-
-
-def _steps(outcome: SearchResult) -> dict[str, str]:
-    """Serving first, and a question to the server behind it."""
-    body = json.dumps({"model": outcome.plan.model.id, "prompt": "Once upon a time", "max_tokens": 32})
-    asked = f"curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'"
-    first = {"serve it": outcome.next_steps["serve it"], "ask it": asked}
-    return {**first, **outcome.next_steps}
-
-
-def _settings(outcome: SearchResult) -> dict[str, object]:
-    settings = outcome.settings
-    shown = {name: value for name, value in settings.model_dump().items() if value is not None}
-    return {**shown, "texts": " ".join(settings.texts), "bits": " ".join(settings.bits), "refine": settings.num_refinements}
-
-
-def _lead(outcome: SearchResult) -> str:
-    settings, dnll = outcome.settings, outcome.winner.metrics["dnll"]
-    return (
-        f"{outcome.winner.candidate.name} keeps {settings.model_name} inside {share(outcome.plan.ratio)} of the bytes "
-        f"of its full KV cache at {settings.context_length} tokens, for {dnll:+.4f} nats per token on windows that no "
-        "trial was scored on."
+def _figures(result: SearchResult) -> str:
+    metrics, plan = result.winner.metrics, result.plan
+    mebibytes, full_mebibytes = plan.bytes_per_sequence / 2**20, plan.full_bytes_per_sequence / 2**20
+    counts = ((result.count(status), status) for status in ("finished", "pruned", "failed"))
+    return figures_html(
+        {
+            "KL to the full cache": f"{metrics['kl']:.4f}",
+            "perplexity": f"{metrics['ppl']:.2f} (full {metrics['ppl_full']:.2f})",
+            "bytes per sequence": f"{mebibytes:.3g} of {full_mebibytes:.3g} MiB",
+            "trials": ", ".join(f"{count} {status}" for count, status in counts if count),
+        }
     )
 
 
-def _figures(outcome: SearchResult) -> str:
-    metrics = outcome.winner.metrics
-    held, full = (n / 2**20 for n in (outcome.plan.bytes_per_sequence, outcome.plan.full_bytes_per_sequence))
-    shown = {
-        "KL to the full cache": f"{metrics['kl']:.4f}",
-        "perplexity": f"{metrics['ppl']:.2f} (full {metrics['ppl_full']:.2f})",
-        "bytes per sequence": f"{held:.3g} of {full:.3g} MiB",
-        "trials": ", ".join(f"{n} {s}" for s in ("finished", "pruned", "failed") if (n := outcome.count(s))),
-    }
-    return figures(shown)
-
-
-def _row(entry: ValidatedPlan, winner: ValidatedPlan) -> str:
-    metrics, plan = entry.metrics, entry.candidate.plan
-    kls = [f"{metrics[name]:.4f}" for name in ("kl_geometric", "kl")]
-    numbers = [*kls, f"{metrics['dnll']:+.4f}", f"{metrics['ppl']:.3f}", share(plan.ratio)]
-    cells = "".join(f"<td>{number}</td>" for number in numbers)
-    mark = ' class="winner"' if entry is winner else ""
-    return f"<tr{mark}><th>{escape(entry.candidate.name)}</th>{cells}<td>{_against(entry, winner)}</td></tr>"
-
-
-def _against(entry: ValidatedPlan, winner: ValidatedPlan) -> str:
+def _ranking_row(entry: ValidatedPlan, winner: ValidatedPlan) -> str:
+    metrics = entry.metrics
+    cells = [f"{metrics['kl_geometric']:.4f}", f"{metrics['kl']:.4f}", f"{metrics['dnll']:+.4f}"]
+    cells += [f"{metrics['ppl']:.3f}", format_share(entry.candidate.plan.ratio)]
     if entry is winner:
-        return "winner"
-    mean, _, bounds = format_ratio(log_kl_ratio([entry], winner)).partition(" ")
-    return f"{mean} <small>{bounds}</small>" if bounds else mean
+        cells.append("winner")
+    else:
+        ratio, _, interval = format_ratio(log_kl_ratio([entry], winner)).partition(" ")
+        cells.append(f"{ratio} <small>{interval}</small>" if interval else ratio)
+    css_class = ' class="winner"' if entry is winner else ""
+    row = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f"<tr{css_class}><th>{escape(entry.candidate.name)}</th>{row}</tr>"
 
 
-def _knobs(outcome: SearchResult) -> dict[str, object]:
-    allocation, eviction = outcome.plan.allocation, outcome.plan.eviction
-    shared = {"sinks": eviction.sinks, "recent": eviction.recent_ratio, "interval": eviction.eviction_interval}
-    packed = {"centroids": eviction.centroids, "staged": eviction.full_precision_recent}
-    trial = outcome.winner.candidate.trial
+def _winner_params(result: SearchResult) -> dict[str, object]:
+    allocation, eviction = result.plan.allocation, result.plan.eviction
+    trial = result.winner.candidate.trial
     return {
         "allocation": allocation.method,
-        **{name: value for name, value in allocation.params.items() if name != "shifts"},
+        **{name: value for name, value in allocation.params.items() if name != "log2_factors"},
         **({"bits": trial.params["bits"]} if trial else {}),
         "eviction": eviction.method,
-        **shared,
-        **packed,
+        "sinks": eviction.sinks,
+        "recent": eviction.recent_ratio,
+        "interval": eviction.eviction_interval,
+        "centroids": eviction.centroids,
+        "full precision recent": eviction.full_precision_recent,
         **eviction.params,
     }

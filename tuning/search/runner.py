@@ -14,7 +14,7 @@ from baklava.console import log
 from baklava.errors import UserError
 from baklava.eviction import StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, Provenance
-from baklava.profiling.profile import flat_profile
+from baklava.profiling.profile import uniform_profile
 from baklava.runtime.model_loader import load_config
 from baklava.runtime.ray_session import ray_session
 from tuning.optimizers.baselines import BaselineMethod
@@ -82,7 +82,7 @@ def check_budget(settings: SearchSettings) -> None:
     """Raise UserError if the budget is too small for any plan in any of the bits, before any time is spent."""
     if settings.budget is None or settings.front:  # on a front the budget only chooses a point
         return
-    profile = flat_profile(*load_config(settings.model))
+    profile = uniform_profile(*load_config(settings.model))
     narrowest = min(settings.bits, key=lambda name: sum(BIT_PAIRS[name]))
     smallest = BaselineMethod(Uniform(), StreamingLLM(sinks=1), BIT_PAIRS[narrowest])
     smallest.plan(profile, settings.budget, settings.context_length)
@@ -173,9 +173,7 @@ def _finish(run: SearchRun, group: WorkerGroup, windows: tuple[str, ...]) -> Sea
     winner = validation.winner
     ablations = run_ablations(group, validation, windows, run.task)
     plan = _with_provenance(run, winner)
-    decide = partial(
-        decide_promotion, group, winner=winner, windows=windows, task=run.task, corpora=run.inputs.corpora
-    )
+    decide = partial(decide_promotion, group, winner=winner, windows=windows, task=run.task, corpora=run.inputs.corpora)
     registered = run.tracker.register(plan, _version_tags(run.settings, plan, winner), decide)
     result = SearchResult(run.out, run.settings, plan, validation, ablations, trials, registered)
     _write(run, result)

@@ -75,7 +75,9 @@ def load_warm_start(settings: SearchSettings, inputs: SearchInputs, task: Search
             f"--warm-start {out} has no finished trial in this search space; leave it out, or search the same --bits"
         )
     reason = incompatibility(record, settings, inputs)
-    reused = f"the best parameters, not their scores ({reason})," if reason else f"{len(trials)} trials and their scores"
+    reused = (
+        f"the best parameters, not their scores ({reason})," if reason else f"{len(trials)} trials and their scores"
+    )
     log(f"warm start: {reused} of {out}")
     best = top_trials(finished_trials(trials), record.settings.goal, NUM_ENQUEUED)
     # The best are tried again so that they can win. It costs nothing if their scores are known.

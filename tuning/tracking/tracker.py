@@ -187,7 +187,9 @@ class Tracker:
             write()
         except TRACKING_ERRORS as error:
             if self.failed_at is None:
-                log(f"mlflow: cannot write ({error_summary(error)}); the search continues, trials.jsonl has every trial")
+                log(
+                    f"mlflow: cannot write ({error_summary(error)}); the search continues, trials.jsonl has every trial"
+                )
             self.failed_at = monotonic()
             return False
         if self.failed_at is not None:

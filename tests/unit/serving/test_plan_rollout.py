@@ -58,7 +58,7 @@ def test_the_registry_in_the_data_folder_is_the_default_and_no_other_is_made(reg
         ("models:/rivers/7", "7"),
     ],
 )
-def test_an_unknown_registered_plan_is_refused_with_the_known_ones(registry, source, words, monkeypatch):
+def test_an_unknown_registered_plan_is_rejected_with_the_known_ones(registry, source, words, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
     with pytest.raises(UserError, match=words):
         load_plan(source)
@@ -77,7 +77,7 @@ def test_a_registry_is_read_to_its_last_page(registry, plan, monkeypatch, tmp_pa
         load_plan("models:/sea@champion")
 
 
-def test_a_tracking_server_that_is_down_is_told(monkeypatch):
+def test_a_tracking_server_that_is_down_is_an_error(monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed.getsockname()[1]}")
@@ -92,7 +92,7 @@ def test_no_empty_database_is_made(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_is_read_as_it_is(plan, tmp_path):
+def test_a_file_is_read(plan, tmp_path):
     plan.write(tmp_path / "plan.json")
     assert load_plan(str(tmp_path / "plan.json")) == plan
     (tmp_path / "plan.json").write_text(json.dumps({"schema_version": 9}))
@@ -114,12 +114,12 @@ def test_keys_come_from_a_file_or_else_from_the_environment(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_an_open_address_without_keys_is_refused(host):
+def test_an_open_address_without_keys_is_rejected(host):
     with pytest.raises(UserError, match="API keys"):
         check_listen_address(host, 8000, has_keys=False)
 
 
-def test_a_port_in_use_is_told():
+def test_a_port_in_use_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"127.0.0.1:{port}.*in use"):
@@ -127,12 +127,12 @@ def test_a_port_in_use_is_told():
     check_listen_address("127.0.0.1", port, has_keys=False)
 
 
-def test_a_host_that_is_no_address_is_told():
+def test_an_invalid_host_is_an_error():
     with pytest.raises(UserError, match="no address"):
         check_listen_address("no.such.host.invalid", 8000, has_keys=True)
 
 
-def test_a_cluster_that_does_not_answer_is_told_at_once():
+def test_a_cluster_that_does_not_answer_is_an_error_at_once():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(UserError, match="no Ray cluster answers"):

@@ -1,8 +1,6 @@
 """Facts about clusters: the search as a job on a real Ray head with a token, and cluster files that Ray accepts."""
 
-import argparse
 import re
-import runpy
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from ray_head import Head, Loopback
 from search_process import ROOT, SMALL, lines, make_model, make_texts
 
 from baklava.plan.budget_plan import BudgetPlan
+from tuning.search.cli import build_parser
 
 FILES = ("cluster.yaml", "cluster.local.yaml")
 
@@ -63,14 +62,10 @@ def test_the_cluster_file_uploads_neither_results_nor_environments(config: dict[
 def test_the_page_on_clusters_names_options_and_files_that_there_are() -> None:
     page = (ROOT / "docs/guide/cluster.md").read_text()
     commands = [line.partition("jobs/search.py ")[2] for line in page.splitlines() if "jobs/search.py --" in line]
-    known = {option for action in search_parser()._actions for option in action.option_strings}
+    known = {option for action in build_parser()._actions for option in action.option_strings}
     assert commands
     assert {word for command in commands for word in command.split() if word.startswith("--")} <= known
     assert all((ROOT / name).exists() for name in re.findall(r"`([\w./-]+\.(?:yaml|py|md))`", page))
-
-
-def search_parser() -> argparse.ArgumentParser:
-    return runpy.run_path(str(ROOT / "jobs/search.py"))["parser"]()
 
 
 @pytest.fixture(scope="module")
@@ -129,4 +124,4 @@ def test_a_job_that_fails_says_so_to_who_submitted_it(head: Head, tmp_path: Path
 def test_a_job_without_the_token_is_turned_away(head: Head) -> None:
     ended = head.job("jobs/search.py", "--help", token="c" * 64)
     assert ended.returncode != 0
-    assert "usage: search.py" not in ended.stdout
+    assert "usage: baklava-search" not in ended.stdout

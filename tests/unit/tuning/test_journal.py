@@ -1,4 +1,4 @@
-"""Facts about the journal: a record is in the file whole, or not at all."""
+"""Tests of the journal: a record is in the file completely, or not at all."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tuning.study.journal import Journal
 from tuning.study.trial import TrialRecord
 
 
-def test_a_disk_that_takes_no_more_leaves_the_journal_as_it_was_and_says_so(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_journal_as_it_was_and_raises(tmp_path: Path) -> None:
     full = tmp_path / "trials.jsonl"
     full.symlink_to("/dev/full")
     journal: Journal[TrialRecord] = Journal(full)
@@ -19,10 +19,10 @@ def test_a_disk_that_takes_no_more_leaves_the_journal_as_it_was_and_says_so(tmp_
     assert journal.records == []
 
 
-def test_a_record_that_was_written_in_part_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partly_written_record_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal: Journal[TrialRecord] = Journal(tmp_path / "trials.jsonl")
     journal.append(record(1, [0.1] * 4))
-    whole = journal.path.read_bytes()
+    before = journal.path.read_bytes()
 
     def fails(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -31,6 +31,6 @@ def test_a_record_that_was_written_in_part_is_taken_back(tmp_path: Path, monkeyp
         full.setattr("os.fsync", fails)
         with pytest.raises(UserError):
             journal.append(record(2, [0.1] * 4))
-    assert journal.path.read_bytes() == whole
+    assert journal.path.read_bytes() == before
     journal.append(record(2, [0.1] * 4))
-    assert [each.trial for each in Journal.read(journal.path, TrialRecord.model_validate_json)] == [1, 2]
+    assert [one.trial for one in Journal.read(journal.path, TrialRecord.model_validate_json)] == [1, 2]

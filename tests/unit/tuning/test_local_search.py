@@ -1,4 +1,4 @@
-"""Facts about refinement, about what becomes of its trials, and about choosing on validation windows."""
+"""Tests of the local search, its pruner, and the choice on validation windows."""
 
 import json
 import random
@@ -26,7 +26,7 @@ from tuning.optimizers.local_search import (
     step_size,
 )
 from tuning.optimizers.pareto import knee, nearest, non_dominated, subsample
-from tuning.reporting.pareto_plot import fidelity_chart
+from tuning.reporting.plots import plot_pareto_front
 from tuning.reporting.report import write_report
 from tuning.selection.ablation import Ablation, run_ablations, shuffled_candidates
 from tuning.selection.result import Front, SearchResult, write_front
@@ -72,25 +72,25 @@ def start() -> TrialRecord:
 
 def test_refinements_go_where_the_measurement_falls_and_never_leave_the_best() -> None:
     records = run(distance, 40, task(), start())
-    best = min(records[1:], key=lambda each: each.metrics["kl_geometric"])
+    best = min(records[1:], key=lambda item: item.metrics["kl_geometric"])
     assert best.metrics["kl_geometric"] < 0.25
-    for before, each in enumerate(records[1:], start=1):
+    for before, item in enumerate(records[1:], start=1):
         so_far = min(records[:before], key=lambda known: known.metrics["kl_geometric"])
-        assert each.parent_trial == so_far.trial
+        assert item.parent_trial == so_far.trial
 
 
 def test_nothing_is_accepted_that_measured_no_better() -> None:
     records = run(lambda params: 0.6, 12, task(), start())
-    assert {each.parent_trial for each in records[1:]} == {1}
+    assert {item.parent_trial for item in records[1:]} == {1}
     assert step_size(task(), records) < INITIAL_STEP
     assert step_size(task(), records + [record(n, [0.6] * 4, base=1) for n in range(14, 60)]) == MIN_STEP
 
 
 def test_after_a_step_that_failed_comes_the_way_back_and_after_one_that_helped_the_same_again() -> None:
     failed = run(lambda params: 0.6, 4, task(), start())
-    assert [each.params["direction"] for each in failed[1:]] == [1, -1, 2, -2]
+    assert [item.params["direction"] for item in failed[1:]] == [1, -1, 2, -2]
     helped = run(lambda params: 0.4 if params["base"] == 1 else 0.6, 3, task(), start())
-    assert [each.params["direction"] for each in helped[1:]] == [1, 1, 2]
+    assert [item.params["direction"] for item in helped[1:]] == [1, 1, 2]
     assert helped[2].params["step"] > helped[1].params["step"]
 
 
@@ -114,7 +114,7 @@ def test_shifts_are_of_one_length_and_trade_between_layers_or_heads() -> None:
 def test_a_resumed_refinement_proposes_what_the_search_would_have() -> None:
     records = run(distance, 6, task(), start())
     goes_on, resumed = (LocalSearch(task(), 0, Journal(Path("none"), records), StopFlag()) for _ in range(2))
-    expected = propose(task(), 0, records, [each.params for each in records[1:]])
+    expected = propose(task(), 0, records, [item.params for item in records[1:]])
     assert goes_on.suggest("a") == resumed.suggest("b") == expected
     assert goes_on.suggest("c") != expected
 
@@ -133,12 +133,12 @@ def test_trials_that_keep_the_bound_reach_validation_beside_those_that_nearly_di
         record(number, [loss] * 4, ratio=0.2 + 0.01 * number, budget=0.2 + 0.01 * number)
         for number, loss in enumerate(losses, start=1)
     ]
-    names = [each.name for each in trial_candidates(records, bounded)]
+    names = [item.name for item in trial_candidates(records, bounded)]
     assert names == [f"trial {number}" for number in range(5, 17)]
 
 
 def test_a_plan_whose_score_is_no_number_cannot_win() -> None:
-    class Broken(MadeUpCrew):
+    class Broken(FakeWorkerGroup):
         def scores(self, tasks: list[tuple[str, str]], label: str) -> list[dict[str, object]]:
             made = super().scores(tasks, label)
             return [
@@ -146,10 +146,10 @@ def test_a_plan_whose_score_is_no_number_cannot_win() -> None:
                 for score, (plan, _) in zip(made, tasks, strict=True)
             ]
 
-    said = select_winner(Broken(), [record(1, [0.1] * 4)], WINDOWS, task())
-    assert said is not None
-    assert all(entry.metrics["kl"] == entry.metrics["kl"] for entry in said.ranking)
-    assert "trial 1" not in {entry.candidate.name for entry in said.ranking}
+    result = select_winner(Broken(), [record(1, [0.1] * 4)], WINDOWS, task())
+    assert result is not None
+    assert all(entry.metrics["kl"] == entry.metrics["kl"] for entry in result.ranking)
+    assert "trial 1" not in {entry.candidate.name for entry in result.ranking}
 
 
 def test_refinements_of_a_front_start_from_its_points_in_turn() -> None:
@@ -178,16 +178,16 @@ def test_validation_decides_between_drawn_and_refined_trials() -> None:
     drawn = [record(number, [0.1 * number] * 4, rounding=8 * number) for number in (1, 2, 4)]
     records = [*drawn[:2], drawn[2].model_copy(update={"trial": 3})]
     refined = [record(number, [0.01] * 4, **propose(task(), number, records, [])) for number in range(4, 9)]
-    names = [each.name for each in trial_candidates([*records, *refined], task())]
+    names = [item.name for item in trial_candidates([*records, *refined], task())]
     assert names[:3] == ["trial 1", "trial 2", "trial 3"]
     assert names[3:] == [f"trial {number}, refined from 1" for number in (4, 5, 6)]
 
 
 def test_the_smallest_plan_that_keeps_the_bound_wins() -> None:
     entries = [scored("a", 0.2, 0.02), scored("b", 0.3, 0.009), scored("c", 0.25, 0.01)]
-    said = rank_plans(entries, Goal(max_dnll=0.01))
-    assert said.winner.candidate.name == "c"
-    assert [entry.candidate.name for entry in said.ranking] == ["c", "b", "a"]
+    result = rank_plans(entries, Goal(max_dnll=0.01))
+    assert result.winner.candidate.name == "c"
+    assert [entry.candidate.name for entry in result.ranking] == ["c", "b", "a"]
 
 
 def test_where_no_plan_keeps_the_bound_the_best_found_is_told() -> None:
@@ -198,17 +198,17 @@ def test_where_no_plan_keeps_the_bound_the_best_found_is_told() -> None:
 
 def test_a_front_holds_every_plan_that_no_other_beats(tmp_path: Path) -> None:
     entries = [scored("a", 0.1, 0.5), scored("b", 0.2, 0.05), scored("c", 0.3, 0.06), scored("d", 0.4, 0.03)]
-    said = rank_plans(entries, Goal(front=True))
-    assert [entry.candidate.name for entry in said.front] == ["a", "b", "d"]
-    assert said.winner.candidate.name == "b"
+    result = rank_plans(entries, Goal(front=True))
+    assert [entry.candidate.name for entry in result.front] == ["a", "b", "d"]
+    assert result.winner.candidate.name == "b"
     assert rank_plans(entries, Goal(front=True, budget=0.45)).winner.candidate.name == "d"
-    write_front(tmp_path, said.front, [entry.candidate.plan for entry in said.front], said.winner)
+    write_front(tmp_path, result.front, [entry.candidate.plan for entry in result.front], result.winner)
     points = Front.model_validate_json((tmp_path / "front.json").read_text()).points
     assert [point.plan for point in points if (tmp_path / point.plan).exists()] == [
         f"front/plan-0{number}.json" for number in (1, 2, 3)
     ]
     assert [point.chosen for point in points] == [False, True, False]
-    assert 'class="best"' in fidelity_chart(said, [record(1, [0.1] * 4)], Goal(front=True))
+    assert 'class="best"' in plot_pareto_front(result, [record(1, [0.1] * 4)], Goal(front=True))
 
 
 def test_a_front_is_thinned_evenly_and_its_knee_is_below_the_line_between_its_ends() -> None:
@@ -220,8 +220,8 @@ def test_a_front_is_thinned_evenly_and_its_knee_is_below_the_line_between_its_en
     assert nearest(points, lambda point: point[0], 3.0) == (4.0, 0.25)
 
 
-class MadeUpCrew:
-    """Scores by a number made of the plan, so that no model is needed."""
+class FakeWorkerGroup:
+    """Scores plans by a random number seeded with the plan, so that no model is needed."""
 
     def scores(self, tasks: list[tuple[str, str]], label: str) -> list[dict[str, object]]:
         names = ("nll_full", "nll", "dnll", "kl", "allocated_bytes", "seconds")
@@ -229,16 +229,16 @@ class MadeUpCrew:
 
 
 def test_the_winner_is_compared_with_its_own_budgets_in_other_heads() -> None:
-    whole, crew = task(), MadeUpCrew()
-    said = select_winner(crew, [record(1, [0.1] * 4)], WINDOWS, whole)
-    assert said is not None
-    compared = run_ablations(crew, said, WINDOWS, whole)
+    search_task, group = task(), FakeWorkerGroup()
+    result = select_winner(group, [record(1, [0.1] * 4)], WINDOWS, search_task)
+    assert result is not None
+    compared = run_ablations(group, result, WINDOWS, search_task)
     assert [rival.name for rival in compared] == ["its own budgets, shuffled over the heads 3 times"]
     assert isinstance(compared[0].log_kl_ratio, Interval)
-    winner = said.winner.candidate.plan
-    for each in shuffled_candidates(said.winner):
-        assert np.sort(each.plan.tokens, axis=None).tolist() == np.sort(winner.tokens, axis=None).tolist()
-        assert each.plan.bytes_per_sequence == winner.bytes_per_sequence
+    winner = result.winner.candidate.plan
+    for item in shuffled_candidates(result.winner):
+        assert np.sort(item.plan.tokens, axis=None).tolist() == np.sort(winner.tokens, axis=None).tolist()
+        assert item.plan.bytes_per_sequence == winner.bytes_per_sequence
 
 
 def test_several_plans_are_above_the_winner_as_their_mean() -> None:
@@ -251,11 +251,11 @@ def test_validation_on_one_document_gives_ratios_without_an_interval(tmp_path: P
     ranking = tuple(in_one_document(scored(name, 0.0625, loss)) for name, loss in (("a", 0.1), ("b", 0.2)))
     settings = SearchSettings.from_options(model="m", texts=["t"], context=10, continuation=2, trials=5, budget=0.0625)
     rival, plan = Ablation("b", log_kl_ratio(ranking[1:], ranking[0])), ranking[0].candidate.plan
-    found = SearchResult(
+    result = SearchResult(
         tmp_path, settings, plan, ValidationResult(ranking[0], ranking), (rival,), (record(1, [0.1] * 4),), None
     )
-    assert found.ablation_summary == ["b: 2.00 times the winner's KL on validation"]
-    write_report(found, tmp_path / "report.html")
+    assert result.ablation_summary == ["b: 2.00 times the winner's KL on validation"]
+    write_report(result, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<td>2.00</td>" in page
     assert "inside 6.25% of the bytes" in page
@@ -267,27 +267,27 @@ def in_one_document(entry: ValidatedPlan) -> ValidatedPlan:
 
 
 def test_a_budget_is_said_to_its_last_digit() -> None:
-    said = [Goal(budget=budget).description for budget in (0.3, 0.125, 0.0625, 0.004)]
-    assert said == [f"{percent}% of the bytes" for percent in ("30", "12.5", "6.25", "0.4")]
+    result = [Goal(budget=budget).description for budget in (0.3, 0.125, 0.0625, 0.004)]
+    assert result == [f"{percent}% of the bytes" for percent in ("30", "12.5", "6.25", "0.4")]
 
 
 def test_heuristics_of_drawn_sizes_get_the_size_of_the_winner() -> None:
     front = task(None, front=True)
     records = [record(1, [0.1] * 4, ratio=0.2, budget=0.2), record(2, [0.05] * 4, ratio=0.4, budget=0.4)]
-    said = select_winner(MadeUpCrew(), records, WINDOWS, front)
-    assert said is not None
-    names = {each.name for each in baseline_methods(front.space)}
-    plans = {entry.candidate.name: entry.candidate.plan for entry in said.ranking}
+    result = select_winner(FakeWorkerGroup(), records, WINDOWS, front)
+    assert result is not None
+    names = {item.name for item in baseline_methods(front.space)}
+    plans = {entry.candidate.name: entry.candidate.plan for entry in result.ranking}
     assert names <= plans.keys()
     assert {round(plans[name].ratio, 1) for name in names} <= {0.2, 0.4}
 
 
 def test_under_a_bound_no_heuristic_wins_by_a_rounding() -> None:
     bounded = task(None, max_dnll=1.0)
-    said = select_winner(MadeUpCrew(), [record(1, [0.1] * 4, ratio=0.2, budget=0.2)], WINDOWS, bounded)
-    assert said is not None
-    assert said.winner.candidate.name == "trial 1"
-    assert len(said.ranking) > 2
+    result = select_winner(FakeWorkerGroup(), [record(1, [0.1] * 4, ratio=0.2, budget=0.2)], WINDOWS, bounded)
+    assert result is not None
+    assert result.winner.candidate.name == "trial 1"
+    assert len(result.ranking) > 2
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 from search_factory import record, scored, task
 
+from baklava.evaluation.heat_map import plot_heat_map
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.plan.geometry import CacheGeometry
 from tuning.optimizers.baselines import baseline_methods
-from tuning.reporting.heat_map import heat_map
-from tuning.reporting.history_plot import trial_chart
-from tuning.reporting.pareto_plot import fidelity_chart
-from tuning.reporting.report import learned, standalone_plots, write_report
-from tuning.reporting.svg import log_values, round_values, standalone
+from tuning.reporting.plots import plot_optimization_history, plot_pareto_front
+from tuning.reporting.report import findings, standalone_plots, write_report
+from tuning.reporting.svg import linear_ticks, log_ticks, standalone_svg
 from tuning.selection.ablation import Ablation
 from tuning.selection.param_importance import MIN_TRIALS, param_importances
 from tuning.selection.promotion import PromotionDecision, RegisteredPlan
@@ -81,7 +80,7 @@ def test_the_report_shows_the_front_the_rivals_the_budgets_and_what_was_learned(
         "importance of parameters",
         "objective by parameter",
     ]
-    assert "python jobs/serve.py --plan models:/baklava-m/4 --model m" in text
+    assert "baklava-serve --plan models:/baklava-m/4 --model m" in text
     assert "Version 4 of baklava-m: champion stays with version 3" in text
     assert "<b>other</b>" not in text
     assert "Most of the difference between trials came from bits" in text
@@ -103,9 +102,9 @@ def test_a_search_whose_trials_all_failed_has_charts_of_its_heuristics(tmp_path:
 
 def test_refinements_and_drawn_trials_are_told_apart(tmp_path: Path) -> None:
     tried = (*trials(), record(13, [0.05] * 4, base=1, shifts=[[0.0, 0.0]] * 5))
-    said = learned(outcome(tmp_path, tried))
-    assert said[0].startswith("The best trial that was drawn came to KL 0.1")
-    assert said[1] == "The best refinement came to KL 0.05 (trial 13)."
+    said = findings(outcome(tmp_path, tried))
+    assert said[0].startswith("The best sampled trial reached KL 0.1")
+    assert said[1] == "The best refinement reached KL 0.05 (trial 13)."
 
 
 def test_of_many_sizes_none_is_called_the_best(tmp_path: Path) -> None:
@@ -113,7 +112,7 @@ def test_of_many_sizes_none_is_called_the_best(tmp_path: Path) -> None:
     found = outcome(tmp_path, trials(), validation=ValidationResult(ranking[1], ranking, ranking))
     text = page(replace(found, settings=found.settings.model_copy(update={"front": True})))
     assert "The front has 3 plans between" in text
-    assert "The best trial that was drawn" not in text
+    assert "The best sampled trial" not in text
     assert "front/" in text
     best = [part for chart in charts(text) for part in chart.iter() if part.attrib.get("class") == "best"]
     assert len(best) == 1  # the front's line, and no best so far
@@ -137,7 +136,7 @@ def test_nothing_is_said_of_few_trials_of_equal_ones_or_of_refinements() -> None
 
 def test_the_heat_map_has_a_cell_per_head_for_entries_and_bits_of_keys_and_of_values() -> None:
     plan = baseline_methods(task().space)[0].plan(task().profile, 0.3, 2048)
-    told = [cell.text for cell in ElementTree.fromstring(heat_map(plan)).iter("title")]
+    told = [cell.text for cell in ElementTree.fromstring(plot_heat_map(plan)).iter("title")]
     assert len(told) == 3 * plan.geometry.layers * plan.geometry.kv_heads
     assert f"layer 2, head 1: {plan.tokens[2][1]}" in told
 
@@ -147,44 +146,53 @@ def test_the_heat_map_leaves_sliding_layers_blank() -> None:
     geometry = CacheGeometry(**{**plan.geometry.model_dump(), "windows": (None, 64, None, 64, None)})
     layers = tuple(None if window else layer for layer, window in zip(plan.layers, geometry.windows, strict=True))
     sliding = BudgetPlan.model_validate({**plan.model_dump(), "geometry": geometry, "layers": layers})
-    told = [cell.text for cell in ElementTree.fromstring(heat_map(sliding)).iter("title")]
+    told = [cell.text for cell in ElementTree.fromstring(plot_heat_map(sliding)).iter("title")]
     assert len(told) == 3 * 3 * 2
     assert not any(str(title).startswith("layer 1,") for title in told)
 
 
 def test_the_winner_is_marked_and_heuristics_are_told_from_trials(tmp_path: Path) -> None:
     found = outcome(tmp_path, trials())
-    chart = ElementTree.fromstring(fidelity_chart(found.validation, found.trials, KL))
+    chart = ElementTree.fromstring(plot_pareto_front(found.validation, found.trials, KL))
     kinds = [part.attrib.get("class") for part in chart.iter()]
     assert kinds.count("ring") == 1
     assert kinds.count("tried") == 12
     assert kinds.count("heuristic") == sum(entry.candidate.trial is None for entry in found.ranking[1:])
 
 
+def test_the_axis_of_bytes_at_one_budget_does_not_magnify_rounding(tmp_path: Path) -> None:
+    result = outcome(tmp_path, trials())
+    chart = ElementTree.fromstring(plot_pareto_front(result.validation, result.trials, KL))
+    percents = [float(part.text[:-1]) for part in chart.iter("text") if str(part.text).endswith("%")]
+    assert max(percents) >= 1.3 * min(percents)
+    points = [float(part.attrib["cx"]) for part in chart.iter("circle")]
+    assert max(points) - min(points) < 20
+
+
 def test_a_trial_that_failed_has_a_cross_with_its_reason() -> None:
     failed = TrialRecord(trial=2, params={}, metrics={}, status="failed", error="no \x1b[36m<room>")
-    chart = ElementTree.fromstring(trial_chart([record(1, [0.1] * 4), failed], KL))
+    chart = ElementTree.fromstring(plot_optimization_history([record(1, [0.1] * 4), failed], KL))
     assert "trial 2 failed: no [36m<room>" in [title.text for title in chart.iter("title")]
 
 
-def test_pictures_are_files_of_their_own_with_their_colours(tmp_path: Path) -> None:
-    drawn = standalone_plots(outcome(tmp_path, trials()))
+def test_standalone_plots_have_their_colours(tmp_path: Path) -> None:
+    plots = standalone_plots(outcome(tmp_path, trials()))
     names = {"fidelity", "against_heuristics", "trials", "importance", "slices"}
-    assert drawn.keys() == {f"{name}.svg" for name in names}
-    for picture in drawn.values():
-        assert ElementTree.fromstring(picture).tag == f"{SVG}svg"
-        assert "--accent" in picture
+    assert plots.keys() == {f"{name}.svg" for name in names}
+    for plot in plots.values():
+        assert ElementTree.fromstring(plot).tag == f"{SVG}svg"
+        assert "--accent" in plot
 
 
-def test_a_picture_on_its_own_shows_what_it_showed_on_the_page() -> None:
+def test_a_standalone_plot_shows_what_it_showed_on_the_page() -> None:
     inside = '<svg viewBox="0 0 1 1"><text>a</text></svg>'
-    assert [part.text for part in ElementTree.fromstring(standalone(inside)).iter(f"{SVG}text")] == ["a"]
+    assert [part.text for part in ElementTree.fromstring(standalone_svg(inside)).iter(f"{SVG}text")] == ["a"]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0123, 0.987), (1e-6, 3.0), (0.299, 0.3), (5.0, 5.0), (0.1, 0.3)])
 def test_ticks_are_round_few_and_inside(low: float, high: float) -> None:
-    for marks in (round_values(low, high), log_values(low, high)):
+    for marks in (linear_ticks(low, high), log_ticks(low, high)):
         assert len(marks) <= 11
         assert all(low * (1 - 1e-6) <= mark <= high * (1 + 1e-6) for mark in marks)
     if high > low:
-        assert len(log_values(low, high)) >= 2
+        assert len(log_ticks(low, high)) >= 2

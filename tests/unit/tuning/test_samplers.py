@@ -189,7 +189,7 @@ def test_a_warm_start_from_another_model_or_from_nothing_is_refused(tmp_path: Pa
     other = SimpleNamespace(**{**vars(MATERIAL), "identity": ModelIdentity(id="other", config_hash="1")})
     with pytest.raises(UserError, match="give a search of the same model"):
         load_warm_start(settings(warm_start=str(out)), other, task())
-    with pytest.raises(UserError, match="no finished trial that this search could draw"):
+    with pytest.raises(UserError, match="no finished trial in this search space"):
         load_warm_start(settings(warm_start=str(earlier(tmp_path / "none", []))), MATERIAL, task())
     with pytest.raises(UserError, match=r"--warm-start .* holds no valid search.json"):
         load_warm_start(settings(warm_start=str(tmp_path)), MATERIAL, task())

@@ -6,8 +6,8 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 from search_factory import SPACE, WINDOWS, profile, record, report, task
 
-from baklava.allocation import Blended, Shifted
-from baklava.profiling.profile import Curves
+from baklava.allocation import Blended, Perturbed
+from baklava.profiling.profile import LossCurves
 from tuning.optimizers.baselines import BEST_HEAVY_HITTER, DEFAULT_BLEND, baseline_methods, initial_params
 from tuning.optimizers.optuna_search import MAX_LOSS_RATIO, PlanOptunaSearch, RelativeLossPruner
 from tuning.optimizers.samplers import SamplerConfig
@@ -115,7 +115,7 @@ def test_what_the_profile_did_not_measure_is_not_drawn() -> None:
 
 
 def test_bits_without_loss_curves_are_left_out_where_the_others_have_them() -> None:
-    curves = Curves(eviction=BEST_HEAVY_HITTER.config, entries=(1,), bits=((16, 16), (5, 4), (4, 4)), losses={})
+    curves = LossCurves(eviction=BEST_HEAVY_HITTER.config, entries=(1,), bits=((16, 16), (5, 4), (4, 4)), losses={})
     measured = profile().model_copy(update={"curves": curves})
     assert SearchSpace.for_profile(measured, ALL_BITS, None).bits == ("16", "k5v4", "4", "curves")
     assert SearchSpace.for_profile(measured, ("k8v4",), None) == SearchSpace(
@@ -127,7 +127,7 @@ def test_shifts_are_a_part_of_the_plan(drawn: list[dict[str, object]]) -> None:
     base = {**initial_params(SPACE)[0], "bits": "16"}
     shifts = [[1.0, -1.0]] + [[0.0, 0.0]] * 4
     refined = {**base, "shifts": shifts, "base": 1, "direction": 1, "step": 0.4}
-    assert isinstance(allocation_from_params(refined), Shifted)
+    assert isinstance(allocation_from_params(refined), Perturbed)
     (before, after), others = zip(task().plan(base).tokens[0], task().plan(refined).tokens[0], strict=True)
     assert after > before
     assert others[1] < others[0]

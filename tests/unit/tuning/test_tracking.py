@@ -79,7 +79,7 @@ def test_a_trial_is_a_child_with_its_curve_over_the_windows(tracker: Tracker) ->
     assert sorted(files) == ["budgets.svg", "plan.json"]
 
 
-def test_runs_are_named_so_that_they_can_be_told_apart_where_they_are_compared(tracker: Tracker) -> None:
+def test_the_names_of_runs_begin_with_what_distinguishes_them(tracker: Tracker, tmp_path: Path) -> None:
     chosen = {"allocation": "greedy", "bits": "k4v2", "eviction": "streaming_llm"}
     assert (
         trial_run_name(record(7, [0.1] * 4, ratio=0.125, **chosen), "x")
@@ -88,7 +88,7 @@ def test_runs_are_named_so_that_they_can_be_told_apart_where_they_are_compared(t
     assert trial_run_name(record(12, [0.1] * 4, base=7, **chosen), "x").startswith("trial 12 from 07, greedy")
     assert trial_run_name(TrialRecord(trial=3, params={}, metrics={}, status="failed"), "x") == "trial 03, x"
     parent = tracker.client.get_run(tracker.parent_run)
-    assert parent.info.run_name.startswith("30% of the bytes, t, ")
+    assert parent.info.run_name == f"{tmp_path.name}: 30% of the bytes, t"
 
 
 def test_a_parent_shows_the_trials_that_ended_as_a_curve(tracker: Tracker) -> None:
@@ -127,7 +127,7 @@ def test_a_trial_that_mlflow_does_not_take_holds_up_no_other(
     tracker.log_trial(record(2, [0.1] * 4), None, 1.0)
     assert tracker.flush()
     assert [run.data.tags["baklava.trial"] for run in children(tracker) if run.info.status == "FINISHED"] == ["2"]
-    assert "mlflow: does not take trial 1" in capsys.readouterr().err
+    assert "mlflow: does not accept trial 1" in capsys.readouterr().err
 
 
 def test_texts_and_windows_are_inputs_by_their_hashes(tmp_path: Path) -> None:
@@ -166,19 +166,19 @@ def test_a_parent_has_the_load_of_its_machine(monkeypatch: pytest.MonkeyPatch, t
     assert any(name.startswith("system/cpu") for name in shown)
 
 
-def promoted(holder: CurrentChampion | None) -> PromotionDecision:
+def promote(holder: CurrentChampion | None) -> PromotionDecision:
     return PromotionDecision(True, "it is better")
 
 
-def refused(holder: CurrentChampion | None) -> PromotionDecision:
+def reject(holder: CurrentChampion | None) -> PromotionDecision:
     return PromotionDecision(False, "it is not")
 
 
 def test_a_winner_with_a_good_claim_becomes_the_champion(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.client.tracking_uri)
     other = task(budget=0.5).plan(initial_params(SPACE)[0])
-    assert tracker.register(other, {"budget": "0.5"}, crowned) is not None
-    registered = tracker.register(plan(), {"budget": "0.3"}, crowned)
+    assert tracker.register(other, {"budget": "0.5"}, promote) is not None
+    registered = tracker.register(plan(), {"budget": "0.3"}, promote)
     assert registered is not None
     assert registered.uri == "models:/baklava-some-model@champion"
     assert BudgetPlan.read(mlflow.artifacts.download_artifacts(f"{registered.uri}/plan.json")) == plan()
@@ -189,9 +189,9 @@ def test_a_winner_with_a_good_claim_becomes_the_champion(tracker: Tracker, monke
 def test_a_winner_without_one_is_registered_and_leaves_the_alias(
     tracker: Tracker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = tracker.register(plan(), {"goal": "small"}, crowned)
+    first = tracker.register(plan(), {"goal": "small"}, promote)
     asked: list[CurrentChampion | None] = []
-    second = tracker.register(plan(), {}, lambda holder: asked.append(holder) or refused(holder))
+    second = tracker.register(plan(), {}, lambda holder: asked.append(holder) or reject(holder))
     assert first is not None
     assert second is not None
     assert second.uri == f"models:/{tracker.name}/{second.version}"
@@ -201,11 +201,11 @@ def test_a_winner_without_one_is_registered_and_leaves_the_alias(
 
 
 def test_a_champion_whose_plan_is_gone_is_still_one(tracker: Tracker, data: Path) -> None:
-    tracker.register(plan(), {}, crowned)
+    tracker.register(plan(), {}, promote)
     for file in (data / "mlartifacts").rglob("plan/plan.json"):
         file.unlink()
     asked: list[CurrentChampion | None] = []
-    tracker.register(plan(), {}, lambda holder: asked.append(holder) or refused(holder))
+    tracker.register(plan(), {}, lambda holder: asked.append(holder) or reject(holder))
     assert asked[0] is not None
     assert asked[0].plan is None
 
@@ -249,7 +249,7 @@ def test_a_server_that_goes_down_loses_nothing_of_a_search_and_warns_once(
     server.stop()
     for number in (2, 3, 4):
         tracker.log_trial(record(number, [0.1] * 4), plan(), 1.0)
-    assert tracker.register(plan(), {}, crowned) is None
+    assert tracker.register(plan(), {}, promote) is None
     assert capsys.readouterr().err.count("cannot write") == 1
     tracker.end({}, [])
     assert "trials.jsonl and plan.json have all of it" in capsys.readouterr().err
@@ -300,7 +300,7 @@ class Fails:
 @pytest.mark.parametrize("method", ["create_run", "log_batch", "log_text", "set_terminated"])
 def test_a_request_that_fails_amid_a_trial_loses_and_doubles_nothing(tracker: Tracker, method: str, late: bool) -> None:
     assert children(tracker) == []
-    tracker.runs.client = Fails(tracker.client, method, late)
+    tracker.trial_runs.client = Fails(tracker.client, method, late)
     tracker.log_trial(record(1, [0.1] * 4), plan(), 1.0)
     tracker.writer.submit(int).result()
     assert len(tracker.pending) == 1
