@@ -9,6 +9,7 @@ from pathlib import Path
 from baklava.console import log, positive_int, run_cli
 from baklava.errors import UserError
 from baklava.serialization import atomic_write_text
+from tuning import configure_environment
 
 EXAMPLES = """examples:
   python jobs/benchmark.py decode
@@ -207,6 +208,7 @@ def _written(chosen: argparse.Namespace, text: str) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    configure_environment()
     chosen = parser().parse_args(argv)
     chosen.run(chosen)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from baklava.allocation import Allocation, Baklava, Blended, Greedy, Pair, ReconstructionCounts, Uniform, allocate
+from baklava.allocation import Allocation, Baklava, BitPair, Blended, Greedy, ReconstructionCounts, Uniform, allocate
 from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.profiling.profile import Profile
@@ -27,13 +27,13 @@ class BaselineMethod:
 
     allocation: Allocation
     eviction: Eviction
-    bits: Pair
+    bits: BitPair
 
     @property
     def name(self) -> str:
         """Its name in tables."""
         keys, values = self.bits
-        any_bits = self.allocation.params.get("bits", "given") != "given"
+        any_bits = self.allocation.params.get("bits", "fixed") != "fixed"
         bits = "any bits" if any_bits else f"{keys} bits" if keys == values else f"{keys} and {values} bits"
         return f"{self.allocation.name} + {self.eviction.name}, {bits}"
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import optuna
 
-from baklava.allocation import Allocation, Blended, Greedy, Pair, Shifted, allocate
+from baklava.allocation import Allocation, BitPair, Blended, Greedy, Perturbed, allocate
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, head_bytes
@@ -22,7 +22,7 @@ ROUNDINGS = (8, 16, 32)
 
 CURVES: BitsName = "curves"
 
-BIT_PAIRS: dict[BitsName, Pair] = {
+BIT_PAIRS: dict[BitsName, BitPair] = {
     "16": (16, 16),
     "8": (8, 8),
     "k8v4": (8, 4),
@@ -140,11 +140,11 @@ def allocation_from_params(params: Params) -> Allocation:
     """Return the allocation method of a trial, with the shifts of the local search."""
     base: Allocation
     if params["allocation"] == Greedy.name:
-        base = Greedy(measure="text", bits="any" if params["bits"] == CURVES else "given")
+        base = Greedy(measure="text", bits="any" if params["bits"] == CURVES else "fixed")
     else:
         blend = {name: params.get(name, 0.0) for name in BLEND_RANGES}
-        base = Blended(**blend, bits="curves" if params["bits"] == CURVES else "given")
-    return Shifted(of=base, shifts=tuple(map(tuple, params["shifts"]))) if "shifts" in params else base
+        base = Blended(**blend, bits="curves" if params["bits"] == CURVES else "fixed")
+    return Perturbed(base=base, log2_factors=tuple(map(tuple, params["shifts"]))) if "shifts" in params else base
 
 
 def eviction_from_params(params: Params) -> Eviction:

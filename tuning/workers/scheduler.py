@@ -1,6 +1,7 @@
 """The scheduler: sends each task to a worker that holds its window, and survives the death of any worker."""
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -270,5 +271,7 @@ class WorkerScheduler:
 
 
 def _unexpected_traceback(error: Exception) -> str | None:
-    """The remote traceback of an error that is not the user's."""
-    return None if isinstance(getattr(error, "cause", None), UserError) else str(error)
+    """The remote traceback of an error that is not the user's, without Ray's colours."""
+    if isinstance(getattr(error, "cause", None), UserError):
+        return None
+    return re.sub(r"\x1b\[\d+m", "", str(error))
