@@ -1,4 +1,4 @@
-"""The cache that lives inside a plan: what goes into `model.generate(past_key_values=BudgetedCache(plan))`."""
+"""The KV cache that stays within a plan, for `model.generate(past_key_values=BudgetedCache(plan))`."""
 
 import copy
 from collections.abc import Iterator
@@ -16,27 +16,32 @@ from baklava.cache.budgeted_layer import BudgetedLayer, Padding
 from baklava.cache.recording_layer import Recording
 from baklava.cache.sliding_layer import SlidingLayer
 from baklava.errors import UserError
-from baklava.eviction import eviction_of
+from baklava.eviction import build_eviction
 from baklava.plan.budget_plan import BudgetPlan
 
 
 class BudgetedCache(Cache):
-    """A KV cache with a budget for every (layer, KV head), for models that run attn_implementation="baklava".
+    """A KV cache with a budget for every (layer, KV head), for models with attn_implementation="baklava".
 
-    Each layer attends to its whole prompt and is then cut to its budget, so memory peaks at the plan plus one layer;
-    where the plan says so, a prompt enters chunk by chunk. Lengths are logical: `get_seq_length()` counts the tokens
-    seen. `room` is the most tokens that a sequence will have: a cache that knows it promises, and holds, less where
-    these are fewer than a budget. What is evicted, and when, stays the same.
+    Each layer attends to its whole prompt and then compresses it to its budget, so memory peaks at the plan plus one
+    layer. If the plan says so, a prompt is processed in chunks. `get_seq_length()` counts the tokens seen, whether or
+    not they are still cached.
+
+    Args:
+        plan: The budgets, the eviction method and the bits.
+        max_tokens: The largest number of tokens that a sequence will have. Budgets above it reserve and allocate less;
+            what is evicted, and when, does not change.
     """
 
     def __init__(self, plan: BudgetPlan, max_tokens: int | None = None) -> None:
         attention.register()
         self.plan, self.max_tokens, self._reserved_bytes = plan, max_tokens, plan.bytes_for(max_tokens)
-        self.eviction = eviction_of(plan.eviction)
-        if self.eviction.sample.repeated and plan.prefill.mode != "dense":
+        self.eviction = build_eviction(plan.eviction)
+        if self.eviction.query_sample.uses_repetition and plan.prefill.mode != "dense":
             raise UserError(
                 f"{plan.eviction.method} repeats whole prompts, not chunks; make a plan that prefills densely"
             )
+        self._last_updated = 0
         padding = Padding()
         super().__init__(layers=[self._layer(index, padding) for index in range(len(plan.layers))])
 
@@ -45,10 +50,10 @@ class BudgetedCache(Cache):
         if (budget := plan.layers[index]) is None:
             return SlidingLayer(plan.geometry.windows[index], plan.sliding_bits)
         channels = plan.key_channels[index] if plan.key_channels else None
-        return BudgetedLayer(budget, self.eviction, plan.prefill.chunk, padding, channels, self.max_tokens)
+        return BudgetedLayer(budget, self.eviction, plan.prefill.chunk_size, padding, channels, self.max_tokens)
 
     def copy(self, max_tokens: int | None = None) -> "BudgetedCache":
-        """An independent cache that goes on from here, for a sequence of at most `room` tokens."""
+        """Return an independent cache that continues from here, for a sequence of at most `max_tokens` tokens."""
         copied = copy.deepcopy(self, {id(shared): shared for shared in (self.plan, self.eviction)})
         copied.max_tokens, copied._reserved_bytes = max_tokens, self.plan.bytes_for(max_tokens)
         for layer in copied.budgeted_layers:
@@ -57,36 +62,37 @@ class BudgetedCache(Cache):
 
     @classmethod
     def from_recording(cls, plan: BudgetPlan, recording: Recording, max_tokens: int | None = None) -> "BudgetedCache":
-        """The cache that a prefill of the recorded prompt leaves, for a sequence of at most `room` tokens.
+        """Return the cache that a prefill of the recorded prompt would give.
 
         Raises:
             UserError: the plan's eviction method was not recorded, or the plan prefills in chunks.
         """
         if plan.prefill.mode != "dense":
             raise UserError(
-                "the plan prefills in chunks, so its cache cannot be cut from a dense recording; prefill with it"
+                "the plan prefills in chunks, so its cache cannot be made from a dense recording; prefill with the plan"
             )
         cache = cls(plan, max_tokens)
         layers = zip(cache.budgeted_layers, recording.keys, recording.values, recording.scores, strict=True)
         for layer, key, value, scores in layers:
-            if cache.eviction.scored and cache.eviction.observation not in scores:
+            if cache.eviction.scored and cache.eviction.score_key not in scores:
                 raise UserError(f"{cache.eviction} was not observed in the prefill; prefill with this eviction method")
-            layer.load_prompt(key, value, scores.get(cache.eviction.observation))
+            layer.load_prompt(key, value, scores.get(cache.eviction.score_key))
         return cache
 
     @override
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        self._check_attended()
+        self._check_attended(self._last_updated)
         if key_states.shape[1::2] != (self.plan.geometry.kv_heads, self.plan.geometry.head_dim):
             raise UserError(
                 f"keys of shape {tuple(key_states.shape)} for a plan of {self.plan.geometry.kv_heads} KV heads of "
                 f"dimension {self.plan.geometry.head_dim}; use the plan with the model it was made for"
             )
+        self._last_updated = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @contextmanager
     def teacher_forcing(self) -> Iterator[None]:
-        """Within it, all tokens of a forward see exactly what they would see one by one."""
+        """Let all tokens of a forward within this context attend to exactly what they would attend to one by one."""
         groups = [group for layer in self.budgeted_layers for group in layer.groups]
         for layer in self.budgeted_layers:
             layer.teacher_forced = True
@@ -100,9 +106,9 @@ class BudgetedCache(Cache):
                 layer.teacher_forced = False
 
     def unshare(self) -> None:
-        """Hold copies of what is shared with the sequences that this one has decoded together with.
+        """Copy what is shared with the sequences that this one has decoded with in a batch.
 
-        Where one of them is dropped its memory is free once the others stand alone, or decode again.
+        The memory of a sequence that has ended is free once all others of its batch are unshared or decode again.
         """
         for layer in self.budgeted_layers:
             for group in layer.groups:
@@ -110,56 +116,61 @@ class BudgetedCache(Cache):
 
     @property
     def budgeted_layers(self) -> list[BudgetedLayer]:
-        """The budgeted layers, in order."""
+        """The layers with a budget, in order; sliding layers have none."""
         return [layer for layer in self.layers if isinstance(layer, BudgetedLayer)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now by the whole batch, as the allocator counts them."""
+        """Bytes that the whole batch has allocated, as the allocator counts them."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
+    def reserved_bytes(self) -> int:
+        """Maximum bytes of one sequence between two forwards."""
+        return self._reserved_bytes
+
+    @property
     def num_entries(self) -> int:
-        """Entries that a row holds in its budgeted layers, over all (layer, KV head)."""
+        """KV entries of a row, over all (layer, KV head) with a budget."""
         return sum(layer.num_entries for layer in self.budgeted_layers)
 
     @property
     def num_slots(self) -> int:
-        """Slots that a row holds, used or not; while it is the same, so are the bytes."""
-        budgeted = sum(
-            group.num_slots * len(group.budget.heads) for layer in self.budgeted_layers for group in layer.groups
-        )
-        return budgeted + sum(layer.num_entries for layer in self.layers if isinstance(layer, SlidingLayer))
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Most bytes that one sequence may hold between two forwards."""
-        return self._reserved_bytes
+        """Allocated slots of a row, filled or not; the bytes change only when it does."""
+        groups = [group for layer in self.budgeted_layers for group in layer.groups]
+        sliding = sum(layer.num_entries for layer in self.layers if isinstance(layer, SlidingLayer))
+        return sliding + sum(group.num_slots * len(group.budget.heads) for group in groups)
 
     def cached_positions(self, layer: int, head: int, row: int = 0) -> Int[Tensor, " entries"]:
-        """Positions that a KV head holds for a row, ascending, counted from the row's first real token."""
-        budgeted_layers = self.layers[layer]
-        if not isinstance(budgeted_layers, BudgetedLayer):
-            raise UserError(f"layer {layer} slides and has no budget; ask for a full-attention layer")
-        return budgeted_layers.cached_positions(head, row)
+        """Return the positions that a KV head caches for a row, ascending, counted from the row's first real token."""
+        budgeted = self.layers[layer]
+        if not isinstance(budgeted, BudgetedLayer):
+            raise UserError(f"layer {layer} is a sliding layer and has no budget; choose a full-attention layer")
+        return budgeted.cached_positions(head, row)
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError when a head holds more than its budget, or the cache more bytes than promised."""
-        self._check_attended()
+        """Check the cache against its plan.
+
+        Raises:
+            UserError: keys of a layer never reached baklava's attention.
+            RuntimeError: a head has more entries than its budget, or the cache more bytes than it has reserved.
+        """
+        for index in range(len(self.layers)):
+            self._check_attended(index)
         for index, layer in enumerate(self.budgeted_layers):
             for group in layer.groups:
-                held = group.cached_positions()
-                if group.num_slots > group.max_slots or int((held >= 0).sum(-1).max()) > group.max_slots:
-                    raise RuntimeError(f"layer {index} holds more than {group.max_slots} entries: {held.shape[2]}")
+                positions = group.cached_positions()
+                if group.num_slots > group.max_slots or int((positions >= 0).sum(-1).max()) > group.max_slots:
+                    raise RuntimeError(f"layer {index} has more than {group.max_slots} entries: {positions.shape[2]}")
         batch = next((layer.batch_size for layer in self.budgeted_layers if layer.groups), 1)
         if self.nbytes > self.reserved_bytes * batch:
-            raise RuntimeError(f"the cache holds {self.nbytes} bytes, {self.reserved_bytes * batch} were promised")
+            raise RuntimeError(f"the cache has {self.nbytes} bytes, but reserved {self.reserved_bytes * batch}")
 
-    def _check_attended(self) -> None:
-        pending_attend = [index for index, layer in enumerate(self.layers) if getattr(layer, "waiting", False)]
-        if pending_attend:
+    def _check_attended(self, index: int) -> None:
+        layer = self.layers[index]
+        if isinstance(layer, BudgetedLayer) and layer.pending_attend:
             raise UserError(
-                f"the keys of layer {pending_attend[0]} never reached baklava's attention, so the budget would be ignored: "
-                'load the model with attn_implementation="baklava"; a model that changes keys after the cache, as '
-                "latent attention does, is not supported"
+                f"the keys of layer {index} never reached baklava's attention, so the budget would be ignored: load "
+                'the model with attn_implementation="baklava"; a model that changes keys after the cache, as latent '
+                "attention does, is not supported"
             )

@@ -1,7 +1,8 @@
-"""Cache layers that attend for themselves, as far as all of them are alike to transformers."""
+"""A cache layer whose KV heads have budgets, and the left padding that all layers of a cache share."""
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from jaxtyping import Bool, Int
@@ -25,148 +26,148 @@ from baklava.plan.budget_plan import LayerBudget
 
 
 class Padding:
-    """Counts padding for all layers of a cache; only a forward's first layer looks, as looking waits for a GPU."""
+    """Counts left padding once per forward for all layers of a cache: reading a mask waits for the GPU."""
 
     def __init__(self) -> None:
-        self._looked_at: tuple[int, int] | None = None
-        self._pads: Int[Tensor, " batch"] | None = None
+        self._mask: ref[Tensor] | None = None  # not its address: that of a freed mask is soon another one's
+        self._num_tokens = 0
+        self._pad_lengths: Int[Tensor, " batch"] | None = None
 
-    def count(self, mask: Tensor, known: Int[Tensor, " batch"] | None, seen: int, total: int) -> Int[Tensor, " batch"]:
-        """Padding tokens per row, of a cache that knew of `known` after `seen` tokens and will have seen `total`.
+    def count(
+        self, mask: Tensor, known: Int[Tensor, " batch"] | None, num_before: int, num_tokens: int
+    ) -> Int[Tensor, " batch"]:
+        """Return the padding tokens of each row.
 
-        Padding may grow in a row that has had nothing else yet, as it does where a prompt comes in chunks.
+        Padding may grow in a row that has had nothing else yet, as in a prompt that comes in chunks.
+
+        Args:
+            mask: The 4D mask of this forward; all layers of a forward get the same tensor.
+            known: Padding per row before this forward.
+            num_before: Tokens per row before this forward.
+            num_tokens: Tokens per row after this forward.
 
         Raises:
             UserError: the mask hides anything but tokens on the left of a row.
         """
-        key = (total, mask.data_ptr())
-        if self._pads is None or self._looked_at != key:
-            self._pads, self._looked_at = _grown(_left_pads(_real(mask, total)), known, seen), key
-        return self._pads
+        is_known = self._mask is not None and self._mask() is mask and self._num_tokens == num_tokens
+        if self._pad_lengths is None or not is_known:
+            pad_lengths = _left_padding(_real_tokens(mask, num_tokens))
+            before = torch.zeros_like(pad_lengths) if known is None else known
+            if not bool(((pad_lengths == before) | (before >= num_before)).all()):
+                raise UserError(
+                    f"the attention mask hides tokens that came after the first {num_before}; pad only the first "
+                    "prompt, and on its left"
+                )
+            self._pad_lengths, self._mask, self._num_tokens = pad_lengths, ref(mask), num_tokens
+        return self._pad_lengths
 
-    def forget(self) -> None:
-        """Look again at the next forward, whatever it brings."""
-        self._looked_at = None
+    def reset(self) -> None:
+        """Read the mask of the next forward even if it is the same tensor."""
+        self._mask = None
 
 
-def _grown(pad_lengths: Int[Tensor, " batch"], known: Int[Tensor, " batch"] | None, seen: int) -> Int[Tensor, " batch"]:
-    known = torch.zeros_like(pad_lengths) if known is None else known
-    if not bool(((pad_lengths == known) | (known >= seen)).all()):
+def _real_tokens(mask: Tensor, num_tokens: int) -> Bool[Tensor, "batch tokens"]:
+    """Return which tokens are real, from the 4D view that our mask function makes of a 2D mask."""
+    # A stride of 0 is our own view; the rows of any other mask are compared.
+    same_rows = mask.shape[2] == 1 or mask.stride(2) == 0 or bool((mask == mask[:, :, -1:]).all())
+    if mask.dtype != torch.bool or not same_rows:
         raise UserError(
-            f"the attention mask hides tokens that came after the first {seen}; pad on the left of the first prompt "
-            "only"
+            "the 4D attention mask hides different tokens from different queries, which a budgeted cache does not "
+            "support; pass a 2D mask with one row per sequence"
         )
-    return pad_lengths
-
-
-def _real(padding: Tensor, seen: int) -> Bool[Tensor, "batch tokens"]:
-    """Which tokens are real, from the 4D view that our mask function makes of a 2D mask."""
-    # A stride of 0 is our own view; another mask is compared row by row.
-    one_row = padding.shape[2] == 1 or padding.stride(2) == 0 or bool((padding == padding[:, :, -1:]).all())
-    if padding.dtype != torch.bool or not one_row:
+    if mask.shape[-1] != num_tokens:
         raise UserError(
-            "the 4D attention mask hides other tokens from each query, which a budgeted cache cannot keep; pass a 2D "
-            "mask with one row per sequence"
+            f"the attention mask covers {mask.shape[-1]} tokens, but with this forward the cache has seen "
+            f"{num_tokens}; pass a mask over all turns"
         )
-    if padding.shape[-1] != seen:
-        raise UserError(
-            f"the attention mask covers {padding.shape[-1]} tokens, but with this forward the cache has seen {seen}; "
-            "pass a mask over all turns"
-        )
-    return padding[:, 0, -1]
+    return mask[:, 0, -1]
 
 
-def _left_pads(real: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
+def _left_padding(real: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
     if bool((real[:, 1:] < real[:, :-1]).any()):
         raise UserError(
-            "the attention mask hides tokens behind real ones; a budgeted cache takes padding on the left only: set "
+            "the attention mask hides tokens after real ones; a budgeted cache supports padding on the left only: set "
             'tokenizer.padding_side = "left"'
         )
     return (~real).sum(-1)
 
 
 class BudgetedLayer(BudgetedLayerBase):
-    """A layer whose KV heads hold different numbers of entries, grouped by equal budgets."""
+    """A layer whose KV heads may have different numbers of entries; heads with equal budgets form a group.
+
+    Args:
+        budget: Capacity and bits of each KV head.
+        eviction: The method that decides which entries are retained.
+        prefill_chunk: Tokens of a prompt that attend at a time, before they are compressed; None for all.
+        padding: The count of left padding that all layers of a cache share.
+        key_channels: The order of each head's key channels, if their bits differ.
+        max_tokens: The largest number of tokens that a sequence will have.
+    """
 
     def __init__(
         self,
         budget: LayerBudget,
         eviction: Eviction,
-        chunk: int | None = None,
+        prefill_chunk: int | None = None,
         padding: Padding | None = None,
-        channels: tuple[str, ...] | None = None,
+        key_channels: tuple[str, ...] | None = None,
         max_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        self.budgets, self.eviction, self.chunk, self.max_tokens = (
-            _groups(budget, channels),
-            eviction,
-            chunk,
-            max_tokens,
-        )
+        self.group_budgets, self.eviction = _group_heads(budget, key_channels), eviction
+        self.prefill_chunk, self.max_tokens = prefill_chunk, max_tokens
         self.padding = padding or Padding()
-        self.groups: list[HeadGroup] = []
         self.pad_lengths: Int[Tensor, " batch"] | None = None
+        self.groups: list[HeadGroup] = []
         self.teacher_forced = False
         self.pending_attend = False
 
     @override
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.groups = [head_group(budget, self.eviction, key_states, self.max_tokens) for budget in self.budgets]
+        self.groups = [head_group(budget, self.eviction, key_states, self.max_tokens) for budget in self.group_budgets]
         self.is_initialized = True
 
     def set_max_tokens(self, max_tokens: int | None) -> None:
-        """From now on, take at most so many tokens in, and hold no slots beyond."""
+        """Accept at most `max_tokens` tokens in all, and allocate no slots beyond."""
         self.max_tokens = max_tokens
         for group in self.groups:
             group.set_max_tokens(max_tokens)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hand the new keys on, tagged with this layer; entries are stored once they have been attended to."""
+        """Attach this layer to the new keys; `attend` stores them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.pending_attend = True
         return attention.attach_layer(key_states, self), value_states
 
+    @override
     def attend(
         self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
     ) -> QueryStates:
-        """Attend to what is held and to the new tokens, then cut to the budget. Heads are query heads in the output."""
+        """Return the output of new tokens over the cached entries and themselves, and store them within the budget."""
         if not self.pending_attend:
             raise UserError(
-                "the model attends twice to keys that it stored once, which a budgeted cache does not follow; choose "
+                "the model attends twice to keys that it stored once, which a budgeted cache does not support; choose "
                 "another model"
             )
         self.pending_attend = False
-        positions = self._positions(key, padding)
+        num_new, num_before = key.shape[2], self.cumulative_length
+        positions = torch.arange(num_before, num_before + num_new, device=key.device)[None]
+        if padding is not None:
+            self.pad_lengths = self.padding.count(padding, self.pad_lengths, num_before, num_before + num_new)
+        if self.pad_lengths is not None:
+            positions = positions - self.pad_lengths[:, None]
+        self.advance(num_new)
         queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
-        tokens = NewTokens(
-            self.cumulative_length, queries, key, value, positions, self.pad_lengths is not None, self.teacher_forced
-        )
-        self.advance(tokens.num_tokens)
-        if self.chunk is None or tokens.num_tokens <= self.chunk:
+        padded = self.pad_lengths is not None
+        tokens = NewTokens(num_before, queries, key, value, positions, padded, self.teacher_forced)
+        if self.prefill_chunk is None or num_new <= self.prefill_chunk:
             return merge_gqa_groups(self._attend(tokens, params))
-        starts = range(0, tokens.num_tokens, self.chunk)
-        parts = [tokens.narrow(start, min(start + self.chunk, tokens.num_tokens)) for start in starts]
-        return merge_gqa_groups(torch.cat([self._attend(part, params) for part in parts], 3))
-
-    def advance(self, new: int) -> None:
-        """Count new tokens; raises UserError where there is no room for them."""
-        self._check_max_tokens(new)
-        self.cumulative_length += new
-
-    def _check_max_tokens(self, new: int) -> None:
-        if self.max_tokens is not None and self.cumulative_length + new > self.max_tokens:
-            raise UserError(
-                f"{new} tokens behind {self.cumulative_length} in a cache that was made for a sequence of {self.max_tokens}; make it with "
-                "more room"
-            )
-
-    @property
-    def can_batch(self) -> bool:
-        """Whether one more token may be taken in together with those of other sequences."""
-        alone = self.pending_attend or self.teacher_forced or self.pad_lengths is not None
-        return bool(self.groups) and not alone and all(map(can_batch, self.groups))
+        chunks = [
+            tokens.narrow(start, min(start + self.prefill_chunk, num_new))
+            for start in range(0, num_new, self.prefill_chunk)
+        ]
+        return merge_gqa_groups(torch.cat([self._attend(chunk, params) for chunk in chunks], 3))
 
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         if len(self.groups) == 1:
@@ -177,48 +178,59 @@ class BudgetedLayer(BudgetedLayerBase):
             output[:, group.index] = group.attend(tokens.for_heads(group.index), group_params)
         return output
 
-    def _positions(self, key: KVStates, padding: Tensor | None) -> Int[Tensor, "#batch tokens"]:
-        positions = torch.arange(self.cumulative_length, self.cumulative_length + key.shape[2], device=key.device)[None]
-        if padding is not None:
-            self.pad_lengths = self.padding.count(
-                padding, self.pad_lengths, self.cumulative_length, self.cumulative_length + key.shape[2]
+    def advance(self, num_new: int) -> None:
+        """Count new tokens; raises UserError if the sequence would exceed `max_tokens`."""
+        if self.max_tokens is not None and self.cumulative_length + num_new > self.max_tokens:
+            raise UserError(
+                f"{num_new} tokens after {self.cumulative_length} in a cache with max_tokens {self.max_tokens}; make "
+                "the cache with a larger max_tokens"
             )
-        return positions if self.pad_lengths is None else positions - self.pad_lengths[:, None]
+        self.cumulative_length += num_new
 
     def load_prompt(self, key: KVStates, value: KVStates, score: Tensor | None) -> None:
-        """Cut a prompt that a full cache has attended to."""
-        self._check_max_tokens(key.shape[2])
+        """Compress the keys and values of a prompt that a full cache has attended to."""
+        self.advance(key.shape[2])
         self.lazy_initialization(key, value)
         positions = torch.arange(key.shape[2], device=key.device)[None]
         for group in self.groups:
             scores = None if score is None else score[:, group.index]
             group.load_prompt(key[:, group.index], value[:, group.index], scores, positions)
-        self.cumulative_length = key.shape[2]
+
+    @property
+    def can_batch(self) -> bool:
+        """Whether the next token can be decoded in a batch with those of other sequences."""
+        apart = self.pending_attend or self.teacher_forced or self.pad_lengths is not None
+        return bool(self.groups) and not apart and all(map(can_batch, self.groups))
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, over the whole batch."""
+        """Bytes that the whole batch has allocated."""
         return sum(group.nbytes for group in self.groups)
 
     @property
     def num_entries(self) -> int:
-        """Entries held by a row, over all KV heads."""
+        """KV entries of a row, over all KV heads."""
         return sum(group.num_filled * len(group.budget.heads) for group in self.groups)
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch; the layer must have seen a token."""
+        return self.groups[0].keys.read(0).shape[0]
+
     def cached_positions(self, head: int, row: int) -> Int[Tensor, " entries"]:
-        """Positions that a KV head holds for a row, ascending, counted from the row's first real token."""
+        """Return the positions that a KV head caches for a row, ascending, counted from the row's first real token."""
         for group in self.groups:
             if head in group.budget.heads:
-                kept = group.cached_positions()
-                kept = kept.expand(self.batch_size, len(group.budget.heads), -1)[row, group.budget.heads.index(head)]
-                return kept[kept >= 0].long().sort().values
+                positions = group.cached_positions().expand(self.batch_size, len(group.budget.heads), -1)
+                positions = positions[row, group.budget.heads.index(head)]
+                return positions[positions >= 0].long().sort().values
         return torch.empty(0, dtype=torch.long)
 
     @override
     def reset(self) -> None:
         self.groups, self.cumulative_length, self.pad_lengths = [], 0, None
         self.is_initialized = self.pending_attend = self.teacher_forced = False
-        self.padding.forget()
+        self.padding.reset()
 
     @override
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -227,8 +239,7 @@ class BudgetedLayer(BudgetedLayerBase):
     @override
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.groups:
-            rows = torch.arange(self.batch_size)
-            self.batch_select_indices(rows.repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     @override
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -237,55 +248,46 @@ class BudgetedLayer(BudgetedLayerBase):
         if self.pad_lengths is not None:
             self.pad_lengths = self.pad_lengths[indices.to(self.pad_lengths.device)]
 
-    @property
-    def batch_size(self) -> int:
-        return self.groups[0].keys.read(0).shape[0]
-
     @override
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise UserError(
-                f"crop({tokens_to_remove}) of a cache that has seen {self.cumulative_length} tokens: evicted entries cannot come "
-                "back; decode without assisted or prompt-lookup generation"
+                f"crop({tokens_to_remove}) of a cache that has seen {self.cumulative_length} tokens: evicted entries "
+                "cannot come back; decode without assisted or prompt-lookup generation"
             )
 
     @override
     def offload(self) -> None:
-        raise UserError("a budgeted cache is not offloaded: it exists to stay small; build it without offloading")
+        raise UserError("a budgeted cache cannot be offloaded: it is small already; build it without offloading")
 
     prefetch = offload
 
 
-def _groups(budget: LayerBudget, channels: tuple[str, ...] | None) -> list[GroupBudget]:
-    shapes = list(zip(budget.tokens, budget.key_bits, budget.value_bits, strict=True))
-    members = {shape: tuple(head for head, other in enumerate(shapes) if other == shape) for shape in shapes}
+def _group_heads(budget: LayerBudget, key_channels: tuple[str, ...] | None) -> list[GroupBudget]:
+    heads_by_budget: dict[tuple[int, int, int], list[int]] = {}
+    for head, head_budget in enumerate(zip(budget.tokens, budget.key_bits, budget.value_bits, strict=True)):
+        heads_by_budget.setdefault(head_budget, []).append(head)
     return [
-        GroupBudget(heads, *shape, channels and tuple(channels[head] for head in heads))
-        for shape, heads in members.items()
+        GroupBudget(tuple(heads), *head_budget, key_channels and tuple(key_channels[head] for head in heads))
+        for head_budget, heads in heads_by_budget.items()
     ]
 
 
 def batched_attend(
     layers: Sequence[BudgetedLayer], query: QueryStates, key: KVStates, value: KVStates, params: AttentionParams
-) -> tuple[QueryStates, dict[int, Exception]]:
-    """`attend` of one new token of each sequence, a row each; all are `joinable`, and of one plan.
+) -> QueryStates:
+    """Do what `BudgetedLayer.attend` does with one new token of each sequence, one row each.
 
-    Also gives what failed in which rows; their output means nothing.
+    All layers can batch (see `BudgetedLayer.can_batch`) and are of one plan.
     """
     positions = torch.tensor([[layer.cumulative_length] for layer in layers], device=key.device)
-    failed: dict[int, Exception] = {}
-    for row, layer in enumerate(layers):
-        try:
-            layer.advance(1)
-        except UserError as error:
-            failed[row] = error
-    tokens = NewTokens(0, split_gqa_groups(query, query.shape[1] // key.shape[1]), key, value, positions, False, False)
-    output = torch.empty_like(tokens.query)
+    for layer in layers:
+        layer.advance(1)
+    queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
+    tokens = NewTokens(0, queries, key, value, positions, padded=False, teacher_forced=False)
+    output = torch.empty_like(queries)
     for place, group in enumerate(layers[0].groups):
-        groups, group_params = (
-            [layer.groups[place] for layer in layers],
-            params.for_heads(group.index, tokens.query.shape[2]),
-        )
-        output[:, group.index], broken = batched_step(groups, tokens.for_heads(group.index), group_params)
-        failed |= broken
-    return merge_gqa_groups(output), failed
+        groups = [layer.groups[place] for layer in layers]
+        group_params = params.for_heads(group.index, queries.shape[2])
+        output[:, group.index] = batched_step(groups, tokens.for_heads(group.index), group_params)
+    return merge_gqa_groups(output)

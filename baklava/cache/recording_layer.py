@@ -1,6 +1,6 @@
-"""The full cache of a prompt, recorded once so that many budgeted caches can be cut from it."""
+"""The full cache of a prompt, recorded once so that budgeted caches can be made from it by any number of plans."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,61 +12,127 @@ from typing_extensions import override
 
 from baklava.cache import attention
 from baklava.cache.attention import (
+    QUERY_BLOCK_SIZE,
     AttentionParams,
     BudgetedLayerBase,
+    GroupedQueries,
     KVStates,
     QueryStates,
+    attend_values,
+    attention_probs,
     merge_gqa_groups,
     split_gqa_groups,
+    visibility_mask,
 )
-from baklava.cache.head_groups import AttentionInputs, ScoreAccumulator, update_scores
+from baklava.cache.head_groups import AttentionInputs, ScoreAccumulator, first_sampled_query, update_scores
 from baklava.errors import UserError
-from baklava.eviction import Eviction, Sample
+from baklava.eviction import Eviction, QuerySample
 from baklava.plan.geometry import CacheGeometry
 
 
 class RecordingLayer(BudgetedLayerBase):
-    """A full layer that also scores its prompt for several eviction methods while it attends to it."""
+    """A layer that keeps a whole prompt and scores it for eviction methods, in one forward or in several.
 
-    def __init__(self, evictions: Sequence[Eviction]) -> None:
+    Args:
+        prompt_tokens: Length of the prompt; keys, values and scores are allocated for it at the first forward.
+        evictions: Methods with different observations, each of which scores the prompt's own queries.
+    """
+
+    def __init__(self, prompt_tokens: int, evictions: Sequence[Eviction]) -> None:
         super().__init__()
-        self.evictions = tuple(evictions)
-        self.scores: dict[Any, Tensor] = {}
+        self.prompt_tokens, self.evictions = prompt_tokens, tuple(evictions)
+        self.scores: dict[Hashable, Tensor] = {}
+        self._pending_queries: dict[QuerySample, list[GroupedQueries]] = {}
 
     @override
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, head_dim = key_states.shape
+        self.keys = key_states.new_empty(batch, heads, self.prompt_tokens, head_dim)
+        self.values = value_states.new_empty(batch, heads, self.prompt_tokens, value_states.shape[3])
+        for eviction in self.evictions:
+            self.scores[eviction.score_key] = torch.zeros(self.keys.shape[:3], device=key_states.device)
+        self.is_initialized = True
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values, and return them with this layer attached."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-        else:
-            self.keys = torch.cat([self.keys, key_states], 2)
-            self.values = torch.cat([self.values, value_states], 2)
-        is_prompt = self.cumulative_length == 0
-        self.cumulative_length += key_states.shape[2]
-        key = attention.attach_layer(self.keys, self) if is_prompt and self.evictions else self.keys
-        return key, self.values
+        new = slice(self.cumulative_length, self.cumulative_length + key_states.shape[2])
+        self.keys[:, :, new], self.values[:, :, new] = key_states, value_states
+        self.cumulative_length = new.stop
+        return attention.attach_layer(key_states, self), value_states
 
     def attend(
         self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
     ) -> QueryStates:
-        """Attend to the prompt and record its scores."""
-        positions = torch.arange(key.shape[2], device=key.device)[None]
+        """Attend to the prompt so far and update its scores."""
         queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
-        forward = AttentionInputs(queries, key, value, positions, positions[:, None], params)
-        output = forward.attend(masked=False)
-        for sample, keepers in accumulators_by_sample(self.evictions, key).items():
-            update_scores(forward, sample, keepers)
-            self.scores |= {keeper.eviction.observation: keeper.scores for keeper in keepers}
+        start = self.cumulative_length - query.shape[2]
+        if {eviction.query_sample for eviction in self.evictions} == {QuerySample()} and query.shape[
+            2
+        ] < self.prompt_tokens:
+            return merge_gqa_groups(self._attend_and_score(queries, start, params))
+        inputs = self._inputs(queries, params, self.cumulative_length)
+        output = inputs.attend(masked=start > 0)
+        self._update_scores(inputs, start)
         return merge_gqa_groups(output)
 
+    def _attend_and_score(self, queries: GroupedQueries, start: int, params: AttentionParams) -> GroupedQueries:
+        """Compute probabilities once for output and scores, since every query is observed and fusing needs a mask."""
+        outputs, accumulators = [], self._accumulators(QuerySample())
+        for first in range(0, queries.shape[3], QUERY_BLOCK_SIZE):
+            block = queries[:, :, :, first : first + QUERY_BLOCK_SIZE]
+            inputs = self._inputs(block, params, start + first + block.shape[3])
+            positions = inputs.query_positions
+            probs = attention_probs(block, inputs.key, visibility_mask(positions, positions[:, None]), params)
+            outputs.append(attend_values(probs, inputs.value))
+            observation = inputs.observation(slice(0, block.shape[3]), inputs.key.shape[2], probs)
+            for accumulator in accumulators:
+                accumulator.update(observation)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)
 
-def accumulators_by_sample(evictions: Sequence[Eviction], key: KVStates) -> dict[Sample, list[ScoreAccumulator]]:
-    """A keeper of scores for each method, together with those that watch the same queries."""
-    keepers: dict[Sample, list[ScoreAccumulator]] = {}
-    for eviction in evictions:
-        scores = torch.zeros(key.shape[:3], device=key.device)
-        keepers.setdefault(eviction.sample, []).append(ScoreAccumulator(eviction, scores))
-    return keepers
+    def _inputs(self, queries: GroupedQueries, params: AttentionParams, tokens: int) -> AttentionInputs:
+        """Return the attention of the last of the first `tokens` tokens, whose queries these are, to all of them."""
+        positions = torch.arange(tokens, device=queries.device)[None]
+        own = positions[:, tokens - queries.shape[3] :]
+        return AttentionInputs(
+            queries, self.keys[:, :, :tokens], self.values[:, :, :tokens], own, positions[:, None], params
+        )
+
+    def _update_scores(self, inputs: AttentionInputs, start: int) -> None:
+        for sample in dict.fromkeys(eviction.query_sample for eviction in self.evictions):
+            if not sample.single_block:
+                update_scores(inputs, sample, self._accumulators(sample), start, self.prompt_tokens)
+                continue
+            # Queries that are observed in one block wait for the last of them.
+            pending = self._pending_queries.setdefault(sample, [])
+            first = max(0, first_sampled_query(self.prompt_tokens, sample) - start)
+            if first < inputs.query.shape[3]:
+                pending.append(inputs.query[:, :, :, first:].clone())
+            if self.cumulative_length == self.prompt_tokens:
+                block = self._inputs(torch.cat(pending, 3), inputs.params, self.prompt_tokens)
+                update_scores(block, sample, self._accumulators(sample))
+                pending.clear()
+
+    def _accumulators(self, sample: QuerySample) -> list[ScoreAccumulator]:
+        """Return what updates the scores of the methods that observe the same queries."""
+        observing = [eviction for eviction in self.evictions if eviction.query_sample == sample]
+        return [ScoreAccumulator(eviction, self.scores[eviction.score_key]) for eviction in observing]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, over the whole batch."""
+        if not self.is_initialized:
+            return 0
+        pending = [queries for block in self._pending_queries.values() for queries in block]
+        tensors = (self.keys, self.values, *self.scores.values(), *pending)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+
+    def release(self) -> None:
+        """Free all tensors."""
+        self.keys = self.values = None
+        self.scores = {}
+        self._pending_queries.clear()
 
 
 @dataclass(frozen=True)
@@ -78,7 +144,7 @@ class Recording:
     scores: tuple[dict[Any, Tensor], ...]
 
     def to_dynamic_cache(self) -> Cache:
-        """Transformers' own cache with all of the prompt; what it takes in does not reach the recording."""
+        """Return transformers' own cache with all of the prompt; updating it does not change the recording."""
         cache = Cache(layers=[DynamicLayer() for _ in self.keys])
         for layer, key, value in zip(cache.layers, self.keys, self.values, strict=True):
             layer.lazy_initialization(key, value)
@@ -87,25 +153,40 @@ class Recording:
 
 
 class RecordingCache(Cache):
-    """The full cache of a prompt, from which many budgeted caches are cut.
+    """The full cache of one prompt, from which budgeted caches are made.
+
+    Args:
+        geometry: The shape of the model's cache.
+        evictions: Methods to score the prompt for; those that score nothing, or a repetition of it, are skipped.
+        prompt_tokens: Length of the prompt.
 
     Raises:
         UserError: the model has sliding layers, which are not recorded.
     """
 
-    def __init__(self, geometry: CacheGeometry, evictions: Sequence[Eviction]) -> None:
-        if sliding := geometry.layers - len(geometry.budgetable):
-            raise UserError(
-                f"{sliding} of the model's {geometry.layers} layers slide, and a prompt's full cache is recorded only "
-                "where none does; choose another model, or generate with a method other than reconstruction"
-            )
+    def __init__(self, geometry: CacheGeometry, evictions: Sequence[Eviction], prompt_tokens: int) -> None:
+        check_recordable(geometry)
         attention.register()
-        own = [eviction for eviction in evictions if eviction.scored and not eviction.sample.repeated]
-        observed = {eviction.observation: eviction for eviction in own}
-        super().__init__(layers=[RecordingLayer(tuple(observed.values())) for _ in range(geometry.layers)])
+        scoring = [eviction for eviction in evictions if eviction.scored and not eviction.query_sample.uses_repetition]
+        distinct = list({eviction.score_key: eviction for eviction in scoring}.values())
+        self.recording_layers = [RecordingLayer(prompt_tokens, distinct) for _ in range(geometry.layers)]
+        super().__init__(layers=list(self.recording_layers))
 
-    def to_recording(self, tokens: int) -> Recording:
-        """What the first `tokens` tokens left."""
-        layers = [layer for layer in self.layers if isinstance(layer, RecordingLayer)]
-        keys, values = ([getattr(layer, name)[:, :, :tokens] for layer in layers] for name in ("keys", "values"))
-        return Recording(tuple(keys), tuple(values), tuple(layer.scores for layer in layers))
+    def to_recording(self) -> Recording:
+        """Return the keys, values and scores of the prompt, after all of it has been processed."""
+        keys, values, scores = zip(*((layer.keys, layer.values, layer.scores) for layer in self.recording_layers))
+        return Recording(keys, values, scores)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, over the whole batch."""
+        return sum(layer.nbytes for layer in self.recording_layers)
+
+
+def check_recordable(geometry: CacheGeometry) -> None:
+    """Raise UserError if the model has sliding layers, which are not recorded."""
+    if sliding := geometry.layers - len(geometry.full_attention_layers):
+        raise UserError(
+            f"{sliding} of the model's {geometry.layers} layers have a sliding window, but a prompt is recorded only if "
+            "none has; choose another model, or generate with a method other than reconstruction"
+        )

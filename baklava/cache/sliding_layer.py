@@ -1,4 +1,4 @@
-"""The layers that slide: transformers' own, with their bytes really bounded."""
+"""Sliding-window layers: transformers' own, with bounded memory."""
 
 from typing import Any
 
@@ -10,11 +10,14 @@ from baklava.cache.storage import stored_dtype
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):
-    """transformers' sliding-window layer, stored in 16 or 32 bits and without the prompt behind it.
+    """transformers' sliding-window layer, stored in 16 or 32 bits and without the memory of the whole prompt.
 
-    transformers keeps a view of the last tokens, which holds on to the bytes of the whole prompt until the next
-    forward. Concatenation with new keys brings stored ones back to the dtype that the model computes in.
+    transformers keeps a view of the last tokens, which keeps the memory of the whole prompt alive until the next
+    forward. Concatenation with new keys converts stored ones to the dtype that the model computes in.
     """
+
+    keys: Tensor | None
+    values: Tensor | None
 
     def __init__(self, window: int | None, bits: int) -> None:
         super().__init__(sliding_window=window)
@@ -23,21 +26,18 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         key, value = super().update(key_states, value_states, *args, **kwargs)
-        self._store()
+        dtype = stored_dtype(self.dtype, self.bits)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = self.keys.to(dtype, copy=True), self.values.to(dtype, copy=True)
         return key.to(key_states.dtype), value.to(value_states.dtype)
-
-    def _store(self) -> None:
-        for name in ("keys", "values"):
-            kept: Tensor = getattr(self, name)
-            setattr(self, name, kept.to(stored_dtype(self.dtype, self.bits), copy=True))
 
     @property
     def num_entries(self) -> int:
-        """Entries that a row holds for each of its KV heads."""
+        """KV entries of a row, for each of its KV heads."""
         return 0 if self.keys is None else self.keys.shape[2]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, over the whole batch."""
-        held = [kept for kept in (self.keys, self.values) if kept is not None]
-        return sum(kept.untyped_storage().nbytes() for kept in held)
+        """Bytes that the whole batch has allocated."""
+        return sum(states.untyped_storage().nbytes() for states in (self.keys, self.values) if states is not None)

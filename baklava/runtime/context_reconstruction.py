@@ -22,7 +22,7 @@ from baklava.cache.attention import (
 from baklava.cache.head_groups import AttentionInputs, ScoreAccumulator, update_scores
 from baklava.cache.recording_layer import Recording
 from baklava.errors import UserError
-from baklava.eviction import Reconstruction, Sample
+from baklava.eviction import KVzip, QuerySample
 from baklava.runtime.model_loader import LoadedModel
 
 REPEAT_CHUNK_TOKENS = 512
@@ -50,7 +50,7 @@ def add_reconstruction_scores(loaded: LoadedModel, ids: Int[Tensor, "batch token
     cache = Cache(layers=[RepeatingLayer(*pair) for pair in zip(recording.keys, recording.values, strict=True)])
     for chunk in _chunks(loaded, ids):
         loaded.model(chunk, past_key_values=cache, logits_to_keep=1)
-    made = [{Reconstruction().observation: layer.scores} for layer in cache.layers]
+    made = [{KVzip().score_key: layer.scores} for layer in cache.layers]
     scores = tuple(known | new for known, new in zip(recording.scores, made, strict=True))
     return replace(recording, scores=scores)
 
@@ -102,6 +102,6 @@ class RepeatingLayer(BudgetedLayerBase):
             kernel,
         )
         scores = torch.cat([self.scores, self.scores.new_zeros(key.shape[:3])], 2)
-        update_scores(forward, Sample(), [ScoreAccumulator(Reconstruction(), scores)])
+        update_scores(forward, QuerySample(), [ScoreAccumulator(KVzip(), scores)])
         self.scores = scores[..., :held].clone()
         return merge_gqa_groups(forward.attend(masked=True))

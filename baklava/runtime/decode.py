@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import BaseStreamer, GenerationMode
 
 from baklava.cache import attention
@@ -32,7 +31,7 @@ from baklava.runtime.prefill import Logits, prefill
 class BatchedLayer(BudgetedLayerBase):
     """The same layer of several caches of one sequence each.
 
-    Rows differ in what they have seen, so it says 0 and positions must be given.
+    Rows differ in their lengths, so `get_seq_length` is 0 and the positions must be passed to the model.
     """
 
     def __init__(self, index: int, batch: "BatchedCache") -> None:
@@ -40,99 +39,75 @@ class BatchedLayer(BudgetedLayerBase):
         self.index, self.batch = index, batch
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hand the new keys on, tagged with this layer; every cache takes its own in when it attends."""
+        """Attach this layer to the new keys; every cache stores its own when it attends."""
         return attention.attach_layer(key_states, self), value_states
 
-    def attend(self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, kernel: AttentionParams) -> QueryStates:
-        """What the new token of each row attends to in the row's own cache; zeros in a row that has failed."""
-        output = torch.zeros_like(query)
-        for rows in self.batch.teams:
-            rows = [row for row in rows if row not in self.batch.failed]
+    def attend(
+        self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
+    ) -> QueryStates:
+        """Return the output of the new token of each row, over the entries of the row's own cache."""
+        output = torch.empty_like(query)
+        for rows in self.batch.rows_by_plan:
             layers = [self.batch.caches[row].layers[self.index] for row in rows]
-            if rows and all(map(_joins, layers)):
-                self._together(rows, layers, query, key, value, kernel, output)
+            batchable = [layer for layer in layers if isinstance(layer, BudgetedLayer) and layer.can_batch]
+            if len(batchable) == len(rows):
+                output[rows] = batched_attend(batchable, query[rows], key[rows], value[rows], params)
                 continue
             for row in rows:
                 own = slice(row, row + 1)
-                try:
-                    output[own] = self._attend(self.batch.caches[row], query[own], key[own], value[own], kernel)
-                except Exception as error:
-                    self.batch.failed[row] = error
+                output[own] = self._attend(self.batch.caches[row], query[own], key[own], value[own], params)
         return output
 
-    def _together(
-        self,
-        rows: list[int],
-        layers: list[BudgetedLayer],
-        query: QueryStates,
-        key: KVStates,
-        value: KVStates,
-        kernel: AttentionParams,
-        output: QueryStates,
-    ) -> None:
-        try:
-            made, failed = batched_attend(layers, query[rows], key[rows], value[rows], kernel)
-        except Exception as error:  # of what all of them share
-            self.batch.failed |= dict.fromkeys(rows, error)
-            return
-        output[rows] = made
-        self.batch.failed |= {rows[place]: error for place, error in failed.items()}
-
-    def _attend(self, cache: BudgetedCache, query: QueryStates, key: KVStates, value: KVStates, kernel: AttentionParams) -> QueryStates:
+    def _attend(
+        self, cache: BudgetedCache, query: QueryStates, key: KVStates, value: KVStates, params: AttentionParams
+    ) -> QueryStates:
         layer = cache.layers[self.index]
         key, value = cache.update(key, value, self.index)
-        own = getattr(key, "budgeted_layer", None)
-        if own is not None:
-            return own.attend(query, key, value, None, kernel)
-        # A layer that slides has cut its entries to the window already, and one new token sees all of them.
+        if isinstance(layer, BudgetedLayer):
+            return layer.attend(query, key, value, None, params)
+        # A sliding layer has cut its entries to the window already, and one new token attends to all of them.
         assert layer.is_sliding
         positions = torch.zeros(1, key.shape[2], dtype=torch.long, device=key.device)
         queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
-        return merge_gqa_groups(attend(queries, key, value, positions[:, :1], positions[:, None], kernel, masked=False))
-
-
-def _joins(layer: CacheLayerMixin) -> bool:
-    return isinstance(layer, BudgetedLayer) and layer.can_batch
+        return merge_gqa_groups(attend(queries, key, value, positions[:, :1], positions[:, None], params, masked=False))
 
 
 class BatchedCache(Cache):
-    """Caches of one sequence each, behind one forward of one new token of every sequence.
+    """Caches of one sequence each, for one forward of one new token of every sequence.
 
-    `teams` are rows of one plan each, which may work together. What fails in the cache of one row is in `failed`, and
-    harms no other row; that row's output means nothing.
+    `rows_by_plan` has the rows of each plan, which may attend in one batch.
     """
 
     def __init__(self, caches: Sequence[BudgetedCache]) -> None:
-        self.caches, self.failed = tuple(caches), dict[int, Exception]()
-        plans: dict[int, list[int]] = {}
+        self.caches = tuple(caches)
+        rows_by_plan: dict[int, list[int]] = {}
         for row, cache in enumerate(self.caches):
-            plans.setdefault(id(cache.plan), []).append(row)
-        self.teams = list(plans.values())
+            rows_by_plan.setdefault(id(cache.plan), []).append(row)
+        self.rows_by_plan = list(rows_by_plan.values())
         super().__init__(layers=[BatchedLayer(index, self) for index in range(len(self.caches[0].layers))])
 
 
 @torch.inference_mode()
-def decode_step(
-    loaded: LoadedModel, caches: Sequence[BudgetedCache], tokens: Sequence[int]
-) -> tuple[Logits, dict[int, Exception]]:
-    """Logits behind one new token of each sequence, a row each, and what failed in the caches of which rows.
+def decode_step(loaded: LoadedModel, caches: Sequence[BudgetedCache], tokens: Sequence[int]) -> Logits:
+    """Return the logits after one new token of each sequence, one row each.
 
-    The caches may be of different plans and lengths. No result depends on the neighbours, beyond rounding.
+    The caches may differ in plan and length. No row depends on the others, beyond rounding. After an error the caches
+    are in an undefined state and must be dropped.
 
     Raises:
         UserError: there is no sequence, or not one token for each.
     """
     if not caches or len(caches) != len(tokens):
         raise UserError(f"{len(tokens)} tokens for {len(caches)} caches; give one new token for each of at least one")
-    batch, device = BatchedCache(caches), loaded.device
+    device = loaded.device
     output = loaded.model(
         input_ids=torch.tensor(tokens, device=device)[:, None],
         position_ids=torch.tensor([cache.get_seq_length() for cache in caches], device=device)[:, None],
-        past_key_values=batch,
+        past_key_values=BatchedCache(caches),
         use_cache=True,
         logits_to_keep=1,
     )
-    return output.logits[:, -1], batch.failed
+    return output.logits[:, -1]
 
 
 Row = Int[Tensor, "rows _"]

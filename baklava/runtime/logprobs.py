@@ -1,11 +1,14 @@
-"""How likely a text is to a model that lives inside a plan: every token through the budgeted cache."""
+"""Log-probabilities of a text under a plan: every token attends through the budgeted cache, as if it were decoded."""
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import Cache
 from typing_extensions import override
 
 from baklava.cache.budgeted_cache import BudgetedCache
@@ -14,8 +17,27 @@ from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import PrefillResult, PrefillTask, prefill
 
-STEP = 512
-"""Tokens of a text per forward, so that the logits of a long one are never held at once; no token sees a difference."""
+LOGITS_CHUNK_TOKENS = 512
+"""Tokens of a text per forward, which limits the logits that are allocated at once. No result depends on it."""
+
+TokenLogits = Float[Tensor, "tokens vocabulary"]
+
+
+@torch.inference_mode()
+def forced_logits(loaded: LoadedModel, cache: Cache, ids: Sequence[int] | Int[Tensor, " tokens"]) -> TokenLogits:
+    """Feed tokens to a cache by teacher forcing, and return the logits after each of them.
+
+    All tokens are processed in one forward, but in a `BudgetedCache` each attends to exactly the entries that would be
+    cached if they were decoded one by one.
+
+    Args:
+        loaded: The model.
+        cache: The cache to continue, which changes; budgeted, or any of transformers.
+        ids: At least one token.
+    """
+    with cache.teacher_forcing() if isinstance(cache, BudgetedCache) else nullcontext():
+        logits: TokenLogits = loaded.model(loaded.as_batch(ids), past_key_values=cache, use_cache=True).logits[0]
+    return logits
 
 
 @dataclass(frozen=True)
@@ -28,73 +50,66 @@ class Loglikelihood:
 
 @torch.inference_mode()
 def score_continuations(
-    loaded: LoadedModel, plan: BudgetPlan, context: Sequence[int], texts: Sequence[Sequence[int]]
+    loaded: LoadedModel, plan: BudgetPlan, context: Sequence[int], continuations: Sequence[Sequence[int]]
 ) -> list[Loglikelihood]:
-    """How likely each of these texts is behind the same context, which is prefilled once, as the plan says.
+    """Return the loglikelihood of each continuation of one context, which is prefilled once, as the plan says.
 
-    The first token of a text is predicted by the prefill, which a dense plan does with the full cache; every other one
-    as if it were decoded.
+    The first token of a continuation is predicted by the prefill, which a dense plan does with the full cache. The
+    other tokens are teacher-forced.
 
     Raises:
         UserError: the plan is for another model, or the context is empty.
-        RuntimeError: the cache held more than its plan, or never saw the tokens.
+        RuntimeError: the cache exceeded its plan, or did not see the tokens.
     """
-    cache, logits = prefill(loaded, plan, torch.tensor([list(context)], device=loaded.device))
+    cache, logits = prefill(loaded, plan, loaded.as_batch(context))
     check_consumed(cache, len(context))
-    found = []
-    for number, text in enumerate(texts, 1):
-        own = cache if number == len(texts) or len(text) == 1 else copy.deepcopy(cache)
-        first, rest = _judged(logits, text[:1]), _one_by_one(loaded, own, text)
-        check_consumed(own, len(context) + len(text) - 1)
-        found.append(_likelihood([first, *rest], len(text)))
-    return found
+    results = []
+    for number, ids in enumerate(continuations, 1):
+        own = cache if number == len(continuations) or len(ids) == 1 else copy.deepcopy(cache)
+        results.append(_loglikelihood(loaded, own, logits, ids, len(ids)))
+        check_consumed(own, len(context) + len(ids) - 1)
+    return results
 
 
 @torch.inference_mode()
-def score_suffix(loaded: LoadedModel, plan: BudgetPlan, ids: Sequence[int], scored: int) -> Loglikelihood:
-    """How likely the last `scored` tokens of a text are when its first one is the prompt and the others are decoded.
+def score_suffix(loaded: LoadedModel, plan: BudgetPlan, ids: Sequence[int], num_scored: int) -> Loglikelihood:
+    """Return the loglikelihood of the last `num_scored` tokens of a text, whose first token alone is prefilled.
 
-    So the budget holds from the first token on, and all that matters of how a plan prefills is how it takes one token.
+    So the budget applies from the first token on, and how the plan prefills does not matter.
     """
-    cache, logits = prefill(loaded, plan, torch.tensor([ids[:1]], device=loaded.device))
-    judged = [_judged(logits, ids[1:2]), *_one_by_one(loaded, cache, ids[1:])]
+    cache, logits = prefill(loaded, plan, loaded.as_batch(ids[:1]))
+    result = _loglikelihood(loaded, cache, logits, ids[1:], num_scored)
     check_consumed(cache, len(ids) - 1)
-    return _likelihood(judged, scored)
+    return result
 
 
 def check_consumed(cache: BudgetedCache, tokens: int) -> None:
-    """Raise RuntimeError unless the cache has seen this many tokens and is inside its plan."""
+    """Raise RuntimeError unless the cache has seen this many tokens and is within its plan."""
     if cache.get_seq_length() != tokens:
         raise RuntimeError(f"the cache saw {cache.get_seq_length()} tokens of {tokens}, so the plan was not applied")
     cache.check_integrity()
 
 
-def _one_by_one(loaded: LoadedModel, cache: BudgetedCache, ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """What the model makes of each token but the first, having seen those before it one by one."""
-    judged = []
-    with cache.teacher_forcing():
-        for start in range(0, len(ids) - 1, STEP):
-            targets = ids[start + 1 : start + 1 + STEP]
-            fed = torch.tensor([ids[start : start + len(targets)]], device=loaded.device)
-            judged.append(_judged(loaded.model(fed, past_key_values=cache).logits[0], targets))
-    return judged
+def _loglikelihood(
+    loaded: LoadedModel, cache: BudgetedCache, logits: TokenLogits, ids: Sequence[int], num_scored: int
+) -> Loglikelihood:
+    """Score the last `num_scored` of these tokens, of which the first has these logits; the last one is not fed."""
+    scores = [_score_tokens(logits, ids[:1])]
+    for start in range(0, len(ids) - 1, LOGITS_CHUNK_TOKENS):
+        targets = ids[start + 1 : start + 1 + LOGITS_CHUNK_TOKENS]
+        fed = ids[start : start + len(targets)]
+        scores.append(_score_tokens(forced_logits(loaded, cache, fed), targets))
+    log_probs, is_likeliest = (torch.cat(parts)[-num_scored:] for parts in zip(*scores, strict=True))
+    return Loglikelihood(float(log_probs.double().sum()), bool(is_likeliest.all()))
 
 
-def _judged(logits: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Per token its log-probability, and whether it is the likeliest one."""
-    log_probs, found = log_probabilities(logits, targets)
-    return found, log_probs.argmax(-1) == torch.tensor(list(targets), device=logits.device)
-
-
-def log_probabilities(logits: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [tokens, vocabulary] in nats, and those of the targets alone, a token each."""
-    log_probs = torch.log_softmax(logits.float(), -1)
-    return log_probs, log_probs.gather(-1, torch.tensor(list(targets), device=logits.device)[:, None])[:, 0]
-
-
-def _likelihood(judged: Sequence[tuple[Tensor, Tensor]], scored: int) -> Loglikelihood:
-    log_probs, likeliest = (torch.cat(parts)[-scored:] for parts in zip(*judged, strict=True))
-    return Loglikelihood(float(log_probs.double().sum()), bool(likeliest.all()))
+def _score_tokens(
+    logits: TokenLogits, ids: Sequence[int]
+) -> tuple[Float[Tensor, " scored"], Bool[Tensor, " scored"]]:
+    """Return the log-probability of each token in nats, and whether it is the likeliest one."""
+    targets = torch.tensor(list(ids), dtype=torch.long, device=logits.device)
+    log_probs = torch.log_softmax(logits[: len(ids)].float(), -1)
+    return log_probs.gather(-1, targets[:, None])[:, 0], log_probs.argmax(-1) == targets
 
 
 @dataclass(frozen=True)
@@ -106,60 +121,61 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class PromptLogprobsTask(PrefillTask):
-    """The first token is the prompt; each other sees what it would see when decoded, as in `likelihood.ending`.
+@torch.inference_mode()
+def token_logprobs(logits: TokenLogits, ids: Sequence[int], top: int = 0) -> list[TokenLogprob]:
+    """Return the log-probability of each token and the `top` likeliest alternatives, given the logits before it."""
+    if not ids:
+        return []
+    log_probs = torch.log_softmax(logits[: len(ids)].float(), -1)
+    own = log_probs.gather(-1, torch.tensor(list(ids), device=logits.device)[:, None])[:, 0]
+    best = log_probs.topk(min(top, log_probs.shape[-1]))
+    rows = zip(ids, own.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
+    return [TokenLogprob(id, logprob, tuple(zip(*alternatives, strict=True))) for id, logprob, *alternatives in rows]
 
-    `judged` has the tokens behind the first, as far as they are known, each with `top` alternatives.
+
+class PromptLogprobsTask(PrefillTask):
+    """A prompt whose tokens are scored: the first is prefilled, the others are teacher-forced, as in `score_suffix`.
+
+    `token_logprobs` has those of the tokens processed so far, from the second one on.
+
+    Args:
+        loaded: The model.
+        plan: The plan of the cache.
+        ids: The prompt.
+        max_tokens: As in `prefill`.
+        top: Alternatives per token.
+
+    Raises:
+        UserError: the plan is for another model, or the prompt is empty.
     """
 
     def __init__(
         self, loaded: LoadedModel, plan: BudgetPlan, ids: Sequence[int], max_tokens: int | None = None, top: int = 0
     ) -> None:
-        plan.check_fits(loaded.identity, loaded.geometry)
         if not ids:
             raise UserError("a text of 0 tokens has no likelihood; give at least one token")
         self._loaded, self._ids, self._top = loaded, tuple(ids), top
-        self._cache, self._logits = prefill(
-            loaded, plan, torch.tensor([list(ids[:1])], device=loaded.device), max_tokens=max_tokens
-        )
-        self._fed = 1
-        self.token_logprobs: list[TokenLogprob] = []
-        self._judge(self._logits)
+        self._cache, self._logits = prefill(loaded, plan, loaded.as_batch(ids[:1]), max_tokens=max_tokens)
+        self._num_processed = 1
+        self.token_logprobs = token_logprobs(self._logits, self._ids[1:2], top)
 
     @override
     @torch.inference_mode()
     def step(self, tokens: int) -> PrefillResult | None:
-        if part := self._ids[self._fed : self._fed + max(1, tokens)]:
-            fed = torch.tensor([part], device=self._loaded.device)
-            with self._cache.teacher_forcing():
-                logits = self._loaded.model(fed, past_key_values=self._cache, use_cache=True).logits[0]
-            self._fed += len(part)
-            self._judge(logits)
+        start = self._num_processed
+        if part := self._ids[start : start + max(1, tokens)]:
+            logits = forced_logits(self._loaded, self._cache, part)
+            self._num_processed += len(part)
+            self.token_logprobs += token_logprobs(logits, self._ids[start + 1 : start + 1 + len(part)], self._top)
             self._logits = logits[-1:].clone()
-        return (self._cache, self._logits) if self._fed == len(self._ids) else None
+        return (self._cache, self._logits) if self._num_processed == len(self._ids) else None
 
     @override
     @property
     def num_processed(self) -> int:
-        return self._fed
+        return self._num_processed
 
     @override
     @property
     def nbytes(self) -> int:
         return self._cache.nbytes
-
-    def _judge(self, logits: Tensor) -> None:
-        start = len(self.token_logprobs) + 1
-        self.token_logprobs += token_logprobs(logits, self._ids[start : start + len(logits)], self._top)
-
-
-@torch.inference_mode()
-def token_logprobs(logits: Tensor, ids: Sequence[int], top: int = 0) -> list[TokenLogprob]:
-    """What the model, by its logits [tokens, vocabulary], made of these tokens."""
-    if not ids:
-        return []
-    log_probs, found = log_probabilities(logits[: len(ids)], ids)
-    best = log_probs.topk(min(top, log_probs.shape[-1]))
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    alternatives = [tuple(zip(*pair, strict=True)) for pair in pairs]
-    return [TokenLogprob(*each) for each in zip(ids, found.tolist(), alternatives, strict=True)]

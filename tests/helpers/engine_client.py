@@ -1,4 +1,4 @@
-"""An engine's client in the same process: collects the events of a request and waits for its end."""
+"""An engine's client in the same process: collects the outputs of a request and waits for its end."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ TIMEOUT = 60.0
 
 
 class Answer:
-    """The events of one request."""
+    """The outputs of one request."""
 
     def __init__(self, n: int = 1) -> None:
         self.events: list[EngineOutput] = []
@@ -25,14 +25,14 @@ class Answer:
         self._left = n
 
     def take(self, event: EngineOutput) -> None:
-        """What the engine delivers to."""
+        """The callback of the engine."""
         self.events.append(event)
         self._left -= isinstance(event, TokenOutput) and event.finish_reason is not None
         if isinstance(event, Exception) or not self._left or (isinstance(event, PrefillDone) and event.finish_reason):
             self.ended.set()
 
     def wait(self) -> "Answer":
-        """Until it has ended."""
+        """Wait until it has ended."""
         assert self.ended.wait(TIMEOUT), f"no end after {len(self.events)} events"
         return self
 
@@ -41,15 +41,15 @@ class Answer:
         self.handle.cancel()
 
     @property
-    def started(self) -> PrefillDone:
+    def prefill_done(self) -> PrefillDone:
         first = self.wait().events[0]
         assert isinstance(first, PrefillDone), repr(first)
         return first
 
     def tokens(self, index: int = 0) -> list[int]:
-        return [event.token_id for event in self.made(index)]
+        return [event.token_id for event in self.token_outputs(index)]
 
-    def made(self, index: int = 0) -> list[TokenOutput]:
+    def token_outputs(self, index: int = 0) -> list[TokenOutput]:
         self.wait()
         return [event for event in self.events if isinstance(event, TokenOutput) and event.index == index]
 
@@ -70,7 +70,7 @@ def engine_of(loaded: LoadedModel, plan: BudgetPlan, pool: int = 1 << 24, **limi
 
 
 def ask(engine: Engine, prompt: Any, tokens: int = 20, take: Any = None, **options: Any) -> Answer:
-    """Send a request; options of `EngineRequest` and of `SamplingParams` alike. `take` hears every event as well."""
+    """Submit a request with options of `EngineRequest` and of `SamplingParams`; `take` also gets every output."""
     own = {name: options.pop(name) for name in list(options) if name in EngineRequest.__dataclass_fields__}
     answer = Answer(own.get("n", 1))
 
@@ -85,7 +85,7 @@ def ask(engine: Engine, prompt: Any, tokens: int = 20, take: Any = None, **optio
 
 
 def until(true: Callable[[], Any]) -> None:
-    """Wait until something holds."""
+    """Wait until a condition is true."""
     deadline = time.monotonic() + TIMEOUT
     while not true():
         assert time.monotonic() < deadline

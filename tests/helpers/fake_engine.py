@@ -1,4 +1,4 @@
-"""An engine that says what a test tells it to, for facts about what is made of its words."""
+"""An engine whose outputs a test scripts, for tests of what the API makes of them."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -23,42 +23,42 @@ STATE = EngineState(
 
 
 class _Handle:
-    def __init__(self, engine: "ScriptedEngine", work: EngineRequest) -> None:
-        self._engine, self._work = engine, work
+    def __init__(self, engine: "ScriptedEngine", request: EngineRequest) -> None:
+        self._engine, self._request = engine, request
 
     def cancel(self) -> None:
-        self._engine.cancelled.append(self._work)
+        self._engine.cancelled.append(self._request)
 
-    def complete(self, index: int) -> None:
-        self._engine.completed.append((self._work, index))
+    def stop_sequence(self, index: int) -> None:
+        self._engine.stopped.append((self._request, index))
 
 
-def _tell(deliver: OutputCallback, events: Iterable[EngineOutput]) -> None:
+def _deliver(deliver: OutputCallback, events: Iterable[EngineOutput]) -> None:
     for event in events:
         deliver(event)
 
 
 class ScriptedEngine:
-    """`script` gives the events of a request; an exception in its place is raised by submit."""
+    """`script` returns the outputs of a request, or an exception that submit raises."""
 
     def __init__(self, plan: Any, script: Callable[[EngineRequest], Iterable[EngineOutput]]) -> None:
         self.plan, self._script = plan, script
         self.works: list[EngineRequest] = []
         self.cancelled: list[EngineRequest] = []
-        self.completed: list[tuple[EngineRequest, int]] = []
+        self.stopped: list[tuple[EngineRequest, int]] = []
         self.now = STATE
 
-    def submit(self, *asked: tuple[EngineRequest, OutputCallback]) -> list[RequestHandle]:
+    def submit(self, *requests: tuple[EngineRequest, OutputCallback]) -> list[RequestHandle]:
         scripts = []
-        for work, deliver in asked:
-            self.works.append(work)
-            events = self._script(work)
+        for request, deliver in requests:
+            self.works.append(request)
+            events = self._script(request)
             if isinstance(events, Exception):
                 raise events
             scripts.append((deliver, events))
         for deliver, events in scripts:
-            threading.Thread(target=_tell, args=(deliver, events), daemon=True).start()
-        return [_Handle(self, work) for work, _ in asked]
+            threading.Thread(target=_deliver, args=(deliver, events), daemon=True).start()
+        return [_Handle(self, request) for request, _ in requests]
 
     def swap_plan(self, plan: Any) -> None:
         self.plan = plan

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.plan.budget_plan import full_plan
+from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.model_loader import LoadedModel
 
 MIXED = ["sliding_attention", "full_attention"] * 2
@@ -59,7 +59,7 @@ def tiny_model(config: Any) -> Any:
 
 
 @once
-def pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[LoadedModel, Any]:
+def model_pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[LoadedModel, Any]:
     """A tiny random model that attends through baklava, and its copy that attends as transformers does eagerly."""
     config, fields = FAMILIES[family]
     model = tiny_model(config(**(SHAPE | fields))).to(dtype)
@@ -68,5 +68,5 @@ def pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[LoadedModel, 
     return LoadedModel.of(model), eager
 
 
-def covering(loaded: LoadedModel, bits: Any = 32) -> BudgetedCache:
-    return BudgetedCache(full_plan(loaded.identity, loaded.geometry, 120, bits))
+def full_cache(loaded: LoadedModel, bits: Any = 32) -> BudgetedCache:
+    return BudgetedCache(full_cache_plan(loaded.identity, loaded.geometry, 120, bits))

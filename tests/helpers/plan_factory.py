@@ -1,4 +1,4 @@
-"""Plans by hand, and random tokens to feed them with."""
+"""Plans made by hand, and random tokens."""
 
 import torch
 from torch import Tensor
@@ -7,24 +7,24 @@ from baklava.eviction import (
     METHODS,
     Eviction,
     HeavyHitter,
-    Streaming,
+    StreamingLLM,
 )
-from baklava.plan.budget_plan import AllocationChoice, BudgetPlan, LayerBudget, Prefill
+from baklava.plan.budget_plan import AllocationConfig, BudgetPlan, LayerBudget, PrefillConfig
 from baklava.runtime.model_loader import LoadedModel
 
 
-def plan_of(
+def make_plan(
     loaded: LoadedModel, tokens: list[list[int]], eviction: Eviction, bits: int = 32, context_length: int = 100
 ) -> BudgetPlan:
-    """A plan with these capacities per (layer, KV head)."""
+    """Return a plan with these capacities per (layer, KV head)."""
     same = (bits,) * loaded.geometry.kv_heads
     layers = tuple(LayerBudget(tokens=tuple(row), key_bits=same, value_bits=same) for row in tokens)
     return BudgetPlan(
         model=loaded.identity,
         geometry=loaded.geometry,
         context_length=context_length,
-        eviction=eviction.choice,
-        allocation=AllocationChoice(method="by hand", budget=1.0),
+        eviction=eviction.config,
+        allocation=AllocationConfig(method="by hand", budget=1.0),
         layers=layers,
     )
 
@@ -33,34 +33,34 @@ def random_ids(rows: int, tokens: int, seed: int = 0) -> Tensor:
     return torch.randint(1, 64, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def chunked(plan: BudgetPlan, chunk: int) -> BudgetPlan:
-    """The same plan, whose prompts enter chunk by chunk."""
-    return plan.model_copy(update={"prefill": Prefill(mode="chunked", chunk=chunk)})
+def with_chunked_prefill(plan: BudgetPlan, chunk: int) -> BudgetPlan:
+    """Return the plan with chunked prefill."""
+    return plan.model_copy(update={"prefill": PrefillConfig(mode="chunked", chunk_size=chunk)})
 
 
-def mixed(plan: BudgetPlan, bits: list[tuple[int, int]]) -> BudgetPlan:
-    """The same plan with these bits of keys and of values per KV head, in every layer."""
+def with_bits(plan: BudgetPlan, bits: list[tuple[int, int]]) -> BudgetPlan:
+    """Return the plan with these bits of keys and values per KV head, in every layer."""
     keys, values = zip(*bits, strict=True)
     layers = [layer and LayerBudget(tokens=layer.tokens, key_bits=keys, value_bits=values) for layer in plan.layers]
     return plan.model_copy(update={"layers": tuple(layers)})
 
 
 EVICTIONS = [
-    Streaming(sinks=2),
-    HeavyHitter(sinks=3, interval=4, distance=0, stride=3),
-    HeavyHitter(sinks=2, interval=5, distance=8, staged=True, centroids=2),
-    METHODS["snapkv"](sinks=2, interval=4, window=5),
-    METHODS["expected_attention"](sinks=2, interval=4, window=20),
-    *(METHODS[name](sinks=2, interval=4) for name in ("tova", "key_norm", "keydiff", "reconstruction")),
+    StreamingLLM(sinks=2),
+    HeavyHitter(sinks=3, eviction_interval=4, distance=0, stride=3),
+    HeavyHitter(sinks=2, eviction_interval=5, distance=8, full_precision_recent=True, centroids=2),
+    METHODS["snapkv"](sinks=2, eviction_interval=4, window=5),
+    METHODS["expected_attention"](sinks=2, eviction_interval=4, window=20),
+    *(METHODS[name](sinks=2, eviction_interval=4) for name in ("tova", "key_norm", "keydiff", "kvzip")),
 ]
 
 
-def packed_plan(loaded: LoadedModel, eviction: Eviction, bits: int = 4) -> BudgetPlan:
-    return plan_of(loaded, [[14, 40], [25, 25]], eviction, bits=bits)
+def quantized_plan(loaded: LoadedModel, eviction: Eviction, bits: int = 4) -> BudgetPlan:
+    return make_plan(loaded, [[14, 40], [25, 25]], eviction, bits=bits)
 
 
-def graded(loaded: LoadedModel, plan: BudgetPlan) -> BudgetPlan:
-    """The same plan, with an order of channels of its own for every KV head."""
+def with_mixed_precision(loaded: LoadedModel, plan: BudgetPlan) -> BudgetPlan:
+    """Return the plan with mixed precision: a random order of the key channels of every KV head."""
     draw, geometry = torch.Generator().manual_seed(7), loaded.geometry
     orders = [torch.randperm(geometry.head_dim, generator=draw).tolist() for _ in range(geometry.kv_heads)]
     channels = (tuple(bytes(order).hex() for order in orders),) * geometry.layers

@@ -6,16 +6,16 @@ from typing import Any, get_args
 
 import numpy as np
 
-from baklava.allocation import Limits, Pair
-from baklava.eviction import Streaming
-from baklava.plan.budget_plan import EvictionChoice
+from baklava.allocation import BitPair, Limits
+from baklava.eviction import StreamingLLM
+from baklava.plan.budget_plan import EvictionConfig
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
-from baklava.profiling.profile import Curves, Measure, Profile, Ranker, Ranking
+from baklava.profiling.profile import LossCurves, LossMeasure, Profile, Ranking, RankingName
 
 LAYERS, KV_HEADS, GROUP = 4, 3, 2
 FULL = (None,) * LAYERS
 SLIDING = (None, 64, None, 64)
-BITS: tuple[Pair, ...] = ((16, 16), (4, 4), (4, 2), (3, 3))
+BITS: tuple[BitPair, ...] = ((16, 16), (4, 4), (4, 2), (3, 3))
 RANKS = (1, 2, 4, 10, 30, 80, 200, 500, 1000)
 ENTRIES = (16, 64, 256, 512, 1004)
 
@@ -24,9 +24,9 @@ def geometry_of(windows: tuple[int | None, ...] = FULL) -> CacheGeometry:
     return CacheGeometry(layers=len(windows), kv_heads=KV_HEADS, query_group=GROUP, head_dim=16, windows=windows)
 
 
-def limits_for(total: int, least: int, most: int, bits: Pair = (16, 16), layers: int = LAYERS) -> Limits:
+def limits_for(total: int, least: int, most: int, bits: BitPair = (16, 16), layers: int = LAYERS) -> Limits:
     """Limits that hold `total` entries of a ring."""
-    spare = Limits(geometry_of((None,) * layers), Streaming().choice, 0, least, most, bits)
+    spare = Limits(geometry_of((None,) * layers), StreamingLLM().config, 0, least, most, bits)
     return replace(spare, bytes=total * spare.entry_bytes(bits) + spare.heads * spare.fixed_bytes(bits))
 
 
@@ -55,10 +55,10 @@ def profile_with(
     windows: tuple[int | None, ...] = FULL,
 ) -> Profile:
     grid = nested(importance.reshape(len(importance), -1))
-    rankers = zip(get_args(Ranker), scores, strict=True)
+    rankers = zip(get_args(RankingName), scores, strict=True)
     rankings = {name: Ranking(tokens=RANKS[-1], ranks=RANKS, scores=nested(each)) for name, each in rankers}
-    measured = dict.fromkeys(get_args(Measure), nested(losses))
-    curves = Curves(eviction=EvictionChoice(method="streaming"), entries=ENTRIES, bits=BITS, losses=measured)
+    measured = dict.fromkeys(get_args(LossMeasure), nested(losses))
+    curves = LossCurves(eviction=EvictionConfig(method="streaming_llm"), entries=ENTRIES, bits=BITS, losses=measured)
     full = not any(windows)
     return Profile(
         model=ModelIdentity(id="tiny", config_hash="abc"),

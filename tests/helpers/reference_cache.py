@@ -1,98 +1,98 @@
-"""A slow, obviously correct budgeted cache: dense attention over everything, with an explicit set of kept positions."""
+"""A slow, obviously correct budgeted cache: dense attention over everything, with an explicit list of positions."""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from baklava.eviction import Eviction, Observation, Sample
+from baklava.eviction import Eviction, Observation, QuerySample
 
 
 @dataclass
 class ReferenceHead:
-    """One KV head of one row: all keys and values [tokens, dim] of a text, and the positions that may be seen."""
+    """One KV head of one row: all keys and values [tokens, dim] of a text, and the positions that are cached."""
 
     capacity: int
     eviction: Eviction
     keys: Tensor
     values: Tensor
-    seen: int = 0
-    kept: list[int] = field(default_factory=list)
+    num_seen: int = 0
+    cached: list[int] = field(default_factory=list)
     scores: dict[int, float] = field(default_factory=dict)
-    since: int = 0
+    tokens_since_eviction: int = 0
 
     def prompt(self, query: Tensor, scaling: float) -> Tensor:
-        """`query` [group, tokens, dim]; everything is attended to causally, then cut to the budget."""
+        """`query` [group, tokens, dim]; attends to everything causally, then compresses to the budget."""
         output = self._attend(query, scaling)
-        self.cut()
-        self.since = 0
+        self._compress()
+        self.tokens_since_eviction = 0
         return output
 
     def step(self, query: Tensor, scaling: float) -> Tensor:
-        """One token; a ring drops its oldest entry before the token attends, a ranked head cuts after an interval."""
-        if not self.eviction.scored and len(self.kept) == self.capacity:
-            self.kept.remove(min(p for p in self.kept if p >= self.eviction.sinks))
+        """One token: a ring evicts its oldest entry before it attends, a scored head evicts after an interval."""
+        if not self.eviction.scored and len(self.cached) == self.capacity:
+            self.cached.remove(min(p for p in self.cached if p >= self.eviction.sinks))
         output = self._attend(query, scaling)
-        self.since += 1
-        if self.eviction.scored and self.since >= self.eviction.interval:
-            self.cut()
-            self.since = 0
+        self.tokens_since_eviction += 1
+        if self.eviction.scored and self.tokens_since_eviction >= self.eviction.eviction_interval:
+            self._compress()
+            self.tokens_since_eviction = 0
         return output
 
     def _attend(self, query: Tensor, scaling: float) -> Tensor:
-        new = list(range(self.seen, self.seen + query.shape[1]))
-        prompt = self.seen == 0
-        self.seen += len(new)
-        self.kept += new
+        new = list(range(self.num_seen, self.num_seen + query.shape[1]))
+        is_prompt = self.num_seen == 0
+        self.num_seen += len(new)
+        self.cached += new
         self.scores |= dict.fromkeys(new, 0.0)
-        held = torch.tensor(self.kept)
-        logits = query @ self.keys[held].T * scaling
-        logits = logits.masked_fill(held[None, None, :] > torch.tensor(new)[None, :, None], -torch.inf)
+        cached = torch.tensor(self.cached)
+        logits = query @ self.keys[cached].T * scaling
+        logits = logits.masked_fill(cached[None, None, :] > torch.tensor(new)[None, :, None], -torch.inf)
         attention = logits.softmax(-1)
         if self.eviction.scored:
-            self._observe(query, attention, torch.tensor(new), held, scaling, prompt)
-        return attention @ self.values[held]
+            self._update_scores(query, attention, torch.tensor(new), cached, scaling, is_prompt)
+        return attention @ self.values[cached]
 
-    def _observe(
-        self, query: Tensor, attention: Tensor, new: Tensor, held: Tensor, scaling: float, prompt: bool
+    def _update_scores(
+        self, query: Tensor, attention: Tensor, new: Tensor, cached: Tensor, scaling: float, is_prompt: bool
     ) -> None:
-        sample = self.eviction.sample if prompt else Sample()
+        sample = self.eviction.query_sample if is_prompt else QuerySample()
         rows = [
             row
             for row in range(len(new))
             if (len(new) - 1 - row) % sample.stride == 0
             and (sample.window is None or row >= len(new) - max(1, sample.window))
         ]
-        previous = torch.tensor([self.scores[p] for p in self.kept])
-        seen = Observation(
+        previous = torch.tensor([self.scores[p] for p in self.cached])
+        observation = Observation(
             query=query[None, None, :, rows],
-            key=self.keys[held][None, None],
-            value=self.values[held][None, None],
+            key=self.keys[cached][None, None],
+            value=self.values[cached][None, None],
             query_positions=new[None, rows],
-            key_positions=held[None, None],
-            previous=previous[None, None].to(attention.dtype),
+            key_positions=cached[None, None],
+            previous_scores=previous[None, None].to(attention.dtype),
             scaling=scaling,
-            attend=lambda: attention[None, None, :, rows],
+            compute_attention=lambda: attention[None, None, :, rows],
             stride=sample.stride,
-            decoding=not prompt,
+            decoding=not is_prompt,
         )
-        self.scores = dict(zip(self.kept, self.eviction.score(seen)[0, 0].tolist(), strict=True))
+        self.scores = dict(zip(self.cached, self.eviction.score(observation)[0, 0].tolist(), strict=True))
 
-    def cut(self) -> None:
-        """Keep sinks, the newest, and the best of the rest."""
-        room = self.capacity - (self.eviction.interval if self.eviction.scored else 0)
-        if len(self.kept) <= room:
+    def _compress(self) -> None:
+        """Retain sinks, the recent window, and the best of the rest."""
+        size = self.capacity - (self.eviction.eviction_interval if self.eviction.scored else 0)
+        if len(self.cached) <= size:
             return
-        newest = self.eviction.newest(self.capacity) if self.eviction.scored else room
-        last = self.kept[-1]
+        recent_window = self.eviction.recent_window(self.capacity) if self.eviction.scored else size
+        last = self.cached[-1]
         reach = self.eviction.pooling // 2
-        around = {p: self.kept[max(0, i - reach) : i + reach + 1] for i, p in enumerate(self.kept)}
+        around = {p: self.cached[max(0, i - reach) : i + reach + 1] for i, p in enumerate(self.cached)}
 
         def rank(position: int) -> float:
-            if position < self.eviction.sinks or (self.eviction.scored and position > last - newest):
+            if position < self.eviction.sinks or (self.eviction.scored and position > last - recent_window):
                 return float("inf")
             if not self.eviction.scored:
                 return position
             return sum(self.scores[p] for p in around[position]) / len(around[position])
 
-        self.kept = sorted(sorted(self.kept, key=rank, reverse=True)[:room])
+        self.cached = sorted(sorted(self.cached, key=rank, reverse=True)[:size])

@@ -15,11 +15,11 @@ import uvicorn
 from byte_model import byte_model
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from plan_factory import plan_of
+from plan_factory import make_plan
 
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
-from baklava.plan.budget_plan import full_plan
+from baklava.plan.budget_plan import full_cache_plan
 from benchmarks.serve import engine_overhead as engine
 from benchmarks.serve.config import Asked, quick
 from benchmarks.serve.load_generator import Prompt, Prompts, Ran, Sent, closed, figures, opened, spread
@@ -155,7 +155,7 @@ def loaded(tiny):
 
 @pytest.fixture
 def plan(loaded):
-    return plan_of(loaded, [[12, 24]] * 2, HeavyHitter(interval=4, distance=0), 16, 256)
+    return make_plan(loaded, [[12, 24]] * 2, HeavyHitter(eviction_interval=4, distance=0), 16, 256)
 
 
 SMALL = replace(quick(), batch=3, steps=8, generated=6, prompt=40, entering=120, pool=60_000, contexts=(64, 128, 256))
@@ -173,7 +173,7 @@ def test_the_engine_is_timed_beside_its_forward_and_beside_a_prompt(loaded, plan
 
 
 def test_sequences_that_run_together_are_as_many_as_fit(loaded, plan) -> None:
-    full = full_plan(loaded.identity, loaded.geometry, 256)
+    full = full_cache_plan(loaded.identity, loaded.geometry, 256)
     asked = replace(SMALL, generated=60, pool=250_000)
     rows = engine.fits(loaded, plan, full, asked)
     assert [row["tokens"] for row in rows] == [64, 128, 256]

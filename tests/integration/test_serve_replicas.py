@@ -1,4 +1,4 @@
-"""Facts about several replicas of one server: one plan for all, readiness, metrics of all from any of them."""
+"""Several replicas of one server: one plan for all, readiness, metrics of all from any of them."""
 
 import asyncio
 import dataclasses
@@ -52,7 +52,7 @@ def pair(loaded):
     return [replica_of(engine, loaded, name, group) for name, engine in engines.items()], group
 
 
-def test_a_plan_that_is_posted_to_one_replica_is_taken_up_by_all(pair, tight):
+def test_a_plan_that_is_posted_to_one_replica_is_active_on_all(pair, tight):
     (one, two), _ = pair
     response = ask(create_app(one), "POST", "/v1/plan", json={"plan": tight.model_dump(mode="json")})
     assert response.json()["digest"] == tight.digest
@@ -61,7 +61,7 @@ def test_a_plan_that_is_posted_to_one_replica_is_taken_up_by_all(pair, tight):
     assert ask(create_app(two), "GET", "/v1/plan").json()["digest"] == tight.digest
 
 
-def test_a_replica_that_comes_later_or_back_takes_up_the_active_plan(pair, tight):
+def test_a_replica_that_starts_later_or_again_runs_the_active_plan(pair, tight):
     (one, two), group = pair
     group.silent = {"two"}
     one.replica_sync.publish(tight)
@@ -117,7 +117,7 @@ def refuse_plan():
         ({}, "plan"),
     ],
 )
-def test_what_is_no_plan_changes_nothing(pair, body, words):
+def test_an_invalid_plan_changes_nothing(pair, body, words):
     (one, _), group = pair
     response = ask(create_app(one), "POST", "/v1/plan", json=body)
     assert response.status_code == 400
@@ -125,7 +125,7 @@ def test_what_is_no_plan_changes_nothing(pair, body, words):
     assert group.coordinator.sync(DesiredState()) == DesiredState()
 
 
-def test_a_plan_for_another_model_is_refused(pair, tiny):
+def test_a_plan_for_another_model_is_rejected(pair, tiny):
     (one, _), group = pair
     foreign = tiny(layers=3)
     plan = full(dataclasses.replace(foreign, tokenizer=None))
@@ -147,7 +147,7 @@ def test_only_an_admins_key_changes_the_plan(pair, tight):
     assert ask(nobody, "POST", "/v1/plan", json=body, headers={"Authorization": "Bearer plain"}).status_code == 403
 
 
-def test_a_request_under_way_ends_in_its_plan_while_another_is_put_in_force(pair, tight, loaded):
+def test_a_running_request_ends_under_its_plan_while_another_becomes_active(pair, tight, loaded):
     (one, _), _ = pair
     app = create_app(one)
     expected = ask(app, "POST", "/v1/completions", json=ONCE | {"max_tokens": 100}).json()
@@ -240,7 +240,7 @@ def samples(text):
     ]
 
 
-def told(replica):
+def metric_values(replica):
     """Values of a replica's metrics, buckets aside."""
     return {
         name.removeprefix("baklava:"): value
@@ -249,7 +249,7 @@ def told(replica):
     }
 
 
-def test_any_replica_tells_the_metrics_of_all_each_name_described_once(pair):
+def test_any_replica_returns_the_metrics_of_all_with_one_description_per_name(pair):
     (one, two), _ = pair
     for replica in (one, two):
         assert ask(create_app(replica), "POST", "/v1/completions", json=ONCE).status_code == 200
@@ -277,7 +277,7 @@ def test_the_metrics_count_what_happened(loaded):
     app = create_app(replica)
     ask(app, "POST", "/v1/completions", json=ONCE)
     ask(app, "POST", "/v1/completions", json={"prompt": [5000]})
-    now = told(replica)
+    now = metric_values(replica)
     assert now["inter_token_latency_seconds_count"] == 2
     assert now["request_success_total"] == 1
     assert now["admission_rejections_total"] == 1
@@ -300,29 +300,34 @@ def test_a_requests_time_is_divided_at_its_admission_and_its_first_token(loaded)
 
     replica = replica_of(ScriptedEngine(full(loaded), script), loaded)
     ask(create_app(replica), "POST", "/v1/completions", json=ONCE)
-    seconds = {name: told(replica)[f"request_{name}_time_seconds_sum"] for name in ("queue", "prefill", "decode")}
+    seconds = {
+        name: metric_values(replica)[f"request_{name}_time_seconds_sum"] for name in ("queue", "prefill", "decode")
+    }
     for name, least in (("queue", 0.05), ("prefill", 0.15), ("decode", 0.3)):
         assert seconds[name] > least - 0.02
-    first, whole = told(replica)["time_to_first_token_seconds_sum"], told(replica)["e2e_request_latency_seconds_sum"]
+    first, whole = (
+        metric_values(replica)["time_to_first_token_seconds_sum"],
+        metric_values(replica)["e2e_request_latency_seconds_sum"],
+    )
     assert seconds["queue"] + seconds["prefill"] == pytest.approx(first)
-    inference = told(replica)["request_inference_time_seconds_sum"]
+    inference = metric_values(replica)["request_inference_time_seconds_sum"]
     assert seconds["prefill"] + seconds["decode"] == pytest.approx(inference)
     assert seconds["queue"] + inference <= whole
 
 
-def test_a_request_is_admitted_before_its_prompt_enters_and_not_before_there_is_room(loaded):
+def test_a_request_is_admitted_before_its_prefill_and_not_before_it_fits(loaded):
     plan, entered, ended = full(loaded), [], []
     hook = loaded.model.register_forward_pre_hook(lambda *_: entered.append(time.monotonic()))
     with engine_of(loaded, plan, pool=plan.bytes_for(256) + prefill_workspace_bytes(plan, 60, 4)) as engine:
         first = submit(engine, b"x" * 60, 190, take=lambda _: ended.append(time.monotonic()))
         second = submit(engine, b"y" * 60, 190)
-        assert first.started.admitted_at <= entered[0]
-        assert ended[-1] <= second.started.admitted_at
+        assert first.prefill_done.admitted_at <= entered[0]
+        assert ended[-1] <= second.prefill_done.admitted_at
     hook.remove()
 
 
 @pytest.mark.parametrize(("delivered", "counted"), [(0, 1), (1, 0)])
-def test_only_a_request_of_which_nothing_was_delivered_counts_as_refused(loaded, delivered, counted):
+def test_only_a_request_without_any_output_counts_as_rejected(loaded, delivered, counted):
     def script(work):
         yield PrefillDone()
         yield from [TokenOutput(97)] * delivered
@@ -330,10 +335,10 @@ def test_only_a_request_of_which_nothing_was_delivered_counts_as_refused(loaded,
 
     replica = replica_of(ScriptedEngine(full(loaded), script), loaded)
     assert ask(create_app(replica), "POST", "/v1/completions", json=ONCE).status_code == 408
-    assert told(replica).get("admission_rejections_total", 0) == counted
+    assert metric_values(replica).get("admission_rejections_total", 0) == counted
 
 
-def test_the_names_are_vllms_behind_a_prefix_of_our_own(loaded):
+def test_metrics_have_vllms_names_after_a_prefix_of_our_own(loaded):
     replica = make_replica(loaded)
     names = {family.name for family in text_string_to_metric_families(replica.metrics.text)}
     assert all(name.startswith("baklava:") for name in names)
@@ -378,5 +383,5 @@ def test_replicas_are_added_when_the_pools_fill_up(loads, wanted):
     assert target_replicas(Context(reported))[0] == wanted
 
 
-def test_who_waits_counts_as_if_it_were_in_the_pool():
+def test_a_waiting_request_counts_as_if_it_were_in_the_pool():
     assert pool_load(reserved_bytes=50, waiting=5, bytes_per_sequence=10, pool_bytes=100) == 1.0

@@ -30,5 +30,5 @@ __all__ = [
 
 
 def head_group(budget: GroupBudget, eviction: Eviction, template: KVStates, max_tokens: int | None = None) -> HeadGroup:
-    """The kind of group that an eviction method needs."""
+    """Return the kind of group that the eviction method needs."""
     return (ScoredHeadGroup if eviction.scored else RingBufferHeadGroup)(budget, eviction, template, max_tokens)

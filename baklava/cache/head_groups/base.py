@@ -121,7 +121,9 @@ class HeadGroup(ABC):
         keys, values = (of(template.shape[3]) for of in (budget.key_bit_split, budget.value_bit_split))
         self.key_rotation = _rotation(keys, template, budget.channel_order(template.device) if len(keys) > 1 else None)
         self.value_rotation = _rotation(values, template)
-        layout = StorageLayout(budget.tokens, eviction.sinks, eviction.interval if eviction.staged else 0)
+        layout = StorageLayout(
+            budget.tokens, eviction.sinks, eviction.eviction_interval if eviction.full_precision_recent else 0
+        )
         self.keys = storage_for(keys, template, layout, centred=True)
         self.values = storage_for(values, template, layout)
         self.num_slots = 0
@@ -213,7 +215,7 @@ class HeadGroup(ABC):
             self.keys.resize(self.num_slots)
             self.values.resize(self.num_slots)
 
-    def _replace(self, key: KVStates, value: KVStates, slots: Int[Tensor, "#batch #heads kept"]) -> None:
+    def _replace(self, key: KVStates, value: KVStates, slots: Int[Tensor, "#batch #heads retained"]) -> None:
         """Retain the entries at `slots`, which index the old entries followed by the new ones."""
         num_old, self.num_filled = self.num_filled, slots.shape[2]
         self.num_slots = min(self.max_slots, self.num_filled + SPARE_SLOTS)

@@ -23,8 +23,8 @@ def can_batch(group: HeadGroup) -> bool:
     """Return whether such heads can decode in a batch: their scores need only the probabilities of every query."""
     if not isinstance(group, ScoredHeadGroup) or not group.num_filled:
         return False
-    sample = group.eviction.sample
-    return sample.window != 0 and not sample.whole
+    sample = group.eviction.query_sample
+    return sample.window != 0 and not sample.single_block
 
 
 def is_batchable(group: ScoredHeadGroup) -> bool:
@@ -230,9 +230,9 @@ def _update_scores(batch: _Batch, tokens: NewTokens, probs: AttentionProbs, para
         value=unread,
         query_positions=tokens.positions,
         key_positions=batch.positions,
-        previous=batch.scores,
+        previous_scores=batch.scores,
         scaling=params.scaling,
-        attend=lambda: probs,
+        compute_attention=lambda: probs,
         decoding=True,
     )
     scores = batch.groups[0].eviction.score(observation)

@@ -1,4 +1,4 @@
-"""Sinks and the newest tokens, in slots that go round."""
+"""Sinks and the most recent tokens, in a ring buffer."""
 
 import torch
 from jaxtyping import Int
@@ -20,14 +20,14 @@ from baklava.eviction import Eviction
 
 
 class RingBufferHeadGroup(HeadGroup):
-    """Sinks and the newest tokens. A token's slot follows from its position, so nothing is kept beside the payload."""
+    """Sinks and the most recent tokens. The slot of a token follows from its position, which is not stored."""
 
     def __init__(
         self, budget: GroupBudget, eviction: Eviction, template: KVStates, max_tokens: int | None = None
     ) -> None:
         super().__init__(budget, eviction, template, max_tokens)
         self.window = RingWindow(eviction.sinks, budget.tokens - eviction.sinks)
-        self.last = torch.full((1, 1), -1, device=template.device)
+        self.last_position = torch.full((1, 1), -1, device=template.device)
 
     @override
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
@@ -37,21 +37,20 @@ class RingBufferHeadGroup(HeadGroup):
 
     def _step(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         self._grow(min(self.num_filled + 1, self.budget.tokens))
-        self._put(tokens)
-        self.num_filled, self.last = min(self.num_filled + 1, self.budget.tokens), tokens.positions
-        # Without padding every slot in use is seen, so positions are not even computed.
-        held = self.cached_positions() if tokens.padded else tokens.positions[:, None]
+        self._write(tokens)
+        self.num_filled, self.last_position = min(self.num_filled + 1, self.budget.tokens), tokens.positions
+        # Without padding every filled slot is visible, so positions are not even computed.
+        positions = self.cached_positions() if tokens.padded else tokens.positions[:, None]
         if self.keys.reads_copy or self.values.reads_copy:
-            visible = visibility_mask(tokens.positions, held) if tokens.padded else None
+            visible = visibility_mask(tokens.positions, positions) if tokens.padded else None
             keys, values = self.keys.iter_blocks(self.num_filled), self.values.iter_blocks(self.num_filled)
             return attend_blockwise(tokens.query, keys, values, visible, params)
         key, value = self.keys.read(self.num_filled), self.values.read(self.num_filled)
-        return attend(tokens.query, key, value, tokens.positions, held, params, masked=tokens.padded)
+        return attend(tokens.query, key, value, tokens.positions, positions, params, masked=tokens.padded)
 
-    def _put(self, tokens: NewTokens) -> None:
-        if tokens.padded or self.keys.reads_copy or self.values.reads_copy:
-            # A row that has had only padding writes it where its first token will go. Where storage is in parts, a
-            # slot that is a number would be compared with each part's ends: a compiled graph for every outcome.
+    def _write(self, tokens: NewTokens) -> None:
+        if tokens.padded:
+            # A row that has had only padding writes it into the slot of its first token.
             slots = self._slots(tokens.positions.clamp(min=0))[:, None]
             self.keys.scatter(slots, tokens.key)
             self.values.scatter(slots, tokens.value)
@@ -62,15 +61,17 @@ class RingBufferHeadGroup(HeadGroup):
 
     def _block(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         new = (tokens.key, tokens.value)
-        if tokens.teacher_forced:  # one by one they would be read back as they are stored
+        if tokens.teacher_forced:  # one by one they would be read as they are stored
             slots = self._slots(tokens.positions.clamp(min=0))[:, None]
             new = self.keys.round_trip(tokens.key, slots), self.values.round_trip(tokens.value, slots)
         key = torch.cat([self.keys.read(self.num_filled), new[0]], 2)
         value = torch.cat([self.values.read(self.num_filled), new[1]], 2)
-        held = torch.cat([self.cached_positions().expand(len(tokens.positions), -1, -1), tokens.positions[:, None]], 2)
+        positions = torch.cat(
+            [self.cached_positions().expand(len(tokens.positions), -1, -1), tokens.positions[:, None]], 2
+        )
         window = self.window if tokens.teacher_forced else None
         masked = bool(self.num_filled or tokens.padded or window)
-        output = attend(tokens.query, key, value, tokens.positions, held, params, masked=masked, window=window)
+        output = attend(tokens.query, key, value, tokens.positions, positions, params, masked=masked, window=window)
         self._retain(tokens.key, tokens.value, tokens.positions)
         return output
 
@@ -81,25 +82,25 @@ class RingBufferHeadGroup(HeadGroup):
         self._retain(key, value, positions)
 
     def _retain(self, key: KVStates, value: KVStates, positions: Int[Tensor, "#batch new"]) -> None:
-        """Of `filled` old entries and these new ones behind them, keep each slot's newest."""
-        # A copy: a view would hold on to the positions of the whole prompt.
-        old, self.last = self.num_filled, positions[:, -1:].clone()
-        total = old + key.shape[2]
+        """Retain the most recent of the old and the new entries of each slot."""
+        # A copy: a view would keep the positions of the whole prompt alive.
+        num_old, self.last_position = self.num_filled, positions[:, -1:].clone()
+        total = num_old + key.shape[2]
         slots = torch.arange(min(self.budget.tokens, total), device=key.device)
-        due = self._positions(slots)
-        newer = due - positions[:, :1]
-        source = torch.where(newer >= 0, old + newer, slots).clamp(0, total - 1)
-        self._replace(key, value, torch.where(due >= 0, source, EMPTY)[:, None])
+        latest = self._positions(slots)
+        newer = latest - positions[:, :1]
+        source = torch.where(newer >= 0, num_old + newer, slots).clamp(0, total - 1)
+        self._replace(key, value, torch.where(latest >= 0, source, EMPTY)[:, None])
 
     @override
     def cached_positions(self) -> Int[Tensor, "#batch 1 entries"]:
-        return self._positions(torch.arange(self.num_filled, device=self.last.device))[:, None]
+        return self._positions(torch.arange(self.num_filled, device=self.last_position.device))[:, None]
 
     def _positions(self, slots: Int[Tensor, " slots"]) -> Int[Tensor, "#batch slots"]:
-        """The newest position that belongs to each slot; -1 where none has come yet."""
-        laps = (self.last - slots).div(self.window.length, rounding_mode="floor")
+        """Return the most recent position of each slot; -1 if it is empty."""
+        laps = (self.last_position - slots).div(self.window.length, rounding_mode="floor")
         laps = torch.where(slots < self.window.sinks, 0, laps.clamp(min=0))
-        return torch.where(slots <= self.last, slots + laps * self.window.length, -1)
+        return torch.where(slots <= self.last_position, slots + laps * self.window.length, -1)
 
     def _slots(self, positions: Int[Tensor, "#batch tokens"]) -> Int[Tensor, "#batch tokens"]:
         around = self.window.sinks + (positions - self.window.sinks) % self.window.length
@@ -109,5 +110,5 @@ class RingBufferHeadGroup(HeadGroup):
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         self.keys.select_rows(rows)
         self.values.select_rows(rows)
-        if self.last.shape[0] > 1:
-            self.last = self.last[rows.to(self.last.device)]
+        if self.last_position.shape[0] > 1:
+            self.last_position = self.last_position[rows.to(self.last_position.device)]

@@ -1,4 +1,4 @@
-"""Showing attention to eviction methods, block by block, so that no prompt's whole attention is ever held."""
+"""Scores of eviction methods, updated block by block so that a prompt's whole attention is never materialised."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,27 +20,28 @@ from baklava.cache.attention import (
     attention_probs,
     visibility_mask,
 )
-from baklava.eviction import Eviction, Observation, Sample
+from baklava.eviction import Eviction, Observation, QuerySample
 
 
 @dataclass(frozen=True)
 class ScoreAccumulator:
-    """An eviction method and the scores that it brings up to date, in place."""
+    """An eviction method and the scores that it updates in place."""
 
     eviction: Eviction
     scores: Float[Tensor, "batch heads entries"]
 
     def update(self, observation: Observation) -> None:
-        """Take in a block; what it computes is shared with other methods that take the same one."""
+        """Update the scores by one block of queries; methods that get the same block share what it computes."""
         scores = self.scores[..., : observation.key.shape[2]]
-        scores.copy_(self.eviction.score(replace(observation, previous=scores)))
+        scores.copy_(self.eviction.score(replace(observation, previous_scores=scores)))
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What attends to what in one forward of a group of KV heads; the last entries are the queries' own.
+    """Queries and entries of one forward of a group of KV heads; the last entries are the queries' own.
 
-    A `summary` stands for entries that are no longer held; who observes does not see it, but that it takes its share.
+    `centroids` stand for evicted entries. Eviction methods do not observe them, but the attention that the centroids
+    get is missing from that of the entries.
     """
 
     query: GroupedQueries
@@ -54,33 +55,31 @@ class AttentionInputs:
     centroids: CentroidEntries | None = None
 
     def attend(self, masked: bool) -> GroupedQueries:
-        """Output of all queries; `masked` False promises that nothing beyond causality is hidden."""
+        """Return the output of all queries; `masked` is as in `attention.attend`."""
         positions = self.query_positions, self.key_positions
         return attend(
             self.query, self.key, self.value, *positions, self.params, masked=masked, centroids=self.centroids
         )
 
     def attend_with_probs(self, masked: bool) -> tuple[GroupedQueries, AttentionProbs]:
-        """Output and probabilities of a few queries."""
+        """Return output and probabilities of a few queries."""
         visible = visibility_mask(self.query_positions, self.key_positions) if masked else None
-        attention = attention_probs(self.query, self.key, visible, self.params, self.centroids)
-        return attend_values(attention, self.value, self.centroids), self._of_entries(attention)
+        probs = attention_probs(self.query, self.key, visible, self.params, self.centroids)
+        return attend_values(probs, self.value, self.centroids), self._without_centroids(probs)
 
-    def observation(self, rows: slice, reach: int, attention: AttentionProbs | None = None) -> Observation:
-        """These queries over the first `reach` entries; their attention, if not given, is computed when asked for."""
+    def observation(self, rows: slice, reach: int, probs: AttentionProbs | None = None) -> Observation:
+        """Return these queries over the first `reach` entries; probabilities that are not given are computed on use."""
         query, queries = self.query[:, :, :, rows], self.query_positions[:, rows]
         key, entries = self.key[:, :, :reach], self.key_positions[..., :reach]
-        # Without padding all that came before the first of these queries is seen by every one of them.
-        sure = 0 if self.padded else self.key.shape[2] - self.query.shape[3] + rows.start
+        # Without padding all entries before the first of these queries are visible to every one of them.
+        num_visible = 0 if self.padded else self.key.shape[2] - self.query.shape[3] + rows.start
 
-        def attend() -> AttentionProbs:
-            made = attention
-            if made is None:
-                made = attention_probs(
-                    query, key, visibility_mask(queries, entries[..., sure:]), self.params, self.centroids
-                )
-                made = self._of_entries(made)
-            return torch.where(queries[:, None, None, :, None] >= 0, made, 0) if self.padded else made
+        def compute_attention() -> AttentionProbs:
+            attention = probs
+            if attention is None:
+                visible = visibility_mask(queries, entries[..., num_visible:])
+                attention = self._without_centroids(attention_probs(query, key, visible, self.params, self.centroids))
+            return torch.where(queries[:, None, None, :, None] >= 0, attention, 0) if self.padded else attention
 
         return Observation(
             query=query,
@@ -88,46 +87,51 @@ class AttentionInputs:
             value=self.value[:, :, :reach],
             query_positions=queries,
             key_positions=entries,
-            previous=key.new_zeros(()).expand(key.shape[:3]),
+            previous_scores=key.new_zeros(()).expand(key.shape[:3]),
             scaling=self.params.scaling,
-            attend=attend,
+            compute_attention=compute_attention,
             stride=rows.step or 1,
             decoding=self.decoding,
         )
 
-    def _of_entries(self, attention: Tensor) -> AttentionProbs:
-        return attention if self.centroids is None else attention[..., self.centroids.key.shape[2] :]
+    def _without_centroids(self, probs: Tensor) -> AttentionProbs:
+        return probs if self.centroids is None else probs[..., self.centroids.key.shape[2] :]
 
 
 def update_scores(
-    forward: AttentionInputs,
-    sample: Sample,
-    keepers: Sequence[ScoreAccumulator],
-    first: int = 0,
-    prompt: int | None = None,
+    inputs: AttentionInputs,
+    sample: QuerySample,
+    accumulators: Sequence[ScoreAccumulator],
+    start: int = 0,
+    prompt_tokens: int | None = None,
 ) -> None:
-    """Show a forward's queries, as far as they are in the sample, to methods that ask for the same sample.
+    """Update scores by those queries of a forward that are in the sample.
 
-    They are those from `first` on of a prompt of so many tokens; by default, all of it.
+    Args:
+        inputs: Queries and entries of the forward.
+        sample: The queries of a prompt that all of these methods observe.
+        accumulators: The methods and their scores.
+        start: Position of the first query in its prompt.
+        prompt_tokens: Length of the prompt; by default, the queries are all of it.
     """
-    queries, entries = forward.query.shape[3], forward.key.shape[2]
-    for rows in _blocks(first, first + queries, prompt or queries, sample):
-        observation = forward.observation(rows, entries - queries + rows.stop)
-        for keeper in keepers:
-            keeper.update(observation)
+    queries, entries = inputs.query.shape[3], inputs.key.shape[2]
+    for rows in _sampled_blocks(start, start + queries, prompt_tokens or queries, sample):
+        observation = inputs.observation(rows, entries - queries + rows.stop)
+        for accumulator in accumulators:
+            accumulator.update(observation)
 
 
-def first_sampled_query(prompt: int, sample: Sample) -> int:
-    """The first query of a prompt of so many tokens that is in the sample; the last one always is."""
-    window = prompt if sample.window is None else min(max(1, sample.window), prompt)
-    return prompt - window + (window - 1) % sample.stride
+def first_sampled_query(prompt_tokens: int, sample: QuerySample) -> int:
+    """Return the position of a prompt's first query in the sample; the last query is always in it."""
+    window = prompt_tokens if sample.window is None else min(max(1, sample.window), prompt_tokens)
+    return prompt_tokens - window + (window - 1) % sample.stride
 
 
-def _blocks(start: int, stop: int, prompt: int, sample: Sample) -> Iterator[slice]:
-    """The sampled queries from `start` to `stop` of a prompt, in blocks, counted from `start`."""
-    first = first_sampled_query(prompt, sample)
+def _sampled_blocks(start: int, stop: int, prompt_tokens: int, sample: QuerySample) -> Iterator[slice]:
+    """Yield the sampled queries from `start` to `stop` of a prompt in blocks, counted from `start`."""
+    first = first_sampled_query(prompt_tokens, sample)
     first = max(first, start + (first - start) % sample.stride)
-    step = sample.stride * (stop - start if sample.whole else QUERY_BLOCK_SIZE)
+    step = sample.stride * (stop - start if sample.single_block else QUERY_BLOCK_SIZE)
     for begin in range(first - start, stop - start, step):
         last = min(begin + step - sample.stride, stop - start - 1)
         yield slice(begin, last + 1, sample.stride)

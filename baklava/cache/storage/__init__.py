@@ -1,12 +1,11 @@
-"""Storage: how entries lie in memory. `storage_for` makes the one that a number of bits asks for."""
+"""Storage of entries. `storage_for` makes the one for a number of bits."""
 
 from dataclasses import dataclass
 
 from baklava.cache.storage.base import EMPTY, NEW, Codec, Entries, Storage
 from baklava.cache.storage.dense_codec import DenseCodec, stored_dtype
 from baklava.cache.storage.dequantized_view import DequantizedView
-from baklava.cache.storage.mixed_precision_codec import MixedPrecisionCodec
-from baklava.cache.storage.quantized_codec import QuantizedCodec
+from baklava.cache.storage.quantized_codec import MixedPrecisionCodec, QuantizedCodec
 from baklava.cache.storage.segmented_storage import Segment, SegmentedStorage
 from baklava.cache.storage.slot_storage import SlotStorage
 from baklava.plan.byte_accounting import FULL_BITS, BitSplit
@@ -30,35 +29,39 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StorageLayout:
-    """Which of a head's slots stay in 16 bits where the others are packed: the first `sinks`, the last `staged`."""
+    """Slots of a head that stay in 16 bits if the others are quantized: the first `sinks` and the last `staged`."""
 
     tokens: int
     sinks: int = 0
     staged: int = 0
 
 
-def storage_for(encoded: BitSplit, template: Entries, layout: StorageLayout, *, centred: bool = False) -> Storage:
-    """Empty storage for entries shaped and placed like these; packed ones have been rotated, keys are `centred`.
+def storage_for(split: BitSplit, template: Entries, layout: StorageLayout, *, centred: bool = False) -> Storage:
+    """Return empty storage for entries with the shape, dtype and device of the template.
 
-    `coded` says which channels are in how many bits, in the order in which entries have them.
+    Args:
+        split: Numbers of channels and their bits, in the order of the channels.
+        template: Entries like those to be stored.
+        layout: Which slots stay in 16 bits.
+        centred: Whether the mean of the first entries is subtracted before quantization, as is done for keys.
 
     Raises:
-        UserError: heads of this dimension cannot be packed in so many bits.
+        UserError: heads of this dimension do not fill whole bytes in these bits.
     """
-    if encoded[0][1] >= FULL_BITS:
-        return SlotStorage(DenseCodec(template, encoded[0][1]), template)
+    if split[0][1] >= FULL_BITS:
+        return SlotStorage(DenseCodec(template, split[0][1]), template)
     bounds = (0, layout.sinks, layout.tokens - layout.staged, layout.tokens)
     codecs: list[Codec] = [
         DenseCodec(template, FULL_BITS),
-        _packed(encoded, template, centred),
+        _quantized_codec(split, template, centred),
         DenseCodec(template, FULL_BITS),
     ]
     ranges = zip(bounds, bounds[1:], codecs, strict=False)
-    parts = [Segment(start, stop, SlotStorage(codec, template)) for start, stop, codec in ranges if stop > start]
-    return parts[0].slots if len(parts) == 1 else SegmentedStorage(parts)
+    segments = [Segment(start, stop, SlotStorage(codec, template)) for start, stop, codec in ranges if stop > start]
+    return segments[0].storage if len(segments) == 1 else SegmentedStorage(segments)
 
 
-def _packed(encoded: BitSplit, template: Entries, centred: bool) -> Codec:
-    channels = template.split([count for count, _ in encoded], -1)
-    parts = [QuantizedCodec(own, bits, centred) for own, (_, bits) in zip(channels, encoded, strict=True)]
-    return parts[0] if len(parts) == 1 else MixedPrecisionCodec(parts)
+def _quantized_codec(split: BitSplit, template: Entries, centred: bool) -> Codec:
+    channels = template.split([count for count, _ in split], -1)
+    codecs = [QuantizedCodec(part, bits, centred) for part, (_, bits) in zip(channels, split, strict=True)]
+    return codecs[0] if len(codecs) == 1 else MixedPrecisionCodec(codecs)

@@ -1,4 +1,4 @@
-"""Entries as they are, in 16 or 32 bits."""
+"""Unquantized entries, in 16 or 32 bits."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -12,7 +12,7 @@ from baklava.cache.storage.base import Codec, Encoded, Entries, Rows, matmul
 
 
 class DenseCodec(Codec):
-    """One tensor. 16 bits are the model's own half type, or float16 for a model that computes in float32."""
+    """One tensor. 16 bits are the model's own half-precision dtype, or float16 if the model computes in float32."""
 
     def __init__(self, template: Entries, bits: int) -> None:
         self.compute_dtype = template.dtype
@@ -61,8 +61,8 @@ class DenseCodec(Codec):
         pass
 
 
-def stored_dtype(computed: torch.dtype, bits: int) -> torch.dtype:
-    """The dtype for this many bits of a model that computes in another."""
+def stored_dtype(compute_dtype: torch.dtype, bits: int) -> torch.dtype:
+    """Return the dtype to store in, for a number of bits and the dtype that the model computes in."""
     if bits == 32:
         return torch.float32
-    return torch.float16 if computed.itemsize > 2 else computed
+    return torch.float16 if compute_dtype.itemsize > 2 else compute_dtype

@@ -1,4 +1,4 @@
-"""A storage with its entries read out beside it, for many reads between few writes."""
+"""A storage together with its entries as they are read, for many reads between few writes."""
 
 from collections.abc import Iterator
 
@@ -7,19 +7,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.cache.storage.base import Entries, Index, Rows, Storage, matmul, wide
+from baklava.cache.storage.base import Entries, Index, Rows, Storage, expand_index, matmul
 
 
 class DequantizedView(Storage):
-    """Reads come from a mirror, of which only the slots that were written are read out again.
+    """A storage that is read from a dequantized copy, of which writes refresh only the slots that they change.
 
-    The mirror is scratch of who scores a continuation in one forward: it is no part of what a plan holds, so it does
-    not count, and serving never makes one.
+    The copy is scratch memory of teacher forcing. It is not under the plan and does not count; serving never makes one.
     """
 
     def __init__(self, storage: Storage, slots: int) -> None:
         self.storage = storage
-        self.mirror = storage.read(slots)  # a copy, where storage has another form
+        self.entries = storage.read(slots)
 
     @override
     @property
@@ -34,11 +33,11 @@ class DequantizedView(Storage):
     @override
     def resize(self, slots: int) -> None:
         self.storage.resize(slots)
-        batch, heads, held, head_dim = self.mirror.shape
-        mirror = self.mirror.new_zeros(batch, heads, slots, head_dim)
-        kept = min(held, slots)
-        mirror[:, :, :kept] = self.mirror[:, :, :kept]
-        self.mirror = mirror
+        batch, heads, old_slots, head_dim = self.entries.shape
+        entries = self.entries.new_zeros(batch, heads, slots, head_dim)
+        copied = min(old_slots, slots)
+        entries[:, :, :copied] = self.entries[:, :, :copied]
+        self.entries = entries
 
     @override
     def write(self, start: int, entries: Entries) -> None:
@@ -52,18 +51,13 @@ class DequantizedView(Storage):
         self._refresh(slots.expand(*entries.shape[:3]))
 
     @override
-    def put(self, source: Index, target: Index, fresh: Entries) -> None:
-        self.storage.put(source, target, fresh)
-        self._refresh(target.expand(*fresh.shape[:3]))
-
-    @override
-    def select(self, slots: Index, held: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
-        self.storage.select(slots, held, new, size)
-        self.mirror = self.storage.read(size)
+    def select(self, slots: Index, num_old: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
+        self.storage.select(slots, num_old, new, size)
+        self.entries = self.storage.read(size)
 
     @override
     def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:
-        return self.mirror[:, :, :slots]
+        return self.entries[:, :, :slots]
 
     @override
     def gather(self, slots: Index) -> Entries:
@@ -74,7 +68,7 @@ class DequantizedView(Storage):
         return self.storage.round_trip(entries, slots)
 
     @override
-    def iter_blocks(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
+    def iter_blocks(self, slots: int) -> Iterator[Float[Tensor, "batch heads block head_dim"]]:
         yield self.read(slots)
 
     @override
@@ -93,7 +87,7 @@ class DequantizedView(Storage):
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         self.storage.select_rows(rows)
-        self.mirror = self.mirror.index_select(0, rows.to(self.mirror.device))
+        self.entries = self.entries.index_select(0, rows.to(self.entries.device))
 
     def _refresh(self, slots: Int[Tensor, "batch heads tokens"]) -> None:
-        self.mirror.scatter_(2, wide(slots, self.mirror), self.storage.gather(slots))
+        self.entries.scatter_(2, expand_index(slots, self.entries), self.storage.gather(slots))

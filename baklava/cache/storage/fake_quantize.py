@@ -1,4 +1,4 @@
-"""What keys and values are after packing, without a cache around them."""
+"""Keys and values as they are after quantization, without a cache."""
 
 import torch
 from jaxtyping import Float, Int
@@ -13,25 +13,23 @@ Entries = Float[Tensor, "heads entries head_dim"]
 
 
 def is_packable(head_dim: int, bits: int) -> bool:
-    """Whether heads of this dimension fill whole bytes in so many bits."""
+    """Return whether heads of this dimension fill whole bytes in these bits."""
     return bits >= FULL_BITS or all(head_dim * width % 8 == 0 for width in PLANE_WIDTHS[bits])
 
 
 def fake_quantize(
     entries: Entries, bits: int, sinks: int, *, centred: bool, order: Int[Tensor, "heads head_dim"] | None = None
 ) -> Entries:
-    """Keys (`centred`) or values as a packed head returns them; the sinks stay in 16 bits.
+    """Return keys (`centred`) or values as they are read from a quantized head, whose sinks stay in 16 bits.
 
-    `order` has the channels of each head, the most important first, where their bits follow that.
+    `order` has the channels of each head, the most important first, if their bits differ.
     """
     if bits >= FULL_BITS:
         return entries
     tokens, head_dim = entries.shape[1:]
-    encoded = bit_split(head_dim, bits, order is not None)
-    rotation = HadamardRotation.of(
-        tuple(channels for channels, _ in encoded), entries, order if len(encoded) > 1 else None
-    )
-    held = rotation.rotate(entries[None])
-    storage = storage_for(encoded, held, StorageLayout(tokens, sinks), centred=centred)
-    storage.select(torch.arange(tokens, device=entries.device)[None, None], 0, held, tokens)
+    split = bit_split(head_dim, bits, order is not None)
+    rotation = HadamardRotation.of(tuple(channels for channels, _ in split), entries, order if len(split) > 1 else None)
+    rotated = rotation.rotate(entries[None])
+    storage = storage_for(split, rotated, StorageLayout(tokens, sinks), centred=centred)
+    storage.select(torch.arange(tokens, device=entries.device)[None, None], 0, rotated, tokens)
     return rotation.inverse_rotate(storage.read(tokens))[0]

@@ -1,4 +1,4 @@
-"""The rotation that makes the channels of a head alike, so that few bits serve all of them."""
+"""The rotation that makes the channels of a head alike, so that few bits are enough for all of them."""
 
 import functools
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class HadamardRotation:
-    """Walsh-Hadamard rotations of parts of the channels, side by side, behind an order of its own for every head.
+    """Walsh-Hadamard rotations of blocks of channels, after the channels of each head have been put in order.
 
-    Norms, and products of two entries that are rotated alike, stay as they are. Copies of a cache share it.
+    It preserves norms and the products of two entries that are both rotated. Copies of a cache share it.
     """
 
     hadamard: Float[Tensor, "head_dim head_dim"]
@@ -24,27 +24,27 @@ class HadamardRotation:
     def of(
         cls, parts: tuple[int, ...], template: Tensor, order: Int[Tensor, "heads head_dim"] | None = None
     ) -> "HadamardRotation":
-        """The rotation of parts of so many channels, for entries like these."""
+        """Return the rotation of parts with these numbers of channels, for entries like the template."""
         hadamard, scale = _block_hadamard(parts, template.dtype, template.device)
         return cls(hadamard, scale, order)
 
     def rotate(self, entries: Tensor) -> Tensor:
-        """Entries [batch, heads, ..., head_dim] in rotated channels."""
+        """Return entries [batch, heads, ..., head_dim] in rotated channels."""
         if self.order is not None:
-            entries = entries.gather(-1, self._wide(self.order, entries))
+            entries = entries.gather(-1, self._expand(self.order, entries))
         return self._rotate(entries)
 
     def inverse_rotate(self, entries: Tensor) -> Tensor:
-        """The inverse of `turned`."""
+        """Return the inverse of `rotate`."""
         entries = self._rotate(entries)
-        return entries if self.order is None else entries.gather(-1, self._wide(self.order.argsort(-1), entries))
+        return entries if self.order is None else entries.gather(-1, self._expand(self.order.argsort(-1), entries))
 
     def _rotate(self, entries: Tensor) -> Tensor:
-        # Signs are exact in any dtype, which the entries of an orthogonal matrix are not: rounded, they would scale.
+        # Signs are exact in any dtype; rounded numbers of an orthogonal matrix would change the scale.
         return (entries * self.scale) @ self.hadamard
 
     @staticmethod
-    def _wide(order: Tensor, entries: Tensor) -> Tensor:
+    def _expand(order: Tensor, entries: Tensor) -> Tensor:
         between = (1,) * (entries.dim() - 3)
         return order.view(1, len(order), *between, -1).expand(entries.shape)
 
@@ -57,9 +57,9 @@ class HadamardRotation:
 def _block_hadamard(
     parts: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Float[Tensor, "head_dim head_dim"], Float[Tensor, " head_dim"]]:
-    """Signs (1, -1, 0) of rotations that are their own inverse, and their scale, once for all who ask for them.
+    """Return the signs (1, -1, 0) of rotations that are their own inverse, and their scale.
 
-    Where the size of a part is no power of two, the largest that divides it is the size of the blocks that are rotated.
+    If the size of a part is not a power of two, its blocks have the largest power of two that divides it.
     """
     blocks = [size & -size for size in parts for _ in range(size // (size & -size))]
     scale = torch.cat([torch.full((block,), block**-0.5) for block in blocks])

@@ -1,8 +1,9 @@
-"""Codes of 1 to 8 bits in whole bytes."""
+"""Codes of 1 to 8 bits in whole bytes, with the same bits for all channels of an entry or with mixed precision."""
 
 import copy
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
@@ -15,14 +16,14 @@ from baklava.cache.storage.dense_codec import stored_dtype
 from baklava.errors import UserError
 
 PLANE_WIDTHS = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
-"""Bits of each plane that a code is cut into, lowest first: those that divide a byte."""
+"""Bits of each plane of a code, lowest first; each divides a byte."""
 
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def pack(codes: UInt8[Tensor, "*slots head_dim"], bits: int) -> UInt8[Tensor, "*slots bytes"]:
-    """Codes side by side in bytes: plane after plane, and in a plane of n bytes, code i in byte i modulo n."""
+    """Return codes packed into bytes: plane after plane, and in a plane of n bytes, code i in byte i modulo n."""
     planes, shift = [], 0
     for width in PLANE_WIDTHS[bits]:
         parts = ((codes >> shift) & _mask(width)).chunk(8 // width, -1)
@@ -35,25 +36,25 @@ def pack(codes: UInt8[Tensor, "*slots head_dim"], bits: int) -> UInt8[Tensor, "*
 
 
 def unpack(packed: UInt8[Tensor, "*slots bytes"], bits: int, head_dim: int) -> UInt8[Tensor, "*slots head_dim"]:
-    """The inverse of `pack`."""
-    if len(PLANE_WIDTHS[bits]) == 1 or torch.compiler.is_compiling():
-        return _in_bytes(packed, bits, head_dim)
-    return _in_words(packed, bits, head_dim)
+    """Return the inverse of `pack`."""
+    if len(PLANE_WIDTHS[bits]) == 1:
+        return _unpack_bytes(packed, bits, head_dim)
+    return _unpack_words(packed, bits, head_dim)
 
 
-def _in_bytes(packed: Tensor, bits: int, head_dim: int) -> Tensor:
+def _unpack_bytes(packed: Tensor, bits: int, head_dim: int) -> Tensor:
     codes, start, shift = None, 0, 0
     for width in PLANE_WIDTHS[bits]:
         size = head_dim * width // 8
-        plane = _spread(packed[..., start : start + size], width)
+        plane = _unpack_plane(packed[..., start : start + size], width)
         codes = plane if codes is None else codes | (plane << shift)
         start, shift = start + size, shift + width
     assert codes is not None
     return codes
 
 
-def _in_words(packed: Tensor, bits: int, head_dim: int) -> Tensor:
-    """Several bytes at a time, shifted and masked as one number: twice as fast where there is more than one plane."""
+def _unpack_words(packed: Tensor, bits: int, head_dim: int) -> Tensor:
+    """Shift and mask several bytes as one number: twice as fast if there is more than one plane."""
     sizes = [head_dim * width // 8 for width in PLANE_WIDTHS[bits]]
     size = math.gcd(8, *sizes, packed.storage_offset(), *packed.stride()[:-1])
     words = packed.view(_WORDS[size])
@@ -64,23 +65,23 @@ def _in_words(packed: Tensor, bits: int, head_dim: int) -> Tensor:
         plane = words[..., start : start + count]
         for place in range(8 // width):
             here = codes[..., place * count : (place + 1) * count]
-            part = _shifted(plane, shift - place * width) & _repeated(_mask(width) << shift, size)
+            part = _shift(plane, shift - place * width) & _repeat_byte(_mask(width) << shift, size)
             here.bitwise_or_(part) if shift else here.copy_(part)
         start, shift = start + count, shift + width
     return codes.view(torch.uint8)
 
 
-def _shifted(words: Tensor, by: int) -> Tensor:
-    """Shifted up, or down where `by` is negative; what crosses into a neighbour is for a mask to hide."""
+def _shift(words: Tensor, by: int) -> Tensor:
+    """Shift up, or down if `by` is negative; the caller masks bits that cross into another byte."""
     return words << by if by > 0 else words >> -by if by else words
 
 
-def _repeated(byte: int, size: int) -> int:
-    """A byte in each place of a word, as the signed number that it is then."""
+def _repeat_byte(byte: int, size: int) -> int:
+    """Return a word of `size` equal bytes as a signed number."""
     return int.from_bytes(bytes([byte]) * size, "little", signed=size > 1)
 
 
-def _spread(plane: Tensor, width: int) -> Tensor:
+def _unpack_plane(plane: Tensor, width: int) -> Tensor:
     if width == 8:
         return plane
     last = 8 // width - 1
@@ -96,7 +97,7 @@ NORMAL_STEP_SIZES = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0
 """Spacing of the best uniform levels for a normal variable of variance 1 (Max, 1960)."""
 
 MIN_ENTRIES_FOR_MEAN = 16
-"""Entries that make a mean: that of a few is mostly their own noise, and worse than none."""
+"""Entries from which a mean is computed: that of fewer is mostly noise, and worse than none."""
 
 MAX_FLOAT16 = torch.finfo(torch.float16).max
 MIN_STEP = torch.finfo(torch.float32).tiny
@@ -105,10 +106,12 @@ MIN_STEP = torch.finfo(torch.float32).tiny
 class QuantizedCodec(Codec):
     """Uniform codes without a zero level, and one float16 scale per entry, for entries whose channels are alike.
 
-    Channels are made alike by a rotation, which is the caller's. The scale is the one of least squares for the codes.
-    With `centred` the mean of the first entries that come together is subtracted first, per row and head, and kept in
-    16 bits: keys lie around one. It stays zero in a row that had fewer than `MIN_ENTRIES_FOR_MEAN` of them then, for good. Of normal
-    entries of variance 1 the mean square error is about .119, .037, .0115 and .0001 in 2, 3, 4 and 8 bits.
+    The caller makes the channels alike by a rotation. The scale minimises the squared error of the codes.
+
+    With `centred` the mean of the first entries is subtracted, per row and head, and stored in 16 bits: keys lie around
+    one. The mean stays zero in a row that had fewer than `MIN_ENTRIES_FOR_MEAN` entries then.
+
+    The mean square error of normal entries of variance 1 is about .119, .037, .0115 and .0001 in 2, 3, 4 and 8 bits.
 
     Raises:
         UserError: codes of a head do not fill whole bytes.
@@ -154,31 +157,31 @@ class QuantizedCodec(Codec):
         entries = entries.sub_(self.half).mul_(scale.to(self.compute_dtype))
         return entries if self.mean is None else entries.add_(self.mean)
 
-    # A scale and what lies around zero are taken out of the products: so a code is only made a number.
+    # Scale, zero point and mean are applied to the products, so codes are only converted to numbers.
 
     @override
     def query_key_scores(self, encoded: Encoded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
         packed, scale = encoded
         rows = rows.float()
         codes = unpack(packed, self.bits, self.head_dim).float()
-        found = matmul(rows, codes.transpose(2, 3)).sub_(rows.sum(-1, keepdim=True) * self.half)
-        found *= scale.float().transpose(2, 3)
-        return found if self.mean is None else found.add_(matmul(rows, self.mean.float().transpose(2, 3)))
+        scores = matmul(rows, codes.transpose(2, 3)).sub_(rows.sum(-1, keepdim=True) * self.half)
+        scores *= scale.float().transpose(2, 3)
+        return scores if self.mean is None else scores.add_(matmul(rows, self.mean.float().transpose(2, 3)))
 
     @override
     def weighted_values(self, encoded: Encoded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
         packed, scale = encoded
         scaled = weights.float() * scale.float().transpose(2, 3)
         codes = unpack(packed, self.bits, self.head_dim).float()
-        found = matmul(scaled, codes).sub_(scaled.sum(-1, keepdim=True) * self.half)
-        return found if self.mean is None else found.add_(weights.float().sum(-1, keepdim=True) * self.mean.float())
+        sums = matmul(scaled, codes).sub_(scaled.sum(-1, keepdim=True) * self.half)
+        return sums if self.mean is None else sums.add_(weights.float().sum(-1, keepdim=True) * self.mean.float())
 
     @override
     def stack(self, others: Sequence[Self]) -> Self:
-        joined = copy.copy(self)
+        stacked = copy.copy(self)
         if self.mean is not None:
-            joined.mean = torch.cat([self.mean, *(other.mean for other in others if other.mean is not None)])
-        return joined
+            stacked.mean = torch.cat([self.mean, *(other.mean for other in others if other.mean is not None)])
+        return stacked
 
     @override
     def row(self, row: int) -> Self:
@@ -198,3 +201,66 @@ class QuantizedCodec(Codec):
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         if self.mean is not None:
             self.mean = self.mean.index_select(0, rows.to(self.mean.device))
+
+
+class MixedPrecisionCodec(Codec):
+    """Channels in different numbers of bits: adjacent quantized codes, each of its own sorted and rotated channels."""
+
+    def __init__(self, codecs: Sequence[QuantizedCodec]) -> None:
+        self.codecs = list(codecs)
+        self.compute_dtype = self.codecs[0].compute_dtype
+
+    @override
+    @property
+    def reads_copy(self) -> bool:
+        return True
+
+    @override
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.codecs)
+
+    @override
+    def encode(self, entries: Entries) -> Encoded:
+        return tuple(tensor for part, own in self._each(entries) for tensor in part.encode(own))
+
+    @override
+    def decode(self, encoded: Encoded) -> Entries:
+        return torch.cat([part.decode(pair) for part, pair in zip(self.codecs, self._pairs(encoded), strict=True)], -1)
+
+    @override
+    def query_key_scores(self, encoded: Encoded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
+        parts = zip(self._each(rows), self._pairs(encoded), strict=True)
+        return functools.reduce(torch.add, (part.query_key_scores(pair, own) for (part, own), pair in parts))
+
+    @override
+    def weighted_values(self, encoded: Encoded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
+        pairs = zip(self.codecs, self._pairs(encoded), strict=True)
+        return torch.cat([part.weighted_values(pair, weights) for part, pair in pairs], -1)
+
+    @override
+    def stack(self, others: Sequence[Self]) -> Self:
+        columns = zip(self.codecs, *(other.codecs for other in others), strict=True)
+        return type(self)([part.stack(rest) for part, *rest in columns])
+
+    @override
+    def row(self, row: int) -> Self:
+        return type(self)([part.row(row) for part in self.codecs])
+
+    @override
+    def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
+        for part, own in self._each(entries):
+            part.fit(own, real)
+
+    @override
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        for part in self.codecs:
+            part.select_rows(rows)
+
+    @staticmethod
+    def _pairs(encoded: Encoded) -> list[Encoded]:
+        return list(zip(encoded[::2], encoded[1::2], strict=True))
+
+    def _each(self, entries: Entries) -> Iterator[tuple[QuantizedCodec, Entries]]:
+        channels = entries.split([part.head_dim for part in self.codecs], -1)
+        yield from zip(self.codecs, channels, strict=True)

@@ -1,4 +1,4 @@
-"""Slots whose entries are all encoded in one way."""
+"""Slots whose entries are all encoded in the same way."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -16,30 +16,30 @@ from baklava.cache.storage.base import (
     Index,
     Rows,
     Storage,
+    expand_index,
     gather_new,
     source_slots,
-    wide,
 )
 
 BLOCK_BYTES = 4 << 20
-"""Converted entries at a time: what a processor keeps near. Fresh memory costs more than the conversion itself."""
+"""Bytes of decoded entries per block: what stays in a CPU's cache. New memory costs more than decoding."""
 DEVICE_BLOCK_BYTES = 256 << 20
-"""The same on a GPU, where launching the work on a part costs more than memory does."""
+"""The same on a GPU, where launching a kernel costs more than memory."""
 MIN_BLOCK_SLOTS = 256
 
 
 class SlotStorage(Storage):
-    """The tensors that a codec makes of entries; a slot is a row of each."""
+    """The tensors that a codec makes of entries; a row of each is one slot."""
 
     def __init__(self, codec: Codec, template: Entries) -> None:
         self.codec = codec
-        # Copies: an empty view would hold on to all that it is a view of.
+        # Copies: even an empty view keeps the memory of its base alive.
         self.encoded = tuple(part.clone() for part in codec.encode(template[:, :, :0]))
         self.slot_bytes = template[:, :, :1].numel() * template.element_size()
 
     @property
-    def count(self) -> int:
-        """Slots held."""
+    def num_slots(self) -> int:
+        """Slots allocated."""
         return self.encoded[0].shape[2]
 
     @override
@@ -54,30 +54,30 @@ class SlotStorage(Storage):
 
     @override
     def resize(self, slots: int) -> None:
-        self.encoded = _resized(self.encoded, slots)
+        self.encoded = _resize(self.encoded, slots)
 
     @override
     def write(self, start: int, entries: Entries) -> None:
-        for mine, new in zip(self.encoded, self.codec.encode(entries), strict=True):
-            mine[:, :, start : start + entries.shape[2]] = new
+        for stored, new in zip(self.encoded, self.codec.encode(entries), strict=True):
+            stored[:, :, start : start + entries.shape[2]] = new
 
     @override
     def scatter(self, slots: Index, entries: Entries) -> None:
         self._put(slots, self.codec.encode(entries))
 
-    @override
     def put(self, source: Index, target: Index, fresh: Entries) -> None:
-        self._put(target, self._picked(source, fresh))
+        """Copy the entries at the source slots to the target slots; `fresh` has those whose source is NEW."""
+        self._put(target, self._encode_selected(source, fresh))
 
     @override
-    def select(self, slots: Index, held: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
-        self.assign(source_slots(slots, held), gather_new(slots, held, new), size)
+    def select(self, slots: Index, num_old: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
+        self.assign(source_slots(slots, num_old), gather_new(slots, num_old, new), size)
 
     def assign(self, source: Index, fresh: Entries, size: int) -> None:
-        """Hold `size` slots, the first with the entries at the sources; `fresh` has those that are FRESH."""
-        if not self.count:  # what is held already must not come to mean something else
+        """Allocate `size` slots, the first with the entries at the sources; `fresh` has those whose source is NEW."""
+        if not self.num_slots:  # otherwise stored codes would change their meaning
             self.codec.fit(fresh, source == NEW)
-        self.encoded = _resized(self._picked(source, fresh), size)
+        self.encoded = _resize(self._encode_selected(source, fresh), size)
 
     @override
     def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:
@@ -85,19 +85,18 @@ class SlotStorage(Storage):
 
     @override
     def gather(self, slots: Index) -> Entries:
-        return self.codec.decode(_gathered(self.encoded, slots))
+        return self.codec.decode(_gather(self.encoded, slots))
 
     @override
     def round_trip(self, entries: Entries, slots: Index) -> Entries:
         return self.codec.decode(self.codec.encode(entries))
 
     @override
-    def iter_blocks(self, slots: int) -> Iterator[Float[Tensor, "batch heads tile head_dim"]]:
+    def iter_blocks(self, slots: int) -> Iterator[Float[Tensor, "batch heads block head_dim"]]:
         size = slots
-        # A compiler wants the same number of parts for every length.
-        if self.reads_copy and not torch.compiler.is_compiling():
-            tile = BLOCK_BYTES if self.encoded[0].device.type == "cpu" else DEVICE_BLOCK_BYTES
-            size = max(MIN_BLOCK_SLOTS, tile // self.slot_bytes)
+        if self.reads_copy:
+            block_bytes = BLOCK_BYTES if self.encoded[0].device.type == "cpu" else DEVICE_BLOCK_BYTES
+            size = max(MIN_BLOCK_SLOTS, block_bytes // self.slot_bytes)
         if slots <= size:
             yield self.read(slots)
             return
@@ -113,34 +112,34 @@ class SlotStorage(Storage):
         return self.codec.weighted_values(self._first(weights.shape[3]), weights)
 
     def stack(self, others: "Sequence[SlotStorage]", slots: int) -> "SlotStorage":
-        """A copy of the first slots of this one and of others of its kind, as rows of one batch."""
-        joined = copy.copy(self)
-        joined.codec = self.codec.stack([other.codec for other in others])
+        """Return a copy of the first slots of this storage and of others of its kind, as rows of one batch."""
+        stacked = copy.copy(self)
+        stacked.codec = self.codec.stack([other.codec for other in others])
         parts = zip(self.encoded, *(other.encoded for other in others), strict=True)
-        joined.encoded = tuple(_rows(part, slots) for part in parts)
-        return joined
+        stacked.encoded = tuple(_stack_rows(part, slots) for part in parts)
+        return stacked
 
     def row(self, row: int) -> "SlotStorage":
-        """One row, which shares memory with this."""
+        """Return a view of one row."""
         own = copy.copy(self)
         own.codec, own.encoded = self.codec.row(row), tuple(part[row : row + 1] for part in self.encoded)
         return own
 
     def write_rows(self, starts: Sequence[int], entries: Entries) -> None:
-        """Put an entry into each row, at a slot of its own."""
+        """Write one entry into each row, each at its own slot."""
         self.scatter(torch.tensor(starts, device=entries.device)[:, None, None], entries)
 
     def write_each(self, others: "Sequence[SlotStorage]", starts: Sequence[int], entries: Entries) -> None:
-        """Put an entry into this one and into each of the others, a row each, at slots of their own."""
+        """Write one entry into this storage and each of the others, which have one row, each at its own slot."""
         encoded = self.codec.stack([other.codec for other in others]).encode(entries)
         columns = zip(*(part[:, :, 0].split(1) for part in encoded), strict=True)
-        for each, start, row in zip((self, *others), starts, columns, strict=True):
-            for mine, new in zip(each.encoded, row, strict=True):
-                mine.select(2, start).copy_(new)
+        for storage, start, row in zip((self, *others), starts, columns, strict=True):
+            for stored, new in zip(storage.encoded, row, strict=True):
+                stored.select(2, start).copy_(new)
 
     @override
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
-        self._put(target, _gathered(self.encoded, source))
+        self._put(target, _gather(self.encoded, source))
 
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
@@ -153,21 +152,21 @@ class SlotStorage(Storage):
     def _first(self, slots: int) -> Encoded:
         return tuple(part[:, :, :slots] for part in self.encoded)
 
-    def _picked(self, source: Index, fresh: Entries) -> Encoded:
+    def _encode_selected(self, source: Index, fresh: Entries) -> Encoded:
         new = self.codec.encode(fresh)
-        if not self.count:
+        if not self.num_slots:
             return new
-        own = _gathered(self.encoded, source.clamp(min=0))
-        mine = (source >= 0)[..., None]
-        return tuple(torch.where(mine, old, one) for old, one in zip(own, new, strict=True))
+        old = _gather(self.encoded, source.clamp(min=0))
+        is_old = (source >= 0)[..., None]
+        return tuple(torch.where(is_old, *pair) for pair in zip(old, new, strict=True))
 
     def _put(self, target: Index, encoded: Encoded) -> None:
-        for mine, new in zip(self.encoded, encoded, strict=True):
-            mine.scatter_(2, wide(target, new), new)
+        for stored, new in zip(self.encoded, encoded, strict=True):
+            stored.scatter_(2, expand_index(target, new), new)
 
 
-def _rows(parts: Sequence[Tensor], slots: int) -> Tensor:
-    """One batch of the first slots of all; zeros where one has fewer. Of one alone it is a view."""
+def _stack_rows(parts: Sequence[Tensor], slots: int) -> Tensor:
+    """Return the first slots of all as one batch, with zeros after shorter ones; a view if there is only one."""
     if len(parts) == 1:
         return parts[0][:, :, :slots]
     if min(part.shape[2] for part in parts) >= slots:
@@ -175,19 +174,19 @@ def _rows(parts: Sequence[Tensor], slots: int) -> Tensor:
     first = parts[0]
     batch = first.new_zeros(len(parts), first.shape[1], slots, first.shape[3])
     for row, part in enumerate(parts):
-        held = min(slots, part.shape[2])
-        batch[row, :, :held] = part[0, :, :held]
+        length = min(slots, part.shape[2])
+        batch[row, :, :length] = part[0, :, :length]
     return batch
 
 
-def _gathered(encoded: Encoded, slots: Tensor) -> Encoded:
-    return tuple(part.gather(2, wide(slots, part)) for part in encoded)
+def _gather(encoded: Encoded, slots: Tensor) -> Encoded:
+    return tuple(part.gather(2, expand_index(slots, part)) for part in encoded)
 
 
-def _resized(encoded: Encoded, slots: int) -> Encoded:
-    """Copies with this many slots, that hold on to nothing else."""
+def _resize(encoded: Encoded, slots: int) -> Encoded:
+    """Return copies with this many slots."""
     resized = tuple(part.new_zeros(*part.shape[:2], slots, part.shape[3]) for part in encoded)
     for new, old in zip(resized, encoded, strict=True):
-        kept = min(slots, old.shape[2])
-        new[:, :, :kept] = old[:, :, :kept]
+        copied = min(slots, old.shape[2])
+        new[:, :, :copied] = old[:, :, :copied]
     return resized

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_factory import plan_of, random_ids
+from plan_factory import make_plan, random_ids
 from reference_cache import ReferenceHead
 from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
@@ -15,24 +15,24 @@ from baklava.cache.attention import AttentionParams
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.budgeted_layer import BudgetedLayer
 from baklava.errors import UserError
-from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, KeyNorm, SnapKV, Streaming, Tova
-from baklava.plan.budget_plan import LayerBudget, full_plan
+from baklava.eviction import TOVA, Eviction, ExpectedAttention, HeavyHitter, KeyDiff, KeyNorm, SnapKV, StreamingLLM
+from baklava.plan.budget_plan import LayerBudget, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel
 
 Maker = Callable[..., LoadedModel]
 
 EVICTIONS = [
-    Streaming(sinks=2),
-    Streaming(sinks=0),
-    HeavyHitter(sinks=2, interval=4, stride=1, distance=0),
-    HeavyHitter(sinks=2, interval=1, recent=0.25, stride=3, distance=0),
-    HeavyHitter(sinks=0, interval=6, reduction="max", power=2, distance=1),
-    HeavyHitter(sinks=0, interval=4, pooling=5, distance=0),
-    Tova(sinks=1, interval=3),
-    SnapKV(sinks=2, interval=4, window=3),
-    KeyNorm(sinks=2, interval=5),
-    KeyDiff(sinks=0, interval=4),
-    ExpectedAttention(sinks=2, interval=4, window=6),
+    StreamingLLM(sinks=2),
+    StreamingLLM(sinks=0),
+    HeavyHitter(sinks=2, eviction_interval=4, stride=1, distance=0),
+    HeavyHitter(sinks=2, eviction_interval=1, recent_ratio=0.25, stride=3, distance=0),
+    HeavyHitter(sinks=0, eviction_interval=6, reduction="max", power=2, distance=1),
+    HeavyHitter(sinks=0, eviction_interval=4, pooling=5, distance=0),
+    TOVA(sinks=1, eviction_interval=3),
+    SnapKV(sinks=2, eviction_interval=4, window=3),
+    KeyNorm(sinks=2, eviction_interval=5),
+    KeyDiff(sinks=0, eviction_interval=4),
+    ExpectedAttention(sinks=2, eviction_interval=4, window=6),
 ]
 
 
@@ -40,7 +40,7 @@ EVICTIONS = [
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 @given(capacities=st.tuples(st.integers(9, 30), st.integers(9, 30)), prompt=st.integers(1, 40), seed=st.integers(0, 3))
 @settings(max_examples=10, deadline=None)
-def test_a_layer_equals_dense_attention_with_an_explicit_keep_set(
+def test_a_layer_equals_dense_attention_with_explicit_positions(
     eviction: Eviction, capacities: tuple[int, int], prompt: int, seed: int
 ) -> None:
     heads, group, dim, steps = 2, 2, 4, 60
@@ -57,15 +57,15 @@ def test_a_layer_equals_dense_attention_with_an_explicit_keep_set(
             rows = slice(index * group, (index + 1) * group)
             expected = (head.step if start else head.prompt)(query[0, rows, part], 0.5)
             torch.testing.assert_close(output[0, rows], expected, atol=1e-5, rtol=1e-5)
-            assert layer.cached_positions(index, 0).tolist() == sorted(head.kept)
+            assert layer.cached_positions(index, 0).tolist() == sorted(head.cached)
 
 
 @torch.inference_mode()
 def test_a_budget_that_covers_the_text_gives_the_tokens_of_transformers_own_cache(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(1, 60)
     for plan in (
-        full_plan(loaded.identity, loaded.geometry, 120, bits=32),
-        plan_of(loaded, [[130, 140], [128, 200]], HeavyHitter(interval=8, distance=0)),
+        full_cache_plan(loaded.identity, loaded.geometry, 120, bits=32),
+        make_plan(loaded, [[130, 140], [128, 200]], HeavyHitter(eviction_interval=8, distance=0)),
     ):
         ours = loaded.model.generate(ids, past_key_values=BudgetedCache(plan), max_new_tokens=50, do_sample=False)
         theirs = loaded.model.generate(ids, past_key_values=DynamicCache(), max_new_tokens=50, do_sample=False)
@@ -76,7 +76,7 @@ def test_a_budget_that_covers_the_text_gives_the_tokens_of_transformers_own_cach
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, eviction: Eviction) -> None:
     loaded = tiny()
-    plan = plan_of(loaded, [[12, 40], [25, 25]], eviction, bits=16)
+    plan = make_plan(loaded, [[12, 40], [25, 25]], eviction, bits=16)
     cache = BudgetedCache(plan)
     loaded.model(random_ids(1, 90), past_key_values=cache)
     for token in random_ids(300, 1):
@@ -88,7 +88,7 @@ def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, evi
     for layer, row in enumerate(plan.tokens):
         for head, tokens in enumerate(row):
             held = cache.cached_positions(layer, head)
-            assert tokens - eviction.interval <= len(held) <= tokens
+            assert tokens - eviction.eviction_interval <= len(held) <= tokens
             assert held[: eviction.sinks].tolist() == list(range(eviction.sinks))
             assert held[-1] == 389
 
@@ -96,7 +96,7 @@ def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, evi
 @torch.inference_mode()
 def test_bytes_are_freed_layer_by_layer_during_the_prompt(tiny: Maker) -> None:
     loaded = tiny(layers=3)
-    cache = BudgetedCache(plan_of(loaded, [[16, 16]] * 3, Streaming(), bits=32))
+    cache = BudgetedCache(make_plan(loaded, [[16, 16]] * 3, StreamingLLM(), bits=32))
     held: list[int] = []
 
     def watch(*_: object) -> None:
@@ -115,7 +115,7 @@ def test_bytes_are_freed_layer_by_layer_during_the_prompt(tiny: Maker) -> None:
 @pytest.mark.parametrize("eviction", [one for one in EVICTIONS if not isinstance(one, KeyNorm)], ids=str)
 def test_a_left_padded_batch_equals_its_rows_alone(tiny: Maker, eviction: Eviction) -> None:
     loaded, ids = tiny(), random_ids(3, 40, seed=1)
-    plan = plan_of(loaded, [[12, 20], [15, 15]], eviction)
+    plan = make_plan(loaded, [[12, 20], [15, 15]], eviction)
     mask = torch.ones_like(ids)
     mask[0, :7], mask[2, :25] = 0, 0
     options = {"max_new_tokens": 60, "do_sample": False}
@@ -127,9 +127,9 @@ def test_a_left_padded_batch_equals_its_rows_alone(tiny: Maker, eviction: Evicti
 
 
 @torch.inference_mode()
-def test_a_second_turn_sees_what_was_kept_and_itself(tiny: Maker) -> None:
+def test_a_second_turn_attends_to_cached_entries_and_itself(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(1, 90)
-    cache = BudgetedCache(full_plan(loaded.identity, loaded.geometry, 90, bits=32))
+    cache = BudgetedCache(full_cache_plan(loaded.identity, loaded.geometry, 90, bits=32))
     turns = [loaded.model(ids[:, part], past_key_values=cache).logits for part in (slice(50), slice(50, 90))]
     torch.testing.assert_close(torch.cat(turns, 1), loaded.model(ids).logits, atol=1e-4, rtol=1e-4)
 
@@ -137,7 +137,7 @@ def test_a_second_turn_sees_what_was_kept_and_itself(tiny: Maker) -> None:
 @torch.inference_mode()
 def test_a_copied_cache_goes_its_own_way(tiny: Maker) -> None:
     loaded = tiny()
-    cache = BudgetedCache(plan_of(loaded, [[20, 30], [15, 15]], HeavyHitter(interval=4, distance=0)))
+    cache = BudgetedCache(make_plan(loaded, [[20, 30], [15, 15]], HeavyHitter(eviction_interval=4, distance=0)))
     loaded.model(random_ids(1, 50), past_key_values=cache)
     before, snapshot = cache.cached_positions(0, 0), copy.deepcopy(cache)
     loaded.model(random_ids(1, 10, seed=5), past_key_values=snapshot)
@@ -148,7 +148,7 @@ def test_a_copied_cache_goes_its_own_way(tiny: Maker) -> None:
 @torch.inference_mode()
 def test_beams_are_reordered_with_their_entries(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(2, 30)
-    plan = plan_of(loaded, [[130, 130], [130, 140]], HeavyHitter(interval=4, distance=0))
+    plan = make_plan(loaded, [[130, 130], [130, 140]], HeavyHitter(eviction_interval=4, distance=0))
     options = {"num_beams": 3, "max_new_tokens": 20, "do_sample": False}
     ours = loaded.model.generate(ids, past_key_values=BudgetedCache(plan), **options)
     assert torch.equal(ours, loaded.model.generate(ids, past_key_values=DynamicCache(), **options))
@@ -157,7 +157,7 @@ def test_beams_are_reordered_with_their_entries(tiny: Maker) -> None:
 @torch.inference_mode()
 def test_a_model_that_does_not_attend_through_baklava_is_refused(tiny: Maker) -> None:
     loaded = tiny()
-    cache = BudgetedCache(full_plan(loaded.identity, loaded.geometry, 50))
+    cache = BudgetedCache(full_cache_plan(loaded.identity, loaded.geometry, 50))
     loaded.model.set_attn_implementation("sdpa")
     try:
         with pytest.raises(UserError, match="never reached baklava's attention"):
@@ -169,7 +169,7 @@ def test_a_model_that_does_not_attend_through_baklava_is_refused(tiny: Maker) ->
 @torch.inference_mode()
 def test_what_a_budgeted_cache_cannot_do_is_refused_in_a_sentence(tiny: Maker) -> None:
     loaded, other = tiny(), tiny(kv_heads=1)
-    plan = full_plan(loaded.identity, loaded.geometry, 50)
+    plan = full_cache_plan(loaded.identity, loaded.geometry, 50)
     with pytest.raises(UserError, match="use the plan with the model it was made for"):
         other.model(random_ids(1, 10), past_key_values=BudgetedCache(plan))
     right_padded = torch.tensor([[1, 1, 0]])
@@ -194,16 +194,14 @@ class Rounded(DynamicCache):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("bits", "full_cache"), [(16, Rounded), (32, DynamicCache)])
-def test_sliding_layers_hold_their_window_and_not_the_prompt_behind_it(
-    bits: Any, full_cache: type[DynamicCache]
-) -> None:
+def test_sliding_layers_allocate_their_window_and_not_the_prompt(bits: Any, full_cache: type[DynamicCache]) -> None:
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     sliding = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2, "eos_token_id": None}
     torch.manual_seed(0)
     loaded = LoadedModel.of(Qwen2ForCausalLM(Qwen2Config(**shape, **heads, **sliding, initializer_range=0.25)).eval())
     assert loaded.geometry.windows == (None, None, 16, 16)
-    ids, cache = random_ids(1, 100), BudgetedCache(full_plan(loaded.identity, loaded.geometry, 130, bits))
+    ids, cache = random_ids(1, 100), BudgetedCache(full_cache_plan(loaded.identity, loaded.geometry, 130, bits))
     ours = loaded.model(ids, past_key_values=cache).logits
     assert cache.nbytes <= cache.reserved_bytes
     theirs, full = loaded.model(ids).logits, full_cache(config=loaded.model.config)
@@ -221,18 +219,18 @@ def test_sliding_layers_hold_their_window_and_not_the_prompt_behind_it(
 @torch.inference_mode()
 def test_an_overrun_is_caught(tiny: Maker) -> None:
     loaded = tiny()
-    cache = BudgetedCache(plan_of(loaded, [[12, 12], [12, 12]], Streaming()))
+    cache = BudgetedCache(make_plan(loaded, [[12, 12], [12, 12]], StreamingLLM()))
     loaded.model(random_ids(1, 50), past_key_values=cache)
     cache.check_integrity()
     cache.layers[0].groups[0].keys.resize(50)
-    with pytest.raises(RuntimeError, match="were promised"):
+    with pytest.raises(RuntimeError, match="but reserved"):
         cache.check_integrity()
 
 
 @torch.inference_mode()
-def test_masks_that_a_budgeted_cache_cannot_keep_are_refused(tiny: Maker) -> None:
+def test_unsupported_masks_are_rejected(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(2, 6)
-    plan = full_plan(loaded.identity, loaded.geometry, 50)
+    plan = full_cache_plan(loaded.identity, loaded.geometry, 50)
     packed = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).tril().bool()[None, None].expand(2, 1, 6, 6)
     with pytest.raises(UserError, match="4D attention mask"):
         loaded.model(ids, attention_mask=packed, past_key_values=BudgetedCache(plan))

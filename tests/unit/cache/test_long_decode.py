@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from plan_factory import plan_of, random_ids
+from plan_factory import make_plan, random_ids
 
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.eviction import Eviction, HeavyHitter, Streaming
+from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
 from baklava.runtime.model_loader import LoadedModel
 
 TOKENS = 6_000
@@ -18,12 +18,12 @@ def resident() -> int:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("eviction", [Streaming(), HeavyHitter(interval=16, distance=0)], ids=str)
-def test_thousands_of_tokens_later_every_head_holds_its_budget_and_the_process_has_not_grown(
+@pytest.mark.parametrize("eviction", [StreamingLLM(), HeavyHitter(eviction_interval=16, distance=0)], ids=str)
+def test_after_thousands_of_tokens_heads_are_within_budget_and_the_process_has_not_grown(
     tiny: Callable[..., LoadedModel], eviction: Eviction
 ) -> None:
     loaded = tiny(layers=1, head_dim=64)
-    plan = plan_of(loaded, [[200, 90]], eviction, bits=16)
+    plan = make_plan(loaded, [[200, 90]], eviction, bits=16)
     cache = BudgetedCache(plan)
     loaded.model(random_ids(4, 500), past_key_values=cache)
     before = 0
@@ -38,7 +38,7 @@ def test_thousands_of_tokens_later_every_head_holds_its_budget_and_the_process_h
     assert cache.nbytes == 4 * cache.reserved_bytes
     for head, tokens in enumerate(plan.tokens[0]):
         held = cache.cached_positions(0, head)
-        assert tokens - eviction.interval <= len(held) <= tokens
+        assert tokens - eviction.eviction_interval <= len(held) <= tokens
         assert held[: eviction.sinks].tolist() == list(range(eviction.sinks))
         assert held[-1] == 500 + TOKENS - 1
 
@@ -46,8 +46,8 @@ def test_thousands_of_tokens_later_every_head_holds_its_budget_and_the_process_h
 @torch.inference_mode()
 def test_a_full_cache_copies_nothing_per_token(tiny: Callable[..., LoadedModel]) -> None:
     loaded = tiny(layers=1)
-    for eviction in (Streaming(), HeavyHitter(interval=8, distance=0)):
-        cache = BudgetedCache(plan_of(loaded, [[40, 30]], eviction))
+    for eviction in (StreamingLLM(), HeavyHitter(eviction_interval=8, distance=0)):
+        cache = BudgetedCache(make_plan(loaded, [[40, 30]], eviction))
         loaded.model(random_ids(1, 60), past_key_values=cache)
         for token in random_ids(20, 1):
             loaded.model(token[None], past_key_values=cache)

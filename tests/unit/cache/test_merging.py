@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plan_factory import chunked, plan_of, random_ids
+from plan_factory import make_plan, random_ids, with_chunked_prefill
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from baklava.cache.attention import AttentionParams, attention_probs, attend_values
+from baklava.cache.attention import AttentionParams, attend_values, attention_probs
 from baklava.cache.head_groups.centroids import Centroids
 from baklava.errors import UserError
-from baklava.eviction import Eviction, HeavyHitter, KeyDiff, Streaming
+from baklava.eviction import Eviction, HeavyHitter, KeyDiff, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
@@ -88,7 +88,7 @@ def test_a_prompt_is_folded_in_without_a_copy_of_it() -> None:
     assert max(largest) < key.untyped_storage().nbytes() / 5
 
 
-def test_more_centroids_keep_more_and_none_is_lost_on_entries_that_take_no_part() -> None:
+def test_more_centroids_are_better_and_none_is_spent_on_entries_without_weight() -> None:
     key, value, weight = draw(1, 3, 200, 8), draw(1, 3, 200, 8, seed=1), torch.ones(1, 3, 200)
     off = []
     for count in (1, 4, 16):
@@ -112,21 +112,21 @@ def test_centroids_without_members_are_never_seen() -> None:
 
 def centroid_plan(loaded: LoadedModel, count: int, bits: int, eviction: type[Eviction] = HeavyHitter) -> BudgetPlan:
     knobs = {"distance": 0} if eviction is HeavyHitter else {}
-    method = eviction(sinks=2, interval=4, recent=0.2, centroids=count, **knobs)
-    return plan_of(loaded, [[14, 30], [20, 20]], method, bits=bits)
+    method = eviction(sinks=2, eviction_interval=4, recent_ratio=0.2, centroids=count, **knobs)
+    return make_plan(loaded, [[14, 30], [20, 20]], method, bits=bits)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("bits", [32, 4])
 @pytest.mark.parametrize("chunk", [None, 9])
-def test_centroids_are_the_same_together_and_one_by_one_and_cost_what_the_plan_says(
+def test_centroids_are_the_same_together_and_one_by_one_and_cost_what_the_plan_reserves(
     tiny: Maker, bits: int, chunk: int | None
 ) -> None:
     loaded, ids = tiny(), random_ids(1, 37, seed=3)
     logits = {}
     for count in (0, 3):
         plan = centroid_plan(loaded, count, bits)
-        plan = chunked(plan, chunk) if chunk else plan
+        plan = with_chunked_prefill(plan, chunk) if chunk else plan
         one_by_one, _ = prefill(loaded, plan, random_ids(1, 80))
         together = copy.deepcopy(one_by_one)
         slow = torch.cat([loaded.model(t[None], past_key_values=one_by_one).logits for t in ids.T], 1)
@@ -186,5 +186,5 @@ def test_reordered_rows_take_their_centroids_along(tiny: Maker) -> None:
 
 
 def test_a_ring_has_no_centroids() -> None:
-    with pytest.raises(UserError, match="centroids 2: a ring keeps the newest tokens"):
-        Streaming(centroids=2)
+    with pytest.raises(UserError, match="centroids 2: a ring buffer replaces its oldest token"):
+        StreamingLLM(centroids=2)

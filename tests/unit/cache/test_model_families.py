@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_families import FAMILIES, SHAPE, TOKENS, covering, pair, tiny_model
+from model_families import FAMILIES, SHAPE, TOKENS, full_cache, model_pair, tiny_model
 from plan_factory import random_ids
 from torch import Tensor
 from torch.testing import assert_close
@@ -24,7 +24,7 @@ from baklava.cache import attention
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.budgeted_layer import BudgetedLayer
 from baklava.errors import UserError
-from baklava.plan.budget_plan import full_plan
+from baklava.plan.budget_plan import full_cache_plan
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
 from baklava.runtime.model_loader import LoadedModel
 
@@ -66,10 +66,10 @@ def stream(model: Any, cache: Cache, ids: Tensor, mask: Tensor, *cuts: int) -> T
 @family_table
 @pytest.mark.parametrize("cached", [False, True], ids=["without a cache", "budgeted"])
 def test_every_family_attends_as_transformers_eager_attention_does(family: str, cached: bool) -> None:
-    loaded, eager = pair(family)
+    loaded, eager = model_pair(family)
     ids, mask = padded(2, 60, 9)
     for given in (None, mask):
-        options: dict[str, Any] = {"past_key_values": covering(loaded)} if cached else {"use_cache": False}
+        options: dict[str, Any] = {"past_key_values": full_cache(loaded)} if cached else {"use_cache": False}
         real = mask.bool() if given is not None else torch.ones_like(mask).bool()
         ours = loaded.model(ids, attention_mask=given, **options).logits[real]
         assert_close(ours, eager(ids, attention_mask=given, use_cache=False).logits[real], atol=1e-4, rtol=1e-4)
@@ -77,10 +77,10 @@ def test_every_family_attends_as_transformers_eager_attention_does(family: str, 
 
 @family_table
 def test_a_left_padded_batch_decodes_to_the_same_logits(family: str) -> None:
-    loaded, eager = pair(family)
+    loaded, eager = model_pair(family)
     ids, mask = padded(3, 60, 7, 0, 25)
     steps = range(40, 60)
-    ours, theirs = covering(loaded), dynamic(eager)
+    ours, theirs = full_cache(loaded), dynamic(eager)
     assert_close(
         stream(loaded.model, ours, ids, mask, *steps), stream(eager, theirs, ids, mask, *steps), atol=1e-4, rtol=1e-4
     )
@@ -90,11 +90,11 @@ def test_a_left_padded_batch_decodes_to_the_same_logits(family: str) -> None:
 
 @family_table
 def test_a_text_in_chunks_of_seven_gives_the_same_logits(family: str) -> None:
-    loaded, eager = pair(family)
+    loaded, eager = model_pair(family)
     ids, mask = padded(2, 60, 5)
     chunks = range(7, 60, 7)
     whole = stream(eager, dynamic(eager), ids, mask)
-    assert_close(stream(loaded.model, covering(loaded), ids, mask, *chunks), whole, atol=1e-4, rtol=1e-4)
+    assert_close(stream(loaded.model, full_cache(loaded), ids, mask, *chunks), whole, atol=1e-4, rtol=1e-4)
 
 
 GENERATIONS: dict[str, dict[str, Any]] = {
@@ -110,10 +110,10 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 @family_table
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_generate_gives_the_tokens_of_transformers_own_cache(family: str, generation: str) -> None:
-    loaded, eager = pair(family)
+    loaded, eager = model_pair(family)
     ids, mask = padded(2, 40, 6)
     made = []
-    for model, cache in ((loaded.model, covering(loaded)), (eager, dynamic(eager))):
+    for model, cache in ((loaded.model, full_cache(loaded)), (eager, dynamic(eager))):
         torch.manual_seed(5)
         made.append(
             model.generate(
@@ -127,9 +127,9 @@ def test_generate_gives_the_tokens_of_transformers_own_cache(family: str, genera
 @torch.inference_mode()
 @family_table
 def test_two_turns_on_one_cache_give_the_tokens_of_transformers_own_cache(family: str) -> None:
-    loaded, eager = pair(family)
+    loaded, eager = model_pair(family)
     ids, mask = padded(2, 30, 6)
-    ours, theirs = covering(loaded), dynamic(eager)
+    ours, theirs = full_cache(loaded), dynamic(eager)
     for turn in (0, 1):
         made = [
             model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=15, do_sample=False)
@@ -146,7 +146,9 @@ def stored_dtypes(cache: BudgetedCache) -> set[torch.dtype]:
     held: list[Tensor] = []
     for layer in cache.layers:
         if isinstance(layer, BudgetedLayer):
-            held += [part for group in layer.groups for storage in (group.keys, group.values) for part in storage.encoded]
+            held += [
+                part for group in layer.groups for storage in (group.keys, group.values) for part in storage.encoded
+            ]
         else:
             held += [layer.keys, layer.values]
     return {tensor.dtype for tensor in held}
@@ -165,10 +167,10 @@ def stored_dtypes(cache: BudgetedCache) -> set[torch.dtype]:
 def test_16_bits_are_as_near_to_the_model_as_its_own_dtype_is(
     family: str, dtype: torch.dtype, stored: torch.dtype
 ) -> None:
-    (loaded, eager), (_, exact) = pair(family, dtype), pair(family)
+    (loaded, eager), (_, exact) = model_pair(family, dtype), model_pair(family)
     ids, mask = padded(2, 60, 9)
     steps = range(40, 60)
-    cache = covering(loaded, bits=16)
+    cache = full_cache(loaded, bits=16)
     ours = stream(loaded.model, cache, ids, mask, *steps)
     theirs, reference = (stream(model, dynamic(model), ids, mask, *steps) for model in (eager, exact))
     assert ours.dtype == dtype
@@ -180,7 +182,7 @@ def test_16_bits_are_as_near_to_the_model_as_its_own_dtype_is(
 @pytest.mark.parametrize("config", [DeepseekV2Config, DeepseekV3Config])
 def test_a_latent_cache_is_refused_by_its_config(config: Any) -> None:
     latent = config(**(SHAPE | LATENT))
-    for look_at in (CacheGeometry.of, lambda config: LoadedModel.of(tiny_model(config))):
+    for look_at in (CacheGeometry.from_config, lambda config: LoadedModel.of(tiny_model(config))):
         with pytest.raises(UserError, match="latent cache"):
             look_at(latent)
 
@@ -191,7 +193,7 @@ def test_keys_that_a_model_changes_after_the_cache_are_refused_in_the_first_forw
     latent = config(**(SHAPE | LATENT))
     # What such a model hands to its cache: one head of latents.
     geometry = CacheGeometry(layers=4, kv_heads=1, query_group=4, head_dim=8, windows=(None,) * 4)
-    cache = BudgetedCache(full_plan(ModelIdentity.of(latent, id="latent"), geometry, 50))
+    cache = BudgetedCache(full_cache_plan(ModelIdentity.from_config(latent, id="latent"), geometry, 50))
     model = tiny_model(latent)
     model.set_attn_implementation(attention.ATTN_IMPLEMENTATION)
     with pytest.raises(UserError, match="never reached baklava's attention"):
@@ -210,7 +212,10 @@ OUTSIDERS = {
 @pytest.mark.parametrize("outsider", OUTSIDERS)
 def test_a_model_without_the_attention_interface_is_refused_and_gives_no_token(outsider: str) -> None:
     config, ids = OUTSIDERS[outsider], random_ids(1, 10)
-    model, plan = tiny_model(config), full_plan(ModelIdentity.of(config, id=outsider), CacheGeometry.of(config), 50)
+    model, plan = (
+        tiny_model(config),
+        full_cache_plan(ModelIdentity.from_config(config, id=outsider), CacheGeometry.from_config(config), 50),
+    )
     with pytest.raises(UserError, match="never reached baklava's attention"):
         model(ids, past_key_values=BudgetedCache(plan))
     with pytest.raises(UserError, match="never reached baklava's attention"):
@@ -221,7 +226,7 @@ def test_a_model_without_the_attention_interface_is_refused_and_gives_no_token(o
 def test_a_model_that_attends_twice_to_what_it_stored_once_is_refused() -> None:
     loaded = LoadedModel.of(tiny_model(DiffLlamaConfig(**SHAPE)))
     with pytest.raises(UserError, match="attends twice"):
-        loaded.model(random_ids(1, 30), past_key_values=covering(loaded))
+        loaded.model(random_ids(1, 30), past_key_values=full_cache(loaded))
 
 
 @pytest.mark.parametrize(

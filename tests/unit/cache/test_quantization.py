@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from plan_factory import chunked, graded, mixed, packed_plan, plan_of, random_ids
+from plan_factory import make_plan, quantized_plan, random_ids, with_bits, with_chunked_prefill, with_mixed_precision
 from torch import Tensor
 from transformers import DynamicCache
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.eviction import (
+    TOVA,
     Eviction,
     ExpectedAttention,
     HeavyHitter,
     KeyDiff,
     KeyNorm,
-    Reconstruction,
+    KVzip,
     SnapKV,
-    Streaming,
-    Tova,
+    StreamingLLM,
 )
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
@@ -29,16 +29,16 @@ from baklava.runtime.prefill import prefill
 Maker = Callable[..., LoadedModel]
 
 EVICTIONS = [
-    Streaming(sinks=2),
-    Streaming(sinks=0),
-    HeavyHitter(sinks=2, interval=4, distance=0),
-    HeavyHitter(sinks=0, interval=6, recent=0.2, staged=True, distance=0),
-    Tova(sinks=1, interval=3, staged=True),
-    SnapKV(sinks=2, interval=4, window=3, staged=True),
-    KeyNorm(sinks=2, interval=5),
-    KeyDiff(sinks=0, interval=4, staged=True),
-    ExpectedAttention(sinks=2, interval=4, window=6),
-    Reconstruction(sinks=2, interval=4, staged=True),
+    StreamingLLM(sinks=2),
+    StreamingLLM(sinks=0),
+    HeavyHitter(sinks=2, eviction_interval=4, distance=0),
+    HeavyHitter(sinks=0, eviction_interval=6, recent_ratio=0.2, full_precision_recent=True, distance=0),
+    TOVA(sinks=1, eviction_interval=3, full_precision_recent=True),
+    SnapKV(sinks=2, eviction_interval=4, window=3, full_precision_recent=True),
+    KeyNorm(sinks=2, eviction_interval=5),
+    KeyDiff(sinks=0, eviction_interval=4, full_precision_recent=True),
+    ExpectedAttention(sinks=2, eviction_interval=4, window=6),
+    KVzip(sinks=2, eviction_interval=4, full_precision_recent=True),
 ]
 
 every_eviction = pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
@@ -52,29 +52,29 @@ def steps(loaded: LoadedModel, cache: BudgetedCache, ids: Tensor, **options: Any
 @every_eviction
 def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, eviction: Eviction) -> None:
     loaded = tiny()
-    plan = packed_plan(loaded, eviction, 3)
+    plan = quantized_plan(loaded, eviction, 3)
     cache, _ = prefill(loaded, plan, random_ids(1, 90))
     for token in random_ids(60, 1):
         assert cache.nbytes <= cache.reserved_bytes
         loaded.model(token[None], past_key_values=cache)
     cache.check_integrity()
     assert cache.nbytes == cache.reserved_bytes
-    assert cache.reserved_bytes < 0.8 * packed_plan(loaded, eviction, 16).bytes_per_sequence
+    assert cache.reserved_bytes < 0.8 * quantized_plan(loaded, eviction, 16).bytes_per_sequence
     for layer, row in enumerate(plan.tokens):
         for head, tokens in enumerate(row):
             held = cache.cached_positions(layer, head)
-            assert tokens - eviction.interval <= len(held) <= tokens
+            assert tokens - eviction.eviction_interval <= len(held) <= tokens
             assert held[: eviction.sinks].tolist() == list(range(eviction.sinks))
 
 
 @torch.inference_mode()
 @every_eviction
 @pytest.mark.parametrize("bits", [6, 4, 2])
-def test_graded_keys_hold_what_the_plan_says_together_and_one_by_one(
+def test_mixed_precision_keys_allocate_the_plan_together_and_one_by_one(
     tiny: Maker, eviction: Eviction, bits: int
 ) -> None:
     loaded, ids = tiny(head_dim=32), random_ids(2, 37, seed=3)
-    plan = graded(loaded, mixed(packed_plan(loaded, eviction), [(bits, 4), (5, 16)]))
+    plan = with_mixed_precision(loaded, with_bits(quantized_plan(loaded, eviction), [(bits, 4), (5, 16)]))
     one_by_one, _ = prefill(loaded, plan, random_ids(2, 80))
     together = copy.deepcopy(one_by_one)
     slow = steps(loaded, one_by_one, ids)
@@ -88,11 +88,11 @@ def test_graded_keys_hold_what_the_plan_says_together_and_one_by_one(
 
 
 @torch.inference_mode()
-def test_a_packed_cache_really_is_smaller(tiny: Maker) -> None:
+def test_a_quantized_cache_really_is_smaller(tiny: Maker) -> None:
     loaded = tiny(head_dim=64)
     held = {}
     for bits in (16, 8, 4, 3, 2):
-        cache = BudgetedCache(plan_of(loaded, [[400, 400]] * 2, Streaming(sinks=4), bits=bits))
+        cache = BudgetedCache(make_plan(loaded, [[400, 400]] * 2, StreamingLLM(sinks=4), bits=bits))
         loaded.model(random_ids(2, 500), past_key_values=cache)
         held[bits] = cache.nbytes
     ratios = [held[bits] / held[16] for bits in (8, 4, 3, 2)]
@@ -104,7 +104,7 @@ def test_a_packed_cache_really_is_smaller(tiny: Maker) -> None:
 @every_eviction
 def test_8_bits_are_nearly_16(tiny: Maker, eviction: Eviction) -> None:
     loaded, ids, after = tiny(), random_ids(1, 60), random_ids(1, 30, seed=2)
-    caches = [prefill(loaded, packed_plan(loaded, eviction, bits), ids)[0] for bits in (16, 8)]
+    caches = [prefill(loaded, quantized_plan(loaded, eviction, bits), ids)[0] for bits in (16, 8)]
     dense, packed = (steps(loaded, cache, after) for cache in caches)
     # Only the first tokens: one near tie that goes the other way changes what is kept, and all that follows.
     assert float((dense - packed)[:, :3].abs().max()) < 0.1 * float(dense.std())
@@ -115,8 +115,8 @@ def test_8_bits_are_nearly_16(tiny: Maker, eviction: Eviction) -> None:
 @pytest.mark.parametrize("staged", [False, True])
 def test_entries_that_stay_never_change(tiny: Maker, bits: int, staged: bool) -> None:
     loaded = tiny()
-    eviction = HeavyHitter(sinks=2, interval=4, recent=0.2, staged=staged, distance=0)
-    cache = BudgetedCache(plan_of(loaded, [[20, 30], [25, 25]], eviction, bits=bits))
+    eviction = HeavyHitter(sinks=2, eviction_interval=4, recent_ratio=0.2, full_precision_recent=staged, distance=0)
+    cache = BudgetedCache(make_plan(loaded, [[20, 30], [25, 25]], eviction, bits=bits))
     loaded.model(random_ids(1, 60), past_key_values=cache)
     first = entries(cache)
     for turn in range(3):
@@ -146,7 +146,7 @@ def test_tokens_see_the_same_together_and_one_by_one(tiny: Maker, eviction: Evic
     loaded, ids = tiny(), random_ids(1, 37, seed=3)
     # Three tokens: those after them are forced, and some of them stay in 16 bits as sinks.
     for prompt in (80, 3):
-        one_by_one, _ = prefill(loaded, packed_plan(loaded, eviction), random_ids(1, prompt))
+        one_by_one, _ = prefill(loaded, quantized_plan(loaded, eviction), random_ids(1, prompt))
         together = copy.deepcopy(one_by_one)
         slow = steps(loaded, one_by_one, ids)
         with together.teacher_forcing():
@@ -157,11 +157,11 @@ def test_tokens_see_the_same_together_and_one_by_one(tiny: Maker, eviction: Evic
 
 @torch.inference_mode()
 # Equal tokens have keys of equal norm in the first layer; context reconstruction takes no padded rows.
-@pytest.mark.parametrize("eviction", [e for e in EVICTIONS if not isinstance(e, KeyNorm | Reconstruction)], ids=str)
+@pytest.mark.parametrize("eviction", [e for e in EVICTIONS if not isinstance(e, KeyNorm | KVzip)], ids=str)
 def test_a_left_padded_batch_equals_its_rows_alone(tiny: Maker, eviction: Eviction) -> None:
     loaded, ids = tiny(), random_ids(3, 40, seed=1)
     # Each row fills its heads: padding fills slots too, and what is behind them is staged in 16 bits.
-    plan = mixed(plan_of(loaded, [[14, 18], [16, 16]], eviction), [(4, 4), (8, 3)])
+    plan = with_bits(make_plan(loaded, [[14, 18], [16, 16]], eviction), [(4, 4), (8, 3)])
     mask = torch.ones_like(ids)
     mask[0, :7], mask[2, :21] = 0, 0
     options = {"max_new_tokens": 30, "do_sample": False}
@@ -180,13 +180,15 @@ def biased(loaded: LoadedModel) -> LoadedModel:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("eviction", [Streaming(), KeyNorm(interval=4), HeavyHitter(interval=4, distance=0)], ids=str)
+@pytest.mark.parametrize(
+    "eviction", [StreamingLLM(), KeyNorm(eviction_interval=4), HeavyHitter(eviction_interval=4, distance=0)], ids=str
+)
 @pytest.mark.parametrize("first", [1, 3, 5])
 def test_what_a_short_prompt_left_stays_as_it_is_when_a_long_turn_comes(
     tiny: Maker, eviction: Eviction, first: int
 ) -> None:
     loaded, ids = biased(tiny()), random_ids(1, 40)
-    cache = BudgetedCache(plan_of(loaded, [[60, 60]] * 2, eviction, bits=4))
+    cache = BudgetedCache(make_plan(loaded, [[60, 60]] * 2, eviction, bits=4))
     loaded.model(ids[:, :first], past_key_values=cache)
     steps(loaded, cache, ids[:, first:18])
     group = cache.budgeted_layers[0].groups[0]
@@ -196,10 +198,10 @@ def test_what_a_short_prompt_left_stays_as_it_is_when_a_long_turn_comes(
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("eviction", [each for each in EVICTIONS if not each.sample.repeated], ids=str)
-def test_a_text_is_likely_alike_from_its_first_token_on_however_it_is_cut(tiny: Maker, eviction: Eviction) -> None:
+@pytest.mark.parametrize("eviction", [each for each in EVICTIONS if not each.query_sample.uses_repetition], ids=str)
+def test_a_text_has_the_same_logits_however_it_is_chunked(tiny: Maker, eviction: Eviction) -> None:
     loaded, ids = biased(tiny(layers=1)), random_ids(1, 40)
-    plan = plan_of(loaded, [[14, 20]], eviction, bits=4)
+    plan = make_plan(loaded, [[14, 20]], eviction, bits=4)
     expected = steps(loaded, BudgetedCache(plan), ids)
     for step in (40, 7):
         cache = BudgetedCache(plan)
@@ -210,11 +212,18 @@ def test_a_text_is_likely_alike_from_its_first_token_on_however_it_is_cut(tiny: 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    "eviction", [Streaming(), HeavyHitter(interval=4, distance=0), SnapKV(interval=4), KeyDiff(interval=4)], ids=str
+    "eviction",
+    [
+        StreamingLLM(),
+        HeavyHitter(eviction_interval=4, distance=0),
+        SnapKV(eviction_interval=4),
+        KeyDiff(eviction_interval=4),
+    ],
+    ids=str,
 )
 def test_a_row_shorter_than_the_sinks_has_them_in_16_bits_too(tiny: Maker, eviction: Eviction) -> None:
     loaded, ids = tiny(), random_ids(2, 16)
-    plan, options = plan_of(loaded, [[20, 20]] * 2, eviction, bits=4), {"max_new_tokens": 30, "do_sample": False}
+    plan, options = make_plan(loaded, [[20, 20]] * 2, eviction, bits=4), {"max_new_tokens": 30, "do_sample": False}
     mask = torch.ones_like(ids)
     mask[0, :14] = 0
     batch = loaded.model.generate(ids, attention_mask=mask, past_key_values=BudgetedCache(plan), **options)
@@ -227,7 +236,7 @@ def test_a_row_shorter_than_the_sinks_has_them_in_16_bits_too(tiny: Maker, evict
 @pytest.mark.parametrize("bits", [[(16, 4), (4, 16)], [(8, 3), (2, 4)], [(32, 8), (4, 4)]], ids=str)
 def test_heads_of_one_layer_have_bits_of_their_own(tiny: Maker, eviction: Eviction, bits: Any) -> None:
     loaded = tiny()
-    plan = mixed(plan_of(loaded, [[30, 30], [25, 25]], eviction), bits)
+    plan = with_bits(make_plan(loaded, [[30, 30], [25, 25]], eviction), bits)
     cache, _ = prefill(loaded, plan, random_ids(2, 70))
     cache.check_integrity()
     loaded.model.generate(random_ids(2, 90), past_key_values=cache, max_new_tokens=20, do_sample=False)
@@ -237,11 +246,13 @@ def test_heads_of_one_layer_have_bits_of_their_own(tiny: Maker, eviction: Evicti
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    "eviction", [Streaming(sinks=2), HeavyHitter(sinks=2, interval=8, staged=True, distance=0)], ids=str
+    "eviction",
+    [StreamingLLM(sinks=2), HeavyHitter(sinks=2, eviction_interval=8, full_precision_recent=True, distance=0)],
+    ids=str,
 )
-def test_chunks_and_second_turns_are_near_what_a_full_cache_says(tiny: Maker, eviction: Eviction) -> None:
+def test_chunks_and_second_turns_are_near_a_full_cache(tiny: Maker, eviction: Eviction) -> None:
     loaded, ids = tiny(head_dim=32), random_ids(2, 120)
-    plan = chunked(plan_of(loaded, [[140, 150]] * 2, eviction, bits=8), 24)
+    plan = with_chunked_prefill(make_plan(loaded, [[140, 150]] * 2, eviction, bits=8), 24)
     cache, first = prefill(loaded, plan, ids[:, :60])
     second = loaded.model(ids[:, 60:100], past_key_values=cache).logits
     third = steps(loaded, cache, ids[:, 100:])
@@ -253,12 +264,14 @@ def test_chunks_and_second_turns_are_near_what_a_full_cache_says(tiny: Maker, ev
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "eviction", [Streaming(sinks=2), HeavyHitter(sinks=2, interval=4, staged=True, distance=0)], ids=str
+    "eviction",
+    [StreamingLLM(sinks=2), HeavyHitter(sinks=2, eviction_interval=4, full_precision_recent=True, distance=0)],
+    ids=str,
 )
 def test_models_in_half_precision_pack_too(tiny: Maker, dtype: torch.dtype, eviction: Eviction) -> None:
     loaded = tiny(head_dim=32)
     loaded = LoadedModel.of(loaded.model.to(dtype), tokenizer=None, id="tiny")
-    cache, logits = prefill(loaded, packed_plan(loaded, eviction), random_ids(2, 50))
+    cache, logits = prefill(loaded, quantized_plan(loaded, eviction), random_ids(2, 50))
     outputs = steps(loaded, cache, random_ids(2, 60, seed=1))
     assert outputs.dtype == logits.dtype == dtype
     assert bool(outputs.isfinite().all())
@@ -269,7 +282,7 @@ def test_models_in_half_precision_pack_too(tiny: Maker, dtype: torch.dtype, evic
 @torch.inference_mode()
 def test_a_copied_cache_and_reordered_rows_keep_their_means(tiny: Maker) -> None:
     loaded = tiny()
-    plan = packed_plan(loaded, HeavyHitter(sinks=2, interval=4, distance=0))
+    plan = quantized_plan(loaded, HeavyHitter(sinks=2, eviction_interval=4, distance=0))
     cache, _ = prefill(loaded, plan, random_ids(2, 60))
     swapped = copy.deepcopy(cache)
     swapped.reorder_cache(torch.tensor([1, 0]))
@@ -280,8 +293,8 @@ def test_a_copied_cache_and_reordered_rows_keep_their_means(tiny: Maker) -> None
 
 
 @torch.inference_mode()
-def test_heads_that_cannot_be_packed_are_refused_before_anything_runs(tiny: Maker) -> None:
+def test_heads_that_cannot_be_quantized_are_rejected_before_anything_runs(tiny: Maker) -> None:
     loaded = tiny(head_dim=4)
-    cache = BudgetedCache(plan_of(loaded, [[20, 20]] * 2, Streaming(), bits=3))
+    cache = BudgetedCache(make_plan(loaded, [[20, 20]] * 2, StreamingLLM(), bits=3))
     with pytest.raises(UserError, match="heads of dimension 4 do not fill whole bytes in 3 bits"):
         loaded.model(random_ids(1, 10), past_key_values=cache)

@@ -8,18 +8,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from baklava.cache.storage import EMPTY, StorageLayout, Storage, storage_for
+from baklava.cache.storage import EMPTY, Storage, StorageLayout, storage_for
 from baklava.cache.storage.fake_quantize import fake_quantize
 from baklava.cache.storage.hadamard import HadamardRotation
 from baklava.cache.storage.quantized_codec import pack, unpack
 from baklava.errors import UserError
-from baklava.plan.budget_plan import EvictionChoice, head_bytes
+from baklava.plan.budget_plan import EvictionConfig, head_bytes
 from baklava.plan.byte_accounting import BitSplit, bit_split, tensor_bytes
 from baklava.plan.geometry import CacheGeometry
 
 BATCH, HEADS, DIM, TOKENS = 2, 3, 32, 24
-LAYOUTS = [StorageLayout(TOKENS), StorageLayout(TOKENS, sinks=3), StorageLayout(TOKENS, sinks=2, staged=5), StorageLayout(TOKENS, staged=4)]
-CODED = [((DIM, bits),) for bits in (32, 16, 8, 6, 5, 4, 3, 2)] + [bit_split(DIM, bits, True) for bits in (6, 5, 4, 3, 2)]
+LAYOUTS = [
+    StorageLayout(TOKENS),
+    StorageLayout(TOKENS, sinks=3),
+    StorageLayout(TOKENS, sinks=2, staged=5),
+    StorageLayout(TOKENS, staged=4),
+]
+CODED = [((DIM, bits),) for bits in (32, 16, 8, 6, 5, 4, 3, 2)] + [
+    bit_split(DIM, bits, True) for bits in (6, 5, 4, 3, 2)
+]
 
 every_storage = pytest.mark.parametrize(
     ("coded", "layout", "centred"),
@@ -60,12 +67,16 @@ def filled(coded: BitSplit, layout: StorageLayout, centred: bool) -> Storage:
 
 
 @every_storage
-def test_products_with_entries_are_those_with_what_is_read_out(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
+def test_products_with_entries_are_those_with_what_is_read_out(
+    coded: BitSplit, layout: StorageLayout, centred: bool
+) -> None:
     storage = filled(coded, layout, centred)
     rows = torch.randn(BATCH, HEADS, 4, DIM, generator=torch.Generator().manual_seed(1))
     for slots_used in (1, 5, TOKENS):
         entries = storage.read(slots_used)
-        torch.testing.assert_close(storage.query_key_scores(rows, slots_used), rows @ entries.transpose(2, 3), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            storage.query_key_scores(rows, slots_used), rows @ entries.transpose(2, 3), atol=1e-4, rtol=1e-4
+        )
         weights = rows[..., :slots_used].softmax(-1)[..., :slots_used]
         weights = torch.nn.functional.pad(weights, (0, slots_used - weights.shape[-1]), value=0.1)
         torch.testing.assert_close(storage.weighted_values(weights), weights @ entries, atol=1e-4, rtol=1e-4)
@@ -102,7 +113,9 @@ def test_rows_that_are_joined_read_as_they_do_alone_and_are_written_alone(
 
 
 @every_storage
-def test_what_is_written_scattered_and_stored_reads_back_alike(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
+def test_what_is_written_scattered_and_stored_reads_back_alike(
+    coded: BitSplit, layout: StorageLayout, centred: bool
+) -> None:
     storage, everywhere = filled(coded, layout, centred), torch.arange(TOKENS)[None, None]
     entries = torch.cat([draw(20), draw(TOKENS - 20, seed=1)], 2)
     assert torch.equal(storage.read(TOKENS), storage.round_trip(entries, everywhere))
@@ -120,7 +133,9 @@ def test_what_is_written_scattered_and_stored_reads_back_alike(coded: BitSplit, 
 
 
 @every_storage
-def test_moves_copy_codes_and_encode_what_was_staged_once(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
+def test_moves_copy_codes_and_encode_what_was_staged_once(
+    coded: BitSplit, layout: StorageLayout, centred: bool
+) -> None:
     storage = filled(coded, layout, centred)
     before = storage.read(TOKENS)
     # Rows differ in what moves; an entry that goes nowhere goes onto itself.
@@ -154,7 +169,7 @@ def test_a_selection_is_of_old_entries_as_they_are_and_of_new_ones(
 
 
 @every_storage
-def test_rows_and_copies_keep_what_they_hold(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
+def test_rows_and_copies_keep_their_entries(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
     storage = filled(coded, layout, centred)
     before, copied = storage.read(TOKENS), copy.deepcopy(storage)
     copied.select_rows(torch.tensor([1, 0, 1]))
@@ -184,7 +199,7 @@ def test_bytes_are_those_of_the_plan(coded: BitSplit, layout: StorageLayout, cen
 @pytest.mark.parametrize("graded", [False, True])
 def test_a_pair_of_storages_is_a_head_of_the_plan(bits: int, sinks: int, staged: bool, graded: bool) -> None:
     geometry = CacheGeometry(layers=1, kv_heads=1, query_group=1, head_dim=64, windows=(None,))
-    eviction = EvictionChoice(method="streaming", sinks=sinks, interval=8, staged=staged)
+    eviction = EvictionConfig(method="streaming_llm", sinks=sinks, eviction_interval=8, full_precision_recent=staged)
     layout = StorageLayout(40, sinks, 8 if staged else 0)
     sides = [(bit_split(64, bits, graded), True), (alike(64, bits), False)]
     pair = [storage_for(coded, torch.empty(1, 1, 0, 64), layout, centred=centred) for coded, centred in sides]
@@ -273,20 +288,20 @@ def test_heads_that_do_not_fill_bytes_are_refused(bits: int, head_dim: int, mult
 
 
 @given(parts=st.lists(st.integers(1, 70), min_size=1, max_size=3), seed=st.integers(0, 2**30), ordered=st.booleans())
-def test_a_rotation_keeps_products_and_is_turned_back(parts: list[int], seed: int, ordered: bool) -> None:
+def test_a_rotation_preserves_products_and_has_an_inverse(parts: list[int], seed: int, ordered: bool) -> None:
     generator, head_dim = torch.Generator().manual_seed(seed), sum(parts)
     pair = torch.randn(2, HEADS, 5, head_dim, generator=generator)
     order = torch.stack([torch.randperm(head_dim, generator=generator) for _ in range(HEADS)]) if ordered else None
     rotation = HadamardRotation.of(tuple(parts), pair, order)
     turned = rotation.rotate(pair)
     torch.testing.assert_close(rotation.inverse_rotate(turned), pair, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close((turned[0] * rotate[1]).sum(-1), (pair[0] * pair[1]).sum(-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close((turned[0] * turned[1]).sum(-1), (pair[0] * pair[1]).sum(-1), atol=1e-4, rtol=1e-4)
     grouped = rotation.rotate(pair[:, :, None])
     assert torch.equal(grouped[:, :, 0], turned)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 112, 128])
-def test_graded_keys_are_never_worse_than_plain_ones(head_dim: int) -> None:
+def test_mixed_precision_keys_are_never_worse_than_plain_ones(head_dim: int) -> None:
     keys = torch.randn(HEADS, 2000, head_dim, generator=torch.Generator().manual_seed(0))
     keys = keys * torch.linspace(0.05, 3, head_dim)
     order = torch.arange(head_dim).flip(0).expand(HEADS, -1)

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizer
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.data.windows import Window
 from baklava.errors import UserError
-from baklava.evaluation.lm_eval.model import BaklavaLM, Tally
-from baklava.evaluation.lm_eval.model_args import ModelArgs
+from baklava.evaluation.lm_eval import BaklavaLM, ModelArgs, PlanCoverage
 from baklava.evaluation.window_scoring import prefill_window, score_plan
 from baklava.eviction import Eviction, HeavyHitter, KVzip, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
@@ -34,7 +33,7 @@ SIGNS = [chr(0x4E00 + number) for number in range(64)]  # a token each, none of 
 
 
 @pytest.fixture
-def spelling(tiny: Maker) -> LoadedModel:
+def loaded_model(tiny: Maker) -> LoadedModel:
     """A tiny model whose tokens are single signs, so that a text can be made for any ids."""
     vocabulary = {sign: number for number, sign in enumerate(["<pad>", "<s>", "</s>", *SIGNS[3:]])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -54,12 +53,12 @@ def ids_of(tokens: int, seed: int = 0) -> list[int]:
     return (random_ids(1, tokens, seed)[0] % 61 + 3).tolist()
 
 
-def asked(kind: str, *arguments: Any) -> Instance:
+def make_instance(kind: str, *arguments: Any) -> Instance:
     return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
 
 
 def loglikelihood(model: BaklavaLM, *pairs: tuple[list[int], list[int]]) -> list[tuple[float, bool]]:
-    return model.loglikelihood([asked("loglikelihood", signs(context), signs(text)) for context, text in pairs])
+    return model.loglikelihood([make_instance("loglikelihood", signs(context), signs(text)) for context, text in pairs])
 
 
 def plans(loaded: LoadedModel) -> list[BudgetPlan]:
@@ -69,47 +68,56 @@ def plans(loaded: LoadedModel) -> list[BudgetPlan]:
 
 @pytest.mark.parametrize("number", range(5), ids=["streaming", "heavy_hitter", "reconstruction", "chunks", "hh-chunks"])
 @pytest.mark.parametrize("length", [1, 2, 61])
-def test_a_loglikelihood_is_what_the_scorer_says(spelling: LoadedModel, number: int, length: int) -> None:
-    plan, ids = plans(spelling)[number], ids_of(80 + length)
+def test_a_loglikelihood_is_that_of_the_window_score(loaded_model: LoadedModel, number: int, length: int) -> None:
+    plan, ids = plans(loaded_model)[number], ids_of(80 + length)
     window = Window("w", "d", tuple(ids), 80)
     eviction = EVICTIONS[(0, 1, 2, 0, 1)[number]]
-    expected = score_plan(spelling, prefill_window(spelling, window, [eviction]), plan).nll * length
-    [(found, _)] = loglikelihood(BaklavaLM(spelling, plan), (ids[:80], ids[80:]))
+    expected = score_plan(loaded_model, prefill_window(loaded_model, window, [eviction]), plan).nll * length
+    [(found, _)] = loglikelihood(BaklavaLM(loaded_model, plan), (ids[:80], ids[80:]))
     assert found == pytest.approx(-expected, abs=1e-3)
 
 
 @torch.inference_mode()
-def test_the_full_plan_is_a_plain_forward(spelling: LoadedModel) -> None:
-    ids, model = ids_of(90), BaklavaLM(spelling, full_cache_plan(spelling.identity, spelling.geometry, 200, bits=32))
-    likeliest = spelling.model.generate(torch.tensor([ids[:60]]), max_new_tokens=9, use_cache=False)[0, 60:].tolist()
-    for text in (ids[60:], likeliest, [*likeliest[:-1], (likeliest[-1] + 1) % 60 + 3]):
+def test_the_full_plan_is_a_plain_forward(loaded_model: LoadedModel) -> None:
+    ids, model = (
+        ids_of(90),
+        BaklavaLM(loaded_model, full_cache_plan(loaded_model.identity, loaded_model.geometry, 200, bits=32)),
+    )
+    greedy_ids = loaded_model.model.generate(torch.tensor([ids[:60]]), max_new_tokens=9, use_cache=False)[
+        0, 60:
+    ].tolist()
+    for text in (ids[60:], greedy_ids, [*greedy_ids[:-1], (greedy_ids[-1] + 1) % 60 + 3]):
         whole = torch.tensor([ids[:60] + text])
-        log_probs = spelling.model(whole, use_cache=False).logits[0, 59:-1].log_softmax(-1)
+        log_probs = loaded_model.model(whole, use_cache=False).logits[0, 59:-1].log_softmax(-1)
         expected = float(log_probs.gather(-1, whole[0, 60:, None]).sum())
         [(found, greedy)] = loglikelihood(model, (ids[:60], text))
         assert found == pytest.approx(expected, abs=1e-3)
-        assert greedy == (text == likeliest)
+        assert greedy == (text == greedy_ids)
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS[:2], ids=str)
-def test_a_tight_plan_changes_what_is_found(spelling: LoadedModel, eviction: Eviction) -> None:
+def test_a_tight_plan_changes_the_results(loaded_model: LoadedModel, eviction: Eviction) -> None:
     ids = ids_of(130)
-    full = BaklavaLM(spelling, full_cache_plan(spelling.identity, spelling.geometry, 200, bits=32))
-    tight = BaklavaLM(spelling, make_plan(spelling, TIGHT, eviction))
+    full = BaklavaLM(loaded_model, full_cache_plan(loaded_model.identity, loaded_model.geometry, 200, bits=32))
+    tight = BaklavaLM(loaded_model, make_plan(loaded_model, TIGHT, eviction))
     text = signs(ids)
     [rolling, budgeted] = [
-        each.loglikelihood_rolling([asked("loglikelihood_rolling", text)])[0] for each in (full, tight)
+        each.loglikelihood_rolling([make_instance("loglikelihood_rolling", text)])[0] for each in (full, tight)
     ]
     assert abs(rolling - budgeted) > 0.1
     [[(whole, _)], [(cut, _)]] = [loglikelihood(each, (ids[:80], ids[80:])) for each in (full, tight)]
     assert abs(whole - cut) > 0.1
     options = {"until": [], "max_gen_toks": 40}
-    assert len({each.generate_until([asked("generate_until", text, options)])[0] for each in (full, tight)}) == 2
-    assert [tally.touched for tally in full.tallies] == [0, 0, 0]
-    assert [tally.touched for tally in tight.tallies] == [1, 1, 1]
+    assert (
+        len({each.generate_until([make_instance("generate_until", text, options)])[0] for each in (full, tight)}) == 2
+    )
+    assert [coverage.affected for coverage in full.coverages] == [0, 0, 0]
+    assert [coverage.affected for coverage in tight.coverages] == [1, 1, 1]
 
 
-def test_requests_that_share_a_context_prefill_it_once(spelling: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_share_a_context_prefill_it_once(
+    loaded_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prefilled = []
 
     def counting(loaded: LoadedModel, plan: BudgetPlan, ids: torch.Tensor) -> Any:
@@ -117,7 +125,7 @@ def test_requests_that_share_a_context_prefill_it_once(spelling: LoadedModel, mo
         return enter(loaded, plan, ids)
 
     monkeypatch.setattr(likelihood, "prefill", counting)
-    model = BaklavaLM(spelling, make_plan(spelling, TIGHT, HeavyHitter(eviction_interval=8)))
+    model = BaklavaLM(loaded_model, make_plan(loaded_model, TIGHT, HeavyHitter(eviction_interval=8)))
     one, other = ids_of(50), ids_of(70, seed=1)
     pairs = [(one, ids_of(9, 2)), (other, ids_of(9, 2)), (one, ids_of(1, 3)), (one, ids_of(30, 4)), (other, ids_of(1))]
     together = loglikelihood(model, *pairs)
@@ -129,58 +137,60 @@ def test_requests_that_share_a_context_prefill_it_once(spelling: LoadedModel, mo
 @torch.inference_mode()
 @pytest.mark.parametrize("number", range(5), ids=["streaming", "heavy_hitter", "reconstruction", "chunks", "hh-chunks"])
 def test_a_rolling_loglikelihood_feeds_every_token_of_a_window_alone(
-    spelling: LoadedModel, number: int, monkeypatch: pytest.MonkeyPatch
+    loaded_model: LoadedModel, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(likelihood, "STEP", 13)  # a text longer than a step
-    plan, ids = plans(spelling)[number], ids_of(70)
+    plan, ids = plans(loaded_model)[number], ids_of(70)
     expected = 0.0
     for seen, scored in get_rolling_token_windows(ids, 1, 45, 1):
-        cache, first = enter(spelling, plan, torch.tensor([seen[:1]]))  # a method may repeat even a prompt of one token
+        cache, first = enter(
+            loaded_model, plan, torch.tensor([seen[:1]])
+        )  # a method may repeat even a prompt of one token
         parts = [first]
         for token in seen[1:]:
-            parts.append(spelling.model(torch.tensor([[token]]), past_key_values=cache).logits[0])
+            parts.append(loaded_model.model(torch.tensor([[token]]), past_key_values=cache).logits[0])
             assert cache.nbytes <= plan.bytes_per_sequence
         log_probs = torch.cat(parts)[-len(scored) :].log_softmax(-1)
         expected += float(log_probs.gather(-1, torch.tensor(scored)[:, None]).sum())
-    [found] = BaklavaLM(spelling, plan, max_length=45).loglikelihood_rolling([asked("rolling", signs(ids))])
+    [found] = BaklavaLM(loaded_model, plan, max_length=45).loglikelihood_rolling([make_instance("rolling", signs(ids))])
     assert found == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 4], ids=["streaming", "heavy_hitter", "chunks", "hh-chunks"])
-def test_greedy_generation_is_that_of_transformers_in_the_same_cache(spelling: LoadedModel, number: int) -> None:
-    plan, ids = plans(spelling)[number], ids_of(80)
-    theirs = spelling.model.generate(torch.tensor([ids]), past_key_values=BudgetedCache(plan), max_new_tokens=30)
-    assert generate(spelling, plan, ids, max_new_tokens=30) == theirs[0, 80:].tolist()
+def test_greedy_generation_is_that_of_transformers_in_the_same_cache(loaded_model: LoadedModel, number: int) -> None:
+    plan, ids = plans(loaded_model)[number], ids_of(80)
+    theirs = loaded_model.model.generate(torch.tensor([ids]), past_key_values=BudgetedCache(plan), max_new_tokens=30)
+    assert generate(loaded_model, plan, ids, max_new_tokens=30) == theirs[0, 80:].tolist()
 
 
 @torch.inference_mode()
-def test_a_prompt_that_is_repeated_is_gone_on_from(spelling: LoadedModel) -> None:
-    plan, made = plans(spelling)[2], []
-    cache, logits = enter(spelling, plan, torch.tensor([ids_of(80)]))
+def test_generation_continues_after_a_repeated_prompt(loaded_model: LoadedModel) -> None:
+    plan, made = plans(loaded_model)[2], []
+    cache, logits = enter(loaded_model, plan, torch.tensor([ids_of(80)]))
     for _ in range(20):
         made.append(int(logits.argmax()))
-        logits = spelling.model(torch.tensor([made[-1:]]), past_key_values=cache).logits[:, -1]
-    assert generate(spelling, plan, ids_of(80), max_new_tokens=20) == made
+        logits = loaded_model.model(torch.tensor([made[-1:]]), past_key_values=cache).logits[:, -1]
+    assert generate(loaded_model, plan, ids_of(80), max_new_tokens=20) == made
 
 
-def test_greedy_generation_with_the_full_plan_is_the_plain_model(spelling: LoadedModel) -> None:
-    ids, plan = ids_of(80), full_cache_plan(spelling.identity, spelling.geometry, 200, bits=32)
-    plain = spelling.model.generate(torch.tensor([ids]), use_cache=False, max_new_tokens=20)[0, 80:].tolist()
-    model = BaklavaLM(spelling, plan)
-    [text] = model.generate_until([asked("generate_until", signs(ids), {"until": [], "max_gen_toks": 20})])
+def test_greedy_generation_with_the_full_plan_is_the_plain_model(loaded_model: LoadedModel) -> None:
+    ids, plan = ids_of(80), full_cache_plan(loaded_model.identity, loaded_model.geometry, 200, bits=32)
+    plain = loaded_model.model.generate(torch.tensor([ids]), use_cache=False, max_new_tokens=20)[0, 80:].tolist()
+    model = BaklavaLM(loaded_model, plan)
+    [text] = model.generate_until([make_instance("generate_until", signs(ids), {"until": [], "max_gen_toks": 20})])
     assert text == signs(plain)
     stop = signs(plain[7:9])
-    [cut] = model.generate_until([asked("generate_until", signs(ids), {"until": [stop], "max_gen_toks": 20})])
+    [cut] = model.generate_until([make_instance("generate_until", signs(ids), {"until": [stop], "max_gen_toks": 20})])
     assert cut == signs(plain).split(stop)[0]
 
 
-def test_sampling_follows_its_seed_and_beams_are_refused(spelling: LoadedModel) -> None:
-    model = BaklavaLM(spelling, make_plan(spelling, TIGHT, StreamingLLM()))
+def test_sampling_follows_its_seed_and_beams_are_rejected(loaded_model: LoadedModel) -> None:
+    model = BaklavaLM(loaded_model, make_plan(loaded_model, TIGHT, StreamingLLM()))
 
     def drawn(seed: int, **options: Any) -> str:
         torch.manual_seed(seed)
         given = {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 0.9, **options}
-        return model.generate_until([asked("generate_until", signs(ids_of(40)), given)])[0]
+        return model.generate_until([make_instance("generate_until", signs(ids_of(40)), given)])[0]
 
     assert drawn(1) == drawn(1) != drawn(2)
     assert drawn(1, top_k=1) == drawn(2, top_k=1)
@@ -193,48 +203,48 @@ def kinds(model: BaklavaLM) -> list[Callable[[], object]]:
     """One request of each kind."""
     text = signs(ids_of(60))
     return [
-        lambda: model.loglikelihood([asked("loglikelihood", text, SIGNS[5] + SIGNS[9])]),
-        lambda: model.loglikelihood_rolling([asked("loglikelihood_rolling", text)]),
-        lambda: model.generate_until([asked("generate_until", text, {"until": [], "max_gen_toks": 3})]),
+        lambda: model.loglikelihood([make_instance("loglikelihood", text, SIGNS[5] + SIGNS[9])]),
+        lambda: model.loglikelihood_rolling([make_instance("loglikelihood_rolling", text)]),
+        lambda: model.generate_until([make_instance("generate_until", text, {"until": [], "max_gen_toks": 3})]),
     ]
 
 
 @pytest.mark.parametrize("kind", range(3))
-def test_a_cache_that_breaks_its_promise_ends_the_run(
-    spelling: LoadedModel, kind: int, monkeypatch: pytest.MonkeyPatch
+def test_a_cache_that_exceeds_its_reserve_ends_the_run(
+    loaded_model: LoadedModel, kind: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BudgetedCache, "reserved_bytes", 1)
     with pytest.raises(RuntimeError, match="reserved"):
-        kinds(BaklavaLM(spelling, make_plan(spelling, TIGHT, StreamingLLM())))[kind]()
+        kinds(BaklavaLM(loaded_model, make_plan(loaded_model, TIGHT, StreamingLLM())))[kind]()
 
 
 @pytest.mark.parametrize("kind", range(3))
-def test_a_model_that_passes_the_cache_by_ends_the_run(
-    spelling: LoadedModel, kind: int, monkeypatch: pytest.MonkeyPatch
+def test_a_model_that_bypasses_the_cache_ends_the_run(
+    loaded_model: LoadedModel, kind: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner, forward = spelling.model.model, spelling.model.model.forward
+    inner, forward = loaded_model.model.model, loaded_model.model.model.forward
 
     def forgetting(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **{**kwargs, "past_key_values": None, "use_cache": False})
 
     monkeypatch.setattr(inner, "forward", forgetting)
     with pytest.raises(RuntimeError, match="the plan was not applied"):
-        kinds(BaklavaLM(spelling, make_plan(spelling, TIGHT, StreamingLLM())))[kind]()
+        kinds(BaklavaLM(loaded_model, make_plan(loaded_model, TIGHT, StreamingLLM())))[kind]()
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(
-    spelling: LoadedModel, capsys: pytest.CaptureFixture[str]
+    loaded_model: LoadedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ids, plan = ids_of(60), make_plan(spelling, TIGHT, StreamingLLM())
-    short, long = BaklavaLM(spelling, plan, max_length=40), BaklavaLM(spelling, plan)
+    ids, plan = ids_of(60), make_plan(loaded_model, TIGHT, StreamingLLM())
+    short, long = BaklavaLM(loaded_model, plan, max_length=40), BaklavaLM(loaded_model, plan)
     assert loglikelihood(short, (ids[:50], ids[50:])) == loglikelihood(long, (ids[19:50], ids[50:]))
     options = {"until": [], "max_gen_toks": 10}
     cut, same = (
-        model.generate_until([asked("generate_until", signs(given), options)])
+        model.generate_until([make_instance("generate_until", signs(given), options)])
         for model, given in ((short, ids), (long, ids[-30:]))
     )
     assert cut == same
-    assert [tally.truncated for tally in short.tallies] == [1, 1]
+    assert [coverage.truncated for coverage in short.coverages] == [1, 1]
     assert "1 were longer than the model takes" in capsys.readouterr().err
     with pytest.raises(UserError, match="none of the model's 40"):
         loglikelihood(short, (ids[:5], ids_of(41)))
@@ -242,59 +252,66 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(
         loglikelihood(short, (ids, []))
 
 
-def test_a_text_without_context_stands_behind_the_start_token(spelling: LoadedModel) -> None:
-    model, ids = BaklavaLM(spelling, make_plan(spelling, TIGHT, StreamingLLM())), ids_of(50)
+def test_a_text_without_context_follows_the_start_token(loaded_model: LoadedModel) -> None:
+    model, ids = BaklavaLM(loaded_model, make_plan(loaded_model, TIGHT, StreamingLLM())), ids_of(50)
     [(found, _)] = loglikelihood(model, ([], ids))
-    [rolling] = model.loglikelihood_rolling([asked("loglikelihood_rolling", signs(ids))])
+    [rolling] = model.loglikelihood_rolling([make_instance("loglikelihood_rolling", signs(ids))])
     assert found == pytest.approx(rolling, abs=1e-3)
-    assert model.loglikelihood_rolling([asked("loglikelihood_rolling", "")]) == [0.0]
+    assert model.loglikelihood_rolling([make_instance("loglikelihood_rolling", "")]) == [0.0]
 
 
-def test_a_tally_tells_which_requests_a_plan_touched(spelling: LoadedModel) -> None:
-    plan = make_plan(spelling, TIGHT, StreamingLLM())
-    for chunk, touched, exact in ((None, 2, 1), (8, 3, 0)):
-        tally = Tally(with_chunked_prefill(plan, chunk) if chunk else plan, "requests")
+def test_coverage_counts_the_requests_that_a_plan_affected(loaded_model: LoadedModel) -> None:
+    plan = make_plan(loaded_model, TIGHT, StreamingLLM())
+    for chunk, affected, exact in ((None, 2, 1), (8, 3, 0)):
+        coverage = PlanCoverage(with_chunked_prefill(plan, chunk) if chunk else plan, "requests")
         for context, decoded in ((16, 0), (15, 1), (16, 1), (3, 60), (80, 0)):
-            tally.count(context, decoded)
-        assert (tally.lossless, tally.requests, tally.touched, tally.exact) == (16, 5, touched, exact)
-        assert f"{touched} of 5 requests" in tally.sentences()
-    untouched = Tally(plan, "requests")
-    untouched.count(3, 5)
-    assert "say nothing about the plan" in untouched.sentences()
+            coverage.count(context, decoded)
+        assert (
+            coverage.max_lossless_tokens,
+            coverage.requests,
+            coverage.affected,
+            coverage.predicted_before_eviction,
+        ) == (16, 5, affected, exact)
+        assert f"{affected} of 5 requests" in coverage.summary()
+    unaffected = PlanCoverage(plan, "requests")
+    unaffected.count(3, 5)
+    assert "say nothing about the plan" in unaffected.summary()
 
 
 @pytest.mark.parametrize("chunk", [None, 7], ids=["dense", "chunks"])
 @pytest.mark.parametrize(
     "eviction", [StreamingLLM(), HeavyHitter(sinks=2, eviction_interval=3, recent_ratio=0.2)], ids=["ring", "ranked"]
 )
-def test_a_request_is_touched_exactly_when_entries_were_gone(
-    spelling: LoadedModel, eviction: Eviction, chunk: int | None
+def test_a_request_is_affected_exactly_if_entries_were_gone(
+    loaded_model: LoadedModel, eviction: Eviction, chunk: int | None
 ) -> None:
-    full = full_cache_plan(spelling.identity, spelling.geometry, 200, bits=32)
-    plan = make_plan(spelling, [[12, 12], [12, 12]], eviction)
+    full = full_cache_plan(loaded_model.identity, loaded_model.geometry, 200, bits=32)
+    plan = make_plan(loaded_model, [[12, 12], [12, 12]], eviction)
     tight = with_chunked_prefill(plan, chunk) if chunk else plan
     seen = set()
     for context in (7, 8, 9, 10, 11, 12, 13, 16):
         texts = [ids_of(length, 1) for length in (1, 2, 3, 5)]
-        whole, cut = (likelihood.score_continuations(spelling, each, ids_of(context), texts) for each in (full, tight))
+        whole, cut = (
+            likelihood.score_continuations(loaded_model, each, ids_of(context), texts) for each in (full, tight)
+        )
         for text, exact, found in zip(texts, whole, cut, strict=True):
-            tally = Tally(tight, "requests")
-            tally.count(context, len(text) - 1)
-            assert (abs(exact.log_prob - found.log_prob) > 1e-4) == bool(tally.touched), (context, len(text))
-            seen.add(tally.touched)
+            coverage = PlanCoverage(tight, "requests")
+            coverage.count(context, len(text) - 1)
+            assert (abs(exact.log_prob - found.log_prob) > 1e-4) == bool(coverage.affected), (context, len(text))
+            seen.add(coverage.affected)
     assert seen == {0, 1}
 
 
-def test_answers_of_one_plan_are_not_taken_for_those_of_another(spelling: LoadedModel, tmp_path: Path) -> None:
-    made, request = plans(spelling), asked("loglikelihood_rolling", signs(ids_of(30)))
+def test_cached_answers_of_another_plan_are_rejected(loaded_model: LoadedModel, tmp_path: Path) -> None:
+    made, request = plans(loaded_model), make_instance("loglikelihood_rolling", signs(ids_of(30)))
     path = str(tmp_path / "answers.db")
     for plan in (made[0], made[0]):
-        cached = CachingLM(BaklavaLM(spelling, plan), path)
+        cached = CachingLM(BaklavaLM(loaded_model, plan), path)
         [first] = cached.loglikelihood_rolling([request])
         cached.dbdict.close()
-    assert BaklavaLM(spelling, made[0]).loglikelihood_rolling([request]) == [first]
+    assert BaklavaLM(loaded_model, made[0]).loglikelihood_rolling([request]) == [first]
     with pytest.raises(UserError, match="another model or plan"):
-        CachingLM(BaklavaLM(spelling, made[1]), path)
+        CachingLM(BaklavaLM(loaded_model, made[1]), path)
 
 
 @torch.inference_mode()
@@ -315,7 +332,7 @@ def test_a_model_with_sliding_layers_is_scored_as_it_decodes() -> None:
     assert found.log_prob == pytest.approx(expected, abs=1e-3)
 
 
-def test_what_a_run_cannot_do_is_refused_in_a_sentence(spelling: LoadedModel, tmp_path: Path) -> None:
+def test_invalid_arguments_are_rejected_in_one_sentence(loaded_model: LoadedModel, tmp_path: Path) -> None:
     good = {"pretrained": "demo", "plan": "uniform:0.3"}
     for wrong, said in [
         ({"batch_size": 4}, "one sequence at a time"),
@@ -324,22 +341,22 @@ def test_what_a_run_cannot_do_is_refused_in_a_sentence(spelling: LoadedModel, tm
         ({"plan": None}, "plan: Input should be a valid string"),
     ]:
         with pytest.raises(UserError, match=said):
-            ModelArgs.of({**good, **wrong})
+            ModelArgs.parse({**good, **wrong})
     for accepted in (1, "1", "auto", "auto:4"):
-        ModelArgs.of({**good, "batch_size": accepted})
+        ModelArgs.parse({**good, "batch_size": accepted})
     with pytest.raises(UserError, match="plan: Field required"):
         BaklavaLM.create_from_arg_string("pretrained=demo", {"batch_size": 1})
     with pytest.raises(UserError, match="takes 4096"):
-        ModelArgs.of({**good, "max_length": 5000}).checked_length(spelling)
-    make_plan(spelling, TIGHT, StreamingLLM()).write(tmp_path / "plan.json")
-    stated = ModelArgs.of({**good, "plan": str(tmp_path / "plan.json"), "context_length": 300})
+        ModelArgs.parse({**good, "max_length": 5000}).checked_max_length(loaded_model)
+    make_plan(loaded_model, TIGHT, StreamingLLM()).write(tmp_path / "plan.json")
+    stated = ModelArgs.parse({**good, "plan": str(tmp_path / "plan.json"), "context_length": 300})
     with pytest.raises(UserError, match="made for 100 tokens"):
-        stated.named_plan(spelling, 4096)
+        stated.load_plan(loaded_model, 4096)
 
 
-def test_a_plan_by_name_has_the_length_that_was_asked_for(spelling: LoadedModel) -> None:
+def test_a_plan_by_name_has_the_requested_length(loaded_model: LoadedModel) -> None:
     def length(plan: str, most: int, **given: int) -> int:
-        return ModelArgs(pretrained="demo", plan=plan, **given).named_plan(spelling, most).context_length
+        return ModelArgs(pretrained="demo", plan=plan, **given).load_plan(loaded_model, most).context_length
 
     assert length("full", 4096) == 4096
     assert length("uniform:0.3", 4096, context_length=500) == 500

@@ -12,7 +12,7 @@ from lm_eval.api.registry import get_model, model_registry
 from lm_eval.tasks import TaskManager
 
 from baklava.allocation.plan_spec import resolve_plan
-from baklava.evaluation.lm_eval.model import BaklavaLM
+from baklava.evaluation.lm_eval import BaklavaLM
 from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.model_loader import LoadedModel
 
@@ -61,9 +61,11 @@ def tasks(tmp_path: Path) -> Path:
 
 
 @pytest.mark.demo
-def test_tasks_run_through_the_harness(demo: LoadedModel, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_harness_runs_a_task_of_each_kind(
+    demo: LoadedModel, tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    found = {}
+    results = {}
     for name in ("full", "uniform:0.3"):
         plan = resolve_plan(name, demo, 1024 if name == "full" else 80, lambda: pytest.fail("no profile")).plan
         ran = lm_eval.simple_evaluate(
@@ -75,17 +77,17 @@ def test_tasks_run_through_the_harness(demo: LoadedModel, tasks: Path, capsys: p
             apply_chat_template=False,
         )
         assert ran is not None
-        found[name] = ran
-    for name, touched in (("full", 0), ("uniform:0.3", 1)):
-        info = found[name]["config"]
+        results[name] = ran
+    for name, affected in (("full", 0), ("uniform:0.3", 1)):
+        info = results[name]["config"]
         counts = {each["kind"]: each for each in info["plan_requests"]}
         assert {kind: each["requests"] for kind, each in counts.items()} == {
             "loglikelihood": 2,
             "generate_until": 1,
             "loglikelihood_rolling": 1,
         }
-        assert all(each["touched"] == touched * each["requests"] for each in counts.values())
-    bits = {name: ran["results"]["baklava_perplexity"]["bits_per_byte,none"] for name, ran in found.items()}
+        assert all(each["affected"] == affected * each["requests"] for each in counts.values())
+    bits = {name: ran["results"]["baklava_perplexity"]["bits_per_byte,none"] for name, ran in results.items()}
     assert 0 < bits["full"] < bits["uniform:0.3"] < 3
     assert "say nothing about the plan" in capsys.readouterr().err
 
@@ -114,7 +116,7 @@ def test_one_command_runs_a_task(tasks: Path) -> None:
     assert "acc,none" in content["results"]["baklava_choice"]
 
 
-def test_a_wrong_command_is_one_sentence_and_exit_code_2(
+def test_a_usage_error_is_one_sentence_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run() -> None:  # the harness's own command line reads thousands of task files first

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from plan_factory import EVICTIONS, chunked, mixed, plan_of, random_ids
+from plan_factory import EVICTIONS, with_chunked_prefill, with_bits, make_plan, random_ids
 
 from baklava.errors import UserError
-from baklava.eviction import HeavyHitter, Reconstruction, Streaming
+from baklava.eviction import HeavyHitter, KVzip, StreamingLLM
 from baklava.runtime.prefill import (
     CONTINUATION_CHUNK_TOKENS,
-    ContinuationPrefill,
+    ChunkedPrefill,
     make_prefill_task,
     prefill,
     prefill_workspace_bytes,
@@ -32,7 +32,7 @@ def entered(loaded, plan, ids, sizes, room=None):
 @torch.inference_mode()
 def test_steps_of_any_size_leave_what_one_forward_leaves(tiny, eviction, sizes):
     loaded, ids = tiny(head_dim=16), random_ids(1, 100)
-    plan = mixed(plan_of(loaded, [[20, 40], [28, 64]], eviction), [(16, 16), (32, 32)])
+    plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], eviction), [(16, 16), (32, 32)])
     cache, logits, _ = entered(loaded, plan, ids, sizes, room=130)
     whole, expected = prefill(loaded, plan, ids, max_tokens=130)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
@@ -49,9 +49,9 @@ def test_steps_of_any_size_leave_what_one_forward_leaves(tiny, eviction, sizes):
 @pytest.mark.parametrize(("allowed", "steps"), [(16, 7), (3, 38)])
 def test_a_chunked_plan_enters_a_chunk_when_so_many_tokens_are_allowed(tiny, eviction, allowed, steps):
     loaded, ids = tiny(), random_ids(1, 100)
-    if eviction.name == "reconstruction":
+    if eviction.name == "kvzip":
         return
-    plan = chunked(plan_of(loaded, [[20, 40], [28, 64]], eviction), 16)
+    plan = with_chunked_prefill(make_plan(loaded, [[20, 40], [28, 64]], eviction), 16)
     cache, logits, taken = entered(loaded, plan, ids, [allowed], room=101)
     whole, expected = prefill(loaded, plan, ids, max_tokens=101)
     assert taken == steps
@@ -64,14 +64,14 @@ def test_a_chunked_plan_enters_a_chunk_when_so_many_tokens_are_allowed(tiny, evi
 @every_method
 def test_while_a_prompt_enters_it_holds_its_transient_to_the_byte_and_then_the_plan(tiny, eviction):
     loaded, ids = tiny(), random_ids(1, 90)
-    plan = plan_of(loaded, [[20, 40], [28, 64]], eviction)
+    plan = make_plan(loaded, [[20, 40], [28, 64]], eviction)
     entry = make_prefill_task(loaded, plan, ids[0].tolist())
-    if isinstance(eviction, Reconstruction):
+    if isinstance(eviction, KVzip):
         assert entry.step(5) is not None
         return
     for _ in range(89):
         assert entry.step(1) is None
-    whole_queries = eviction.sample.whole * 4 * 4 * 8 * 2  # the last query of 4 heads of 8, in 2 layers, is to come
+    whole_queries = eviction.query_sample.single_block * 4 * 4 * 8 * 2  # the last query of 4 heads of 8, in 2 layers, is to come
     transient = prefill_workspace_bytes(plan, 90, 4)
     assert entry.nbytes == transient - whole_queries
     assert entry.step(1) is None  # one layer of two is cut, so that no step takes long
@@ -82,7 +82,7 @@ def test_while_a_prompt_enters_it_holds_its_transient_to_the_byte_and_then_the_p
 
 def test_a_prompt_leaves_nothing_behind_that_is_not_the_caches_own(tiny):
     loaded, ids = tiny(), random_ids(1, 90)
-    cache, _, _ = entered(loaded, plan_of(loaded, [[20, 40], [28, 64]], HeavyHitter(interval=4)), ids, [30])
+    cache, _, _ = entered(loaded, make_plan(loaded, [[20, 40], [28, 64]], HeavyHitter(eviction_interval=4)), ids, [30])
     cache.check_integrity()
     for layer in cache.budgeted_layers:
         for group in layer.groups:
@@ -92,7 +92,7 @@ def test_a_prompt_leaves_nothing_behind_that_is_not_the_caches_own(tiny):
 
 def test_an_empty_prompt_and_another_models_plan_are_refused(tiny):
     loaded = tiny()
-    plan = plan_of(loaded, [[20, 40], [28, 64]], Streaming())
+    plan = make_plan(loaded, [[20, 40], [28, 64]], StreamingLLM())
     with pytest.raises(UserError, match="at least one token"):
         make_prefill_task(loaded, plan, [])
     with pytest.raises(UserError, match="was made for"):
@@ -103,10 +103,10 @@ def test_an_empty_prompt_and_another_models_plan_are_refused(tiny):
 @torch.inference_mode()
 def test_a_turn_goes_on_from_a_cut_cache_as_plain_forwards_do(tiny, eviction):
     loaded, ids, more = tiny(), random_ids(1, 60), random_ids(1, 2 * CONTINUATION_CHUNK_TOKENS + 3, seed=1)
-    plan = plan_of(loaded, [[20, 40], [28, 64]], eviction)
+    plan = make_plan(loaded, [[20, 40], [28, 64]], eviction)
     cache, logits = prefill(loaded, plan, ids)
     plain = cache.copy()
-    turn, steps = ContinuationPrefill(loaded, cache, logits, more[0].tolist()), 1
+    turn, steps = ChunkedPrefill(loaded, cache, logits, more[0].tolist()), 1
     while not (done := turn.step(CONTINUATION_CHUNK_TOKENS // 2)):  # which has to wait for as much again
         steps += 1
     assert (steps, turn.num_processed) == (5, more.shape[1])
@@ -114,4 +114,4 @@ def test_a_turn_goes_on_from_a_cut_cache_as_plain_forwards_do(tiny, eviction):
         output = loaded.model(more[:, start : start + CONTINUATION_CHUNK_TOKENS], past_key_values=plain)
     torch.testing.assert_close(done[1], output.logits[:, -1], atol=1e-4, rtol=1e-4)
     assert torch.equal(cache.cached_positions(1, 1), plain.cached_positions(1, 1))
-    assert ContinuationPrefill(loaded, cache, logits, []).step(1)[1] is logits
+    assert ChunkedPrefill(loaded, cache, logits, []).step(1)[1] is logits

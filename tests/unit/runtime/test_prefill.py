@@ -3,15 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from plan_factory import chunked, plan_of, random_ids
+from plan_factory import with_chunked_prefill, make_plan, random_ids
 from torch import Tensor
 from transformers import DynamicCache
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.recording_layer import RecordingCache
 from baklava.errors import UserError
-from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, Reconstruction, SnapKV, Streaming
-from baklava.plan.budget_plan import full_plan
+from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, KVzip, SnapKV, StreamingLLM
+from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.context_reconstruction import add_reconstruction_scores
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
@@ -23,7 +23,7 @@ Maker = Callable[..., LoadedModel]
 @pytest.mark.parametrize("chunk", [1, 7, 16, 100])
 def test_chunks_of_a_prompt_that_the_budget_covers_change_nothing(tiny: Maker, chunk: int) -> None:
     loaded, ids = tiny(), random_ids(2, 60)
-    plan = chunked(full_plan(loaded.identity, loaded.geometry, 80, bits=32), chunk)
+    plan = with_chunked_prefill(full_cache_plan(loaded.identity, loaded.geometry, 80, bits=32), chunk)
     cache, logits = prefill(loaded, plan, ids)
     torch.testing.assert_close(logits, loaded.model(ids).logits[:, -1], atol=1e-4, rtol=1e-4)
     assert cache.get_seq_length() == 60
@@ -32,7 +32,7 @@ def test_chunks_of_a_prompt_that_the_budget_covers_change_nothing(tiny: Maker, c
 @torch.inference_mode()
 @pytest.mark.parametrize(
     "eviction",
-    [Streaming(), HeavyHitter(interval=4, distance=0), SnapKV(interval=4), KeyDiff(interval=4), ExpectedAttention()],
+    [StreamingLLM(), HeavyHitter(eviction_interval=4, distance=0), SnapKV(eviction_interval=4), KeyDiff(eviction_interval=4), ExpectedAttention()],
     ids=str,
 )
 def test_a_chunked_plan_holds_the_same_whether_layers_or_the_model_cut_the_prompt(
@@ -41,7 +41,7 @@ def test_a_chunked_plan_holds_the_same_whether_layers_or_the_model_cut_the_promp
     loaded, ids = tiny(), random_ids(2, 90)
     mask = torch.ones_like(ids)
     mask[0, :13] = 0
-    plan = chunked(plan_of(loaded, [[40, 50], [45, 45]], eviction), 16)
+    plan = with_chunked_prefill(make_plan(loaded, [[40, 50], [45, 45]], eviction), 16)
     cache, logits = prefill(loaded, plan, ids, mask)
     whole = BudgetedCache(plan)
     at_once = loaded.model(ids, attention_mask=mask, past_key_values=whole).logits[:, -1]
@@ -56,8 +56,8 @@ def test_generate_goes_on_from_a_padded_prefill_as_it_would_have_alone(tiny: Mak
     loaded, ids = tiny(), random_ids(3, 40)
     mask = torch.ones_like(ids)
     mask[0, :13], mask[2, :1] = 0, 0
-    plan = full_plan(loaded.identity, loaded.geometry, 80, bits=32)
-    plan = chunked(plan, chunk) if chunk else plan
+    plan = full_cache_plan(loaded.identity, loaded.geometry, 80, bits=32)
+    plan = with_chunked_prefill(plan, chunk) if chunk else plan
     options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
     expected = loaded.model.generate(ids, past_key_values=DynamicCache(), **options)[:, 40:]
     cache, _ = prefill(loaded, plan, ids[:, :-1], mask[:, :-1])
@@ -71,9 +71,9 @@ def test_a_masked_prompt_needs_no_more_than_a_block_of_its_probabilities(tiny: M
     loaded, ids = tiny(layers=1), random_ids(2, 3000)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    prefill(loaded, full_plan(loaded.identity, loaded.geometry, 3001), ids[:, :300], mask[:, :300])
+    prefill(loaded, full_cache_plan(loaded.identity, loaded.geometry, 3001), ids[:, :300], mask[:, :300])
     before = resident()
-    prefill(loaded, full_plan(loaded.identity, loaded.geometry, 3001), ids, mask)
+    prefill(loaded, full_cache_plan(loaded.identity, loaded.geometry, 3001), ids, mask)
     # A mask over all queries at once would be 2 x 4 x 3000 x 3000 floats, 288 MB.
     assert highest() - before < 150 << 20
 
@@ -96,7 +96,7 @@ def status(name: str) -> int:
 @torch.inference_mode()
 def test_a_chunk_sees_what_is_kept_and_itself(tiny: Maker) -> None:
     loaded, ids = tiny(layers=1), random_ids(1, 40)
-    plan = chunked(plan_of(loaded, [[12, 12]], Streaming(sinks=2)), 10)
+    plan = with_chunked_prefill(make_plan(loaded, [[12, 12]], StreamingLLM(sinks=2)), 10)
     cache, logits = prefill(loaded, plan, ids)
     # The last chunk sees the two sinks, the ten tokens before it, and itself; one layer has no memory but its entries.
     kept = torch.cat([torch.arange(2), torch.arange(20, 40)])
@@ -108,11 +108,11 @@ def test_a_chunk_sees_what_is_kept_and_itself(tiny: Maker) -> None:
 @torch.inference_mode()
 def test_a_chunked_plan_is_not_cut_from_a_dense_recording(tiny: Maker) -> None:
     loaded = tiny()
-    full = RecordingCache(loaded.geometry, ())
+    full = RecordingCache(loaded.geometry, (), 20)
     loaded.model(random_ids(1, 20), past_key_values=full)
-    plan = chunked(full_plan(loaded.identity, loaded.geometry, 30), 8)
-    with pytest.raises(UserError, match="prefill with it"):
-        BudgetedCache.from_recording(plan, full.to_recording(20))
+    plan = with_chunked_prefill(full_cache_plan(loaded.identity, loaded.geometry, 30), 8)
+    with pytest.raises(UserError, match="prefill with the plan"):
+        BudgetedCache.from_recording(plan, full.to_recording())
 
 
 def repetition_by_hand(loaded: LoadedModel, ids: Tensor) -> Tensor:
@@ -129,21 +129,21 @@ def repetition_by_hand(loaded: LoadedModel, ids: Tensor) -> Tensor:
 @torch.inference_mode()
 def test_reconstruction_scores_are_the_most_attention_during_a_repetition(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(2, 50)
-    full = RecordingCache(loaded.geometry, ())
+    full = RecordingCache(loaded.geometry, (), 50)
     loaded.model(ids, past_key_values=full)
-    scores = [layer[Reconstruction().observation] for layer in add_reconstruction_scores(loaded, ids, full.to_recording(50)).scores]
+    scores = [layer[KVzip().score_key] for layer in add_reconstruction_scores(loaded, ids, full.to_recording()).scores]
     torch.testing.assert_close(torch.stack(scores), repetition_by_hand(loaded, ids), atol=1e-5, rtol=1e-4)
 
 
 @torch.inference_mode()
 def test_reconstruction_keeps_the_best_scored_and_decodes_on(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(1, 50)
-    eviction = Reconstruction(sinks=2, interval=4, recent=0.25)
-    plan = plan_of(loaded, [[20, 24], [22, 22]], eviction)
+    eviction = KVzip(sinks=2, eviction_interval=4, recent_ratio=0.25)
+    plan = make_plan(loaded, [[20, 24], [22, 22]], eviction)
     cache, logits = prefill(loaded, plan, ids)
     torch.testing.assert_close(logits, loaded.model(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
     scores = repetition_by_hand(loaded, ids)[0, 0, 0]
-    newest = eviction.newest(20)
+    newest = eviction.recent_window(20)
     scores[:2], scores[50 - newest :] = torch.inf, torch.inf
     assert cache.cached_positions(0, 0).tolist() == scores.topk(20 - 4).indices.sort().values.tolist()
     for token in random_ids(60, 1, seed=3):
@@ -155,7 +155,7 @@ def test_reconstruction_keeps_the_best_scored_and_decodes_on(tiny: Maker) -> Non
 @torch.inference_mode()
 def test_reconstruction_refuses_what_it_cannot_repeat(tiny: Maker) -> None:
     loaded, ids = tiny(max_position_embeddings=64), random_ids(2, 40)
-    plan = plan_of(loaded, [[20, 24], [22, 22]], Reconstruction(interval=4))
+    plan = make_plan(loaded, [[20, 24], [22, 22]], KVzip(eviction_interval=4))
     with pytest.raises(UserError, match=r"baklava\.runtime\.prefill\.prefill"):
         loaded.model(ids, past_key_values=BudgetedCache(plan))
     with pytest.raises(UserError, match="leaves no room to repeat"):
@@ -165,6 +165,6 @@ def test_reconstruction_refuses_what_it_cannot_repeat(tiny: Maker) -> None:
     with pytest.raises(UserError, match="rows without padding"):
         prefill(loaded, plan, ids, mask)
     with pytest.raises(UserError, match="whole prompts, not chunks"):
-        prefill(loaded, chunked(plan, 16), ids)
+        prefill(loaded, with_chunked_prefill(plan, 16), ids)
     with pytest.raises(UserError, match="at least one token"):
         prefill(loaded, plan, ids[:, :0])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from plan_factory import mixed, plan_of, random_ids
+from plan_factory import with_bits, make_plan, random_ids
 
 from baklava.errors import UserError
-from baklava.eviction import HeavyHitter, Streaming
-from baklava.plan.budget_plan import full_plan
+from baklava.eviction import HeavyHitter, StreamingLLM
+from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.logprobs import PromptLogprobsTask, score_suffix, token_logprobs
 
 
@@ -19,11 +19,11 @@ def spelled(loaded, plan, ids, size, top=2):
 
 @pytest.mark.parametrize("size", [1, 9, 1000])
 @pytest.mark.parametrize("bits", [(16, 16), (4, 3)])
-@pytest.mark.parametrize("eviction", [Streaming(sinks=2), HeavyHitter(interval=4, distance=0, centroids=2)], ids=str)
+@pytest.mark.parametrize("eviction", [StreamingLLM(sinks=2), HeavyHitter(eviction_interval=4, distance=0, centroids=2)], ids=str)
 @torch.inference_mode()
 def test_steps_of_any_size_find_what_ending_finds_and_the_cache_goes_on(tiny, eviction, bits, size):
     loaded, ids = tiny(head_dim=16), random_ids(1, 80)[0].tolist()
-    plan = mixed(plan_of(loaded, [[12, 20], [16, 24]], eviction), [bits, bits])
+    plan = with_bits(make_plan(loaded, [[12, 20], [16, 24]], eviction), [bits, bits])
     found, cache, logits = spelled(loaded, plan, ids, size)
     expected = score_suffix(loaded, plan, ids, 79)
     assert sum(each.logprob for each in found) == pytest.approx(expected.log_prob, abs=0.05)
@@ -33,16 +33,16 @@ def test_steps_of_any_size_find_what_ending_finds_and_the_cache_goes_on(tiny, ev
     assert cache.get_seq_length() == 80
     cache.check_integrity()
     assert logits.shape == (1, 64)
-    dense = score_suffix(loaded, full_plan(loaded.identity, loaded.geometry, 90, bits=32), ids, 79)
+    dense = score_suffix(loaded, full_cache_plan(loaded.identity, loaded.geometry, 90, bits=32), ids, 79)
     assert abs(dense.log_prob - expected.log_prob) > 1
 
 
 def test_one_token_has_no_likelihood_but_a_cache(tiny):
     loaded = tiny()
-    found, cache, _ = spelled(loaded, plan_of(loaded, [[20, 40], [28, 64]], Streaming()), [5], 3)
+    found, cache, _ = spelled(loaded, make_plan(loaded, [[20, 40], [28, 64]], StreamingLLM()), [5], 3)
     assert (found, cache.get_seq_length()) == ([], 1)
     with pytest.raises(UserError, match="0 tokens"):
-        PromptLogprobsTask(loaded, plan_of(loaded, [[20, 40], [28, 64]], Streaming()), [])
+        PromptLogprobsTask(loaded, make_plan(loaded, [[20, 40], [28, 64]], StreamingLLM()), [])
 
 
 def test_alternatives_are_those_of_the_logits():

@@ -1,4 +1,4 @@
-"""What the engine does with many requests at a time."""
+"""The engine with many requests at a time."""
 
 import threading
 import time
@@ -15,6 +15,7 @@ from baklava.eviction import HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.logprobs import score_suffix
 from baklava.runtime.prefill import CONTINUATION_CHUNK_TOKENS, PrefillTask, prefill, prefill_workspace_bytes
+from serve_app.engine import scheduler
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.memory import ReservationExceededError
 from serve_app.engine.sequence import Sequence
@@ -72,7 +73,7 @@ EVERY_PLAN = {
 
 
 @pytest.mark.parametrize("kind", EVERY_PLAN)
-def test_requests_together_get_what_each_gets_alone(loaded, kind):
+def test_requests_in_a_batch_get_the_tokens_that_they_get_alone(loaded, kind):
     plan = EVERY_PLAN[kind](loaded)
     wanted = [*prompts(4), *prompts(3, 20, seed=1), *prompts(2, 130, seed=2)]
     with engine_of(loaded, plan, max_prefill_chunk_tokens=7) as engine:
@@ -102,7 +103,7 @@ def test_under_concurrency_every_cache_holds_what_the_plan_says_and_no_dense_cac
 
 
 def test_a_batch_path_that_keeps_everything_fails(loaded, plan, monkeypatch):
-    """The check behind the others: a cache that grows beyond its plan is noticed, and its request fails."""
+    """The check that the others rely on: a cache that grows beyond its plan is noticed, and its request fails."""
     dense = full_cache_plan(loaded.identity, loaded.geometry, 256, bits=32)
     with engine_of(loaded, plan) as engine:
         measure = engine._scheduler.measure
@@ -118,7 +119,7 @@ def test_a_batch_path_that_keeps_everything_fails(loaded, plan, monkeypatch):
         assert isinstance(ask(engine, PROMPT).error, ReservationExceededError)
 
 
-def test_state_counts_seen_and_kept_entries_from_the_caches(loaded, plan):
+def test_state_counts_full_and_cached_entries_from_the_caches(loaded, plan):
     states = []
     with engine_of(loaded, plan) as engine:
         measure = engine._scheduler.measure
@@ -144,7 +145,7 @@ def pool_for(plan, loaded, sequences, tokens, prompt):
     return sequences * plan.bytes_for(tokens) + prefill_workspace_bytes(plan, prompt, loaded.model.dtype.itemsize)
 
 
-def test_as_many_run_as_have_room_and_bytes_never_pass_the_pool(loaded):
+def test_as_many_run_as_fit_and_bytes_never_exceed_the_pool(loaded):
     plan = make_plan(loaded, [[60, 60], [60, 60]], StreamingLLM(), bits=32, context_length=256)
     # The prompt of the last needs its transient beside the others' caches.
     pool = pool_for(plan, loaded, 3, 256, 53) + plan.bytes_for(256) // 2
@@ -190,7 +191,26 @@ def test_first_come_first_served_and_nobody_overtakes(loaded):
     assert len(order) == 8
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back(loaded):
+def test_the_memory_of_a_waiting_request_is_computed_once_per_plan(loaded, monkeypatch):
+    plan, other = (make_plan(loaded, [[n, n]] * 2, StreamingLLM(), bits=32, context_length=256) for n in (60, 50))
+    with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 53)) as engine:
+        first = ask(engine, PROMPT, 150)
+        until(lambda: engine.state().running)
+        computed = []
+        original = scheduler.memory_required
+        monkeypatch.setattr(
+            scheduler, "memory_required", lambda *args, **more: computed.append(args[1]) or original(*args, **more)
+        )
+        second = ask(engine, PROMPT, 150)
+        steps = engine.state().counts.steps
+        until(lambda: engine.state().counts.steps > steps + 20)
+        assert computed == [plan, plan]  # when it is submitted, and when it is first in the queue
+        engine.swap_plan(other)
+        assert len(first.tokens()) == len(second.tokens()) == 150
+        assert computed == [plan, plan, other]
+
+
+def test_a_full_queue_rejects_and_says_when_to_retry(loaded):
     plan = make_plan(loaded, [[60, 60], [60, 60]], StreamingLLM(), bits=32, context_length=256)
     with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 53), max_waiting=3) as engine:
         first = ask(engine, PROMPT, 150)
@@ -206,7 +226,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(loaded):
         assert engine.state().counts.rejected == 1
 
 
-def test_what_can_never_fit_is_refused_at_once(loaded):
+def test_a_request_that_can_never_fit_is_rejected_at_once(loaded):
     plan = make_plan(loaded, [[60, 60], [60, 60]], StreamingLLM(), bits=32, context_length=256)
     pool = pool_for(plan, loaded, 2, 256, 60)
     with engine_of(loaded, plan, pool) as engine:
@@ -217,14 +237,14 @@ def test_what_can_never_fit_is_refused_at_once(loaded):
         assert len(ask(engine, PROMPT, 180, n=2).tokens(1)) == 180
 
 
-def test_a_pool_that_does_not_hold_one_sequence_and_another_models_plan_are_refused(loaded, plan, tiny):
+def test_a_pool_smaller_than_one_sequence_and_another_models_plan_are_rejected(loaded, plan, tiny):
     with pytest.raises(UserError, match="does not hold one sequence of 256 tokens"):
         Engine(loaded, plan, EngineConfig(plan.bytes_per_sequence - 1))
     with pytest.raises(UserError, match="was made for"):
         Engine(tiny(layers=3), plan, EngineConfig(1 << 20))
 
 
-def test_a_deadline_ends_who_waits_and_who_runs(loaded):
+def test_a_deadline_ends_waiting_and_running_requests(loaded):
     plan = make_plan(loaded, [[60, 60], [60, 60]], StreamingLLM(), bits=32, context_length=256)
     with engine_of(loaded, plan, pool_for(plan, loaded, 1, 256, 53)) as engine:
         now = time.monotonic()
@@ -251,7 +271,7 @@ def test_a_cancelled_request_is_gone_within_a_step(engine):
     answer.cancel()
 
 
-def test_siblings_that_break_their_promise_together_are_one_request_that_fails(loaded, plan, monkeypatch):
+def test_sequences_that_exceed_their_reservation_together_fail_one_request(loaded, plan, monkeypatch):
     with engine_of(loaded, plan) as engine:
         monkeypatch.setattr(BudgetedCache, "reserved_bytes", 1)
         answer = ask(engine, PROMPT, n=2)
@@ -273,7 +293,7 @@ def test_the_prompts_of_a_request_wait_together_or_not_at_all(loaded, plan):
         assert (engine.state().counts.cancelled, engine.state().counts.finished) == (0, 4)
 
 
-def test_a_waiting_request_that_would_not_fit_inside_a_new_plan_keeps_its_own(loaded):
+def test_a_waiting_request_that_would_not_fit_under_a_new_plan_keeps_its_own(loaded):
     small, large = (make_plan(loaded, [[n, n], [n, n]], StreamingLLM(), bits=32, context_length=256) for n in (40, 200))
     with engine_of(loaded, small, pool_for(large, loaded, 1, 256, 53)) as engine:
         first = ask(engine, PROMPT, 150, n=4)
@@ -283,19 +303,19 @@ def test_a_waiting_request_that_would_not_fit_inside_a_new_plan_keeps_its_own(lo
         with pytest.raises(TooLargeError):
             ask(engine, PROMPT, 150, n=4)
         assert len(first.tokens(3)) == len(waiting.tokens(3)) == 150
-        plans = [answer.started.plan_digest for answer in (first, waiting, behind)]
+        plans = [answer.prefill_done.plan_digest for answer in (first, waiting, behind)]
         assert plans == [small.digest, small.digest, large.digest]
 
 
-def test_a_declared_prompt_that_could_never_enter_is_refused(loaded, plan):
+def test_a_pinned_prefix_that_could_never_be_prefilled_is_rejected(loaded, plan):
     prompt = prompts(1, 100)[0]
     pool = plan.bytes_for(256) + plan.bytes_for(100)
     with engine_of(loaded, plan, pool) as engine, pytest.raises(UserError, match="does not hold"):
         engine.pin_prefix(prompt)
 
 
-def test_a_continuation_that_is_complete_ends_alone(engine):
-    """As one that has met its stop string; what it was promised is given back, and it was not cancelled."""
+def test_a_stopped_sequence_ends_alone(engine):
+    """For example at its stop string. Its reservation is released, and it does not count as cancelled."""
     answer = ask(engine, PROMPT, 400, n=2)
     until(lambda: len(answer.events) > 5)
     both = engine.state().reserved_bytes
@@ -384,17 +404,18 @@ def work_of(prompt, tokens):
     return EngineRequest(tuple(prompt), SamplingParams(tokens, temperature=0))
 
 
-def test_a_forward_that_fails_for_all_fails_those_in_it_and_the_engine_goes_on(loaded, plan, monkeypatch):
+def test_a_forward_that_fails_fails_its_batch_is_logged_once_and_the_engine_goes_on(loaded, plan, monkeypatch, caplog):
     with engine_of(loaded, plan) as engine:
         answers = [ask(engine, prompt, 100) for prompt in prompts(2)]
         until(lambda: engine.state().running == 2)
         with monkeypatch.context() as broken:
             broken.setattr(loaded.model.lm_head, "forward", boom)
             assert [type(answer.error) for answer in answers] == [MemoryError, MemoryError]
+        assert caplog.text.count("Traceback") == 1  # of the step, not of each request
         assert ask(engine, PROMPT, 30).tokens() == alone(loaded, plan, PROMPT, 30)
 
 
-def test_an_engine_whose_thread_dies_says_so_and_leaves_nobody_waiting(loaded, plan, monkeypatch):
+def test_an_engine_whose_thread_dies_says_so_and_aborts_its_requests(loaded, plan, monkeypatch):
     with engine_of(loaded, plan) as engine:
         answer = ask(engine, PROMPT, 150)
         until(lambda: engine.state().running)
@@ -405,7 +426,7 @@ def test_an_engine_whose_thread_dies_says_so_and_leaves_nobody_waiting(loaded, p
             ask(engine, PROMPT)
 
 
-def test_a_drained_engine_ends_what_it_has_and_takes_no_more(loaded, plan):
+def test_a_draining_engine_finishes_its_requests_and_takes_no_more(loaded, plan):
     with engine_of(loaded, plan) as engine:
         answers = [ask(engine, prompt, 40) for prompt in prompts(4)]
         engine.drain()
@@ -425,7 +446,7 @@ def test_a_request_waits_or_runs_at_every_moment_until_its_end(loaded, plan):
         assert looks > 20
 
 
-def test_a_closed_engine_tells_everybody(loaded, plan):
+def test_a_closed_engine_aborts_its_requests(loaded, plan):
     with engine_of(loaded, plan) as engine:
         answer = ask(engine, PROMPT, 200)
         engine.close()
@@ -439,9 +460,9 @@ def test_prompt_logprobs_are_those_of_the_budgeted_cache(loaded, plan):
         prompt = prompts(1, 120)[0]
         others = [ask(engine, each, 60) for each in prompts(3, seed=4)]
         answer = ask(engine, prompt, 1, prompt_logprobs=2, logprobs=2)
-        scored = answer.started.prompt_logprobs
+        scored = answer.prefill_done.prompt_logprobs
         only = ask(engine, prompt, 0, prompt_logprobs=0)
-        assert (only.started.finish_reason, only.events[1:]) == ("length", [])
+        assert (only.prefill_done.finish_reason, only.events[1:]) == ("length", [])
         assert [len(each.tokens()) for each in others] == [60] * 3
     assert scored[0] is None
     assert [each.token_id for each in scored[1:]] == list(prompt[1:])
@@ -449,7 +470,7 @@ def test_prompt_logprobs_are_those_of_the_budgeted_cache(loaded, plan):
     assert total == pytest.approx(expected.log_prob, abs=0.02)
     assert abs(total - score_suffix(loaded, dense, prompt, 119).log_prob) > 1
     assert all(len(each.top) == 2 for each in scored[1:])
-    assert [each.logprob for each in only.started.prompt_logprobs[1:]] == pytest.approx(
+    assert [each.logprob for each in only.prefill_done.prompt_logprobs[1:]] == pytest.approx(
         [each.logprob for each in scored[1:]], abs=1e-3
     )
 
@@ -471,12 +492,12 @@ def test_warm_is_cold_token_for_token(tiny, bits, chunk):
             warm = ask(engine, prompt, 40, logprobs=0)
             again = [ask(engine, prompt, 40) for _ in range(3)]
             assert cold.tokens() == warm.tokens() == again[2].tokens()
-            assert warm.started.cached_tokens == again[0].started.cached_tokens == len(PROMPT)
-            said = [[token.logprob.logprob for token in each.made()] for each in (cold, warm)]
+            assert warm.prefill_done.cached_tokens == again[0].prefill_done.cached_tokens == len(PROMPT)
+            said = [[token.logprob.logprob for token in each.token_outputs()] for each in (cold, warm)]
             assert said[0] == pytest.approx(said[1], abs=1e-3)
 
 
-def test_a_declared_prompt_is_a_boundary_and_nothing_else(loaded, plan):
+def test_a_pinned_prefix_is_a_chunk_boundary_and_nothing_else(loaded, plan):
     prompt = (*PROMPT, *b" And so on.")
     with torch.inference_mode():
         cache, _ = prefill(loaded, plan, torch.tensor([PROMPT]))
@@ -489,13 +510,13 @@ def test_a_declared_prompt_is_a_boundary_and_nothing_else(loaded, plan):
     with engine_of(loaded, plan) as engine:
         engine.pin_prefix(PROMPT)
         assert ask(engine, prompt).tokens() == expected
-        assert ask(engine, prompt).started.cached_tokens == len(PROMPT)
-        assert ask(engine, prompts(1)[0]).started.cached_tokens == 0
-        assert ask(engine, PROMPT[:-1]).started.cached_tokens == 0
-        assert ask(engine, prompt, prompt_logprobs=0).started.cached_tokens == 0
+        assert ask(engine, prompt).prefill_done.cached_tokens == len(PROMPT)
+        assert ask(engine, prompts(1)[0]).prefill_done.cached_tokens == 0
+        assert ask(engine, PROMPT[:-1]).prefill_done.cached_tokens == 0
+        assert ask(engine, prompt, prompt_logprobs=0).prefill_done.cached_tokens == 0
 
 
-def test_snapshots_count_in_the_pool_and_the_longest_wins(loaded, plan):
+def test_prefix_cache_entries_count_in_the_pool_and_the_longest_match_wins(loaded, plan):
     with engine_of(loaded, plan) as engine:
         engine.pin_prefix(PROMPT[:20])
         engine.pin_prefix(PROMPT)
@@ -506,8 +527,8 @@ def test_snapshots_count_in_the_pool_and_the_longest_wins(loaded, plan):
         until(lambda: engine.state().reserved_bytes == promised)
         assert 0 < engine.state().prefix_cache_bytes <= promised
         assert state.counts.prompt_tokens == state.counts.finished == 0
-        assert ask(engine, (*PROMPT, 65)).started.cached_tokens == len(PROMPT)
-        assert ask(engine, (*PROMPT[:30], 65)).started.cached_tokens == 20
+        assert ask(engine, (*PROMPT, 65)).prefill_done.cached_tokens == len(PROMPT)
+        assert ask(engine, (*PROMPT[:30], 65)).prefill_done.cached_tokens == 20
         held = engine._scheduler.prefix_cache.get(PROMPT).cache
         assert held.get_seq_length() == len(PROMPT)
     small = plan.bytes_per_sequence + plan.bytes_for(30) - 1
@@ -518,7 +539,7 @@ def test_snapshots_count_in_the_pool_and_the_longest_wins(loaded, plan):
             engine.pin_prefix([])
 
 
-def test_a_swap_drops_nobody_and_makes_snapshots_anew(loaded, plan):
+def test_a_plan_swap_drops_no_request_and_fills_the_prefix_cache_again(loaded, plan):
     other = make_plan(loaded, [[40, 40], [40, 40]], StreamingLLM(), bits=32, context_length=256)
     prompt, tight = (*PROMPT, *b" And so on."), prompts(1, seed=3)[0]
     with engine_of(loaded, plan, max_prefill_chunk_tokens=8) as engine:
@@ -530,7 +551,7 @@ def test_a_swap_drops_nobody_and_makes_snapshots_anew(loaded, plan):
         after, declared = ask(engine, tight, 60), ask(engine, prompt, 30)
         assert before.tokens() == alone(loaded, plan, tight, 60)
         assert after.tokens() == alone(loaded, other, tight, 60)
-        assert declared.started.cached_tokens == len(PROMPT)
+        assert declared.prefill_done.cached_tokens == len(PROMPT)
         assert engine._scheduler.prefix_cache.get(PROMPT).cache.plan is other
         idle(engine)
         until(lambda: engine.state().reserved_bytes == other.bytes_for(len(PROMPT)))
@@ -540,7 +561,7 @@ def test_a_swap_drops_nobody_and_makes_snapshots_anew(loaded, plan):
         assert engine.plan is plan
 
 
-def test_a_cache_that_holds_more_than_it_promised_fails_alone(loaded, plan, caplog):
+def test_a_cache_that_allocates_more_than_it_reserved_fails_alone(loaded, plan, caplog):
     with engine_of(loaded, plan) as engine:
 
         def lower(_):
@@ -555,7 +576,7 @@ def test_a_cache_that_holds_more_than_it_promised_fails_alone(loaded, plan, capl
         assert len(answers[0].tokens()) == 60
 
 
-def test_while_others_decode_a_prompt_enters_in_small_parts(loaded, plan, monkeypatch):
+def test_while_others_decode_a_prompt_is_prefilled_in_small_chunks(loaded, plan, monkeypatch):
     asked = []
     step = PrefillTask.__subclasses__()
     for kind in step:

@@ -1,4 +1,4 @@
-"""What a server is started with: the pool's size, declared prompts, keys."""
+"""What a server is started with: the plan, the size of its pool, pinned prefixes, keys."""
 
 import json
 
@@ -6,12 +6,15 @@ import pytest
 from inprocess_replica import byte_loaded
 from plan_factory import make_plan
 from ray.serve.schema import LoggingConfig
+from server_process import small_model
 
 from baklava.errors import UserError
 from baklava.eviction import StreamingLLM
 from baklava.plan.byte_accounting import full_cache_bytes
 from baklava.runtime import host_memory as memory
+from serve_app import cli
 from serve_app.api.network import ApiKeys, key_digest, read_api_keys
+from serve_app.cli import load_served_plan
 from serve_app.deployment.app import ScalingConfig, _application, serving_session
 from serve_app.deployment.replica import ReplicaConfig
 from serve_app.engine.memory import PoolSize, capacity_table, free_memory_bytes
@@ -27,23 +30,23 @@ def prompts(tiny):
     ("text", "amount"),
     [("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("512mib", 512 << 20), ("4096", 4096), ("3GB", 3 * 10**9)],
 )
-def test_a_pool_is_so_many_bytes_whatever_is_free(text, amount):
+def test_a_pool_in_bytes_does_not_depend_on_free_memory(text, amount):
     assert PoolSize.parse(text).shared_by(4).resolve(free_bytes=1) == amount
 
 
 @pytest.mark.parametrize(
-    ("gpus", "pool", "held"), [(0, 125, 0), (1, 125, 0.25), (3, 250, 0.5), (4, 500, 1), (8, 500, 1)]
+    ("gpus", "pool", "num_gpus"), [(0, 125, 0), (1, 125, 0.25), (3, 250, 0.5), (4, 500, 1), (8, 500, 1)]
 )
-def test_a_share_is_of_what_is_free_and_divided_between_replicas_on_one_device(gpus, pool, held, monkeypatch):
+def test_a_share_of_free_memory_is_divided_between_the_replicas_on_one_device(gpus, pool, num_gpus, monkeypatch):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {}))
     config = ReplicaConfig("demo", None, created=1, threads=1, pool=PoolSize.parse("50%"), max_waiting=1)
     bound = _application(config, ScalingConfig(4, max_replicas=4), LoggingConfig(), coordinator=None)._bound_deployment
     assert bound.init_args[0].pool.resolve(1000) == pool
-    assert bound.ray_actor_options["num_gpus"] == held
+    assert bound.ray_actor_options["num_gpus"] == num_gpus
 
 
 @pytest.mark.parametrize("text", ["", "much", "0", "0%", "101%", "-1GiB", "2 PiB", "50%%", "1e9", "GiB"])
-def test_what_is_no_size_is_refused_with_examples(text):
+def test_an_invalid_size_is_rejected_with_examples(text):
     with pytest.raises(UserError, match=r"2GiB.*50%"):
         PoolSize.parse(text)
 
@@ -58,18 +61,22 @@ def test_a_containers_limit_bounds_what_is_free(tmp_path, monkeypatch):
     assert free_memory_bytes() > 2000
 
 
-def test_the_table_tells_how_many_sequences_fit_at_each_length_next_to_a_prompt_that_enters(tiny):
+def test_the_capacity_table_leaves_memory_for_one_prompt_that_is_prefilled(tiny):
     loaded = byte_loaded(tiny)
     plan = make_plan(loaded, [[16, 16]] * loaded.geometry.layers, StreamingLLM(), context_length=256)
     whole = full_cache_bytes(plan.geometry, 256)
     rows = capacity_table(loaded, plan, 10 * whole, lengths=(64, 128, 1024))
     assert [tokens for tokens, _, _ in rows] == [64, 128, 256]
-    assert [dense for _, dense, _ in rows] == [38, 18, 8]  # a prompt enters in 32 bits, twice the 16 of the full cache
+    assert [dense for _, dense, _ in rows] == [
+        38,
+        18,
+        8,
+    ]  # a prompt is prefilled in 32 bits, twice the 16 of the full cache
     left = [10 * whole - tokens * whole // 128 for tokens in (64, 128, 256)]
     assert [budgeted for _, _, budgeted in rows] == [room // plan.bytes_per_sequence for room in left]
 
 
-def test_on_a_cluster_of_others_a_warning_tells_what_serve_answers_by_itself(monkeypatch, capsys):
+def test_on_another_cluster_a_warning_names_the_pages_that_need_no_key(monkeypatch, capsys):
     for name in (
         "ray.init",
         "ray.shutdown",
@@ -80,9 +87,9 @@ def test_on_a_cluster_of_others_a_warning_tells_what_serve_answers_by_itself(mon
     for address, words in (("head:6379", ("/-/routes", "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")), ("", ())):
         monkeypatch.setenv("RAY_ADDRESS", address)
         with serving_session(1):
-            told = capsys.readouterr().err
-        assert all(word in told for word in words)
-        assert bool(told) == bool(words)
+            warning = capsys.readouterr().err
+        assert all(word in warning for word in words)
+        assert bool(warning) == bool(words)
 
 
 def test_a_text_is_a_system_prompt_and_its_tokens_begin_every_chat(tmp_path, prompts):
@@ -92,7 +99,7 @@ def test_a_text_is_a_system_prompt_and_its_tokens_begin_every_chat(tmp_path, pro
     assert bytes(ids) == b"s:Be brief.;u:"
 
 
-def test_messages_are_the_first_turns_of_a_chat(tmp_path, prompts):
+def test_messages_are_the_start_of_a_chat(tmp_path, prompts):
     file = tmp_path / "turns.json"
     file.write_text(json.dumps([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]))
     assert bytes(PinnedPrefix.read(file).encode(prompts)) == b"u:Hi;a:Yes?;u:"
@@ -114,13 +121,13 @@ def test_a_text_in_json_begins_texts(tmp_path, prompts):
         ("a.json", "7"),
     ],
 )
-def test_what_is_no_declared_prompt_is_refused(tmp_path, name, content):
+def test_an_invalid_pinned_prefix_is_rejected(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=r"a\.json"):
         PinnedPrefix.read(tmp_path / name)
 
 
-def test_a_declared_prompt_that_is_missing_too_long_or_not_for_the_template_is_refused(tmp_path, prompts):
+def test_a_pinned_prefix_that_is_missing_too_long_or_not_for_the_template_is_rejected(tmp_path, prompts):
     with pytest.raises(UserError, match="cannot read"):
         PinnedPrefix.read(tmp_path / "none.txt")
     with pytest.raises(UserError, match="shorten it"):
@@ -138,3 +145,37 @@ def test_admin_keys_are_let_in_as_the_others_are(tmp_path, monkeypatch):
     assert not ApiKeys.from_keys([], []).required
     with pytest.raises(UserError, match="--admin-keys"):
         read_api_keys(tmp_path / "none", "admin")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(small_model(tmp_path_factory.mktemp("model")))
+
+
+def test_a_method_without_a_profile_makes_a_plan_for_the_length_of_a_window(model):
+    plan = load_served_plan("uniform:0.3", model, ["botocore"])
+    assert plan.ratio == pytest.approx(0.3, abs=0.01)
+    assert plan.context_length == 3584
+
+
+def test_a_method_with_a_profile_measures_it_on_the_calibration_texts_and_says_so(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BAKLAVA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cli, "PROFILE_CONTEXT_TOKENS", 96)
+    monkeypatch.setattr(cli, "PROFILE_CONTINUATION_TOKENS", 32)
+    texts = [tmp_path / f"{name}.txt" for name in "abc"]
+    for number, text in enumerate(texts):
+        text.write_text("".join(chr(97 + (place * place + number) % 26) for place in range(600)))
+    plan = load_served_plan("baklava:0.3", model, [str(text) for text in texts])
+    assert plan.allocation.method == "baklava"
+    assert plan.context_length == 128
+    assert "profiling" in capsys.readouterr().err
+
+
+def test_the_full_cache_has_no_plan_and_an_unknown_name_is_an_error(model):
+    assert load_served_plan("full", model, []) is None
+    with pytest.raises(UserError, match="cannot read plan"):
+        load_served_plan("none.json", model, [])
+    with pytest.raises(UserError, match="without a budget"):
+        load_served_plan("uniform", model, [])
+    with pytest.raises(UserError, match="nonsense"):
+        load_served_plan("nonsense:0.3", model, [])

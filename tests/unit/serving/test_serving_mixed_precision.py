@@ -1,4 +1,4 @@
-"""Plans whose keys are graded, as the searched ones are: sequences decode alone and with others."""
+"""Plans with mixed-precision keys, as the searched ones: sequences decode alone and in a batch."""
 
 import pytest
 from inprocess_replica import ask, byte_loaded, make_replica
@@ -9,7 +9,7 @@ from serve_app.api.routes import create_app
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_plan_with_graded_keys_is_served_alone_and_together(tiny, n):
+def test_a_plan_with_mixed_precision_keys_is_served_alone_and_in_a_batch(tiny, n):
     loaded = byte_loaded(tiny, head_dim=32)
     plan = with_mixed_precision(
         loaded,

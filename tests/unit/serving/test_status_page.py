@@ -3,12 +3,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from inprocess_replica import ask, byte_loaded, full, make_replica
-from plan_factory import plan_of
+from inprocess_replica import ask, byte_loaded, make_replica
+from plan_factory import make_plan
 
-from baklava.eviction import Streaming
+from baklava.evaluation.heat_map import plot_heat_map
+from baklava.eviction import StreamingLLM
 from serve_app.api.routes import create_app
-from serve_app.api.status_page import heat_map, page, size
+from serve_app.api.status_page import format_bytes, render_page
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ class Tags(HTMLParser):
         self.attributes += attrs
 
 
-def test_the_page_asks_nobody_for_anything_and_runs_nothing(shown):
+def test_the_page_loads_nothing_else_and_has_no_script(shown):
     tags = Tags()
     tags.feed(shown.text)
     assert not {"script", "link", "img", "iframe", "form", "object"} & set(tags.seen)
@@ -42,46 +43,50 @@ def test_the_page_asks_nobody_for_anything_and_runs_nothing(shown):
     assert shown.headers["refresh"] == "3"
 
 
-def test_the_page_has_a_dark_side(shown):
+def test_the_page_has_a_dark_mode(shown):
     assert "prefers-color-scheme: dark" in shown.text
 
 
-def test_the_map_has_a_cell_per_layer_and_head_with_its_budget(replica):
-    loaded_plan = replica.engine.plan
-    drawn = heat_map(loaded_plan)
-    assert drawn.count("<rect") == loaded_plan.geometry.layers * loaded_plan.geometry.kv_heads
-    assert "layer 1, KV head 0: 256 tokens" in drawn
+def test_the_map_has_a_cell_per_layer_and_head_with_its_budget(replica, shown):
+    geometry = replica.engine.plan.geometry
+    assert shown.text.count("<title>layer") == 3 * geometry.layers * geometry.kv_heads  # entries, key and value bits
+    assert "<title>layer 1, head 0: 256<" in shown.text
 
 
-def test_the_more_a_head_keeps_the_darker_it_is(tiny):
+def test_a_head_with_more_entries_has_a_stronger_colour(tiny):
     loaded = byte_loaded(tiny)
-    plan = plan_of(loaded, [[8, 16]] * loaded.geometry.layers, Streaming(), context_length=256)
-    shades = [float(shade) for shade in re.findall(r'fill-opacity="([\d.]+)"', heat_map(plan))]
-    assert shades == [0.5, 1.0] * loaded.geometry.layers
+    plan = make_plan(loaded, [[8, 16]] * loaded.geometry.layers, StreamingLLM(), context_length=256)
+    cells = re.findall(r'fill-opacity="([\d.]+)"><title>layer \d+, head \d+: (\d+)<', plot_heat_map(plan))
+    opacities = {int(tokens): float(opacity) for opacity, tokens in cells}
+    assert opacities[8] < opacities[16] == 1.0
 
 
-def test_the_page_tells_what_is_promised_held_and_kept(replica):
-    report = replica.follower.say()
-    state = report.state | {"promised_bytes": 30 << 20, "held_bytes": 10 << 20, "running": 3, "seen": 100, "kept": 25}
-    told = page(replica.card, replica.engine.plan, [dataclasses.replace(report, state=state)])
-    assert "10.0 MiB held of 30.0 MiB promised" in told  # for those who do not see the bar
-    assert "25 of 100 entries are kept (25.0%)" in told
-    assert "<b>3</b> running" in told
+def test_the_page_shows_what_is_reserved_allocated_and_cached(replica):
+    report = replica.replica_sync.report()
+    state = report.state | {
+        "reserved_bytes": 30 << 20,
+        "allocated_bytes": 10 << 20,
+        "running": 3,
+        "full_entries": 100,
+        "cached_entries": 25,
+    }
+    page = render_page(replica.model_card, replica.engine.plan, [dataclasses.replace(report, state=state)])
+    assert "10.0 MiB allocated of 30.0 MiB reserved" in page  # for those who do not see the bar
+    assert '<dt>of the KV entries are cached</dt><dd><span title="25 of 100">25.0%</span></dd>' in page
+    assert "<dt>running</dt><dd>3</dd>" in page
+    free, sequence = state["pool_bytes"] - (30 << 20), replica.engine.plan.bytes_per_sequence
+    assert f"<dt>more sequences of 256 tokens fit</dt><dd>{free // sequence:,}</dd>" in page
 
 
-def test_a_name_from_outside_is_only_text(replica):
-    report = dataclasses.replace(replica.follower.say(), replica="<script>x</script>", failed="<b>")
-    told = page(replica.card | {"id": '"><script>'}, full(make_loaded(replica)), [report])
-    assert "<script>" not in told
-
-
-def make_loaded(replica):
-    return replica.engine._loaded
+def test_names_are_escaped(replica):
+    report = dataclasses.replace(replica.replica_sync.report(), replica="<script>x</script>", failure="<b>")
+    page = render_page(replica.model_card | {"id": '"><script>'}, replica.engine.plan, [report])
+    assert "<script>" not in page
 
 
 @pytest.mark.parametrize(
     ("amount", "text"),
     [(0, "0 B"), (1023, "1,023 B"), (1536, "1.5 KiB"), (3 << 20, "3.0 MiB"), (5 << 40, "5,120.0 GiB")],
 )
-def test_sizes_are_for_people(amount, text):
-    assert size(amount) == text
+def test_sizes_have_a_unit_that_people_read(amount, text):
+    assert format_bytes(amount) == text
