@@ -1,4 +1,4 @@
-"""One replica: a model inside its plan, and how it answers requests."""
+"""The handlers behind the routes of one replica."""
 
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -8,87 +8,111 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from serve_app.api.access_log import notes
-from serve_app.api.metrics import Metrics, Watch
+from serve_app.api.metrics import Metrics, RequestMetrics
+from serve_app.api.middleware import request_log
 from serve_app.engine.engine import Engine
-from serve_app.engine.types import DrainingError, EngineState, EngineRequest
+from serve_app.engine.types import DrainingError, EngineRequest, EngineState
 from serve_app.openai.errors import ApiError
 from serve_app.openai.output_processor import OutputProcessor
-from serve_app.openai.protocol import ChatRequest, CompletionRequest
-from serve_app.openai.responses import STREAM_HEADERS, Names, Reply, Style, begun
-from serve_app.openai.tokenization import Prompt, Prompts
-from serve_app.replication.coordinator import Follower
+from serve_app.openai.protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from serve_app.openai.responses import STREAM_HEADERS, ResponseBuilder, ResponseFormat, TokenNamer, await_first_delta
+from serve_app.openai.tokenization import PromptEncoder
+from serve_app.replication.replica_sync import ReplicaSync
 
-REQUEST_SECONDS = 600.0
-"""Longest life of a request, its wait included; a whole context of a small model on a CPU fits."""
+DEFAULT_REQUEST_TIMEOUT_SECONDS = 600.0
+"""Maximum time of a request, including its wait. A whole context of a small model on a CPU takes less."""
 
-CACHE_HEADER = "x-baklava-plan"
-"""Header of every generated answer: the plan whose budgets all of its tokens and log-probabilities went through."""
+PLAN_HEADER = "x-baklava-plan"
+"""Header of each generated answer: the digest of the plan that all of its tokens and log-probabilities used."""
 
 
 @dataclass(frozen=True)
-class Replica:
-    """What the routes need: an engine, its tokenizer, its metrics, the other replicas, and when it came up.
+class RequestHandlers:
+    """What the routes need: an engine, its prompt encoder, its metrics, the other replicas, and the start time.
 
-    `seconds` is the longest life of a request, its wait included.
+    `timeout_seconds` limits a request, including its wait.
     """
 
     engine: Engine
-    prompts: Prompts
+    encoder: PromptEncoder
     metrics: Metrics
-    follower: Follower
+    replica_sync: ReplicaSync
     model: str
     created: int
-    seconds: float = REQUEST_SECONDS
+    timeout_seconds: float = DEFAULT_REQUEST_TIMEOUT_SECONDS
 
-    async def generate(self, body: ChatRequest | CompletionRequest, style: Style, request: Request) -> Response:
-        """Answer a request at once or as a stream; raises ApiError only.
+    async def generate(
+        self, body: ChatRequest | CompletionRequest, response_format: ResponseFormat, request: Request
+    ) -> Response:
+        """Answer at once or as a stream; raises ApiError only.
 
-        When this returns, a stream has its first token, unless whoever stands between would hang up before.
+        A stream is returned with its first token, or after KEEPALIVE_SECONDS without one.
         """
-        watch = Watch(self.metrics, self.engine)
+        request_metrics = RequestMetrics(self.metrics, self.engine)
         try:
-            return await self._answer(body, style, request, watch)
+            return await self._generate(body, response_format, request, request_metrics)
         except Exception as error:
-            raise watch.refusal(error) from None
+            raise request_metrics.to_api_error(error) from None
 
-    async def _answer(
-        self, body: ChatRequest | CompletionRequest, style: Style, request: Request, watch: Watch
+    async def _generate(
+        self,
+        body: ChatRequest | CompletionRequest,
+        response_format: ResponseFormat,
+        request: Request,
+        request_metrics: RequestMetrics,
     ) -> Response:
         self.check_model(body.model)
-        prompts = await run_in_threadpool(self.prompts.encode, body)
-        answering = self._answering(body, prompts, watch.began + self.seconds)
-        names = None if body.alternatives is None else Names(self.prompts.tokenizer, body.return_tokens_as_token_ids)
-
-        def plan() -> str:  # another one may be put in force while the request waits
-            return watch.plan or self.engine.plan.digest
-
-        reply = Reply(style, self.model, lambda: f"baklava-{plan()}", answering.usage, names)
-        pieces = watch.over(answering.deltas(watch), answering.usage, notes(request.scope))
-        if not body.stream:
-            async with aclosing(pieces):
-                return JSONResponse(await reply.whole(pieces), headers={CACHE_HEADER: plan()})
-        events = reply.events(await begun(pieces), body.stream_options)
-        headers = STREAM_HEADERS | {CACHE_HEADER: plan()}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-
-    def _answering(self, body: ChatRequest | CompletionRequest, prompts: list[Prompt], deadline: float) -> OutputProcessor:
+        prompts = await run_in_threadpool(self.encoder.encode, body)
         echo = isinstance(body, CompletionRequest) and body.echo
-        works = [
+        engine_requests = [
             EngineRequest(
                 prompt=prompt.ids,
-                sampling_params=body.sampling(prompt.max_tokens),
+                sampling_params=body.to_sampling_params(prompt.max_tokens),
                 n=body.n,
-                logprobs=body.alternatives,
-                prompt_logprobs=body.alternatives if echo else None,
-                deadline=deadline,
+                logprobs=body.num_logprobs,
+                prompt_logprobs=body.num_logprobs if echo else None,
+                deadline=request_metrics.arrived + self.timeout_seconds,
             )
             for prompt in prompts
         ]
-        return OutputProcessor(self.prompts.tokenizer, prompts, works, body.stop, echo)
+        processor = OutputProcessor(self.encoder.tokenizer, prompts, engine_requests, body.stop, echo)
+        wants_logprobs = body.num_logprobs is not None
+        namer = TokenNamer(self.encoder.tokenizer, body.return_tokens_as_token_ids) if wants_logprobs else None
+
+        def plan_digest() -> str:  # the active plan may change while the request waits
+            return request_metrics.plan_digest or self.engine.plan.digest
+
+        builder = ResponseBuilder(
+            response_format, self.model, lambda: f"baklava-{plan_digest()}", processor.usage, namer
+        )
+        deltas = request_metrics.track(processor.deltas(request_metrics), processor.usage, request_log(request.scope))
+        if not body.stream:
+            async with aclosing(deltas):
+                return JSONResponse(await builder.complete(deltas), headers={PLAN_HEADER: plan_digest()})
+        events = builder.stream(await await_first_delta(deltas), body.stream_options)
+        headers = STREAM_HEADERS | {PLAN_HEADER: plan_digest()}
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+    def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        """Return the tokens of a text or chat, their number, and the maximum that the model takes; raises ApiError."""
+        self.check_model(body.model)
+        if body.messages is not None:
+            ids = self.encoder.encode_chat(body.messages, {})
+        else:
+            ids = self.encoder.encode_text(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        return {"tokens": ids, "count": len(ids), "max_model_len": self.encoder.max_model_len}
+
+    @property
+    def tokenizer_info(self) -> dict[str, Any]:
+        """What clients need that score texts token by token."""
+        tokenizer = self.encoder.tokenizer
+        special = {
+            name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
+        return special | {"chat_template": tokenizer.chat_template, "tokenizer_class": type(tokenizer).__name__}
 
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 for any model but the one that is served."""
+        """Raise ApiError 404 for a model that is not served."""
         if name not in (None, self.model):
             raise ApiError(
                 f"The model `{name}` does not exist; this server has `{self.model}`.",
@@ -98,22 +122,22 @@ class Replica:
             )
 
     def check_ready(self) -> EngineState:
-        """Raise DrainingError, or ApiError 503, unless new requests are taken."""
+        """Return the engine's state; raises DrainingError or ApiError 503 if it accepts no requests."""
         state = self.check_alive()
         if state.draining:
             raise DrainingError
         return state
 
     def check_alive(self) -> EngineState:
-        """Raise ApiError 503 unless the engine runs."""
+        """Return the engine's state; raises ApiError 503 if it does not run."""
         state = self.engine.state()
         if not state.alive:
-            raise ApiError("The engine has died; the server is about to start anew.", 503, code="dead", retry_after=10)
+            raise ApiError("The engine has died, and the server is restarting it.", 503, code="dead", retry_after=10)
         return state
 
     @property
-    def card(self) -> dict[str, Any]:
-        """The served model as /v1/models lists it; the context was validated up to the length of the plan."""
+    def model_card(self) -> dict[str, Any]:
+        """The served model in /v1/models. `validated_context` is the length for which the plan was made."""
         return {
             "id": self.model,
             "object": "model",
@@ -121,14 +145,14 @@ class Replica:
             "owned_by": "baklava",
             "root": self.model,
             "parent": None,
-            "max_model_len": self.prompts.limit,
-            "validated_context": min(self.engine.plan.context_length, self.prompts.limit),
+            "max_model_len": self.encoder.max_model_len,
+            "validated_context": min(self.engine.plan.context_length, self.encoder.max_model_len),
             "plan": self.engine.plan.digest,
         }
 
     @property
-    def plan(self) -> dict[str, Any]:
-        """What the plan in force promises."""
+    def plan_info(self) -> dict[str, Any]:
+        """The active plan in /v1/plan."""
         plan = self.engine.plan
         return {
             "digest": plan.digest,

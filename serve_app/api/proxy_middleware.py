@@ -1,6 +1,6 @@
-"""What stands in Ray Serve's HTTP proxy, in front of all replicas: so that what Serve itself answers can be read too.
+"""Middleware of Ray Serve's HTTP proxy, in front of all replicas: it puts Serve's own errors into the API's format.
 
-Serve finds it by the name in `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` of the cluster's environment.
+Serve imports it by the path in `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` of the cluster's environment.
 """
 
 import json
@@ -10,93 +10,92 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.access_log import HEADER, request_id
+from serve_app.api.middleware import REQUEST_ID_HEADER, request_id
 from serve_app.openai.errors import ApiError
 
-PATH = "serve_app.api.proxy_middleware:middlewares"
-VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+IMPORT_PATH = "serve_app.api.proxy_middleware:middlewares"
+IMPORT_PATH_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
-# A client could keep its request alive with these after it has gone, or longer than others.
-_NOT_FOR_CLIENTS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
+# With these a client could keep its request running after it disconnected, or longer than others.
+_SERVE_CONTROL_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
 
-_LOST = "The replica that worked on this request was lost; try again."
-_ABSENT = "The server is starting or ending; try again."
-_BUSY = "The server is busy; try again later."
+_REPLICA_LOST = "The replica that worked on this request was lost; try again."
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve calls for."""
-    return [Middleware(Front)]
+    """Return the middleware for Serve's proxy."""
+    return [Middleware(ProxyErrorMiddleware)]
 
 
 @dataclass(frozen=True)
-class Front:
-    """Gives Serve's own errors the shape of all others, and an answer that broke off an end that says so."""
+class ProxyErrorMiddleware:
+    """Convert Ray Serve's own errors to the API's error format, and end interrupted streams with an error event."""
 
     app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI protocol."""
+        """Handle a request as ASGI."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if scope["path"].startswith("/-/"):  # Serve's own pages, which know no API key
-            await ApiError("There is nothing here.", 404).response(scope, receive, send)
+        if scope["path"].startswith("/-/"):  # Serve's own pages, which check no API key
+            await ApiError("There is no such route.", 404).response(scope, receive, send)
             return
         headers = MutableHeaders(scope=scope)
-        for name in _NOT_FOR_CLIENTS:
+        for name in _SERVE_CONTROL_HEADERS:
             if name in headers:
                 del headers[name]
-        headers[HEADER] = request_id(headers)
-        answer = _Answer(send)
-        await self.app(scope, receive, answer.send)
-        await answer.end(scope, receive)
+        headers[REQUEST_ID_HEADER] = request_id(headers)
+        response = _ProxiedResponse(send)
+        await self.app(scope, receive, response.send)
+        await response.finish(scope, receive)
 
 
 @dataclass
-class _Answer:
-    """Passes an answer on and remembers how far it came."""
+class _ProxiedResponse:
+    """Pass a response on to the client, and record how far it came."""
 
-    onward: Send
-    refused: int = 0
-    began: bool = False
-    streams: bool = False
+    send_to_client: Send
+    serve_error_status: int = 0
+    started: bool = False
+    is_stream: bool = False
     ended: bool = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(raw=list(message["headers"]))
-            if HEADER in headers:  # the replica has named it, and Serve once more
-                headers[HEADER] = headers[HEADER]
+            if REQUEST_ID_HEADER in headers:  # set by the replica and again by Serve: keep one
+                headers[REQUEST_ID_HEADER] = headers[REQUEST_ID_HEADER]
             message = {**message, "headers": headers.raw}
-            kind = headers.get("content-type", "")
-            if message["status"] >= 400 and not kind.startswith("application/json"):
-                self.refused = message["status"]
+            content_type = headers.get("content-type", "")
+            if message["status"] >= 400 and not content_type.startswith("application/json"):
+                self.serve_error_status = message["status"]
                 return
-            self.began, self.streams = True, kind.startswith("text/event-stream")
-        if self.refused:
+            self.started, self.is_stream = True, content_type.startswith("text/event-stream")
+        if self.serve_error_status:
             return
         self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
-        await self.onward(message)
+        await self.send_to_client(message)
 
-    async def end(self, scope: Scope, receive: Receive) -> None:
-        """Say what the server behind did not say any more."""
+    async def finish(self, scope: Scope, receive: Receive) -> None:
+        """Send what the server behind the proxy did not send."""
         if self.ended:
             return
-        if not self.began:
-            await _explain(self.refused).response(scope, receive, self.onward)
-        elif self.streams:
-            body = f"data: {json.dumps(ApiError(_LOST, 503).body)}\n\ndata: [DONE]\n\n"
-            await self.onward({"type": "http.response.body", "body": body.encode(), "more_body": False})
+        if not self.started:
+            await _to_api_error(self.serve_error_status).response(scope, receive, self.send_to_client)
+        elif self.is_stream:
+            body = f"data: {json.dumps(ApiError(_REPLICA_LOST, 503).body)}\n\ndata: [DONE]\n\n"
+            await self.send_to_client({"type": "http.response.body", "body": body.encode(), "more_body": False})
 
 
-def _explain(status: int) -> ApiError:
-    """What an answer of Serve's own means: it has no text that a client could do anything with."""
+def _to_api_error(status: int) -> ApiError:
+    """Translate the status of an error of Serve's own, whose text does not help a client."""
     match status:
         case 408:
-            return ApiError("The request's time was up.", 408, code="deadline")
+            return ApiError("The request timed out.", 408, code="deadline")
         case 429:
-            return ApiError(_BUSY, 429, code="queue_full", retry_after=5)
+            return ApiError("The server is busy; try again later.", 429, code="queue_full", retry_after=5)
         case 404 | 503:
-            return ApiError(_ABSENT, 503, code="unavailable", retry_after=5)
-    return ApiError(_LOST, 503, code="replica_lost", retry_after=1)
+            message = "The server is starting or shutting down; try again."
+            return ApiError(message, 503, code="unavailable", retry_after=5)
+    return ApiError(_REPLICA_LOST, 503, code="replica_lost", retry_after=1)

@@ -1,23 +1,23 @@
-"""The status page: what is served, how full the pool is, and where the plan spends its bytes.
+"""The status page: what is served, how full each pool is, and how the plan spends its bytes.
 
-It has no script and asks nobody else for anything; a browser draws it anew every few seconds.
+The page has no script and loads nothing else. The browser reloads it every few seconds.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from baklava.evaluation.heat_map import plot_heat_map
 from baklava.plan.budget_plan import BudgetPlan
-from serve_app.replication.coordinator import Report
+from serve_app.replication.replica_sync import ReplicaReport
 
-EVERY = 3
-"""Seconds after which a browser asks again."""
+REFRESH_SECONDS = 3
 
 PAGE_HEADERS = {
-    "Refresh": str(EVERY),
+    "Refresh": str(REFRESH_SECONDS),
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -27,141 +27,102 @@ PAGE_HEADERS = {
 
 _TEMPLATE = Template((Path(__file__).parent / "status_page.html").read_text())
 
-_MOST_CELLS = 64
 
-CELL, GAP, WIDEST = 20, 2, 32  # units of the heat map, and pixels that a cell grows to
-
-
-def page(card: dict[str, Any], plan: BudgetPlan, reports: Sequence[Report]) -> str:
-    """The page as HTML."""
+def render_page(model_card: dict[str, Any], plan: BudgetPlan, reports: Sequence[ReplicaReport]) -> str:
+    """Return the page as HTML."""
+    eviction, prefill = plan.eviction, plan.prefill
+    facts = {
+        "Plan": f"<code>{plan.digest}</code>",
+        "Maximum per sequence": format_bytes(plan.bytes_per_sequence),
+        f"Full cache at {plan.context_length:,} tokens": format_bytes(plan.full_bytes_per_sequence),
+        "Plan / full cache": f"{plan.ratio:.1%}",
+        "Eviction": escape(f"{eviction.method}, {eviction.sinks} sinks, every {eviction.eviction_interval} tokens"),
+        "Prefill": escape(prefill.mode + (f", {prefill.chunk_size} tokens" if prefill.chunk_size else "")),
+        "Allocation": escape(plan.allocation.method),
+    }
     return _TEMPLATE.substitute(
-        model=escape(str(card["id"])),
-        length=f"{card['max_model_len']:,}",
-        facts=_facts(plan),
+        model=escape(str(model_card["id"])),
+        max_model_len=f"{model_card['max_model_len']:,}",
+        facts=_definitions(facts),
         replicas="".join(_replica(report, plan) for report in reports),
-        map=heat_map(plan),
+        heat_map=plot_heat_map(plan),
         legend=_legend(plan),
     )
 
 
-def _facts(plan: BudgetPlan) -> str:
-    eviction = plan.eviction
-    facts = {
-        "Plan": f"<code>{plan.digest}</code>",
-        "Bytes per sequence": f"{size(plan.bytes_per_sequence)} at most",
-        "Full cache": f"{size(plan.full_bytes_per_sequence)} at {plan.context_length:,} tokens",
-        "Ratio": f"{plan.ratio:.1%}",
-        "Eviction": escape(f"{eviction.method}, {eviction.sinks} sinks, every {eviction.interval} tokens"),
-        "Prefill": escape(plan.prefill.mode + (f", {plan.prefill.chunk} tokens" if plan.prefill.chunk else "")),
-        "Allocation": escape(plan.allocation.method),
-    }
-    return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
+def _definitions(items: dict[str, str]) -> str:
+    return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in items.items())
 
 
-def _replica(report: Report, plan: BudgetPlan) -> str:
+def _replica(report: ReplicaReport, plan: BudgetPlan) -> str:
     state = report.state
     counts = state["counts"]
-    mood = "dead" if not state["alive"] else "draining" if state["draining"] else "ready"
-    other = "" if state["plan"] == plan.digest else f" <span>still in plan <code>{escape(state['plan'])}</code></span>"
-    failed = f"<p class=failed>{escape(report.failed)}</p>" if report.failed else ""
-    ends = " · ".join(f"{counts[name]:,} {name}" for name in ("finished", "cancelled", "failed", "refused"))
+    status = "dead" if not state["alive"] else "draining" if state["draining"] else "ready"
+    old_plan = "" if state["plan"] == plan.digest else f" still on plan <code>{escape(state['plan'])}</code>"
+    failure = f"<p class=failed>{escape(report.failure)}</p>" if report.failure else ""
+    free = max(0, state["pool_bytes"] - state["reserved_bytes"])
+    numbers = {
+        "running": f"{state['running']:,}",
+        "waiting": f"{state['waiting']:,}",
+        f"more sequences of {plan.context_length:,} tokens fit": f"{free // plan.bytes_per_sequence:,}",
+        "of the KV entries are cached": _share(state["cached_entries"], state["full_entries"]),
+        "of the prompt tokens came from the prefix cache": _share(counts["cached_tokens"], counts["prompt_tokens"]),
+        "tokens generated": f"{counts['generation_tokens']:,}",
+    }
+    outcomes = " · ".join(f"{counts[name]:,} {name}" for name in ("finished", "cancelled", "failed", "rejected"))
     return f"""<section class=replica>
-<h3>{escape(report.replica)} <b class={mood}>{mood}</b>{other}</h3>{failed}
-<p class=numbers><span><b>{state["running"]}</b> running</span> <span><b>{state["waiting"]}</b> waiting</span>
-<span><b>{counts["generation_tokens"]:,}</b> tokens generated</span> <span>{ends}</span></p>
+<h3>{escape(report.replica)} <b class={status}>{status}</b>{old_plan}</h3>{failure}
+<dl class=numbers>{_definitions(numbers)}</dl>
 {_pool(state)}
-<p class=slots>{_slots(state, plan)}</p>
-<p class=quiet>{_kept(state)}</p>
+<p class=muted>Requests: {outcomes}</p>
 </section>"""
 
 
+def _share(part: int, total: int) -> str:
+    return f'<span title="{part:,} of {total:,}">{part / total:.1%}</span>' if total else "–"
+
+
 def _pool(state: dict[str, Any]) -> str:
-    pool = max(1, state["pool_bytes"])
-    snapshots = state["snapshot_bytes"]
-    promised = max(0, state["promised_bytes"] - snapshots)
-    held = max(0, min(state["held_bytes"], state["promised_bytes"]) - snapshots)
-    parts = [("declared", snapshots), ("held", held), ("promised", promised - held)]
-    place, bars = 0.0, []
-    for name, amount in parts:
-        width = 100 * amount / pool
-        bars.append(f'<rect class={name} x="{place:.3f}%" width="{width:.3f}%" height="18"/>')
-        place += width
-    words = f"{size(held)} held of {size(promised)} promised in a pool of {size(pool)}"
+    """Return a bar of the pool: pinned prefixes, bytes allocated and bytes only reserved, with the numbers below."""
+    pool_bytes = max(1, state["pool_bytes"])
+    prefixes = state["prefix_cache_bytes"]
+    reserved = max(0, state["reserved_bytes"] - prefixes)
+    allocated = max(0, min(state["allocated_bytes"], state["reserved_bytes"]) - prefixes)
+    segments = {"prefixes": prefixes, "allocated": allocated, "reserved": reserved - allocated}
+    start, bars = 0.0, []
+    for name, amount in segments.items():
+        width = 100 * amount / pool_bytes
+        bars.append(f'<rect class={name} x="{start:.3f}%" width="{width:.3f}%" height="18"/>')
+        start += width
+    label = (
+        f"{format_bytes(allocated)} allocated of {format_bytes(reserved)} reserved in a pool of "
+        f"{format_bytes(pool_bytes)}"
+    )
     legend = {
-        "declared": f"{size(snapshots)} of declared prompts",
-        "held": f"{size(held)} held",
-        "promised": f"of {size(promised)} promised",
-        "free": f"in a pool of {size(pool)}; {size(state['most_bytes'])} were ever held",
+        "allocated": f"{format_bytes(allocated)} allocated (peak {format_bytes(state['peak_bytes'])})",
+        "reserved": f"{format_bytes(reserved)} reserved",
+        "prefixes": f"{format_bytes(prefixes)} pinned prefixes",
+        "free": f"pool of {format_bytes(pool_bytes)}, {state['reserved_bytes'] / pool_bytes:.1%} reserved",
     }
     keys = "".join(f"<span><i class={name}></i>{text}</span> " for name, text in legend.items())
     return (
-        f'<svg class=pool width="100%" height="18" role=img aria-label="{words}"><rect class=free width="100%" '
-        f'height="18"/>{"".join(bars)}</svg><p class="quiet keys">{keys}</p>'
+        f'<svg class=pool width="100%" height="18" role=img aria-label="{label}"><rect class=free width="100%" '
+        f'height="18"/>{"".join(bars)}</svg><p class="muted keys">{keys}</p>'
     )
-
-
-def _slots(state: dict[str, Any], plan: BudgetPlan) -> str:
-    """Whole sequences of this plan that the pool has room for, those that are promised filled."""
-    slots = state["pool_bytes"] // plan.bytes_per_sequence
-    busy = -(-state["promised_bytes"] // plan.bytes_per_sequence)
-    shown = min(slots, _MOST_CELLS)
-    taken = min(shown, busy if slots <= shown else -(-busy * shown // slots))
-    cells = "".join(f"<i class={'busy' if place < taken else 'idle'}></i>" for place in range(shown))
-    return f"{cells} <span class=quiet>{min(busy, slots):,} of {slots:,} slots of a whole budget are taken</span>"
-
-
-def _kept(state: dict[str, Any]) -> str:
-    if not state["seen"]:
-        return "No sequence is running."
-    share = state["kept"] / state["seen"]
-    return f"{state['kept']:,} of {state['seen']:,} entries are kept ({share:.1%}), as counted in the caches."
-
-
-def heat_map(plan: BudgetPlan) -> str:
-    """Budgets per (layer, KV head) as SVG, a column per layer; the stronger, the more is kept; dashed layers slide."""
-    layers, high = plan.geometry.layers, plan.geometry.kv_heads * CELL
-    cells = "".join(_cells(plan))
-    ticks = "".join(
-        f'<text x="{layer * CELL + CELL / 2}" y="{high + 14}" text-anchor="middle">{layer}</text>'
-        for layer in range(0, layers, 5)
-    )
-    return (
-        f'<svg class=map viewBox="0 0 {layers * CELL} {high + 18}" style="max-width:{layers * WIDEST}px" role=img '
-        f'aria-label="budget of every layer and KV head">{cells}{ticks}</svg>'
-    )
-
-
-def _cells(plan: BudgetPlan) -> Iterator[str]:
-    most = max((tokens for row in plan.tokens for tokens in row), default=1)
-    for layer, row in enumerate(plan.tokens):
-        for head in range(plan.geometry.kv_heads):
-            shade, words = ("slides", "slides") if not row else (f"{row[head] / most:.3f}", f"{row[head]:,} tokens")
-            fill = "class=slides" if not row else f'class=cell fill-opacity="{shade}"'
-            yield (
-                f'<rect {fill} x="{layer * CELL}" y="{head * CELL}" width="{CELL - GAP}" height="{CELL - GAP}" rx="3">'
-                f"<title>layer {layer}, KV head {head}: {words}{_bits(plan, layer, head)}</title></rect>"
-            )
-
-
-def _bits(plan: BudgetPlan, layer: int, head: int) -> str:
-    budget = plan.layers[layer]
-    return "" if budget is None else f", keys in {budget.key_bits[head]} and values in {budget.value_bits[head]} bits"
 
 
 def _legend(plan: BudgetPlan) -> str:
     tokens = [tokens for row in plan.tokens for tokens in row]
     if not tokens:
-        return "Every layer slides."
-    mean = sum(tokens) / len(tokens)
+        return "All layers have a sliding window and no budget."
     return (
-        f"Layers from left to right, KV heads from top to bottom; {min(tokens):,} to {max(tokens):,} tokens per head, "
-        f"{mean:,.0f} in the mean, of {plan.context_length:,}. The stronger the colour, the more is kept; point at a "
-        "cell for its numbers."
+        f"{min(tokens):,} to {max(tokens):,} entries per head, {sum(tokens) / len(tokens):,.0f} on average, of "
+        f"{plan.context_length:,}. A stronger colour means more. Point at a cell to see its number."
     )
 
 
-def size(amount: float) -> str:
-    """Bytes for people."""
+def format_bytes(amount: float) -> str:
+    """Return bytes in a unit that people read, such as 1.5 KiB."""
     if amount < 1024:
         return f"{amount:,.0f} B"
     power = min(3, int(math.log(amount, 1024)))

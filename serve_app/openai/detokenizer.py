@@ -1,4 +1,4 @@
-"""From tokens to the text that may be sent already: no half characters, nothing that may become a stop string."""
+"""Turn generated tokens into text that may be sent: whole characters, and nothing that may become a stop string."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,29 +6,28 @@ from typing import Any
 
 from serve_app.engine.types import FinishReason, Logprob, TokenOutput
 
-_LONGEST_CHARACTER = 8  # tokens; UTF-8 needs up to 4 bytes, and what is still no text after twice that never will be
+# UTF-8 needs up to 4 bytes for a character. Twice as many tokens that are still no text never will be.
+_MAX_TOKENS_PER_CHARACTER = 8
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token of an answer, where its text begins, in characters, and how likely it and others were, in nats."""
+    """A token of an answer with its log-probability in nats, the most likely tokens, and its place in the text.
 
-    id: int
+    `text_offset` counts the characters before the token.
+    """
+
+    token_id: int
     logprob: float | None
     top: tuple[tuple[int, float], ...]
     text_offset: int
 
-    @classmethod
-    def of(cls, logprob: Logprob, offset: int) -> "TokenLogprob":
-        """A token at its place."""
-        return cls(logprob.token_id, logprob.logprob, logprob.top, offset)
-
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What is added to an answer: text, which may be empty, and why the answer ends with it, if it does.
+    """Text to append to choice `index` of an answer, which may be empty, and why the choice ends with it, if it does.
 
-    `words` are there if log-probabilities were asked for.
+    `logprobs` is empty unless log-probabilities were requested.
     """
 
     text: str
@@ -38,29 +37,30 @@ class TextDelta:
 
 
 class DecodeStream:
-    """Decodes token by token, holding back characters whose bytes are incomplete."""
+    """Decode token by token, and hold back characters whose bytes are incomplete."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        # Text is decoded from `_start` because a tokenizer may drop a leading space; it is known up to `_read`.
-        self._start = self._read = 0
+        # Text is decoded from `_start`, because a tokenizer may drop a leading space. Up to `_read` it was returned.
+        self._start = 0
+        self._read = 0
 
-    def push(self, token: int) -> str:
-        """The text that `token` completes."""
-        self._ids.append(token)
+    def push(self, token_id: int) -> str:
+        """Return the text that a token completes."""
+        self._ids.append(token_id)
         text = self._decode(self._start, len(self._ids))
-        pending = len(self._ids) - self._read
-        return "" if text.endswith("\ufffd") and pending < _LONGEST_CHARACTER else self._advance(text)
+        pending_tokens = len(self._ids) - self._read
+        return "" if text.endswith("\ufffd") and pending_tokens < _MAX_TOKENS_PER_CHARACTER else self._advance(text)
 
     def flush(self) -> str:
-        """What is held back, with replacement characters for what stayed incomplete."""
+        """Return the text held back, with replacement characters for incomplete ones."""
         return self._advance(self._decode(self._start, len(self._ids)))
 
     def _advance(self, text: str) -> str:
-        known = len(self._decode(self._start, self._read))
+        returned = len(self._decode(self._start, self._read))
         self._start, self._read = self._read, len(self._ids)
-        return text[known:]
+        return text[returned:]
 
     def _decode(self, start: int, end: int) -> str:
         ids = self._ids[start:end]
@@ -68,71 +68,86 @@ class DecodeStream:
 
 
 class StopStringFilter:
-    """Cuts text before the first stop string, holding back every end that may begin one."""
+    """Truncate text before the first stop string, and hold back each end that may be the start of one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stop_strings = tuple(stop_strings)
+        self._buffer = ""
         self.matched = False
 
-    def push(self, text: str, early: bool = False) -> str:
-        """The text that is safe to send; `hit` is set when a stop string ended it, which none does that is `early`."""
-        known, text = len(self._held), self._held + text
-        # Only a stop string whose end is new counts: one that is whole in what was known came too early.
-        places = [text.find(stop, max(0, known - len(stop) + 1)) for stop in self._stops]
-        found = [] if early else [place for place in places if place >= 0]
-        if found:
-            self.matched, self._held = True, ""
-            return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+    def push(self, text: str, below_min_tokens: bool = False) -> str:
+        """Return the text that is safe to send, and set `matched` if a stop string ends it.
+
+        `below_min_tokens` disables matching, for an answer that must not end yet.
+        """
+        already_seen = len(self._buffer)
+        text = self._buffer + text
+        if not below_min_tokens:
+            # Search for new matches only: a stop string that was complete in the buffer came below min_tokens.
+            matches = [text.find(stop, max(0, already_seen - len(stop) + 1)) for stop in self._stop_strings]
+            if matches := [position for position in matches if position >= 0]:
+                self.matched, self._buffer = True, ""
+                return text[: min(matches)]
+        overlap = max((_overlap_length(text, stop) for stop in self._stop_strings), default=0)
+        self._buffer = text[len(text) - overlap :]
+        return text[: len(text) - overlap]
 
     def flush(self) -> str:
-        """What was held back and turned out to be no stop string."""
-        held, self._held = self._held, ""
-        return held
+        """Return the text held back, which did not become a stop string."""
+        text, self._buffer = self._buffer, ""
+        return text
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper start of `stop` that ends `text`."""
+def _overlap_length(text: str, stop: str) -> int:
+    """Return the length of the longest proper prefix of `stop` with which `text` ends."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class IncrementalDetokenizer:
-    """Writes one continuation: tokens go in, text that may be sent comes out, until a finish.
+    """Turn the tokens of one sequence into text deltas until it finishes, because of a token or of a stop string.
 
-    `offset` counts the characters of an answer before this text, such as an echoed prompt. Before there are
-    `min_tokens` tokens no stop string ends it.
+    Args:
+        tokenizer: Of the model.
+        stop_strings: Strings that end the text. They are not part of it.
+        text_offset: Characters of the answer before this text, such as an echoed prompt.
+        min_tokens: Tokens before which no stop string ends the text.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], offset: int = 0, min_tokens: int = 0) -> None:
-        self._detokenizer, self._stops, self._offset = DecodeStream(tokenizer), StopStringFilter(stops), offset
-        self._early = min_tokens  # tokens that are still missing
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str], text_offset: int = 0, min_tokens: int = 0) -> None:
+        self._decoder = DecodeStream(tokenizer)
+        self._filter = StopStringFilter(stop_strings)
+        self._text_offset = text_offset
+        self._missing_tokens = min_tokens
         self.finish_reason: FinishReason | None = None
 
     def add_token(self, token: TokenOutput) -> TextDelta:
-        """What a token adds; a token or string that stops is not part of the text."""
-        place, self._early = self._offset, self._early - 1
-        decoded = "" if token.finish_reason == "stop" else self._detokenizer.push(token.token_id)
-        text = self._push(decoded)
-        if token.finish_reason and not self._stops.matched:
-            text += self._push(self._detokenizer.flush())
-        if token.finish_reason and not self._stops.matched:
-            text += self._stops.flush()
-        self.finish_reason = "stop" if self._stops.matched else token.finish_reason
-        word = TokenLogprob.of(token.logprob, place) if token.logprob else None
-        return TextDelta(text, token.index, self.finish_reason, (word,) if word else ())
+        """Return what a token adds. A token or string that stops is not part of the text."""
+        offset = self._text_offset
+        self._missing_tokens -= 1
+        text = self._push("" if token.finish_reason == "stop" else self._decoder.push(token.token_id))
+        if token.finish_reason and not self._filter.matched:
+            text += self._push(self._decoder.flush())
+        if token.finish_reason and not self._filter.matched:
+            text += self._filter.flush()
+        self.finish_reason = "stop" if self._filter.matched else token.finish_reason
+        logprobs = (_with_offset(token.logprob, offset),) if token.logprob else ()
+        return TextDelta(text, token.index, self.finish_reason, logprobs)
 
-    def _push(self, decoded: str) -> str:
-        self._offset += len(decoded)
-        return self._stops.push(decoded, early=self._early > 0)
+    def _push(self, text: str) -> str:
+        self._text_offset += len(text)
+        return self._filter.push(text, below_min_tokens=self._missing_tokens > 0)
 
 
-def prompt_token_logprobs(tokenizer: Any, ids: Sequence[int], logprobs: Sequence[Logprob | None]) -> tuple[TokenLogprob, ...]:
-    """The tokens of a prompt with their log-probabilities, each where it is in the text."""
-    detokenizer, offset, words = DecodeStream(tokenizer), 0, []
-    for id, logprob in zip(ids, logprobs, strict=True):
-        words.append(TokenLogprob.of(logprob, offset) if logprob else TokenLogprob(id, None, (), offset))
-        offset += len(detokenizer.push(id))
-    return tuple(words)
+def prompt_token_logprobs(
+    tokenizer: Any, ids: Sequence[int], logprobs: Sequence[Logprob | None]
+) -> tuple[TokenLogprob, ...]:
+    """Return the tokens of a prompt with their log-probabilities and their places in the text."""
+    decoder, offset, tokens = DecodeStream(tokenizer), 0, []
+    for token_id, logprob in zip(ids, logprobs, strict=True):
+        tokens.append(_with_offset(logprob, offset) if logprob else TokenLogprob(token_id, None, (), offset))
+        offset += len(decoder.push(token_id))
+    return tuple(tokens)
+
+
+def _with_offset(logprob: Logprob, text_offset: int) -> TokenLogprob:
+    return TokenLogprob(logprob.token_id, logprob.logprob, logprob.top, text_offset)

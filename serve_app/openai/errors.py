@@ -1,4 +1,4 @@
-"""What a client is told when a request cannot be answered: always `{"error": {message, type, param, code}}`."""
+"""Errors of the HTTP API, always as `{"error": {message, type, param, code}}`."""
 
 import logging
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from serve_app.engine.types import DeadlineError, DrainingError, QueueFullError,
 
 logger = logging.getLogger("ray.serve")
 
-_KINDS = {
+_ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
@@ -22,15 +22,14 @@ _KINDS = {
     429: "overloaded_error",
 }
 
-
 DRAINING_RETRY_SECONDS = 5
-"""Seconds after which a client may ask again: whoever stands in front has found another server by then."""
+"""`Retry-After` of a draining server. By then a load balancer sends the client to another one."""
 
 
 class ApiError(Exception):
-    """One sentence for a client of the endpoint, with its HTTP status, the field it is about and a code to branch on.
+    """An error response: a sentence for the client, the HTTP status, the field at fault and a code to branch on.
 
-    `retry_after` is in seconds; without it clients are asked not to retry what would fail again. `more` are headers.
+    Without `retry_after`, in seconds, clients are asked not to retry.
     """
 
     def __init__(
@@ -41,32 +40,33 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
-        more: Mapping[str, str] | None = None,
+        extra_headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message, self.status, self.param, self.code = message, status, param, code
-        self.retry_after, self._more = retry_after, dict(more or {})
+        self.retry_after, self._extra_headers = retry_after, dict(extra_headers or {})
 
     @property
     def body(self) -> dict[str, Any]:
         """The JSON that clients of OpenAI's API expect."""
-        kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        kind = _ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
-        """What generic HTTP clients, and openai's (`x-should-retry`), act on."""
+        """The headers that HTTP clients (`Retry-After`) and openai's client (`x-should-retry`) act on."""
         retry = {"x-should-retry": "false"} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return retry | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {}) | self._more
+        authenticate = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return retry | authenticate | self._extra_headers
 
     @property
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """The complete response."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
 def context_length_exceeded(limit: int, prompt: int, completion: int) -> ApiError:
-    """The refusal of a text that is too long, in the words that agents search for."""
+    """Return the error of a request that is too long, in OpenAI's words, which agents search for."""
     return ApiError(
         f"This model's maximum context length is {limit} tokens. However, you requested {prompt + completion} tokens "
         f"({prompt} in the messages, {completion} in the completion). Please reduce the length of the messages or "
@@ -75,36 +75,31 @@ def context_length_exceeded(limit: int, prompt: int, completion: int) -> ApiErro
     )
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """What to tell the client about any exception; one that nobody foresaw goes to the log instead."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, RequestValidationError):
-        return _of_validation(error)
-    if isinstance(error, HTTPException):
-        return ApiError(str(error.detail), error.status_code, more=error.headers)
-    if isinstance(error, RequestRejected):
-        return _of_refusal(error)
-    if isinstance(error, UserError):
-        return ApiError(str(error))
-    logger.error("request failed", exc_info=error)
-    return ApiError("The server failed on this request; its log says why.", 500)
-
-
-def _of_refusal(refusal: RequestRejected) -> ApiError:
-    match refusal:
+def to_api_error(error: Exception) -> ApiError:
+    """Convert any exception to an error response. An unexpected one is logged, and the client gets a plain 500."""
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError():
+            return _from_validation_error(error)
+        case HTTPException():
+            return ApiError(str(error.detail), error.status_code, extra_headers=error.headers)
         case QueueFullError():
-            return ApiError(str(refusal), 429, code="queue_full", retry_after=refusal.retry_after)
+            return ApiError(str(error), 429, code="queue_full", retry_after=error.retry_after)
         case DrainingError():
-            return ApiError(str(refusal), 503, code="draining", retry_after=DRAINING_RETRY_SECONDS)
-        case DeadlineError(waiting=True):
-            return ApiError(f"{refusal} It was still waiting for its turn.", 408, code="deadline")
+            return ApiError(str(error), 503, code="draining", retry_after=DRAINING_RETRY_SECONDS)
         case DeadlineError():
-            return ApiError(str(refusal), 408, code="deadline")
-    return ApiError(str(refusal), code="request_too_large")
+            waiting = " The request was still in the queue." if error.was_waiting else ""
+            return ApiError(f"{error}{waiting}", 408, code="deadline")
+        case RequestRejected():
+            return ApiError(str(error), code="request_too_large")
+        case UserError():
+            return ApiError(str(error))
+    logger.error("request failed", exc_info=error)
+    return ApiError("The server failed on this request. See its log for the reason.", 500)
 
 
-def _of_validation(error: RequestValidationError) -> ApiError:
+def _from_validation_error(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     context = first.get("ctx") or {}
     if first["type"] == "json_invalid":
@@ -115,11 +110,11 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     return ApiError(f"{param}: {first['msg'].removeprefix('Value error, ')}", param=param)
 
 
-async def _answer(_: Request, error: Exception) -> JSONResponse:
-    return as_api_error(error).response
+def install_error_handlers(app: FastAPI) -> None:
+    """Convert each error of `app` to the one error format, including FastAPI's own."""
 
+    async def respond(_: Request, error: Exception) -> JSONResponse:
+        return to_api_error(error).response
 
-def install(app: FastAPI) -> None:
-    """Give every error of `app` this one shape, FastAPI's own included."""
     for kind in (ApiError, RequestRejected, UserError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, _answer)
+        app.add_exception_handler(kind, respond)

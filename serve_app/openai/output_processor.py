@@ -1,4 +1,4 @@
-"""From requests to the pieces of their answers: the engine's thread on one side, an event loop on the other."""
+"""Turn the engine's outputs into text deltas: the engine's thread on one side, an event loop on the other."""
 
 import asyncio
 import contextlib
@@ -8,26 +8,34 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from serve_app.engine.types import DeadlineError, OutputCallback, EngineOutput, RequestHandle, PrefillDone, TokenOutput, EngineRequest
-from serve_app.openai.detokenizer import TextDelta, IncrementalDetokenizer, prompt_token_logprobs
+from serve_app.engine.types import (
+    DeadlineError,
+    EngineOutput,
+    EngineRequest,
+    OutputCallback,
+    PrefillDone,
+    RequestHandle,
+    TokenOutput,
+)
+from serve_app.openai.detokenizer import IncrementalDetokenizer, TextDelta, prompt_token_logprobs
 from serve_app.openai.tokenization import Prompt
 
 DEADLINE_GRACE_SECONDS = 5.0
-"""Seconds after a deadline by which the engine has said so; after that it is not waited for."""
+"""Time after a deadline in which the engine itself reports it. After that the request fails without the engine."""
 
-_Arrived = tuple[int, EngineOutput]
+_NumberedOutput = tuple[int, EngineOutput]
 
 
 class EngineClient(Protocol):
-    """What is needed of an engine."""
+    """The part of the engine that a request needs."""
 
-    def submit(self, *asked: tuple[EngineRequest, OutputCallback]) -> Sequence[RequestHandle]:
-        """Take requests in, all or none of them."""
+    def submit(self, *requests: tuple[EngineRequest, OutputCallback]) -> Sequence[RequestHandle]:
+        """Accept all of these requests or none."""
 
 
 @dataclass
 class Usage:
-    """Tokens of a request so far, over all its prompts and continuations."""
+    """Tokens of a request so far, over all its prompts and choices."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -36,126 +44,137 @@ class Usage:
 
 @dataclass
 class OutputProcessor:
-    """The answer to one request: a `Work` per prompt, whose continuations are numbered through.
+    """The answer to one HTTP request: an engine request per prompt. Choices are numbered across all prompts.
 
-    `stops` are the strings that end a text; with `echo` each continuation begins with its prompt.
+    `stop_strings` end a text. With `echo` each choice begins with its prompt.
     """
 
     tokenizer: Any
     prompts: Sequence[Prompt]
     requests: Sequence[EngineRequest]
-    stops: Sequence[str] = ()
+    stop_strings: Sequence[str] = ()
     echo: bool = False
     usage: Usage = field(init=False)
-    _writers: dict[int, IncrementalDetokenizer] = field(default_factory=dict, init=False)
+    _detokenizers: dict[int, IncrementalDetokenizer] = field(default_factory=dict, init=False)
     _echoes: dict[int, TextDelta] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.usage = Usage(sum(len(work.prompt) for work in self.requests))
+        self.usage = Usage(sum(len(request.prompt) for request in self.requests))
 
     async def deltas(self, engine: EngineClient) -> AsyncGenerator[TextDelta]:
-        """The pieces as they are made, one per token, until every continuation has its finish.
+        """Yield one delta per token until each choice has a finish reason.
 
-        Closing or cancelling this, as a client's disconnect does, ends the request within a step of the engine.
+        Closing or cancelling this, as a client's disconnect does, ends the request within one engine step.
 
         Raises:
-            Refusal: the engine does not begin with it or does not end it in time.
+            RequestRejected: The engine rejects the request or does not finish it in time.
         """
-        asked = RequestGroup(self.requests)
-        async with contextlib.aclosing(asked.events(engine)) as arriving:
-            async for number, event in arriving:
-                if isinstance(event, PrefillDone):  # a long prompt takes a while to spell out, and others wait for the loop
-                    made = await asyncio.to_thread(self._opened, number, event)
+        group = RequestGroup(self.requests)
+        async with contextlib.aclosing(group.outputs(engine)) as outputs:
+            async for number, output in outputs:
+                if isinstance(output, PrefillDone):
+                    # Decoding a long prompt takes a while, and the loop serves other requests.
+                    deltas = await asyncio.to_thread(self._on_prefill_done, number, output)
                 else:
-                    made = self._written(number, event)
-                for piece in made:
-                    if piece.finish_reason and isinstance(event, TokenOutput) and not event.finish_reason:  # a stop string
-                        asked.complete(number, event.index)
-                    yield piece
+                    deltas = self._on_token(number, output)
+                for delta in deltas:
+                    if isinstance(output, TokenOutput) and delta.finish_reason and not output.finish_reason:
+                        group.stop_sequence(number, output.index)  # at a stop string, of which the engine knows nothing
+                    yield delta
 
-    def _opened(self, number: int, started: PrefillDone) -> list[TextDelta]:
-        """Begin the continuations of a prompt; they are pieces already if nothing is to be generated."""
-        self.usage.cached_tokens += started.cached_tokens
+    def _on_prefill_done(self, number: int, prefill: PrefillDone) -> list[TextDelta]:
+        """Start the choices of a prompt. Return a delta for each if no token is to be generated."""
+        request = self.requests[number]
+        self.usage.cached_tokens += prefill.cached_tokens
         text = self.prompts[number].text if self.echo else ""
-        logprobs = started.prompt_logprobs
-        words = prompt_token_logprobs(self.tokenizer, self.requests[number].prompt, logprobs) if logprobs else ()
-        first = self._index(number, 0)
-        opened = [TextDelta(text, first + one, started.finish_reason, words) for one in range(self.requests[number].n)]
-        least = self.requests[number].sampling_params.min_tokens
-        self._writers |= {piece.index: IncrementalDetokenizer(self.tokenizer, self.stops, len(text), least) for piece in opened}
-        self._echoes |= {piece.index: piece for piece in opened if self.echo}
-        return opened if started.finish_reason else []
+        logprobs = (
+            prompt_token_logprobs(self.tokenizer, request.prompt, prefill.prompt_logprobs)
+            if prefill.prompt_logprobs
+            else ()
+        )
+        first = self._choice_index(number, 0)
+        for index in range(first, first + request.n):
+            self._detokenizers[index] = IncrementalDetokenizer(
+                self.tokenizer, self.stop_strings, len(text), request.sampling_params.min_tokens
+            )
+        deltas = [TextDelta(text, index, prefill.finish_reason, logprobs) for index in range(first, first + request.n)]
+        if self.echo:
+            self._echoes |= {delta.index: delta for delta in deltas}
+        return deltas if prefill.finish_reason else []
 
-    def _written(self, number: int, token: TokenOutput) -> list[TextDelta]:
-        """What a token adds; nothing if a stop string has ended its text, and the engine has not heard of it yet."""
-        index = self._index(number, token.index)
-        if self._writers[index].finish_reason:
+    def _on_token(self, number: int, token: TokenOutput) -> list[TextDelta]:
+        """Return what a token adds: nothing if a stop string ended its text before the engine knew of it."""
+        index = self._choice_index(number, token.index)
+        detokenizer = self._detokenizers[index]
+        if detokenizer.finish_reason:
             return []
         self.usage.completion_tokens += 1
-        piece = replace(self._writers[index].add_token(token), index=index)
-        # What is echoed goes with the first token: a client takes the first piece for it.
+        delta = replace(detokenizer.add_token(token), index=index)
+        # The echo goes with the first token, because clients take the first delta for it.
         if (echo := self._echoes.pop(index, None)) is not None:
-            piece = replace(piece, text=echo.text + piece.text, words=echo.logprobs + piece.logprobs)
-        return [piece]
+            delta = replace(delta, text=echo.text + delta.text, logprobs=echo.logprobs + delta.logprobs)
+        return [delta]
 
-    def _index(self, number: int, index: int) -> int:
-        return sum(work.n for work in self.requests[:number]) + index
+    def _choice_index(self, number: int, sequence: int) -> int:
+        return sum(request.n for request in self.requests[:number]) + sequence
 
 
 class RequestGroup:
-    """Requests that are asked of an engine together. A continuation is open until it has its finish."""
+    """Requests that are submitted to an engine together. A sequence is open until it has its finish reason."""
 
-    def __init__(self, works: Sequence[EngineRequest]) -> None:
-        self._works, self._handles = works, list[RequestHandle]()
-        self._open = {number: set(range(work.n)) for number, work in enumerate(works)}
+    def __init__(self, requests: Sequence[EngineRequest]) -> None:
+        self._requests = requests
+        self._handles: list[RequestHandle] = []
+        self._open_sequences = {number: set(range(request.n)) for number, request in enumerate(requests)}
 
-    async def events(self, engine: EngineClient) -> AsyncGenerator[tuple[int, PrefillDone | TokenOutput]]:
-        """What the engine makes of them, each event with the number of its request, until no continuation is open.
+    async def outputs(self, engine: EngineClient) -> AsyncGenerator[tuple[int, PrefillDone | TokenOutput]]:
+        """Submit the requests, and yield each output with the number of its request, until no sequence is open.
 
         Raises:
-            Refusal: as the engine does; the other requests are cancelled then, as they are when this is closed.
+            RequestRejected: As the engine does. The other requests are then cancelled, as they are on closing this.
         """
         loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[_Arrived] = asyncio.Queue()
-        latest = max(work.deadline for work in self._works)
+        queue: asyncio.Queue[_NumberedOutput] = asyncio.Queue()
+        deadline = max(request.deadline for request in self._requests)
+
+        def put(number: int, output: EngineOutput) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and its readers with it
+                loop.call_soon_threadsafe(queue.put_nowait, (number, output))
+
         try:
-            asked = ((work, partial(_hand_over, loop, arrived, number)) for number, work in enumerate(self._works))
-            self._handles = list(engine.submit(*asked))
-            while self._open:
-                number, event = await _next(arrived, latest)
-                if number not in self._open:
+            self._handles = list(
+                engine.submit(*((request, partial(put, number)) for number, request in enumerate(self._requests)))
+            )
+            while self._open_sequences:
+                number, output = await _get_until(queue, deadline)
+                if number not in self._open_sequences:
                     continue
-                if isinstance(event, Exception):
+                if isinstance(output, Exception):
                     self._close(number, None)
-                    raise event
-                if event.finish_reason:  # of a prompt alone, that ends all of its continuations
-                    self._close(number, None if isinstance(event, PrefillDone) else event.index)
-                yield number, event
+                    raise output
+                if output.finish_reason:  # that of a prefill ends all sequences of the prompt
+                    self._close(number, None if isinstance(output, PrefillDone) else output.index)
+                yield number, output
         finally:
             for number, handle in enumerate(self._handles):
-                if number in self._open:
+                if number in self._open_sequences:
                     handle.cancel()
 
-    def complete(self, number: int, index: int) -> None:
-        """One continuation has all the text that it needs, whatever the engine would still make of it."""
+    def stop_sequence(self, number: int, index: int) -> None:
+        """End one sequence, whose text is complete, before the engine would."""
         self._handles[number].stop_sequence(index)
         self._close(number, index)
 
     def _close(self, number: int, index: int | None) -> None:
-        still = self._open.get(number, set())
-        still -= still if index is None else {index}
-        if not still:
-            self._open.pop(number, None)
+        remaining = self._open_sequences.get(number, set())
+        remaining -= remaining if index is None else {index}
+        if not remaining:
+            self._open_sequences.pop(number, None)
 
 
-async def _next(arrived: "asyncio.Queue[_Arrived]", latest: float) -> _Arrived:
-    patience = None if latest == float("inf") else max(0.0, latest - time.monotonic()) + DEADLINE_GRACE_SECONDS
+async def _get_until(queue: "asyncio.Queue[_NumberedOutput]", deadline: float) -> _NumberedOutput:
+    timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic()) + DEADLINE_GRACE_SECONDS
     try:
-        return await asyncio.wait_for(arrived.get(), patience)
+        return await asyncio.wait_for(queue.get(), timeout)
     except TimeoutError:
-        raise DeadlineError(waiting=False) from None
-
-
-def _hand_over(loop: asyncio.AbstractEventLoop, arrived: "asyncio.Queue[_Arrived]", number: int, event: EngineOutput) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop has ended, and whoever waited with it
-        loop.call_soon_threadsafe(arrived.put_nowait, (number, event))
+        raise DeadlineError(was_waiting=False) from None

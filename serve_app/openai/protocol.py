@@ -1,42 +1,166 @@
-"""What a request for text may say, in the vocabulary of OpenAI's API."""
+"""Requests in the vocabulary of OpenAI's API: their fields, limits, and what is rejected because it is unsupported."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, WithJsonSchema, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.engine.sampler import Sampling
-from serve_app.openai.request_base import CHAT_ONLY, COMPLETION_ONLY, NEUTRAL, Body, Ids, RequestBody, Text, whole
+from serve_app.engine.sampler import SamplingParams
+
+logger = logging.getLogger("ray.serve")
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""Tokens of a text completion that names no maximum, as with OpenAI."""
+"""Maximum tokens of a completion that names no maximum, as with OpenAI."""
 
 MAX_STOP_STRING_CHARACTERS = 256
-"""Most characters of a stop string; that much text can be held back while it may still become one."""
+"""Text of this length may be held back while it can still become a stop string."""
 
 MAX_PROMPTS = 32
-"""Most prompts of one text completion."""
+"""Maximum prompts of one completion request."""
 
 MAX_CHOICES = 16
-"""Most continuations of one prompt, `n`."""
+"""Maximum choices per prompt, `n`."""
 
 MAX_SEQUENCES = 64
-"""Most continuations of all prompts of a request together."""
+"""Maximum choices of all prompts of a request together."""
 
 MAX_COMPLETION_LOGPROBS, MAX_CHAT_LOGPROBS = 5, 20
-"""Most alternatives per token, as with OpenAI; each is one more entry of every answer."""
+"""Maximum alternatives per token, as with OpenAI."""
+
+FieldTable = Mapping[str, tuple[object, ...]]
+"""Names of unsupported fields. Each has the values that are accepted because they change nothing."""
+
+UNSUPPORTED_FIELDS: FieldTable = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "suffix": ("",),
+    "prompt_logprobs": (),
+    "prompt_embeds": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "return_token_ids": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "priority": (0,),
+    "cache_salt": (),
+    "kv_transfer_params": (),
+    "vllm_xargs": (),
+}
+"""Known fields of OpenAI and vLLM that no request supports."""
+
+UNSUPPORTED_IN_CHATS: FieldTable = {"echo": (False,), "best_of": (1,), "add_special_tokens": (False,)}
+UNSUPPORTED_IN_COMPLETIONS: FieldTable = {"top_logprobs": (), "chat_template_kwargs": ({},)}
+UNSUPPORTED_IN_TOKENIZE: FieldTable = {"chat_template_kwargs": ({},), "return_token_strs": (False,)}
+
+_KNOWN_FIELDS = frozenset(
+    {*UNSUPPORTED_FIELDS, *UNSUPPORTED_IN_CHATS, *UNSUPPORTED_IN_COMPLETIONS, *UNSUPPORTED_IN_TOKENIZE}
+)
 
 
-class StreamOptions(Body):
-    """What a stream carries beside the text."""
+def reject_unsupported(data: object, fields: FieldTable) -> None:
+    """Raise an error for the first of these fields whose value would change something. Null changes nothing."""
+    for name in sorted(fields.keys() & (data.keys() if isinstance(data, dict) else ())):
+        value = data[name]  # type: ignore[index]  # a dict, or there would be no name
+        # 0 == False, but `logprobs: 0` requests something that `logprobs: false` does not.
+        neutral = any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in fields[name])
+        if value is not None and not neutral:
+            raise PydanticCustomError("unsupported", "this server does not support it; leave it out", {"param": name})
+
+
+def check_unicode(text: str) -> str:
+    """Return the text unchanged.
+
+    Raises:
+        ValueError: It contains an unpaired surrogate, which JSON can write but UTF-8 cannot encode.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("contains half of a surrogate pair, which is not a character; send both halves") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(check_unicode)]
+TokenIds = list[Annotated[int, Field(strict=True)]]
+
+
+class RequestModel(BaseModel):
+    """An object of a request body. Null means absent, and unknown fields go to `model_extra`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class RequestBody(RequestModel):
+    """A complete body. Unsupported fields that would change the answer are rejected, unknown ones are logged."""
+
+    unsupported: ClassVar[FieldTable] = UNSUPPORTED_FIELDS
+
+    model: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_unsupported(cls, data: Any) -> Any:
+        reject_unsupported(data, cls.unsupported)
+        return data
+
+    @model_validator(mode="after")
+    def _warn_about_unknown(self) -> Self:
+        if unknown := sorted(_unknown_fields(self) - _KNOWN_FIELDS):
+            logger.warning("ignored unknown request fields %.200r", unknown)
+        return self
+
+
+def _unknown_fields(body: RequestModel) -> set[str]:
+    nested = {
+        f"{name}.{unknown}"
+        for name, value in body
+        for item in (value if isinstance(value, tuple) else (value,))
+        if isinstance(item, RequestModel)
+        for unknown in _unknown_fields(item)
+    }
+    return nested | set(body.model_extra or {})
+
+
+class StreamOptions(RequestModel):
+    """What a stream carries in addition to the text."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
 class GenerationRequest(RequestBody):
-    """The fields that chat and completion share. `top_k` 0 or -1 keeps all tokens; temperature 0 is greedy."""
+    """Fields of both completions and chats. `top_k` 0 or -1 keeps all tokens, and temperature 0 is greedy."""
 
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
@@ -65,23 +189,23 @@ class GenerationRequest(RequestBody):
 
     @property
     def requested_max_tokens(self) -> int | None:
-        """Most tokens to generate; None is what is left of the context."""
+        """Maximum tokens to generate. None means up to the end of the context."""
         return self.max_tokens
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _one_stop_is_a_list_of_one(cls, stop: Any) -> Any:
+    def _wrap_single_stop_string(cls, stop: Any) -> Any:
         return (stop,) if isinstance(stop, str) else stop
 
     @model_validator(mode="after")
-    def _options_belong_to_streams(self) -> Self:
+    def _stream_options_need_stream(self) -> Self:
         if not self.stream and "stream_options" in self.model_fields_set:
-            raise _misplaced("stream_options", "only allowed when stream is true")
+            raise _field_error("stream_options", "only allowed when stream is true")
         return self
 
-    def sampling(self, max_tokens: int) -> Sampling:
-        """The sampler's view of this request, for at most `max_tokens` tokens."""
-        return Sampling(
+    def to_sampling_params(self, max_tokens: int) -> SamplingParams:
+        """Return the sampler's parameters of this request, for at most `max_tokens` tokens."""
+        return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -92,23 +216,23 @@ class GenerationRequest(RequestBody):
             repetition_penalty=self.repetition_penalty,
             logit_bias=dict(self.logit_bias),
             seed=self.seed,
-            stop_ids=self.stop_token_ids,
+            stop_token_ids=self.stop_token_ids,
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
         )
 
 
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions: prompts as text or as token ids, one or a list of them.
+    """POST /v1/completions: one prompt or a list of them, as text or as token ids.
 
-    With `echo` an answer begins with its prompt, and log-probabilities are told for it as well; with `max_tokens` 0
-    it is all there is.
+    With `echo` an answer begins with its prompt, and log-probabilities cover the prompt as well. With `max_tokens` 0
+    the answer is the prompt alone.
     """
 
-    refused = NEUTRAL | COMPLETION_ONLY
+    unsupported = {**UNSUPPORTED_FIELDS, **UNSUPPORTED_IN_COMPLETIONS}
 
     prompt: Annotated[
-        tuple[str | Ids, ...],
+        tuple[str | TokenIds, ...],
         WithJsonSchema(
             {
                 "anyOf": [
@@ -127,44 +251,46 @@ class CompletionRequest(GenerationRequest):
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _as_prompts(cls, prompt: Any) -> Any:
-        prompts = [prompt] if isinstance(prompt, str) or _are_ids(prompt) else prompt
-        if not isinstance(prompts, list) or not all(isinstance(one, str) or _are_ids(one) for one in prompts):
+    def _wrap_single_prompt(cls, prompt: Any) -> Any:
+        prompts = [prompt] if isinstance(prompt, str) or _are_token_ids(prompt) else prompt
+        if not isinstance(prompts, list) or not all(isinstance(item, str) or _are_token_ids(item) for item in prompts):
             raise ValueError("must be a string, token ids, or a list of either")
-        if len({type(one) for one in prompts}) > 1:
+        if len({type(item) for item in prompts}) > 1:
             raise ValueError("must be all strings or all token ids")
         if not 1 <= len(prompts) <= MAX_PROMPTS:
             raise ValueError(f"{len(prompts)} prompts; send 1 to {MAX_PROMPTS}")
-        return tuple(whole(one) if isinstance(one, str) else one for one in prompts)
+        return tuple(check_unicode(item) if isinstance(item, str) else item for item in prompts)
 
     @model_validator(mode="before")
     @classmethod
-    def _no_logprobs_is_none_of_them(cls, data: Any) -> Any:
+    def _logprobs_false_is_none(cls, data: Any) -> Any:
         return {**data, "logprobs": None} if isinstance(data, dict) and data.get("logprobs") is False else data
 
     @model_validator(mode="after")
-    def _is_not_too_much(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.best_of not in (None, self.n):
-            raise _misplaced("best_of", f"{self.best_of}, but {self.n} answers; leave it out, or make it equal to n")
+            raise _field_error("best_of", f"{self.best_of}, but n is {self.n}; leave it out, or make it equal to n")
         if len(self.prompt) * self.n > MAX_SEQUENCES:
-            raise _misplaced("n", f"{len(self.prompt)} prompts of {self.n} answers; {MAX_SEQUENCES} at most together")
+            raise _field_error(
+                "n", f"{len(self.prompt)} prompts with {self.n} choices each; {MAX_SEQUENCES} at most together"
+            )
         if self.max_tokens == 0 and not self.echo:
-            raise _misplaced("max_tokens", "0 leaves nothing to answer without echo; ask for at least 1")
+            raise _field_error("max_tokens", "0 generates nothing; give at least 1, or set echo")
         return self
 
     @property
     def requested_max_tokens(self) -> int:
-        """Most tokens to generate."""
+        """Maximum tokens to generate."""
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
-    def alternatives(self) -> int | None:
-        """Log-probabilities of generated tokens are asked for, each with so many alternatives; None: not at all."""
+    def num_logprobs(self) -> int | None:
+        """Alternatives per generated token. None means no log-probabilities."""
         return self.logprobs
 
 
-class Message(Body):
-    """One turn of a chat; its content may come as a list of text parts."""
+class ChatMessage(RequestModel):
+    """One message of a chat. Its content may be a list of text parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
@@ -174,22 +300,27 @@ class Message(Body):
 
     @field_validator("content", mode="before")
     @classmethod
-    def _join_parts(cls, content: Any) -> Any:
-        return "".join(map(_part_text, content)) if isinstance(content, list) else content
+    def _join_text_parts(cls, content: Any) -> Any:
+        if not isinstance(content, list):
+            return content
+        for part in content:
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise ValueError('only parts like {"type": "text", "text": "..."} are supported')
+        return "".join(part["text"] for part in content)
 
     @model_validator(mode="after")
-    def _refuse_tool_calls(self) -> Self:
-        if called := (self.model_extra or {}).keys() & {"tool_calls", "function_call"}:
-            raise ValueError(f"{min(called)} is not supported by this server; leave it out")
+    def _reject_tool_calls(self) -> Self:
+        if calls := (self.model_extra or {}).keys() & {"tool_calls", "function_call"}:
+            raise ValueError(f"{min(calls)} is not supported by this server; leave it out")
         return self
 
 
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions. `chat_template_kwargs` are variables of the model's template."""
 
-    refused = NEUTRAL | CHAT_ONLY
+    unsupported = {**UNSUPPORTED_FIELDS, **UNSUPPORTED_IN_CHATS}
 
-    messages: Annotated[tuple[Message, ...], Field(min_length=1)]
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[bool, Field(strict=True)] = False
@@ -197,31 +328,54 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[Text, bool | int | float | Text] = Field({}, max_length=16)
 
     @model_validator(mode="after")
-    def _alternatives_belong_to_logprobs(self) -> Self:
+    def _top_logprobs_need_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise _misplaced("top_logprobs", "only allowed when logprobs is true")
+            raise _field_error("top_logprobs", "only allowed when logprobs is true")
         return self
 
     @property
     def requested_max_tokens(self) -> int | None:
-        """Most tokens to generate; None is what is left of the context."""
+        """Maximum tokens to generate. None means up to the end of the context."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def alternatives(self) -> int | None:
-        """Log-probabilities of generated tokens are asked for, each with so many alternatives; None: not at all."""
+    def num_logprobs(self) -> int | None:
+        """Alternatives per generated token. None means no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def _misplaced(field: str, message: str) -> PydanticCustomError:
+class TokenizeRequest(RequestBody):
+    """POST /tokenize: a text, or the messages of a chat."""
+
+    unsupported = {**UNSUPPORTED_FIELDS, **UNSUPPORTED_IN_TOKENIZE}
+
+    prompt: Text | None = None
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_unsupported_in_chats(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("messages") is not None:
+            reject_unsupported(data, UNSUPPORTED_IN_CHATS)
+        return data
+
+    @model_validator(mode="after")
+    def _either_prompt_or_messages(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(RequestBody):
+    """POST /detokenize: token ids."""
+
+    tokens: TokenIds
+
+
+def _field_error(field: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("misplaced", message, {"param": field})
 
 
-def _are_ids(value: Any) -> bool:
+def _are_token_ids(value: Any) -> bool:
     return isinstance(value, Sequence) and bool(value) and all(type(item) is int for item in value)
-
-
-def _part_text(part: Any) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise ValueError('only parts like {"type": "text", "text": "..."} are supported')
-    return part["text"]

@@ -1,4 +1,4 @@
-"""Log-probabilities as OpenAI's two kinds of answer write them."""
+"""Response bodies of chats and completions: at once or as server-sent events, with log-probabilities and usage."""
 
 import asyncio
 import json
@@ -10,191 +10,197 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.openai.detokenizer import TextDelta, TokenLogprob
-from serve_app.openai.errors import as_api_error
+from serve_app.openai.errors import to_api_error
 from serve_app.openai.output_processor import Usage
 from serve_app.openai.protocol import StreamOptions
 
 Json = dict[str, Any]
 
-LEAST = -9999.0
-"""Stands for a log-probability of minus infinity, which JSON has no number for."""
+MIN_LOGPROB = -9999.0
+"""Written for minus infinity, which JSON cannot express."""
+
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+KEEPALIVE_SECONDS = 15.0
+"""Interval of the comments in a stream that waits for its first token, so that no proxy closes the connection."""
+
+KEEPALIVE_COMMENT = ": ping\n\n"
 
 
 @dataclass(frozen=True)
-class Names:
-    """Writes tokens as text, or, with `as_ids`, as `token_id:7`."""
+class TokenNamer:
+    """Write tokens as text, or, with `as_ids`, as `token_id:7`."""
 
     tokenizer: Any
     as_ids: bool = False
 
-    def text(self, id: int) -> str:
-        """A token by itself; half a character is U+FFFD."""
+    def text(self, token_id: int) -> str:
+        """Return the text of a single token. Half a character is U+FFFD."""
         if self.as_ids:
-            return f"token_id:{id}"
-        return self.tokenizer.decode([id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            return f"token_id:{token_id}"
+        return self.tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def apart(self, ids: Sequence[int]) -> dict[int, str]:
-        """A name for each of these tokens and no name twice: of those that look the same, only the first has its text.
+    def unique_names(self, ids: Sequence[int]) -> dict[int, str]:
+        """Return a different name for each token: of those with the same text, only the first is named by it.
 
-        Clients tell tokens apart by these names, and look for the likeliest one among them.
+        Clients tell tokens apart by these names, and look for the most likely one among them.
         """
-        named: dict[int, str] = {}
-        for id in ids:
-            text = self.text(id)
-            named.setdefault(id, f"token_id:{id}" if text in named.values() else text)
-        return named
+        names: dict[int, str] = {}
+        for token_id in ids:
+            text = self.text(token_id)
+            names.setdefault(token_id, f"token_id:{token_id}" if text in names.values() else text)
+        return names
 
 
-def of_completion(words: Sequence[TokenLogprob], names: Names) -> Json:
-    """Four lists, one entry per token; of a prompt's first token nothing is known."""
-    named = [names.apart([*(id for id, _ in word.top), word.id]) for word in words]
-    return {
-        "tokens": [name[word.id] for word, name in zip(words, named, strict=True)],
-        "token_logprobs": [None if word.logprob is None else _number(word.logprob) for word in words],
-        "top_logprobs": [_top(word, name) for word, name in zip(words, named, strict=True)],
-        "text_offset": [word.text_offset for word in words],
-    }
+def completion_logprobs(tokens: Sequence[TokenLogprob], namer: TokenNamer) -> Json:
+    """Return four lists with an entry per token. The first token of a prompt has no log-probability."""
+    result: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token in tokens:
+        names = namer.unique_names([*(token_id for token_id, _ in token.top), token.token_id])
+        result["tokens"].append(names[token.token_id])
+        result["text_offset"].append(token.text_offset)
+        if token.logprob is None:
+            result["token_logprobs"].append(None)
+            result["top_logprobs"].append(None)
+        else:
+            # The token itself is always included, so that a client can see whether it was the most likely.
+            alternatives = (*token.top, (token.token_id, token.logprob))
+            result["token_logprobs"].append(max(token.logprob, MIN_LOGPROB))
+            result["top_logprobs"].append(
+                {names[token_id]: max(logprob, MIN_LOGPROB) for token_id, logprob in alternatives}
+            )
+    return result
 
 
-def of_chat(words: Sequence[TokenLogprob], names: Names) -> Json:
-    """One object per token, with its UTF-8 bytes where it is whole characters."""
-    return {"content": [_entry(word, names) for word in words], "refusal": None}
+def chat_logprobs(tokens: Sequence[TokenLogprob], namer: TokenNamer) -> Json:
+    """Return an object per token, with its UTF-8 bytes if it consists of whole characters."""
 
+    def entry(token_id: int, logprob: float) -> Json:
+        text = namer.text(token_id)
+        utf8 = None if "\ufffd" in text or namer.as_ids else list(text.encode())
+        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": utf8}
 
-def _top(word: TokenLogprob, named: dict[int, str]) -> dict[str, float] | None:
-    if word.logprob is None:
-        return None
-    # The token itself is always there, so that a client can see whether it was the likeliest.
-    return {named[id]: _number(logprob) for id, logprob in (*word.top, (word.id, word.logprob))}
-
-
-def _entry(word: TokenLogprob, names: Names) -> Json:
-    top = [_named(id, logprob, names) for id, logprob in word.top]
-    return {**_named(word.id, word.logprob or 0.0, names), "top_logprobs": top}
-
-
-def _named(id: int, logprob: float, names: Names) -> Json:
-    text = names.text(id)
-    whole = None if "\ufffd" in text or names.as_ids else list(text.encode())
-    return {"token": text, "logprob": _number(logprob), "bytes": whole}
-
-
-def _number(logprob: float) -> float:
-    return max(logprob, LEAST)
-
-
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-QUIET = 15.0
-"""Seconds between comments of a stream without a first token: whoever stands between would hang up after some more."""
-
-PING = ": ping\n\n"
+    content = [
+        entry(token.token_id, token.logprob or 0.0)
+        | {"top_logprobs": [entry(*alternative) for alternative in token.top]}
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
 
 
 @dataclass(frozen=True)
-class Style:
-    """How one route names and wraps text: `whole` for an answer at once, `part` for a piece of a stream."""
+class ResponseFormat:
+    """How one route names and wraps text: `complete` in an answer at once, `delta` in a chunk of a stream.
 
-    prefix: str
-    answer: str
-    chunk: str
-    whole: Callable[[str], Json]
-    part: Callable[[str], Json]
-    opening: Json | None
-    closing: Json
-    logprobs: Callable[[Sequence[TokenLogprob], Names], Json]
-
-
-CHAT = Style(
-    prefix="chatcmpl",
-    answer="chat.completion",
-    chunk="chat.completion.chunk",
-    whole=lambda text: {"message": {"role": "assistant", "content": text}},
-    part=lambda text: {"delta": {"content": text}},
-    opening={"delta": {"role": "assistant", "content": ""}},
-    closing={"delta": {}},
-    logprobs=of_chat,
-)
-COMPLETION = Style(
-    prefix="cmpl",
-    answer="text_completion",
-    chunk="text_completion",
-    whole=lambda text: {"text": text},
-    part=lambda text: {"text": text},
-    opening=None,
-    closing={"text": ""},
-    logprobs=of_completion,
-)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One answer under way. `fingerprint` names the plan, on which the text depends as much as on the model.
-
-    `names` are there if log-probabilities were asked for.
+    `first_chunk`, if any, precedes the first text of a choice, and `last_chunk` carries its finish reason.
     """
 
-    style: Style
+    id_prefix: str
+    object_name: str
+    chunk_object_name: str
+    complete: Callable[[str], Json]
+    delta: Callable[[str], Json]
+    first_chunk: Json | None
+    last_chunk: Json
+    logprobs: Callable[[Sequence[TokenLogprob], TokenNamer], Json]
+
+
+CHAT = ResponseFormat(
+    id_prefix="chatcmpl",
+    object_name="chat.completion",
+    chunk_object_name="chat.completion.chunk",
+    complete=lambda text: {"message": {"role": "assistant", "content": text}},
+    delta=lambda text: {"delta": {"content": text}},
+    first_chunk={"delta": {"role": "assistant", "content": ""}},
+    last_chunk={"delta": {}},
+    logprobs=chat_logprobs,
+)
+COMPLETION = ResponseFormat(
+    id_prefix="cmpl",
+    object_name="text_completion",
+    chunk_object_name="text_completion",
+    complete=lambda text: {"text": text},
+    delta=lambda text: {"text": text},
+    first_chunk=None,
+    last_chunk={"text": ""},
+    logprobs=completion_logprobs,
+)
+
+
+@dataclass(frozen=True)
+class ResponseBuilder:
+    """Build the response to one request.
+
+    `fingerprint` names the plan, on which the text depends as much as on the model. `namer` is set if
+    log-probabilities were requested.
+    """
+
+    format: ResponseFormat
     model: str
     fingerprint: Callable[[], str]
     usage: Usage
-    names: Names | None = None
+    namer: TokenNamer | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    async def whole(self, pieces: AsyncIterator[TextDelta]) -> Json:
-        """The answer at once, its choices in order."""
-        made: dict[int, list[TextDelta]] = {}
-        async for piece in pieces:
-            made.setdefault(piece.index, []).append(piece)
-        choices = [self._whole(index, made[index]) for index in sorted(made)]
-        return self._envelope(self.style.answer, choices) | {"usage": usage_of(self.usage)}
+    async def complete(self, deltas: AsyncIterator[TextDelta]) -> Json:
+        """Return the answer at once, with its choices in order."""
+        by_choice: dict[int, list[TextDelta]] = {}
+        async for delta in deltas:
+            by_choice.setdefault(delta.index, []).append(delta)
+        choices = []
+        for index, parts in sorted(by_choice.items()):
+            content = self.format.complete("".join(part.text for part in parts))
+            logprobs = [token for part in parts for token in part.logprobs]
+            choices.append(self._choice(index, content, parts[-1].finish_reason, logprobs))
+        return self._envelope(self.format.object_name, choices) | {"usage": usage_json(self.usage)}
 
-    async def events(self, pieces: AsyncIterator[TextDelta | None], options: StreamOptions) -> AsyncGenerator[str]:
-        """The answer as server-sent events, one per token, and a comment for None.
+    async def stream(self, deltas: AsyncIterator[TextDelta | None], options: StreamOptions) -> AsyncGenerator[str]:
+        """Yield the answer as server-sent events, one per token, and a comment for None.
 
-        An error on the way is an event too, and [DONE] ends all.
+        An error becomes an event as well, and [DONE] ends the stream in any case.
         """
         try:
-            async for chunk in self._chunks(pieces, options):
-                yield _event(chunk) if chunk else PING
+            async for chunk in self._chunks(deltas, options):
+                yield _event(chunk) if chunk else KEEPALIVE_COMMENT
         except Exception as error:
-            yield _event(as_api_error(error).body)
+            yield _event(to_api_error(error).body)
         yield "data: [DONE]\n\n"
 
-    async def _chunks(self, pieces: AsyncIterator[TextDelta | None], options: StreamOptions) -> AsyncGenerator[Json | None]:
-        opened: set[int] = set()
-        async for piece in pieces:
-            if piece is None:
+    async def _chunks(
+        self, deltas: AsyncIterator[TextDelta | None], options: StreamOptions
+    ) -> AsyncGenerator[Json | None]:
+        started: set[int] = set()
+        async for delta in deltas:
+            if delta is None:
                 yield None
                 continue
-            # A client takes the first chunk for the first token, so nothing may be sent before there is one.
-            if self.style.opening and piece.index not in opened:
-                opened.add(piece.index)
-                yield self._chunk(self._choice(piece.index, self.style.opening), options)
-            yield self._chunk(self._choice(piece.index, self.style.part(piece.text), words=piece.logprobs), options)
-            if piece.finish_reason:
-                yield self._chunk(self._choice(piece.index, self.style.closing, piece.finish_reason), options)
+            # Clients take the first chunk for the first token, so nothing may be sent before there is one.
+            if self.format.first_chunk and delta.index not in started:
+                started.add(delta.index)
+                yield self._chunk(self._choice(delta.index, self.format.first_chunk), options)
+            content = self.format.delta(delta.text)
+            yield self._chunk(self._choice(delta.index, content, logprobs=delta.logprobs), options)
+            if delta.finish_reason:
+                choice = self._choice(delta.index, self.format.last_chunk, delta.finish_reason)
+                yield self._chunk(choice, options)
         if options.include_usage:
-            yield self._envelope(self.style.chunk, []) | {"usage": usage_of(self.usage)}
+            yield self._envelope(self.format.chunk_object_name, []) | {"usage": usage_json(self.usage)}
 
-    def _whole(self, index: int, pieces: Sequence[TextDelta]) -> Json:
-        text = "".join(piece.text for piece in pieces)
-        words = [word for piece in pieces for word in piece.logprobs]
-        return self._choice(index, self.style.whole(text), pieces[-1].finish_reason, words)
-
-    def _choice(self, index: int, content: Json, finish: str | None = None, words: Sequence[TokenLogprob] = ()) -> Json:
-        logprobs = self.style.logprobs(words, self.names) if self.names and words else None
-        return {"index": index, "finish_reason": finish, "logprobs": logprobs} | content
+    def _choice(
+        self, index: int, content: Json, finish_reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()
+    ) -> Json:
+        written = self.format.logprobs(logprobs, self.namer) if self.namer and logprobs else None
+        return {"index": index, "finish_reason": finish_reason, "logprobs": written} | content
 
     def _chunk(self, choice: Json, options: StreamOptions) -> Json:
-        usage = {"usage": usage_of(self.usage)} if options.continuous_usage_stats else {}
-        return self._envelope(self.style.chunk, [choice]) | usage
+        usage = {"usage": usage_json(self.usage)} if options.continuous_usage_stats else {}
+        return self._envelope(self.format.chunk_object_name, [choice]) | usage
 
-    def _envelope(self, kind: str, choices: list[Json]) -> Json:
+    def _envelope(self, object_name: str, choices: list[Json]) -> Json:
         return {
-            "id": f"{self.style.prefix}-{self.id}",
-            "object": kind,
+            "id": f"{self.format.id_prefix}-{self.id}",
+            "object": object_name,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint(),
@@ -202,38 +208,39 @@ class Reply:
         }
 
 
-async def begun(pieces: AsyncGenerator[TextDelta]) -> AsyncIterator[TextDelta | None]:
-    """The same pieces, once there is a first one or its wait has lasted for QUIET seconds; then None stands for those.
+async def await_first_delta(deltas: AsyncGenerator[TextDelta]) -> AsyncIterator[TextDelta | None]:
+    """Return the same deltas once there is a first one, or after KEEPALIVE_SECONDS; None then stands for that wait.
 
-    What goes wrong before is raised here, while an answer can still have a status of its own.
+    An error before that is raised here, while the response can still have a status of its own.
     """
-    patient = _patient(pieces)
-    return _resume(await anext(patient), patient)
+    with_keepalive = _with_keepalive(deltas)
+    first = await anext(with_keepalive)
+
+    async def resume() -> AsyncGenerator[TextDelta | None]:
+        async with aclosing(with_keepalive):
+            yield first
+            async for delta in with_keepalive:
+                yield delta
+
+    return resume()
 
 
-async def _patient(pieces: AsyncGenerator[TextDelta]) -> AsyncGenerator[TextDelta | None]:
-    async with aclosing(pieces):
-        first = asyncio.ensure_future(anext(pieces))
+async def _with_keepalive(deltas: AsyncGenerator[TextDelta]) -> AsyncGenerator[TextDelta | None]:
+    async with aclosing(deltas):
+        first = asyncio.ensure_future(anext(deltas))
         try:
-            while not (await asyncio.wait([first], timeout=QUIET))[0]:
+            while not (await asyncio.wait([first], timeout=KEEPALIVE_SECONDS))[0]:
                 yield None
         finally:
             first.cancel()
             await asyncio.wait([first])
         yield first.result()
-        async for piece in pieces:
-            yield piece
+        async for delta in deltas:
+            yield delta
 
 
-async def _resume(first: TextDelta | None, rest: AsyncGenerator[TextDelta | None]) -> AsyncGenerator[TextDelta | None]:
-    async with aclosing(rest):
-        yield first
-        async for piece in rest:
-            yield piece
-
-
-def usage_of(usage: Usage) -> Json:
-    """The tokens of a request; those that came from a declared prompt are among the prompt's."""
+def usage_json(usage: Usage) -> Json:
+    """Return the token counts of a request. Tokens from the prefix cache are part of the prompt's."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

@@ -1,4 +1,4 @@
-"""From what a client wrote to token ids that the model can take."""
+"""Turn the prompts and messages of requests into token ids that the model accepts."""
 
 import inspect
 import json
@@ -13,19 +13,20 @@ from pydantic import TypeAdapter, ValidationError
 from baklava.errors import UserError
 from baklava.runtime.model_loader import LoadedModel
 from serve_app.openai.errors import ApiError, context_length_exceeded
-from serve_app.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest, Message
+from serve_app.openai.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
 
 MessageDict = dict[str, str]
+"""A chat message as templates read it: role and content."""
 
-_OF_RENDERING = frozenset({"self", "messages", "conversations"})  # names under which a template is given the chat
+_TEMPLATE_INPUT_NAMES = frozenset({"self", "messages", "conversations"})  # names that the tokenizer itself passes
 
-# A template is code, and what it makes of messages and variables from outside can fail as code does.
+# A template is code. What it computes from outside messages and variables can fail as code does.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a prompt, the text that an echo repeats, and the number of tokens to generate at most."""
+    """Token ids of a prompt, the text that an echo repeats, and the maximum tokens to generate."""
 
     ids: tuple[int, ...]
     text: str
@@ -33,162 +34,169 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Encodes requests for one model. `limit` is the most tokens of prompt and completion together."""
+class PromptEncoder:
+    """Encode requests for one model. `max_model_len` is the maximum of prompt and completion tokens together."""
 
     tokenizer: Any
     vocab_size: int
-    limit: int
+    max_model_len: int
 
     @classmethod
-    def of(cls, loaded: LoadedModel) -> "Prompts":
-        """The encoder that belongs to a model."""
+    def from_model(cls, loaded: LoadedModel) -> "PromptEncoder":
+        """Return the encoder for a model."""
         return cls(loaded.tokenizer, loaded.model.get_input_embeddings().num_embeddings, loaded.max_length)
 
     def encode(self, request: ChatRequest | CompletionRequest) -> list[Prompt]:
-        """The prompts of a request; raises ApiError."""
+        """Return the prompts of a request; raises ApiError."""
         self.check_token_ids("stop_token_ids", request.stop_token_ids)
         self.check_token_ids("logit_bias", request.logit_bias)
         if isinstance(request, ChatRequest):
-            return [self._checked(request, self.chat(request.messages, request.chat_template_kwargs), "")]
-        return [self._completion(request, prompt) for prompt in request.prompt]
+            return [self._prompt(request, self.encode_chat(request.messages, request.chat_template_kwargs), "")]
+        return [self._encode_completion(request, prompt) for prompt in request.prompt]
 
-    def text(self, prompt: str, *, special: bool) -> list[int]:
-        """Token ids of a text, with those that the tokenizer puts around it if they are wanted."""
-        return self.tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]
+    def encode_text(self, prompt: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a text."""
+        return self.tokenizer(prompt, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
-    def chat(self, messages: Sequence[Message], variables: dict[str, Any]) -> list[int]:
-        """Token ids of a chat up to the answer that it asks for; raises ApiError."""
+    def encode_chat(self, messages: Sequence[ChatMessage], template_kwargs: dict[str, Any]) -> list[int]:
+        """Return the token ids of a chat up to the start of the next answer; raises ApiError."""
         if not self.tokenizer.chat_template:
             raise ApiError("This model has no chat template; use /v1/completions.", param="messages")
-        # A template is code, and it is given beside its variables; only the latter may come from outside.
-        known = inspect.signature(self.tokenizer.apply_chat_template).parameters.keys() | _OF_RENDERING
-        if taken := known & variables.keys():
-            raise ApiError(f"`{min(taken)}` is not for requests to set; leave it out.", param="chat_template_kwargs")
-        turns = [{"role": _role(message), "content": message.content} for message in messages]
+        # The tokenizer takes the template and its variables in one call. Only variables may come from a client.
+        reserved = inspect.signature(self.tokenizer.apply_chat_template).parameters.keys() | _TEMPLATE_INPUT_NAMES
+        if taken := reserved & template_kwargs.keys():
+            raise ApiError(f"A request may not set `{min(taken)}`; leave it out.", param="chat_template_kwargs")
+        # OpenAI renamed the system role. Chat templates know the old name.
+        turns = [
+            {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+            for message in messages
+        ]
         try:
-            return self._render(turns, variables)
+            return self._apply_template(turns, template_kwargs)
         except _TEMPLATE_ERRORS as error:
-            raise ApiError(f"The model's chat template refuses these messages: {error}", param="messages") from None
+            raise ApiError(f"The model's chat template rejects these messages: {error}", param="messages") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones included; raises ApiError."""
+        """Return the text of tokens, including special ones; raises ApiError."""
         self.check_token_ids("tokens", ids)
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def shared_chat_prefix(self, turns: Sequence[MessageDict]) -> tuple[int, ...]:
-        """Token ids that every chat begins with whose first turns are these.
+    def shared_chat_prefix(self, messages: Sequence[MessageDict]) -> tuple[int, ...]:
+        """Return the token ids with which each chat begins that has these first messages.
 
         Raises:
-            UserError: the model's template does not take these turns, or what it makes of them depends on the rest.
+            UserError: The model's template rejects these messages, or renders them depending on later ones.
         """
         try:
-            chats = [self._render([*turns, {"role": "user", "content": rest}], {}) for rest in ("Why?", "23 is prime.")]
+            first, second = (
+                self._apply_template([*messages, {"role": "user", "content": text}], {})
+                for text in ("Why?", "23 is prime.")
+            )
         except _TEMPLATE_ERRORS as error:
-            raise UserError(f"the model's chat template refuses the declared prompt: {error}") from None
-        same = next(place for place, (one, other) in enumerate(zip(*chats, strict=False)) if one != other)
-        opening = tuple(chats[0][:same])
-        if turns[-1]["content"].strip() not in self.tokenizer.decode(list(opening)):
-            raise UserError("the model's chat template does not keep the declared prompt together; declare another")
-        return opening
+            raise UserError(f"the model's chat template rejects the pinned prefix: {error}") from None
+        length = next(position for position, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+        prefix = tuple(first[:length])
+        if messages[-1]["content"].strip() not in self.tokenizer.decode(list(prefix)):
+            raise UserError(
+                "the model's chat template renders the pinned prefix depending on later messages; pin another prefix"
+            )
+        return prefix
 
     def check_token_ids(self, field: str, ids: Iterable[int]) -> None:
-        """Raise ApiError for a token that the model does not have."""
-        outside = next((id for id in ids if not 0 <= id < self.vocab_size), None)
+        """Raise ApiError if the model does not have one of these tokens."""
+        outside = next((token_id for token_id in ids if not 0 <= token_id < self.vocab_size), None)
         if outside is not None:
-            raise ApiError(f"Token id {outside} is not one of the model's, 0 to {self.vocab_size - 1}.", param=field)
+            raise ApiError(
+                f"Token id {outside} is outside the model's vocabulary, 0 to {self.vocab_size - 1}.", param=field
+            )
 
-    def _render(self, turns: Sequence[MessageDict], variables: dict[str, Any]) -> list[int]:
-        rendered = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, **variables)
+    def _apply_template(self, turns: Sequence[MessageDict], template_kwargs: dict[str, Any]) -> list[int]:
+        rendered = self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=True, **template_kwargs
+        )
         return rendered["input_ids"]
 
-    def _completion(self, request: CompletionRequest, prompt: str | list[int]) -> Prompt:
-        if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
-            return self._checked(request, self.text(prompt, special=request.add_special_tokens), prompt)
-        ids = self.text(prompt, special=request.add_special_tokens) if isinstance(prompt, str) else prompt
-        checked = self._checked(request, ids, "")
-        return replace(checked, text=self._echo(checked.ids)) if request.echo else checked
+    def _encode_completion(self, request: CompletionRequest, prompt: str | list[int]) -> Prompt:
+        text = prompt if isinstance(prompt, str) else ""
+        ids = (
+            self.encode_text(prompt, add_special_tokens=request.add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
+        )
+        encoded = self._prompt(request, ids, text)
+        if request.echo and (not text or request.truncate_prompt_tokens is not None):
+            echo = self.tokenizer.decode(
+                list(encoded.ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            return replace(encoded, text=echo)
+        return encoded
 
-    def _echo(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _checked(self, request: GenerationRequest, ids: list[int], text: str) -> Prompt:
-        ids = self._truncated(request, ids)
+    def _prompt(self, request: GenerationRequest, ids: list[int], text: str) -> Prompt:
+        if (keep := request.truncate_prompt_tokens) is not None:
+            if keep == -1:  # as many as fit; a request that is too long even so is rejected below
+                keep = max(1, self.max_model_len - (request.requested_max_tokens or 1))
+            ids = ids[max(0, len(ids) - keep) :]
         if not ids:
             raise ApiError("The prompt has no tokens; give at least one.", param="prompt")
         self.check_token_ids("prompt", ids)
-        return Prompt(tuple(ids), text, self._room(request, len(ids)))
-
-    def _truncated(self, request: GenerationRequest, ids: list[int]) -> list[int]:
-        keep = request.truncate_prompt_tokens
-        if keep is None:
-            return ids
-        if keep == -1:
-            keep = max(1, self.limit - (request.requested_max_tokens or 1))  # what is too much together is told as such
-        return ids[max(0, len(ids) - keep) :]
-
-    def _room(self, request: GenerationRequest, prompt: int) -> int:
-        room = self.limit - prompt
-        wanted = max(1, room) if request.requested_max_tokens is None else request.requested_max_tokens
-        if wanted > room:
-            raise context_length_exceeded(self.limit, prompt, wanted)
-        if request.min_tokens > wanted:
-            raise ApiError(f"min_tokens {request.min_tokens} is above the maximum of {wanted}.", param="min_tokens")
-        return wanted
+        available = self.max_model_len - len(ids)
+        max_tokens = max(1, available) if request.requested_max_tokens is None else request.requested_max_tokens
+        if max_tokens > available:
+            raise context_length_exceeded(self.max_model_len, len(ids), max_tokens)
+        if request.min_tokens > max_tokens:
+            message = f"min_tokens {request.min_tokens} is above the maximum of {max_tokens}."
+            raise ApiError(message, param="min_tokens")
+        return Prompt(tuple(ids), text, max_tokens)
 
 
-def _role(message: Message) -> str:
-    # OpenAI renamed the system role; chat templates know the old name.
-    return "system" if message.role == "developer" else message.role
-
-
-_TURNS = TypeAdapter(list[dict[str, str]])
+_MESSAGES = TypeAdapter(list[dict[str, str]])
 
 
 @dataclass(frozen=True)
-class Declared:
-    """The beginning of chats, or, without turns, the beginning of texts."""
+class PinnedPrefix:
+    """The beginning of many chats, or, without messages, of many texts."""
 
     name: str
     messages: tuple[MessageDict, ...] = ()
     text: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> "Declared":
-        """A text file is a system prompt; a .json file holds the first messages of a chat, or {"text": ...}.
+    def read(cls, path: Path) -> "PinnedPrefix":
+        """Read a text file with a system prompt, or a .json file with the first messages of a chat or {"text": ...}.
 
         Raises:
-            UserError: the file cannot be read, or holds neither.
+            UserError: The file cannot be read, or has another form.
         """
         try:
             content = path.read_text()
             if path.suffix != ".json":
-                return cls(path.name, turns=({"role": "system", "content": content.strip()},))
-            return cls._parsed(path.name, json.loads(content))
+                return cls(path.name, messages=({"role": "system", "content": content.strip()},))
+            return cls._from_json(path.name, json.loads(content))
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --prefix {path} ({error}); give a text or .json file") from None
+            raise UserError(f"cannot read --pinned-prefix {path} ({error}); give a text or .json file") from None
         except (ValidationError, json.JSONDecodeError, KeyError, TypeError):
             remedy = 'give a list of messages with role and content, or {"text": ...}'
-            raise UserError(f"--prefix {path} is no declared prompt; {remedy}") from None
+            raise UserError(f"--pinned-prefix {path} is not a prompt; {remedy}") from None
 
     @classmethod
-    def _parsed(cls, name: str, data: object) -> "Declared":
+    def _from_json(cls, name: str, data: object) -> "PinnedPrefix":
         if isinstance(data, dict):
             return cls(name, text=str(data["text"]))
-        turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in _TURNS.validate_python(data))
-        if not turns:
+        parsed = _MESSAGES.validate_python(data)
+        messages = tuple({"role": message["role"], "content": message["content"]} for message in parsed)
+        if not messages:
             raise KeyError(name)
-        return cls(name, turns=turns)
+        return cls(name, messages=messages)
 
-    def ids(self, prompts: Prompts) -> tuple[int, ...]:
-        """The token ids that prompts begin with; raises UserError."""
-        if self.messages and prompts.tokenizer.chat_template:
-            ids = prompts.shared_chat_prefix(self.messages)
+    def encode(self, encoder: PromptEncoder) -> tuple[int, ...]:
+        """Return the token ids with which prompts begin; raises UserError."""
+        if self.messages and encoder.tokenizer.chat_template:
+            ids = encoder.shared_chat_prefix(self.messages)
         else:
-            ids = tuple(prompts.text(self.text or self.messages[0]["content"], special=True))
-        if not 0 < len(ids) < prompts.limit:
+            ids = tuple(encoder.encode_text(self.text or self.messages[0]["content"], add_special_tokens=True))
+        if not 0 < len(ids) < encoder.max_model_len:
             raise UserError(
-                f"the declared prompt {self.name} has {len(ids)} tokens, but the model takes 1 to {prompts.limit - 1}; "
-                "shorten it"
+                f"the pinned prefix {self.name} has {len(ids)} tokens, but the model takes 1 to "
+                f"{encoder.max_model_len - 1}; shorten it"
             )
         return ids

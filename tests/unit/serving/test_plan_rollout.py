@@ -128,7 +128,7 @@ def test_a_port_in_use_is_an_error():
 
 
 def test_an_invalid_host_is_an_error():
-    with pytest.raises(UserError, match="no address"):
+    with pytest.raises(UserError, match="not an address"):
         check_listen_address("no.such.host.invalid", 8000, has_keys=True)
 
 

@@ -3,8 +3,7 @@ import logging
 import pytest
 from pydantic import ValidationError
 
-from serve_app.api.routes import TokenizeRequest
-from serve_app.openai.protocol import ChatRequest, CompletionRequest
+from serve_app.openai.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
@@ -43,7 +42,7 @@ def test_null_is_absent():
         ["model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n", "tools", "logprobs", "user"]
     )
     nulls = CompletionRequest(prompt="a", stream=True, stream_options={"include_usage": None}, **fields)
-    assert nulls.sampling(5) == CompletionRequest(prompt="a").sampling(5)
+    assert nulls.to_sampling_params(5) == CompletionRequest(prompt="a").to_sampling_params(5)
     assert nulls.requested_max_tokens == 16
     assert not nulls.stream_options.include_usage
 
@@ -51,7 +50,7 @@ def test_null_is_absent():
 def test_defaults_are_those_of_openai():
     assert CompletionRequest(prompt="a").requested_max_tokens == 16
     assert ChatRequest(messages=MESSAGES).requested_max_tokens is None
-    assert ChatRequest(messages=MESSAGES).sampling(9).temperature == 1.0
+    assert ChatRequest(messages=MESSAGES).to_sampling_params(9).temperature == 1.0
 
 
 def test_both_names_of_the_most_tokens_are_taken():
@@ -149,7 +148,7 @@ def test_stop_is_one_string_or_up_to_four():
 
 
 def test_top_k_of_minus_one_keeps_all_tokens():
-    assert CompletionRequest(prompt="a", top_k=-1).sampling(1).top_k == 0
+    assert CompletionRequest(prompt="a", top_k=-1).to_sampling_params(1).top_k == 0
 
 
 def test_content_may_be_a_list_of_text_parts():
@@ -206,9 +205,9 @@ def test_a_completion_may_be_only_scored_and_have_as_many_answers_as_the_best_of
 
 
 def test_a_chat_tells_likelihoods_of_up_to_twenty_alternatives():
-    assert ChatRequest(messages=MESSAGES, logprobs=True).alternatives == 0
-    assert ChatRequest(messages=MESSAGES, logprobs=True, top_logprobs=20).alternatives == 20
-    assert ChatRequest(messages=MESSAGES).alternatives is None
+    assert ChatRequest(messages=MESSAGES, logprobs=True).num_logprobs == 0
+    assert ChatRequest(messages=MESSAGES, logprobs=True, top_logprobs=20).num_logprobs == 20
+    assert ChatRequest(messages=MESSAGES).num_logprobs is None
     for wrong in ({"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}, {"logprobs": 2}, {"max_tokens": 0}):
         with pytest.raises(ValidationError):
             ChatRequest(messages=MESSAGES, **wrong)
@@ -216,6 +215,6 @@ def test_a_chat_tells_likelihoods_of_up_to_twenty_alternatives():
 
 def test_penalties_and_biases_reach_the_sampler():
     asked = CompletionRequest(prompt="a", presence_penalty=1, repetition_penalty=1.5, logit_bias={"7": -100})
-    assert asked.sampling(1).presence_penalty == 1
-    assert asked.sampling(1).repetition_penalty == 1.5
-    assert dict(asked.sampling(1).logit_bias) == {7: -100}
+    assert asked.to_sampling_params(1).presence_penalty == 1
+    assert asked.to_sampling_params(1).repetition_penalty == 1.5
+    assert dict(asked.to_sampling_params(1).logit_bias) == {7: -100}

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from serve_app.api.proxy_middleware import Front, middlewares
+from serve_app.api.proxy_middleware import ProxyErrorMiddleware, middlewares
 
 
 def call(app, path="/v1/completions", headers=()):
@@ -23,7 +23,7 @@ def call(app, path="/v1/completions", headers=()):
         return {"type": "http.request", "body": b""}
 
     scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
-    asyncio.run(Front(noted)(scope, receive, send))
+    asyncio.run(ProxyErrorMiddleware(noted)(scope, receive, send))
     start = next(message for message in got if message["type"] == "http.response.start")
     body = b"".join(message.get("body", b"") for message in got)
     return start["status"], dict(start["headers"]), body.decode(), seen, got
@@ -113,4 +113,4 @@ def test_serves_own_pages_are_not_shown():
 
 
 def test_serve_gets_what_it_asks_for():
-    assert [middleware.cls for middleware in middlewares()] == [Front]
+    assert [middleware.cls for middleware in middlewares()] == [ProxyErrorMiddleware]

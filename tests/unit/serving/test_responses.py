@@ -1,4 +1,4 @@
-"""What is made of the engine's events: choices, log-probabilities, echoes, usage, errors, in OpenAI's shapes."""
+"""What the engine's outputs become in OpenAI's format: choices, log-probabilities, echoes, usage, errors."""
 
 import asyncio
 import json
@@ -15,8 +15,8 @@ from serve_app.engine.types import (
     DeadlineError,
     DrainingError,
     Logprob,
-    QueueFullError,
     PrefillDone,
+    QueueFullError,
     TokenOutput,
     TooLargeError,
 )
@@ -43,14 +43,14 @@ def serve(loaded):
 
 
 def spelt(text, finish="length", index=0, logprobs=False):
-    """A continuation as tokens; a token's likelihood is minus its place."""
+    """A continuation as tokens; the log-probability of a token is minus its position."""
     for place, byte in enumerate(text.encode()):
         last = place + 1 == len(text.encode())
         logprob = Logprob(byte, -float(place), ((byte, -float(place)), (byte + 1, -9.0))) if logprobs else None
         yield TokenOutput(byte, index, finish if last else None, logprob)
 
 
-def test_each_prompt_has_its_continuations_and_they_are_numbered_through(serve):
+def test_choices_are_numbered_across_prompts(serve):
     def script(work):
         yield PrefillDone()
         for index in range(work.n):
@@ -84,7 +84,7 @@ def test_a_stream_of_several_chats_opens_each_with_its_role(serve):
     assert sorted(ends) == [(0, "length"), (1, "length")]
 
 
-def test_tokens_behind_a_stop_string_are_left_out_while_the_others_go_on(serve):
+def test_tokens_after_a_stop_string_are_left_out_while_the_others_go_on(serve):
     def script(work):
         yield PrefillDone()
         yield from spelt("a.bc", index=0)
@@ -97,19 +97,19 @@ def test_tokens_behind_a_stop_string_are_left_out_while_the_others_go_on(serve):
     ]
 
 
-def test_a_stop_string_ends_the_engines_work(serve):
+def test_a_stop_string_ends_the_sequence_in_the_engine(serve):
     def script(work):
         yield PrefillDone()
         yield from spelt("ab.", finish=None)
 
     response, engine, _ = serve(script, "/v1/completions", ONCE | {"stop": "."})
     assert response.json()["choices"][0]["text"] == "ab"
-    assert engine.completed == [(engine.works[0], 0)]
+    assert engine.stopped == [(engine.works[0], 0)]
     assert engine.cancelled == []  # its client has not gone away
 
 
 @pytest.mark.parametrize(
-    ("least", "text"),
+    ("min_tokens", "text"),
     [
         (0, "a"),
         (2, "a"),
@@ -121,12 +121,12 @@ def test_a_stop_string_ends_the_engines_work(serve):
         (12, "a.b.c.<!x.d"),
     ],
 )
-def test_no_stop_string_ends_a_text_before_it_has_its_least_tokens(serve, least, text):
+def test_no_stop_string_ends_a_text_before_min_tokens(serve, min_tokens, text):
     def script(work):
         yield PrefillDone()
         yield from spelt("a.b.c.<!x.d.")
 
-    body = ONCE | {"max_tokens": 12, "min_tokens": least, "stop": [".", "!x"]}
+    body = ONCE | {"max_tokens": 12, "min_tokens": min_tokens, "stop": [".", "!x"]}
     response, _, _ = serve(script, "/v1/completions", body)
     assert response.json()["choices"][0]["text"] == text
 
@@ -138,16 +138,16 @@ def test_a_stop_string_ends_one_of_several_continuations_alone(serve):
         yield from spelt("wxyz", index=1)
 
     _, engine, _ = serve(script, "/v1/completions", ONCE | {"n": 2, "stop": "."})
-    assert (engine.works[0], 0) in engine.completed
+    assert (engine.works[0], 0) in engine.stopped
     assert engine.cancelled == []
 
 
-def test_what_has_ended_by_itself_is_not_cancelled(serve):
+def test_finished_requests_are_not_cancelled(serve):
     """The engine would count it among those whose client went away."""
 
     def script(work):
-        yield PrefillDone(finish_reason=None if work.sampling.max_tokens else "length")
-        if work.sampling.max_tokens:
+        yield PrefillDone(finish_reason=None if work.sampling_params.max_tokens else "length")
+        if work.sampling_params.max_tokens:
             yield from spelt("ab", index=0)
             yield from spelt("cd", index=1)
 
@@ -157,7 +157,7 @@ def test_what_has_ended_by_itself_is_not_cancelled(serve):
     assert engine.cancelled == []
 
 
-def test_an_echo_begins_with_the_prompt_and_tells_how_likely_it_was(serve):
+def test_an_echo_begins_with_the_prompt_and_its_logprobs(serve):
     prompt = tuple(None if place == 0 else Logprob(byte, -0.5, ((byte, -0.5),)) for place, byte in enumerate(b"Once"))
 
     def script(work):
@@ -177,7 +177,7 @@ def test_an_echo_begins_with_the_prompt_and_tells_how_likely_it_was(serve):
 
 def test_an_echo_of_no_tokens_is_the_prompt_alone(serve):
     def script(work):
-        assert work.sampling.max_tokens == 0
+        assert work.sampling_params.max_tokens == 0
         yield PrefillDone(finish_reason="length")
 
     response, _, _ = serve(script, "/v1/completions", ONCE | {"max_tokens": 0, "echo": True})
@@ -195,7 +195,7 @@ def test_a_streamed_echo_comes_with_the_first_token(serve):
     assert [event["choices"][0]["text"] for event in events(response)] == ["Oncea", "b", ""]
 
 
-def test_a_chat_tells_tokens_with_their_bytes_and_alternatives(serve):
+def test_chat_logprobs_have_bytes_and_alternatives(serve):
     def script(work):
         assert (work.logprobs, work.prompt_logprobs) == (2, None)
         yield PrefillDone()
@@ -207,7 +207,7 @@ def test_a_chat_tells_tokens_with_their_bytes_and_alternatives(serve):
     assert [top["token"] for top in second["top_logprobs"]] == ["i", "j"]
 
 
-def test_half_a_character_has_no_bytes_and_comes_whole_later(serve):
+def test_half_a_character_has_no_bytes(serve):
     def script(work):
         yield PrefillDone()
         for byte in "é".encode():
@@ -252,7 +252,7 @@ def test_no_number_is_infinite(serve):
     assert response.json()["choices"][0]["logprobs"]["top_logprobs"] == [{"b": -9999.0, "a": -1.0}]
 
 
-def test_usage_tells_what_came_from_a_declared_prompt(serve):
+def test_usage_has_the_tokens_from_the_prefix_cache(serve):
     def script(work):
         yield PrefillDone(cached_tokens=3)
         yield from spelt("ab")
@@ -282,13 +282,13 @@ def test_usage_counts_on_in_every_event_when_asked_for(serve):
         (QueueFullError(7), 429, "7"),
         (DrainingError("The server is shutting down."), 503, "5"),
         (TooLargeError("The request needs 9 bytes, but the pool has 5; ask for less."), 400, None),
-        (DeadlineError(waiting=True), 408, None),
-        (DeadlineError(waiting=False), 408, None),
+        (DeadlineError(was_waiting=True), 408, None),
+        (DeadlineError(was_waiting=False), 408, None),
         (RuntimeError("inside"), 500, None),
     ],
 )
 @pytest.mark.parametrize("at_once", [True, False])
-def test_a_refusal_has_its_status_and_tells_when_to_come_back(serve, refusal, status, retry, at_once):
+def test_a_rejection_has_its_status_and_retry_after(serve, refusal, status, retry, at_once):
     for stream in (False, True):
         response, _, _ = serve(
             lambda _: refusal if at_once else [refusal], "/v1/completions", ONCE | {"stream": stream}
@@ -300,7 +300,7 @@ def test_a_refusal_has_its_status_and_tells_when_to_come_back(serve, refusal, st
         assert "inside" not in response.text
 
 
-def test_a_refusal_of_one_prompt_ends_the_others(serve):
+def test_a_rejection_of_one_prompt_ends_the_others(serve):
     def script(work):
         return [QueueFullError(3)] if work.prompt[0] == ord("x") else [PrefillDone()]
 
@@ -310,7 +310,7 @@ def test_a_refusal_of_one_prompt_ends_the_others(serve):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_names_the_plan_that_it_was_let_in_with_and_not_the_one_before(serve, stream):
+def test_an_answer_names_the_plan_of_its_admission(serve, stream):
     def script(work):
         yield PrefillDone(plan_digest="later")
         yield from spelt("ab")
@@ -325,7 +325,7 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event_before_the_end(serve):
     def script(work):
         yield PrefillDone()
         yield TokenOutput(97)
-        yield DeadlineError(waiting=False)
+        yield DeadlineError(was_waiting=False)
 
     response, _, _ = serve(script, "/v1/chat/completions", CHAT | {"stream": True})
     assert response.status_code == 200
@@ -343,20 +343,20 @@ def waiting(seconds, *then):
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_stream_that_waits_long_for_its_first_token_begins_with_comments(serve, monkeypatch, path):
-    monkeypatch.setattr("serve_app.openai.responses.QUIET", 0.05)
+    monkeypatch.setattr("serve_app.openai.responses.KEEPALIVE_SECONDS", 0.05)
     script = waiting(0.3, PrefillDone(), TokenOutput(97), TokenOutput(98, finish_reason="length"))
     body = (ONCE if path == "/v1/completions" else CHAT) | {"stream": True}
     waited, _, _ = serve(script, path, body)
     comments, *rest = waited.text.split("data: ")
     assert set(comments.strip().split("\n\n")) == {": ping"}
     assert comments.count("ping") > 1
-    monkeypatch.setattr("serve_app.openai.responses.QUIET", 60)
+    monkeypatch.setattr("serve_app.openai.responses.KEEPALIVE_SECONDS", 60)
     assert len(events(serve(script, path, body)[0])) + 1 == len(rest)
 
 
-def test_a_refusal_after_a_comment_is_an_event(serve, monkeypatch):
-    monkeypatch.setattr("serve_app.openai.responses.QUIET", 0.05)
-    script = waiting(0.12, DeadlineError(waiting=True))
+def test_a_rejection_after_a_comment_is_an_event(serve, monkeypatch):
+    monkeypatch.setattr("serve_app.openai.responses.KEEPALIVE_SECONDS", 0.05)
+    script = waiting(0.12, DeadlineError(was_waiting=True))
     response, _, replica = serve(script, "/v1/completions", ONCE | {"stream": True})
     *pings, error, done = response.text.strip().split("\n\n")
     assert response.status_code == 200
@@ -368,7 +368,7 @@ def test_a_refusal_after_a_comment_is_an_event(serve, monkeypatch):
 
 @pytest.mark.parametrize("quiet", [0.02, 60])
 def test_a_client_that_leaves_before_the_first_token_ends_its_request(loaded, monkeypatch, quiet):
-    monkeypatch.setattr("serve_app.openai.responses.QUIET", quiet)
+    monkeypatch.setattr("serve_app.openai.responses.KEEPALIVE_SECONDS", quiet)
     engine = ScriptedEngine(full(loaded), lambda work: [])
     app = create_app(replica_of(engine, loaded))
 
@@ -385,14 +385,14 @@ def test_a_client_that_leaves_before_the_first_token_ends_its_request(loaded, mo
     asyncio.run(scene())
 
 
-def test_an_engine_that_says_nothing_is_not_waited_for_forever(serve, monkeypatch):
-    monkeypatch.setattr("serve_app.openai.output_processor.GRACE", 0.05)
-    response, engine, _ = serve(lambda work: [PrefillDone()], "/v1/completions", ONCE, seconds=0.05)
+def test_a_silent_engine_times_out(serve, monkeypatch):
+    monkeypatch.setattr("serve_app.openai.output_processor.DEADLINE_GRACE_SECONDS", 0.05)
+    response, engine, _ = serve(lambda work: [PrefillDone()], "/v1/completions", ONCE, timeout_seconds=0.05)
     assert response.status_code == 408
     assert engine.cancelled == engine.works
 
 
-def test_every_answer_names_the_plan_that_it_went_through(serve, loaded):
+def test_every_answer_names_its_plan(serve, loaded):
     def script(work):
         yield PrefillDone()
         yield from spelt("a")
@@ -402,32 +402,32 @@ def test_every_answer_names_the_plan_that_it_went_through(serve, loaded):
     assert engine.plan.digest in response.json()["system_fingerprint"]
 
 
-def test_the_sampler_is_told_all_wishes(serve):
+def test_the_sampler_gets_all_params(serve):
     def script(work):
         yield PrefillDone()
         yield from spelt("a")
 
-    wishes = {"presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.2, "seed": 5, "top_k": 3}
-    wishes |= {"min_p": 0.1, "min_tokens": 1, "ignore_eos": True, "stop_token_ids": [4], "top_p": 0.9}
-    _, engine, _ = serve(script, "/v1/completions", ONCE | wishes | {"logit_bias": {"65": 5, "3": -100}})
-    sampling = engine.works[0].sampling
+    params = {"presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.2, "seed": 5, "top_k": 3}
+    params |= {"min_p": 0.1, "min_tokens": 1, "ignore_eos": True, "stop_token_ids": [4], "top_p": 0.9}
+    _, engine, _ = serve(script, "/v1/completions", ONCE | params | {"logit_bias": {"65": 5, "3": -100}})
+    sampling = engine.works[0].sampling_params
     assert dict(sampling.logit_bias) == {65: 5, 3: -100}
-    assert sampling.stop_ids == {4}
-    told = {name: getattr(sampling, name) for name in wishes if name != "stop_token_ids"}
-    assert told == {name: value for name, value in wishes.items() if name != "stop_token_ids"}
+    assert sampling.stop_token_ids == {4}
+    told = {name: getattr(sampling, name) for name in params if name != "stop_token_ids"}
+    assert told == {name: value for name, value in params.items() if name != "stop_token_ids"}
 
 
-def test_deadlines_count_from_the_request_on(serve):
+def test_deadlines_start_at_arrival(serve):
     def script(work):
         yield PrefillDone()
         yield from spelt("a")
 
-    _, engine, _ = serve(script, "/v1/completions", ONCE, seconds=1e6)
+    _, engine, _ = serve(script, "/v1/completions", ONCE, timeout_seconds=1e6)
     assert 0 < engine.works[0].deadline < float("inf")
 
 
 @pytest.mark.parametrize(("alive", "draining", "health", "ready"), [(True, True, 200, 503), (False, False, 503, 503)])
-def test_readiness_is_apart_from_liveness(loaded, alive, draining, health, ready):
+def test_readiness_differs_from_liveness(loaded, alive, draining, health, ready):
     engine = ScriptedEngine(full(loaded), lambda work: [])
     engine.now = replace(engine.now, alive=alive, draining=draining)
     app = create_app(replica_of(engine, loaded))

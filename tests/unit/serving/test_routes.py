@@ -7,8 +7,8 @@ import pytest
 from inprocess_replica import LOCAL, ask, byte_loaded, events, make_replica
 
 from baklava.plan.budget_plan import BudgetPlan
-from serve_app.api.network import Keys
-from serve_app.api.routes import BODY_LIMIT, create_app
+from serve_app.api.network import ApiKeys
+from serve_app.api.routes import MAX_BODY_BYTES, create_app
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6, "temperature": 0}
 ONCE = {"prompt": "Once", "max_tokens": 6, "temperature": 0}
@@ -37,14 +37,14 @@ def test_the_model_is_listed_and_found_by_name(get):
     assert get("/v1/models/other/name").json()["error"]["code"] == "model_not_found"
 
 
-def test_the_plan_is_told_with_what_is_really_held(get, post, replica):
+def test_the_plan_route_has_the_bytes_really_allocated(get, post, replica):
     post("/v1/completions", ONCE)
     told = get("/v1/plan").json()
     state = told["replicas"]["one"]
     assert told["digest"] == state["plan"] == replica.engine.plan.digest
     assert told["ratio"] == 2.0  # 32 bits
     assert BudgetPlan.model_validate(replica.engine.plan).tokens == told["tokens"]
-    assert 0 < state["most_bytes"] <= told["bytes_per_sequence"]
+    assert 0 < state["peak_bytes"] <= told["bytes_per_sequence"]
 
 
 def test_a_stream_has_the_same_text_as_the_answer_at_once(post):
@@ -113,7 +113,7 @@ def test_a_chat_without_a_maximum_ends_with_the_context(post):
         ([1, 2], 400, None, "JSON object"),
     ],
 )
-def test_a_request_that_cannot_be_answered_is_refused_in_one_shape(post, body, status, param, words):
+def test_errors_have_one_format(post, body, status, param, words):
     response = post("/v1/completions", body)
     error = response.json()["error"]
     assert response.status_code == status
@@ -122,13 +122,13 @@ def test_a_request_that_cannot_be_answered_is_refused_in_one_shape(post, body, s
     assert words in error["message"]
 
 
-def test_messages_that_the_template_refuses_are_the_clients_fault(post):
+def test_messages_that_the_template_rejects_are_the_clients_fault(post):
     response = post("/v1/chat/completions", HELLO | {"messages": [{"role": "assistant", "content": "x"}]})
     assert response.status_code == 400
     assert "begin with a user" in response.json()["error"]["message"]
 
 
-def test_a_text_that_is_too_long_is_refused_in_the_known_words(post):
+def test_a_text_that_is_too_long_is_rejected_in_openais_words(post):
     error = post("/v1/completions", {"prompt": "x" * 200, "max_tokens": 57}).json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert error["message"] == (
@@ -181,7 +181,7 @@ def test_a_plan_with_half_a_character_is_the_clients_fault(replica):
         assert "not a valid plan" in response.json()["error"]["message"]
 
 
-def test_bodies_that_are_no_json_are_refused(replica):
+def test_bodies_that_are_not_json_are_rejected(replica):
     headers = {"Content-Type": "application/json"}
     for content in (b"{", b"\xff\xfe", b"[" * 100_000):
         response = ask(create_app(replica), "POST", "/v1/completions", content=content, headers=headers)
@@ -189,9 +189,9 @@ def test_bodies_that_are_no_json_are_refused(replica):
         assert "error" in response.json()
 
 
-def test_a_body_is_bounded_by_what_comes_not_by_what_is_announced(replica):
+def test_the_body_limit_counts_received_bytes(replica):
     async def chunks():
-        for _ in range(BODY_LIMIT // 2**16 + 1):
+        for _ in range(MAX_BODY_BYTES // 2**16 + 1):
             yield b" " * 2**16
 
     response = ask(create_app(replica), "POST", "/v1/completions", content=chunks())
@@ -199,10 +199,10 @@ def test_a_body_is_bounded_by_what_comes_not_by_what_is_announced(replica):
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-KEYS = Keys.of(["first", "second"], ["admin"])
+KEYS = ApiKeys.from_keys(["first", "second"], ["admin"])
 
 
-def test_with_keys_every_route_but_health_asks_for_one(replica):
+def test_with_keys_every_route_but_health_requires_one(replica):
     app = create_app(replica, KEYS)
     routes = [(method, route.path) for route in app.routes for method in route.methods]
     assert len(routes) >= 14
@@ -256,7 +256,7 @@ def test_a_form_of_another_site_cannot_ask_for_anything(replica):
     assert "access-control-allow-origin" not in ask(app, "OPTIONS", "/v1/completions", headers=asked).headers
 
 
-def test_a_method_that_a_route_does_not_have_is_told_with_those_that_it_has(get):
+def test_a_wrong_method_is_a_405_with_the_allowed_ones(get):
     refused = get("/v1/completions")
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
     assert refused.json()["error"]["type"] == "invalid_request_error"
@@ -302,7 +302,7 @@ def test_a_client_that_goes_away_stops_its_generation(replica):
         while replica.engine.state().running:
             await asyncio.sleep(0.01)
 
-    hook = replica.engine._loaded.model.register_forward_hook(count)
+    hook = replica.engine._runner._loaded.model.register_forward_hook(count)
     try:
         asyncio.run(scene())
     finally:
@@ -310,11 +310,11 @@ def test_a_client_that_goes_away_stops_its_generation(replica):
     assert 0 < forwards < 100
 
 
-def test_a_fault_of_ours_is_a_500_that_tells_nothing_of_the_inside(post, monkeypatch):
+def test_an_internal_error_is_a_500_without_details(post, monkeypatch):
     def broken(*_):
         raise RuntimeError("secret of the inside")
 
-    monkeypatch.setattr("serve_app.openai.tokenization.Prompts.text", broken)
+    monkeypatch.setattr("serve_app.openai.tokenization.PromptEncoder.encode_text", broken)
     response = post("/v1/completions", ONCE)
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"
@@ -332,7 +332,7 @@ def test_text_goes_to_tokens_and_back(post, get):
     assert post("/tokenize", {}).status_code == 400
 
 
-def test_tokens_are_counted_as_they_were_asked_for_or_not_at_all(post):
+def test_tokenize_rejects_fields_that_would_change_the_tokens(post):
     chat = {"messages": HELLO["messages"]}
     neutral = {
         "add_generation_prompt": True,
@@ -348,14 +348,14 @@ def test_tokens_are_counted_as_they_were_asked_for_or_not_at_all(post):
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
 
 
-def test_the_version_is_told(get):
+def test_the_version_has_a_route(get):
     assert get("/version").json()["version"]
 
 
-def test_requests_are_named_and_a_fair_name_is_kept(get):
+def test_requests_have_an_id_and_a_valid_one_is_the_clients(get):
     assert get("/version", headers={"x-request-id": "mine-7"}).headers["x-request-id"] == "mine-7"
-    for unfair in ("a b", "x" * 65, 'a"}'):
-        assert get("/version", headers={"x-request-id": unfair}).headers["x-request-id"] != unfair
+    for invalid in ("a b", "x" * 65, 'a"}'):
+        assert get("/version", headers={"x-request-id": invalid}).headers["x-request-id"] != invalid
 
 
 def test_the_template_gets_variables_but_never_another_template(post):
@@ -368,14 +368,14 @@ def test_the_template_gets_variables_but_never_another_template(post):
 
 
 @pytest.mark.parametrize("template", ["{{ 'a' + 1 }}", "{{ 1 // 0 }}", "{{ raise_exception('no') }}", "{{ x.y.z }}"])
-def test_a_template_that_fails_is_told_as_a_refusal(replica, post, monkeypatch, template):
-    monkeypatch.setattr(replica.prompts.tokenizer, "chat_template", template)
+def test_a_template_that_fails_is_a_400(replica, post, monkeypatch, template):
+    monkeypatch.setattr(replica.encoder.tokenizer, "chat_template", template)
     for body in (HELLO, HELLO | {"chat_template_kwargs": {"raise_exception": "shadowed"}}):
         response = post("/v1/chat/completions", body)
         assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
 
 
-def test_a_long_prompt_is_cut_from_the_left_where_that_is_asked_for(post):
+def test_a_long_prompt_is_truncated_from_the_left_on_request(post):
     asked = {"prompt": "x" * 300 + "Once", "truncate_prompt_tokens": 4, "echo": True, "max_tokens": 1}
     answer = post("/v1/completions", asked).json()
     assert answer["usage"]["prompt_tokens"] == 4

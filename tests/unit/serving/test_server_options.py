@@ -132,7 +132,7 @@ def test_a_pinned_prefix_that_is_missing_too_long_or_not_for_the_template_is_rej
         PinnedPrefix.read(tmp_path / "none.txt")
     with pytest.raises(UserError, match="shorten it"):
         PinnedPrefix("long", text="x" * 300).encode(prompts)
-    with pytest.raises(UserError, match="refuses"):
+    with pytest.raises(UserError, match="rejects"):
         PinnedPrefix("odd", messages=({"role": "assistant", "content": "x"},)).encode(prompts)
 
 
