@@ -12,7 +12,7 @@ import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray_head import Head, Loopback
-from search_process import ROOT, SMALL, lines, make_model, make_texts
+from search_process import ROOT, SMALL_SEARCH_OPTIONS, count_lines, make_model, make_texts
 
 from baklava.plan.budget_plan import BudgetPlan
 from tuning.search.cli import build_parser
@@ -86,7 +86,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 def searched(head: Head, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
     root = tmp_path_factory.mktemp("job")
     named = ["--model", make_model(root / "model"), "--texts", make_texts(root / "texts")]
-    ended = head.job("jobs/search.py", *named, *SMALL, "--trials", 3, "--replicas", 1)
+    ended = head.job("jobs/search.py", *named, *SMALL_SEARCH_OPTIONS, "--trials", 3, "--replicas", 1)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended
 
@@ -98,7 +98,7 @@ def test_a_job_leaves_its_results_where_ray_does_not_delete_them(
     plan = next(Path(head.env["BAKLAVA_DATA"]).glob("runs/*/plan.json"))
     assert str(plan) in searched.stdout
     assert BudgetPlan.read(plan).ratio <= 0.5
-    assert lines(plan.with_name("trials.jsonl")) == 3
+    assert count_lines(plan.with_name("trials.jsonl")) == 3
 
 
 @pytest.mark.ray
