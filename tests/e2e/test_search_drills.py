@@ -14,9 +14,18 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_server import Server
+from mlflow_server import MlflowServer
 from ray_head import RAY, Head, Loopback
-from search_process import SMALL, descendants, kill, lines, make_model, make_texts, start_search, wait_until
+from search_process import (
+    SMALL_SEARCH_OPTIONS,
+    count_lines,
+    descendants,
+    kill,
+    make_model,
+    make_texts,
+    start_search,
+    wait_until,
+)
 
 from baklava.plan.budget_plan import BudgetPlan
 from tuning.study.journal import Journal
@@ -38,7 +47,7 @@ class Ground:
     def asked(self) -> list[object]:
         """The arguments of a search."""
         named = ["--model", self.root / "model", "--texts", self.root / "texts"]
-        return [*named, *SMALL, "--trials", TRIALS, "--budget", 0.5, "--out", self.out]
+        return [*named, *SMALL_SEARCH_OPTIONS, "--trials", TRIALS, "--budget", 0.5, "--out", self.out]
 
     @property
     def out(self) -> Path:
@@ -173,7 +182,7 @@ def test_a_killed_driver_leaves_a_cluster_on_which_the_search_goes_on(ground: Gr
 
 
 def test_a_tracking_server_that_dies_and_comes_back_has_every_trial_once(ground: Ground) -> None:
-    server = Server(ground.root)
+    server = MlflowServer(ground.root)
     try:
         search = start_search(*ground.asked, "--replicas", 1, log=ground.log, env={"MLFLOW_TRACKING_URI": server.uri})
         wait_until(lambda: len(ground.trials()) >= 2, search, ground.log)
@@ -240,4 +249,4 @@ def test_ctrl_c_twice_stops_at_once_and_what_was_recorded_stays(ground: Ground) 
     assert "Ctrl-C again stops now" in ground.log.read_text()
     assert "Traceback" not in ground.log.read_text()
     assert ground.trials()[: len(before)] == before
-    assert lines(ground.out / TRIALS_FILE) == len(ground.trials())
+    assert count_lines(ground.out / TRIALS_FILE) == len(ground.trials())

@@ -10,7 +10,7 @@ import httpx
 from search_process import descendants, kill
 
 
-class Server:
+class MlflowServer:
     """`mlflow server` as a process."""
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of the search share: a tiny model on disk with its tokenizer, texts, and a search as a process."""
+"""A tiny model on disk with its tokenizer, texts, and a search as a process."""
 
 import os
 import random
@@ -18,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [f"w{number}" for number in range(60)]
-SMALL = ["--context", "160", "--continuation", "32", "--bits", "16"]
+SMALL_SEARCH_OPTIONS = ["--context", "160", "--continuation", "32", "--bits", "16"]
 
 
 def make_model(folder: Path) -> Path:
-    """A random Llama of 3 layers x 2 KV heads, with a tokenizer of 60 words."""
+    """Write a random Llama of 3 layers x 2 KV heads, with a tokenizer of 60 words."""
     vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -39,7 +39,7 @@ def make_model(folder: Path) -> Path:
 
 
 def make_texts(folder: Path, count: int = 6, words: int = 400) -> Path:
-    """Texts of random words."""
+    """Write texts of random words."""
     folder.mkdir(parents=True)
     source = random.Random(0)
     for number in range(count):
@@ -50,32 +50,34 @@ def make_texts(folder: Path, count: int = 6, words: int = 400) -> Path:
 def start_search(
     *arguments: object, log: Path, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()
 ) -> subprocess.Popen[bytes]:
-    """jobs/search.py as a process that writes to `log`; `prefix` is what enters the network that it runs in."""
+    """Start jobs/search.py as a process that writes to `log`; `prefix` is a command that enters its network."""
     command = [*prefix, sys.executable, str(ROOT / "jobs/search.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     with log.open("wb") as file:
-        # A shell that runs the tests in the background has them ignore Ctrl-C, and they would hand that down.
-        attentive = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        how = {"env": environment, "preexec_fn": attentive, "start_new_session": True}
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **how)
+        # A shell that runs the tests in the background makes them ignore Ctrl-C, which child processes inherit.
+        restore_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        options = {"env": environment, "preexec_fn": restore_sigint, "start_new_session": True}
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **options)
 
 
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
-    """Wait for something to happen while a process runs; fail with its log when it ends first."""
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 300
+) -> None:
+    """Wait for something to happen while a process runs; fail with its log if it ends first."""
     deadline = time.monotonic() + seconds
-    while not happened():
+    while not condition():
         assert process.poll() is None, f"it ended first:\n{log.read_text()}"
         assert time.monotonic() < deadline, f"it did not happen in {seconds} s:\n{log.read_text()}"
         time.sleep(0.05)
 
 
-def lines(path: Path) -> int:
-    """Whole lines of a file that may not be there yet."""
+def count_lines(path: Path) -> int:
+    """The number of complete lines of a file that may not exist yet."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def descendants(pid: int) -> Iterator[tuple[int, str]]:
-    """Process ids and titles of everything that a process started, and what those did."""
+    """Yield the ids and command lines of all processes that a process started, directly or not."""
     parents: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -86,11 +88,11 @@ def descendants(pid: int) -> Iterator[tuple[int, str]]:
     while waiting:
         for child in parents.get(waiting.pop(), []):
             waiting.append(child)
-            yield child, title(child)
+            yield child, command_line(child)
 
 
-def title(pid: int) -> str:
-    """Command line of a process."""
+def command_line(pid: int) -> str:
+    """The command line of a process."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
     except OSError:

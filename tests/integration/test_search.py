@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from search_process import SMALL, descendants, kill, lines, make_model, make_texts, start_search, wait_until
+from search_process import (
+    SMALL_SEARCH_OPTIONS,
+    count_lines,
+    descendants,
+    kill,
+    make_model,
+    make_texts,
+    start_search,
+    wait_until,
+)
 
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import load
@@ -38,7 +47,7 @@ class Place:
             str(self.root / "model"),
             "--texts",
             str(self.root / "texts"),
-            *SMALL,
+            *SMALL_SEARCH_OPTIONS,
             "--trials",
             str(TRIALS),
         ]
@@ -81,7 +90,7 @@ class Finished:
 def finished(place: Place) -> Finished:
     out, log, summary = place.root / "run", place.root / "run.log", place.root / "run.json"
     process = start_search(*place.half, "--replicas", 2, "--out", out, "--json", summary, log=log)
-    wait_until(lambda: lines(out / "trials.jsonl") >= 2, process, log)
+    wait_until(lambda: count_lines(out / "trials.jsonl") >= 2, process, log)
     replicas = [pid for pid, title in descendants(process.pid) if title.startswith("ray::ScoringWorker")]
     assert len(replicas) == 2
     kill(replicas[0])
@@ -249,7 +258,7 @@ def test_the_champion_resolves_to_the_plan(finished: Finished, place: Place, mon
 def test_a_killed_search_goes_on_and_neither_loses_nor_doubles_a_trial(place: Place) -> None:
     out, log = place.root / "killed", place.root / "killed.log"
     process = start_search(*place.half, "--replicas", 1, "--objective", "ppl", "--out", out, log=log)
-    wait_until(lambda: lines(out / "trials.jsonl") >= 3, process, log)
+    wait_until(lambda: count_lines(out / "trials.jsonl") >= 3, process, log)
     kill(process.pid)
     process.wait()
     with (out / "trials.jsonl").open("a") as journal:
@@ -396,7 +405,7 @@ def test_resuming_on_texts_that_changed_is_refused(
 def test_ctrl_c_ends_a_search_that_can_be_resumed(place: Place) -> None:
     out, log = place.root / "stopped", place.root / "stopped.log"
     process = start_search(*place.half, "--replicas", 1, "--trials", 200, "--out", out, log=log)
-    wait_until(lambda: lines(out / "trials.jsonl") >= 1, process, log)
+    wait_until(lambda: count_lines(out / "trials.jsonl") >= 1, process, log)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the replicas, too
     assert process.wait(timeout=60) == 130
     assert "those under way are finished and recorded" in log.read_text()

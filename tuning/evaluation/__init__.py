@@ -1,1 +1,1 @@
-"""An evaluation as a job: what was asked, its folder, its work on one or many replicas, its record and its report."""
+"""Evaluate plans from the command line: inputs, workers, a resumable folder, MLflow and the report."""

@@ -32,7 +32,7 @@ MAX_NODE_FAILURES = 3
 """How often a trial is restarted because its process or node died; a plan that fails is never tried again."""
 
 MIN_TRIALS_PER_SLOT = 4
-"""At least so many trials run one after another in each slot: a sampler learns only from trials that ended."""
+"""Minimum number of trials that run one after another in a slot: a sampler learns only from trials that ended."""
 
 
 class TrialRecorder(tune.Callback):

@@ -9,7 +9,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow_server import Server
+from mlflow_server import MlflowServer
 from search_factory import SPACE, record, task
 
 from baklava.data.windows import Splits, Window
@@ -232,15 +232,15 @@ def test_a_file_store_which_mlflow_no_longer_writes_is_refused(monkeypatch: pyte
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    server = Server(tmp_path)
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     yield server
     server.stop()
 
 
 def test_a_server_that_goes_down_loses_nothing_of_a_search_and_warns_once(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: MlflowServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = Tracker.connect("demo")
     tracker.start(SETTINGS, tmp_path)
@@ -256,7 +256,7 @@ def test_a_server_that_goes_down_loses_nothing_of_a_search_and_warns_once(
 
 
 def test_a_server_that_comes_back_gets_what_it_missed_in_order(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: MlflowServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = Tracker.connect("demo")
     tracker.start(SETTINGS, tmp_path)
