@@ -1,6 +1,7 @@
-"""What is being done and how long it will still take, on a terminal and in a log file alike."""
+"""The command line: log lines, progress, exit codes, and argument types that commands share."""
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -12,12 +13,22 @@ from tqdm import tqdm
 
 from baklava.errors import UserError
 
-LOG_INTERVAL_SECONDS = 10.0  # seconds after which a log gets a line even without a tenth of the way done
+LOG_INTERVAL_SECONDS = 10.0
+"""Seconds after which a log gets a line even if less than a tenth of the work was done."""
+
+OPTION_OF_SETTING = {"plans": "plan", "speed": "no-speed"}
+"""Options whose names differ from those of the settings that they fill."""
+
+
+def log(message: str) -> None:
+    """Print a line to stderr, without breaking a progress bar; stdout is for results."""
+    tqdm.write(message, file=sys.stderr)
+    sys.stderr.flush()
 
 
 @runtime_checkable
 class ProgressBar(Protocol):
-    """A count of steps under way, closed by leaving its `with` block."""
+    """A count of steps; leaving its `with` block closes it."""
 
     def __enter__(self) -> "ProgressBar": ...
     def __exit__(self, *error: object) -> None: ...
@@ -26,52 +37,46 @@ class ProgressBar(Protocol):
         """Count `n` more steps."""
 
     def set_postfix_str(self, s: str) -> None:
-        """Show `s` behind the count, such as the best value so far."""
-
-
-def log(message: str) -> None:
-    """Print one line for the person who waits; stdout stays free for results."""
-    tqdm.write(message, file=sys.stderr)
-    sys.stderr.flush()
+        """Show `s` after the count, such as the best value so far."""
 
 
 def progress_bar(total: int, label: str, unit: str = "steps") -> ProgressBar:
-    """Count to `total` steps: a live bar on a terminal, else a line every tenth of the way or every ten seconds."""
+    """Return a live bar on a terminal; otherwise one that logs a line every tenth of the work or every ten seconds."""
     if sys.stderr.isatty():
         return tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True)
     return LogProgress(total, label, unit)
 
 
 class LogProgress:
-    """The count as plain lines, since a log file keeps every redraw of a live bar."""
+    """Progress as plain lines, since a log file would record every redraw of a live bar."""
 
     def __init__(self, total: int, label: str, unit: str) -> None:
         self.total, self.label, self.unit = total, label, unit
-        self.done, self.note = 0.0, ""
-        self.started = self.said_at = time.monotonic()
-        self.said = 0.0
+        self.done = self.logged = 0.0
+        self.note = ""
+        self.started = self.logged_at = time.monotonic()
 
     def __enter__(self) -> "LogProgress":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.done != self.said:
-            self._say()
+        if self.done != self.logged:
+            self._log()
 
     def update(self, n: float = 1) -> None:
-        """Count `n` more steps, and print a line when one is due."""
+        """Count `n` more steps, and log a line if one is due."""
         self.done += n
-        waited = time.monotonic() - self.said_at
-        if self.done >= self.total or self.done - self.said >= self.total / 10 or waited >= LOG_INTERVAL_SECONDS:
-            self._say()
+        is_tenth = self.done >= self.total or self.done - self.logged >= self.total / 10
+        if is_tenth or time.monotonic() - self.logged_at >= LOG_INTERVAL_SECONDS:
+            self._log()
 
     def set_postfix_str(self, s: str) -> None:
         """Show `s` at the end of the next line."""
         self.note = s
 
-    def _say(self) -> None:
-        self.said, self.said_at = self.done, time.monotonic()
-        spent = self.said_at - self.started
+    def _log(self) -> None:
+        self.logged, self.logged_at = self.done, time.monotonic()
+        spent = self.logged_at - self.started
         left = spent / self.done * max(0, self.total - self.done) if self.done else 0
         line = f"{self.label} {self.done:g}/{self.total} {self.unit}, {_clock(spent)} spent, {_clock(left)} left"
         log(f"{line}, {self.note}" if self.note else line)
@@ -82,7 +87,10 @@ def _clock(seconds: float) -> str:
 
 
 def run_cli(name: str, run: Callable[[], object]) -> int:
-    """Run a script that reports to nobody; 0, 2 and one sentence where the user gave something wrong, 130 at Ctrl-C."""
+    """Run a command and return its exit code: 2 with one sentence for a UserError, 130 at Ctrl-C, otherwise 0.
+
+    Telemetry of the Hugging Face hub is off unless the user has switched it on.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's library is first imported
     try:
         run()
@@ -94,27 +102,43 @@ def run_cli(name: str, run: Callable[[], object]) -> int:
     return 0
 
 
-OPTIONS = {"plans": "plan", "speed": "no-speed"}
-"""Options by the name of the setting that they fill, where the two differ."""
-
-
 def positive_int(text: str) -> int:
-    """A number that is at least 1."""
+    """Parse an argument that is a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number that is at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Parse an argument that is a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def port(text: str) -> int:
+    """Parse an argument that is a TCP port."""
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is not a port; give a number from 1 to 65535")
     return int(text)
 
 
 def replica_count(text: str) -> int | str:
-    """`auto`, or a number of replicas."""
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number of replicas")
-    return text if text == "auto" else int(text)
+    """Parse an argument that is `auto` or a number of replicas."""
+    if text == "auto":
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a number of replicas; give a number, or auto")
+    return int(text)
 
 
-def reject_settings_on_resume(earlier: Path, given: Mapping[str, Any], out: Path | None) -> None:
-    """Raise UserError when settings are given for something that has its own."""
-    if given or out:
-        first = next(iter([*given, "out"]))
-        option = OPTIONS.get(first, first.replace("_", "-"))
+def reject_settings_on_resume(earlier: Path, settings: Mapping[str, Any], out: Path | None) -> None:
+    """Raise UserError if options are given in addition to `--resume`, since a resumed run has its own settings."""
+    if settings or out:
+        first = next(iter([*settings, "out"]))
+        option = OPTION_OF_SETTING.get(first, first.replace("_", "-"))
         raise UserError(f"--resume takes its settings from {earlier}; leave out --{option}")

@@ -1,32 +1,32 @@
-"""Where baklava keeps what outlives a run: downloads in the cache, results in the data folder."""
+"""Folders of what outlives a run: a cache for what can be made again, and the results."""
 
 import os
 from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Folder of what can be fetched or computed again: downloads, the converted demo model, parsed texts, profiles.
+    """Return the folder of what can be downloaded or computed again: texts, the converted demo model, profiles.
 
-    `$BAKLAVA_CACHE`, else `$XDG_CACHE_HOME/baklava`, else `~/.cache/baklava`.
+    It is `$BAKLAVA_CACHE`, `$XDG_CACHE_HOME/baklava` or `~/.cache/baklava`, whichever is set first.
     """
-    return _folder("BAKLAVA_CACHE", "XDG_CACHE_HOME", ".cache")
+    return _user_dir("BAKLAVA_CACHE", "XDG_CACHE_HOME", ".cache")
 
 
 def data_dir() -> Path:
-    """Folder of what cannot be made again for free: the tracking database and its artifacts.
+    """Return the folder of results: the tracking database and its artifacts.
 
-    `$BAKLAVA_DATA`, else `$XDG_DATA_HOME/baklava`, else `~/.local/share/baklava`.
+    It is `$BAKLAVA_DATA`, `$XDG_DATA_HOME/baklava` or `~/.local/share/baklava`, whichever is set first.
     """
-    return _folder("BAKLAVA_DATA", "XDG_DATA_HOME", ".local/share")
+    return _user_dir("BAKLAVA_DATA", "XDG_DATA_HOME", ".local/share")
 
 
-def _folder(own: str, xdg: str, fallback: str) -> Path:
-    if os.environ.get(own):
-        return Path(os.environ[own]).expanduser().absolute()
-    base = os.environ.get(xdg)
+def _user_dir(own_variable: str, xdg_variable: str, fallback: str) -> Path:
+    if own := os.environ.get(own_variable):
+        return Path(own).expanduser().absolute()
+    base = os.environ.get(xdg_variable)
     return (Path(base) if base else Path.home() / fallback) / "baklava"
 
 
 def tracking_uri() -> str:
-    """Where trials and registered plans are kept: `$MLFLOW_TRACKING_URI`, else a database in the data folder."""
+    """Return where trials and registered plans are: `$MLFLOW_TRACKING_URI`, or else a database in the data folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{data_dir() / 'mlflow.db'}"

@@ -1,4 +1,4 @@
-"""The base of every record that one stage hands to the next."""
+"""The base class of all records that are saved, and the way files are written."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,13 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FrozenModel(BaseModel):
-    """Frozen plain data, readable from and writable to JSON; an unknown field is an error, never ignored."""
+    """A frozen record that is read from and written to JSON. Unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write `text` so that a reader never sees half of it, even after a kill."""
+    """Write a file by renaming a complete one, so that readers never see a part of it, even if the writer is killed."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(text)
     part.replace(path)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from baklava.console import log, positive_int, run_cli
+from baklava.console import log, port, positive_float, positive_int, run_cli
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.plan.registry import REGISTRY_SCHEME, load_plan
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plan", required=True, help="what bounds every KV cache, see below")
     add("--model", required=True, metavar="demo|DIR|HUB_ID", help="the model to serve")
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    add("--port", type=_port, default=8000, help="port to listen on (default: 8000)")
+    add("--port", type=port, default=8000, help="port to listen on (default: 8000)")
     add(
         "--pool",
         default="50%",
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--prefill-decode-ratio",
-        type=_positive_float,
+        type=positive_float,
         default=DEFAULT_PREFILL_DECODE_RATIO,
         metavar="X",
         help="time of a step's prefill relative to its decode batch: a higher one admits prompts sooner, a lower one "
@@ -305,21 +305,3 @@ def _wait_for_end(signals: "queue.SimpleQueue[int]", on_hangup: Callable[[], Non
         while signals.get():
             on_hangup()
     log("stopping: waiting for running requests")
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(
-            f"{text} is not a number above 0; the default is {DEFAULT_PREFILL_DECODE_RATIO}"
-        )
-    return value
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 65536:
-        raise argparse.ArgumentTypeError(f"{text} is not a port; give a number from 1 to 65535")
-    return int(text)
