@@ -288,7 +288,7 @@ def test_a_front_is_a_plan_file_per_size_and_the_report_draws_it(place: Place) -
     assert losses == sorted(losses, reverse=True)
     chosen = [plan for plan, point in zip(plans, points, strict=True) if point["chosen"]]
     assert chosen == [BudgetPlan.read(out / "plan.json")]
-    assert "The line is the front of what was validated" in (out / "report.html").read_text()
+    assert "The line is the front of the validated plans" in (out / "report.html").read_text()
     records = Journal.open(out / TRIALS_FILE, TrialRecord.model_validate_json).records
     assert len({record.params["budget"] for record in records}) >= 4
 
