@@ -45,7 +45,7 @@ def trainable(params: dict[str, Any], *, scheduler: Any, windows: Sequence[str],
             "ratio": metrics["ratio"],
             DECODE_SECONDS: metrics.get(DECODE_SECONDS),
         }
-        tune.report({**minimised, "metrics": metrics, "windows": scores, "digest": plan["digest"]})
+        tune.report({**minimised, "metrics": metrics, "windows": scores})
 
 
 def report_failure(reason: str) -> None:

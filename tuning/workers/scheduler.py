@@ -115,14 +115,13 @@ class WorkerScheduler:
         return None
 
     async def plan(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Return the plan of a trial as {"json", "digest", "size"}, or {"error"} if the budget does not hold it."""
+        """Return the plan of a trial as {"json", "size"}, or {"error"} if the budget does not hold it."""
         try:
             plan = self.task.plan(params)
         except UserError as error:
             return {"error": str(error)}
         return {
             "json": self.plans.setdefault(plan.digest, plan.model_dump_json()),
-            "digest": plan.digest,
             "size": {"ratio": plan.ratio, "bytes_per_sequence": plan.bytes_per_sequence},
         }
 

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,3 +126,19 @@ def test_a_job_without_the_token_is_turned_away(head: Head) -> None:
     ended = head.job("jobs/search.py", "--help", token="c" * 64)
     assert ended.returncode != 0
     assert "usage: baklava-search" not in ended.stdout
+
+
+def test_importing_the_search_sets_no_environment_variable_and_its_command_line_keeps_those_that_are_set() -> None:
+    code = """
+import os
+before = dict(os.environ)
+import tuning, tuning.search.cli, tuning.evaluation.cli, sys
+assert dict(os.environ) == before and not {"ray", "mlflow"} & sys.modules.keys()
+tuning.configure_environment()
+print(os.environ["RAY_AUTH_MODE"], os.environ["TUNE_DISABLE_SIGINT_HANDLER"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+"""
+    names = ("RAY_AUTH_MODE", "TUNE_DISABLE_SIGINT_HANDLER")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "3"
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert ran.stdout.split() == ["token", "1", "3"], ran.stderr

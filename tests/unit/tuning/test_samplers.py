@@ -264,5 +264,5 @@ def test_what_a_search_began_with_is_kept_beside_its_results(tmp_path: Path) -> 
     assert WarmStart.read(tmp_path) == warm
     assert WarmStart.read(tmp_path / "elsewhere") == WarmStart()
     (tmp_path / "warm.json").write_text("{")
-    with pytest.raises(UserError, match="put that back"):
+    with pytest.raises(UserError, match="restore it"):
         WarmStart.read(tmp_path)
