@@ -1,4 +1,4 @@
-"""lm-evaluation-harness with the model `baklava`, which lm_eval alone would not find; every argument is its own.
+"""Run lm-evaluation-harness with the model `baklava`, which it would not find alone; all arguments are its own.
 
 python jobs/harness.py run --model baklava --model_args pretrained=demo,plan=uniform:0.3 --tasks lambada_openai
 python jobs/harness.py run --model baklava --model_args pretrained=demo,plan=runs/mine/plan.json --tasks gsm8k_cot
@@ -16,7 +16,7 @@ def main() -> None:
         raise UserError("lm-evaluation-harness is not installed; run pip install -c constraints.txt -e '.[lm-eval]'")
     from lm_eval.__main__ import cli_evaluate
 
-    import baklava.evaluation.lm_eval.model  # noqa: F401 - registers the model
+    import baklava.evaluation.lm_eval  # noqa: F401 - registers the model
 
     cli_evaluate()
 

@@ -20,7 +20,7 @@ from baklava.evaluation.lm_eval import BaklavaLM, ModelArgs, PlanCoverage
 from baklava.evaluation.window_scoring import prefill_window, score_plan
 from baklava.eviction import Eviction, HeavyHitter, KVzip, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
-from baklava.runtime import logprobs as likelihood
+from baklava.runtime import logprobs
 from baklava.runtime.decode import generate
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill as enter
@@ -124,7 +124,7 @@ def test_requests_that_share_a_context_prefill_it_once(
         prefilled.append(ids.shape[1])
         return enter(loaded, plan, ids)
 
-    monkeypatch.setattr(likelihood, "prefill", counting)
+    monkeypatch.setattr(logprobs, "prefill", counting)
     model = BaklavaLM(loaded_model, make_plan(loaded_model, TIGHT, HeavyHitter(eviction_interval=8)))
     one, other = ids_of(50), ids_of(70, seed=1)
     pairs = [(one, ids_of(9, 2)), (other, ids_of(9, 2)), (one, ids_of(1, 3)), (one, ids_of(30, 4)), (other, ids_of(1))]
@@ -139,7 +139,7 @@ def test_requests_that_share_a_context_prefill_it_once(
 def test_a_rolling_loglikelihood_feeds_every_token_of_a_window_alone(
     loaded_model: LoadedModel, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(likelihood, "STEP", 13)  # a text longer than a step
+    monkeypatch.setattr(logprobs, "LOGITS_CHUNK_TOKENS", 13)  # a text longer than a step
     plan, ids = plans(loaded_model)[number], ids_of(70)
     expected = 0.0
     for seen, scored in get_rolling_token_windows(ids, 1, 45, 1):
@@ -292,7 +292,7 @@ def test_a_request_is_affected_exactly_if_entries_were_gone(
     for context in (7, 8, 9, 10, 11, 12, 13, 16):
         texts = [ids_of(length, 1) for length in (1, 2, 3, 5)]
         whole, cut = (
-            likelihood.score_continuations(loaded_model, each, ids_of(context), texts) for each in (full, tight)
+            logprobs.score_continuations(loaded_model, each, ids_of(context), texts) for each in (full, tight)
         )
         for text, exact, found in zip(texts, whole, cut, strict=True):
             coverage = PlanCoverage(tight, "requests")
@@ -328,7 +328,7 @@ def test_a_model_with_sliding_layers_is_scored_as_it_decodes() -> None:
     for token, following in pairwise(ids[50:]):
         logits = loaded.model(torch.tensor([[token]]), past_key_values=cache).logits[:, -1]
         expected += float(logits.log_softmax(-1)[0, following])
-    [found] = likelihood.score_continuations(loaded, plan, ids[:50], [ids[50:]])
+    [found] = logprobs.score_continuations(loaded, plan, ids[:50], [ids[50:]])
     assert found.log_prob == pytest.approx(expected, abs=1e-3)
 
 

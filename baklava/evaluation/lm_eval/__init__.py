@@ -1,1 +1,0 @@
-"""The model that lm-evaluation-harness runs."""
