@@ -115,7 +115,7 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 LOOK = 0.5
 """Seconds between two looks at a server's metrics."""
 
-_GAUGE = re.compile(r"^baklava:(num_requests_running|kv_(?:pool|promised|held)_bytes)\{[^}]*\} (\S+)$", re.M)
+_GAUGE = re.compile(r"^baklava:(num_requests_running|kv_(?:pool|reserved|allocated)_bytes)\{[^}]*\} (\S+)$", re.M)
 
 
 @dataclass(frozen=True)

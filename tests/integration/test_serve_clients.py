@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from server_process import PATIENCE, all_of, asking, serving, small_model, small_plan, stream, until, whole
 
-from baklava.plan.budget_plan import BudgetPlan, full_plan
+from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.logprobs import score_suffix
 from baklava.runtime.model_loader import load
 
@@ -43,8 +43,8 @@ def folder(tmp_path_factory):
 def server(model, plan, folder):
     plan.write(folder / "plan.json")
     (folder / "system.txt").write_text(SYSTEM)
-    arguments = ("--plan", folder / "plan.json", "--model", model, "--prefix", folder / "system.txt")
-    limits = ("--pool", "64MiB", "--logs", folder / "logs", "--waiting", 200)
+    arguments = ("--plan", folder / "plan.json", "--model", model, "--pinned-prefix", folder / "system.txt")
+    limits = ("--pool", "64MiB", "--logs", folder / "logs", "--max-waiting", 200)
     keys = {"BAKLAVA_API_KEYS": KEY, "BAKLAVA_ADMIN_KEYS": ADMIN}
     with serving(*arguments, *limits, folder=folder, key=KEY, env=keys) as running:
         yield running
@@ -157,7 +157,9 @@ def loaded(model):
 
 def in_process(loaded, plan):
     whole_texts = [loaded.tokenizer(context + rest)["input_ids"] for context, rest in TEXTS]
-    return [score_suffix(loaded, plan, ids, len(rest.encode())) for ids, (_, rest) in zip(whole_texts, TEXTS, strict=True)]
+    return [
+        score_suffix(loaded, plan, ids, len(rest.encode())) for ids, (_, rest) in zip(whole_texts, TEXTS, strict=True)
+    ]
 
 
 def test_the_harness_gets_what_the_budgeted_model_says_in_process(scored, loaded, plan):
@@ -167,7 +169,7 @@ def test_the_harness_gets_what_the_budgeted_model_says_in_process(scored, loaded
 
 
 def test_the_harness_does_not_get_what_the_full_cache_would_say(scored, loaded):
-    dense = in_process(loaded, full_plan(loaded.identity, loaded.geometry, 4096, bits=32))
+    dense = in_process(loaded, full_cache_plan(loaded.identity, loaded.geometry, 4096, bits=32))
     assert abs(scored[0][0] - dense[0].log_prob) > 0.1
     assert scored[2][0] == pytest.approx(dense[2].log_prob, abs=2e-3)  # a text that no budget cuts
 
@@ -241,7 +243,10 @@ def test_a_declared_prompt_is_entered_once_and_changes_no_answer(server, name, c
 
 def test_two_hundred_streams_that_are_left_leave_nothing_behind(server):
     def held():
-        return {replica: state["held_bytes"] - state["snapshot_bytes"] for replica, state in server.states().items()}
+        return {
+            replica: state["allocated_bytes"] - state["prefix_cache_bytes"]
+            for replica, state in server.states().items()
+        }
 
     async def scene():
         body = {"prompt": "Once upon a time " * 12, "max_tokens": 500, "ignore_eos": True}
@@ -255,8 +260,8 @@ def test_two_hundred_streams_that_are_left_leave_nothing_behind(server):
     until(server.idle, 30)
     until(lambda: set(held().values()) == {0}, 30)
     after = server.states()
-    assert {state["promised_bytes"] for state in after.values()} == {
-        state["promised_bytes"] for state in before.values()
+    assert {state["reserved_bytes"] for state in after.values()} == {
+        state["reserved_bytes"] for state in before.values()
     }
     for name, state in after.items():
         counts = state["counts"]
@@ -282,13 +287,13 @@ def test_what_is_kept_under_load_is_what_the_plan_says(server, plan):
 
     states = asyncio.run(scene())
     slots = sum(tokens for row in plan.tokens for tokens in row)
-    interval = plan.eviction.interval * sum(len(row) for row in plan.tokens)
+    interval = plan.eviction.eviction_interval * sum(len(row) for row in plan.tokens)
     # The last of the eight may still be entering, and is in no cache then.
-    kept = [state["kept"] for state in states]
+    kept = [state["cached_entries"] for state in states]
     assert 7 * (slots - interval) <= max(kept) <= 8 * slots
     for state in states:
-        assert state["held_bytes"] <= state["promised_bytes"] <= state["pool_bytes"]
-        assert state["seen"] > 5 * state["kept"]
+        assert state["allocated_bytes"] <= state["reserved_bytes"] <= state["pool_bytes"]
+        assert state["full_entries"] > 5 * state["cached_entries"]
 
 
 def test_a_swapped_plan_is_told_and_requests_under_way_end(server, plan, folder, model):

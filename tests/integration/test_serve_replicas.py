@@ -284,7 +284,7 @@ def test_the_metrics_count_what_happened(loaded):
     assert now["request_generation_tokens_sum"] == 3
     assert now["num_requests_running"] == 2
     assert now["kv_cache_usage_perc"] == 0.5
-    assert (now["kv_tokens_kept"], now["kv_tokens_seen"]) == (5, 9)
+    assert (now["kv_cached_entries"], now["kv_full_entries"]) == (5, 9)
     assert now["num_preemptions_total"] == 0
 
 

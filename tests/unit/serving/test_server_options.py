@@ -52,7 +52,7 @@ def test_an_invalid_size_is_rejected_with_examples(text):
 
 
 def test_a_containers_limit_bounds_what_is_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
     unbounded = free_memory_bytes()
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")
