@@ -11,7 +11,7 @@ from baklava.console import run_cli
 from baklava.errors import UserError
 from baklava.evaluation.speed.timing import Timing, time_interleaved
 from baklava.evaluation.speed.workloads import BASELINE
-from baklava.eviction import METHODS, HeavyHitter, Streaming
+from baklava.eviction import METHODS, HeavyHitter, StreamingLLM
 from baklava.runtime.model_loader import LoadedModel
 from benchmarks.kernels.decode import NO_CACHE, benchmark_decode, same_plan_in_all_layers
 from benchmarks.kernels.plot import plot, table
@@ -36,8 +36,8 @@ def test_decode_rows_allocate_what_their_plans_reserve(tiny: Maker, tmp_path: Pa
 def test_prefill_compares_every_method_with_the_baseline_and_with_streaming(tiny: Maker, tmp_path: Path) -> None:
     results = benchmark_prefill(tiny(), contexts=[160], batches=[2], share=0.5, rounds=1, memory=False)
     rows = {row["plan"]: row for row in results["rows"]}
-    assert rows.keys() >= {BASELINE, *METHODS, f"{Streaming.name}, chunked"}
-    assert rows[Streaming.name]["over_streaming"] == rows[BASELINE]["over_baseline"] == 1
+    assert rows.keys() >= {BASELINE, *METHODS, f"{StreamingLLM.name}, chunked"}
+    assert rows[StreamingLLM.name]["over_streaming"] == rows[BASELINE]["over_baseline"] == 1
     plot(results, tmp_path / "prefill.png")
     assert "expected_attention" in table(results)
 
