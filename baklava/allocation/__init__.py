@@ -1,22 +1,32 @@
-"""Allocation: where the bytes go. One method a file; `METHODS` maps names to classes; `allocate` makes the plan."""
+"""Allocation: where the bytes go. One method per file; `METHODS` maps names to classes; `allocate` makes the plan."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from baklava.allocation.base import Allocation, Limits, Pair, Shares, proportional, rounded
-from baklava.allocation.methods.adakv import HeadAdaptive
+from baklava.allocation.base import (
+    Allocation,
+    AllocationResult,
+    BitPair,
+    Limits,
+    distribute_proportionally,
+    round_to_steps,
+)
+from baklava.allocation.methods.adakv import AdaKV
 from baklava.allocation.methods.baklava import Baklava
 from baklava.allocation.methods.blended import Blended
-from baklava.allocation.methods.duo_attention import Duo
+from baklava.allocation.methods.duo_attention import DuoAttention
 from baklava.allocation.methods.greedy import Greedy
-from baklava.allocation.methods.pyramid import Pyramid
-from baklava.allocation.methods.squeeze import Squeeze
+from baklava.allocation.methods.pyramidkv import PyramidKV
+from baklava.allocation.methods.squeeze_attention import SqueezeAttention
 from baklava.allocation.methods.threshold_counts import HeavyHitterCounts, ReconstructionCounts
 from baklava.allocation.methods.uniform import Uniform
-from baklava.allocation.perturbed import Shifted, permuted
+from baklava.allocation.perturbed import Perturbed, shuffled
 from baklava.errors import UserError
 from baklava.eviction import Eviction
-from baklava.plan.budget_plan import AllocationChoice, BudgetPlan, EvictionChoice, LayerBudget, Provenance
+from baklava.plan.budget_plan import AllocationConfig, BudgetPlan, EvictionConfig, LayerBudget, Provenance
 from baklava.plan.byte_accounting import FULL_BITS, full_cache_bytes, sliding_window_bytes
 from baklava.plan.geometry import CacheGeometry
 from baklava.profiling.profile import Profile
@@ -24,50 +34,72 @@ from baklava.profiling.profile import Profile
 _METHODS: tuple[type[Allocation], ...] = (
     Uniform,
     Baklava,
-    Pyramid,
-    Squeeze,
-    Duo,
-    HeadAdaptive,
+    PyramidKV,
+    SqueezeAttention,
+    DuoAttention,
+    AdaKV,
     Greedy,
     HeavyHitterCounts,
     ReconstructionCounts,
     Blended,
 )
 METHODS: dict[str, type[Allocation]] = {method.name: method for method in _METHODS}
-STEP = 8
-"""Capacities are multiples of this many entries, so that heads of a layer often share one; see `rounded`."""
+"""Methods that users name."""
+
+CAPACITY_STEP_ENTRIES = 8
+"""Capacities are multiples of this many entries, so that heads of a layer often share one; see `round_to_steps`."""
 
 __all__ = [
     "METHODS",
+    "AdaKV",
     "Allocation",
+    "AllocationResult",
     "Baklava",
+    "BitPair",
     "Blended",
-    "Duo",
+    "DuoAttention",
     "Greedy",
-    "HeadAdaptive",
     "HeavyHitterCounts",
     "Limits",
-    "Pair",
-    "Pyramid",
+    "Perturbed",
+    "PyramidKV",
     "ReconstructionCounts",
-    "Shares",
-    "Shifted",
-    "Squeeze",
+    "SqueezeAttention",
     "Uniform",
     "allocate",
-    "layers_of",
-    "limits_of",
-    "method_of",
-    "permuted",
-    "proportional",
+    "budget_limits",
+    "build_allocation",
+    "distribute_proportionally",
+    "layer_budgets",
+    "method_class",
+    "shuffled",
 ]
 
 
-def method_of(name: str) -> type[Allocation]:
-    """The class of an allocation method; an unknown name lists the known ones."""
+def method_class(name: str) -> type[Allocation]:
+    """Return the class of an allocation method; the error about an unknown name lists the known ones."""
     if name not in METHODS:
         raise UserError(f"unknown allocation method {name!r}; choose one of {', '.join(METHODS)}, or full")
     return METHODS[name]
+
+
+def build_allocation(method: str, params: Mapping[str, Any]) -> Allocation:
+    """Return the allocation method that a plan names, from the plain data of its AllocationConfig.
+
+    Raises:
+        UserError: the method is unknown, or the parameters are not the method's.
+    """
+    cls = Perturbed if method == Perturbed.name else method_class(method)
+    try:
+        return cls(**{name: _param_from_data(value) for name, value in params.items()})
+    except TypeError as error:
+        raise UserError(f"the parameters {dict(params)} do not fit {method} ({error}); make a new plan") from None
+
+
+def _param_from_data(value: Any) -> Any:
+    if isinstance(value, dict):
+        return build_allocation(value["method"], value["params"])
+    return tuple(_param_from_data(item) for item in value) if isinstance(value, list) else value
 
 
 def allocate(
@@ -77,64 +109,77 @@ def allocate(
     context_length: int,
     method: Allocation,
     eviction: Eviction,
-    bits: Pair = (16, 16),
-    step: int = STEP,
+    bits: BitPair = (16, 16),
+    step: int = CAPACITY_STEP_ENTRIES,
     provenance: Provenance | None = None,
 ) -> BudgetPlan:
-    """The plan that spends `budget` × the bytes of the full 16-bit cache, by this method.
+    """Return the plan that spends `budget` times the bytes of the full 16-bit cache.
 
-    `bits` are those of keys and of values, where the method does not choose them itself; capacities are multiples of
-    `step` entries, but for heads with the least or the most that they may have.
+    Args:
+        profile: what was measured of the model.
+        budget: ratio of the bytes of the full 16-bit cache at `context_length`.
+        context_length: tokens of a sequence at which the ratio holds.
+        method: how the bytes are spread over the heads.
+        eviction: which entries stay.
+        bits: bits of keys and values, for methods that do not choose them.
+        step: capacities are multiples of this many entries, except for heads with the minimum or maximum capacity.
+        provenance: recorded in the plan; the profile's digest by default.
 
     Raises:
         UserError: the budget is not in (0, 1], or leaves less than sinks + one eviction interval per head.
     """
-    graded = profile.key_channels is not None
-    limits = limits_of(profile.geometry, budget, context_length, eviction.choice, bits, graded)
-    shares = method.shares(profile, limits)
+    mixed_precision = profile.key_channels is not None
+    limits = budget_limits(profile.geometry, budget, context_length, eviction.config, bits, mixed_precision)
+    result = method.allocate(profile, limits)
     return BudgetPlan(
         model=profile.model,
         geometry=profile.geometry,
         context_length=context_length,
-        eviction=eviction.choice,
-        allocation=AllocationChoice(method=method.name, budget=budget, knobs=method.knobs),
+        eviction=eviction.config,
+        allocation=AllocationConfig(method=method.name, budget=budget, params=method.params),
         provenance=provenance or Provenance(profile=profile.digest),
-        layers=layers_of(profile.geometry, rounded(shares, limits, step), shares),
+        layers=layer_budgets(profile.geometry, round_to_steps(result, limits, step), result),
         key_channels=profile.key_channels,
     )
 
 
-def limits_of(
+def budget_limits(
     geometry: CacheGeometry,
     budget: float,
     context_length: int,
-    eviction: EvictionChoice,
-    bits: Pair = (16, 16),
-    graded: bool = False,
+    eviction: EvictionConfig,
+    bits: BitPair = (16, 16),
+    mixed_precision: bool = False,
 ) -> Limits:
-    """What `budget` x the bytes of the full 16-bit cache leave to spend; raises UserError where that is too little."""
+    """Return what `budget` times the bytes of the full 16-bit cache leaves to spend.
+
+    Raises:
+        UserError: the budget is not in (0, 1], or leaves less than the minimum capacity of a head.
+    """
     if not 0 < budget <= 1:
-        raise UserError(f"budget {budget} must be above 0 and at most 1: a share of the full cache's bytes")
+        raise UserError(f"budget {budget} must be above 0 and at most 1: a ratio of the full cache's bytes")
     # Sliding layers keep their window whatever the plan says; only the rest can be spent.
-    spendable = int(budget * full_cache_bytes(geometry, context_length)) - sliding_window_bytes(geometry, FULL_BITS)
-    # A head that never evicts holds the whole text and the slack of an interval; a ring has no slack.
-    most = context_length + (eviction.interval if eviction.scored else 0)
-    limits = Limits(geometry, eviction, max(0, spendable), eviction.minimum_tokens, most, bits, graded)
-    if limits.total // limits.heads < limits.least:
-        beside = f" beside {eviction.centroids} centroids" if eviction.centroids else ""
+    budget_bytes = int(budget * full_cache_bytes(geometry, context_length)) - sliding_window_bytes(geometry, FULL_BITS)
+    # A scored head needs the tokens of one interval on top of the text to never evict; a ring buffer does not.
+    max_tokens = context_length + (eviction.eviction_interval if eviction.scored else 0)
+    min_tokens = eviction.min_tokens
+    limits = Limits(geometry, eviction, max(0, budget_bytes), min_tokens, max_tokens, bits, mixed_precision)
+    entries_per_head = limits.total_entries // limits.num_heads
+    if entries_per_head < min_tokens:
+        centroids = f" and {eviction.centroids} centroids" if eviction.centroids else ""
         raise UserError(
-            f"budget {budget:g} leaves {limits.total // limits.heads} entries per head{beside}, but {eviction.sinks} "
-            f"sinks and an eviction every {eviction.interval} tokens need {limits.least}; raise the budget or lower "
-            f"the interval{' or the centroids' if beside else ''}"
+            f"budget {budget:g} leaves {entries_per_head} entries per head{centroids}, but {eviction.sinks} "
+            f"sinks and an eviction every {eviction.eviction_interval} tokens need {min_tokens}; raise the budget or "
+            f"lower the eviction interval{' or the centroids' if centroids else ''}"
         )
     return limits
 
 
-def layers_of(
-    geometry: CacheGeometry, tokens: Int[np.ndarray, "layers kv_heads"], shares: Shares
+def layer_budgets(
+    geometry: CacheGeometry, tokens: Int[np.ndarray, "layers kv_heads"], result: AllocationResult
 ) -> tuple[LayerBudget | None, ...]:
-    """The budgets of all layers, with the bits of `shares`; None where a layer slides."""
-    grids = (tokens.tolist(), shares.key_bits.tolist(), shares.value_bits.tolist())
+    """Return the budgets of all layers, in the bits of `result`; None for a sliding layer."""
+    grids = (tokens.tolist(), result.key_bits.tolist(), result.value_bits.tolist())
     budgets = (
         LayerBudget(tokens=tuple(row), key_bits=tuple(keys), value_bits=tuple(values))
         for row, keys, values in zip(*grids, strict=True)

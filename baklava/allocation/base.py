@@ -1,88 +1,100 @@
-"""The allocation plug-in: a dataclass with one verb that says how many entries each KV head gets, in how many bits."""
+"""The allocation plug-in: a dataclass with one verb, which gives each KV head a number of entries and their bits."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from baklava.errors import UserError
-from baklava.plan.budget_plan import Bits, EvictionChoice, ParamValue, head_bytes
+from baklava.plan.budget_plan import Bits, EvictionConfig, head_bytes
 from baklava.plan.geometry import CacheGeometry
 from baklava.profiling.profile import Profile
 
-Pair = tuple[Bits, Bits]
+BitPair = tuple[Bits, Bits]
 """Bits of the keys and bits of the values."""
 
-Grid = Float[np.ndarray, "layers kv_heads"]
+HeadGrid = Float[np.ndarray, "layers kv_heads"]
+"""A number per KV head; the rows are the full-attention layers."""
 
-MOST_POWER = 16
-"""Powers of what a profile says lie between minus and plus this: those far beyond overflow."""
+MAX_POWER = 16
+"""Maximum magnitude of a power; powers far beyond it overflow."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an allocation has to spend: `bytes` over all budgeted heads, each of `least` to `most` entries.
+    """What an allocation may spend.
 
-    `bits` are the (key, value) bits of methods that do not choose them; `graded` tells that packed keys have more
-    bits in the channels that matter most.
+    Attributes:
+        geometry: the model's KV cache.
+        eviction: eviction of the plan.
+        budget_bytes: bytes of all budgeted heads together.
+        min_tokens: minimum capacity of a head in entries.
+        max_tokens: maximum capacity of a head in entries.
+        bits: bits of keys and values, for methods that do not choose them.
+        mixed_precision: whether quantized keys give their important channels more bits.
     """
 
     geometry: CacheGeometry
-    eviction: EvictionChoice
-    bytes: int
-    least: int
-    most: int
-    bits: Pair
-    graded: bool = False
+    eviction: EvictionConfig
+    budget_bytes: int
+    min_tokens: int
+    max_tokens: int
+    bits: BitPair
+    mixed_precision: bool = False
 
     @property
-    def heads(self) -> int:
-        """Budgeted KV heads of the model."""
-        return len(self.geometry.budgetable) * self.geometry.kv_heads
+    def num_heads(self) -> int:
+        """Number of budgeted KV heads of the model."""
+        return len(self.geometry.full_attention_layers) * self.geometry.kv_heads
 
     @property
-    def total(self) -> int:
-        """Entries of all heads together when every head stores them in `bits`."""
+    def total_entries(self) -> int:
+        """Entries of all heads together if every head stores them in `bits`."""
         fixed = self.fixed_bytes(self.bits)
-        return max(0, self.bytes - self.heads * fixed) // self.entry_bytes(self.bits)
+        return max(0, self.budget_bytes - self.num_heads * fixed) // self.entry_bytes(self.bits)
 
-    def within(self, floor: float, cap: float = 1.0) -> tuple[float, float]:
-        """Fewest and most entries of a head: at least `floor` of the uniform share, at most `cap` of all entries."""
-        uniform = self.total / self.heads
-        least, most = max(self.least, floor * uniform), max(cap * self.most, uniform)
-        return float(min(least, self.most)), float(min(most, self.most))
+    def bounds(self, floor: float, cap: float = 1.0) -> tuple[float, float]:
+        """Return the minimum and maximum entries of a head.
 
-    def entry_bytes(self, bits: Pair) -> int:
-        """Bytes that one more entry costs a head."""
-        return self._head(self.most + 1, bits) - self._head(self.most, bits)
+        Args:
+            floor: minimum, relative to the uniform share.
+            cap: maximum, relative to `max_tokens`.
+        """
+        uniform = self.total_entries / self.num_heads
+        lower, upper = max(self.min_tokens, floor * uniform), max(cap * self.max_tokens, uniform)
+        return float(min(lower, self.max_tokens)), float(min(upper, self.max_tokens))
 
-    def fixed_bytes(self, bits: Pair) -> int:
-        """Bytes of a head beside its entries x `entry_bytes`: what sinks and staged tokens cost above packed ones."""
-        return self._head(self.most, bits) - self.most * self.entry_bytes(bits)
+    def entry_bytes(self, bits: BitPair) -> int:
+        """Return the bytes that one more entry adds to a head."""
+        return self._head_bytes(self.max_tokens + 1, bits) - self._head_bytes(self.max_tokens, bits)
 
-    def _head(self, tokens: int, bits: Pair) -> int:
-        return head_bytes(self.geometry, tokens, *bits, self.eviction, self.graded)
+    def fixed_bytes(self, bits: BitPair) -> int:
+        """Return the bytes of a head that do not grow with its entries, such as the extra bytes of 16-bit sinks."""
+        return self._head_bytes(self.max_tokens, bits) - self.max_tokens * self.entry_bytes(bits)
+
+    def _head_bytes(self, tokens: int, bits: BitPair) -> int:
+        return head_bytes(self.geometry, tokens, *bits, self.eviction, self.mixed_precision)
 
 
 @dataclass(frozen=True)
-class Shares:
-    """Entries per KV head, not yet rounded, and the bits of its keys and values. Rows are the budgetable layers."""
+class AllocationResult:
+    """Entries per KV head, not yet rounded, and the bits of its keys and values; rows are full-attention layers."""
 
-    entries: Grid
+    entries: HeadGrid
     key_bits: Int[np.ndarray, "layers kv_heads"]
     value_bits: Int[np.ndarray, "layers kv_heads"]
 
     @classmethod
-    def of(cls, entries: Grid, bits: Pair) -> "Shares":
-        """The same bits in every head."""
-        key_bits, value_bits = (np.full(entries.shape, each) for each in bits)
+    def with_bits(cls, entries: HeadGrid, bits: BitPair) -> "AllocationResult":
+        """Return a result with the same bits in every head."""
+        key_bits, value_bits = (np.full(entries.shape, number) for number in bits)
         return cls(entries, key_bits, value_bits)
 
     @property
-    def pairs(self) -> list[Pair]:
-        """Bits of every head, layer after layer."""
+    def bit_pairs(self) -> list[BitPair]:
+        """Bits of every head, layer by layer."""
         return list(zip(self.key_bits.ravel().tolist(), self.value_bits.ravel().tolist(), strict=True))
 
 
@@ -91,100 +103,105 @@ class Allocation(ABC):
     """Spreads a number of bytes over the (layer, KV head) grid."""
 
     name: ClassVar[str]
-    profiled: ClassVar[bool] = True
-    """Whether the method asks the profile for more than the geometry."""
+    needs_profile: ClassVar[bool] = True
+    """Whether the method uses more of the profile than the geometry."""
 
     @abstractmethod
-    def shares(self, profile: Profile, limits: Limits) -> Shares:
-        """What each KV head gets; all together cost at most `limits.bytes`, each has `least` to `most` entries."""
+    def allocate(self, profile: Profile, limits: Limits) -> AllocationResult:
+        """Return the share of each KV head, within `limits`; all heads together take at most the budget."""
 
     @property
-    def knobs(self) -> dict[str, ParamValue]:
-        """The method's knobs by name; what is not a plain value, as text."""
-        values = {knob.name: getattr(self, knob.name) for knob in fields(self)}
-        return {name: value if isinstance(value, ParamValue) else repr(value) for name, value in values.items()}
+    def params(self) -> dict[str, Any]:
+        """The method's parameters as plain data, from which `build_allocation` builds it again."""
+        return {param.name: _plain_data(getattr(self, param.name)) for param in fields(self)}
 
-    def check(self, holds: bool, rule: str) -> None:
-        """Raise UserError unless the rule about this method's knobs holds."""
-        if not holds:
-            knobs = ", ".join(f"{name} {value!r}" for name, value in self.knobs.items())
-            raise UserError(f"{self.name} with {knobs}: {rule}")
+    def require(self, condition: bool, rule: str) -> None:
+        """Raise UserError unless the condition on this method's parameters holds."""
+        if not condition:
+            params = ", ".join(f"{name} {value!r}" for name, value in self.params.items())
+            raise UserError(f"{self.name} with {params}: {rule}")
 
-    def check_powers(self, *powers: float) -> None:
-        """Raise UserError unless all powers lie within the range of `MOST_POWER`."""
-        right = all(abs(power) <= MOST_POWER for power in powers)
-        self.check(right, f"powers must be within [-{MOST_POWER}, {MOST_POWER}]")
+    def require_bounded_powers(self, *powers: float) -> None:
+        """Raise UserError unless the magnitude of all powers is at most `MAX_POWER`."""
+        bounded = all(abs(power) <= MAX_POWER for power in powers)
+        self.require(bounded, f"powers must be within [-{MAX_POWER}, {MAX_POWER}]")
 
 
-def lacking(profile: Profile, what: str) -> UserError:
-    """The error of a method that asks for something which a profile does not hold."""
-    cure = "profile the model again"
-    if len(profile.geometry.budgetable) < profile.geometry.layers:
-        cure = "choose another method, since some of its layers slide"
+def _plain_data(value: Any) -> Any:
+    if isinstance(value, Allocation):
+        return {"method": value.name, "params": value.params}
+    return [_plain_data(item) for item in value] if isinstance(value, tuple) else value
+
+
+def missing_profile_error(profile: Profile, missing: str) -> UserError:
+    """Return the error of a method that needs something that the profile lacks."""
+    remedy = "profile the model again"
+    if len(profile.geometry.full_attention_layers) < profile.geometry.layers:
+        remedy = "choose another method, since some of its layers slide"
     elif profile.rankings:
-        cure = "choose another method, or a lower --context, which leaves the model room to repeat it"
-    return UserError(f"the profile of {profile.model.id} has no {what}, which this method asks for; {cure}")
+        remedy = "choose another method, or a lower --context, so that the model's positions suffice to repeat it"
+    return UserError(f"the profile of {profile.model.id} has no {missing}, which this method needs; {remedy}")
 
 
-def proportional(
-    weights: Grid, total: float, least: float, most: float, prices: Int[np.ndarray, "layers kv_heads"] | int = 1
-) -> Grid:
-    """Spread `total` so that shares are proportional to the weights, every one within [least, most].
+def distribute_proportionally(
+    weights: HeadGrid, total: float, lower: float, upper: float, prices: Int[np.ndarray, "layers kv_heads"] | int = 1
+) -> HeadGrid:
+    """Distribute `total` in proportion to the weights, with every share within [lower, upper].
 
-    A unit of a share costs `prices` of the total. The scale is found by bisection: the sum of the clipped shares grows
-    with it. When all heads reach `most`, less than `total` is spent.
+    A unit of a share costs its entry of `prices`. If all heads reach `upper`, less than `total` is spent. The scale is
+    found by bisection, since the sum of the clipped shares grows with it.
     """
     weights = np.maximum(weights, 1e-12)
-    low, high = 0.0, most / weights.min()
+    low, high = 0.0, upper / weights.min()
     for _ in range(200):
         middle = (low + high) / 2
-        if (np.clip(weights * middle, least, most) * prices).sum() <= total:
+        if (np.clip(weights * middle, lower, upper) * prices).sum() <= total:
             low = middle
         else:
             high = middle
-    return np.clip(weights * low, least, most)
+    return np.clip(weights * low, lower, upper)
 
 
-def filled(shares: Shares, limits: Limits) -> Shares:
-    """The same bits, and entries in the same proportions, scaled until they cost what there is to spend."""
-    prices, fixed = _prices(shares, limits)
-    spendable = float(limits.bytes - fixed.sum())
-    entries = proportional(shares.entries, spendable, float(limits.least), float(limits.most), prices)
-    return replace(shares, entries=entries)
+def scale_to_budget(result: AllocationResult, limits: Limits) -> AllocationResult:
+    """Return the same bits with entries in the same proportions, scaled until they spend the budget."""
+    prices, fixed = _head_prices(result, limits)
+    total = float(limits.budget_bytes - fixed.sum())
+    lower, upper = float(limits.min_tokens), float(limits.max_tokens)
+    return replace(result, entries=distribute_proportionally(result.entries, total, lower, upper, prices))
 
 
-def rounded(shares: Shares, limits: Limits, step: int) -> Int[np.ndarray, "layers kv_heads"]:
-    """Round to multiples of `step`, so that heads share capacities; the bytes are met to within a step of a head.
+def round_to_steps(result: AllocationResult, limits: Limits, step: int) -> Int[np.ndarray, "layers kv_heads"]:
+    """Round capacities to multiples of `step`, so that heads share capacities; less than a step of bytes is left.
 
-    Heads at the least or the most that they may have hold that, a multiple or not, and steps from the least count from
-    there. Shares are rounded down, then the bytes left go, a step each, to the heads with the largest remainders.
+    Heads at the minimum or maximum capacity stay there, and steps up from the minimum count from it. Entries are
+    rounded down, then the remaining bytes buy one step each for the heads with the largest remainders.
     """
-    levels = np.maximum(np.floor(shares.entries / step) * step, limits.least).astype(int)
-    prices, _ = _prices(shares, limits)
-    left = limits.bytes - spent(levels, shares, limits)
-    for index in np.argsort(levels - shares.entries, axis=None, kind="stable"):
-        more = min(step, limits.most - levels.flat[index])
-        cost = more * prices.flat[index]
-        if 0 < cost <= left:
-            levels.flat[index] += more
-            left -= cost
-    return levels
+    tokens = np.maximum(np.floor(result.entries / step) * step, limits.min_tokens).astype(int)
+    prices, _ = _head_prices(result, limits)
+    remaining_bytes = limits.budget_bytes - total_bytes(tokens, result, limits)
+    for index in np.argsort(tokens - result.entries, axis=None, kind="stable"):
+        increment = min(step, limits.max_tokens - tokens.flat[index])
+        cost = increment * prices.flat[index]
+        if 0 < cost <= remaining_bytes:
+            tokens.flat[index] += increment
+            remaining_bytes -= cost
+    return tokens
 
 
-def spent(tokens: Int[np.ndarray, "layers kv_heads"], shares: Shares, limits: Limits) -> int:
-    """Bytes of heads with these capacities, in the bits of `shares`."""
-    return int(head_costs(replace(shares, entries=tokens.astype(float)), limits).sum())
+def total_bytes(tokens: Int[np.ndarray, "layers kv_heads"], result: AllocationResult, limits: Limits) -> int:
+    """Return the bytes of all heads with these capacities, in the bits of `result`."""
+    return int(bytes_per_head(replace(result, entries=tokens.astype(float)), limits).sum())
 
 
-def head_costs(shares: Shares, limits: Limits) -> Grid:
-    """Bytes of every head."""
-    prices, fixed = _prices(shares, limits)
-    return shares.entries * prices + fixed
+def bytes_per_head(result: AllocationResult, limits: Limits) -> HeadGrid:
+    """Return the bytes of every head."""
+    prices, fixed = _head_prices(result, limits)
+    return result.entries * prices + fixed
 
 
-def _prices(shares: Shares, limits: Limits) -> tuple[Int[np.ndarray, "layers kv_heads"], ...]:
-    """Bytes that an entry of each head costs, and those of a head beside its entries."""
-    pairs = shares.pairs
-    known = {pair: (limits.entry_bytes(pair), limits.fixed_bytes(pair)) for pair in set(pairs)}
-    prices, fixed = np.array([known[pair] for pair in pairs]).T
-    return prices.reshape(shares.entries.shape), fixed.reshape(shares.entries.shape)
+def _head_prices(result: AllocationResult, limits: Limits) -> tuple[Int[np.ndarray, "layers kv_heads"], ...]:
+    """Return the bytes per entry and the fixed bytes of each head."""
+    pairs = result.bit_pairs
+    prices = {pair: (limits.entry_bytes(pair), limits.fixed_bytes(pair)) for pair in set(pairs)}
+    per_entry, fixed = np.array([prices[pair] for pair in pairs]).T
+    return per_entry.reshape(result.entries.shape), fixed.reshape(result.entries.shape)

@@ -1,4 +1,4 @@
-"""Names of plans: METHOD(knob=value,...)[+EVICTION(knob=value,...)][@BITS]:BUDGET, and what they stand for."""
+"""Plan specs: METHOD(param=value,...)[+EVICTION(param=value,...)][@BITS]:BUDGET, and the plans that they name."""
 
 import math
 import re
@@ -8,71 +8,66 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from baklava import allocation, eviction
-from baklava.allocation import Allocation, Pair
+from baklava.allocation import Allocation, BitPair
 from baklava.errors import UserError
-from baklava.eviction import Eviction, Streaming
-from baklava.plan.budget_plan import Bits, BudgetPlan, full_plan
+from baklava.eviction import Eviction, StreamingLLM
+from baklava.plan.budget_plan import Bits, BudgetPlan, ParamValue, full_cache_plan
 from baklava.plan.byte_accounting import MIXED_PRECISION_BELOW_BITS
-from baklava.profiling.profile import Profile, flat_profile
+from baklava.profiling.profile import Profile, uniform_profile
 from baklava.runtime.model_loader import LoadedModel
 
-Made = TypeVar("Made", Allocation, Eviction)
+Method = TypeVar("Method", Allocation, Eviction)
 
 _METHOD = r"(\w+)(?:\(([^()]*)\))?"
 _SPEC = re.compile(rf"{_METHOD}(?:\+{_METHOD})?(?:@(\w+))?(?::(.*))?")
-_BOOLS = {"true": True, "false": False}
+_BOOLEANS = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
-class Spec:
-    """What a name stands for; `budget` is None where it has none."""
+class PlanSpec:
+    """A parsed spec; `budget` is None if it has none."""
 
-    method: Allocation
+    allocation: Allocation
     eviction: Eviction
-    bits: Pair
+    bits: BitPair
     budget: float | None
 
 
-def spec_of(text: str) -> Spec:
-    """Read a name such as `blended(curve_power=0.5)+heavy_hitter(recent=0.6)@k4v2:0.125`.
+def parse_spec(text: str) -> PlanSpec:
+    """Parse a spec such as `blended(curve_power=0.5)+heavy_hitter(recent_ratio=0.6)@k4v2:0.125`.
 
-    Without an eviction method it is sinks + recent, without bits it is 16, as in the literature. Knobs may be parted by
-    semicolons too, where a comma ends an argument.
+    The eviction method defaults to StreamingLLM and the bits to 16, as in the literature. Parameters may be separated
+    by semicolons too, for options in which a comma ends an argument.
 
     Raises:
-        UserError: it is written otherwise, or has an unknown method or knob, bits that are not stored, or no number.
+        UserError: the syntax, a method, a parameter, the bits or the budget is invalid.
     """
-    found = _SPEC.fullmatch(text.strip())
-    if not found:
+    match = _SPEC.fullmatch(text.strip())
+    if not match:
         raise UserError(
-            f"plan {text!r} cannot be read; write METHOD:BUDGET or, with all that may be said, "
-            "METHOD(knob=value,knob=value)+EVICTION(knob=value)@k4v2:BUDGET"
+            f"plan {text!r} cannot be parsed; write METHOD:BUDGET or, in full, "
+            "METHOD(param=value,param=value)+EVICTION(param=value)@k4v2:BUDGET"
         )
-    method, knobs, keeping, keeping_knobs, bits, budget = found.groups()
-    return Spec(
-        method=_made(allocation.method_of(method), knobs or ""),
-        eviction=_made(eviction.method_of(keeping or Streaming.name), keeping_knobs or ""),
-        bits=pair_of(bits or "16"),
-        budget=None if budget is None else _number(budget, text),
+    method, params, eviction_name, eviction_params, bits, budget = match.groups()
+    return PlanSpec(
+        allocation=_build_method(allocation.method_class(method), params or ""),
+        eviction=_build_method(eviction.method_class(eviction_name or StreamingLLM.name), eviction_params or ""),
+        bits=parse_bits(bits or "16"),
+        budget=None if budget is None else _parse_budget(budget, text),
     )
 
 
-def pair_of(text: str) -> Pair:
-    """Bits of keys and of values out of `4` or `k4v2`; raises UserError where they are not ones that are stored."""
+def parse_bits(text: str) -> BitPair:
+    """Parse the bits of keys and values from `4` or `k4v2`; raises UserError if they are not supported."""
     match = re.fullmatch(r"(\d+)|k(\d+)v(\d+)", text)
     both, keys, values = match.groups() if match else (None, None, None)
     pair = (int(both or keys or 0), int(both or values or 0))
     if not set(pair) <= set(get_args(Bits)):
-        raise UserError(f"bits {text!r} are not stored; write 16, 8, 6, 5, 4, 3 or 2, or both as in k4v2")
-    return cast(Pair, pair)
+        raise UserError(f"bits {text!r} are not supported; write 16, 8, 6, 5, 4, 3 or 2, or both as in k4v2")
+    return cast(BitPair, pair)
 
 
-def bits_name(pair: tuple[int, int]) -> str:
-    """How `pair_of` reads these bits: `k4v2`, or `4` where both are equal."""
-    return str(pair[0]) if pair[0] == pair[1] else f"k{pair[0]}v{pair[1]}"
-
-
-def _number(budget: str, text: str) -> float:
+def _parse_budget(budget: str, text: str) -> float:
     try:
         return float(budget)
     except ValueError:
@@ -81,74 +76,79 @@ def _number(budget: str, text: str) -> float:
         ) from None
 
 
-def _made(method: type[Made], written: str) -> Made:
-    """A method with these knobs, written knob=value,knob=value."""
-    types = {knob.name: get_type_hints(method)[knob.name] for knob in fields(method)}
-    knobs: dict[str, Any] = {}
-    for pair in filter(None, (each.strip() for each in re.split("[,;]", written))):
-        name, _, value = (part.strip() for part in pair.partition("="))
-        if name not in types or name in knobs:
-            wrong = "is given twice" if name in knobs else "is unknown"
-            raise UserError(f"knob {name!r} of {method.name} {wrong}; it has {', '.join(types) or 'none'}")
-        knobs[name] = _value(value, types[name], f"{method.name}({pair})")
-    return method(**knobs)
+def _build_method(method: type[Method], text: str) -> Method:
+    """Return a method with the parameters of `text`, written name=value,name=value."""
+    hints = get_type_hints(method)
+    types = {param.name: hints[param.name] for param in fields(method)}
+    params: dict[str, Any] = {}
+    for assignment in filter(None, map(str.strip, re.split("[,;]", text))):
+        name, _, value = (part.strip() for part in assignment.partition("="))
+        if name not in types or name in params:
+            problem = "is repeated" if name in params else "is unknown"
+            raise UserError(
+                f"parameter {name!r} of {method.name} {problem}; its parameters are {', '.join(types) or 'none'}"
+            )
+        params[name] = _parse_value(value, types[name], f"{method.name}({assignment})")
+    return method(**params)
 
 
-def _value(text: str, kind: Any, where: str) -> bool | int | float | str:
-    """A knob's value in the type of its field."""
-    known = get_args(kind) if get_origin(kind) is Literal else tuple(_BOOLS) if kind is bool else ()
-    if known:
-        named = {str(value): value for value in known}
-        if text not in named:
-            raise UserError(f"{where}: {text!r} is not one of {', '.join(named)}")
-        return _BOOLS[text] if kind is bool else named[text]
+def _parse_value(text: str, kind: Any, location: str) -> ParamValue:
+    choices = get_args(kind) if get_origin(kind) is Literal else tuple(_BOOLEANS) if kind is bool else ()
+    if choices:
+        by_name = {str(value): value for value in choices}
+        if text not in by_name:
+            raise UserError(f"{location}: {text!r} is not one of {', '.join(by_name)}")
+        return _BOOLEANS[text] if kind is bool else by_name[text]
     try:
         value = kind(text)
         if kind is float and not math.isfinite(value):
             raise ValueError
     except ValueError:
-        raise UserError(f"{where}: {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        raise UserError(f"{location}: {text!r} is not {'an integer' if kind is int else 'a number'}") from None
     return value
 
 
 @dataclass(frozen=True)
-class NamedPlan:
-    """A plan under the name that the user gave it by."""
+class ResolvedPlan:
+    """A plan and the spec or path that named it."""
 
     name: str
     plan: BudgetPlan
 
 
-def named_plan(spec: str, loaded: LoadedModel, context_length: int, profile: Callable[[], Profile]) -> NamedPlan:
-    """The plan that a user names: a file, `full`, or METHOD(knob=value,...)[+EVICTION(knob=value,...)][@BITS]:BUDGET.
+def resolve_plan(
+    spec: str, loaded: LoadedModel, context_length: int, load_profile: Callable[[], Profile]
+) -> ResolvedPlan:
+    """Return the plan that a user names: a file, `full`, or METHOD(...)[+EVICTION(...)][@BITS]:BUDGET.
 
-    `blended(curve_power=0.5)+heavy_hitter@k4v2:0.3` keeps heavy hitters, keys in 4 bits, values in 2. `profile` is
-    called only where needed.
+    Args:
+        spec: for example `blended(curve_power=0.5)+heavy_hitter@k4v2:0.3`, which keeps heavy hitters, with keys in 4
+            bits and values in 2.
+        loaded: the model.
+        context_length: tokens of a sequence at which the budget holds.
+        load_profile: called only if the spec needs a profile.
 
     Raises:
-        UserError: none of these, an unknown method or knob, a bad budget, or a plan for another model.
+        UserError: the spec is invalid, the file is not a plan, or the plan was made for another model.
     """
     if spec == "full":
-        return NamedPlan(spec, full_plan(loaded.identity, loaded.geometry, context_length))
-    named = re.split(r"\W", spec)[0] in allocation.METHODS
-    if (":" in spec or named) and not Path(spec).exists():
-        return NamedPlan(spec, _allocated(spec, loaded, context_length, profile))
-    plan = BudgetPlan.read(spec)
-    plan.check_fits(loaded.identity, loaded.geometry)
-    return NamedPlan(spec, plan)
-
-
-def _allocated(text: str, loaded: LoadedModel, context_length: int, profile: Callable[[], Profile]) -> BudgetPlan:
-    spec = spec_of(text)
-    if spec.budget is None:
-        raise UserError(f"plan {text!r} names a method without a budget; write {text}:0.3")
-    # Packed keys are graded by what the profile says of their channels, whatever spreads the bytes.
-    asked = spec.method.profiled or spec.bits[0] < MIXED_PRECISION_BELOW_BITS
-    return allocation.allocate(
-        profile() if asked else flat_profile(loaded.identity, loaded.geometry),
-        budget=spec.budget,
+        return ResolvedPlan(spec, full_cache_plan(loaded.identity, loaded.geometry, context_length))
+    names_method = re.split(r"\W", spec)[0] in allocation.METHODS
+    if Path(spec).exists() or not (":" in spec or names_method):
+        plan = BudgetPlan.read(spec)
+        plan.validate_for(loaded.identity, loaded.geometry)
+        return ResolvedPlan(spec, plan)
+    parsed = parse_spec(spec)
+    if parsed.budget is None:
+        raise UserError(f"plan {spec!r} names a method without a budget; write {spec}:0.3")
+    # The profile orders the channels of quantized keys, whatever spreads the bytes.
+    needs_profile = parsed.allocation.needs_profile or parsed.bits[0] < MIXED_PRECISION_BELOW_BITS
+    plan = allocation.allocate(
+        load_profile() if needs_profile else uniform_profile(loaded.identity, loaded.geometry),
+        budget=parsed.budget,
         context_length=context_length,
-        method=spec.method,
-        eviction=spec.eviction,
-        bits=spec.bits,
+        method=parsed.allocation,
+        eviction=parsed.eviction,
+        bits=parsed.bits,
     )
+    return ResolvedPlan(spec, plan)

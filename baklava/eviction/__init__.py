@@ -1,57 +1,63 @@
-"""Eviction: which entries of a KV head stay. One method a file; `METHODS` maps names to classes."""
+"""Eviction: which entries of a KV head stay. One method per file; `METHODS` maps names to classes."""
 
+from functools import lru_cache
 from typing import Any
 
 from baklava.errors import UserError
-from baklava.eviction.base import SHARED, Eviction, Observation, Sample
+from baklava.eviction.base import SHARED_PARAMS, Eviction, Observation, QuerySample
 from baklava.eviction.expected_attention import ExpectedAttention
 from baklava.eviction.heavy_hitter import HeavyHitter
 from baklava.eviction.key_norm import KeyNorm
 from baklava.eviction.keydiff import KeyDiff
-from baklava.eviction.kvzip import Reconstruction
+from baklava.eviction.kvzip import KVzip
 from baklava.eviction.snapkv import SnapKV
-from baklava.eviction.streaming_llm import Streaming
-from baklava.eviction.tova import Tova
-from baklava.plan.budget_plan import EvictionChoice
+from baklava.eviction.streaming_llm import StreamingLLM
+from baklava.eviction.tova import TOVA
+from baklava.plan.budget_plan import EvictionConfig
 
-_METHODS = (Streaming, HeavyHitter, Tova, SnapKV, KeyNorm, KeyDiff, ExpectedAttention, Reconstruction)
+_METHODS = (StreamingLLM, HeavyHitter, TOVA, SnapKV, KeyNorm, KeyDiff, ExpectedAttention, KVzip)
 METHODS: dict[str, type[Eviction]] = {method.name: method for method in _METHODS}
 
 __all__ = [
     "METHODS",
+    "TOVA",
     "Eviction",
     "ExpectedAttention",
     "HeavyHitter",
+    "KVzip",
     "KeyDiff",
     "KeyNorm",
     "Observation",
-    "Reconstruction",
-    "Sample",
+    "QuerySample",
     "SnapKV",
-    "Streaming",
-    "Tova",
-    "eviction_of",
-    "method_of",
+    "StreamingLLM",
+    "build_eviction",
+    "method_class",
 ]
 
 
-def method_of(name: str) -> type[Eviction]:
-    """The class of an eviction method; an unknown name lists the known ones."""
+def method_class(name: str) -> type[Eviction]:
+    """Return the class of an eviction method; the error about an unknown name lists the known ones."""
     if name not in METHODS:
         raise UserError(f"unknown eviction method {name!r}; choose one of {', '.join(METHODS)}")
     return METHODS[name]
 
 
-def eviction_of(choice: EvictionChoice) -> Eviction:
-    """The method that a plan names; raises UserError when the plan's knobs are not the method's."""
-    method = method_of(choice.method)
+@lru_cache(maxsize=256)
+def build_eviction(config: EvictionConfig) -> Eviction:
+    """Return the method that a plan names, built once per config.
+
+    Raises:
+        UserError: the method is unknown, or the parameters are not the method's.
+    """
+    method = method_class(config.method)
     try:
-        knobs: dict[str, Any] = choice.model_dump(include=set(SHARED)) | choice.knobs
-        eviction = method(**knobs)
+        params: dict[str, Any] = config.model_dump(include=set(SHARED_PARAMS)) | config.params
+        eviction = method(**params)
     except TypeError as error:
         raise UserError(
-            f"the plan's knobs {choice.knobs} do not fit {choice.method} ({error}); make a new plan"
+            f"the plan's parameters {config.params} do not fit {config.method} ({error}); make a new plan"
         ) from None
-    if eviction.choice != choice:
-        raise UserError(f"the plan says {choice}, but {choice.method} is {eviction.choice}; make a new plan")
+    if eviction.config != config:
+        raise UserError(f"the plan says {config}, but {config.method} is {eviction.config}; make a new plan")
     return eviction

@@ -1,4 +1,4 @@
-"""Expected attention: what queries like the last ones would attend to stays."""
+"""Expected attention: the entries that future queries are expected to attend to stay."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,20 +8,20 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.eviction.base import Eviction, Observation, Sample
-from baklava.eviction.snapkv import fading
+from baklava.eviction.base import Eviction, Observation, QuerySample
+from baklava.eviction.snapkv import exponential_moving_average
 
 
 @dataclass(frozen=True)
 class ExpectedAttention(Eviction):
-    """Keep the entries with most expected attention times value norm (Expected Attention, arXiv 2510.00636).
+    """Keep the entries with the largest product of expected attention and value norm (arXiv 2510.00636).
 
-    The queries to come are taken to be normal, with the mean and covariance of the prompt's last `window` queries. The
-    paper turns that mean to the positions to come; here queries keep the positions that they had, so that no model's
-    RoPE needs to be known; softcaps and sink logits do not enter. In decoding the attention really received takes over,
-    fading over `window` tokens.
+    Future queries are modelled as normal, with the mean and covariance of the prompt's last `window` queries. The paper
+    rotates that mean to the future positions. Here queries keep their positions, so that no model's RoPE needs to be
+    known; softcaps and sink logits are ignored. In decoding, the attention received replaces the expected one, averaged
+    over about `window` tokens.
 
-    Cost: two products of the keys with a head_dim² matrix per prompt; no probabilities of a prompt.
+    Cost: two products of the keys with a head_dim² matrix per prompt; no attention probabilities of a prompt.
     """
 
     name: ClassVar[str] = "expected_attention"
@@ -30,35 +30,34 @@ class ExpectedAttention(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(self.window >= 2, "window must be at least 2")
+        self.require(self.window >= 2, "window must be at least 2")
 
     @override
     @property
-    def sample(self) -> Sample:
-        return Sample(window=self.window, whole=True)
+    def query_sample(self) -> QuerySample:
+        return QuerySample(window=self.window, single_block=True)
 
     @override
-    def score(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
-        size = seen.value.float().norm(dim=-1)
-        if seen.decoding:
-            return fading(seen.previous, seen.over_group("mean") * size[:, :, None], self.window)
-        return self._expected(seen) * size
+    def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
+        value_norm = observation.value.float().norm(dim=-1)
+        if observation.decoding:
+            received = observation.reduce_group("mean") * value_norm[:, :, None]
+            return exponential_moving_average(observation.previous_scores, received, self.window)
+        # mean over the query group of softmax(E[logit] + Var[logit] / 2)
+        mean, covariance = _query_moments(observation)
+        key = observation.key.float()[:, :, None]
+        logits = (key @ mean[..., None])[..., 0] * observation.scaling
+        logits += ((key @ covariance) * key).sum(-1) * (observation.scaling**2 / 2)
+        is_padding = (observation.key_positions < 0)[:, :, None]
+        expected = logits.masked_fill(is_padding, -torch.inf).softmax(-1).nan_to_num().mean(2)
+        return expected * value_norm
 
-    def _expected(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
-        """Mean over the query group of softmax(E[log of the attention weight] + half its variance)."""
-        mean, covariance = _moments(seen)
-        key = seen.key.float()[:, :, None]
-        logits = (key @ mean[..., None])[..., 0] * seen.scaling
-        logits += ((key @ covariance) * key).sum(-1) * (seen.scaling**2 / 2)
-        hidden = (seen.key_positions < 0)[:, :, None]
-        return logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num().mean(2)
 
-
-def _moments(seen: Observation) -> tuple[Tensor, Tensor]:
-    """Mean [.., head_dim] and covariance [.., head_dim, head_dim] of each query head's real queries."""
-    real = (seen.query_positions >= 0)[:, None, None, :, None]
-    query = seen.query.float() * real
-    count = real.sum(3).clamp(min=1)
+def _query_moments(observation: Observation) -> tuple[Tensor, Tensor]:
+    """Return the mean [.., head_dim] and covariance [.., head_dim, head_dim] of each query head's real queries."""
+    is_real = (observation.query_positions >= 0)[:, None, None, :, None]
+    query = observation.query.float() * is_real
+    count = is_real.sum(3).clamp(min=1)
     mean = query.sum(3) / count
-    centred = (query - mean[..., None, :]) * real
+    centred = (query - mean[..., None, :]) * is_real
     return mean, centred.transpose(3, 4) @ centred / count[..., None]

@@ -1,4 +1,4 @@
-"""KeyDiff: keys unlike the others stay."""
+"""KeyDiff: the entries whose keys differ from the others stay."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,25 +8,25 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from typing_extensions import override
 
-from baklava.eviction.base import Eviction, Observation, Sample
+from baklava.eviction.base import Eviction, Observation, QuerySample
 
 
 @dataclass(frozen=True)
 class KeyDiff(Eviction):
-    """Keep the entries whose keys point away from the mean direction of all keys held (KeyDiff, arXiv 2504.15364).
+    """Keep the entries whose keys point away from the mean direction of all cached keys (KeyDiff, arXiv 2504.15364).
 
-    Cost: two passes over the keys at each eviction; no queries are observed, in decoding neither.
+    Cost: two passes over the keys at each eviction; no queries are observed, in decoding either.
     """
 
     name: ClassVar[str] = "keydiff"
 
     @override
     @property
-    def sample(self) -> Sample:
-        return Sample(window=0)
+    def query_sample(self) -> QuerySample:
+        return QuerySample(window=0)
 
     @override
-    def score(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
-        real = (seen.key_positions >= 0)[..., None]
-        direction = (normalize(seen.key.float(), dim=-1) * real).sum(2, keepdim=True)
-        return -cosine_similarity(seen.key.float(), direction, dim=-1)
+    def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
+        is_real = (observation.key_positions >= 0)[..., None]
+        direction = (normalize(observation.key.float(), dim=-1) * is_real).sum(2, keepdim=True)
+        return -cosine_similarity(observation.key.float(), direction, dim=-1)

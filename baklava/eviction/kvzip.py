@@ -1,4 +1,4 @@
-"""Context reconstruction: what the model needs to repeat the prompt stays."""
+"""KVzip: the entries that the model needs to repeat the prompt stay."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,26 +8,27 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.eviction.base import Eviction, Observation, Sample
+from baklava.eviction.base import Eviction, Observation, QuerySample
 
 
 @dataclass(frozen=True)
-class Reconstruction(Eviction):
-    """Keep the entries that get most attention from any query while the model repeats the prompt (KVzip, 2505.23416).
+class KVzip(Eviction):
+    """Keep the entries with the largest attention from any query while the model repeats the prompt (2505.23416).
 
-    The score is the largest probability over the repeating queries and the query group. In decoding, and in later
-    turns, the attention really received raises it.
+    The score is the maximum over the repeating queries and the query group. In decoding, and in later turns, the
+    attention received raises it.
 
-    Cost: about one more prefill, over the full cache, which lives until the cut; `baklava.runtime.prefill` does it.
+    Cost: about one more prefill, over the full cache, which stays in memory until it is compressed; see
+    `baklava.runtime.prefill`.
     """
 
-    name: ClassVar[str] = "reconstruction"
+    name: ClassVar[str] = "kvzip"
 
     @override
     @property
-    def sample(self) -> Sample:
-        return Sample(repeated=True)
+    def query_sample(self) -> QuerySample:
+        return QuerySample(uses_repetition=True)
 
     @override
-    def score(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
-        return torch.maximum(seen.previous, seen.over_group("max").amax(2))
+    def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
+        return torch.maximum(observation.previous_scores, observation.reduce_group("max").amax(2))

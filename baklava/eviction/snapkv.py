@@ -1,4 +1,4 @@
-"""SnapKV: what the end of the prompt attends to stays."""
+"""SnapKV: the entries that the end of the prompt attends to stay."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -8,16 +8,18 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.eviction.base import Eviction, Observation, Sample
+from baklava.eviction.base import Eviction, Observation, QuerySample
 
 
 @dataclass(frozen=True)
 class SnapKV(Eviction):
-    """Keep the entries to which an observation window of newest queries attends most (SnapKV, arXiv 2404.14469).
+    """Keep the entries that an observation window of the newest queries attends to most (SnapKV, arXiv 2404.14469).
 
-    A query's weight falls off exponentially over `window` tokens, which goes on in decoding token by token and needs
-    no queries kept; the paper's window has an edge. `reduction` joins the query group; `pooling` keeps the neighbours
-    of what is attended to. Cost: the probabilities of the last 4 x `window` queries of a prompt.
+    The weight of a query falls exponentially over about `window` tokens. Decoding continues the average token by token
+    without storing queries; the paper's window has a hard edge. `reduction` reduces the query group; `pooling` keeps
+    the neighbours of attended entries.
+
+    Cost: the attention probabilities of the last 4 x `window` queries of a prompt.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -28,24 +30,25 @@ class SnapKV(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        right = self.window >= 1 and self.reduction in ("mean", "max")
-        self.check(right, "window must be at least 1, reduction mean or max")
+        is_valid = self.window >= 1 and self.reduction in ("mean", "max")
+        self.require(is_valid, "window must be at least 1, reduction mean or max")
 
     @override
     @property
-    def sample(self) -> Sample:
-        return Sample(window=4 * self.window)
+    def query_sample(self) -> QuerySample:
+        return QuerySample(window=4 * self.window)
 
     @override
-    def score(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
-        return fading(seen.previous, seen.over_group(self.reduction), self.window)
+    def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
+        attention = observation.reduce_group(self.reduction)
+        return exponential_moving_average(observation.previous_scores, attention, self.window)
 
 
-def fading(
-    previous: Float[Tensor, "batch heads entries"], received: Float[Tensor, "batch heads queries entries"], window: int
+def exponential_moving_average(
+    previous: Float[Tensor, "batch heads entries"], values: Float[Tensor, "batch heads queries entries"], window: int
 ) -> Float[Tensor, "batch heads entries"]:
-    """Mean over queries whose weight falls by 1 - 1/window per newer query, continued from `previous`."""
-    kept, queries = 1 - 1 / window, received.shape[2]
-    ages = torch.arange(queries - 1, -1, -1, device=received.device, dtype=torch.float32)
-    weights = torch.full_like(ages, kept).pow(ages) / window
-    return previous * kept**queries + (received.float() * weights[:, None]).sum(2)
+    """Return the average over queries, weighted by (1 - 1/window)^age and continued from `previous`."""
+    decay, queries = 1 - 1 / window, values.shape[2]
+    ages = torch.arange(queries - 1, -1, -1, device=values.device, dtype=torch.float32)
+    weights = torch.full_like(ages, decay).pow(ages) / window
+    return previous * decay**queries + (values.float() * weights[:, None]).sum(2)

@@ -1,4 +1,4 @@
-"""TOVA: what the last token attends to stays."""
+"""TOVA: the entries that the last token attends to stay."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -7,15 +7,17 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.eviction.base import Eviction, Observation, Sample
+from baklava.eviction.base import Eviction, Observation, QuerySample
 
 
 @dataclass(frozen=True)
-class Tova(Eviction):
-    """Keep the entries to which the newest query attends most (TOVA, arXiv 2401.06104).
+class TOVA(Eviction):
+    """Keep the entries that the newest query attends to most (TOVA, arXiv 2401.06104).
 
-    `reduction` joins the query group. The paper averages over all heads of a layer; here each KV head decides for
-    itself. In decoding the newest token's attention replaces the scores. Cost: one query's probabilities per prompt.
+    `reduction` reduces the query group. The paper averages over all heads of a layer; here each KV head decides for
+    itself. In decoding, the newest token's attention replaces the scores.
+
+    Cost: the attention probabilities of one query per prompt.
     """
 
     name: ClassVar[str] = "tova"
@@ -24,13 +26,13 @@ class Tova(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(self.reduction in ("mean", "max"), "reduction must be mean or max")
+        self.require(self.reduction in ("mean", "max"), "reduction must be mean or max")
 
     @override
     @property
-    def sample(self) -> Sample:
-        return Sample(window=1)
+    def query_sample(self) -> QuerySample:
+        return QuerySample(window=1)
 
     @override
-    def score(self, seen: Observation) -> Float[Tensor, "batch heads entries"]:
-        return seen.over_group(self.reduction)[:, :, -1]
+    def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
+        return observation.reduce_group(self.reduction)[:, :, -1]

@@ -1,32 +1,49 @@
-"""The plan: a budget for every (layer, KV head), and all that is needed to reproduce the cache that lives inside it."""
+"""The plan: a budget for every (layer, KV head), and everything needed to reproduce the cache that it describes."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from baklava.errors import UserError
-from baklava.plan.byte_accounting import FULL_BITS, DenseBits, full_cache_bytes, bit_split, tensor_bytes, sliding_window_bytes
+from baklava.plan.byte_accounting import (
+    FULL_BITS,
+    DenseBits,
+    bit_split,
+    full_cache_bytes,
+    sliding_window_bytes,
+    tensor_bytes,
+)
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
 from baklava.serialization import FrozenModel, atomic_write_text
+
+SCHEMA_VERSION: Final = 2
+"""Version of the plan file; raised whenever a field changes its name or meaning."""
 
 Bits = Literal[32, 16, 8, 6, 5, 4, 3, 2]
 ParamValue = bool | int | float | str
 
 ENTRY_STATE_BYTES = 8
-"""Bytes beside the payload of an entry that is scored: its position (int32) and its score (float32)."""
+"""Bytes of a scored entry in addition to its key and value: its position (int32) and its score (float32)."""
 
 CENTROID_STATE_BYTES = 8
-"""Bytes beside the key and the value of a centroid: what its members weigh, and their entropy (both float32)."""
+"""Bytes of a centroid in addition to its key and value: its weight and the entropy of its members (both float32)."""
 
 
 class LayerBudget(FrozenModel):
-    """Budgets of one layer, a number per KV head: `tokens` is the capacity in entries, bits are per stored element.
+    """Budgets of one layer, one number per KV head.
 
-    Fewer than 16 bits are packed, but for the sinks, which stay in 16, and the entries that are staged.
+    Keys and values in fewer than 16 bits are quantized, except for the sinks and, with `full_precision_recent`, the
+    tokens since the last eviction.
+
+    Attributes:
+        tokens: capacity in entries.
+        key_bits: bits per element of a key.
+        value_bits: bits per element of a value.
     """
 
     tokens: tuple[PositiveInt, ...]
@@ -34,74 +51,91 @@ class LayerBudget(FrozenModel):
     value_bits: tuple[Bits, ...]
 
     @model_validator(mode="after")
-    def _same_heads(self) -> "LayerBudget":
+    def _require_equal_lengths(self) -> "LayerBudget":
         if not len(self.tokens) == len(self.key_bits) == len(self.value_bits):
             raise ValueError("tokens, key_bits and value_bits must have one number per KV head")
         return self
 
 
-class EvictionChoice(FrozenModel):
-    """Which entries stay: a method of `baklava.eviction` with its knobs.
+class EvictionConfig(FrozenModel):
+    """Which entries of a head stay.
 
-    `sinks` first tokens and a share `recent` of the remaining capacity for the newest tokens are never evicted.
-    Eviction runs every `interval` tokens, so a head falls to capacity - interval entries and grows back. Scores are
-    averaged over the `pooling` entries around each before they compete. `scored` methods keep a position and a score
-    beside each entry; the others are rings. Where entries are packed, `staged` keeps the tokens since the last
-    eviction in 16 bits, once a head is full; a ring packs each as it comes. What a head evicts is merged into so many
-    `centroids` per head, in 16 bits; 0 forgets it.
+    Attributes:
+        method: name of a method of `baklava.eviction`.
+        sinks: first tokens of a sequence, which are never evicted.
+        recent_ratio: ratio of the capacity left by sinks and interval that goes to the newest tokens, which are never
+            evicted.
+        eviction_interval: tokens between two evictions. A head falls to its capacity minus the interval, then grows
+            back.
+        pooling: number of neighbouring entries over which scores are averaged before entries compete; 1 is none.
+        full_precision_recent: whether a full head keeps its tokens since the last eviction in 16 bits if it is
+            quantized. A ring buffer quantizes each token at once.
+        centroids: per head, the number of 16-bit centroids that evicted entries are merged into; 0 drops them.
+        scored: whether the method keeps a position and a score per entry. The other methods are ring buffers.
+        params: the method's own parameters.
     """
 
     method: str
     sinks: Annotated[int, Field(ge=0)] = 4
-    recent: Annotated[float, Field(ge=0, le=1)] = 1.0
-    interval: PositiveInt = 1
+    recent_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    eviction_interval: PositiveInt = 1
     pooling: PositiveInt = 1
-    staged: bool = False
+    full_precision_recent: bool = False
     centroids: Annotated[int, Field(ge=0)] = 0
     scored: bool = False
-    knobs: dict[str, ParamValue] = Field(default_factory=dict)
+    params: dict[str, ParamValue] = Field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash((self.method, self.sinks, self.recent_ratio, self.eviction_interval, *self.params.values()))
 
     @property
-    def minimum_tokens(self) -> int:
-        """Fewest entries that a head can live with: the sinks, the slack of one interval, and one more."""
-        return self.sinks + self.interval + 1
+    def min_tokens(self) -> int:
+        """Smallest capacity of a head: the sinks, the tokens of one interval, and one more entry."""
+        return self.sinks + self.eviction_interval + 1
 
-    def dense_slots(self, tokens: int, slots: int) -> int:
-        """Of the first slots of a packed head of this capacity, those in 16 bits: the sinks, and what is staged."""
-        staged = slots - (tokens - self.interval) if self.staged else 0
-        return min(slots, self.sinks) + max(0, staged)
+    def full_precision_slots(self, tokens: int, slots: int) -> int:
+        """Return how many of the first `slots` of a quantized head of capacity `tokens` stay in 16 bits."""
+        recent = slots - (tokens - self.eviction_interval) if self.full_precision_recent else 0
+        return min(slots, self.sinks) + max(0, recent)
 
 
-class AllocationChoice(FrozenModel):
-    """How the budget was spread: a method of `baklava.allocation`, its knobs, and the ratio of bytes asked for."""
+class AllocationConfig(FrozenModel):
+    """How the budget was spread over the heads.
+
+    Attributes:
+        method: name of a method of `baklava.allocation`, or "full".
+        budget: requested ratio of the bytes of the full cache.
+        params: the method's parameters as plain data. A parameter that is itself a method is {"method", "params"}.
+    """
 
     method: str
     budget: float
-    knobs: dict[str, ParamValue] = Field(default_factory=dict)
+    params: dict[str, JsonValue] = Field(default_factory=dict)
 
 
-class Prefill(FrozenModel):
+class PrefillConfig(FrozenModel):
     """How prompts enter the cache.
 
-    "dense": each layer attends to the whole prompt, then is cut to its budget; memory peaks at the plan plus one layer.
-    "chunked": `chunk` tokens at a time attend to what is kept and to themselves. Fed chunk by chunk, as
-    `baklava.runtime.prefill` does, memory peaks at the plan plus one chunk; a forward that brings the whole prompt
-    attends chunk by chunk as well, but has made the keys of a whole layer. A last chunk no longer than the interval
-    is decoded.
+    "dense": each layer attends to the whole prompt and is then compressed to its budget. Memory peaks at the plan plus
+    one layer.
+    "chunked": chunks of `chunk_size` tokens attend to the cached entries and to themselves. If the prompt is fed chunk
+    by chunk, as `baklava.runtime.prefill` does, memory peaks at the plan plus one chunk. A forward over the whole
+    prompt attends chunk by chunk as well, but computes the keys of a whole layer first. A last chunk no longer than
+    the eviction interval is decoded.
     """
 
     mode: Literal["dense", "chunked"] = "dense"
-    chunk: PositiveInt | None = None
+    chunk_size: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _chunk_belongs_to_chunked(self) -> "Prefill":
-        if (self.mode == "chunked") != (self.chunk is not None):
-            raise ValueError("a chunked prefill needs its chunk in tokens, a dense one has none")
+    def _require_chunk_size_iff_chunked(self) -> "PrefillConfig":
+        if (self.mode == "chunked") != (self.chunk_size is not None):
+            raise ValueError("chunked prefill needs a chunk_size in tokens; dense prefill takes none")
         return self
 
 
 class Provenance(FrozenModel):
-    """Where a plan comes from; nothing here changes what the cache does."""
+    """Where a plan comes from. Nothing in it changes what the cache does."""
 
     profile: str | None = None
     corpora: dict[str, str] = Field(default_factory=dict)
@@ -114,60 +148,80 @@ class Provenance(FrozenModel):
 class BudgetPlan(FrozenModel):
     """A byte budget for every KV head of one model.
 
-    The ratio is stated at `context_length` tokens: everything that a sequence keeps between two forward passes, over
-    the bytes of the full cache in 16 bits. `layers[i]` is None where layer i slides: it keeps its window of tokens in
-    `sliding_bits`. `key_channels[i][h]` has the channels of KV head h of layer i as two hexadecimal digits each, those
-    first that matter most to its attention: they get more of the bits of a packed key (see `grades`).
+    Attributes:
+        context_length: tokens at which `ratio` is stated.
+        layers: budgets of each layer; None for a sliding layer, which keeps its window of tokens.
+        key_channels: per layer and KV head, its channels in descending order of importance to the attention, as two
+            hexadecimal digits each. The first half takes more of the bits of a quantized key (see `bit_split`).
+        sliding_bits: bits of the entries of sliding layers.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
     model: ModelIdentity
     geometry: CacheGeometry
     context_length: PositiveInt
-    eviction: EvictionChoice
-    allocation: AllocationChoice
-    prefill: Prefill = Prefill()
+    eviction: EvictionConfig
+    allocation: AllocationConfig
+    prefill: PrefillConfig = PrefillConfig()
     provenance: Provenance = Provenance()
     layers: tuple[LayerBudget | None, ...]
     key_channels: tuple[tuple[str, ...] | None, ...] | None = None
     sliding_bits: DenseBits = 16
 
+    @model_validator(mode="before")
+    @classmethod
+    def _require_schema_version(cls, content: Any) -> Any:
+        version = content.get("schema_version", SCHEMA_VERSION) if isinstance(content, dict) else SCHEMA_VERSION
+        if version != SCHEMA_VERSION:
+            raise PydanticCustomError(
+                "schema_version",
+                "schema_version is {found}, but this version of baklava reads version {expected}",
+                {"found": repr(version), "expected": SCHEMA_VERSION},
+            )
+        return content
+
     @model_validator(mode="after")
-    def _covers_the_grid(self) -> "BudgetPlan":
-        geometry, chunk = self.geometry, self.prefill.chunk
-        if chunk is not None and self.eviction.scored and chunk <= self.eviction.interval:
+    def _require_consistency(self) -> "BudgetPlan":
+        geometry, chunk_size = self.geometry, self.prefill.chunk_size
+        if chunk_size is not None and self.eviction.scored and chunk_size <= self.eviction.eviction_interval:
             raise ValueError(
-                f"chunks of {chunk} tokens, but up to {self.eviction.interval} tokens at a time count as decoding; "
-                "make the chunk longer than the interval"
+                f"chunk_size is {chunk_size} tokens, but up to {self.eviction.eviction_interval} tokens at a time "
+                "count as decoding; make chunks longer than the eviction interval"
             )
         if len(self.layers) != geometry.layers:
             raise ValueError(f"{len(self.layers)} layers for a model of {geometry.layers}")
         for index, (layer, window) in enumerate(zip(self.layers, geometry.windows, strict=True)):
             if (layer is None) != (window is not None):
-                raise ValueError(f"layer {index}: a budget belongs to full-attention layers, and to each of them")
+                raise ValueError(f"layer {index}: every full-attention layer needs a budget, and no other layer")
             if layer is not None and len(layer.tokens) != geometry.kv_heads:
                 raise ValueError(f"layer {index}: {len(layer.tokens)} budgets for {geometry.kv_heads} KV heads")
-            if layer is not None and min(layer.tokens) < self.eviction.minimum_tokens:
+            if layer is not None and min(layer.tokens) < self.eviction.min_tokens:
                 raise ValueError(
                     f"layer {index}: {min(layer.tokens)} entries, but {self.eviction.sinks} sinks and an eviction "
-                    f"every {self.eviction.interval} tokens need {self.eviction.minimum_tokens}"
+                    f"every {self.eviction.eviction_interval} tokens need {self.eviction.min_tokens}"
                 )
-        _check_channels(self)
+        _check_key_channels(self)
         return self
 
     @property
     def tokens(self) -> list[list[int]]:
-        """Capacity in entries per (layer, KV head); an empty row where a layer slides."""
+        """Capacity in entries per layer and KV head; an empty row for a sliding layer."""
         return [list(layer.tokens) if layer else [] for layer in self.layers]
 
     @property
     def bytes_per_sequence(self) -> int:
-        """Most bytes that one sequence keeps between two forward passes."""
+        """Maximum bytes that one sequence of any length keeps between two forward passes."""
         return self.bytes_for(None)
 
     def bytes_for(self, max_tokens: int | None) -> int:
-        """Most bytes that a sequence of at most so many tokens keeps; from the largest budget on the same for all."""
-        budgeted = sum(self._layer_bytes(layer, max_tokens) for layer in self.layers if layer)
+        """Return the bytes that a sequence of `max_tokens` reserves; they stop growing at the largest budget."""
+        mixed_precision = self.key_channels is not None
+        budgeted = sum(
+            head_bytes(self.geometry, *head, self.eviction, mixed_precision, max_tokens)
+            for layer in self.layers
+            if layer
+            for head in zip(layer.tokens, layer.key_bits, layer.value_bits, strict=True)
+        )
         return budgeted + sliding_window_bytes(self.geometry, self.sliding_bits, max_tokens)
 
     @property
@@ -181,10 +235,10 @@ class BudgetPlan(FrozenModel):
         return self.bytes_per_sequence / self.full_bytes_per_sequence
 
     @property
-    def lossless_tokens(self) -> int:
-        """Tokens up to which no head loses an entry; where methods score, an eviction goes below the capacity."""
+    def max_lossless_tokens(self) -> int:
+        """Length up to which no head evicts an entry. A scored head evicts below its capacity, by one interval."""
         smallest = min(tokens for row in self.tokens for tokens in row)
-        return smallest - self.eviction.interval if self.eviction.scored else smallest
+        return smallest - self.eviction.eviction_interval if self.eviction.scored else smallest
 
     @property
     def digest(self) -> str:
@@ -192,13 +246,8 @@ class BudgetPlan(FrozenModel):
         content = self.model_dump(mode="json", exclude={"provenance", "allocation"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _layer_bytes(self, layer: LayerBudget, room: int | None) -> int:
-        heads = zip(layer.tokens, layer.key_bits, layer.value_bits, strict=True)
-        graded = self.key_channels is not None
-        return sum(head_bytes(self.geometry, tokens, k, v, self.eviction, graded, room) for tokens, k, v in heads)
-
-    def check_fits(self, identity: ModelIdentity, geometry: CacheGeometry) -> None:
-        """Raise UserError when this plan was made for another model."""
+    def validate_for(self, identity: ModelIdentity, geometry: CacheGeometry) -> None:
+        """Raise UserError if this plan was made for another model."""
         if (self.model.config_hash, self.geometry) != (identity.config_hash, geometry):
             raise UserError(
                 f"the plan was made for {self.model.id} (config {self.model.config_hash}), not for {identity.id} "
@@ -206,12 +255,16 @@ class BudgetPlan(FrozenModel):
             )
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, whole or not at all."""
+        """Write the plan as JSON, atomically."""
         atomic_write_text(Path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "BudgetPlan":
-        """Read a plan file; raises UserError when it is missing or is not a plan."""
+        """Read a plan file.
+
+        Raises:
+            UserError: the file is missing, is not a plan, or has another schema version.
+        """
         try:
             return cls.model_validate_json(Path(path).read_text())
         except (OSError, UnicodeDecodeError) as error:
@@ -219,40 +272,30 @@ class BudgetPlan(FrozenModel):
             raise UserError(f"cannot read plan {path}: {reason}; give the plan.json of a search") from None
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "file"
+            location = ".".join(map(str, first["loc"])) or "file"
             remedy = "give the unchanged plan.json of a search"
             if first["type"] == "extra_forbidden":
                 remedy = "it was changed, or another version of baklava wrote it: search again with this one"
-            raise UserError(f"{path} is not a valid plan ({where}: {first['msg']}); {remedy}") from None
+            elif first["type"] == "schema_version":
+                remedy = "search again with this version, or use the version that wrote the plan"
+            raise UserError(f"{path} is not a valid plan ({location}: {first['msg']}); {remedy}") from None
 
 
-def full_plan(
+def full_cache_plan(
     identity: ModelIdentity, geometry: CacheGeometry, context_length: int, bits: DenseBits = 16
 ) -> BudgetPlan:
-    """The plan that keeps every entry of a sequence of `context_length` tokens."""
-    same, sinks = (bits,) * geometry.kv_heads, min(4, max(0, context_length - 2))
-    layer = LayerBudget(tokens=(context_length,) * geometry.kv_heads, key_bits=same, value_bits=same)
+    """Return the plan that keeps every entry of a sequence of `context_length` tokens."""
+    head_bits, sinks = (bits,) * geometry.kv_heads, min(4, max(0, context_length - 2))
+    layer = LayerBudget(tokens=(context_length,) * geometry.kv_heads, key_bits=head_bits, value_bits=head_bits)
     return BudgetPlan(
         model=identity,
         geometry=geometry,
         context_length=context_length,
-        eviction=EvictionChoice(method="streaming", sinks=sinks),
-        allocation=AllocationChoice(method="full", budget=bits / FULL_BITS),
+        eviction=EvictionConfig(method="streaming_llm", sinks=sinks),
+        allocation=AllocationConfig(method="full", budget=bits / FULL_BITS),
         layers=tuple(layer if window is None else None for window in geometry.windows),
         sliding_bits=bits,
     )
-
-
-def _check_channels(plan: BudgetPlan) -> None:
-    if plan.key_channels is None:
-        return
-    head_dim = plan.geometry.head_dim
-    if len(plan.key_channels) != plan.geometry.layers:
-        raise ValueError(f"key_channels of {len(plan.key_channels)} layers for a model of {plan.geometry.layers}")
-    for index in plan.geometry.budgetable:
-        named = [sorted(order[i : i + 2] for i in range(0, len(order), 2)) for order in plan.key_channels[index] or ()]
-        if named != [[f"{channel:02x}" for channel in range(head_dim)]] * plan.geometry.kv_heads:
-            raise ValueError(f"layer {index}: key_channels must order all {head_dim} channels of every KV head")
 
 
 def head_bytes(
@@ -260,18 +303,38 @@ def head_bytes(
     tokens: int,
     key_bits: int,
     value_bits: int,
-    eviction: EvictionChoice,
+    eviction: EvictionConfig,
     mixed_precision: bool = False,
-    room: int | None = None,
+    max_tokens: int | None = None,
 ) -> int:
-    """Most bytes that one KV head of this capacity holds, with positions, scores and centroids where they are kept.
+    """Return the maximum bytes of one KV head, including positions, scores and centroids if the method keeps them.
 
-    `room` is the most tokens that the sequence will have: slots behind them are never held.
+    Args:
+        geometry: the model's KV cache.
+        tokens: capacity of the head in entries.
+        key_bits: bits per element of a key.
+        value_bits: bits per element of a value.
+        eviction: what the head keeps.
+        mixed_precision: whether quantized keys give their important channels more bits.
+        max_tokens: length that the sequence cannot exceed (None: any). Slots beyond it are never allocated.
     """
-    slots, head_dim = tokens if room is None else min(tokens, room), geometry.head_dim
-    dense = eviction.dense_slots(tokens, slots)
+    slots, head_dim = tokens if max_tokens is None else min(tokens, max_tokens), geometry.head_dim
+    dense = eviction.full_precision_slots(tokens, slots)
     keys, values = bit_split(head_dim, key_bits, mixed_precision), bit_split(head_dim, value_bits, False)
     payload = tensor_bytes(slots, keys, dense) + tensor_bytes(slots, values, dense)
-    mean = head_dim * FULL_BITS // 8 if key_bits < FULL_BITS else 0
+    key_mean = head_dim * FULL_BITS // 8 if key_bits < FULL_BITS else 0
     centroids = eviction.centroids * (2 * head_dim * FULL_BITS // 8 + CENTROID_STATE_BYTES)
-    return payload + mean + centroids + (slots * ENTRY_STATE_BYTES if eviction.scored else 0)
+    return payload + key_mean + centroids + (slots * ENTRY_STATE_BYTES if eviction.scored else 0)
+
+
+def _check_key_channels(plan: BudgetPlan) -> None:
+    if plan.key_channels is None:
+        return
+    head_dim = plan.geometry.head_dim
+    if len(plan.key_channels) != plan.geometry.layers:
+        raise ValueError(f"key_channels of {len(plan.key_channels)} layers for a model of {plan.geometry.layers}")
+    for index in plan.geometry.full_attention_layers:
+        orders = plan.key_channels[index] or ()
+        channels = [sorted(order[i : i + 2] for i in range(0, len(order), 2)) for order in orders]
+        if channels != [[f"{channel:02x}" for channel in range(head_dim)]] * plan.geometry.kv_heads:
+            raise ValueError(f"layer {index}: key_channels must order all {head_dim} channels of every KV head")

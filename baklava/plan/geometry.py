@@ -35,7 +35,7 @@ class ModelIdentity(FrozenModel):
     config_hash: str
 
     @classmethod
-    def of(cls, config: Any, id: str, revision: str | None = None) -> "ModelIdentity":
+    def from_config(cls, config: Any, id: str, revision: str | None = None) -> "ModelIdentity":
         """Identity of a transformers config."""
         text_config = config.get_text_config(decoder=True)
         shaping = {field: _field(text_config, field) for field in _SHAPING_FIELDS}
@@ -62,12 +62,12 @@ class CacheGeometry(FrozenModel):
         return self.kv_heads * self.query_group
 
     @property
-    def budgetable(self) -> tuple[int, ...]:
+    def full_attention_layers(self) -> tuple[int, ...]:
         """Indices of the layers with full attention."""
         return tuple(layer for layer, window in enumerate(self.windows) if window is None)
 
     @classmethod
-    def of(cls, config: Any) -> "CacheGeometry":
+    def from_config(cls, config: Any) -> "CacheGeometry":
         """Geometry of a transformers config.
 
         Raises:
@@ -82,7 +82,7 @@ class CacheGeometry(FrozenModel):
             head_dim=head_dim,
             windows=_windows(config),
         )
-        if not geometry.budgetable:
+        if not geometry.full_attention_layers:
             raise UserError(
                 f"{config.model_type} has {geometry.layers} sliding layers and none with full attention, so there is "
                 "nothing to budget; choose a model with full-attention layers"

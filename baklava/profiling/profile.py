@@ -1,4 +1,4 @@
-"""The profile: what calibration windows say of every KV head, as frozen plain numbers."""
+"""The profile: what the calibration windows say of every KV head, as frozen plain numbers."""
 
 import hashlib
 import math
@@ -10,23 +10,30 @@ from typing import Literal, get_args
 from pydantic import Field
 
 from baklava.errors import UserError
-from baklava.plan.budget_plan import Bits, EvictionChoice
+from baklava.plan.budget_plan import Bits, EvictionConfig
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
 from baklava.serialization import FrozenModel, atomic_write_text
 
-Source = Literal["value", "key", "query", "hidden"]
-Grid = tuple[tuple[float, ...], ...]
-Ranker = Literal["heavy_hitter", "reconstruction"]
-"""Scores that entries are ranked by: those of `HeavyHitter()` and of `Reconstruction()`, with their defaults."""
+ImportanceSource = Literal["value", "key", "query", "hidden"]
+"""Input of a head that its output is compared with."""
 
-Measure = Literal["text", "repetition", "error"]
+RankingName = Literal["heavy_hitter", "reconstruction"]
+"""Scores that entries are ranked by: those of `HeavyHitter()` and of `KVzip()`, with their defaults."""
+
+LossMeasure = Literal["text", "repetition", "error"]
+
+QueryHeadGrid = tuple[tuple[float, ...], ...]
+"""A number per layer and query head."""
 
 
 class Ranking(FrozenModel):
-    """How a score orders the entries of a context, head by head: enough to count the entries above any threshold.
+    """How a score orders the entries of a context, per head: enough to count the entries above any threshold.
 
-    `scores[window][layer][kv head][i]` is the natural logarithm of the score of the `ranks[i]`-th best entry of a
-    context of `tokens` entries, the sinks left out; ranks ascend from 1. Rows of sliding layers are empty.
+    Attributes:
+        tokens: entries of a context, without the sinks.
+        ranks: ascending from 1.
+        scores: `scores[window][layer][kv head][i]` is the natural logarithm of the score of the entry at `ranks[i]`,
+            best first. Rows of sliding layers are empty.
     """
 
     tokens: int
@@ -34,59 +41,66 @@ class Ranking(FrozenModel):
     scores: tuple[tuple[tuple[tuple[float, ...], ...], ...], ...]
 
 
-class Curves(FrozenModel):
-    """What each head loses when it alone keeps fewer entries in fewer bits, under the eviction method named here.
+class LossCurves(FrozenModel):
+    """What each head loses if it alone keeps fewer entries in fewer bits.
 
-    `losses[measure][layer][kv head][i][j]` is for `bits[i]` (of keys, of values) and a capacity of `entries[j]`, which
-    ascend to the whole window. "text" is the expected KL to the full cache in nats per continuation token, to second
-    order; "repetition" the same while the model repeats the context; "error" the relative error of the head's output:
-    the root of its mean square over the queries, averaged over windows. Lower is better. Rows of sliding layers are
-    empty.
+    Attributes:
+        eviction: eviction under which the losses were measured.
+        entries: capacities, ascending to the whole window.
+        bits: pairs of (key bits, value bits).
+        losses: `losses[measure][layer][kv head][i][j]` is the loss at `bits[i]` and `entries[j]`; lower is better.
+            "text": expected KL to the full cache in nats per continuation token, to second order. "repetition": the
+            same while the model repeats the context. "error": relative error of the head's output, as the root of its
+            mean square over the queries, averaged over windows. Rows of sliding layers are empty.
     """
 
-    eviction: EvictionChoice
+    eviction: EvictionConfig
     entries: tuple[int, ...]
     bits: tuple[tuple[int, int], ...]
-    losses: dict[Measure, tuple[tuple[tuple[tuple[float, ...], ...], ...], ...]]
+    losses: dict[LossMeasure, tuple[tuple[tuple[tuple[float, ...], ...], ...], ...]]
 
 
 class Profile(FrozenModel):
-    """What the calibration windows say of every head; frozen plain numbers.
+    """What the calibration windows say of every head.
 
-    `importance[source][layer][query head]` is 1 − the mean cosine similarity between the head's input and its output,
-    from 0 (the head passes its input on) to 2; higher matters more. The input of a head is its own token's value, key
-    or query, or its slice of the hidden state; "hidden" is missing where heads do not tile the hidden state.
-    `layer_importance[layer]` is 1 − the mean cosine of the hidden state before and after the layer's attention
-    (SqueezeAttention, arXiv 2404.04793).
-    `key_channels` orders the channels of every KV head's keys as a plan does, by what they add to the logits: the size
-    of the keys around their mean times that of the queries.
-    `rankings` and `curves` are there where all layers have full attention; what comes of repeating the context only
-    where the model's positions leave room for that.
+    Rankings and curves exist if all layers have full attention; what needs a repetition of the context exists if the
+    model's positions suffice for it.
+
+    Attributes:
+        windows: digest of the calibration windows.
+        importance: `importance[source][layer][query head]` is 1 − the mean cosine similarity between the head's input
+            and its output, from 0 (the head passes its input on) to 2; higher is more important. The input of a head
+            is its own token's value, key or query, or its slice of the hidden state. "hidden" is missing if the heads
+            do not divide the hidden state.
+        layer_importance: per layer, 1 − the mean cosine similarity of the hidden state before and after attention
+            (SqueezeAttention, arXiv 2404.04793).
+        key_channels: order of the channels of every KV head's keys, as in a plan, by their contribution to the logits:
+            the deviation of the keys from their mean times the size of the queries.
     """
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     model: ModelIdentity
     geometry: CacheGeometry
     windows: str
-    importance: dict[Source, Grid]
+    importance: dict[ImportanceSource, QueryHeadGrid]
     layer_importance: tuple[float, ...]
-    rankings: dict[Ranker, Ranking] = Field(default_factory=dict)
-    curves: Curves | None = None
+    rankings: dict[RankingName, Ranking] = Field(default_factory=dict)
+    curves: LossCurves | None = None
     key_channels: tuple[tuple[str, ...] | None, ...] | None = None
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the whole profile, made once: a search asks for it with every plan."""
+        """Hash of the whole profile, computed once, since a search uses it in every plan."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     def write(self, path: Path) -> None:
-        """Write the profile as JSON, whole or not at all."""
+        """Write the profile as JSON, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, self.model_dump_json() + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Profile":
-        """Read a profile; raises UserError when the file is not one."""
+        """Read a profile; raises UserError if the file is not one."""
         try:
             return cls.model_validate_json(path.read_text())
         except (OSError, ValueError) as error:
@@ -95,31 +109,30 @@ class Profile(FrozenModel):
             ) from None
 
 
-def flat_profile(model: ModelIdentity, geometry: CacheGeometry) -> Profile:
-    """A profile in which all heads matter alike, for methods that do not ask and to see whether a budget can be met."""
+def uniform_profile(model: ModelIdentity, geometry: CacheGeometry) -> Profile:
+    """Return a profile in which all heads are equal, to check budgets and for methods that need no profile."""
     heads = ((1.0,) * geometry.query_heads,) * geometry.layers
-    full = len(geometry.budgetable) == geometry.layers
+    has_full_attention = len(geometry.full_attention_layers) == geometry.layers
     return Profile(
         model=model,
         geometry=geometry,
         windows="none",
-        importance=dict.fromkeys(get_args(Source), heads),
+        importance=dict.fromkeys(get_args(ImportanceSource), heads),
         layer_importance=(1.0,) * geometry.layers,
-        rankings=dict.fromkeys(get_args(Ranker), _flat_ranking(geometry)) if full else {},
-        curves=_flat_curves(geometry) if full else None,
+        rankings=dict.fromkeys(get_args(RankingName), _uniform_ranking(geometry)) if has_full_attention else {},
+        curves=_uniform_curves(geometry) if has_full_attention else None,
     )
 
 
-def _flat_ranking(geometry: CacheGeometry) -> Ranking:
+def _uniform_ranking(geometry: CacheGeometry) -> Ranking:
     ranks = (1, 16, 256, 4096)
     head = tuple(-math.log(rank) for rank in ranks)
     return Ranking(tokens=ranks[-1], ranks=ranks, scores=(((head,) * geometry.kv_heads,) * geometry.layers,))
 
 
-def _flat_curves(geometry: CacheGeometry) -> Curves:
-    """Curves of every pair of bits, that lose more in fewer bits and with fewer entries."""
+def _uniform_curves(geometry: CacheGeometry) -> LossCurves:
+    """Return curves of every pair of bits that lose more in fewer bits and with fewer entries."""
     entries, bits = (1, 16, 256, 4096), tuple(product(get_args(Bits), repeat=2))
     head = tuple(tuple(2.0**-keys + 2.0**-values + 1 / count for count in entries) for keys, values in bits)
-    losses = ((head,) * geometry.kv_heads,) * geometry.layers
-    choice = EvictionChoice(method="streaming")
-    return Curves(eviction=choice, entries=entries, bits=bits, losses=dict.fromkeys(get_args(Measure), losses))
+    losses = dict.fromkeys(get_args(LossMeasure), ((head,) * geometry.kv_heads,) * geometry.layers)
+    return LossCurves(eviction=EvictionConfig(method="streaming_llm"), entries=entries, bits=bits, losses=losses)

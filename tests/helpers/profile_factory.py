@@ -1,4 +1,4 @@
-"""Profiles by chance: every number that an allocation method may ask for, in a model of 4 layers and 3 KV heads."""
+"""Random profiles: every number that an allocation method may use, for a model of 4 layers and 3 KV heads."""
 
 from dataclasses import replace
 from functools import cache
@@ -24,15 +24,16 @@ def geometry_of(windows: tuple[int | None, ...] = FULL) -> CacheGeometry:
     return CacheGeometry(layers=len(windows), kv_heads=KV_HEADS, query_group=GROUP, head_dim=16, windows=windows)
 
 
-def limits_for(total: int, least: int, most: int, bits: BitPair = (16, 16), layers: int = LAYERS) -> Limits:
-    """Limits that hold `total` entries of a ring."""
-    spare = Limits(geometry_of((None,) * layers), StreamingLLM().config, 0, least, most, bits)
-    return replace(spare, bytes=total * spare.entry_bytes(bits) + spare.heads * spare.fixed_bytes(bits))
+def limits_for(total: int, min_tokens: int, max_tokens: int, bits: BitPair = (16, 16), layers: int = LAYERS) -> Limits:
+    """Limits whose budget suffices for `total` entries in ring buffers."""
+    limits = Limits(geometry_of((None,) * layers), StreamingLLM().config, 0, min_tokens, max_tokens, bits)
+    budget_bytes = total * limits.entry_bytes(bits) + limits.num_heads * limits.fixed_bytes(bits)
+    return replace(limits, budget_bytes=budget_bytes)
 
 
 @cache
 def profile_of(seed: int, windows: tuple[int | None, ...] = FULL, better: bool = False) -> Profile:
-    """Scores have ties and curves noise; with `better`, head 1 of layer 0 is head 0 of that layer, but more of it."""
+    """Scores have ties and curves noise. With `better`, head 1 of layer 0 exceeds head 0 in everything."""
     draw = np.random.default_rng(seed)
     importance = draw.uniform(0, 1.5, (LAYERS, KV_HEADS, GROUP))
     layer_importance = tuple(draw.uniform(0, 1, LAYERS).tolist())
@@ -55,19 +56,19 @@ def profile_with(
     windows: tuple[int | None, ...] = FULL,
 ) -> Profile:
     grid = nested(importance.reshape(len(importance), -1))
-    rankers = zip(get_args(RankingName), scores, strict=True)
-    rankings = {name: Ranking(tokens=RANKS[-1], ranks=RANKS, scores=nested(each)) for name, each in rankers}
+    named_scores = zip(get_args(RankingName), scores, strict=True)
+    rankings = {name: Ranking(tokens=RANKS[-1], ranks=RANKS, scores=nested(values)) for name, values in named_scores}
     measured = dict.fromkeys(get_args(LossMeasure), nested(losses))
     curves = LossCurves(eviction=EvictionConfig(method="streaming_llm"), entries=ENTRIES, bits=BITS, losses=measured)
-    full = not any(windows)
+    has_full_attention = not any(windows)
     return Profile(
         model=ModelIdentity(id="tiny", config_hash="abc"),
         geometry=geometry_of(windows),
         windows="none",
         importance={"value": grid, "key": grid},
         layer_importance=layer_importance,
-        rankings=rankings if full else {},
-        curves=curves if full else None,
+        rankings=rankings if has_full_attention else {},
+        curves=curves if has_full_attention else None,
     )
 
 

@@ -1,1 +1,1 @@
-"""Allocation methods, one a file."""
+"""Allocation methods, one per file."""

@@ -1,22 +1,26 @@
-"""Entries in proportion to importance."""
+"""BaKlaVa: entries in proportion to importance."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from baklava.allocation.base import Allocation, Limits, Shares, proportional
-from baklava.allocation.importance import REDUCTIONS, head_importance, layer_importance
-from baklava.profiling.profile import Profile, Source
+from baklava.allocation.base import Allocation, AllocationResult, Limits, distribute_proportionally
+from baklava.allocation.profile_measures import REDUCTIONS, head_importance, layer_importance
+from baklava.profiling.profile import ImportanceSource, Profile
 
 
 @dataclass(frozen=True)
 class Baklava(Allocation):
-    """Budgets ∝ importance^p × layer importance^q (our reading of BaKlaVa, arXiv 2502.13176).
+    """Entries ∝ importance^p × layer importance^q (our reading of BaKlaVa, arXiv 2502.13176).
 
-    `importance_power` p and `layer_power` q sharpen the contrast between heads and between layers; 0 makes them
-    equal. `floor` is the least share of a head, relative to the uniform one; `cap` the most, relative to the context.
-    `source` is the head input that importance compares with, `reduction` joins the query group.
+    Attributes:
+        importance_power: p, the contrast between heads; 0 makes them equal.
+        layer_power: q, the contrast between layers; 0 makes them equal.
+        floor: minimum of a head, relative to the uniform share.
+        cap: maximum of a head, relative to the context.
+        source: the head input that importance compares with the head's output.
+        reduction: how the query group is reduced.
     """
 
     name: ClassVar[str] = "baklava"
@@ -25,17 +29,20 @@ class Baklava(Allocation):
     layer_power: float = 0.0
     floor: float = 0.1
     cap: float = 1.0
-    source: Source = "value"
+    source: ImportanceSource = "value"
     reduction: Literal["mean", "max", "sum"] = "mean"
 
     def __post_init__(self) -> None:
-        right = self.reduction in REDUCTIONS and 0 <= self.floor <= 1 and 0 < self.cap <= 1
-        self.check(right, f"reduction must be one of {', '.join(REDUCTIONS)}, floor within [0, 1], cap within (0, 1]")
-        self.check_powers(self.importance_power, self.layer_power)
+        self.require(
+            self.reduction in REDUCTIONS and 0 <= self.floor <= 1 and 0 < self.cap <= 1,
+            f"reduction must be one of {', '.join(REDUCTIONS)}, floor within [0, 1], cap within (0, 1]",
+        )
+        self.require_bounded_powers(self.importance_power, self.layer_power)
 
     @override
-    def shares(self, profile: Profile, limits: Limits) -> Shares:
+    def allocate(self, profile: Profile, limits: Limits) -> AllocationResult:
         heads = head_importance(profile, self.source, self.reduction) ** self.importance_power
         weights = heads * layer_importance(profile) ** self.layer_power
-        least, most = limits.within(self.floor, self.cap)
-        return Shares.of(proportional(weights, float(limits.total), least, most), limits.bits)
+        lower, upper = limits.bounds(self.floor, self.cap)
+        entries = distribute_proportionally(weights, float(limits.total_entries), lower, upper)
+        return AllocationResult.with_bits(entries, limits.bits)

@@ -1,4 +1,4 @@
-"""All that a profile says of a head, weighed."""
+"""Blended: a weighted product of everything that a profile measures of a head."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -6,22 +6,36 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 from typing_extensions import override
 
-from baklava.allocation.base import Allocation, Grid, Limits, Shares, filled, head_costs, proportional
-from baklava.allocation.curve_table import Bytes, Table, curve_counts, table_of
-from baklava.allocation.importance import head_importance, layer_importance
-from baklava.allocation.score_thresholds import averaged_counts
-from baklava.profiling.profile import Measure, Profile
+from baklava.allocation.base import (
+    Allocation,
+    AllocationResult,
+    Limits,
+    bytes_per_head,
+    distribute_proportionally,
+    scale_to_budget,
+)
+from baklava.allocation.loss_table import HeadBytes, LossTable, curve_counts
+from baklava.allocation.profile_measures import head_importance, layer_importance, mean_counts
+from baklava.profiling.profile import LossMeasure, Profile
 
 
 @dataclass(frozen=True)
 class Blended(Allocation):
-    """Entries ∝ reconstruction counts^a × importance^b × layer importance^c × curve counts^d, our own.
+    """Entries ∝ reconstruction counts^a × importance^b × layer importance^c × curve counts^d; our own method.
 
-    `reconstruction_power` a, `importance_power` b, `layer_power` c and `curve_power` d; a factor of power 0 is not
-    asked for. Curve counts are what lose least by the loss curves of `measure`, in the bits of the plan. `floor` is the
-    least share of a head, relative to the uniform one; `cap` the most, relative to the context. With `bits` "curves",
-    each head then takes the measured bits that lose least at its bytes, by the same curves; what full heads leave over
-    raises the bytes of all.
+    The profile may lack a factor whose power is 0. Curve counts minimize the sum of the loss curves of `measure`, in
+    the bits of the plan.
+
+    Attributes:
+        reconstruction_power: a.
+        importance_power: b.
+        layer_power: c.
+        curve_power: d.
+        floor: minimum of a head, relative to the uniform share.
+        cap: maximum of a head, relative to the context.
+        measure: loss of the curves.
+        bits: "fixed" uses the bits of the plan. With "curves" each head takes the measured bits that lose least at its
+            bytes, by the same curves. Bytes that full heads leave over raise the bytes of all.
     """
 
     name: ClassVar[str] = "blended"
@@ -32,51 +46,51 @@ class Blended(Allocation):
     curve_power: float = 0.0
     floor: float = 0.1
     cap: float = 1.0
-    measure: Measure = "text"
-    bits: Literal["given", "curves"] = "given"
+    measure: LossMeasure = "text"
+    bits: Literal["fixed", "curves"] = "fixed"
 
     def __post_init__(self) -> None:
-        self.check(0 <= self.floor <= 1 and 0 < self.cap <= 1, "floor must be within [0, 1], cap within (0, 1]")
-        self.check(self.measure in get_args(Measure), f"measure must be one of {', '.join(get_args(Measure))}")
-        self.check(self.bits in ("given", "curves"), "bits must be given or curves")
-        self.check_powers(self.reconstruction_power, self.importance_power, self.layer_power, self.curve_power)
+        self.require(0 <= self.floor <= 1 and 0 < self.cap <= 1, "floor must be within [0, 1], cap within (0, 1]")
+        measures = get_args(LossMeasure)
+        self.require(self.measure in measures, f"measure must be one of {', '.join(measures)}")
+        self.require(self.bits in ("fixed", "curves"), "bits must be fixed or curves")
+        self.require_bounded_powers(
+            self.reconstruction_power, self.importance_power, self.layer_power, self.curve_power
+        )
 
     @override
-    def shares(self, profile: Profile, limits: Limits) -> Shares:
-        least, most = limits.within(self.floor, self.cap)
-        entries = proportional(self._weights(profile, limits), float(limits.total), least, most)
-        shares = Shares.of(entries, limits.bits)
-        return shares if self.bits == "given" else self._in_best_bits(shares, profile, limits)
-
-    def _weights(self, profile: Profile, limits: Limits) -> Grid:
-        weights = np.ones((len(profile.geometry.budgetable), profile.geometry.kv_heads))
+    def allocate(self, profile: Profile, limits: Limits) -> AllocationResult:
+        weights = np.ones((len(profile.geometry.full_attention_layers), profile.geometry.kv_heads))
         if self.reconstruction_power:
-            weights *= averaged_counts(profile, "reconstruction", limits, self.floor) ** self.reconstruction_power
+            weights *= mean_counts(profile, "reconstruction", limits, self.floor) ** self.reconstruction_power
         if self.importance_power:
             weights *= np.maximum(head_importance(profile), 1e-6) ** self.importance_power
         if self.layer_power:
             weights *= layer_importance(profile) ** self.layer_power
         if self.curve_power:
             weights *= curve_counts(profile, self.measure, limits) ** self.curve_power
-        return weights / weights.max()
+        lower, upper = limits.bounds(self.floor, self.cap)
+        entries = distribute_proportionally(weights / weights.max(), float(limits.total_entries), lower, upper)
+        result = AllocationResult.with_bits(entries, limits.bits)
+        return result if self.bits == "fixed" else self._in_best_bits(result, profile, limits)
 
-    def _in_best_bits(self, shares: Shares, profile: Profile, limits: Limits) -> Shares:
-        """The bits that lose least at each head's bytes, all of which are raised until the bytes are spent."""
-        table = table_of(profile, self.measure, limits)
-        budgets = head_costs(shares, limits).ravel()
-        low, high = 1.0, max(1.0, table.costs.max() / budgets.min())
+    def _in_best_bits(self, result: AllocationResult, profile: Profile, limits: Limits) -> AllocationResult:
+        """Return the bits that lose least at each head's bytes, which are all raised until the budget is spent."""
+        table = LossTable.from_profile(profile, self.measure, limits)
+        head_bytes = bytes_per_head(result, limits).ravel()
+        low, high = 1.0, max(1.0, table.costs.max() / head_bytes.min())
         for _ in range(20):
             middle = (low + high) / 2
-            within = head_costs(_best(table, middle * budgets, shares), limits).sum() <= limits.bytes
-            low, high = (middle, high) if within else (low, middle)
-        return filled(_best(table, low * budgets, shares), limits)
+            spent = bytes_per_head(_best_or_fallback(table, middle * head_bytes, result), limits).sum()
+            low, high = (middle, high) if spent <= limits.budget_bytes else (low, middle)
+        return scale_to_budget(_best_or_fallback(table, low * head_bytes, result), limits)
 
 
-def _best(table: Table, budgets: Bytes, otherwise: Shares) -> Shares:
-    """The heads as they lose least at these bytes; as they were where no measured bits fit."""
-    best, without = table.best(budgets)
-    return Shares(
-        np.where(without, otherwise.entries, best.entries),
-        np.where(without, otherwise.key_bits, best.key_bits),
-        np.where(without, otherwise.value_bits, best.value_bits),
+def _best_or_fallback(table: LossTable, head_bytes: HeadBytes, fallback: AllocationResult) -> AllocationResult:
+    """Return the bits that lose least at these bytes, and the fallback for heads that no measured bits fit."""
+    best, fits_none = table.best_bits(head_bytes)
+    return AllocationResult(
+        np.where(fits_none, fallback.entries, best.entries),
+        np.where(fits_none, fallback.key_bits, best.key_bits),
+        np.where(fits_none, fallback.value_bits, best.value_bits),
     )

@@ -1,47 +1,43 @@
-"""Everything for some heads, a recent window for the others."""
+"""DuoAttention: the whole context for retrieval heads, a recent window for the others."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Int
 from typing_extensions import override
 
-from baklava.allocation.base import Allocation, Limits, Shares
-from baklava.allocation.score_thresholds import averaged_counts, ranking_of, scores_of
+from baklava.allocation.base import Allocation, AllocationResult, Limits
+from baklava.allocation.profile_measures import get_ranking, log_scores, mean_counts
 from baklava.profiling.profile import Profile
 
 
 @dataclass(frozen=True)
-class Duo(Allocation):
-    """Retrieval heads keep the whole context, streaming heads the recent part (DuoAttention, arXiv 2410.10819).
+class DuoAttention(Allocation):
+    """Retrieval heads keep the whole context, streaming heads a recent window (DuoAttention, arXiv 2410.10819).
 
-    As many heads are retrieval heads as the bytes hold beside `tokens` recent entries in all others, which share what
-    is left. The paper learns which they are; here they are those that need most entries to repeat the context.
+    As many heads are retrieval heads as the budget allows if all others keep sinks and `tokens` recent entries; the
+    others share the rest. The paper learns which heads they are. Here they are those that need most entries to repeat
+    the context.
     """
 
-    name: ClassVar[str] = "duo"
+    name: ClassVar[str] = "duo_attention"
 
     tokens: int = 128
 
     def __post_init__(self) -> None:
-        self.check(self.tokens >= 1, "tokens must be at least 1")
+        self.require(self.tokens >= 1, "tokens must be at least 1")
 
     @override
-    def shares(self, profile: Profile, limits: Limits) -> Shares:
-        whole = float(limits.most)
-        recent = max(float(limits.least), min(limits.eviction.sinks + self.tokens, limits.total / limits.heads, whole))
-        spare = limits.total - limits.heads * recent
-        retrieving = limits.heads if recent >= whole else min(limits.heads, int(spare // (whole - recent)))
-        streaming = limits.heads - retrieving
-        left = min((limits.total - retrieving * whole) / max(1, streaming), whole)
-        entries = np.full((len(profile.geometry.budgetable), profile.geometry.kv_heads), left)
-        entries.flat[_by_need(profile, limits)[:retrieving]] = whole
-        return Shares.of(entries, limits.bits)
-
-
-def _by_need(profile: Profile, limits: Limits) -> Int[np.ndarray, " heads"]:
-    """Heads, those first that have most entries above a threshold; of equal ones those whose entries score higher."""
-    needed = averaged_counts(profile, "reconstruction", limits)
-    scores = scores_of(profile, ranking_of(profile, "reconstruction")).mean((0, 3))
-    return np.lexsort((-scores.ravel(), -needed.ravel()))
+    def allocate(self, profile: Profile, limits: Limits) -> AllocationResult:
+        heads, total, whole = limits.num_heads, limits.total_entries, float(limits.max_tokens)
+        recent = max(float(limits.min_tokens), min(limits.eviction.sinks + self.tokens, total / heads, whole))
+        num_retrieval = heads if recent >= whole else min(heads, int((total - heads * recent) // (whole - recent)))
+        num_streaming = heads - num_retrieval
+        streaming_entries = min((total - num_retrieval * whole) / max(1, num_streaming), whole)
+        # Heads by the entries that they need to repeat the context; heads with equal counts by their scores.
+        counts = mean_counts(profile, "reconstruction", limits)
+        scores = log_scores(profile, get_ranking(profile, "reconstruction")).mean((0, 3))
+        by_need = np.lexsort((-scores.ravel(), -counts.ravel()))
+        entries = np.full(counts.shape, streaming_entries)
+        entries.flat[by_need[:num_retrieval]] = whole
+        return AllocationResult.with_bits(entries, limits.bits)

@@ -1,34 +1,38 @@
-"""Bytes where they save most."""
+"""Greedy: bytes go to the heads that gain most from them."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from typing_extensions import override
 
-from baklava.allocation.base import Allocation, Limits, Shares, filled
-from baklava.allocation.curve_table import greedy_budgets, table_of
-from baklava.profiling.profile import Measure, Profile
+from baklava.allocation.base import Allocation, AllocationResult, Limits, scale_to_budget
+from baklava.allocation.loss_table import LossTable, greedy_bytes
+from baklava.profiling.profile import LossMeasure, Profile
 
 
 @dataclass(frozen=True)
 class Greedy(Allocation):
-    """Bytes go where the hull of a head's measured loss curve falls most steeply (LU-KV, arXiv 2602.08585).
+    """Bytes go to the head whose loss curve has the steepest convex hull (LU-KV, arXiv 2602.08585).
 
-    The least sum of losses over heads, were they independent and convex. `measure` is which loss; `bits` "given" takes
-    those of the plan, "any" lets each head have whichever measured pair loses least.
+    The sum of losses is minimal if heads are independent and their curves convex.
+
+    Attributes:
+        measure: loss of the curves.
+        bits: "fixed" uses the bits of the plan; with "any" each head takes the measured pair that loses least.
     """
 
     name: ClassVar[str] = "greedy"
 
-    measure: Measure = "error"
-    bits: Literal["given", "any"] = "given"
+    measure: LossMeasure = "error"
+    bits: Literal["fixed", "any"] = "fixed"
 
     def __post_init__(self) -> None:
-        self.check(self.measure in get_args(Measure), f"measure must be one of {', '.join(get_args(Measure))}")
-        self.check(self.bits in ("given", "any"), "bits must be given or any")
+        measures = get_args(LossMeasure)
+        self.require(self.measure in measures, f"measure must be one of {', '.join(measures)}")
+        self.require(self.bits in ("fixed", "any"), "bits must be fixed or any")
 
     @override
-    def shares(self, profile: Profile, limits: Limits) -> Shares:
-        table = table_of(profile, self.measure, limits, [limits.bits] if self.bits == "given" else None)
-        shares, _ = table.best(greedy_budgets(table))
-        return filled(shares, limits)
+    def allocate(self, profile: Profile, limits: Limits) -> AllocationResult:
+        table = LossTable.from_profile(profile, self.measure, limits, [limits.bits] if self.bits == "fixed" else None)
+        result, _ = table.best_bits(greedy_bytes(table))
+        return scale_to_budget(result, limits)

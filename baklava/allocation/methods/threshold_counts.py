@@ -1,55 +1,47 @@
-"""As many entries as get much attention."""
+"""Threshold counts: the entries of each head that score above one threshold over all heads."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from typing_extensions import override
 
-from baklava.allocation.base import Allocation, Limits, Shares
-from baklava.allocation.score_thresholds import averaged_counts
-from baklava.profiling.profile import Profile
+from baklava.allocation.base import Allocation, AllocationResult, Limits
+from baklava.allocation.profile_measures import mean_counts
+from baklava.profiling.profile import Profile, RankingName
 
 
 @dataclass(frozen=True)
-class HeavyHitterCounts(Allocation):
-    """Entries above one threshold of the attention received, over all heads.
+class ThresholdCounts(Allocation):
+    """Entries above one score threshold over all heads, counted in each calibration window and averaged.
 
-    The scores are those of `HeavyHitter()`: of the attention from at least 32 tokens away the mean square, the most in
-    the query group. H2O (arXiv 2306.14048), whose idea they are, adds up the attention of all queries.
-
-    Counted in each calibration window and averaged. `floor` is the least share of a head, relative to the uniform one.
-    `tilt` favours late layers where above 0, early ones below.
+    Attributes:
+        floor: minimum of a head, relative to the uniform share.
+        layer_tilt: favours late layers if above 0, early layers if below; see `mean_counts`.
     """
+
+    ranking: ClassVar[RankingName]
+
+    floor: float = 0.1
+    layer_tilt: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.require(0 <= self.floor <= 1, "floor must be within [0, 1]")
+
+    @override
+    def allocate(self, profile: Profile, limits: Limits) -> AllocationResult:
+        counts = mean_counts(profile, self.ranking, limits, self.floor, self.layer_tilt)
+        return AllocationResult.with_bits(counts, limits.bits)
+
+
+class HeavyHitterCounts(ThresholdCounts):
+    """Counts by the attention received, as scored by `HeavyHitter()`; the idea is H2O's (arXiv 2306.14048)."""
 
     name: ClassVar[str] = "heavy_hitter_counts"
-
-    floor: float = 0.1
-    tilt: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.check(0 <= self.floor <= 1, "floor must be within [0, 1]")
-
-    @override
-    def shares(self, profile: Profile, limits: Limits) -> Shares:
-        return Shares.of(averaged_counts(profile, "heavy_hitter", limits, self.floor, self.tilt), limits.bits)
+    ranking: ClassVar[RankingName] = "heavy_hitter"
 
 
-@dataclass(frozen=True)
-class ReconstructionCounts(Allocation):
-    """Entries above one threshold of the attention they get while the model repeats the context (KVzip, 2505.23416).
-
-    Counted over all heads in each calibration window, and averaged. `floor` is the least share of a head, relative to
-    the uniform one. `tilt` favours late layers where above 0, early ones below.
-    """
+class ReconstructionCounts(ThresholdCounts):
+    """Counts by the attention received while the model repeats the context (KVzip, arXiv 2505.23416)."""
 
     name: ClassVar[str] = "reconstruction_counts"
-
-    floor: float = 0.1
-    tilt: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.check(0 <= self.floor <= 1, "floor must be within [0, 1]")
-
-    @override
-    def shares(self, profile: Profile, limits: Limits) -> Shares:
-        return Shares.of(averaged_counts(profile, "reconstruction", limits, self.floor, self.tilt), limits.bits)
+    ranking: ClassVar[RankingName] = "reconstruction"

@@ -6,18 +6,18 @@ import torch
 from baklava.errors import UserError
 from baklava.eviction import (
     METHODS,
+    TOVA,
     Eviction,
     ExpectedAttention,
     HeavyHitter,
     KeyDiff,
     KeyNorm,
+    KVzip,
     Observation,
-    Reconstruction,
     SnapKV,
-    Streaming,
-    Tova,
-    eviction_of,
-    method_of,
+    StreamingLLM,
+    build_eviction,
+    method_class,
 )
 
 
@@ -33,9 +33,9 @@ def observe(
         value=torch.randn(batch, heads, entries, 4, generator=draw),
         query_positions=torch.arange(first_query, first_query + queries * stride, stride)[None],
         key_positions=torch.arange(entries)[None, None],
-        previous=torch.zeros(batch, heads, entries),
+        previous_scores=torch.zeros(batch, heads, entries),
         scaling=0.5,
-        attend=lambda: attention,
+        compute_attention=lambda: attention,
         stride=stride,
         decoding=decoding,
     )
@@ -54,13 +54,14 @@ def test_every_method_scores_each_entry_of_each_head_with_a_finite_number(method
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_every_method_is_rebuilt_from_its_record_in_a_plan(method: type[Eviction]) -> None:
+def test_every_method_is_rebuilt_from_its_config_in_a_plan(method: type[Eviction]) -> None:
     eviction = method(sinks=7)
-    assert eviction_of(eviction.choice) == eviction
+    assert build_eviction(eviction.config) == eviction
+    assert build_eviction(eviction.config) is build_eviction(eviction.config.model_copy())
     with pytest.raises(UserError, match="do not fit"):
-        eviction_of(eviction.choice.model_copy(update={"knobs": {"unheard": 1}}))
+        build_eviction(eviction.config.model_copy(update={"params": {"unheard": 1}}))
     with pytest.raises(UserError, match="make a new plan"):
-        eviction_of(eviction.choice.model_copy(update={"scored": not eviction.scored}))
+        build_eviction(eviction.config.model_copy(update={"scored": not eviction.scored}))
 
 
 @pytest.mark.parametrize(
@@ -71,17 +72,17 @@ def test_every_method_is_rebuilt_from_its_record_in_a_plan(method: type[Eviction
         HeavyHitter(power=2, distance=3, reduction="mean"),
         HeavyHitter(reduction="max", power=2, distance=9),
         SnapKV(window=3),
-        Tova(),
-        Reconstruction(),
+        TOVA(),
+        KVzip(),
     ],
     ids=str,
 )
-def test_scores_do_not_depend_on_how_queries_are_cut_into_blocks(method: Eviction) -> None:
+def test_scores_do_not_depend_on_how_queries_are_split_into_blocks(method: Eviction) -> None:
     attention = causal_attention(24)
     at_once = method.score(observe(attention))
     scores = torch.zeros(1, 2, 24)
     for start, stop in ((0, 5), (5, 6), (6, 20), (20, 24)):
-        block = replace(observe(attention[..., start:stop, :stop], start), previous=scores[..., :stop])
+        block = replace(observe(attention[..., start:stop, :stop], start), previous_scores=scores[..., :stop])
         scores[..., :stop] = method.score(block)
     torch.testing.assert_close(scores, at_once)
 
@@ -96,7 +97,7 @@ def test_heavy_hitter_is_the_mean_attention_received() -> None:
     assert (scored[..., 6:] == 0).all()
 
 
-def test_heavy_hitter_tells_small_attention_apart_in_half_precision() -> None:
+def test_heavy_hitter_distinguishes_small_attention_in_half_precision() -> None:
     attention = torch.tensor([1e-4, 2e-4, 3e-4]).expand(1, 1, 1, 1, 3)
     score = HeavyHitter(distance=0).score(observe(attention.half(), first_query=2))
     assert score.diff().min() > 0
@@ -113,76 +114,76 @@ def test_heavy_hitter_over_every_third_query_is_the_mean_over_those() -> None:
 
 def test_tova_is_the_attention_of_the_newest_query() -> None:
     attention = causal_attention(10)
-    torch.testing.assert_close(Tova().score(observe(attention)), attention[..., -1, :].mean(2))
-    torch.testing.assert_close(Tova(reduction="max").score(observe(attention)), attention[..., -1, :].amax(2))
+    torch.testing.assert_close(TOVA().score(observe(attention)), attention[..., -1, :].mean(2))
+    torch.testing.assert_close(TOVA(reduction="max").score(observe(attention)), attention[..., -1, :].amax(2))
 
 
-def test_snapkv_weighs_the_newest_queries_most_and_goes_on_in_decoding() -> None:
+def test_snapkv_weighs_the_newest_queries_most_and_continues_in_decoding() -> None:
     attention = causal_attention(10)
     weights = torch.tensor([0.25 * 0.75**age for age in range(9, -1, -1)])
     expected = (attention.mean(2) * weights[:, None]).sum(2)
     torch.testing.assert_close(SnapKV(window=4).score(observe(attention)), expected)
-    step = replace(observe(causal_attention(10)[..., -1:, :], 9, decoding=True), previous=expected)
+    step = replace(observe(causal_attention(10)[..., -1:, :], 9, decoding=True), previous_scores=expected)
     later = 0.75 * expected + 0.25 * step.attention.mean(2)[:, :, 0]
     torch.testing.assert_close(SnapKV(window=4).score(step), later)
 
 
 def test_key_methods_prefer_small_keys_and_unlike_keys() -> None:
-    seen = observe(causal_attention(6))
-    torch.testing.assert_close(KeyNorm().score(seen), -seen.key.square().sum(-1).sqrt())
-    same = replace(seen, key=torch.tensor([1.0, 0, 0, 0]).expand(1, 2, 6, 4).clone())
+    observation = observe(causal_attention(6))
+    torch.testing.assert_close(KeyNorm().score(observation), -observation.key.square().sum(-1).sqrt())
+    same = replace(observation, key=torch.tensor([1.0, 0, 0, 0]).expand(1, 2, 6, 4).clone())
     same.key[:, :, 3] = torch.tensor([0, 2.0, 0, 0])
     assert KeyDiff().score(same).argmax(-1).tolist() == [[3, 3]]
 
 
 def test_expected_attention_is_the_mean_weight_that_normal_queries_give() -> None:
-    seen = observe(causal_attention(8))
+    observation = observe(causal_attention(8))
     draw = torch.Generator().manual_seed(1)
     mean, spread = torch.randn(1, 2, 3, 1, 4, generator=draw), 0.5
     queries = mean + spread * torch.randn(1, 2, 3, 200_000, 4, generator=draw)
-    many = replace(seen, query=queries, query_positions=torch.arange(200_000)[None])
-    weights = torch.exp(queries @ seen.key[:, :, None].transpose(3, 4) * seen.scaling).mean(3)
-    expected = (weights / weights.sum(-1, keepdim=True)).mean(2) * seen.value.norm(dim=-1)
+    many = replace(observation, query=queries, query_positions=torch.arange(200_000)[None])
+    weights = torch.exp(queries @ observation.key[:, :, None].transpose(3, 4) * observation.scaling).mean(3)
+    expected = (weights / weights.sum(-1, keepdim=True)).mean(2) * observation.value.norm(dim=-1)
     torch.testing.assert_close(ExpectedAttention().score(many), expected, rtol=0.02, atol=0.002)
 
 
-def test_expected_attention_turns_to_the_attention_received_in_decoding() -> None:
+def test_expected_attention_uses_the_attention_received_in_decoding() -> None:
     step = observe(causal_attention(8)[..., -1:, :], 7, decoding=True)
     received = step.attention.mean(2)[:, :, 0] * step.value.norm(dim=-1)
     torch.testing.assert_close(ExpectedAttention(window=4).score(step), received / 4)
 
 
-def test_reconstruction_is_the_most_that_any_query_gave() -> None:
+def test_kvzip_is_the_maximum_attention_from_any_query() -> None:
     attention = causal_attention(9)
-    torch.testing.assert_close(Reconstruction().score(observe(attention)), attention.amax((2, 3)))
+    torch.testing.assert_close(KVzip().score(observe(attention)), attention.amax((2, 3)))
 
 
-def test_streaming_ranks_by_recency() -> None:
-    assert Streaming().score(observe(causal_attention(5)))[0, 0].tolist() == [0, 1, 2, 3, 4]
+def test_streaming_llm_ranks_by_recency() -> None:
+    assert StreamingLLM().score(observe(causal_attention(5)))[0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_methods_share_an_observation_only_when_they_score_alike() -> None:
+def test_methods_share_a_score_key_only_if_they_score_alike() -> None:
     assert (
-        HeavyHitter(sinks=1, recent=0.2, interval=64, distance=0, reduction="mean", power=1).observation
-        == HeavyHitter(distance=0, reduction="mean", power=1).observation
+        HeavyHitter(sinks=1, recent_ratio=0.2, eviction_interval=64, distance=0, reduction="mean", power=1).score_key
+        == HeavyHitter(distance=0, reduction="mean", power=1).score_key
     )
     assert (
-        HeavyHitter(power=2, distance=0, reduction="mean").observation
-        != HeavyHitter(distance=0, reduction="mean", power=1).observation
+        HeavyHitter(power=2, distance=0, reduction="mean").score_key
+        != HeavyHitter(distance=0, reduction="mean", power=1).score_key
     )
-    assert Streaming().observation is None
+    assert StreamingLLM().score_key is None
 
 
-def test_unknown_methods_and_knobs_are_one_sentence() -> None:
-    with pytest.raises(UserError, match="choose one of streaming, heavy_hitter"):
-        method_of("h2o")
+def test_unknown_methods_and_parameters_are_one_sentence() -> None:
+    with pytest.raises(UserError, match="choose one of streaming_llm, heavy_hitter"):
+        method_class("h2o")
     with pytest.raises(UserError, match="distance at least 0"):
         HeavyHitter(distance=-1, reduction="mean", power=1)
     with pytest.raises(UserError, match="pooling odd"):
         SnapKV(pooling=4)
-    with pytest.raises(UserError, match="leave its knobs alone"):
-        Streaming(interval=8)
+    with pytest.raises(UserError, match="set sinks only"):
+        StreamingLLM(eviction_interval=8)
     with pytest.raises(UserError, match="window must be at least 2"):
         ExpectedAttention(window=1)
-    with pytest.raises(UserError, match="interval at least 1"):
-        HeavyHitter(interval=0, distance=0, reduction="mean", power=1)
+    with pytest.raises(UserError, match="eviction_interval at least 1"):
+        HeavyHitter(eviction_interval=0, distance=0, reduction="mean", power=1)

@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from baklava.errors import UserError
-from baklava.plan.budget_plan import AllocationChoice, BudgetPlan, EvictionChoice, LayerBudget
+from baklava.plan.budget_plan import AllocationConfig, BudgetPlan, EvictionConfig, LayerBudget
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
 
 GEOMETRY = CacheGeometry(layers=3, kv_heads=2, query_group=2, head_dim=8, windows=(None, 16, None))
@@ -18,8 +18,8 @@ def plan(tokens: tuple[int, int] = (10, 20), **fields: object) -> BudgetPlan:
         "model": IDENTITY,
         "geometry": GEOMETRY,
         "context_length": 100,
-        "eviction": EvictionChoice(method="streaming"),
-        "allocation": AllocationChoice(method="uniform", budget=0.3),
+        "eviction": EvictionConfig(method="streaming_llm"),
+        "allocation": AllocationConfig(method="uniform", budget=0.3),
         "layers": (layer, None, layer),
     }
     return BudgetPlan(**(parts | fields))
@@ -29,7 +29,7 @@ def test_bytes_count_payload_state_and_sliding_layers() -> None:
     payload, sliding = 2 * 30 * 8 * 4, 16 * 2 * 8 * 4
     assert plan().bytes_per_sequence == payload + sliding
     assert plan(sliding_bits=32).bytes_per_sequence == payload + 2 * sliding
-    scored = EvictionChoice(method="heavy_hitter", scored=True, interval=4)
+    scored = EvictionConfig(method="heavy_hitter", scored=True, eviction_interval=4)
     assert plan(eviction=scored).bytes_per_sequence == payload + 2 * 30 * 8 + sliding
     assert plan().full_bytes_per_sequence == 2 * 2 * 100 * 8 * 4 + sliding
 
@@ -37,16 +37,16 @@ def test_bytes_count_payload_state_and_sliding_layers() -> None:
 CHANNELS = ("0001020304050607", "0706050403020100")
 
 
-def test_bytes_count_the_scales_of_both_halves_of_graded_keys_and_centroids() -> None:
+def test_bytes_count_the_scales_of_mixed_precision_keys_and_centroids() -> None:
     geometry = GEOMETRY.model_copy(update={"head_dim": 32})
     order = bytes(range(32)).hex()
     layer = LayerBudget(tokens=(10, 20), key_bits=(4, 8), value_bits=(4, 8))
     ring = {"geometry": geometry, "layers": (layer, None, layer), "sliding_bits": 16}
-    plain, graded = (plan(**ring, key_channels=each) for each in (None, ((order, order), None, (order, order))))
-    # 8 bits are graded no further; of 4, a half is in 5 and the other in 3, with a scale of 2 bytes each
-    assert graded.bytes_per_sequence == plain.bytes_per_sequence + 2 * (10 - 4) * 2
-    assert graded.digest != plain.digest
-    scored = EvictionChoice(method="heavy_hitter", scored=True, interval=4)
+    plain, mixed = (plan(**ring, key_channels=channels) for channels in (None, ((order, order), None, (order, order))))
+    # 8 bits are not split; of 4, one half takes 5 and the other 3, with a scale of 2 bytes each
+    assert mixed.bytes_per_sequence == plain.bytes_per_sequence + 2 * (10 - 4) * 2
+    assert mixed.digest != plain.digest
+    scored = EvictionConfig(method="heavy_hitter", scored=True, eviction_interval=4)
     more = plan(**ring, eviction=scored.model_copy(update={"centroids": 3}))
     assert more.bytes_per_sequence == plan(**ring, eviction=scored).bytes_per_sequence + 4 * 3 * (2 * 2 * 32 + 8)
 
@@ -54,17 +54,25 @@ def test_bytes_count_the_scales_of_both_halves_of_graded_keys_and_centroids() ->
 @pytest.mark.parametrize(
     "channels", [(CHANNELS,), (CHANNELS, None, (CHANNELS[0],)), (CHANNELS, None, ("00" * 8, CHANNELS[0])), (None,) * 3]
 )
-def test_orders_of_channels_that_are_none_are_refused(channels: object) -> None:
+def test_invalid_channel_orders_are_refused(channels: object) -> None:
     plan(key_channels=(CHANNELS, None, CHANNELS))
     with pytest.raises(ValidationError, match="key_channels"):
         plan(key_channels=channels)
 
 
-def test_a_plan_of_another_version_says_what_to_do(tmp_path: Path) -> None:
+def test_a_plan_with_an_unknown_field_says_what_to_do(tmp_path: Path) -> None:
     content = json.loads(plan().model_dump_json())
     content["eviction"]["merging"] = 0.0
     (tmp_path / "plan.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"eviction\.merging.* another version of baklava wrote it: search again"):
+        BudgetPlan.read(tmp_path / "plan.json")
+
+
+def test_a_plan_of_an_older_schema_is_refused_with_its_version_and_a_remedy(tmp_path: Path) -> None:
+    content = json.loads(plan().model_dump_json()) | {"schema_version": 1}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    said = "schema_version is 1, but this version of baklava reads version 2.* search again with this version"
+    with pytest.raises(UserError, match=said):
         BudgetPlan.read(tmp_path / "plan.json")
 
 
@@ -74,8 +82,8 @@ def test_a_written_plan_reads_back_equal(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_the_digest_depends_on_what_the_cache_does_and_on_nothing_else() -> None:
-    renamed = plan(allocation=AllocationChoice(method="baklava", budget=0.4))
+def test_the_digest_depends_on_what_the_cache_does_and_nothing_else() -> None:
+    renamed = plan(allocation=AllocationConfig(method="baklava", budget=0.4))
     assert plan().digest == renamed.digest
     assert plan().digest != plan((10, 21)).digest
 
@@ -94,12 +102,12 @@ def test_layers_that_do_not_match_the_model_are_refused() -> None:
             plan(layers=layers)
 
 
-def test_a_head_without_room_for_sinks_and_interval_is_refused() -> None:
+def test_a_head_too_small_for_sinks_and_interval_is_refused() -> None:
     with pytest.raises(ValidationError, match="10 entries, but 4 sinks and an eviction every 8 tokens need 13"):
-        plan(eviction=EvictionChoice(method="heavy_hitter", interval=8, scored=True))
+        plan(eviction=EvictionConfig(method="heavy_hitter", eviction_interval=8, scored=True))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema_version": 2}', "\0"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema_version": 3}', "\0"])
 def test_a_corrupted_plan_file_is_one_sentence(tmp_path: Path, content: str) -> None:
     file = tmp_path / "plan.json"
     file.write_text(content)
@@ -116,9 +124,9 @@ def test_a_missing_or_binary_plan_file_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_plan_for_another_model_does_not_fit() -> None:
-    plan().check_fits(IDENTITY, GEOMETRY)
+    plan().validate_for(IDENTITY, GEOMETRY)
     with pytest.raises(UserError, match="was made for tiny"):
-        plan().check_fits(ModelIdentity(id="other", config_hash="def"), GEOMETRY)
+        plan().validate_for(ModelIdentity(id="other", config_hash="def"), GEOMETRY)
 
 
 def test_the_plan_file_holds_the_numbers_that_others_read(tmp_path: Path) -> None:

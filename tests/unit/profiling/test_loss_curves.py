@@ -1,4 +1,4 @@
-"""Loss curves and rankings of a profile, against what they stand for."""
+"""Loss curves and rankings of a profile, against their definitions."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,9 @@ from torch import Tensor
 
 from baklava.data.windows import Window
 from baklava.eviction import HeavyHitter
-from baklava.profiling import loss_curves as curves
-from baklava.profiling.loss_curves import Kept, Lattice
-from baklava.profiling.output_gradients import LayerPass, passed
-from baklava.profiling.profiler import profile, ranking
+from baklava.profiling.loss_curves import CurveGrid, RetentionModel, layer_losses
+from baklava.profiling.output_gradients import LayerTrace, trace_layers
+from baklava.profiling.profiler import build_ranking, measure_profile
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill_and_record
 
@@ -20,45 +19,47 @@ Maker = Callable[..., LoadedModel]
 CONTEXT, CONTINUATION = 60, 24
 
 
-def layers_of(loaded: LoadedModel, ids: Tensor, draws: int = 1) -> list[LayerPass]:
+def traces_of(loaded: LoadedModel, ids: Tensor, draws: int = 1) -> list[LayerTrace]:
     recording = prefill_and_record(loaded, ids[:, :CONTEXT], ()).recording
-    passes = [passed(loaded, recording, ids[:, CONTEXT:], seed) for seed in range(draws)]
+    passes = [trace_layers(loaded, recording, ids[:, CONTEXT:], seed) for seed in range(draws)]
     return [
-        LayerPass(first.query, first.key, first.value, torch.cat([p[i].gradient for p in passes]), first.kernel)
+        LayerTrace(first.query, first.key, first.value, torch.cat([p[i].gradient for p in passes]), first.params)
         for i, first in enumerate(passes[0])
     ]
 
 
-def test_a_continuation_attends_as_the_model_does_and_leaves_no_gradients_behind(tiny: Maker) -> None:
+def test_a_continuation_attends_as_the_model_does_and_leaves_no_gradients(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(1, CONTEXT + CONTINUATION)
-    layer = layers_of(loaded, ids)[0]
+    layer = traces_of(loaded, ids)[0]
     weights = layer.weights(0, layer.key[0], 1)
-    assert weights.of_entries.shape == (2, CONTINUATION, CONTEXT + CONTINUATION)
-    assert int((weights.of_entries[0, 0] > 0).sum()) <= CONTEXT + 1
+    assert weights.unnormalized.shape == (2, CONTINUATION, CONTEXT + CONTINUATION)
+    assert int((weights.unnormalized[0, 0] > 0).sum()) <= CONTEXT + 1
     assert all(parameter.grad is None and parameter.requires_grad for parameter in loaded.model.parameters())
 
 
 def test_a_head_that_keeps_everything_loses_nothing_and_fewer_entries_lose_more(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(1, CONTEXT + CONTINUATION)
-    layer = layers_of(loaded, ids)[1]
-    eviction = HeavyHitter(sinks=2, interval=2)
+    layer = traces_of(loaded, ids)[1]
+    eviction = HeavyHitter(sinks=2, eviction_interval=2)
     scores = torch.rand(2, CONTEXT, generator=torch.Generator().manual_seed(0))
-    lattice = Lattice(eviction, (12, 40, 200), ((16, 16), (4, 4), (2, 2)))
-    kl, error = curves.losses(layer, scores, lattice)
+    grid = CurveGrid(eviction, (12, 40, 200), ((16, 16), (4, 4), (2, 2)))
+    kl, error = layer_losses(layer, scores, grid)
     assert kl[:, 0, 2].max() < 1e-9
     assert error[:, 0, 2].max() < 1e-4
-    for grid in (kl, error):
-        assert (grid[:, 0, 0] > grid[:, 0, 1]).all()
-        assert (grid[:, 0, 2] < grid[:, 1, 2]).all()
-        assert (grid[:, 1, 2] < grid[:, 2, 2]).all()
+    for losses in (kl, error):
+        assert (losses[:, 0, 0] > losses[:, 0, 1]).all()
+        assert (losses[:, 0, 2] < losses[:, 1, 2]).all()
+        assert (losses[:, 1, 2] < losses[:, 2, 2]).all()
 
 
-def test_a_head_is_taken_to_hold_sinks_the_best_and_the_newest() -> None:
+def test_a_head_is_modelled_to_keep_sinks_the_best_and_the_newest() -> None:
     context, entries, capacity = 20, 30, 12
     order = torch.randperm(context, generator=torch.Generator().manual_seed(1))
     queries = torch.arange(context, entries)
     scores = torch.empty(context).scatter_(0, order, torch.arange(context, 0, -1.0))
-    mask = Kept(scores, queries, HeavyHitter(sinks=2, recent=0.5, interval=2)).mask(capacity, entries)
+    mask = RetentionModel(scores, queries, HeavyHitter(sinks=2, recent_ratio=0.5, eviction_interval=2)).mask(
+        capacity, entries
+    )
     newest, quota = int(0.5 * (capacity - 2 - 2)) + 1, capacity - 2 - 5 - 1
     for row, query in enumerate(queries.tolist()):
         competing = [p for p in [*order.tolist(), *range(context, entries)] if 2 <= p <= query - newest]
@@ -67,19 +68,19 @@ def test_a_head_is_taken_to_hold_sinks_the_best_and_the_newest() -> None:
         assert len(held) == capacity - 1
 
 
-def test_a_head_with_room_for_all_is_taken_to_hold_all() -> None:
+def test_a_head_large_enough_for_all_is_modelled_to_keep_all() -> None:
     queries = torch.arange(20, 30)
-    mask = Kept(torch.arange(20.0), queries, HeavyHitter(sinks=2, interval=2)).mask(30, 30)
+    mask = RetentionModel(torch.arange(20.0), queries, HeavyHitter(sinks=2, eviction_interval=2)).mask(30, 30)
     assert torch.equal(mask, torch.arange(30) <= queries[:, None])
 
 
-def test_centroids_lower_the_curves_where_entries_are_gone_and_nowhere_else(tiny: Maker) -> None:
+def test_centroids_lower_the_curves_where_entries_are_evicted_and_nowhere_else(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(1, CONTEXT + CONTINUATION)
-    layer, scores = layers_of(loaded, ids)[1], torch.rand(2, CONTEXT, generator=torch.Generator().manual_seed(0))
+    layer, scores = traces_of(loaded, ids)[1], torch.rand(2, CONTEXT, generator=torch.Generator().manual_seed(0))
     errors = []
     for centroids in (0, 4):
-        lattice = Lattice(HeavyHitter(sinks=2, interval=2, centroids=centroids), (12, 200), ((16, 16),))
-        errors.append(curves.losses(layer, scores, lattice)[1][:, 0])
+        grid = CurveGrid(HeavyHitter(sinks=2, eviction_interval=2, centroids=centroids), (12, 200), ((16, 16),))
+        errors.append(layer_losses(layer, scores, grid)[1][:, 0])
     assert float(errors[1][:, 0].mean()) < float(errors[0][:, 0].mean())
     assert torch.equal(errors[0][:, 1], errors[1][:, 1])
 
@@ -88,25 +89,25 @@ def test_centroids_lower_the_curves_where_entries_are_gone_and_nowhere_else(tiny
 def test_models_in_half_precision_have_curves_too(tiny: Maker, dtype: torch.dtype) -> None:
     loaded = tiny()
     scores = torch.rand(2, CONTEXT, generator=torch.Generator().manual_seed(0))
-    lattice = Lattice(HeavyHitter(sinks=2, interval=2, centroids=4), (12, 40), ((16, 16), (4, 4)))
-    exact, _ = curves.losses(layers_of(loaded, random_ids(1, CONTEXT + CONTINUATION))[1], scores, lattice)
+    grid = CurveGrid(HeavyHitter(sinks=2, eviction_interval=2, centroids=4), (12, 40), ((16, 16), (4, 4)))
+    exact, _ = layer_losses(traces_of(loaded, random_ids(1, CONTEXT + CONTINUATION))[1], scores, grid)
     half = LoadedModel.of(loaded.model.to(dtype), tokenizer=None, id="half")
-    found, _ = curves.losses(layers_of(half, random_ids(1, CONTEXT + CONTINUATION))[1], scores, lattice)
+    found, _ = layer_losses(traces_of(half, random_ids(1, CONTEXT + CONTINUATION))[1], scores, grid)
     assert bool(found.isfinite().all())
     assert float((found.log() - exact.log()).abs().mean()) < 1
 
 
 def test_the_loss_of_a_pair_is_that_of_keys_and_values_together() -> None:
-    lattice = Lattice(HeavyHitter(), (10,), ((16, 16), (8, 4), (4, 4)))
+    grid = CurveGrid(HeavyHitter(), (10,), ((16, 16), (8, 4), (4, 4)))
     keys, values = torch.tensor([[[1.0], [1.5], [3.0]]]), torch.tensor([[[1.0], [2.0]]])
-    assert (lattice.key_bits, lattice.value_bits) == ((16, 8, 4), (16, 4))
-    assert lattice.paired(keys, values)[0, :, 0].tolist() == [1.0, 2.5, 4.0]
+    assert (grid.key_bits, grid.value_bits) == ((16, 8, 4), (16, 4))
+    assert grid.combine(keys, values)[0, :, 0].tolist() == [1.0, 2.5, 4.0]
 
 
 def test_the_predicted_loss_is_the_kl_that_a_small_error_makes(tiny: Maker) -> None:
     """Second order is exact for small errors: a head is pushed a little at one token, and the KL is measured."""
     loaded, ids = tiny(), random_ids(1, CONTEXT + CONTINUATION)
-    layer, row = layers_of(loaded, ids, draws=400)[1], 7
+    layer, row = traces_of(loaded, ids, draws=400)[1], 7
     push = 0.05 * torch.randn(2, 8, generator=torch.Generator().manual_seed(2))
     predicted = (layer.gradient[:, 0, :, row] * push).sum((1, 2)).square().mean() / 2
 
@@ -124,10 +125,10 @@ def test_the_predicted_loss_is_the_kl_that_a_small_error_makes(tiny: Maker) -> N
     assert float(predicted) == pytest.approx(float(measured), rel=0.25)
 
 
-def test_a_ranking_leaves_the_sinks_out_and_falls_with_the_rank() -> None:
+def test_a_ranking_omits_the_sinks_and_falls_with_the_rank() -> None:
     scores = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
     scores[:, :4] = 9.0
-    found = ranking([[scores]], sinks=4)
+    found = build_ranking([[scores]], sinks=4)
     assert found.tokens == 46
     assert found.ranks[0] == 1
     assert found.ranks[-1] == 46
@@ -136,7 +137,7 @@ def test_a_ranking_leaves_the_sinks_out_and_falls_with_the_rank() -> None:
     assert list(head) == sorted(head, reverse=True)
 
 
-def test_a_model_with_sliding_layers_has_importance_alone(tiny: Maker) -> None:
+def test_a_model_with_sliding_layers_has_importance_only(tiny: Maker) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -152,7 +153,7 @@ def test_a_model_with_sliding_layers_has_importance_alone(tiny: Maker) -> None:
     )
     loaded = LoadedModel.of(Qwen2ForCausalLM(config).eval(), tokenizer=None, id="sliding")
     ids = tuple(random_ids(1, 40)[0].tolist())
-    measured = profile(loaded, [Window("w", "d", ids, 30)])
+    measured = measure_profile(loaded, [Window("w", "d", ids, 30)])
     assert measured.rankings == {}
     assert measured.curves is None
     assert len(measured.importance["value"]) == 2

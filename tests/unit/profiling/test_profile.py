@@ -8,10 +8,11 @@ from torch.nn.functional import cosine_similarity
 from baklava.allocation import Allocation, Blended, allocate
 from baklava.data.windows import Window
 from baklava.errors import UserError
-from baklava.eviction import Streaming
+from baklava.eviction import StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan
+from baklava.profiling import profiler
 from baklava.profiling.profile import Profile
-from baklava.profiling.profiler import cached_profile, profile
+from baklava.profiling.profiler import cached_profile, measure_profile
 from baklava.runtime.model_loader import LoadedModel
 
 Maker = Callable[..., LoadedModel]
@@ -27,7 +28,7 @@ def windows(count: int, tokens: int = 20) -> list[Window]:
 
 def test_importance_is_one_minus_the_mean_cosine_of_a_heads_input_and_output(tiny: Maker) -> None:
     loaded, cut = tiny(), windows(2)
-    measured = profile(loaded, cut)
+    measured = measure_profile(loaded, cut)
     layer = loaded.model.model.layers[0]
     similar = []
     for window in cut:
@@ -49,12 +50,12 @@ def test_key_channels_are_ordered_by_what_they_add_to_the_logits(tiny: Maker) ->
     loud = 5, 21  # a pair that rotary embedding turns into each other
     with torch.no_grad():
         attention.k_proj.weight.view(2, 32, -1)[0, loud] *= 20
-    measured = profile(loaded, windows(2))
+    measured = measure_profile(loaded, windows(2))
     assert measured.key_channels is not None
     assert {int(measured.key_channels[1][0][i : i + 2], 16) for i in (0, 2)} == set(loud)
     assert sorted(bytes.fromhex(measured.key_channels[0][1])) == list(range(32))
     assert plan_of(Blended(), measured).key_channels == measured.key_channels
-    assert profile(tiny(head_dim=8), windows(1)).key_channels is None
+    assert measure_profile(tiny(head_dim=8), windows(1)).key_channels is None
 
 
 def test_layer_importance_compares_the_hidden_state_before_and_after_attention(tiny: Maker) -> None:
@@ -63,7 +64,7 @@ def test_layer_importance_compares_the_hidden_state_before_and_after_attention(t
     before = loaded.model.model.embed_tokens(torch.tensor([cut[0].ids]))
     after: list[torch.Tensor] = []
     hook = layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: after.append(args[0].detach()))
-    measured = profile(loaded, cut)
+    measured = measure_profile(loaded, cut)
     hook.remove()
     expected = 1 - cosine_similarity(before.detach(), after[0], dim=-1).mean()
     assert measured.layer_importance[0] == pytest.approx(expected.item(), abs=1e-5)
@@ -72,7 +73,7 @@ def test_layer_importance_compares_the_hidden_state_before_and_after_attention(t
 def test_a_window_costs_a_forward_a_prefill_its_repetition_and_two_continuations(tiny: Maker) -> None:
     loaded, calls = tiny(), []
     hook = loaded.model.register_forward_hook(lambda *_: calls.append(1))
-    measured = profile(loaded, windows(3))
+    measured = measure_profile(loaded, windows(3))
     hook.remove()
     assert len(calls) == 3 * 5
     assert set(measured.importance) == {"value", "key", "query", "hidden"}
@@ -80,36 +81,36 @@ def test_a_window_costs_a_forward_a_prefill_its_repetition_and_two_continuations
         assert all(0 <= importance <= 2 for row in grid for importance in row)
 
 
-def test_the_hidden_slice_is_left_out_where_heads_do_not_tile_it(tiny: Maker) -> None:
-    assert "hidden" not in profile(tiny(hidden_size=48), windows(1)).importance
+def test_the_hidden_slice_is_left_out_if_heads_do_not_divide_it(tiny: Maker) -> None:
+    assert "hidden" not in measure_profile(tiny(hidden_size=48), windows(1)).importance
 
 
 def test_a_model_of_one_query_head_is_profiled(tiny: Maker) -> None:
-    measured = profile(tiny(kv_heads=1, group=1), windows(1))
+    measured = measure_profile(tiny(kv_heads=1, group=1), windows(1))
     assert [len(row) for row in measured.importance["value"]] == [1, 1]
 
 
-def test_a_model_that_norms_what_attention_gives_is_refused() -> None:
+def test_a_model_that_norms_the_attention_output_is_refused() -> None:
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     loaded = LoadedModel.of(Olmo2ForCausalLM(Olmo2Config(**shape, num_attention_heads=2)))
-    with pytest.raises(UserError, match="Olmo2DecoderLayer has no norm of the hidden state behind attention"):
-        profile(loaded, windows(1))
+    with pytest.raises(UserError, match="Olmo2DecoderLayer has no norm of the hidden state after attention"):
+        measure_profile(loaded, windows(1))
 
 
-def test_profiling_leaves_no_hook_behind_even_when_it_fails(tiny: Maker) -> None:
+def test_profiling_removes_its_hooks_even_if_it_fails(tiny: Maker) -> None:
     loaded = tiny()
-    profile(loaded, windows(1))
+    measure_profile(loaded, windows(1))
     with pytest.raises(IndexError):
-        profile(loaded, [Window("bad", "bad", (1,) * 9 + (999,), 9)])
+        measure_profile(loaded, [Window("bad", "bad", (1,) * 9 + (999,), 9)])
     modules = loaded.model.modules()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
 
 
-def test_without_room_to_repeat_a_context_there_is_only_what_needs_no_repeating(tiny: Maker) -> None:
-    whole = profile(tiny(max_position_embeddings=190), windows(1, tokens=100))
-    short = profile(tiny(max_position_embeddings=189), windows(1, tokens=100))
+def test_a_context_too_long_to_repeat_is_measured_without_repetition(tiny: Maker) -> None:
+    whole = measure_profile(tiny(max_position_embeddings=190), windows(1, tokens=100))
+    short = measure_profile(tiny(max_position_embeddings=189), windows(1, tokens=100))
     assert whole.curves is not None
     assert short.curves is not None
     assert short.rankings == {"heavy_hitter": whole.rankings["heavy_hitter"]}
@@ -121,12 +122,12 @@ def test_without_room_to_repeat_a_context_there_is_only_what_needs_no_repeating(
 
 
 def plan_of(method: Allocation, measured: Profile) -> BudgetPlan:
-    return allocate(measured, budget=0.9, context_length=200, method=method, eviction=Streaming())
+    return allocate(measured, budget=0.9, context_length=200, method=method, eviction=StreamingLLM())
 
 
 def test_a_context_that_is_all_sinks_is_refused(tiny: Maker) -> None:
     with pytest.raises(UserError, match=r"a context of 4 tokens is all sinks.*; raise --context"):
-        profile(tiny(), windows(1, tokens=9))
+        measure_profile(tiny(), windows(1, tokens=9))
 
 
 def test_a_profile_is_measured_once_and_read_back_equal(
@@ -142,3 +143,13 @@ def test_a_profile_is_measured_once_and_read_back_equal(
         file.write_bytes(content)
         with pytest.raises(UserError, match="remove it and profile again"):
             Profile.read(file)
+
+
+def test_a_profile_of_other_code_is_measured_again(
+    tiny: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAKLAVA_CACHE", str(tmp_path))
+    cached_profile(tiny(), windows(1))
+    monkeypatch.setattr(profiler, "source_digest", lambda module: "other code")
+    cached_profile(tiny(), windows(1))
+    assert len(list((tmp_path / "profiles").iterdir())) == 2
