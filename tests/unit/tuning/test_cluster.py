@@ -1,5 +1,6 @@
 """Facts about clusters: the search as a job on a real Ray head with a token, and cluster files that Ray accepts."""
 
+import os
 import re
 import subprocess
 import sys
