@@ -153,8 +153,8 @@ class Scheduler:
         """Deliver the tokens of a decode batch, and end the requests that failed."""
         self._chunk_size.observe_decode(seconds)
         for sequence, output in zip(batch, outputs, strict=True):
-            if sequence not in self.running:
-                continue  # another sequence of its request has failed
+            if sequence.request.has_ended:
+                continue  # another of its sequences has failed
             if isinstance(output, Exception):
                 self._finish(sequence.request, output)
             else:
@@ -187,7 +187,7 @@ class Scheduler:
         self.running += [sequence for sequence, _ in started]
         self._release_unused(request)
         for sequence, token in started:
-            if sequence in self.running:
+            if not request.has_ended:
                 self._emit(sequence, token)
 
     def fail_prefill(self, job: PrefillJob, error: Exception) -> None:
@@ -202,7 +202,7 @@ class Scheduler:
             try:
                 check_reservation(nbytes, sequence.cache.reserved_bytes)
             except ReservationExceededError as error:
-                if sequence in self.running:  # not ended by another sequence of its request
+                if not sequence.request.has_ended:  # by another of its sequences
                     self._finish(sequence.request, error)
         if job := self.prefilling:
             reserved = self.budget.reserved_by(job.request)
@@ -324,6 +324,7 @@ class Scheduler:
 
     def _finish(self, request: Request, error: Exception | None = None) -> None:
         """Release all that a request has, count it, and deliver the error if it did not end by itself."""
+        request.has_ended = True
         self.running = [sequence for sequence in self.running if sequence.request is not request]
         if self.prefilling is not None and self.prefilling.request is request:
             self.prefilling = None

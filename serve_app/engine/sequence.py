@@ -27,6 +27,7 @@ class Request:
         self, params: EngineRequest, plan: BudgetPlan, callback: OutputCallback, is_internal: bool = False
     ) -> None:
         self.params, self.plan, self.is_internal = params, plan, is_internal
+        self.has_ended = False  # set by the scheduler
         self._callback = callback
         self._cancelled = threading.Event()
         self._stopped: set[int] = set()

@@ -30,7 +30,7 @@ def plan(model):
 
 @pytest.fixture
 def start(model, plan, tmp_path):
-    """Starts a server inside the plan with these arguments."""
+    """Start a server under the plan with these arguments."""
     plan.write(tmp_path / "plan.json")
     return lambda *more: serving("--plan", tmp_path / "plan.json", "--model", model, *more, folder=tmp_path)
 
@@ -47,13 +47,13 @@ def replicas(server: Running) -> list[int]:
     return [pid for pid, title in descendants(server.process.pid) if title.startswith("ray::ServeReplica")]
 
 
-def room_for(plan, sequences):
-    """A pool in bytes for so many long sequences and a prompt that enters for the last of them."""
+def pool_for(plan, sequences):
+    """Return the bytes of a pool for so many long sequences, and for the prefill of the last of them."""
     return plan.bytes_for(1000) * sequences + prefill_workspace_bytes(plan, len(LONG["prompt"]), itemsize=4) + 1000
 
 
-def test_a_full_queue_sends_clients_away_until_there_is_room(start, plan):
-    """As many run as have room, two wait, and the others are told when to come back."""
+def test_a_full_queue_rejects_requests_until_there_is_space(start, plan):
+    """As many run as fit, two wait, and the others learn when to retry."""
 
     async def scene(server):
         async with asking(server) as client:
@@ -69,7 +69,7 @@ def test_a_full_queue_sends_clients_away_until_there_is_room(start, plan):
                 await asyncio.sleep(0.05)
             return await all_of(*(ask() for _ in range(8))), await all_of(*running)
 
-    with start("--pool", room_for(plan, 2), "--max-waiting", 2) as server:
+    with start("--pool", pool_for(plan, 2), "--max-waiting", 2) as server:
         answers, first = asyncio.run(scene(server))
         refused = [answer for answer in answers if answer.status_code == 429]
         assert len(refused) == 6
@@ -82,8 +82,8 @@ def test_a_full_queue_sends_clients_away_until_there_is_room(start, plan):
         assert server.post("/v1/completions", **SHORT).status_code == 200
 
 
-def test_a_request_that_can_never_fit_is_told_so(start, plan):
-    with start("--pool", room_for(plan, 1)) as server:
+def test_a_request_that_can_never_fit_is_rejected(start, plan):
+    with start("--pool", pool_for(plan, 1)) as server:
         refused = server.post("/v1/completions", **LONG | {"n": 16})
         assert refused.status_code == 400
         assert "bytes" in refused.json()["error"]["message"]
@@ -91,7 +91,7 @@ def test_a_request_that_can_never_fit_is_told_so(start, plan):
 
 
 def test_a_request_ends_at_its_deadline_wherever_it_is(start, plan):
-    with start("--pool", room_for(plan, 1), "--timeout", 2) as server:
+    with start("--pool", pool_for(plan, 1), "--timeout", 2) as server:
         until(server.idle)
 
         async def scene():
@@ -155,7 +155,7 @@ def test_readiness_is_honest_while_the_only_replica_is_away(start):
         assert server.post("/v1/completions", **SHORT).status_code == 200
 
 
-def test_a_stop_in_the_middle_ends_streams_and_refuses_what_is_new(start):
+def test_a_stop_finishes_streams_and_rejects_new_requests(start):
     async def scene(server):
         async with asking(server) as client:
             tasks = [asyncio.create_task(stream(client, LONG)) for _ in range(4)]
@@ -185,7 +185,7 @@ def test_replicas_are_added_while_the_pool_is_full(start, plan):
                     tasks.append(asyncio.create_task(client.post("/v1/completions", json=LONG)))
             return seen, [(await task).status_code for task in tasks]
 
-    with start("--pool", room_for(plan, 2), "--autoscale", 2) as server:
+    with start("--pool", pool_for(plan, 2), "--autoscale", 2) as server:
         seen, statuses = asyncio.run(scene(server))
         assert seen == 2
         assert set(statuses) == {200}

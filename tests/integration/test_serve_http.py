@@ -27,7 +27,9 @@ def plan(demo):
     """A searched-like plan: BaKlaVa's allocation at 30 % of 256 tokens, so that a chat soon outgrows it."""
     ids = tuple(demo.tokenizer("The rivers of Europe are long, and there are many of them. " * 20)["input_ids"][:192])
     measured = measure_profile(demo, [Window("rivers", "rivers", ids, 128)])
-    return allocate(measured, budget=0.3, context_length=256, method=Baklava(), eviction=HeavyHitter(eviction_interval=8))
+    return allocate(
+        measured, budget=0.3, context_length=256, method=Baklava(), eviction=HeavyHitter(eviction_interval=8)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def test_a_seed_gives_the_same_text_again(client):
     assert texts[0] == texts[1]
 
 
-def test_a_long_prompt_is_held_inside_the_plan(server, client, plan):
+def test_a_long_prompt_stays_within_the_plan(server, client, plan):
     prompt = "The rivers of Europe are long, and there are many of them. " * 24
     usage = client.completions.create(model="demo", prompt=prompt, max_tokens=12, extra_body={"ignore_eos": True}).usage
     (state,) = server.states().values()
@@ -119,7 +121,7 @@ def test_a_long_prompt_is_held_inside_the_plan(server, client, plan):
     assert 0 < state["peak_bytes"] <= state["pool_bytes"]
 
 
-def test_refusals_have_the_shape_that_clients_read(server):
+def test_errors_have_the_shape_that_clients_read(server):
     wrong = server.post("/v1/chat/completions", messages=HELLO, model="other")
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (404, "model")
     tools = server.post("/v1/chat/completions", messages=HELLO, tools=[{"type": "function"}])
@@ -152,7 +154,7 @@ def test_clients_that_go_away_leave_the_server_free(server):
 
 
 @pytest.fixture(scope="module")
-def spoilt(plan, plan_file):
+def invalid_plans(plan, plan_file):
     """Plans that cannot be served, by what is wrong with them."""
     damaged, foreign = plan_file.with_name("damaged.json"), plan_file.with_name("foreign.json")
     damaged.write_text(plan_file.read_text()[:-40])
@@ -165,20 +167,20 @@ def spoilt(plan, plan_file):
     ("kind", "words"),
     [("damaged", "not a valid plan"), ("foreign", "was made for another"), ("missing", "cannot read plan")],
 )
-def test_a_plan_that_cannot_be_served_is_refused_in_one_sentence(spoilt, kind, words):
-    assert words in refusal("--plan", spoilt[kind], "--model", "demo", "--port", free_port())
+def test_a_plan_that_cannot_be_served_is_rejected_in_one_sentence(invalid_plans, kind, words):
+    assert words in error_line("--plan", invalid_plans[kind], "--model", "demo", "--port", free_port())
 
 
-def test_a_port_in_use_is_refused_in_one_sentence(server, plan_file):
+def test_a_port_in_use_is_rejected_in_one_sentence(server, plan_file):
     port = httpx.URL(server.base).port
-    assert "already in use" in refusal("--plan", plan_file, "--model", "demo", "--port", port)
+    assert "already in use" in error_line("--plan", plan_file, "--model", "demo", "--port", port)
 
 
-def test_an_open_address_without_keys_is_refused_in_one_sentence(plan_file):
-    assert "API keys" in refusal("--plan", plan_file, "--model", "demo", "--host", "0.0.0.0")
+def test_an_open_address_without_keys_is_rejected_in_one_sentence(plan_file):
+    assert "API keys" in error_line("--plan", plan_file, "--model", "demo", "--host", "0.0.0.0")
 
 
-def refusal(*arguments):
+def error_line(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "BAKLAVA_API_KEYS"}
     done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment)
     assert done.returncode == 2, done.stderr

@@ -109,8 +109,8 @@ def refuse_plan():
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"plan": "plans/demo-30.json"}, "no path"),
-        ({"plan": "/etc/passwd"}, "no path"),
+        ({"plan": "plans/demo-30.json"}, "not a path"),
+        ({"plan": "/etc/passwd"}, "not a path"),
         ({"plan": {"schema_version": 1}}, "not a valid plan"),
         ({"plan": 7}, "plan"),
         ({"path": "x"}, "plan"),
