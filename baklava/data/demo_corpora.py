@@ -1,4 +1,4 @@
-"""The demo corpora read out of their wheels: three kinds of English prose as documents, name to text."""
+"""The demo corpora: three kinds of English prose, read from wheels as documents by name."""
 
 import gzip
 import json
@@ -9,17 +9,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from zipfile import ZipFile
 
-MIN_SERVICE_CHARACTERS = 30_000  # characters; a shorter service does not fill two windows of the default length
-BREAKS = {"li": "\n- ", "br": "\n"} | dict.fromkeys(
+MIN_SERVICE_CHARACTERS = 30_000
+"""A shorter service does not fill two windows of the default length."""
+
+LINE_BREAKS = {"li": "\n- ", "br": "\n"} | dict.fromkeys(
     ["p", "div", "ul", "ol", "dl", "dt", "dd", "table", "tr", "pre", "note", "h1", "h2", "h3", "h4"], "\n\n"
 )
-UNNAMED = {"ee": "European Union", "xx": "World"}  # factbook files that hold no country
+NON_COUNTRIES = {"ee": "European Union", "xx": "World"}
 
 
 def botocore(path: Path) -> dict[str, str]:
-    """One document per AWS service with at least LONG characters: what it does, then what each operation does."""
+    """Return a document per AWS service that is long enough: its description, then those of its operations."""
     with ZipFile(path) as archive:
-        newest = {}  # service to its latest model; the dates in the paths sort as text
+        newest = {}  # path of the latest model by service; the dates in the paths sort as text
         for member in sorted(archive.namelist()):
             parts = PurePosixPath(member).parts
             if len(parts) == 5 and parts[:2] == ("botocore", "data") and parts[4] == "service-2.json.gz":
@@ -31,7 +33,7 @@ def botocore(path: Path) -> dict[str, str]:
 
 
 def ifcraft(path: Path) -> dict[str, str]:
-    """One document per folder of essays on the craft of interactive fiction, in markdown without front matter."""
+    """Return a document per folder of essays on interactive fiction, in markdown without front matter."""
     folders: dict[str, list[str]] = {}
     with ZipFile(path) as archive:
         for member in sorted(archive.namelist()):
@@ -42,7 +44,7 @@ def ifcraft(path: Path) -> dict[str, str]:
 
 
 def factbook(path: Path) -> dict[str, str]:
-    """One document per country, as lines of `field: text` under the headings of the World Factbook."""
+    """Return a document per country: lines of `field: text` under the headings of the World Factbook."""
     documents = {}
     with ZipFile(path) as archive:
         for member in sorted(archive.namelist()):
@@ -61,8 +63,8 @@ PARSERS: dict[str, Callable[[Path], dict[str, str]]] = {
 
 
 def html_to_text(html: str) -> str:
-    """The text of an HTML fragment: paragraphs apart by a blank line, each list item on a line of its own."""
-    reader = _Reader()
+    """Return the text of an HTML fragment, with blank lines between paragraphs and list items on lines of their own."""
+    reader = _TextExtractor()
     reader.feed(html)
     reader.close()
     text = re.sub(r" *\n *", "\n", re.sub(r" +", " ", "".join(reader.pieces)))
@@ -70,29 +72,29 @@ def html_to_text(html: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-class _Reader(HTMLParser):
-    """Collects text in which every line break comes from a tag, since those of the source mean nothing."""
+class _TextExtractor(HTMLParser):
+    """Collects text in which only tags break lines, since line breaks of the source have no meaning."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.pieces: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Begin a block, a list item or a line."""
-        self.pieces.append(BREAKS.get(tag, ""))
+        """Start a block, a list item or a line."""
+        self.pieces.append(LINE_BREAKS.get(tag, ""))
 
     def handle_endtag(self, tag: str) -> None:
-        """End a block; what follows a list item or a line break begins by itself."""
-        self.pieces.append("\n\n" if BREAKS.get(tag) == "\n\n" else "")
+        """End a block; list items and line breaks need no end."""
+        self.pieces.append("\n\n" if LINE_BREAKS.get(tag) == "\n\n" else "")
 
     def handle_data(self, data: str) -> None:
-        """Keep the text, every run of white space as one space."""
+        """Add text, with each run of white space as one space."""
         self.pieces.append(re.sub(r"\s+", " ", data))
 
 
 def _service(model: dict[str, Any]) -> str:
-    described = [model, *(operation for _, operation in sorted(model["operations"].items()))]
-    paragraphs = [html_to_text(part.get("documentation") or "") for part in described]
+    parts = [model, *(operation for _, operation in sorted(model["operations"].items()))]
+    paragraphs = [html_to_text(part.get("documentation") or "") for part in parts]
     return "\n\n".join(filter(None, [model["metadata"]["serviceFullName"], *paragraphs]))
 
 
@@ -103,7 +105,7 @@ def _without_front_matter(markdown: str) -> str:
 def _country(facts: dict[str, Any], code: str) -> str:
     names = facts.get("Government", {}).get("Country name", {})
     forms = [names.get(f"conventional {form} form", {}).get("text", "") for form in ("short", "long")]
-    return next((html_to_text(form) for form in forms if form not in ("", "none")), UNNAMED.get(code, code))
+    return next((html_to_text(form) for form in forms if form not in ("", "none")), NON_COUNTRIES.get(code, code))
 
 
 def _sections(facts: dict[str, Any]) -> Iterator[str]:
@@ -111,10 +113,10 @@ def _sections(facts: dict[str, Any]) -> Iterator[str]:
         yield "\n".join([heading, *_lines(fields)])
 
 
-def _lines(fields: dict[str, Any], above: str = "") -> Iterator[str]:
-    """`field: text`, and `field, part: text` where a field has parts."""
+def _lines(fields: dict[str, Any], parent: str = "") -> Iterator[str]:
+    """Yield `field: text`, or `field, part: text` if a field has parts."""
     for field, value in fields.items():
-        name = f"{above}, {field.strip()}" if above and field != "text" else above or field.strip()
+        name = f"{parent}, {field.strip()}" if parent and field != "text" else parent or field.strip()
         if isinstance(value, dict):
             yield from _lines(value, name)
         elif html_to_text(value):

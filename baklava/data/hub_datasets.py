@@ -1,4 +1,4 @@
-"""Rows of data sets, streamed: of files on the hub or of one's own, or of a whole repository."""
+"""Rows of data sets, streamed from a repository on the hub, from its files, or from local files."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,31 +9,47 @@ from typing import Any
 from baklava.errors import UserError
 
 Row = dict[str, Any]
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+BUILDER_OF_SUFFIX = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def stream_rows(what: str, remedy: str, **arguments: Any) -> Iterator[Row]:
-    """The rows that `datasets.load_dataset(**arguments)` streams, so that a large data set is not fetched whole.
+    """Yield the rows of `datasets.load_dataset(**arguments)`, without downloading all of a large data set.
 
-    `what` begins the sentence that a failure becomes, `remedy` ends it. Raises UserError, also while rows are taken.
+    Args:
+        what: Start of the error message: what is read.
+        remedy: End of the error message.
+        arguments: As for `load_dataset`.
+
+    Raises:
+        UserError: the data set cannot be read; raised at any row.
     """
     try:
-        import datasets  # here, since it costs a second that only a data set is worth
+        import datasets  # imported here, since it takes a second
 
         yield from datasets.load_dataset(**arguments, streaming=True)
-    except Exception as error:  # a hub fails in dozens of ways, and to the user they are one
+    except Exception as error:  # the hub raises dozens of errors, with one remedy
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise UserError(f"{what} could not be read ({type(error).__name__}: {reason}); {remedy}.") from error
 
 
 def stream_file_rows(what: str, remedy: str, *, files: str, where: Mapping[str, str]) -> Iterator[Row]:
-    """The rows of .json, .jsonl or .parquet files whose columns have the values of `where`.
+    """Yield the rows of .json, .jsonl or .parquet files whose columns have the values of `where`.
 
-    `files` is a path, a pattern such as hf://datasets/owner/name/folder/test-*.parquet, or a file in an archive as
-    zip://inner.jsonl::hf://datasets/owner/name/data.zip. Row groups of parquet files that cannot match are not fetched.
+    Row groups of parquet files without such values are not downloaded.
+
+    Args:
+        what: Start of the error message: what is read.
+        remedy: End of the error message.
+        files: A path, a pattern such as hf://datasets/owner/name/folder/test-*.parquet, or a file in an archive as
+            zip://inner.jsonl::hf://datasets/owner/name/data.zip.
+        where: Values by column.
     """
-    builder = BUILDERS[Path(files.split("::")[0]).suffix]
-    arguments: dict[str, Any] = {"path": builder, "data_files": files, "split": "train"}  # one unnamed split of files
+    builder = BUILDER_OF_SUFFIX[Path(files.split("::")[0]).suffix]
+    arguments: dict[str, Any] = {
+        "path": builder,
+        "data_files": files,
+        "split": "train",
+    }  # what `datasets` names the only split of files
     if where and builder == "parquet":
         arguments["filters"] = [(column, "==", value) for column, value in where.items()]
     for row in stream_rows(what, remedy, **arguments):
@@ -42,30 +58,32 @@ def stream_file_rows(what: str, remedy: str, *, files: str, where: Mapping[str, 
 
 
 def local_data_file(name: str) -> str:
-    """The absolute path of a file of one's own.
+    """Return the absolute path of a local data file.
 
     Raises:
-        UserError: it does not exist, or its ending is none of BUILDERS.
+        UserError: the file does not exist, or its suffix is not supported.
     """
     path = Path(name)
-    if path.suffix not in BUILDERS:
-        raise UserError(f"data file {name!r} ends in {path.suffix!r}; it must be one of {', '.join(BUILDERS)}.")
+    if path.suffix not in BUILDER_OF_SUFFIX:
+        raise UserError(
+            f"data file {name!r} ends in {path.suffix!r}; it must be one of {', '.join(BUILDER_OF_SUFFIX)}."
+        )
     if not path.is_file():
         raise UserError(f"data file {name!r} does not exist; correct the path.")
     return str(path.resolve())
 
 
 def check_row(row: Row, columns: tuple[str, ...], what: str) -> Row:
-    """The row, which must have something in these columns.
+    """Return the row if it has values in these columns.
 
     Raises:
-        UserError: with the columns that are missing and those that are there.
+        UserError: a column is missing, empty, or of another type.
     """
-    wrong = [name for name in columns if not _usable(row.get(name)) and row.get(name) not in (None, [])]
-    if wrong:
+    invalid = [name for name in columns if not _is_usable(row.get(name)) and row.get(name) not in (None, [])]
+    if invalid:
         raise UserError(
-            f"{what} has {row[wrong[0]]!r} in column {wrong[0]!r} of a row, which is neither text nor a list of texts; "
-            "give rows in the format of the published data set."
+            f"{what} has {row[invalid[0]]!r} in column {invalid[0]!r} of a row, which is neither text nor a list of "
+            "texts; give rows in the format of the published data set."
         )
     if missing := [column for column in columns if row.get(column) in (None, [])]:
         raise UserError(
@@ -75,19 +93,19 @@ def check_row(row: Row, columns: tuple[str, ...], what: str) -> Row:
     return row
 
 
-def _usable(value: Any) -> bool:
-    """Whether a column holds text, a list of texts of which none is empty, or a count of tokens."""
+def _is_usable(value: Any) -> bool:
+    """Return whether a value is text, a list of texts of which none is empty, or a number of tokens."""
     if isinstance(value, list | tuple):
-        return all(isinstance(each, str) and each for each in value)
+        return all(isinstance(text, str) and text for text in value)
     return isinstance(value, str | int)
 
 
-TITLE = re.compile(r"\s*= (?!= )(.+?)(?<! =) =\s*")  # of an article; those of its sections have two signs or more
+ARTICLE_TITLE = re.compile(r"\s*= (?!= )(.+?)(?<! =) =\s*")  # titles of sections have two equals signs or more
 
 
 @dataclass(frozen=True)
 class PublishedCorpus:
-    """The files of a corpus, the columns its rows have, and what makes titles and texts of rows."""
+    """The files of a corpus, the columns of its rows, and the function that turns rows into pairs of title and text."""
 
     files: str
     columns: tuple[str, ...]
@@ -95,19 +113,19 @@ class PublishedCorpus:
 
 
 def articles(rows: Iterable[Row]) -> Iterator[tuple[str, str]]:
-    """Articles of WikiText, whose rows are lines, ended by their own newline, or "" for an empty line."""
-    title, lines, blank = "", list[str](), True
+    """Yield the articles of WikiText, whose rows are lines with their newline, or "" for an empty line."""
+    title, lines, after_empty_line = "", list[str](), True
     for line in (row["text"] for row in rows):
-        if blank and (found := TITLE.fullmatch(line)):  # a formula may look like a title, but not after an empty line
+        if after_empty_line and (match := ARTICLE_TITLE.fullmatch(line)):  # other matches are formulas
             yield title, "".join(lines)
-            title, lines = found[1], []
+            title, lines = match[1], []
         lines.append(line if line.endswith("\n") else f"{line}\n")
-        blank = not line.strip()
+        after_empty_line = not line.strip()
     yield title, "".join(lines)
 
 
 def books(rows: Iterable[Row]) -> Iterator[tuple[str, str]]:
-    """Books of PG-19, one a row."""
+    """Yield the books of PG-19, one per row."""
     for row in rows:
         yield row["short_book_title"], row["text"]
 

@@ -1,4 +1,4 @@
-"""Scoring a prompt while the model repeats it (KVzip, arXiv 2505.23416): for about one more prefill, once."""
+"""Scores of a prompt from the attention of a repetition of it (KVzip, arXiv 2505.23416), for about one more prefill."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,58 +26,63 @@ from baklava.eviction import KVzip, QuerySample
 from baklava.runtime.model_loader import LoadedModel
 
 REPEAT_CHUNK_TOKENS = 512
-"""Tokens that are repeated per forward."""
+"""Tokens of the prompt that are repeated per forward."""
 
 REPEAT_OVERHEAD_TOKENS = REPEAT_CHUNK_TOKENS + 64
-"""Positions that repeating takes behind a prompt: a chunk, its lead and the request."""
+"""Positions after the prompt that a repetition needs: a chunk, its lead and the request."""
 
 LEAD_TOKENS = 8
-"""Tokens before a chunk that tell the model where to go on."""
+"""Tokens before a chunk that show the model where to continue."""
 
 
 @torch.inference_mode()
 def add_reconstruction_scores(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"], recording: Recording) -> Recording:
-    """The recording of a prompt, with its scores by context reconstruction beside those it has.
+    """Return a recording with the scores of context reconstruction in addition to its own.
+
+    Every entry scores the largest probability that it gets from any query of the repetition.
 
     Raises:
-        UserError: the model's positions do not reach behind the prompt by one chunk.
+        UserError: the model's positions do not suffice for the prompt and one repeated chunk.
     """
     if not can_repeat(loaded, ids):
         raise UserError(
-            f"a prompt of {ids.shape[1]} tokens leaves no room to repeat {min(REPEAT_CHUNK_TOKENS, ids.shape[1])} of them within the "
+            f"a prompt of {ids.shape[1]} tokens and {min(REPEAT_CHUNK_TOKENS, ids.shape[1])} that repeat it exceed the "
             f"{loaded.max_length} positions of {loaded.identity.id}; shorten it or choose another eviction method"
         )
     cache = Cache(layers=[RepeatingLayer(*pair) for pair in zip(recording.keys, recording.values, strict=True)])
     for chunk in _chunks(loaded, ids):
         loaded.model(chunk, past_key_values=cache, logits_to_keep=1)
-    made = [{KVzip().score_key: layer.scores} for layer in cache.layers]
-    scores = tuple(known | new for known, new in zip(recording.scores, made, strict=True))
+    repeated = [{KVzip().score_key: layer.scores} for layer in cache.layers]
+    scores = tuple(own | new for own, new in zip(recording.scores, repeated, strict=True))
     return replace(recording, scores=scores)
 
 
 def can_repeat(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> bool:
-    """Whether the model's positions reach behind a prompt by one chunk of it."""
+    """Return whether the model's positions suffice for a prompt and one repeated chunk of it."""
     return ids.shape[1] + max(chunk.shape[1] for chunk in _chunks(loaded, ids)) <= loaded.max_length
 
 
 def _chunks(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> Iterator[Int[Tensor, "batch chunk"]]:
-    """The prompt in chunks, each behind the request to repeat it."""
+    """Yield the prompt in chunks, each after the request to repeat it."""
     for start in range(0, ids.shape[1], REPEAT_CHUNK_TOKENS):
         yield torch.cat([repeat_prompt(loaded, ids, start), ids[:, start : start + REPEAT_CHUNK_TOKENS]], 1)
 
 
 def repeat_prompt(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"], start: int) -> Int[Tensor, "batch request"]:
-    """The request to repeat a prompt from here on, if there is a tokenizer to write it with, and what leads there."""
-    ask = "\n\nRepeat the text above, word for word, from its beginning:\n\n"
+    """Return the request to repeat a prompt from `start` on, followed by the tokens that lead there.
+
+    Without a tokenizer there is no text of a request, only the lead.
+    """
+    text = "\n\nRepeat the text above, word for word, from its beginning:\n\n"
     if start:
-        ask = "\n\nRepeat the text above, word for word, going on after:\n\n"
-    asked = loaded.tokenizer.encode(ask, add_special_tokens=False) if loaded.tokenizer else []
-    written = torch.tensor(asked, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
-    return torch.cat([written, ids[:, max(0, start - LEAD_TOKENS) : start]], 1)
+        text = "\n\nRepeat the text above, word for word, going on after:\n\n"
+    encoded = loaded.tokenizer.encode(text, add_special_tokens=False) if loaded.tokenizer else []
+    request = torch.tensor(encoded, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
+    return torch.cat([request, ids[:, max(0, start - LEAD_TOKENS) : start]], 1)
 
 
 class RepeatingLayer(BudgetedLayerBase):
-    """A prompt's full cache that is attended to but takes nothing in, and keeps what its entries got at the most."""
+    """A prompt's full cache that does not grow, and keeps the largest probability that each entry has got."""
 
     def __init__(self, keys: KVStates, values: KVStates) -> None:
         super().__init__()
@@ -89,19 +94,21 @@ class RepeatingLayer(BudgetedLayerBase):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return attention.attach_layer(key_states, self), value_states
 
-    def attend(self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, kernel: AttentionParams) -> QueryStates:
-        """Attend to the prompt and to the repetition so far, and note what the prompt gets."""
-        held, new = self.keys.shape[2], key.shape[2]
-        positions = torch.arange(held + new, device=key.device)[None]
+    def attend(
+        self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
+    ) -> QueryStates:
+        """Attend to the prompt and to the new tokens, and update the scores of the prompt."""
+        prompt = self.keys.shape[2]
+        positions = torch.arange(prompt + key.shape[2], device=key.device)[None]
         forward = AttentionInputs(
             split_gqa_groups(query, query.shape[1] // key.shape[1]),
             torch.cat([self.keys, key], 2),
             torch.cat([self.values, value], 2),
-            positions[:, held:],
+            positions[:, prompt:],
             positions[:, None],
-            kernel,
+            params,
         )
         scores = torch.cat([self.scores, self.scores.new_zeros(key.shape[:3])], 2)
         update_scores(forward, QuerySample(), [ScoreAccumulator(KVzip(), scores)])
-        self.scores = scores[..., :held].clone()
+        self.scores = scores[..., :prompt].clone()
         return merge_gqa_groups(forward.attend(masked=True))

@@ -1,4 +1,4 @@
-"""One token of each of many sequences in one forward: the model's layers run once, every cache attends for itself."""
+"""Decode: one token of many sequences in one forward, or one sequence with the options of generate()."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -117,16 +117,16 @@ SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 @torch.inference_mode()
 def generate(loaded: LoadedModel, plan: BudgetPlan, prompt: Sequence[int], **options: Any) -> list[int]:
-    """The tokens behind a prompt that enters as its plan says, also chunk by chunk or repeated.
+    """Return the tokens that follow a prompt, which is prefilled as its plan says.
 
-    `options` are those of `model.generate`, which makes the logits processors and stopping criteria of them.
+    `options` are those of `model.generate`, which turns them into logits processors and stopping criteria.
 
     Raises:
-        UserError: beams or another way to generate that needs more than one sequence.
-        RuntimeError: the cache held more than its plan, or never saw the tokens.
+        UserError: the options need more than one sequence, as beams do.
+        RuntimeError: the cache exceeded its plan, or did not see the tokens.
     """
 
-    def draw(
+    def sample_loop(
         model: Any,
         input_ids: Row,
         logits_processor: LogitsProcessorList,
@@ -135,11 +135,14 @@ def generate(loaded: LoadedModel, plan: BudgetPlan, prompt: Sequence[int], **opt
         streamer: BaseStreamer | None = None,
         **unused: Any,
     ) -> Row:
-        _check_one_by_one(generation_config)
+        _check_single_sequence(generation_config)
         cache, logits = prefill(loaded, plan, input_ids)
         while True:
             scores = logits_processor(input_ids, logits.float())
-            token = _sample(scores, sampled=bool(generation_config.do_sample))
+            if generation_config.do_sample:
+                token = torch.softmax(scores, -1).multinomial(1)
+            else:
+                token = scores.argmax(-1, keepdim=True)
             input_ids = torch.cat([input_ids, token], 1)
             if streamer is not None:
                 streamer.put(token.cpu())
@@ -150,19 +153,15 @@ def generate(loaded: LoadedModel, plan: BudgetPlan, prompt: Sequence[int], **opt
                 return input_ids
             logits = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
-    ids = torch.tensor([list(prompt)], device=loaded.device)
-    made = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=draw, **options)
-    return made[0, len(prompt) :].tolist()
+    ids = loaded.as_batch(prompt)
+    output = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=sample_loop, **options)
+    return output[0, len(prompt) :].tolist()
 
 
-def _check_one_by_one(config: GenerationConfig) -> None:
+def _check_single_sequence(config: GenerationConfig) -> None:
     mode = config.get_generation_mode()
     if mode not in SUPPORTED_MODES or (config.num_return_sequences or 1) > 1:
         raise UserError(
-            f"{mode.value} with {config.num_return_sequences or 1} sequences was asked for, but a plan bounds one "
-            "sequence at a time; leave it to greedy decoding or sampling"
+            f"{mode.value} with {config.num_return_sequences or 1} sequences is not supported, since a plan "
+            "budgets one sequence at a time; use greedy decoding or sampling"
         )
-
-
-def _sample(scores: Tensor, sampled: bool) -> Row:
-    return torch.softmax(scores, -1).multinomial(1) if sampled else scores.argmax(-1, keepdim=True)

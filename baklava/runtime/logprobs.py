@@ -103,9 +103,7 @@ def _loglikelihood(
     return Loglikelihood(float(log_probs.double().sum()), bool(is_likeliest.all()))
 
 
-def _score_tokens(
-    logits: TokenLogits, ids: Sequence[int]
-) -> tuple[Float[Tensor, " scored"], Bool[Tensor, " scored"]]:
+def _score_tokens(logits: TokenLogits, ids: Sequence[int]) -> tuple[Float[Tensor, " scored"], Bool[Tensor, " scored"]]:
     """Return the log-probability of each token in nats, and whether it is the likeliest one."""
     targets = torch.tensor(list(ids), dtype=torch.long, device=logits.device)
     log_probs = torch.log_softmax(logits[: len(ids)].float(), -1)

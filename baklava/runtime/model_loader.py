@@ -83,7 +83,7 @@ class LoadedModel:
     def check_length(
         self, tokens: int, what: str = "a window", remedy: str = "lower --context or --continuation"
     ) -> None:
-        """Raise UserError if a window, or another thing that `what` names, has more tokens than the model's positions."""
+        """Raise UserError if a window, or whatever `what` names, has more tokens than the model's positions."""
         if tokens > self.max_length:
             raise UserError(
                 f"{what} of {tokens} tokens is longer than the {self.max_length} that {self.identity.id} takes; "

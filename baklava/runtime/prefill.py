@@ -176,7 +176,10 @@ def prefill_workspace_bytes(plan: BudgetPlan, tokens: int, itemsize: int) -> int
 
 def _can_step(plan: BudgetPlan) -> bool:
     """Whether a dense prompt can be processed in steps: it is not repeated, and no layer has a sliding window."""
-    return not build_eviction(plan.eviction).query_sample.uses_repetition and len(plan.geometry.full_attention_layers) == plan.geometry.layers
+    return (
+        not build_eviction(plan.eviction).query_sample.uses_repetition
+        and len(plan.geometry.full_attention_layers) == plan.geometry.layers
+    )
 
 
 def _forward(loaded: LoadedModel, ids: Ids, cache: Cache, **padding: Tensor) -> Logits:
@@ -212,8 +215,8 @@ class OneShotPrefill(PrefillTask):
             return cache, _forward(loaded, self._ids, cache, **_padding(mask, 0, length))
         if mask is not None and not bool(mask.all()):
             raise UserError(
-                f"{self._plan.eviction.method} repeats the prompt, which needs rows without padding; prefill one row at "
-                "a time"
+                f"{self._plan.eviction.method} repeats the prompt, which needs rows without padding; prefill one row "
+                "at a time"
             )
         prompt = prefill_and_record(loaded, self._ids, (cache.eviction,))
         return compress(loaded, prompt, self._plan, self._max_tokens)

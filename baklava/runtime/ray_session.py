@@ -12,9 +12,7 @@ CONNECT_TIMEOUT_SECONDS = 5.0
 
 
 @contextmanager
-def ray_session(
-    *, object_store_bytes: int, num_cpus: int | None = None, log_to_driver: bool = False
-) -> Iterator[None]:
+def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_driver: bool = False) -> Iterator[None]:
     """Connect to the cluster at `$RAY_ADDRESS`, or start one on this machine that ends with the block.
 
     If Ray is connected already, use that connection and leave it open.
@@ -41,9 +39,7 @@ def ray_session(
     local = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": object_store_bytes}
     try:
         # Without "local", Ray would join any cluster that was started on this machine.
-        ray.init(
-            address or "local", log_to_driver=log_to_driver, logging_level="ERROR", **({} if address else local)
-        )
+        ray.init(address or "local", log_to_driver=log_to_driver, logging_level="ERROR", **({} if address else local))
     except (OSError, ValueError, RayError) as error:
         if address:
             raise UserError(

@@ -82,7 +82,7 @@ def test_a_damaged_wheel_without_an_index_is_an_error_and_is_never_returned(cach
 
 def test_an_index_that_serves_another_file_is_refused_with_both_sums(cache: Path, index: Path) -> None:
     (index / REAL.name).write_bytes(REAL.read_bytes() + b"more")
-    with pytest.raises(UserError, match=r"sha256 [0-9a-f]{16}… where 15ea8e6ca8a3096b… is pinned"):
+    with pytest.raises(UserError, match=r"sha256 [0-9a-f]{16}…, but 15ea8e6ca8a3096b… is pinned"):
         fetch_wheel("ifcraft")
     assert files(cache / "wheels") == []
 
@@ -111,8 +111,8 @@ def test_two_processes_that_want_the_same_wheel_both_get_it(cache: Path, index: 
 
 def test_a_process_killed_while_it_fetches_does_not_block_the_next(cache: Path, index: Path) -> None:
     target = cache / "wheels" / REAL.name
-    hold = "import sys, time; from baklava.data.demo_assets import _alone_with, Path\n"
-    hold += "with _alone_with(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    hold = "import sys, time; from baklava.data.demo_assets import _locked, Path\n"
+    hold += "with _locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", hold, str(target)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
@@ -174,16 +174,16 @@ def test_a_second_run_neither_fetches_nor_converts() -> None:
 def test_a_model_folder_that_lost_bytes_counts_as_not_converted(tmp_path: Path) -> None:
     copy = tmp_path / DEMO_NAME
     shutil.copytree(demo_model(), copy, copy_function=os.link)
-    assert assets._converted(copy)
+    assert assets._is_converted(copy)
     (copy / "config.json").unlink()
-    assert not assets._converted(copy)
+    assert not assets._is_converted(copy)
     (copy / "config.json").write_text("{}")
-    assert not assets._converted(copy)
+    assert not assets._is_converted(copy)
 
 
 def test_a_marker_of_another_source_counts_as_not_converted(tmp_path: Path) -> None:
     (tmp_path / MARKER).write_text(json.dumps({"gguf_sha256": "0" * 64, "files": {}}))
-    assert not assets._converted(tmp_path)
+    assert not assets._is_converted(tmp_path)
 
 
 @pytest.mark.demo

@@ -122,7 +122,7 @@ def test_names_are_read_in_the_order_given(tmp_path: Path) -> None:
         ("none.jsonl", b'{"body": "ok"}\n', r"none\.jsonl:1 has no string in a field 'text'"),
         ("list.jsonl", b"[1]\n", r"list\.jsonl:1 has no string"),
         ("latin.txt", "café".encode("latin-1"), r"latin\.txt' is not UTF-8 \(byte 3\)"),
-        ("empty.txt", b" \n", r"empty\.txt' holds no text"),
+        ("empty.txt", b" \n", r"empty\.txt' is empty"),
         ("data.csv", b"a,b", r"ends in '\.csv'; it must be one of \.txt, \.md, \.jsonl"),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_window_file_is_read_and_checked(tmp_path: Path) -> None:
     [window] = read_windows(file, vocabulary=10)
     assert (window.name, window.ids, window.context_length, window.continuation_length) == ("w", (1, 2, 3, 4, 5), 3, 2)
     bad: list[tuple[object, str]] = [
-        ({**good, "windows": []}, "holds no windows"),
+        ({**good, "windows": []}, "has no windows"),
         ({**good, "windows": [{"name": "w", "ids": [1, 2]}]}, "has 2 ids, not 5"),
         ({**good, "windows": [{"name": "w", "ids": [1, 2, 3, 4, 10]}]}, "outside 0 to 9"),
         ({**good, "windows": 2 * good["windows"]}, "two windows named 'w'"),  # type: ignore[operator]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plan_factory import EVICTIONS, with_chunked_prefill, with_bits, make_plan, random_ids
+from plan_factory import EVICTIONS, make_plan, random_ids, with_bits, with_chunked_prefill
 
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, KVzip, StreamingLLM
@@ -71,7 +71,9 @@ def test_while_a_prompt_enters_it_holds_its_transient_to_the_byte_and_then_the_p
         return
     for _ in range(89):
         assert entry.step(1) is None
-    whole_queries = eviction.query_sample.single_block * 4 * 4 * 8 * 2  # the last query of 4 heads of 8, in 2 layers, is to come
+    whole_queries = (
+        eviction.query_sample.single_block * 4 * 4 * 8 * 2
+    )  # the last query of 4 heads of 8, in 2 layers, is to come
     transient = prefill_workspace_bytes(plan, 90, 4)
     assert entry.nbytes == transient - whole_queries
     assert entry.step(1) is None  # one layer of two is cut, so that no step takes long

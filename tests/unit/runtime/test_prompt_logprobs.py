@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plan_factory import with_bits, make_plan, random_ids
+from plan_factory import make_plan, random_ids, with_bits
 
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, StreamingLLM
@@ -19,7 +19,9 @@ def spelled(loaded, plan, ids, size, top=2):
 
 @pytest.mark.parametrize("size", [1, 9, 1000])
 @pytest.mark.parametrize("bits", [(16, 16), (4, 3)])
-@pytest.mark.parametrize("eviction", [StreamingLLM(sinks=2), HeavyHitter(eviction_interval=4, distance=0, centroids=2)], ids=str)
+@pytest.mark.parametrize(
+    "eviction", [StreamingLLM(sinks=2), HeavyHitter(eviction_interval=4, distance=0, centroids=2)], ids=str
+)
 @torch.inference_mode()
 def test_steps_of_any_size_find_what_ending_finds_and_the_cache_goes_on(tiny, eviction, bits, size):
     loaded, ids = tiny(head_dim=16), random_ids(1, 80)[0].tolist()
