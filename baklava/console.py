@@ -86,9 +86,21 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
+EXTRAS = {
+    "baklava-search": "search",
+    "baklava-evaluate": "eval",
+    "baklava-serve": "serve",
+    "baklava-benchmark": "bench",
+}
+"""The extra of the package that each command needs."""
+
+OWN_PACKAGES = ("baklava", "tuning", "serve_app", "benchmarks")
+
+
 def run_cli(name: str, run: Callable[[], object]) -> int:
     """Run a command and return its exit code: 2 with one sentence for a UserError, 130 at Ctrl-C, otherwise 0.
 
+    A missing package counts as a UserError if an extra of this package brings it.
     Telemetry of the Hugging Face hub is off unless the user has switched it on.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's library is first imported
@@ -96,6 +108,14 @@ def run_cli(name: str, run: Callable[[], object]) -> int:
         run()
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if name not in EXTRAS or (error.name or "").partition(".")[0] in OWN_PACKAGES:
+            raise
+        print(
+            f"{name}: needs {error.name}, which is not installed: pip install 'baklava[{EXTRAS[name]}]'",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130

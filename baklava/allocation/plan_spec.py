@@ -117,7 +117,7 @@ class ResolvedPlan:
 
 
 def resolve_plan(
-    spec: str, loaded: LoadedModel, context_length: int, load_profile: Callable[[], Profile]
+    spec: str, loaded: LoadedModel, context_length: int, load_profile: Callable[[], Profile] | None = None
 ) -> ResolvedPlan:
     """Return the plan that a user names: a file, `full`, or METHOD(...)[+EVICTION(...)][@BITS]:BUDGET.
 
@@ -129,7 +129,8 @@ def resolve_plan(
         load_profile: called only if the spec needs a profile.
 
     Raises:
-        UserError: the spec is invalid, the file is not a plan, or the plan was made for another model.
+        UserError: the spec is invalid or needs a profile that is not given, the file is not a plan, or the plan was
+            made for another model.
     """
     if spec == "full":
         return ResolvedPlan(spec, full_cache_plan(loaded.identity, loaded.geometry, context_length))
@@ -143,8 +144,10 @@ def resolve_plan(
         raise UserError(f"plan {spec!r} names a method without a budget; write {spec}:0.3")
     # The profile orders the channels of quantized keys, whatever spreads the bytes.
     needs_profile = parsed.allocation.needs_profile or parsed.bits[0] < MIXED_PRECISION_BELOW_BITS
+    if needs_profile and load_profile is None:
+        raise UserError(f"plan {spec!r} needs a profile; give one, or choose a method without, such as uniform:0.3")
     plan = allocation.allocate(
-        load_profile() if needs_profile else uniform_profile(loaded.identity, loaded.geometry),
+        load_profile() if needs_profile and load_profile else uniform_profile(loaded.identity, loaded.geometry),
         budget=parsed.budget,
         context_length=context_length,
         method=parsed.allocation,

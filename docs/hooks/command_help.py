@@ -1,4 +1,4 @@
-"""Put the output of `--help` where a page says `<!-- help: jobs/search.py -->`, so that no page repeats options by hand."""
+"""Replace `<!-- help: jobs/search.py -->` on a page by the output of `--help`, so that options are written once."""
 
 import os
 import re

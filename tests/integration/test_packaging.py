@@ -1,6 +1,7 @@
 """Facts about the package: what the core needs, what it offers, what its scripts say if an extra is missing."""
 
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -37,8 +38,14 @@ def closure(*names: str) -> set[str]:
 def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Python of an environment that holds the built wheel and what the core names, and nothing else."""
     folder = tmp_path_factory.mktemp("core")
+    source = folder / "source"  # a build leaves files beside the sources
+    source.mkdir()
+    for name in ("baklava", "tuning", "serve_app", "benchmarks"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns(".venv", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-q"]
-    subprocess.run([*command, "--wheel-dir", folder, ROOT], check=True, timeout=300)
+    subprocess.run([*command, "--wheel-dir", folder, source], check=True, timeout=300)
     venv.create(folder / "venv")
     python = folder / "venv/bin/python"
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -76,7 +83,7 @@ from baklava.allocation.plan_spec import resolve_plan
 shape = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2, eos_token_id=None, pad_token_id=0)).eval()
 loaded = baklava.LoadedModel.of(model, tokenizer=None, id="random")
-plan = resolve_plan("uniform:0.25", loaded.identity, loaded.geometry, context_length=128).plan
+plan = resolve_plan("uniform:0.5", loaded, context_length=128).plan
 cache = baklava.BudgetedCache(plan)
 ids = torch.randint(1, 64, (1, 100))
 out = loaded.model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
