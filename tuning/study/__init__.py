@@ -1,1 +1,1 @@
-"""What a search is asked for, and what its trials are."""
+"""The settings, search space and goal of a search, and the records of its trials."""

@@ -1,4 +1,4 @@
-"""The function that Ray Tune runs per trial: it has the trial's plan made and scores it window by window.
+"""The function that Ray Tune runs per trial: it requests the plan and its scores, window by window.
 
 It loads no model, and not even torch: the scheduler makes the plans and the workers score them, so that a trial's
 process costs next to nothing and starts at once.
