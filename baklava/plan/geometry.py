@@ -1,4 +1,4 @@
-"""What shapes a model's KV cache: identity and geometry, as plain numbers."""
+"""Identity of a model and geometry of its KV cache, as plain numbers."""
 
 import hashlib
 import json
@@ -25,9 +25,10 @@ _SHAPING_FIELDS = (
 class ModelIdentity(FrozenModel):
     """Which model a plan was made for.
 
-    `config_hash` covers the config fields that shape the cache: a plan is refused by a model of another shape, also
-    under the same name, while a fine-tune takes the plan of its base. `revision` is the hub's commit or the content
-    hash of the demo model, when known.
+    Attributes:
+        revision: commit of the hub, or content hash of the demo model, if known.
+        config_hash: hash of the config fields that shape the cache. A model of another shape rejects the plan even under
+            the same name; a fine-tune accepts the plan of its base model.
     """
 
     id: str
@@ -36,7 +37,7 @@ class ModelIdentity(FrozenModel):
 
     @classmethod
     def from_config(cls, config: Any, id: str, revision: str | None = None) -> "ModelIdentity":
-        """Identity of a transformers config."""
+        """Return the identity of a transformers config."""
         text_config = config.get_text_config(decoder=True)
         shaping = {field: _field(text_config, field) for field in _SHAPING_FIELDS}
         digest = hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()
@@ -46,8 +47,10 @@ class ModelIdentity(FrozenModel):
 class CacheGeometry(FrozenModel):
     """The (layer, KV head) grid of a model.
 
-    `query_group` is the number of query heads that share one KV head. `windows[layer]` is None for full attention,
-    the only kind that gets a budget, or the number of tokens of a sliding window, which transformers bounds itself.
+    Attributes:
+        query_group: number of query heads that share one KV head.
+        windows: per layer, None for full attention, or the tokens of a sliding window. Only layers with full attention
+            get a budget; transformers bounds the others itself.
     """
 
     layers: int
@@ -68,7 +71,7 @@ class CacheGeometry(FrozenModel):
 
     @classmethod
     def from_config(cls, config: Any) -> "CacheGeometry":
-        """Geometry of a transformers config.
+        """Return the geometry of a transformers config.
 
         Raises:
             UserError: no layer has full attention, layers differ in shape, or a layer has no KV cache to budget.
@@ -104,7 +107,7 @@ def _heads(config: Any) -> tuple[int, int, int]:
 
 
 def _layer_heads(config: Any) -> tuple[int, int, int] | None:
-    """Query heads, KV heads and head_dim of one layer's config."""
+    """Return query heads, KV heads and head_dim of one layer's config."""
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
         return None
@@ -113,7 +116,7 @@ def _layer_heads(config: Any) -> tuple[int, int, int] | None:
 
 
 def _field(config: Any, name: str) -> Any:
-    """A field of a config, None where it has none; its values per layer where transformers says that they differ."""
+    """Return a field of a config, None if it is missing, or its values per layer if they differ."""
     try:
         return getattr(config, name, None)
     except RuntimeError:
