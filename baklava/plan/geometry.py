@@ -27,8 +27,8 @@ class ModelIdentity(FrozenModel):
 
     Attributes:
         revision: commit of the hub, or content hash of the demo model, if known.
-        config_hash: hash of the config fields that shape the cache. A model of another shape rejects the plan even under
-            the same name; a fine-tune accepts the plan of its base model.
+        config_hash: hash of the config fields that shape the cache. A model of another shape rejects the plan even
+            under the same name; a fine-tune accepts the plan of its base model.
     """
 
     id: str
