@@ -35,7 +35,7 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
     address = os.environ.get("RAY_ADDRESS")
     if address:
         check_answers(address)
-        log(f"ray: connecting to {address}")
+    log(f"ray: connecting to {address}" if address else "ray: starting on this machine")
     local = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": object_store_bytes}
     try:
         # Without "local", Ray would join any cluster that was started on this machine.

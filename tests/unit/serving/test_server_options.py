@@ -89,7 +89,7 @@ def test_on_another_cluster_a_warning_names_the_pages_that_need_no_key(monkeypat
         with serving_session(1):
             warning = capsys.readouterr().err
         assert all(word in warning for word in words)
-        assert bool(warning) == bool(words)
+        assert ("warning" in warning) == bool(words)
 
 
 def test_a_text_is_a_system_prompt_and_its_tokens_begin_every_chat(tmp_path, prompts):
