@@ -91,8 +91,8 @@ serve: setup assets ## serve the champion among the plans for the demo model
 bench: setup assets ## time decode and prefill against transformers' own cache (up to two hours)
 	@OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py decode $(ARGS) && OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py prefill $(ARGS)
 
-fidelity: setup assets ## score every method at every budget on unseen text, into docs and README (an hour)
-	@$(PY) jobs/benchmark.py fidelity --json docs/fidelity.json --readme README.md $(ARGS)
+fidelity: setup assets ## score every method at every budget on unseen text, into docs/benchmarks (an hour)
+	@$(PY) jobs/benchmark.py fidelity --json docs/benchmarks/fidelity.json --page docs/benchmarks/fidelity.md $(ARGS)
 
 # kvpress allows no transformers as new as ours, so it lives apart; torch first, the same that is in .venv already
 $(PEERS)/.venv/ready: $(PEERS)/requirements.txt | $(READY)

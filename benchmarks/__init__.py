@@ -1,1 +1,1 @@
-"""What baklava costs and gains in time and memory, next to its peer on the same machine, in the same process."""
+"""What baklava costs and gains in time, memory and fidelity, compared with its peers on the same machine."""

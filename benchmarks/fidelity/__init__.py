@@ -1,1 +1,1 @@
-"""The study "fidelity against bytes": every way to spend a budget on the same windows of unseen text."""
+"""Fidelity at each budget: the loss of every method on the same windows of unseen text."""

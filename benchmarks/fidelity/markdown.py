@@ -1,156 +1,150 @@
-"""The study as Markdown, and into a page between markers."""
+"""The study as Markdown tables."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import markdown_page as pages
-from benchmarks.fidelity.methods import BASELINE, OURS
-from benchmarks.fidelity.results import TOGETHER
+from benchmarks.fidelity.methods import BASELINE, SEARCHED
+from benchmarks.fidelity.results import ALL_CORPORA
+from benchmarks.markdown_page import markdown_table
 
-NAME = "fidelity"
-BEGIN, END = pages.section_markers(NAME)
-NONE = "–"
+SECTION = "fidelity"
+"""Name of the page's markers."""
+
+MISSING = "–"
 SHUFFLED = "shuffled"
+CORPORA_BUDGET = 0.125
+"""The table of corpora shows the budget nearest to this one."""
 
-Figures = Mapping[str, Any]
+Results = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 
-def table(figures: Figures) -> str:
-    """The losses of all methods at all budgets, what ours is better by, and the corpora one by one."""
-    return "\n\n".join(part for part in (_losses(figures), _lead(figures), _corpora(figures)) if part)
+def format_tables(results: Results) -> str:
+    """Return three tables: the losses at all budgets, the lead of the searched plan, and each corpus by itself."""
+    tables = (_format_losses(results), _format_lead(results), _format_corpora(results))
+    return "\n\n".join(table for table in tables if table)
 
 
-def put(page: Path, text: str) -> None:
-    """Write `text` between the markers of a page, in the place of what is there; raises as `check_page`."""
-    pages.write_section(page, NAME, text)
+def find_row(results: Results, method: str, budget: float, corpus: str = ALL_CORPORA) -> Row | None:
+    """Return the row of a method at a budget on a corpus, or None if the method has no plan there."""
+    key = (method, budget, corpus)
+    return next((row for row in results["rows"] if (row["method"], row["budget"], row["corpus"]) == key), None)
 
 
-def check_page(page: Path) -> str:
-    """What is on a page; raises UserError where it has not got both markers once."""
-    return pages.read_checked(page, NAME)
-
-
-def row_of(figures: Figures, method: str, budget: float, corpus: str = TOGETHER) -> Row | None:
-    """A method at a budget on a corpus, None where it has no plan."""
-    wanted = (method, budget, corpus)
-    return next((row for row in figures["rows"] if (row["method"], row["budget"], row["corpus"]) == wanted), None)
-
-
-def percent(budget: float) -> str:
-    """A share of the bytes as people write it."""
+def format_percent(budget: float) -> str:
+    """Return a share of the bytes, such as "12.5 %"."""
     return f"{100 * budget:.4g} %"
 
 
-def number(value: float | None) -> str:
-    """Nats per token to three places, without the zero in front."""
+def format_nats(value: float | None) -> str:
+    """Return nats per token to three decimals, without a leading zero."""
     if value is None:
-        return NONE
+        return MISSING
     text = f"{round(value, 3) + 0.0:.3f}"
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 
-def spread(found: Sequence[float | None], form: Any = number) -> str:
-    """A mean with its interval in brackets."""
-    mean, low, high = found
-    return form(mean) if low is None else f"{form(mean)} [{form(low)}, {'∞' if high is None else form(high)}]"
+def format_interval(interval: Sequence[float | None], format_value: Callable[[float | None], str] = format_nats) -> str:
+    """Return a mean with its interval in brackets."""
+    mean, low, high = interval
+    if low is None:
+        return format_value(mean)
+    return f"{format_value(mean)} [{format_value(low)}, {'∞' if high is None else format_value(high)}]"
 
 
-def _losses(figures: Figures) -> str:
-    budgets = _budgets(figures)
-    lines = [
-        _line(["loss over the full cache, nats/token", *map(percent, budgets)]),
-        _line(["---"] * (len(budgets) + 1)),
-    ]
-    for method in figures["methods"]:
+def _format_losses(results: Results) -> str:
+    budgets = _budgets(results)
+    rows = []
+    for method in results["methods"]:
         if method["group"] != "control":
-            cells = [_loss(figures, method["name"], budget) for budget in budgets]
-            name = f"**{method['label']}**" if method["name"] == OURS.name else method["label"]
-            lines.append(_line([name, *cells]))
-    together = _corpus(figures, TOGETHER)
-    lines += [
-        "",
-        f"Means over {together['n']} windows of {together['documents']} {figures['split']} documents. "
-        "Bold: the least at that budget; "
-        f"italic: the 95 % interval of its paired difference to ours holds 0; {NONE}: the budget does not hold it.",
-    ]
-    return "\n".join(lines)
+            name = f"**{method['label']}**" if method["name"] == SEARCHED.name else method["label"]
+            rows.append([name, *(_format_loss(results, method["name"], budget) for budget in budgets)])
+    table = markdown_table(["loss over the full cache, nats/token", *map(format_percent, budgets)], rows)
+    scored = next(corpus for corpus in results["corpora"] if corpus["name"] == ALL_CORPORA)
+    return (
+        f"{table}\n\nMeans over {scored['n']} windows of {scored['documents']} {results['split']} documents. "
+        "Bold: the lowest loss at that budget; italic: the 95 % interval of the paired difference to the searched plan "
+        f"contains 0; {MISSING}: no plan at that budget."
+    )
 
 
-def _loss(figures: Figures, method: str, budget: float) -> str:
-    row = row_of(figures, method, budget)
+def _format_loss(results: Results, method: str, budget: float) -> str:
+    row = find_row(results, method, budget)
     if row is None:
-        return NONE
-    text, above = number(row["dnll"][0]), row.get("dnll_above_ours")
-    if row is _best(figures, budget):
-        return f"**{text}**"
-    return f"*{text}*" if above and above[1] is not None and above[1] <= 0 <= above[2] else text
+        return MISSING
+    loss = format_nats(row["dnll"][0])
+    if row is _best_row(results, budget):
+        return f"**{loss}**"
+    difference = row.get("dnll_above_searched")
+    is_tie = difference and difference[1] is not None and difference[1] <= 0 <= difference[2]
+    return f"*{loss}*" if is_tie else loss
 
 
-def _lead(figures: Figures) -> str:
-    """Ours with its interval, the best of the others, and the baseline as a multiple, budget by budget."""
-    head = [
-        "bytes",
-        "ours",
-        "best of the others",
-        "its loss above ours, paired",
-        "uniform, 16 bits, sinks + recent, over ours",
-    ]
-    lines = [_line(head), _line(["---"] * len(head))]
-    labels = {method["name"]: method["label"] for method in figures["methods"]}
-    for budget in _budgets(figures):
-        ours, rival = row_of(figures, OURS.name, budget), _best(figures, budget, without=(OURS.name,))
-        if ours and rival:
-            times = next(
-                (one["dnll"] for one in figures["factors"] if (one["budget"], one["corpus"]) == (budget, TOGETHER)),
-                None,
+def _format_lead(results: Results) -> str:
+    """Compare the searched plan with the best other method and with the baseline, one row per budget."""
+    labels = {method["name"]: method["label"] for method in results["methods"]}
+    factors = {(factor["budget"], factor["corpus"]): factor["dnll"] for factor in results["factors"]}
+    rows = []
+    for budget in _budgets(results):
+        searched = find_row(results, SEARCHED.name, budget)
+        rival = _best_row(results, budget, exclude=(SEARCHED.name,))
+        if searched and rival:
+            factor = factors.get((budget, ALL_CORPORA))
+            rows.append(
+                [
+                    format_percent(budget),
+                    format_interval(searched["dnll"]),
+                    labels[rival["method"]],
+                    format_interval(rival["dnll_above_searched"]),
+                    format_interval(factor, _format_factor) if factor else MISSING,
+                ]
             )
-            name, above = labels[rival["method"]], spread(rival["dnll_above_ours"])
-            cells = [percent(budget), spread(ours["dnll"]), name, above, spread(times, _times) if times else NONE]
-            lines.append(_line(cells))
-    return "\n".join(lines) if len(lines) > 2 else ""
-
-
-def _corpora(figures: Figures) -> str:
-    """What context is worth in each corpus, and what plans lose there at 12.5 %, or the next budget to it."""
-    budget = min(_budgets(figures), key=lambda each: abs(each - 0.125))
-    shown = [
-        method
-        for method in figures["methods"]
-        if method["name"] in (BASELINE.name, OURS.name, SHUFFLED) and row_of(figures, method["name"], budget)
+    header = [
+        "bytes",
+        SEARCHED.label,
+        "best other method",
+        "its loss minus the searched plan's (paired)",
+        f"{BASELINE.label}, 16 bits: its loss over the searched plan's",
     ]
-    head = ["corpus", "windows", "worth of context", *(f"{each['label']}, {percent(budget)}" for each in shown)]
-    lines = [_line(head), _line(["---"] * len(head))]
-    for corpus in figures["corpora"]:
+    return markdown_table(header, rows) if rows else ""
+
+
+def _format_corpora(results: Results) -> str:
+    """Show what the context is worth in each corpus, and what plans lose there."""
+    budget = min(_budgets(results), key=lambda budget: abs(budget - CORPORA_BUDGET))
+    methods = [
+        method
+        for method in results["methods"]
+        if method["name"] in (BASELINE.name, SEARCHED.name, SHUFFLED) and find_row(results, method["name"], budget)
+    ]
+    rows = []
+    for corpus in results["corpora"]:
         name = corpus["name"]
-        rows = (row_of(figures, method["name"], budget, name) for method in shown)
-        controls = figures["provenance"]["controls"]
-        title = f"{name} (control)" if name in controls else name
-        cells = [spread(row["dnll"]) if row else NONE for row in rows]
-        lines.append(_line([title, str(corpus["n"]), spread(corpus["gain"]) if "gain" in corpus else NONE, *cells]))
-    return "\n".join(lines)
+        is_control = name in results["provenance"]["controls"]
+        method_rows = [find_row(results, method["name"], budget, name) for method in methods]
+        rows.append(
+            [
+                f"{name} (control)" if is_control else name,
+                str(corpus["n"]),
+                format_interval(corpus["gain"]) if "gain" in corpus else MISSING,
+                *(format_interval(row["dnll"]) if row else MISSING for row in method_rows),
+            ]
+        )
+    labels = [f"{method['label']}, {format_percent(budget)}" for method in methods]
+    return markdown_table(["corpus", "windows", "gain from context", *labels], rows)
 
 
-def _best(figures: Figures, budget: float, without: Sequence[str] = ()) -> Row | None:
-    """The least loss at a budget among the methods that compete."""
-    names = [each["name"] for each in figures["methods"] if each["group"] != "control" and each["name"] not in without]
-    rows = [row for name in names if (row := row_of(figures, name, budget))]
+def _best_row(results: Results, budget: float, exclude: Sequence[str] = ()) -> Row | None:
+    """Return the row with the lowest loss at a budget; controls do not compete."""
+    competing = [method["name"] for method in results["methods"] if method["group"] != "control"]
+    rows = [row for name in competing if name not in exclude and (row := find_row(results, name, budget))]
     return min(rows, key=lambda row: row["dnll"][0], default=None)
 
 
-def _budgets(figures: Figures) -> list[float]:
-    """The budgets that hold any method, from the largest on."""
-    return sorted({row["budget"] for row in figures["rows"]}, reverse=True)
+def _budgets(results: Results) -> list[float]:
+    """Return the budgets at which any method has a plan, in descending order."""
+    return sorted({row["budget"] for row in results["rows"]}, reverse=True)
 
 
-def _corpus(figures: Figures, name: str) -> Mapping[str, Any]:
-    return next(corpus for corpus in figures["corpora"] if corpus["name"] == name)
-
-
-def _times(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3g} ×"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _format_factor(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3g} ×"

@@ -1,4 +1,4 @@
-"""What a study found, in figures: means and paired differences, with intervals over documents."""
+"""Summarize a study: means and paired differences, with bootstrap intervals over documents."""
 
 import json
 import math
@@ -12,45 +12,49 @@ from typing import Any, Literal
 from baklava.data.windows import Window
 from baklava.evaluation.bootstrap import Interval, bootstrap_mean, bootstrap_ratio
 from baklava.evaluation.speed.timing import machine_info
-from benchmarks.fidelity.inputs import Entry
-from benchmarks.fidelity.methods import BASELINE, CONTROLLED, OURS
-from benchmarks.fidelity.run import Study
+from benchmarks.fidelity.inputs import MethodPlans
+from benchmarks.fidelity.methods import BASELINE, CONTROL_METHODS, SEARCHED
+from benchmarks.fidelity.run import StudyResult
 
 Metric = Literal["dnll", "kl"]
 METRICS: tuple[Metric, Metric] = ("dnll", "kl")
 
-TOGETHER = "together"
-"""All corpora but the controls."""
+ALL_CORPORA = "all"
+"""Name of the union of all corpora except the controls."""
 
 
-def figures(found: Study) -> dict[str, Any]:
-    """The study as JSON. An interval is [mean, low, high], a bound that one document cannot give is null."""
-    together = tuple(w for name, each in found.scored.items() if name not in found.asked.texts.controls for w in each)
-    corpora = {**found.scored, TOGETHER: together}
-    methods = {entry.contestant.name: entry.contestant for entry in found.entries}
+def summarize(result: StudyResult) -> dict[str, Any]:
+    """Return the study as JSON; intervals are [mean, low, high], with null for a bound that one document cannot give.
+
+    "factors" are the baseline's loss as a multiple of the searched plan's, for each budget and corpus.
+    """
+    controls = result.config.texts.controls
+    scored = tuple(window for name, windows in result.windows.items() if name not in controls for window in windows)
+    corpora = {**result.windows, ALL_CORPORA: scored}
+    methods = {entry.method.name: entry.method for entry in result.plans}
     return {
         "benchmark": "fidelity",
-        "split": found.asked.split,
-        "provenance": _provenance(found),
-        "corpora": [_corpus(found, name, windows) for name, windows in corpora.items()],
-        "methods": [{"name": each.name, "label": each.label, "group": each.group} for each in methods.values()],
-        "left_out": [asdict(one) for one in found.left_out],
-        "factors": [factor for name, windows in corpora.items() for factor in _factors(found, name, windows)],
+        "split": result.config.split,
+        "provenance": _provenance(result),
+        "corpora": [_corpus(result, name, windows) for name, windows in corpora.items()],
+        "methods": [{"name": m.name, "label": m.label, "group": m.group} for m in methods.values()],
+        "skipped": [asdict(skipped) for skipped in result.skipped],
+        "factors": [factor for name, windows in corpora.items() for factor in _factors(result, name, windows)],
         "rows": [
-            _row(found, entry, name, windows)
+            _row(result, entry, name, windows)
             for name, windows in corpora.items()
-            for entry in found.entries
-            if name not in found.asked.texts.controls or entry.contestant.name in CONTROLLED
+            for entry in result.plans
+            if name not in controls or entry.method.name in CONTROL_METHODS
         ],
     }
 
 
-def dumped(content: Mapping[str, Any]) -> str:
-    """JSON with a line for each element of a list, so that two versions can be told apart line by line."""
+def to_json(content: Mapping[str, Any]) -> str:
+    """Return JSON with one line per list element, so that two versions can be compared line by line."""
     parts = []
     for name, value in content.items():
         if isinstance(value, list):
-            lines = ",\n".join(f"  {json.dumps(each, ensure_ascii=False, allow_nan=False)}" for each in value)
+            lines = ",\n".join(f"  {json.dumps(item, ensure_ascii=False, allow_nan=False)}" for item in value)
             text = f"[\n{lines}\n ]" if value else "[]"
         else:
             text = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -58,82 +62,87 @@ def dumped(content: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def values(found: Study, entry: Entry, windows: Sequence[Window], metric: Metric) -> list[float]:
-    """`dnll` or `kl` window by window, in nats per token; the mean over the plans where a contestant has several."""
-    return [fmean(_value(found, plan.digest, window, metric) for plan in entry.plans) for window in windows]
+def metric_by_window(result: StudyResult, entry: MethodPlans, windows: Sequence[Window], metric: Metric) -> list[float]:
+    """Return `dnll` or `kl` of each window in nats per token, as a mean over the entry's plans."""
+    return [fmean(_metric(result, plan.digest, window, metric) for plan in entry.plans) for window in windows]
 
 
-def _value(found: Study, digest: str, window: Window, metric: Metric) -> float:
-    row = found.rows[window.name, digest]
+def _metric(result: StudyResult, digest: str, window: Window, metric: Metric) -> float:
+    row = result.rows[window.name, digest]
     return row.kl if metric == "kl" else row.nll - row.nll_full
 
 
-def _row(found: Study, entry: Entry, corpus: str, windows: Sequence[Window]) -> dict[str, Any]:
+def _row(result: StudyResult, entry: MethodPlans, corpus: str, windows: Sequence[Window]) -> dict[str, Any]:
     documents = [window.document for window in windows]
-    ours = _entry(found, OURS.name, entry.budget)
+    searched = _find_plans(result, SEARCHED.name, entry.budget)
+    allocated_bytes = [
+        result.rows[window.name, plan.digest].allocated_bytes for window in windows for plan in entry.plans
+    ]
     row: dict[str, Any] = {
-        "method": entry.contestant.name,
+        "method": entry.method.name,
         "budget": entry.budget,
         "corpus": corpus,
         "plan": entry.spec,
         "bytes": max(plan.bytes_per_sequence for plan in entry.plans),
         "ratio": round(max(plan.ratio for plan in entry.plans), 5),
-        "allocated": max(found.rows[w.name, plan.digest].allocated_bytes for w in windows for plan in entry.plans),
+        "allocated_bytes": max(allocated_bytes),
         "n": len(windows),
         "documents": len(set(documents)),
     }
     for metric in METRICS:
-        mine = values(found, entry, windows, metric)
-        row[metric] = plain(bootstrap_mean(mine, documents))
-        if ours and ours is not entry:
-            theirs = values(found, ours, windows, metric)
-            pairs = zip(mine, theirs, strict=True)
-            row[f"{metric}_above_ours"] = plain(bootstrap_mean([mine - theirs for mine, theirs in pairs], documents))
+        values = metric_by_window(result, entry, windows, metric)
+        row[metric] = rounded_interval(bootstrap_mean(values, documents))
+        if searched and searched is not entry:
+            pairs = zip(values, metric_by_window(result, searched, windows, metric), strict=True)
+            differences = [value - searched_value for value, searched_value in pairs]
+            row[f"{metric}_above_searched"] = rounded_interval(bootstrap_mean(differences, documents))
     return row
 
 
-def _entry(found: Study, method: str, budget: float) -> Entry | None:
-    return next((one for one in found.entries if (one.contestant.name, one.budget) == (method, budget)), None)
+def _find_plans(result: StudyResult, method: str, budget: float) -> MethodPlans | None:
+    return next((entry for entry in result.plans if (entry.method.name, entry.budget) == (method, budget)), None)
 
 
-def _factors(found: Study, corpus: str, windows: Sequence[Window]) -> Iterator[dict[str, Any]]:
-    """How many times ours the baseline loses, budget by budget."""
+def _factors(result: StudyResult, corpus: str, windows: Sequence[Window]) -> Iterator[dict[str, Any]]:
     documents = [window.document for window in windows]
-    for budget in found.asked.budgets:
-        ours, baseline = (_entry(found, name, budget) for name in (OURS.name, BASELINE.name))
-        if ours and baseline:
+    for budget in result.config.budgets:
+        searched = _find_plans(result, SEARCHED.name, budget)
+        baseline = _find_plans(result, BASELINE.name, budget)
+        if searched and baseline:
             factor: dict[str, Any] = {"budget": budget, "corpus": corpus}
             for metric in METRICS:
-                above, below = (values(found, one, windows, metric) for one in (baseline, ours))
-                factor[metric] = plain(bootstrap_ratio(above, below, documents))
+                numerator = metric_by_window(result, baseline, windows, metric)
+                denominator = metric_by_window(result, searched, windows, metric)
+                factor[metric] = rounded_interval(bootstrap_ratio(numerator, denominator, documents))
             yield factor
 
 
-def _corpus(found: Study, name: str, windows: Sequence[Window]) -> dict[str, Any]:
+def _corpus(result: StudyResult, name: str, windows: Sequence[Window]) -> dict[str, Any]:
     documents = [window.document for window in windows]
     content: dict[str, Any] = {"name": name, "n": len(windows), "documents": len(set(documents))}
-    if found.rows:
-        gains = {window: row.gain for (window, _), row in found.rows.items()}
-        content["gain"] = plain(bootstrap_mean([gains[window.name] for window in windows], documents))
-    return content if name == TOGETHER else content | {"windows": [window.name for window in windows]}
+    if result.rows:
+        gains = {window: row.gain for (window, _), row in result.rows.items()}
+        content["gain"] = rounded_interval(bootstrap_mean([gains[window.name] for window in windows], documents))
+    return content if name == ALL_CORPORA else content | {"windows": [window.name for window in windows]}
 
 
-def _provenance(found: Study) -> dict[str, Any]:
-    asked = found.asked
+def _provenance(result: StudyResult) -> dict[str, Any]:
+    config = result.config
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "model": asked.model,
-        "code": sorted({row.code for row in found.rows.values()}),
-        "seed": asked.texts.seed,
-        "context": asked.texts.context,
-        "continuation": asked.texts.continuation,
-        "searched": asked.texts.searched,
-        "controls": list(asked.texts.controls),
-        "budgets": list(asked.budgets),
+        "model": config.model,
+        "code": sorted({row.code for row in result.rows.values()}),
+        "seed": config.texts.seed,
+        "context": config.texts.context,
+        "continuation": config.texts.continuation,
+        "search_corpus": config.texts.search_corpus,
+        "controls": list(config.texts.controls),
+        "budgets": list(config.budgets),
         "machine": machine_info(),
     }
 
 
-def plain(found: Interval) -> list[float | None]:
-    """[mean, low, high] to five digits; null for what is not finite."""
-    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in (found.mean, found.low, found.high)]
+def rounded_interval(interval: Interval) -> list[float | None]:
+    """Return [mean, low, high] to five digits, with null for values that are not finite."""
+    values = (interval.mean, interval.low, interval.high)
+    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]

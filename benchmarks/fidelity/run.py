@@ -1,4 +1,4 @@
-"""The study: every plan on every window, row by row in a journal, so that a killed one goes on."""
+"""Run the study: score every plan on every window, row by row into a journal, so that a killed study can continue."""
 
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,25 +14,33 @@ from baklava.evaluation.formatting import pluralize
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile
-from baklava.runtime.model_loader import LoadedModel, load
-from benchmarks.fidelity.inputs import Cut, Entry, LeftOut, Split, Texts, cut, entries
-from benchmarks.fidelity.methods import BUDGETS, CONTESTANTS, CONTROLLED, Contestant, chosen
-from benchmarks.fidelity.scoring import Row, Task, in_processes, rows, run_of
+from baklava.runtime.model_loader import load
+from benchmarks.fidelity.inputs import (
+    MethodPlans,
+    SkippedMethod,
+    Split,
+    StudyTexts,
+    StudyWindows,
+    make_windows,
+    plan_methods,
+)
+from benchmarks.fidelity.methods import BUDGETS, CONTROL_METHODS, METHODS, StudyMethod, select_methods
+from benchmarks.fidelity.scoring import Row, Task, run_digest, score_in_processes, score_plans
 from tuning.study.journal import Journal
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be studied."""
+class StudyConfig:
+    """What a study compares, and on which text."""
 
     model: str = "demo"
     split: Split = "test"
-    texts: Texts = field(default_factory=Texts)
-    contestants: tuple[Contestant, ...] = tuple(CONTESTANTS.values())
+    texts: StudyTexts = field(default_factory=StudyTexts)
+    methods: tuple[StudyMethod, ...] = tuple(METHODS.values())
     budgets: tuple[float, ...] = BUDGETS
 
 
-def asked(
+def study_config(
     *,
     model: str,
     split: Split,
@@ -41,128 +49,125 @@ def asked(
     budgets: Sequence[float] | None,
     context: int,
     continuation: int,
-) -> Asked:
-    """What a command line asks for; None stands for the defaults.
+) -> StudyConfig:
+    """Return the study that a command line describes; None stands for the defaults.
 
     Raises:
-        UserError: an unknown contestant, or a budget that is no share.
+        UserError: a method is unknown, or a budget is not a share.
     """
     for budget in budgets or ():
         if not 0 < budget <= 1:
-            raise UserError(f"--budgets {budget:g}: a budget is a share of the bytes, above 0 and at most 1; try 0.125")
-    usual = Texts()
-    test = tuple((name, windows or count) for name, count in usual.test)
-    texts = replace(usual, test=test, context=context, continuation=continuation)
-    return Asked(model, split, texts, tuple(chosen(methods)), tuple(dict.fromkeys(budgets or BUDGETS)))
+            raise UserError(f"--budgets {budget:g} is not a share above 0 and up to 1; try 0.125")
+    default = StudyTexts()
+    corpora = tuple((name, windows or count) for name, count in default.test_corpora)
+    texts = replace(default, test_corpora=corpora, context=context, continuation=continuation)
+    return StudyConfig(model, split, texts, tuple(select_methods(methods)), tuple(dict.fromkeys(budgets or BUDGETS)))
 
 
 @dataclass(frozen=True)
-class Study:
-    """Everything that was scored: `rows[window, plan digest]`."""
+class StudyResult:
+    """The scores of a study: `rows[window, plan digest]`."""
 
-    asked: Asked
-    scored: Mapping[str, tuple[Window, ...]]
-    entries: tuple[Entry, ...]
-    left_out: tuple[LeftOut, ...]
+    config: StudyConfig
+    windows: Mapping[str, tuple[Window, ...]]
+    plans: tuple[MethodPlans, ...]
+    skipped: tuple[SkippedMethod, ...]
     rows: Mapping[tuple[str, str], Row]
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What is scored, without a model in memory: `runs` maps what stands for weights and window to the window."""
+class StudyInputs:
+    """What is to be scored, without a model in memory; `windows_by_run` has the digest of weights and window as key."""
 
-    material: Cut
-    runs: Mapping[str, Window]
+    windows: StudyWindows
+    windows_by_run: Mapping[str, Window]
     controls: tuple[str, ...]
-    entries: tuple[Entry, ...]
-    left_out: tuple[LeftOut, ...]
+    plans: tuple[MethodPlans, ...]
+    skipped: tuple[SkippedMethod, ...]
 
-    def on(self, window: Window) -> tuple[Entry, ...]:
-        """The entries that are scored on a window: on those of a control few."""
-        control = any(window in self.material.scored.get(name, ()) for name in self.controls)
-        return tuple(entry for entry in self.entries if not control or entry.contestant.name in CONTROLLED)
+    def plans_for(self, window: Window) -> tuple[MethodPlans, ...]:
+        """Return the plans that are scored on a window; on a control corpus only a few methods are."""
+        is_control = any(window in self.windows.scored.get(name, ()) for name in self.controls)
+        return tuple(entry for entry in self.plans if not is_control or entry.method.name in CONTROL_METHODS)
 
 
-def study(asked: Asked, folder: Path, workers: int = 1) -> Study:
-    """Score what the journal in `folder` does not hold yet.
+def run_study(config: StudyConfig, folder: Path, workers: int = 1) -> StudyResult:
+    """Score the plans and windows that the journal in `folder` does not have yet.
 
     Raises:
-        UserError: an unknown model or text, texts too short, or a journal that was changed by hand.
+        UserError: the model or a text is unknown, texts are too short, or the journal was changed by hand.
     """
-    prepared = _prepare(asked)
-    for one in prepared.left_out:
-        log(f"left out: {one.method} at {one.budget:.3g}: {one.reason}")
+    inputs = _prepare_inputs(config)
+    for skipped in inputs.skipped:
+        log(f"skipped: {skipped.method} at {skipped.budget:.3g}: {skipped.reason}")
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal.open(folder / "rows.jsonl", Row.model_validate_json)
-    tasks = _missing(prepared, {row.key for row in journal.records})
-    windows = pluralize(len(prepared.runs), "window")
-    log(
-        f"{pluralize(len(prepared.entries), 'contestant')} on {windows}; {journal.path} holds {len(journal.records)} rows"
-    )
-    _run(asked.model, tasks, journal, workers)
-    rows = {(prepared.runs[row.run].name, row.plan): row for row in journal.records if row.run in prepared.runs}
-    return Study(asked, prepared.material.scored, prepared.entries, prepared.left_out, rows)
+    tasks = _unscored(inputs, {row.key for row in journal.records})
+    num_plans = pluralize(len(inputs.plans), "plan")
+    num_windows = pluralize(len(inputs.windows_by_run), "window")
+    log(f"{num_plans} on {num_windows}; {journal.path} has {pluralize(len(journal.records), 'row')}")
+    if tasks:
+        total = sum(len(plans) for _, plans in tasks)
+        with progress_bar(total, "scoring", "plans x windows") as progress:
+            for row in _score_tasks(config.model, tasks, min(workers, len(tasks))):
+                journal.append(row)
+                progress.set_postfix_str(row.window)
+                progress.update(1)
+    rows = {
+        (inputs.windows_by_run[row.run].name, row.plan): row
+        for row in journal.records
+        if row.run in inputs.windows_by_run
+    }
+    return StudyResult(config, inputs.windows.scored, inputs.plans, inputs.skipped, rows)
 
 
-def _prepare(asked: Asked) -> Prepared:
-    loaded = load(asked.model)
-    material = cut(asked.texts, asked.split, loaded.tokenizer)
-    found, left_out = _entries(asked, material, loaded)
-    if not found:
-        raise UserError(f"no contestant has a plan, the first because {left_out[0].reason}")
-    windows = (window for each in material.scored.values() for window in each)
-    runs = {run_of(loaded.weights_digest, window): window for window in windows}
-    return Prepared(material, runs, asked.texts.controls, tuple(found), tuple(left_out))
-
-
-def _entries(asked: Asked, material: Cut, loaded: LoadedModel) -> tuple[list[Entry], list[LeftOut]]:
-    tokens = asked.texts.context + asked.texts.continuation
+def _prepare_inputs(config: StudyConfig) -> StudyInputs:
+    loaded = load(config.model)
+    windows = make_windows(config.texts, config.split, loaded.tokenizer)
+    tokens = config.texts.context + config.texts.continuation
 
     @cache
     def profile() -> Profile:
-        return cached_profile(loaded, material.calibration)
+        return cached_profile(loaded, windows.calibration)
 
     def make(spec: str) -> BudgetPlan:
         return resolve_plan(spec, loaded, tokens, profile).plan
 
-    return entries(asked.contestants, asked.budgets, tokens, make)
+    plans, skipped = plan_methods(config.methods, config.budgets, tokens, make)
+    if not plans:
+        raise UserError(f"no method has a plan, the first because {skipped[0].reason}")
+    windows_by_run = {
+        run_digest(loaded.weights_digest, window): window for corpus in windows.scored.values() for window in corpus
+    }
+    return StudyInputs(windows, windows_by_run, config.texts.controls, tuple(plans), tuple(skipped))
 
 
-def _missing(prepared: Prepared, held: set[tuple[str, str]]) -> list[Task]:
-    """The windows with the plans that have no row there yet; plans that do the same are scored once."""
+def _unscored(inputs: StudyInputs, scored: set[tuple[str, str]]) -> list[Task]:
+    """Return the windows with their plans that have no row yet; equal plans are scored once."""
     tasks = []
-    for run, window in prepared.runs.items():
-        plans = {plan.digest: plan for entry in prepared.on(window) for plan in entry.plans}
-        missing = tuple(plan for digest, plan in plans.items() if (run, digest) not in held)
-        tasks += [(window, missing)] if missing else []
+    for run, window in inputs.windows_by_run.items():
+        plans = {plan.digest: plan for entry in inputs.plans_for(window) for plan in entry.plans}
+        missing = tuple(plan for digest, plan in plans.items() if (run, digest) not in scored)
+        if missing:
+            tasks.append((window, missing))
     return tasks
 
 
-def _run(model: str, tasks: Sequence[Task], journal: Journal[Row], workers: int) -> None:
-    if not tasks:
-        return
-    with progress_bar(sum(len(plans) for _, plans in tasks), "scoring", "plans x windows") as progress:
-        for row in _scored(model, tasks, min(workers, len(tasks))):
-            journal.append(row)
-            progress.set_postfix_str(row.window)
-            progress.update(1)
-
-
-def _scored(model: str, tasks: Sequence[Task], workers: int) -> Iterator[Row]:
-    code = commit()
+def _score_tasks(model: str, tasks: Sequence[Task], workers: int) -> Iterator[Row]:
+    code = code_version()
     if workers > 1:
-        yield from in_processes(model, tasks, workers, code)
+        yield from score_in_processes(model, tasks, workers, code)
         return
     loaded = load(model)
     for window, plans in tasks:
-        yield from rows(loaded, window, plans, code)
+        yield from score_plans(loaded, window, plans, code)
 
 
-def commit() -> str:
-    """The commit of the code that runs, with -dirty behind it where it was changed since; "unknown" outside of git."""
+def code_version() -> str:
+    """Return the commit of the running code, with -dirty appended if it was changed; "unknown" outside of git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
+    return result.stdout.strip()

@@ -1,4 +1,4 @@
-"""Plans on a window: one prefill, then a row a plan."""
+"""Score plans on a window: one prefill of the window, then one row per plan."""
 
 import hashlib
 import multiprocessing
@@ -19,9 +19,13 @@ from baklava.serialization import FrozenModel
 
 
 class Row(FrozenModel):
-    """One plan on one window; NLLs, KL and gain in nats per token.
+    """The scores of a plan on a window; NLLs, KL and gain are in nats per token.
 
-    `run` stands for the weights and the window's ids, `plan` is the plan's digest, `code` the commit that scored it.
+    Attributes:
+        run: digest of the weights and the window's token ids.
+        plan: the plan's digest.
+        gain: how much the context lowers the full cache's NLL.
+        code: the commit that scored the row.
     """
 
     run: str
@@ -37,98 +41,101 @@ class Row(FrozenModel):
 
     @property
     def key(self) -> tuple[str, str]:
-        """What is not scored twice."""
+        """What identifies a score; the same key is never scored twice."""
         return self.run, self.plan
 
 
-def run_of(weights: str, window: Window) -> str:
-    """Stands for these weights on this window."""
+def run_digest(weights: str, window: Window) -> str:
+    """Return a digest of these weights and this window."""
     return hashlib.sha256(f"{weights} {window.ids} {window.context_length}".encode()).hexdigest()[:16]
 
 
-def rows(loaded: LoadedModel, window: Window, plans: Sequence[BudgetPlan], code: str) -> Iterator[Row]:
-    """Score plans on a window that is prefilled once for all of them.
+def score_plans(loaded: LoadedModel, window: Window, plans: Sequence[BudgetPlan], code: str) -> Iterator[Row]:
+    """Score plans on a window, which is prefilled once for all of them.
 
     Raises:
-        RuntimeError: a cache held more than its plan promised.
+        RuntimeError: a cache allocated more than its plan reserves.
     """
-    run = run_of(loaded.weights_digest, window)
+    run = run_digest(loaded.weights_digest, window)
     prefilled = prefill_window(loaded, window, tuple(dict.fromkeys(build_eviction(plan.eviction) for plan in plans)))
-    worth = context_gain(loaded, prefilled)
+    gain = context_gain(loaded, prefilled)
     for plan in plans:
-        found = score_plan(loaded, prefilled, plan)
-        if found.allocated_bytes > plan.bytes_per_sequence:
+        score = score_plan(loaded, prefilled, plan)
+        if score.allocated_bytes > plan.bytes_per_sequence:
             raise RuntimeError(
-                f"plan {plan.digest} held {found.allocated_bytes} bytes on {window.name}, but promised "
+                f"plan {plan.digest} allocated {score.allocated_bytes} bytes on {window.name}, but reserves "
                 f"{plan.bytes_per_sequence}"
             )
         yield Row(
             run=run,
             plan=plan.digest,
             window=window.name,
-            nll_full=found.nll_full,
-            nll=found.nll,
-            kl=found.kl,
-            gain=worth,
-            allocated_bytes=found.allocated_bytes,
-            seconds=found.seconds,
+            nll_full=score.nll_full,
+            nll=score.nll,
+            kl=score.kl,
+            gain=gain,
+            allocated_bytes=score.allocated_bytes,
+            seconds=score.seconds,
             code=code,
         )
 
 
 Task = tuple[Window, tuple[BudgetPlan, ...]]
 
-_LOOK_EVERY = 1.0  # seconds between two looks whether a worker has died
+POLL_SECONDS = 1.0
+"""Interval at which the parent checks whether a worker has died."""
 
 
-class _Own:
-    """What a worker process has for itself."""
+class _Worker:
+    """State of a worker process."""
 
     loaded: LoadedModel
     results: Any
 
 
-def in_processes(model: str, tasks: Sequence[Task], workers: int, code: str) -> Iterator[Row]:
-    """The rows of all tasks as they come, in any order; the cores are shared out among the workers.
+def score_in_processes(model: str, tasks: Sequence[Task], workers: int, code: str) -> Iterator[Row]:
+    """Yield the rows of all tasks as they are finished, in any order; the workers share the cores evenly.
 
     Raises:
-        BrokenProcessPool: a worker died, for example for want of memory.
+        BrokenProcessPool: a worker died, for example because memory ran out.
     """
     context = multiprocessing.get_context("spawn")
-    results, threads = context.Queue(), max(1, (os.cpu_count() or 1) // workers)
-    pool = ProcessPoolExecutor(workers, context, _begin, (model, threads, results))
+    results = context.Queue()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (model, threads, results))
     try:
-        yield from _as_they_come([pool.submit(_score, task, code) for task in tasks], results)
+        yield from _as_finished([pool.submit(_score, task, code) for task in tasks], results)
         pool.shutdown()
-    finally:  # there is nothing left to do here where all went well
+    finally:  # after success there is nothing left to stop
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
 
 
-def _as_they_come(waiting: list[Future[int]], results: Any) -> Iterator[Row]:
-    """Rows until all tasks are done; a task's result is how many rows it sent."""
-    missing, received = list(waiting), 0
-    while missing or received < sum(task.result() for task in waiting):
+def _as_finished(tasks: list[Future[int]], results: Any) -> Iterator[Row]:
+    """Yield rows until all tasks are done; a task's result is the number of rows that it sent."""
+    running, received = list(tasks), 0
+    while running or received < sum(task.result() for task in tasks):
         try:
-            yield results.get(timeout=_LOOK_EVERY)
+            yield results.get(timeout=POLL_SECONDS)
             received += 1
         except queue.Empty:
-            missing = [task for task in missing if not _finished(task)]
+            running = [task for task in running if not _is_done(task)]
 
 
-def _finished(task: Future[int]) -> bool:
-    """Whether a task is done; raises what ended it, if something did."""
+def _is_done(task: Future[int]) -> bool:
+    """Return whether a task is done; raise the error that ended it, if any."""
     return task.done() and task.result() >= 0
 
 
-def _begin(model: str, threads: int, results: Any) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _Own.loaded, _Own.results = load(model, threads=threads), results
+def _start_worker(model: str, threads: int, results: Any) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _Worker.loaded = load(model, threads=threads)
+    _Worker.results = results
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed cannot tell its workers."""
+def _exit_with_parent() -> None:
+    """End this process with its parent, since a killed parent cannot end its workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -136,8 +143,8 @@ def _end_with_parent() -> None:
 
 
 def _score(task: Task, code: str) -> int:
-    sent = 0
-    for row in rows(_Own.loaded, *task, code):
-        _Own.results.put(row)
-        sent += 1
-    return sent
+    num_sent = 0
+    for row in score_plans(_Worker.loaded, *task, code):
+        _Worker.results.put(row)
+        num_sent += 1
+    return num_sent

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kvpress.loading import UserError, Window, check_fits, digest, exit_code, load, read_windows, versions
+from benchmarks.kvpress.loading import UserError, Window, digest, exit_code, load, read_windows, validate_for, versions
 from benchmarks.kvpress.presses import FULL, PRESSES, Press, press_of
 from benchmarks.kvpress.results import Compression, Geometry, Journal, Row, plan_name, plan_of, table, write
 
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(chosen.threads)
     model = load(chosen.model)
-    check_fits(windows, model.config)
+    validate_for(windows, model.config)
     plans = run(model, chosen.model, windows, jobs, Journal(path.with_suffix(".jsonl")))
     write(path, plans, versions())
     print(table(plans))

@@ -67,7 +67,7 @@ def read_windows(path: Path) -> list[Window]:
     return cut
 
 
-def check_fits(windows: list[Window], config: Any) -> None:
+def validate_for(windows: list[Window], config: Any) -> None:
     """Raise UserError for windows that a model of this configuration cannot read."""
     for window in windows:
         if not all(0 <= token < config.vocab_size for token in window.ids):

@@ -1,1 +1,1 @@
-"""What a search costs beside its scoring, what it saves, and how far one head node reaches."""
+"""The cost of a search besides its scoring, what the search saves, and how many workers one head node keeps busy."""

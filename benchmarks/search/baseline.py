@@ -1,8 +1,9 @@
-"""The naive way: a process per trial, which loads the model and feeds every window through the cache.
+"""The baseline of a search: one process per trial, which loads the model and feeds every window through the cache.
 
-python -m benchmarks.search.baseline MODEL PLAN WINDOWS STEP feeds STEP tokens of a continuation per forward (1 is how
-it is served; as many as there are is the least that can be done) and prints {"seconds", "scores": [{"window", "nll",
-"kl"}], "reference_seconds"}. The last are those of the full cache, which a KL needs and a perplexity does not.
+python -m benchmarks.search.baseline MODEL PLAN WINDOWS STEP scores the windows of a JSON file under a plan, with STEP
+tokens of a continuation per forward: 1 is how a plan is served, the continuation's length is the fastest possible. It
+prints {"seconds", "scores": [{"window", "nll", "kl"}], "reference_seconds"}; the last is the time of the full cache,
+which KL needs and perplexity does not.
 """
 
 import json
@@ -26,7 +27,7 @@ from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel, load
 from baklava.runtime.prefill import prefill
-from benchmarks.search.startup import Ran
+from benchmarks.search.startup import TimedSearch
 from tuning.search.inputs import SearchInputs
 from tuning.study.search_space import SearchTask
 from tuning.study.trial import TrialRecord, finished_trials
@@ -34,103 +35,109 @@ from tuning.study.trial import TrialRecord, finished_trials
 Ids = Int[Tensor, "1 tokens"]
 LogProbs = Float[Tensor, "tokens vocabulary"]
 
+ROOT = Path(__file__).parents[2]
+
+
+def compare_with_baseline(
+    search: TimedSearch, num_trials: int, inputs: SearchInputs, task: SearchTask, trial_seconds: float
+) -> dict[str, Any]:
+    """Repeat the first complete trials of a search in one process each, and compare trials per hour and scores.
+
+    The search's trials per hour include its pruned trials; "speedup_per_window" compares without their advantage. The
+    continuations are fed token by token, and once more in one forward. The baseline's time excludes the full cache,
+    which a search for perplexity does not need.
+    """
+    records = finished_trials(search.trials)[:num_trials]
+    windows = inputs.splits.search
+    num_scored_windows = sum(len(record.windows) for record in search.trials if record.twin is None)
+    seconds_per_trial = trial_seconds / len(search.trials)
+    seconds_per_window = trial_seconds / num_scored_windows
+    results: dict[str, Any] = {"trials": len(records), "search_trials_per_hour": 3600 / seconds_per_trial}
+    with progress_bar(len(records) * 2, "baseline", "trials") as progress:
+        for mode, step in (("token_by_token", 1), ("one_forward", max(len(window.ids) for window in windows))):
+            runs = []
+            for record in records:
+                runs.append(_run_trial(search.out, record, task, windows, step))
+                progress.update(1)
+            reference_seconds = sum(run["reference_seconds"] for run in runs) / len(runs)
+            seconds = sum(run["seconds"] for run in runs) / len(runs) - reference_seconds
+            results[mode] = {
+                "seconds_per_trial": seconds,
+                "reference_seconds": reference_seconds,
+                "speedup": seconds / seconds_per_trial,
+                "speedup_per_window": seconds / len(windows) / seconds_per_window,
+                **_max_differences(records, runs),
+            }
+    return results
+
+
+def _run_trial(
+    folder: Path, record: TrialRecord, task: SearchTask, windows: Sequence[Window], step: int
+) -> dict[str, Any]:
+    plan_file = folder / "baseline-plan.json"
+    windows_file = folder / "baseline-windows.json"
+    task.plan(record.params).write(plan_file)
+    windows_file.write_text(json.dumps([asdict(window) for window in windows]))
+    arguments = [task.profile.model.id, str(plan_file), str(windows_file), str(step)]
+    command = [sys.executable, "-m", "benchmarks.search.baseline", *arguments]
+    started = time.perf_counter()
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if result.returncode:
+        last_line = (result.stderr.strip().splitlines() or ["it logged nothing"])[-1]
+        raise UserError(f"a trial of the baseline failed: {last_line}")
+    return json.loads(result.stdout.splitlines()[-1]) | {"seconds": time.perf_counter() - started}
+
+
+def _max_differences(records: Sequence[TrialRecord], runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the largest difference of a window's NLL, and of its KL, between the search and the baseline."""
+    pairs = []
+    for record, run in zip(records, runs, strict=True):
+        by_window = {score["window"]: score for score in run["scores"]}
+        pairs += [(score, by_window[score["window"]]) for score in record.windows]
+    return {
+        f"max_{metric}_difference": max(abs(score[metric] - baseline[metric]) for score, baseline in pairs)
+        for metric in ("nll", "kl")
+    }
+
 
 @torch.inference_mode()
-def score(loaded: LoadedModel, plan: BudgetPlan, window: Window, step: int) -> dict[str, Any]:
-    """NLL of the continuation, in nats per token, and KL to the full cache, which is prefilled once more for that."""
-    started, ids = time.perf_counter(), torch.tensor([window.ids], device=loaded.device)
-    full = DynamicCache()
-    logits = loaded.model(ids[:, : window.context_length], past_key_values=full, logits_to_keep=1).logits[:, -1]
-    reference = _stepped(loaded, ids, window.context_length, step, full, logits)
-    referred = time.perf_counter() - started
+def score_window(loaded: LoadedModel, plan: BudgetPlan, window: Window, step: int) -> dict[str, Any]:
+    """Return NLL and KL of the continuation in nats per token; the window is prefilled again for the full cache."""
+    started = time.perf_counter()
+    ids = torch.tensor([window.ids], device=loaded.device)
+    full_cache = DynamicCache()
+    logits = loaded.model(ids[:, : window.context_length], past_key_values=full_cache, logits_to_keep=1).logits[:, -1]
+    reference = _continue_from(loaded, ids, window.context_length, step, full_cache, logits)
+    reference_seconds = time.perf_counter() - started
     cache, logits = prefill(loaded, plan, ids[:, : window.context_length])
     with cache.teacher_forcing() if step > 1 else nullcontext():
-        found = _stepped(loaded, ids, window.context_length, step, cache, logits)
-    nll = -found.gather(-1, ids[0, window.context_length :, None]).mean()
-    kl = (reference.exp() * (reference - found)).sum(-1).mean()
-    return {"window": window.name, "nll": float(nll), "kl": float(kl), "reference_seconds": referred}
+        log_probs = _continue_from(loaded, ids, window.context_length, step, cache, logits)
+    nll = -log_probs.gather(-1, ids[0, window.context_length :, None]).mean()
+    kl = (reference.exp() * (reference - log_probs)).sum(-1).mean()
+    return {"window": window.name, "nll": float(nll), "kl": float(kl), "reference_seconds": reference_seconds}
 
 
-def _stepped(loaded: LoadedModel, ids: Ids, context: int, step: int, cache: Any, logits: Tensor) -> LogProbs:
-    """Log-probabilities of all tokens behind the context, `step` of them from one forward of the tokens before."""
-    rows, last = [logits], ids.shape[1] - 1
+def _continue_from(loaded: LoadedModel, ids: Ids, context: int, step: int, cache: Any, logits: Tensor) -> LogProbs:
+    """Return the log-probabilities of the tokens after the context, from forwards of `step` tokens each."""
+    rows = [logits]
+    last = ids.shape[1] - 1
     for start in range(context, last, step):
         rows.append(loaded.model(ids[:, start : min(start + step, last)], past_key_values=cache).logits[0])
     return torch.log_softmax(torch.cat(rows).float(), -1)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Score the windows of a file with the plan of another."""
+    """Score the windows of a file under the plan of another, and print the scores."""
     model, plan_file, windows_file, step = arguments
     started = time.perf_counter()
-    loaded, plan = load(model), BudgetPlan.read(plan_file)
-    windows = [Window(**{**each, "ids": tuple(each["ids"])}) for each in json.loads(Path(windows_file).read_text())]
-    scores = [score(loaded, plan, window, int(step)) for window in windows]
-    referred = sum(each["reference_seconds"] for each in scores)
-    print(json.dumps({"seconds": time.perf_counter() - started, "scores": scores, "reference_seconds": referred}))
+    loaded = load(model)
+    plan = BudgetPlan.read(plan_file)
+    windows = [Window(**{**entry, "ids": tuple(entry["ids"])}) for entry in json.loads(Path(windows_file).read_text())]
+    scores = [score_window(loaded, plan, window, int(step)) for window in windows]
+    reference_seconds = sum(score["reference_seconds"] for score in scores)
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "scores": scores, "reference_seconds": reference_seconds}))
 
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-
-
-ROOT = Path(__file__).parents[2]
-
-
-def against(ran: Ran, count: int, material: SearchInputs, task: SearchTask, trial_seconds: float) -> dict[str, Any]:
-    """The first trials that scored every window, naively: trials per hour of both ways, and how far scores differ.
-
-    The search's trials per hour are those of all its trials, the stopped ones included; per window both ways compare
-    without that. Naively, continuations go in token by token, and once more in one forward each; the full cache's part
-    of it, which a search for perplexity could leave out, is not counted.
-    """
-    records, windows = finished_trials(ran.trials)[:count], material.splits.search
-    per_trial, per_window = (trial_seconds / each for each in (len(ran.trials), _scored(ran.trials)))
-    found: dict[str, Any] = {"trials": len(records), "search_per_hour": 3600 / per_trial}
-    with progress_bar(len(records) * 2, "naive trials", "trials") as progress:
-        for way, step in (("stepped", 1), ("at_once", max(len(window.ids) for window in windows))):
-            runs = []
-            for record in records:
-                runs.append(_naively(ran.out, record, task, windows, step))
-                progress.update(1)
-            seconds = sum(run["seconds"] - run["reference_seconds"] for run in runs) / len(runs)
-            ratios = {"times": seconds / per_trial, "times_per_window": seconds / len(windows) / per_window}
-            reference = sum(run["reference_seconds"] for run in runs) / len(runs)
-            apart = _apart(records, runs)
-            found[way] = {"seconds_per_trial": seconds, "reference_seconds": reference, **ratios, **apart}
-    return found
-
-
-def _scored(trials: Sequence[TrialRecord]) -> int:
-    return sum(len(record.windows) for record in trials if record.twin is None)
-
-
-def _apart(records: Sequence[TrialRecord], runs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The largest difference of a window's scores."""
-    scores = [(ours, other) for record, run in zip(records, runs, strict=True) for ours, other in _pairs(record, run)]
-    return {f"{name}_apart": max(abs(ours[name] - other[name]) for ours, other in scores) for name in ("nll", "kl")}
-
-
-def _naively(folder: Path, record: TrialRecord, task: SearchTask, windows: Sequence[Window], step: int) -> dict[str, Any]:
-    plan, file = folder / "naive-plan.json", folder / "naive-windows.json"
-    task.plan(record.params).write(plan)
-    file.write_text(json.dumps([asdict(window) for window in windows]))
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.search.baseline",
-        task.profile.model.id,
-        str(plan),
-        str(file),
-        str(step),
-    ]
-    started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise UserError(f"a naive trial failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
-    return json.loads(done.stdout.splitlines()[-1]) | {"seconds": time.perf_counter() - started}
-
-
-def _pairs(record: TrialRecord, run: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    by_window = {score["window"]: score for score in run["scores"]}
-    return [(score, by_window[score["window"]]) for score in record.windows]

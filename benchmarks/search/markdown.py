@@ -1,75 +1,85 @@
-"""What was measured of the search as Markdown: a table for the README, and docs/scale.md."""
+"""The results of the search benchmark as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.markdown_page import table_row
+from benchmarks.markdown_page import markdown_table
 
-NAME, SCALE = "search", "scale"
-"""Names of the markers in README and docs/scale.md."""
+SECTION, SCALE_SECTION = "search", "scale"
+"""Names of the page's markers."""
 
-TRIAL_SECONDS = (1, 4, 15, 60, 240)
-"""Times of a trial on one GPU that docs/scale.md tells the reach for."""
+SCALE_TRIAL_SECONDS = (1, 4, 15, 60, 240)
+"""Seconds of a trial on one worker for which the scale section extrapolates."""
 
-Figures = Mapping[str, Any]
-
-
-def table(figures: Figures) -> str:
-    """One row per thing that was measured, with what was aimed at."""
-    rows = [["the search", "measured", "aim"], ["---"] * 3]
-    for part, tell in (("overhead", _overhead), ("naive", _naive), ("replicas", _replicas)):
-        rows += tell(figures[part]) if part in figures else []
-    parts = ["\n".join(map(table_row, rows))] if len(rows) > 2 else []
-    return "\n\n".join([*parts, *([_dispatched(figures["dispatch"])] if "dispatch" in figures else [])])
+Results = Mapping[str, Any]
 
 
-def scale(figures: Figures) -> str:
-    """How many GPUs one head node keeps busy, by the time of a trial; a figure of the dispatch benchmark alone.
+def format_tables(results: Results) -> str:
+    """Return a table of measurements with their aims, and one of the dispatch."""
+    rows = []
+    if "overhead" in results:
+        rows += _overhead_rows(results["overhead"])
+    if "baseline" in results:
+        rows += _baseline_rows(results["baseline"])
+    if "scaling" in results:
+        scaling = results["scaling"]
+        label = f"windows per second of two workers with {scaling['threads']} thread, over one"
+        rows.append([label, f"{scaling['speedup']:.2f} ×", "≥ 1.7 ×"])
+    tables = [markdown_table(["the search", "measured", "aim"], rows)] if rows else []
+    if "dispatch" in results:
+        tables.append(_format_dispatch(results["dispatch"]))
+    return "\n\n".join(tables)
 
-    It is the slowest rate with several replicas that counts: a lone one may be served faster.
+
+def format_scale(results: Results) -> str:
+    """Return how many workers one head node keeps busy, by the time of a trial.
+
+    The rate is the lowest one with several workers, since a single worker may be served faster.
     """
-    slowest = min(figures["dispatch"][1:] or figures["dispatch"], key=lambda row: row["per_second"])
-    rate = slowest["per_second"]
-    cpus = figures["machine"]["cpus"]
-    said = (
-        f"At its slowest, with {slowest['replicas']} replicas that sleep, the head ({cpus} CPUs, on which the replicas "
-        f"ran as well) ended {rate:.2f} trials a second. A replica that takes T seconds for a trial asks for one every "
-        f"T seconds, so the head keeps {rate:.2f} x T of them busy:"
+    slowest = min(results["dispatch"][1:] or results["dispatch"], key=lambda row: row["trials_per_second"])
+    rate = slowest["trials_per_second"]
+    cpus = results["machine"]["cpus"]
+    explanation = (
+        f"At its slowest, with {slowest['workers']} sleeping workers, the head finished {rate:.2f} trials per second "
+        f"(on {cpus} CPUs, which it shared with the workers). A worker that takes T seconds for a trial needs a new "
+        f"one every T seconds, so the head keeps {rate:.2f} × T workers busy:"
     )
-    rows = [["seconds of a trial on one replica", *map(str, TRIAL_SECONDS)], ["---"] * (len(TRIAL_SECONDS) + 1)]
-    rows.append(["replicas that one head keeps busy", *(f"{rate * seconds:.0f}" for seconds in TRIAL_SECONDS)])
-    return "\n\n".join([_dispatched(figures["dispatch"]), said, "\n".join(map(table_row, rows))])
+    reach = markdown_table(
+        ["seconds of a trial on one worker", *map(str, SCALE_TRIAL_SECONDS)],
+        [["workers that one head keeps busy", *(f"{rate * seconds:.0f}" for seconds in SCALE_TRIAL_SECONDS)]],
+    )
+    return "\n\n".join([_format_dispatch(results["dispatch"]), explanation, reach])
 
 
-def _overhead(found: Figures) -> list[list[str]]:
-    trials = f"{found['trials']} trials on {found['replicas']} replicas, over scoring seconds / replicas"
+def _overhead_rows(overhead: Results) -> list[list[str]]:
+    trials = f"{overhead['trials']} trials on {overhead['workers']} workers"
     return [
-        [f"wall time of {trials}", f"{found['overhead']:.2f} ×", "≤ 1.25"],
-        ["script start to the first trial, model and profile cached", f"{found['first_trial_starts']:.0f} s", "≤ 20 s"],
-        ["the same, until it has ended", f"{found['first_trial_ends']:.0f} s", ""],
+        [f"wall time of {trials}, over scoring time / workers", f"{overhead['overhead']:.2f} ×", "≤ 1.25 ×"],
+        [
+            "start of the script to first trial, model and profile cached",
+            f"{overhead['first_trial_starts']:.0f} s",
+            "≤ 20 s",
+        ],
+        ["start of the script to end of first trial", f"{overhead['first_trial_ends']:.0f} s", ""],
     ]
 
 
-def _naive(found: Figures) -> list[list[str]]:
+def _baseline_rows(baseline: Results) -> list[list[str]]:
     rows = []
-    for way, told in (("stepped", "token by token"), ("at_once", "continuations in one forward")):
-        figures = found[way]
-        apart = f"scores at most {figures['nll_apart']:.1g} nats apart"
-        named = f"trials per hour over a process per trial, {told}, its full cache for the KL not counted ({apart})"
-        rows.append([named, f"{figures['times']:.1f} ×", "≥ 8 ×"])
-        rows.append(["the same per scored window, without early stopping", f"{figures['times_per_window']:.1f} ×", ""])
+    for mode, description in (("token_by_token", "token by token"), ("one_forward", "continuations in one forward")):
+        result = baseline[mode]
+        difference = f"scores differ by at most {result['max_nll_difference']:.1g} nats"
+        label = f"trials per hour over one process per trial, {description}, not counting its full-cache pass ({difference})"
+        rows.append([label, f"{result['speedup']:.1f} ×", "≥ 8 ×"])
+        rows.append(["the same per scored window, without pruning", f"{result['speedup_per_window']:.1f} ×", ""])
     return rows
 
 
-def _replicas(found: Figures) -> list[list[str]]:
-    return [[f"two replicas of {found['threads']} thread over one", f"{found['times']:.2f} ×", "≥ 1.7 ×"]]
-
-
-def _dispatched(rows: Sequence[Figures]) -> str:
-    lines = [
-        ["replicas that sleep instead of scoring", *(str(row["replicas"]) for row in rows)],
-        ["---"] * (len(rows) + 1),
-        ["trials per second", *(f"{row['per_second']:.2f}" for row in rows)],
-        ["the sleeps alone would allow", *(f"{row['ideal']:.0f}" for row in rows)],
-    ]
-    return "\n".join(map(table_row, lines))
+def _format_dispatch(rows: Sequence[Results]) -> str:
+    return markdown_table(
+        ["workers that sleep instead of scoring", *(str(row["workers"]) for row in rows)],
+        [
+            ["trials per second", *(f"{row['trials_per_second']:.2f}" for row in rows)],
+            ["upper bound from the sleeps alone", *(f"{row['ideal_trials_per_second']:.0f}" for row in rows)],
+        ],
+    )

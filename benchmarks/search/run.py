@@ -1,4 +1,4 @@
-"""All that is measured of the search, one thing after the other."""
+"""Run the search benchmark, one part after the other."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,59 +8,52 @@ from typing import Any
 
 from baklava.console import log
 from baklava.errors import UserError
+from baklava.evaluation.formatting import pluralize
 from baklava.evaluation.speed.timing import machine_info
-from benchmarks.search.baseline import against
-from benchmarks.search.config import Asked
-from benchmarks.search.scaling import dispatch, scaling
-from benchmarks.search.startup import overhead, search
-from tuning.search.inputs import SearchInputs, prepare_inputs
+from benchmarks.search.baseline import compare_with_baseline
+from benchmarks.search.config import SearchBenchmarkConfig
+from benchmarks.search.scaling import measure_dispatch, measure_scaling
+from benchmarks.search.startup import measure_overhead, time_search
+from tuning.search.inputs import prepare_inputs
 from tuning.study.search_space import SearchTask
 from tuning.study.settings import SearchSettings
 
-PARTS = ("overhead", "naive", "replicas", "dispatch")
-"""The search as a script, next to the naive way, with one replica and two, and without any scoring."""
+PARTS = ("overhead", "baseline", "scaling", "dispatch")
+"""A search as a script; against one process per trial; with one worker and two; and with sleeping workers."""
 
 
-def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
-    """The figures of these parts; the naive way needs the search as a script, and brings it.
+def run_benchmark(config: SearchBenchmarkConfig, parts: Sequence[str] = PARTS) -> dict[str, Any]:
+    """Return the results of these parts; the baseline includes the overhead, whose search it repeats.
 
     Raises:
-        UserError: an unknown part, or a search that cannot be run.
+        UserError: a part is unknown, or a search cannot be run.
     """
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        raise UserError(f"--parts {unknown[0]}: no such part; take some of {', '.join(PARTS)}")
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise UserError(f"--parts {unknown[0]}: no such part; choose among {', '.join(PARTS)}")
     settings = SearchSettings.from_options(
-        model=asked.model,
-        texts=[asked.texts],
-        budget=asked.budget,
-        context=asked.context,
-        continuation=asked.continuation,
-        trials=asked.trials,
+        model=config.model,
+        texts=[config.texts],
+        budget=config.budget,
+        context=config.context,
+        continuation=config.continuation,
+        trials=config.trials,
     )
-    material = prepare_inputs(settings)  # also so that the timed search finds the profile cached, as a second search does
-    task = task_of(settings, material)
-    found: dict[str, Any] = {"benchmark": "search", "asked": asdict(asked), "machine": machine_info()}
-    if {"overhead", "naive"} & set(parts):
-        found |= _script(asked, "naive" in parts, material, task)
-    if "replicas" in parts:
-        found["replicas"] = scaling(asked, settings, material, task)
+    # This also caches the profile, so that the timed search finds it, as any but the first search of a model does.
+    inputs = prepare_inputs(settings)
+    windows = tuple(window.name for window in inputs.splits.search)
+    task = SearchTask(inputs.profile, settings.goal, settings.context_length, windows, settings.bits)
+    results: dict[str, Any] = {"benchmark": "search", "config": asdict(config), "machine": machine_info()}
+    if {"overhead", "baseline"} & set(parts):
+        with TemporaryDirectory(prefix="baklava-search-") as folder:
+            log(f"overhead: a search of {pluralize(config.trials, 'trial')}")
+            search = time_search(config, Path(folder) / "run")
+            results["overhead"] = measure_overhead(search)
+            if "baseline" in parts:
+                results["baseline"] = compare_with_baseline(
+                    search, config.baseline_trials, inputs, task, results["overhead"]["trial_seconds"]
+                )
+    if "scaling" in parts:
+        results["scaling"] = measure_scaling(config, settings, inputs, task)
     if "dispatch" in parts:
-        found["dispatch"] = dispatch(asked, settings, material, task)
-    return found
-
-
-def task_of(settings: SearchSettings, material: SearchInputs) -> SearchTask:
-    """The task of a search on this material."""
-    windows = tuple(window.name for window in material.splits.search)
-    return SearchTask(material.profile, settings.goal, settings.context_length, windows, settings.bits)
-
-
-def _script(asked: Asked, naive: bool, material: SearchInputs, task: SearchTask) -> dict[str, Any]:
-    with TemporaryDirectory(prefix="baklava-search-") as folder:
-        log(f"overhead: a search of {asked.trials} trials")
-        ran = search(asked, Path(folder) / "run")
-        figures: dict[str, Any] = {"overhead": overhead(ran)}
-        if naive:
-            figures["naive"] = against(ran, asked.naive, material, task, figures["overhead"]["trial_seconds"])
-    return figures
+        results["dispatch"] = measure_dispatch(config, settings, inputs, task)
+    return results

@@ -1,4 +1,4 @@
-"""A search as people run it: a process, timed from outside by what it says."""
+"""A search as users run it: a process, timed from outside by its log."""
 
 import subprocess
 import sys
@@ -8,58 +8,70 @@ from pathlib import Path
 from typing import Any
 
 from baklava.errors import UserError
-from benchmarks.search.config import Asked
+from benchmarks.search.config import SearchBenchmarkConfig
 from tuning.study.journal import Journal
 from tuning.study.trial import TRIALS_FILE, TrialRecord
 
-JOB = Path(__file__).parents[2] / "jobs/search.py"
+SEARCH_SCRIPT = Path(__file__).parents[2] / "jobs/search.py"
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A finished search: its trials, and seconds from its start until what its log says."""
+class TimedSearch:
+    """A finished search: its trials, and its log lines with the seconds since its start."""
 
     out: Path
     trials: tuple[TrialRecord, ...]
-    said: tuple[tuple[float, str], ...]
+    log_lines: tuple[tuple[float, str], ...]
 
-    def when(self, start: str) -> float:
-        """Seconds until the first line that begins so."""
-        return next(seconds for seconds, line in self.said if line.startswith(start))
+    def seconds_until(self, prefix: str) -> float:
+        """Return the seconds until the first line that starts with `prefix`."""
+        return next(seconds for seconds, line in self.log_lines if line.startswith(prefix))
 
     @property
-    def replicas(self) -> int:
-        """How many replicas started."""
-        return int(next(line for _, line in self.said if line.startswith("starting replicas")).split("/")[1].split()[0])
+    def num_workers(self) -> int:
+        """How many workers started."""
+        line = next(line for _, line in self.log_lines if line.startswith("starting replicas"))
+        return int(line.split("/")[1].split()[0])
 
 
-def search(asked: Asked, out: Path) -> Ran:
-    """Run jobs/search.py; raises UserError with its last line where it fails."""
-    sizes = ["--context", asked.context, "--continuation", asked.continuation, "--trials", asked.trials]
-    named = ["--model", asked.model, "--texts", asked.texts, "--budget", asked.budget, "--out", out]
-    command = [sys.executable, str(JOB), *map(str, [*named, *sizes])]
-    started, said = time.perf_counter(), []
+def time_search(config: SearchBenchmarkConfig, out: Path) -> TimedSearch:
+    """Run jobs/search.py; raise UserError with its last line if it fails."""
+    options = {
+        "--model": config.model,
+        "--texts": config.texts,
+        "--budget": config.budget,
+        "--context": config.context,
+        "--continuation": config.continuation,
+        "--trials": config.trials,
+        "--out": out,
+    }
+    command = [sys.executable, str(SEARCH_SCRIPT), *(str(part) for option in options.items() for part in option)]
+    started = time.perf_counter()
+    log_lines = []
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr or ():
-            said.append((time.perf_counter() - started, line.strip()))
+            log_lines.append((time.perf_counter() - started, line.strip()))
     if process.returncode:
-        raise UserError(f"the search that was to be timed failed: {said[-1][1] if said else 'it said nothing'}")
-    said.append((time.perf_counter() - started, "ended"))
-    return Ran(out, tuple(Journal.read(out / TRIALS_FILE, TrialRecord.model_validate_json)), tuple(said))
+        raise UserError(f"the timed search failed: {log_lines[-1][1] if log_lines else 'it logged nothing'}")
+    log_lines.append((time.perf_counter() - started, "ended"))
+    trials = Journal.read(out / TRIALS_FILE, TrialRecord.model_validate_json)
+    return TimedSearch(out, tuple(trials), tuple(log_lines))
 
 
-def overhead(ran: Ran) -> dict[str, Any]:
-    """Seconds of the trials over what their scores took, shared out over the replicas; 1 is no overhead at all."""
-    first, last = ran.when("trials: the first"), ran.when(f"trial {len(ran.trials)} of")
-    scored = sum(record.metrics.get("seconds", 0.0) for record in ran.trials if record.twin is None)
+def measure_overhead(search: TimedSearch) -> dict[str, Any]:
+    """Return the wall time of the trials over their scoring time divided by the workers; 1 means no overhead."""
+    first = search.seconds_until("trials: the first")
+    last = search.seconds_until(f"trial {len(search.trials)} of")
+    scored = [record for record in search.trials if record.twin is None]
+    scoring_seconds = sum(record.metrics.get("seconds", 0.0) for record in scored)
     return {
-        "trials": len(ran.trials),
-        "windows": sum(len(record.windows) for record in ran.trials if record.twin is None),
-        "replicas": ran.replicas,
+        "trials": len(search.trials),
+        "windows": sum(len(record.windows) for record in scored),
+        "workers": search.num_workers,
         "trial_seconds": last - first,
-        "scoring_seconds": scored,
-        "overhead": (last - first) / (scored / ran.replicas),
-        "search_seconds": ran.when("ended"),
+        "scoring_seconds": scoring_seconds,
+        "overhead": (last - first) / (scoring_seconds / search.num_workers),
+        "search_seconds": search.seconds_until("ended"),
         "first_trial_starts": first,
-        "first_trial_ends": ran.when("trial 1 of"),
+        "first_trial_ends": search.seconds_until("trial 1 of"),
     }

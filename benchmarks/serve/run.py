@@ -7,13 +7,13 @@ from typing import Any
 
 from baklava.console import log
 from baklava.errors import UserError
-from baklava.plan.budget_plan import BudgetPlan, full_plan
+from baklava.evaluation.speed.timing import machine_info
+from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel, load
 from benchmarks.serve import engine_overhead as engine
 from benchmarks.serve.config import Asked
 from benchmarks.serve.load_generator import Prompt, Prompts, closed, figures, opened
 from benchmarks.serve.servers import BATCHED, FULL, PEER, PLAN, Server, server
-from baklava.evaluation.speed.timing import machine_info
 
 PARTS = ("fits", "together", "overhead", "beside", "shared", "closed", "open")
 """Sequences that fit, by sum and by trial; steps of the engine alone; servers over HTTP, under three kinds of load."""
@@ -32,7 +32,12 @@ def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
         raise UserError(f"--parts {unknown[0]}: no such part; take some of {', '.join(PARTS)}")
     loaded = load(asked.model, threads=asked.threads)
     plan = _plan(loaded, asked.plan)
-    found: dict[str, Any] = {"benchmark": "serve", "asked": asdict(asked), "machine": machine_info(), "ratio": plan.ratio}
+    found: dict[str, Any] = {
+        "benchmark": "serve",
+        "asked": asdict(asked),
+        "machine": machine_info(),
+        "ratio": plan.ratio,
+    }
     found |= _inside(loaded, plan, asked, parts)
     if "shared" in parts:
         found["shared"] = _shared(Prompts(loaded, asked.texts, asked.seed), asked)
@@ -43,13 +48,13 @@ def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
 
 def _plan(loaded: LoadedModel, path: str) -> BudgetPlan:
     plan = BudgetPlan.read(path)
-    plan.check_fits(loaded.identity, loaded.geometry)
+    plan.validate_for(loaded.identity, loaded.geometry)
     return plan
 
 
 def _inside(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, parts: Sequence[str]) -> dict[str, Any]:
     """What is measured without HTTP."""
-    full = full_plan(loaded.identity, loaded.geometry, loaded.max_length)
+    full = full_cache_plan(loaded.identity, loaded.geometry, loaded.max_length)
     others = {Path(path).name: _plan(loaded, path) for path in asked.others}
     prompts, found = Prompts(loaded, asked.texts, asked.seed), dict[str, Any]()
 

@@ -1,5 +1,4 @@
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from baklava.console import run_cli
 from baklava.errors import UserError
 from baklava.evaluation.speed.timing import Timing, time_interleaved
 from baklava.evaluation.speed.workloads import BASELINE
 from baklava.eviction import METHODS, HeavyHitter, StreamingLLM
 from baklava.runtime.model_loader import LoadedModel
+from benchmarks.cli import main
 from benchmarks.kernels.decode import NO_CACHE, benchmark_decode, same_plan_in_all_layers
 from benchmarks.kernels.plot import plot, table
 from benchmarks.kernels.prefill import benchmark_prefill
@@ -60,25 +59,24 @@ def test_too_few_entries_are_reported_in_one_sentence(tiny: Maker) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ("decode --share 2", "benchmark: --share 2.0: the share of the entries kept is between 0 and 1; try 0.2"),
-        ("prefill --share 0", "benchmark: --share 0.0: the share"),
-        ("fidelity --methods nobody", "benchmark: --methods nobody: no such contestant"),
-        ("fidelity --readme none.md --methods nobody", "benchmark: --readme none.md cannot be read"),
-        ("decode --windows 3", "benchmark.py: error: unrecognized arguments: --windows 3"),
-        ("fidelity --share 0.2", "benchmark.py: error: unrecognized arguments: --share 0.2"),
-        ("", "benchmark.py: error: the following arguments are required: NAME"),
+        ("decode --share 2", "baklava-benchmark: --share 2 is not a share of the entries below 1; try 0.2"),
+        ("prefill --share 0", "baklava-benchmark prefill: error: argument --share: 0 is not a number above 0"),
+        ("fidelity --methods nobody", "baklava-benchmark: --methods nobody: no such method"),
+        ("fidelity --page none.md --methods nobody", "baklava-benchmark: --page none.md cannot be read"),
+        ("decode --windows 3", "baklava-benchmark: error: unrecognized arguments: --windows 3"),
+        ("fidelity --share 0.2", "baklava-benchmark: error: unrecognized arguments: --share 0.2"),
+        ("", "baklava-benchmark: error: the following arguments are required: NAME"),
     ],
 )
-def test_a_command_line_error_is_one_sentence(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "benchmark.py"))["main"]
+def test_a_command_line_error_is_one_sentence(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        code = run_cli("benchmark", lambda: main(arguments.split()))
-    except SystemExit as ended:
-        code = int(str(ended.code))
+        code = main(arguments.split())
+    except SystemExit as exit_request:
+        code = int(str(exit_request.code))
     assert code == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(said)
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(message)
 
 
 def test_a_script_sends_no_telemetry_to_the_hub() -> None:
