@@ -1,4 +1,4 @@
-"""What every test shares: checked shapes, no network, results apart from the user's, the demo model and tiny ones."""
+"""Shared by all tests: shapes are checked, the network is off, results are apart from the user's; models as fixtures."""
 
 import os
 import tempfile
@@ -31,7 +31,7 @@ check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, 
 
 
 def checked(thing: Any) -> Any:
-    """Beartype, except for a function that it cannot check alone: with `Self`, or a Protocol that is for mypy only."""
+    """Apply beartype, except to functions that it cannot check: with `Self`, or with a Protocol for mypy only."""
     try:
         return check(thing)
     except (BeartypeDecorHintPep673Exception, BeartypeDecorHintPep3119Exception):
@@ -58,19 +58,19 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def demo() -> LoadedModel:
-    """The real demo model, loaded once; tests must leave it as they found it."""
+    """The real demo model, loaded once; tests must not change it."""
     return load("demo")
 
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
-    """Two threads for the real model; one for tiny ones, whose threads would mostly wait for each other."""
+    """Use two threads for the real model and one for tiny ones, whose threads would mostly wait for each other."""
     torch.set_num_threads(2 if request.node.get_closest_marker("demo") else 1)
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., LoadedModel]:
-    """Makes random Llama models of 2 KV heads with 2 query heads each, small enough for a test of mechanics."""
+    """Return a function that makes tiny random Llama models, by default of 2 KV heads with 2 query heads each."""
 
     def make(layers: int = 2, kv_heads: int = 2, group: int = 2, head_dim: int = 8, **fields: Any) -> LoadedModel:
         seed = fields.pop("seed", 0)

@@ -1,4 +1,4 @@
-"""A tiny random model whose tokens are bytes, so that tests of text see characters that span tokens."""
+"""A tiny random model whose tokens are bytes, so that characters can span tokens in tests of text."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Token n is byte n; END ends a text."""
+    """Return a tokenizer whose token n is byte n; END ends a text."""
     letters = bytes_to_unicode()
     tokenizer = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -28,6 +28,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def byte_model(tiny: Callable[..., LoadedModel], **fields: object) -> LoadedModel:
-    """The tiny model over the ASCII bytes of it, so that all it writes is text, with a context of 256 tokens."""
+    """Return a tiny model of the ASCII bytes, so that all it generates is text, with 256 positions."""
     loaded = tiny(**({"vocab_size": 128, "max_position_embeddings": 256} | fields))
     return dataclasses.replace(loaded, tokenizer=byte_tokenizer())

@@ -1,4 +1,6 @@
-"""A prompt that enters step by step ends up where one that enters whole does."""
+"""A prompt that is processed step by step gives what one forward gives."""
+
+import itertools
 
 import pytest
 import torch
@@ -18,43 +20,42 @@ every_method = pytest.mark.parametrize("eviction", EVICTIONS, ids=lambda evictio
 GRID = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-def entered(loaded, plan, ids, sizes, room=None):
-    entry, place = make_prefill_task(loaded, plan, ids[0].tolist(), room), 0
-    while True:
-        if done := entry.step(sizes[place % len(sizes)]):
-            return *done, place + 1
-        assert 0 <= entry.nbytes <= prefill_workspace_bytes(plan, ids.shape[1], 4) + plan.bytes_for(room)
-        place += 1
+def prefill_in_steps(loaded, plan, ids, sizes, max_tokens=None):
+    task = make_prefill_task(loaded, plan, ids[0].tolist(), max_tokens)
+    for number, size in enumerate(itertools.cycle(sizes), 1):
+        if result := task.step(size):
+            return *result, number
+        assert 0 <= task.nbytes <= prefill_workspace_bytes(plan, ids.shape[1], 4) + plan.bytes_for(max_tokens)
 
 
 @every_method
 @pytest.mark.parametrize("sizes", [[1000], [7], [1, 30, 2], [64, 36]], ids=str)
 @torch.inference_mode()
-def test_steps_of_any_size_leave_what_one_forward_leaves(tiny, eviction, sizes):
+def test_steps_of_any_size_give_what_one_forward_gives(tiny, eviction, sizes):
     loaded, ids = tiny(head_dim=16), random_ids(1, 100)
     plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], eviction), [(16, 16), (32, 32)])
-    cache, logits, _ = entered(loaded, plan, ids, sizes, room=130)
+    cache, logits, _ = prefill_in_steps(loaded, plan, ids, sizes, max_tokens=130)
     whole, expected = prefill(loaded, plan, ids, max_tokens=130)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     for layer, head in GRID:
         assert torch.equal(cache.cached_positions(layer, head), whole.cached_positions(layer, head))
     for token in random_ids(30, 1, seed=3):
-        given = [loaded.model(token[None], past_key_values=each).logits for each in (cache, whole)]
-        torch.testing.assert_close(*given, atol=2e-3, rtol=2e-3)
+        pair = [loaded.model(token[None], past_key_values=own).logits for own in (cache, whole)]
+        torch.testing.assert_close(*pair, atol=2e-3, rtol=2e-3)
     assert cache.nbytes == whole.nbytes <= cache.reserved_bytes == plan.bytes_for(130)
 
 
 @every_method
 @torch.inference_mode()
 @pytest.mark.parametrize(("allowed", "steps"), [(16, 7), (3, 38)])
-def test_a_chunked_plan_enters_a_chunk_when_so_many_tokens_are_allowed(tiny, eviction, allowed, steps):
+def test_a_chunk_is_processed_once_the_allowances_cover_it(tiny, eviction, allowed, steps):
     loaded, ids = tiny(), random_ids(1, 100)
     if eviction.name == "kvzip":
         return
     plan = with_chunked_prefill(make_plan(loaded, [[20, 40], [28, 64]], eviction), 16)
-    cache, logits, taken = entered(loaded, plan, ids, [allowed], room=101)
+    cache, logits, num_steps = prefill_in_steps(loaded, plan, ids, [allowed], max_tokens=101)
     whole, expected = prefill(loaded, plan, ids, max_tokens=101)
-    assert taken == steps
+    assert num_steps == steps
     assert torch.equal(logits, expected)
     assert [cache.cached_positions(*place).tolist() for place in GRID] == [
         whole.cached_positions(*place).tolist() for place in GRID
@@ -62,29 +63,31 @@ def test_a_chunked_plan_enters_a_chunk_when_so_many_tokens_are_allowed(tiny, evi
 
 
 @every_method
-def test_while_a_prompt_enters_it_holds_its_transient_to_the_byte_and_then_the_plan(tiny, eviction):
+def test_a_prefill_allocates_its_workspace_to_the_byte_and_then_the_plan(tiny, eviction):
     loaded, ids = tiny(), random_ids(1, 90)
     plan = make_plan(loaded, [[20, 40], [28, 64]], eviction)
-    entry = make_prefill_task(loaded, plan, ids[0].tolist())
+    task = make_prefill_task(loaded, plan, ids[0].tolist())
     if isinstance(eviction, KVzip):
-        assert entry.step(5) is not None
+        assert task.step(5) is not None
         return
     for _ in range(89):
-        assert entry.step(1) is None
+        assert task.step(1) is None
     whole_queries = (
         eviction.query_sample.single_block * 4 * 4 * 8 * 2
     )  # the last query of 4 heads of 8, in 2 layers, is to come
-    transient = prefill_workspace_bytes(plan, 90, 4)
-    assert entry.nbytes == transient - whole_queries
-    assert entry.step(1) is None  # one layer of two is cut, so that no step takes long
-    assert entry.nbytes < transient / 2 + plan.bytes_per_sequence / 2 + 1
-    cache, _ = entry.step(1)
-    assert entry.nbytes == cache.nbytes <= plan.bytes_per_sequence
+    workspace = prefill_workspace_bytes(plan, 90, 4)
+    assert task.nbytes == workspace - whole_queries
+    assert task.step(1) is None  # one layer of two is cut, so that no step takes long
+    assert task.nbytes < workspace / 2 + plan.bytes_per_sequence / 2 + 1
+    cache, _ = task.step(1)
+    assert task.nbytes == cache.nbytes <= plan.bytes_per_sequence
 
 
-def test_a_prompt_leaves_nothing_behind_that_is_not_the_caches_own(tiny):
+def test_a_prefilled_cache_shares_no_memory_with_the_prompt(tiny):
     loaded, ids = tiny(), random_ids(1, 90)
-    cache, _, _ = entered(loaded, make_plan(loaded, [[20, 40], [28, 64]], HeavyHitter(eviction_interval=4)), ids, [30])
+    cache, _, _ = prefill_in_steps(
+        loaded, make_plan(loaded, [[20, 40], [28, 64]], HeavyHitter(eviction_interval=4)), ids, [30]
+    )
     cache.check_integrity()
     for layer in cache.budgeted_layers:
         for group in layer.groups:
@@ -103,17 +106,27 @@ def test_an_empty_prompt_and_another_models_plan_are_refused(tiny):
 
 @every_method
 @torch.inference_mode()
-def test_a_turn_goes_on_from_a_cut_cache_as_plain_forwards_do(tiny, eviction):
+def test_a_continuation_gives_what_plain_forwards_give(tiny, eviction):
     loaded, ids, more = tiny(), random_ids(1, 60), random_ids(1, 2 * CONTINUATION_CHUNK_TOKENS + 3, seed=1)
     plan = make_plan(loaded, [[20, 40], [28, 64]], eviction)
     cache, logits = prefill(loaded, plan, ids)
     plain = cache.copy()
-    turn, steps = ChunkedPrefill(loaded, cache, logits, more[0].tolist()), 1
-    while not (done := turn.step(CONTINUATION_CHUNK_TOKENS // 2)):  # which has to wait for as much again
+    task, steps = ChunkedPrefill(loaded, cache, logits, more[0].tolist()), 1
+    while not (result := task.step(CONTINUATION_CHUNK_TOKENS // 2)):  # two steps per chunk
         steps += 1
-    assert (steps, turn.num_processed) == (5, more.shape[1])
+    assert (steps, task.num_processed) == (5, more.shape[1])
     for start in range(0, more.shape[1], CONTINUATION_CHUNK_TOKENS):
         output = loaded.model(more[:, start : start + CONTINUATION_CHUNK_TOKENS], past_key_values=plain)
-    torch.testing.assert_close(done[1], output.logits[:, -1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result[1], output.logits[:, -1], atol=1e-4, rtol=1e-4)
     assert torch.equal(cache.cached_positions(1, 1), plain.cached_positions(1, 1))
     assert ChunkedPrefill(loaded, cache, logits, []).step(1)[1] is logits
+
+
+@every_method
+def test_a_step_that_allows_for_all_never_allocates_the_full_cache(tiny, eviction):
+    loaded, ids = tiny(), random_ids(1, 90)
+    plan = make_plan(loaded, [[20, 40], [28, 64]], eviction)
+    task = make_prefill_task(loaded, plan, ids)
+    cache, _ = task.run()
+    assert task.num_processed >= 90
+    assert task.nbytes <= cache.nbytes <= plan.bytes_per_sequence

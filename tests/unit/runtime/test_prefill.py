@@ -41,7 +41,7 @@ def test_chunks_of_a_prompt_that_the_budget_covers_change_nothing(tiny: Maker, c
     ],
     ids=str,
 )
-def test_a_chunked_plan_holds_the_same_whether_layers_or_the_model_cut_the_prompt(
+def test_a_chunked_plan_caches_the_same_whether_layers_or_prefill_cut_the_prompt_into_chunks(
     tiny: Maker, eviction: Eviction
 ) -> None:
     loaded, ids = tiny(), random_ids(2, 90)
@@ -58,7 +58,7 @@ def test_a_chunked_plan_holds_the_same_whether_layers_or_the_model_cut_the_promp
 
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk", [None, 1, 5, 30])
-def test_generate_goes_on_from_a_padded_prefill_as_it_would_have_alone(tiny: Maker, chunk: int | None) -> None:
+def test_generate_continues_a_padded_prefill_as_it_would_without_one(tiny: Maker, chunk: int | None) -> None:
     loaded, ids = tiny(), random_ids(3, 40)
     mask = torch.ones_like(ids)
     mask[0, :13], mask[2, :1] = 0, 0
@@ -73,24 +73,24 @@ def test_generate_goes_on_from_a_padded_prefill_as_it_would_have_alone(tiny: Mak
 
 
 @torch.inference_mode()
-def test_a_masked_prompt_needs_no_more_than_a_block_of_its_probabilities(tiny: Maker) -> None:
+def test_a_masked_prompt_allocates_at_most_a_block_of_its_probabilities(tiny: Maker) -> None:
     loaded, ids = tiny(layers=1), random_ids(2, 3000)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     prefill(loaded, full_cache_plan(loaded.identity, loaded.geometry, 3001), ids[:, :300], mask[:, :300])
-    before = resident()
+    before = resident_bytes()
     prefill(loaded, full_cache_plan(loaded.identity, loaded.geometry, 3001), ids, mask)
     # A mask over all queries at once would be 2 x 4 x 3000 x 3000 floats, 288 MB.
-    assert highest() - before < 150 << 20
+    assert peak_bytes() - before < 150 << 20
 
 
-def resident() -> int:
-    """Bytes in memory now; the highest so far is counted from here."""
+def resident_bytes() -> int:
+    """Return the bytes in memory now, and count the peak from here."""
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 
 
-def highest() -> int:
+def peak_bytes() -> int:
     return status("VmHWM")
 
 
@@ -100,7 +100,7 @@ def status(name: str) -> int:
 
 
 @torch.inference_mode()
-def test_a_chunk_sees_what_is_kept_and_itself(tiny: Maker) -> None:
+def test_a_chunk_attends_to_the_cached_entries_and_itself(tiny: Maker) -> None:
     loaded, ids = tiny(layers=1), random_ids(1, 40)
     plan = with_chunked_prefill(make_plan(loaded, [[12, 12]], StreamingLLM(sinks=2)), 10)
     cache, logits = prefill(loaded, plan, ids)
@@ -112,7 +112,7 @@ def test_a_chunk_sees_what_is_kept_and_itself(tiny: Maker) -> None:
 
 
 @torch.inference_mode()
-def test_a_chunked_plan_is_not_cut_from_a_dense_recording(tiny: Maker) -> None:
+def test_a_chunked_plan_is_not_compressed_from_a_dense_recording(tiny: Maker) -> None:
     loaded = tiny()
     full = RecordingCache(loaded.geometry, (), 20)
     loaded.model(random_ids(1, 20), past_key_values=full)
@@ -121,8 +121,8 @@ def test_a_chunked_plan_is_not_cut_from_a_dense_recording(tiny: Maker) -> None:
         BudgetedCache.from_recording(plan, full.to_recording())
 
 
-def repetition_by_hand(loaded: LoadedModel, ids: Tensor) -> Tensor:
-    """The most that each entry of layer 0 gets while the whole text is repeated once, from eager attention weights."""
+def reference_reconstruction_scores(loaded: LoadedModel, ids: Tensor) -> Tensor:
+    """Return the largest probability that each entry gets while the text is repeated once, from eager attention."""
     twice = torch.cat([ids, ids], 1)
     loaded.model.set_attn_implementation("eager")
     weights = loaded.model(twice, output_attentions=True, use_cache=False).attentions
@@ -133,22 +133,22 @@ def repetition_by_hand(loaded: LoadedModel, ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def test_reconstruction_scores_are_the_most_attention_during_a_repetition(tiny: Maker) -> None:
+def test_reconstruction_scores_are_the_largest_attention_during_a_repetition(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(2, 50)
     full = RecordingCache(loaded.geometry, (), 50)
     loaded.model(ids, past_key_values=full)
     scores = [layer[KVzip().score_key] for layer in add_reconstruction_scores(loaded, ids, full.to_recording()).scores]
-    torch.testing.assert_close(torch.stack(scores), repetition_by_hand(loaded, ids), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.stack(scores), reference_reconstruction_scores(loaded, ids), atol=1e-5, rtol=1e-4)
 
 
 @torch.inference_mode()
-def test_reconstruction_keeps_the_best_scored_and_decodes_on(tiny: Maker) -> None:
+def test_reconstruction_keeps_the_best_scored_entries_and_continues(tiny: Maker) -> None:
     loaded, ids = tiny(), random_ids(1, 50)
     eviction = KVzip(sinks=2, eviction_interval=4, recent_ratio=0.25)
     plan = make_plan(loaded, [[20, 24], [22, 22]], eviction)
     cache, logits = prefill(loaded, plan, ids)
     torch.testing.assert_close(logits, loaded.model(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
-    scores = repetition_by_hand(loaded, ids)[0, 0, 0]
+    scores = reference_reconstruction_scores(loaded, ids)[0, 0, 0]
     newest = eviction.recent_window(20)
     scores[:2], scores[50 - newest :] = torch.inf, torch.inf
     assert cache.cached_positions(0, 0).tolist() == scores.topk(20 - 4).indices.sort().values.tolist()

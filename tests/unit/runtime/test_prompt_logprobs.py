@@ -1,4 +1,4 @@
-"""A text that is spelled step by step is as likely as one that is judged at once."""
+"""A prompt that is scored step by step is as likely as one that is scored at once."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.logprobs import PromptLogprobsTask, score_suffix, token_logprobs
 
 
-def spelled(loaded, plan, ids, size, top=2):
-    spelling = PromptLogprobsTask(loaded, plan, ids, len(ids) + 5, top)
-    while not (done := spelling.step(size)):
-        assert 0 < spelling.nbytes <= plan.bytes_for(len(ids) + 5)
-    return spelling.token_logprobs, *done
+def score_in_steps(loaded, plan, ids, size, top=2):
+    task = PromptLogprobsTask(loaded, plan, ids, len(ids) + 5, top)
+    while not (done := task.step(size)):
+        assert 0 < task.nbytes <= plan.bytes_for(len(ids) + 5)
+    return task.token_logprobs, *done
 
 
 @pytest.mark.parametrize("size", [1, 9, 1000])
@@ -23,15 +23,15 @@ def spelled(loaded, plan, ids, size, top=2):
     "eviction", [StreamingLLM(sinks=2), HeavyHitter(eviction_interval=4, distance=0, centroids=2)], ids=str
 )
 @torch.inference_mode()
-def test_steps_of_any_size_find_what_ending_finds_and_the_cache_goes_on(tiny, eviction, bits, size):
+def test_steps_of_any_size_score_as_a_suffix_is_scored_and_the_cache_continues(tiny, eviction, bits, size):
     loaded, ids = tiny(head_dim=16), random_ids(1, 80)[0].tolist()
     plan = with_bits(make_plan(loaded, [[12, 20], [16, 24]], eviction), [bits, bits])
-    found, cache, logits = spelled(loaded, plan, ids, size)
+    scored, cache, logits = score_in_steps(loaded, plan, ids, size)
     expected = score_suffix(loaded, plan, ids, 79)
-    assert sum(each.logprob for each in found) == pytest.approx(expected.log_prob, abs=0.05)
-    assert [each.id for each in found] == ids[1:]
-    assert all(each.id == each.top[0][0] for each in found) == expected.is_greedy
-    assert all(each.top[0][1] >= each.top[1][1] for each in found)
+    assert sum(token.logprob for token in scored) == pytest.approx(expected.log_prob, abs=0.05)
+    assert [token.id for token in scored] == ids[1:]
+    assert all(token.id == token.top[0][0] for token in scored) == expected.is_greedy
+    assert all(token.top[0][1] >= token.top[1][1] for token in scored)
     assert cache.get_seq_length() == 80
     cache.check_integrity()
     assert logits.shape == (1, 64)
@@ -41,8 +41,8 @@ def test_steps_of_any_size_find_what_ending_finds_and_the_cache_goes_on(tiny, ev
 
 def test_one_token_has_no_likelihood_but_a_cache(tiny):
     loaded = tiny()
-    found, cache, _ = spelled(loaded, make_plan(loaded, [[20, 40], [28, 64]], StreamingLLM()), [5], 3)
-    assert (found, cache.get_seq_length()) == ([], 1)
+    scored, cache, _ = score_in_steps(loaded, make_plan(loaded, [[20, 40], [28, 64]], StreamingLLM()), [5], 3)
+    assert (scored, cache.get_seq_length()) == ([], 1)
     with pytest.raises(UserError, match="0 tokens"):
         PromptLogprobsTask(loaded, make_plan(loaded, [[20, 40], [28, 64]], StreamingLLM()), [])
 
