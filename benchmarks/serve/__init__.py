@@ -1,1 +1,1 @@
-"""What serving inside a plan is worth, measured over HTTP next to the full cache and to transformers' own server."""
+"""Serving under a plan, compared over HTTP with the full cache and with transformers' own server."""

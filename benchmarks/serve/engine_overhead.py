@@ -1,4 +1,4 @@
-"""The engine without HTTP: what a step costs beside the model, what a prompt does to those who decode, who fits."""
+"""The engine without HTTP: the overhead of a step, decoding alongside a prefill, and sequences that fit the pool."""
 
 import threading
 import time
@@ -12,8 +12,8 @@ from unittest.mock import patch
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.decode import decode_step
 from baklava.runtime.model_loader import LoadedModel
-from benchmarks.serve.config import Asked
-from benchmarks.serve.load_generator import spread
+from benchmarks.serve.config import ServeBenchmarkConfig
+from benchmarks.serve.load_generator import percentiles
 from serve_app.engine import model_runner
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.memory import max_sequences, prefill_workspace
@@ -21,108 +21,149 @@ from serve_app.engine.sampler import SamplingParams
 from serve_app.engine.types import EngineOutput, EngineRequest, TokenOutput
 
 
-class Waiter:
-    """The events of one request, with the times of its tokens."""
+class RequestObserver:
+    """The outcome of one request, and the times of its tokens."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.token_times: list[float] = []
         self.error: Exception | None = None
-        self.begun, self.ended = threading.Event(), threading.Event()
+        self.started, self.finished = threading.Event(), threading.Event()
 
-    def take(self, event: EngineOutput) -> None:
-        """What the engine delivers to."""
-        if isinstance(event, TokenOutput):
-            self.times.append(time.perf_counter())
-            self.begun.set()
-        if isinstance(event, Exception):
-            self.error = event
-        if isinstance(event, Exception) or (isinstance(event, TokenOutput) and event.finish_reason):
-            self.begun.set()
-            self.ended.set()
+    def receive(self, output: EngineOutput) -> None:
+        """Record an output of the engine."""
+        if isinstance(output, TokenOutput):
+            self.token_times.append(time.perf_counter())
+            self.started.set()
+        if isinstance(output, Exception):
+            self.error = output
+        if isinstance(output, Exception) or (isinstance(output, TokenOutput) and output.finish_reason):
+            self.started.set()
+            self.finished.set()
 
 
 @contextmanager
-def engine_of(loaded: LoadedModel, plan: BudgetPlan, pool: int) -> Iterator[Engine]:
-    """An engine for as long as the block lasts."""
-    engine = Engine(loaded, plan, EngineConfig(pool, max_waiting=1 << 16))
+def running_engine(loaded: LoadedModel, plan: BudgetPlan, pool_bytes: int) -> Iterator[Engine]:
+    """Run an engine until the block ends."""
+    engine = Engine(loaded, plan, EngineConfig(pool_bytes, max_waiting=1 << 16))
     try:
         yield engine
     finally:
         engine.close()
 
 
-def ask(engine: Engine, prompt: Sequence[int], tokens: int) -> Waiter:
-    """A request for exactly so many tokens."""
-    waiter = Waiter()
-    engine.submit((EngineRequest(tuple(prompt), SamplingParams(tokens, temperature=0, ignore_eos=True)), waiter.take))
-    return waiter
+def submit(engine: Engine, prompt: Sequence[int], num_tokens: int) -> RequestObserver:
+    """Submit a request that generates exactly `num_tokens`."""
+    observer = RequestObserver()
+    params = SamplingParams(num_tokens, temperature=0, ignore_eos=True)
+    engine.submit((EngineRequest(tuple(prompt), params), observer.receive))
+    return observer
 
 
-def overhead(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequence[int]) -> dict[str, float]:
-    """Seconds of an engine's decode step, and of the model's part of it: the forward of the batch, with its caches."""
-    pool = 2 * (asked.batch + 1) * plan.bytes_per_sequence + prefill_workspace(loaded, plan, len(prompt) + 1)
-    forwards: list[float] = []
+def engine_overhead(
+    loaded: LoadedModel, plan: BudgetPlan, config: ServeBenchmarkConfig, prompt: Sequence[int]
+) -> dict[str, float]:
+    """Return the seconds of an engine's decode step and of its forward, which includes the caches."""
+    workspace = prefill_workspace(loaded, plan, len(prompt) + 1)
+    pool_bytes = 2 * (config.batch_size + 1) * plan.bytes_per_sequence + workspace
+    forward_times: list[float] = []
 
-    def timed(*arguments: Any) -> Any:
-        began = time.perf_counter()
-        made = decode_step(*arguments)
-        forwards.append(time.perf_counter() - began)
-        return made
+    def timed_decode_step(*arguments: Any) -> Any:
+        started = time.perf_counter()
+        result = decode_step(*arguments)
+        forward_times.append(time.perf_counter() - started)
+        return result
 
-    with engine_of(loaded, plan, pool) as engine, patch.object(model_runner, "decode_step", timed):
-        engine.pin_prefix(prompt)  # so that all of them decode together from the first step on
-        waiters = [ask(engine, (*prompt, 1 + place), asked.steps + place) for place in range(asked.batch)]
-        for waiter in waiters:
-            waiter.ended.wait()
-    # All run together from the last one's first token until the first one's last.
-    last = [moment for moment in waiters[-1].times if moment <= waiters[0].times[-1]]
-    whole = mean(after - before for before, after in pairwise(last))  # some steps evict, and others do not
-    model = mean(forwards[-asked.steps : -asked.batch])
-    return {"batch": asked.batch, "step": whole, "model": model, "overhead": whole / model - 1}
+    with (
+        running_engine(loaded, plan, pool_bytes) as engine,
+        patch.object(model_runner, "decode_step", timed_decode_step),
+    ):
+        engine.pin_prefix(prompt)  # so that all sequences decode together from their first token on
+        observers = [
+            submit(engine, (*prompt, 1 + index), config.decode_steps + index) for index in range(config.batch_size)
+        ]
+        for observer in observers:
+            observer.finished.wait()
+    # All sequences run together from the last one's first token to the first one's last token.
+    token_times = [moment for moment in observers[-1].token_times if moment <= observers[0].token_times[-1]]
+    step_seconds = mean(
+        after - before for before, after in pairwise(token_times)
+    )  # a mean, since only some steps evict
+    forward_seconds = mean(forward_times[-config.decode_steps : -config.batch_size])
+    return {
+        "batch_size": config.batch_size,
+        "step_seconds": step_seconds,
+        "forward_seconds": forward_seconds,
+        "overhead": step_seconds / forward_seconds - 1,
+    }
 
 
-def beside(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequence[int], long: Sequence[int]) -> Any:
-    """Seconds between tokens of a sequence, alone and while a long prompt enters."""
-    pool = plan.bytes_per_sequence * 4 + prefill_workspace(loaded, plan, len(long) + 1)
-    with engine_of(loaded, plan, pool) as engine:
-        waiter = ask(engine, prompt, 4 * asked.steps + len(long) // 8)
-        waiter.begun.wait()
-        while len(waiter.times) < 2 * asked.steps:
+def decode_alongside_prefill(
+    loaded: LoadedModel,
+    plan: BudgetPlan,
+    config: ServeBenchmarkConfig,
+    prompt: Sequence[int],
+    long_prompt: Sequence[int],
+) -> dict[str, Any]:
+    """Return the seconds between a sequence's tokens, alone and while a long prompt is prefilled."""
+    pool_bytes = plan.bytes_per_sequence * 4 + prefill_workspace(loaded, plan, len(long_prompt) + 1)
+    with running_engine(loaded, plan, pool_bytes) as engine:
+        decoding = submit(engine, prompt, 4 * config.decode_steps + len(long_prompt) // 8)
+        decoding.started.wait()
+        while len(decoding.token_times) < 2 * config.decode_steps:
             time.sleep(0.01)
-        entering = ask(engine, long, 1)
-        began = time.perf_counter()
-        entering.ended.wait()
+        prefilling = submit(engine, long_prompt, 1)
+        started = time.perf_counter()
+        prefilling.finished.wait()
         ended = time.perf_counter()
-        waiter.ended.wait()
-    gaps = [(after, after - before) for before, after in pairwise(waiter.times)]
-    idle = spread([gap for moment, gap in gaps if moment < began or moment > ended + 1])
-    busy = spread([gap for moment, gap in gaps if began < moment <= ended])
-    return {"tokens": len(long), "idle": idle, "beside": busy, "seconds": ended - began}
+        decoding.finished.wait()
+    gaps = [(after, after - before) for before, after in pairwise(decoding.token_times)]
+    return {
+        "prompt_tokens": len(long_prompt),
+        "idle": percentiles([gap for moment, gap in gaps if moment < started or moment > ended + 1]),
+        "alongside_prefill": percentiles([gap for moment, gap in gaps if started < moment <= ended]),
+        "prefill_seconds": ended - started,
+    }
 
 
-def fits(loaded: LoadedModel, plan: BudgetPlan, full: BudgetPlan, asked: Asked) -> list[dict[str, int]]:
-    """How many sequences fit into the pool, by their tokens: computed, as the engine admits them."""
+def pool_capacity(
+    loaded: LoadedModel, plan: BudgetPlan, full: BudgetPlan, config: ServeBenchmarkConfig
+) -> list[dict[str, int]]:
+    """Compute how many sequences of each length the engine admits into the pool."""
     itemsize = loaded.model.dtype.itemsize
     return [
-        {"tokens": tokens}
-        | {name: max_sequences(own, asked.pool, tokens, itemsize) for name, own in (("full", full), ("plan", plan))}
-        for tokens in asked.contexts
+        {
+            "tokens": tokens,
+            "full": max_sequences(full, config.pool_bytes, tokens, itemsize),
+            "plan": max_sequences(plan, config.pool_bytes, tokens, itemsize),
+        }
+        for tokens in config.contexts
     ]
 
 
-def together(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, prompt: Sequence[int]) -> dict[str, int]:
-    """Fill the pool with sequences that begin alike, and count: who ran together, what was held, who failed.
+def concurrent_sequences(
+    loaded: LoadedModel, plan: BudgetPlan, config: ServeBenchmarkConfig, prompt: Sequence[int]
+) -> dict[str, int]:
+    """Fill the pool with sequences, and count those that ran together, those that failed, and the bytes allocated.
 
-    All begin from one snapshot, as prefilling hundreds of prompts would take hours and hold the same bytes.
+    All of them share one pinned prefix: to prefill each prompt would take hours, and allocate the same bytes.
     """
-    most, held = 0, 0
-    with engine_of(loaded, plan, asked.pool) as engine:
+    max_running = peak_bytes = 0
+    with running_engine(loaded, plan, config.pool_bytes) as engine:
         engine.pin_prefix(prompt)
-        own = plan.bytes_for(len(prompt) + 1 + asked.generated)
-        waiters = [ask(engine, (*prompt, 1 + place), asked.generated) for place in range(asked.pool // own + 2)]
-        while not all(waiter.ended.wait(0.05) for waiter in waiters):
+        sequence_bytes = plan.bytes_for(len(prompt) + 1 + config.output_tokens)
+        observers = [
+            submit(engine, (*prompt, 1 + index), config.output_tokens)
+            for index in range(config.pool_bytes // sequence_bytes + 2)
+        ]
+        while not all(observer.finished.wait(0.05) for observer in observers):
             state = engine.state()
-            most, held = max(most, state.running), max(held, state.allocated_bytes)
-        held = max(held, engine.state().peak_bytes)
-    failed = sum(waiter.error is not None for waiter in waiters)
-    return {"asked": len(waiters), "together": most, "held": held, "pool": asked.pool, "failed": failed}
+            max_running = max(max_running, state.running)
+            peak_bytes = max(peak_bytes, state.allocated_bytes)
+        peak_bytes = max(peak_bytes, engine.state().peak_bytes)
+    return {
+        "submitted": len(observers),
+        "running": max_running,
+        "peak_bytes": peak_bytes,
+        "pool_bytes": config.pool_bytes,
+        "failed": sum(observer.error is not None for observer in observers),
+    }

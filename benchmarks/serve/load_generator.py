@@ -1,11 +1,11 @@
-"""Prompts out of the demo texts, cut to so many tokens."""
+"""Generate load for a server over HTTP: prompts, closed and open loops, and the latencies that clients see."""
 
 import asyncio
 import json
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -21,78 +21,83 @@ from baklava.runtime.model_loader import LoadedModel
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, and how many tokens it has."""
+    """A text and the number of its tokens."""
 
     text: str
-    tokens: int
+    num_tokens: int
 
 
-class Prompts:
-    """Draws prompts; no two begin alike, so that no server can take one's cache for another."""
+class PromptSampler:
+    """Samples prompts from texts; no two start alike, so that a server cannot reuse one's cache for another."""
 
     def __init__(self, loaded: LoadedModel, texts: str, seed: int) -> None:
-        self._tokenizer, self._draws = loaded.tokenizer, random.Random(seed)
+        self._tokenizer = loaded.tokenizer
+        self._random = random.Random(seed)
         joined = "\n\n".join(document.text for document in load_documents([texts]))
         self._ids: list[int] = self._tokenizer.encode(joined, add_special_tokens=False, verbose=False)
 
-    def of(self, tokens: int) -> Prompt:
-        """A prompt of about so many tokens."""
-        if tokens > len(self._ids) // 2:
-            raise UserError(f"prompts of {tokens} tokens out of texts of {len(self._ids)}; name longer texts")
-        start = self._draws.randrange(len(self._ids) - tokens)
-        text = self._tokenizer.decode(self._ids[start : start + tokens])
+    def sample(self, num_tokens: int) -> Prompt:
+        """Return a prompt of about this many tokens."""
+        if num_tokens > len(self._ids) // 2:
+            raise UserError(
+                f"prompts of {num_tokens} tokens need texts twice as long, but these have {len(self._ids)} tokens; "
+                "name longer texts"
+            )
+        start = self._random.randrange(len(self._ids) - num_tokens)
+        text = self._tokenizer.decode(self._ids[start : start + num_tokens])
         return Prompt(text, len(self._tokenizer.encode(text, verbose=False)))
 
-    def between(self, fewest: int, most: int) -> Prompt:
-        """A prompt of any length between these, all as likely."""
-        return self.of(self._draws.randint(fewest, most))
+    def sample_between(self, shortest: int, longest: int) -> Prompt:
+        """Return a prompt whose length is uniform between these."""
+        return self.sample(self._random.randint(shortest, longest))
 
 
 @dataclass(frozen=True)
-class Sent:
-    """How one request went. Times are seconds from when it was due; `arrivals` has one per token.
+class RequestResult:
+    """The outcome of one request.
 
-    `status` is HTTP's; 0 stands for an answer that broke off.
+    Attributes:
+        due: the time.perf_counter() at which the request should be sent.
+        status: HTTP status, or 0 if the answer broke off.
+        token_times: seconds from `due` to each token.
+        e2e_latency: seconds from `due` to the end of the answer.
     """
 
     due: float
     status: int
-    arrivals: tuple[float, ...]
-    ended: float
-    prompt: int
+    token_times: tuple[float, ...]
+    e2e_latency: float
+    prompt_tokens: int
 
     @property
-    def good(self) -> bool:
-        """Whether it was answered."""
-        return self.status == 200 and len(self.arrivals) > 1
+    def is_completed(self) -> bool:
+        """Whether the answer is complete, and long enough for a time per token."""
+        return self.status == 200 and len(self.token_times) > 1
 
     @property
     def ttft(self) -> float:
         """Seconds to the first token."""
-        return self.arrivals[0]
+        return self.token_times[0]
 
     @property
     def tpot(self) -> float:
-        """Seconds per token behind the first."""
-        return (self.arrivals[-1] - self.arrivals[0]) / (len(self.arrivals) - 1)
+        """Seconds per token after the first."""
+        return (self.token_times[-1] - self.token_times[0]) / (len(self.token_times) - 1)
 
     @property
-    def gaps(self) -> list[float]:
-        """Seconds between tokens."""
-        return [after - before for before, after in pairwise(self.arrivals)]
+    def inter_token_latencies(self) -> list[float]:
+        """Seconds between consecutive tokens."""
+        return [after - before for before, after in pairwise(self.token_times)]
 
 
-async def complete(
-    client: httpx.AsyncClient, body: dict[str, Any], prompt: int, due: float, until: float = inf
-) -> Sent:
-    """Send a completion and read its stream; `due` is the time.perf_counter() at which it should have been sent.
-
-    What has not come `until` then is not waited for.
-    """
-    arrivals: list[float] = []
+async def send_completion(
+    client: httpx.AsyncClient, body: dict[str, Any], prompt_tokens: int, due: float, deadline: float = inf
+) -> RequestResult:
+    """Send a completion and read its stream until it ends, or until the `deadline` in time.perf_counter()."""
+    token_times: list[float] = []
     try:
         async with (
-            asyncio.timeout(max(0.0, until - time.perf_counter()) if until < inf else None),
+            asyncio.timeout(max(0.0, deadline - time.perf_counter()) if deadline < inf else None),
             client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response,
         ):
             status = response.status_code
@@ -100,10 +105,10 @@ async def complete(
                 if "error" in event:
                     status = 0
                 if any(choice.get("text") for choice in event.get("choices", ())):
-                    arrivals.append(time.perf_counter() - due)
+                    token_times.append(time.perf_counter() - due)
     except (httpx.HTTPError, TimeoutError):
         status = 0
-    return Sent(due, status, tuple(arrivals), time.perf_counter() - due, prompt)
+    return RequestResult(due, status, tuple(token_times), time.perf_counter() - due, prompt_tokens)
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
@@ -112,123 +117,127 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             yield json.loads(data)
 
 
-LOOK = 0.5
-"""Seconds between two looks at a server's metrics."""
+METRICS_POLL_SECONDS = 0.5
 
 _GAUGE = re.compile(r"^baklava:(num_requests_running|kv_(?:pool|reserved|allocated)_bytes)\{[^}]*\} (\S+)$", re.M)
 
 
 @dataclass(frozen=True)
-class Ran:
-    """All requests of a run, its seconds, and the most that the server was seen to run and to hold."""
+class LoadResult:
+    """All requests of a load, its seconds, and the highest value of each of the server's gauges."""
 
-    sent: tuple[Sent, ...]
+    requests: tuple[RequestResult, ...]
     seconds: float
-    gauges: dict[str, float]
+    peak_gauges: dict[str, float]
 
 
-def closed(
+def run_closed_loop(
     address: str,
     model: str,
     prompts: Sequence[Prompt],
-    tokens: int,
-    concurrent: int,
+    output_tokens: int,
+    concurrency: int,
     timeout: float,
-    limit: float = inf,
-) -> Ran:
-    """So many clients, each of which sends its next request when the last one is answered; all stop at the limit."""
+    max_seconds: float = inf,
+) -> LoadResult:
+    """Run `concurrency` clients that each send their next request when the last one is answered."""
 
-    async def run(client: httpx.AsyncClient) -> list[Sent]:
-        waiting, sent, until = list(reversed(prompts)), list[Sent](), time.perf_counter() + limit
+    async def run(client: httpx.AsyncClient) -> list[RequestResult]:
+        waiting = list(reversed(prompts))
+        results: list[RequestResult] = []
+        deadline = time.perf_counter() + max_seconds
 
-        async def one() -> None:
-            while waiting and time.perf_counter() < until:
+        async def run_client() -> None:
+            while waiting and time.perf_counter() < deadline:
                 prompt = waiting.pop()
-                now = time.perf_counter()
-                sent.append(await complete(client, body(model, prompt, tokens), prompt.tokens, now, until))
+                body, due = request_body(model, prompt, output_tokens), time.perf_counter()
+                results.append(await send_completion(client, body, prompt.num_tokens, due, deadline))
 
-        await asyncio.gather(*(one() for _ in range(concurrent)))
-        return sent
+        await asyncio.gather(*(run_client() for _ in range(concurrency)))
+        return results
 
-    return asyncio.run(_watched(address, run, timeout))
+    return asyncio.run(_run_with_metrics(address, run, timeout))
 
 
-def opened(
-    address: str, model: str, prompts: Sequence[Prompt], tokens: int, rate: float, seed: int, timeout: float
-) -> Ran:
-    """Requests at random times, `rate` a second on average, whether the ones before are answered or not."""
-    draws = random.Random(seed)
-    gaps = [draws.expovariate(rate) for _ in prompts]
+def run_open_loop(
+    address: str, model: str, prompts: Sequence[Prompt], output_tokens: int, rate: float, seed: int, timeout: float
+) -> LoadResult:
+    """Send requests at random times, on average `rate` per second, whether earlier ones are answered or not."""
+    generator = random.Random(seed)
+    gaps = [generator.expovariate(rate) for _ in prompts]
 
-    async def run(client: httpx.AsyncClient) -> list[Sent]:
-        start, sent = time.perf_counter(), []
-        for place, prompt in enumerate(prompts):
-            due = start + sum(gaps[:place])
+    async def run(client: httpx.AsyncClient) -> list[RequestResult]:
+        started, tasks = time.perf_counter(), []
+        for index, prompt in enumerate(prompts):
+            due = started + sum(gaps[:index])
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            sent.append(asyncio.create_task(complete(client, body(model, prompt, tokens), prompt.tokens, due)))
-        return list(await asyncio.gather(*sent))
+            body = request_body(model, prompt, output_tokens)
+            tasks.append(asyncio.create_task(send_completion(client, body, prompt.num_tokens, due)))
+        return list(await asyncio.gather(*tasks))
 
-    return asyncio.run(_watched(address, run, timeout))
-
-
-def body(model: str, prompt: Prompt, tokens: int) -> dict[str, Any]:
-    """The same for every server; the texts are such that the model goes on."""
-    return {"model": model, "prompt": prompt.text, "max_tokens": tokens, "temperature": 0}
+    return asyncio.run(_run_with_metrics(address, run, timeout))
 
 
-async def _watched(address: str, run: Any, timeout: float) -> Ran:
+def request_body(model: str, prompt: Prompt, output_tokens: int) -> dict[str, Any]:
+    """Return the request, the same for every server; the texts are such that the model does not stop early."""
+    return {"model": model, "prompt": prompt.text, "max_tokens": output_tokens, "temperature": 0}
+
+
+async def _run_with_metrics(
+    address: str, run: Callable[[httpx.AsyncClient], Awaitable[list[RequestResult]]], timeout: float
+) -> LoadResult:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=address, timeout=timeout, limits=limits) as client:
-        gauges: dict[str, float] = {}
-        watch = asyncio.create_task(_watch(client, gauges))
+        peak_gauges: dict[str, float] = {}
+        poller = asyncio.create_task(_poll_metrics(client, peak_gauges))
         started = time.perf_counter()
-        sent = await run(client)
+        results = await run(client)
         seconds = time.perf_counter() - started
-        watch.cancel()
-    return Ran(tuple(sent), seconds, gauges)
+        poller.cancel()
+    return LoadResult(tuple(results), seconds, peak_gauges)
 
 
-async def _watch(client: httpx.AsyncClient, most: dict[str, float]) -> None:
-    """Keep the highest of each gauge; a server without metrics has none."""
+async def _poll_metrics(client: httpx.AsyncClient, peak_gauges: dict[str, float]) -> None:
+    """Record the highest value of each gauge; return if the server has no metrics."""
     while True:
         try:
-            answer = await client.get("/metrics")
+            response = await client.get("/metrics")
         except httpx.HTTPError:
             return
-        if answer.status_code != 200:
+        if response.status_code != 200:
             return
-        for name, value in _GAUGE.findall(answer.text):
-            most[name] = max(most.get(name, 0.0), float(value))
-        await asyncio.sleep(LOOK)
+        for name, value in _GAUGE.findall(response.text):
+            peak_gauges[name] = max(peak_gauges.get(name, 0.0), float(value))
+        await asyncio.sleep(METRICS_POLL_SECONDS)
 
 
-def figures(ran: Ran, ttft: float, tpot: float) -> dict[str, Any]:
-    """What a run says: medians and 99th percentiles in seconds, rates per second.
+def summarize(load: LoadResult, max_ttft: float, max_tpot: float) -> dict[str, Any]:
+    """Return latencies as percentiles in seconds, and rates per second.
 
-    Times between tokens are also of answers that were not waited for to their end; all else is of whole ones.
+    Times between tokens include those of answers cut off by the end of the load; all else is of complete answers.
     """
-    good = [each for each in ran.sent if each.good]
-    timed = [each for each in ran.sent if len(each.arrivals) > 1]
-    met = [each for each in good if each.ttft <= ttft and each.tpot <= tpot]
+    completed = [request for request in load.requests if request.is_completed]
+    with_tokens = [request for request in load.requests if len(request.token_times) > 1]
+    good = [request for request in completed if request.ttft <= max_ttft and request.tpot <= max_tpot]
     return {
-        "requests": len(ran.sent),
-        "answered": len(good),
-        "refused": sum(each.status == 429 for each in ran.sent),
-        "failed": sum(not each.good and each.status != 429 for each in ran.sent),
-        "seconds": ran.seconds,
-        "ttft": spread([each.ttft for each in good]),
-        "tpot": spread([each.tpot for each in timed]),
-        "gap": spread([gap for each in timed for gap in each.gaps]),
-        "whole": spread([each.ended for each in good]),
-        "requests_per_second": len(good) / ran.seconds,
-        "tokens_per_second": sum(len(each.arrivals) for each in good) / ran.seconds,
-        "goodput": len(met) / ran.seconds,
-        "most": ran.gauges,
+        "requests": len(load.requests),
+        "completed": len(completed),
+        "rejected": sum(request.status == 429 for request in load.requests),
+        "failed": sum(not request.is_completed and request.status != 429 for request in load.requests),
+        "seconds": load.seconds,
+        "ttft": percentiles([request.ttft for request in completed]),
+        "tpot": percentiles([request.tpot for request in with_tokens]),
+        "itl": percentiles([latency for request in with_tokens for latency in request.inter_token_latencies]),
+        "e2e_latency": percentiles([request.e2e_latency for request in completed]),
+        "requests_per_second": len(completed) / load.seconds,
+        "tokens_per_second": sum(len(request.token_times) for request in completed) / load.seconds,
+        "goodput": len(good) / load.seconds,
+        "peak_gauges": load.peak_gauges,
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Median and high percentiles."""
+def percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    """Return the median, 90th and 99th percentile, or None if there are no values."""
     if len(values) < 2:
         return {name: value for value in values for name in ("p50", "p90", "p99")} or None
     cuts = quantiles(values, n=100, method="inclusive")

@@ -1,117 +1,18 @@
-"""The serving benchmark's results as Markdown."""
+"""The results of the serving benchmark as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.markdown_page import table_row
-from benchmarks.serve.servers import BATCHED, FULL, PEER, PLAN
+from benchmarks.markdown_page import markdown_table
+from benchmarks.serve.servers import FULL, PLAN, TRANSFORMERS, TRANSFORMERS_BATCHING
 
-NAME = "serve"
-"""Name of the markers in the README."""
+SECTION = "serve"
+"""Name of the page's markers."""
 
 MEBIBYTE = 2**20
+MISSING, FAILED = "–", "failed"
 
-Figures = Mapping[str, Any]
-
-
-def table(figures: Figures) -> str:
-    """A table of what was aimed at, one of the closed loop and one of the open loop."""
-    parts = [_aims(figures)]
-    if "shared" in figures:
-        head = f"{figures['asked']['concurrent']} clients after one pinned prefix"
-        parts.append(_loads(figures["shared"], figures["asked"], head))
-    if "closed" in figures:
-        parts.append(
-            _loads(figures["closed"], figures["asked"], f"closed loop, {figures['asked']['concurrent']} clients")
-        )
-    if "open" in figures:
-        parts.append(_opened(figures["open"], figures["asked"]))
-    return "\n\n".join(part for part in parts if part)
-
-
-def _aims(figures: Figures) -> str:
-    rows = [["serving", "measured", "aim"], ["---"] * 3]
-    for part, tell in (
-        ("together", _together),
-        ("shared", _shared),
-        ("closed", _closed),
-        ("overhead", _overhead),
-        ("beside", _beside),
-    ):
-        if part in figures:
-            rows += tell(figures[part], figures["asked"])
-    return "\n".join(map(table_row, rows)) if len(rows) > 2 else ""
-
-
-def _together(found: Figures, asked: Figures) -> list[list[str]]:
-    ours, full = found[PLAN], found[FULL]
-    pool = f"{asked['pool'] / MEBIBYTE:.0f} MiB"
-    what = f"sequences of {asked['prompt']:,} tokens that ran together in {pool}, the plan's over the full plan's"
-    times = ours["together"] / max(1, full["together"])
-    told = f"{ours['together']} / {full['together']} = {times:.1f} ×, {ours['failed'] + full['failed']} failed"
-    return [[what, told, "≥ 6 ×, none failed"]]
-
-
-def _shared(found: Figures, asked: Figures) -> list[list[str]]:
-    what = f"median TPOT over our own full plan's, {asked['concurrent']} clients after one pinned prefix of "
-    return [[f"{what}{asked['prompt']:,} tokens", _times(found[PLAN], found[FULL], "tpot"), "≤ 0.67 ×"]]
-
-
-def _closed(found: Figures, asked: Figures) -> list[list[str]]:
-    ours, full = found[PLAN], found[FULL]
-    at = f"{asked['concurrent']} clients, prompts of {asked['prompt']:,} tokens"
-    rows = []
-    for peer, aim in ((PEER, ""), (BATCHED, "≤ 0.20 ×")):  # the first takes one request at a time
-        theirs = found[peer]
-        rows += [
-            [f"median TPOT over that of `{peer}`, {at}", _times(ours, theirs, "tpot"), aim],
-            [f"requests per second over those of `{peer}`", _rate(ours, theirs), "≥ 2 ×"],
-            [f"median time to the last token over that of `{peer}`", _times(ours, theirs, "whole"), ""],
-        ]
-    return [*rows, ["median TPOT over that of our own full plan", _times(ours, full, "tpot"), ""]]
-
-
-def _times(one: Figures, other: Figures, name: str) -> str:
-    """Return the ratio of two medians, or "failed" if the other server answered no request."""
-    if not other["answered"]:
-        return "failed"
-    if not (one[name] and other[name]):
-        return "–"
-    return f"{one[name]['p50'] / other[name]['p50']:.2f} ×"
-
-
-def _rate(one: Figures, other: Figures) -> str:
-    name = "requests_per_second"
-    return f"{one[name] / other[name]:.1f} ×" if other["answered"] else "failed"
-
-
-def _overhead(found: Figures, asked: Figures) -> list[list[str]]:
-    ours = found[PLAN]
-    told = f"{ours['overhead']:.1%} of {ours['model'] * 1000:.0f} ms"
-    apart = f"{ours['step'] / found[FULL]['step']:.2f} ×"
-    others = [
-        [f"the same of {name} over it", f"{each['step'] / found[FULL]['step']:.2f} ×", ""]
-        for name, each in found.items()
-        if name not in (PLAN, FULL)
-    ]
-    return [
-        [f"engine beside the forward, in a decode step of {ours['batch']} sequences", told, "≤ 10 %"],
-        [f"the same step over that of our own full plan, {ours['batch']} × {asked['prompt']:,} tokens", apart, ""],
-        *others,
-    ]
-
-
-def _beside(found: Figures, asked: Figures) -> list[list[str]]:
-    ours = found[PLAN]
-    busy, idle = ours["beside"], ours["idle"]
-    what = f"p99 between the tokens of one sequence while a prompt of {ours['tokens']:,} enters, over the idle p99"
-    return [
-        [what, f"{busy['p99'] / idle['p99']:.1f} ×", "≤ 2.5 ×"],
-        ["the same over the idle median", f"{busy['p99'] / idle['p50']:.1f} ×", ""],
-    ]
-
-
-_COLUMNS = (
+LOAD_COLUMNS = (
     "TTFT p50 / p99",
     "TPOT p50 / p99",
     "requests/s",
@@ -122,35 +23,138 @@ _COLUMNS = (
     "KV allocated",
 )
 
+Results = Mapping[str, Any]
 
-def _loads(found: Figures, asked: Figures, what: str) -> str:
-    head = [f"{what}, {asked['prompt']:,} + {asked['generated']} tokens", *_COLUMNS]
-    return "\n".join(
-        map(table_row, [head, ["---"] * len(head), *([name, *_row(each)] for name, each in found.items())])
+
+def format_tables(results: Results) -> str:
+    """Return a table of measurements with their aims, then one per load; `transformers serve` comes first."""
+    config = results["config"]
+    lengths = f"{config.get('prompt_tokens', 0):,} + {config.get('output_tokens', 0)} tokens"
+    tables = []
+    if rows := _aim_rows(results):
+        tables.append(markdown_table(["serving", "measured", "aim"], rows))
+    if "pinned_prefix" in results:
+        title = f"{config['concurrency']} clients with one pinned prefix, {lengths}"
+        tables.append(_format_loads(results["pinned_prefix"], title))
+    if "closed_loop" in results:
+        title = f"closed loop, {config['concurrency']} clients, {lengths}"
+        tables.append(_format_loads(results["closed_loop"], title))
+    if "open_loop" in results:
+        shortest, longest = config["prompt_token_range"]
+        title = f"open loop, {shortest:,} to {longest:,} + {config['output_tokens']} tokens"
+        rows = [[row["server"], f"{row['rate']:.3f}", *_load_cells(row)] for row in results["open_loop"]]
+        tables.append(markdown_table([title, "requests/s sent", *LOAD_COLUMNS], rows))
+    return "\n\n".join(tables)
+
+
+def _aim_rows(results: Results) -> list[list[str]]:
+    rows = []
+    for part, format_rows in (
+        ("closed_loop", _closed_loop_rows),
+        ("concurrent_sequences", _concurrent_sequences_rows),
+        ("pinned_prefix", _pinned_prefix_rows),
+        ("engine_overhead", _engine_overhead_rows),
+        ("decode_alongside_prefill", _alongside_prefill_rows),
+    ):
+        if part in results:
+            rows += format_rows(results[part], results["config"])
+    return rows
+
+
+def _closed_loop_rows(loads: Results, config: Results) -> list[list[str]]:
+    ours = loads[PLAN]
+    load = f"{config['concurrency']} clients, prompts of {config['prompt_tokens']:,} tokens"
+    rows = []
+    # There is no aim for TPOT over transformers without batching, which decodes one request at a time.
+    for peer, tpot_aim in ((TRANSFORMERS, ""), (TRANSFORMERS_BATCHING, "≤ 0.20 ×")):
+        theirs = loads[peer]
+        rows += [
+            [f"median TPOT over that of `{peer}`, {load}", _latency_ratio(ours, theirs, "tpot"), tpot_aim],
+            [f"requests per second over those of `{peer}`", _rate_ratio(ours, theirs), "≥ 2 ×"],
+            [f"median end-to-end latency over that of `{peer}`", _latency_ratio(ours, theirs, "e2e_latency"), ""],
+        ]
+    return [*rows, ["median TPOT over that of our own full plan", _latency_ratio(ours, loads[FULL], "tpot"), ""]]
+
+
+def _concurrent_sequences_rows(counts: Results, config: Results) -> list[list[str]]:
+    ours, full = counts[PLAN], counts[FULL]
+    pool = f"{config['pool_bytes'] / MEBIBYTE:.0f} MiB"
+    label = f"sequences of {config['prompt_tokens']:,} tokens that ran together in {pool}, over the full plan's"
+    ratio = ours["running"] / max(1, full["running"])
+    measured = f"{ours['running']} / {full['running']} = {ratio:.1f} ×, {ours['failed'] + full['failed']} failed"
+    return [[label, measured, "≥ 6 ×, none failed"]]
+
+
+def _pinned_prefix_rows(loads: Results, config: Results) -> list[list[str]]:
+    load = f"{config['concurrency']} clients with one pinned prefix of {config['prompt_tokens']:,} tokens"
+    ratio = _latency_ratio(loads[PLAN], loads[FULL], "tpot")
+    return [[f"median TPOT over that of our own full plan, {load}", ratio, "≤ 0.67 ×"]]
+
+
+def _engine_overhead_rows(steps: Results, config: Results) -> list[list[str]]:
+    ours, full_seconds = steps[PLAN], steps[FULL]["step_seconds"]
+    overhead = f"{100 * ours['overhead']:.1f} % of {ours['forward_seconds'] * 1000:.0f} ms"
+    batch = f"{ours['batch_size']} × {config['prompt_tokens']:,} tokens"
+    rows = [
+        [f"engine besides the forward, in a decode step of {ours['batch_size']} sequences", overhead, "≤ 10 %"],
+        [f"decode step over that of our own full plan, {batch}", f"{ours['step_seconds'] / full_seconds:.2f} ×", ""],
+    ]
+    for name, step in steps.items():
+        if name not in (PLAN, FULL):
+            rows.append([f"the same with {name}", f"{step['step_seconds'] / full_seconds:.2f} ×", ""])
+    return rows
+
+
+def _alongside_prefill_rows(latencies: Results, config: Results) -> list[list[str]]:
+    ours = latencies[PLAN]
+    busy, idle = ours["alongside_prefill"], ours["idle"]
+    label = (
+        f"p99 between a sequence's tokens while a prompt of {ours['prompt_tokens']:,} is prefilled, over the idle p99"
     )
-
-
-def _opened(rows: Sequence[Figures], asked: Figures) -> str:
-    fewest, most = asked["prompts"]
-    head = [f"open loop, {fewest:,} to {most:,} + {asked['generated']} tokens", "requests/s sent", *_COLUMNS]
-    lines = [[row["server"], f"{row['rate']:.3f}", *_row(row)] for row in rows]
-    return "\n".join(map(table_row, [head, ["---"] * len(head), *lines]))
-
-
-def _row(found: Figures) -> list[str]:
-    allocated = found["most"].get("kv_allocated_bytes")
-    failed = not found["answered"]
     return [
-        "failed" if failed else _pair(found["ttft"], "{:.1f} s"),
-        "failed" if failed else _pair(found["tpot"], "{:.2f} s"),
-        f"{found['requests_per_second']:.3f}",
-        f"{found['tokens_per_second']:.1f}",
-        f"{found['goodput']:.3f}",
-        str(found["refused"]),
-        str(found["failed"]),
-        f"{allocated / MEBIBYTE:.0f} MiB" if allocated else "–",
+        [label, f"{busy['p99'] / idle['p99']:.1f} ×", "≤ 2.5 ×"],
+        ["the same over the idle median", f"{busy['p99'] / idle['p50']:.1f} ×", ""],
     ]
 
 
-def _pair(found: Mapping[str, float] | None, form: str) -> str:
-    return "–" if found is None else f"{form.format(found['p50'])} / {form.format(found['p99'])}"
+def _latency_ratio(ours: Results, theirs: Results, name: str) -> str:
+    """Return the ratio of two medians, or "failed" if the other server completed no request."""
+    if not theirs["completed"]:
+        return FAILED
+    if not ours[name] or not theirs[name]:
+        return MISSING
+    return f"{ours[name]['p50'] / theirs[name]['p50']:.2f} ×"
+
+
+def _rate_ratio(ours: Results, theirs: Results) -> str:
+    if not theirs["completed"]:
+        return FAILED
+    return f"{ours['requests_per_second'] / theirs['requests_per_second']:.1f} ×"
+
+
+def _format_loads(loads: Results, title: str) -> str:
+    return markdown_table([title, *LOAD_COLUMNS], [[name, *_load_cells(load)] for name, load in loads.items()])
+
+
+def _load_cells(load: Results) -> Sequence[str]:
+    allocated = load["peak_gauges"].get("kv_allocated_bytes")
+    if load["completed"]:
+        figures = [
+            _format_percentiles(load["ttft"], ".1f"),
+            _format_percentiles(load["tpot"], ".2f"),
+            f"{load['requests_per_second']:.3f}",
+            f"{load['tokens_per_second']:.1f}",
+            f"{load['goodput']:.3f}",
+        ]
+    else:
+        figures = [FAILED] * 5
+    return [
+        *figures,
+        str(load["rejected"]),
+        str(load["failed"]),
+        f"{allocated / MEBIBYTE:.0f} MiB" if allocated else MISSING,
+    ]
+
+
+def _format_percentiles(latency: Mapping[str, float] | None, spec: str) -> str:
+    return MISSING if latency is None else f"{latency['p50']:{spec}} s / {latency['p99']:{spec}} s"

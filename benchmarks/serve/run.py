@@ -1,6 +1,6 @@
-"""All that is measured of serving, one thing after the other."""
+"""Run the serving benchmark, one part after the other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,116 +10,175 @@ from baklava.errors import UserError
 from baklava.evaluation.speed.timing import machine_info
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel, load
-from benchmarks.serve import engine_overhead as engine
-from benchmarks.serve.config import Asked
-from benchmarks.serve.load_generator import Prompt, Prompts, closed, figures, opened
-from benchmarks.serve.servers import BATCHED, FULL, PEER, PLAN, Server, server
+from benchmarks.serve.config import ServeBenchmarkConfig
+from benchmarks.serve.engine_overhead import (
+    concurrent_sequences,
+    decode_alongside_prefill,
+    engine_overhead,
+    pool_capacity,
+)
+from benchmarks.serve.load_generator import Prompt, PromptSampler, run_closed_loop, run_open_loop, summarize
+from benchmarks.serve.servers import (
+    FULL,
+    PLAN,
+    TRANSFORMERS,
+    TRANSFORMERS_BATCHING,
+    RunningServer,
+    running_server,
+)
 
-PARTS = ("fits", "together", "overhead", "beside", "shared", "closed", "open")
-"""Sequences that fit, by sum and by trial; steps of the engine alone; servers over HTTP, under three kinds of load."""
+PARTS = (
+    "pool_capacity",
+    "concurrent_sequences",
+    "engine_overhead",
+    "decode_alongside_prefill",
+    "pinned_prefix",
+    "closed_loop",
+    "open_loop",
+)
+"""The engine by itself (the first four), then servers over HTTP under three kinds of load."""
 
-PATIENCE = 3600.0
-"""Seconds that a client waits for the next token."""
+TOKEN_TIMEOUT_SECONDS = 3600.0
+"""How long a client waits for the next token."""
 
 
-def study(asked: Asked, parts: Sequence[str] = PARTS) -> dict[str, Any]:
-    """The figures of these parts; the open loop needs the closed one, and brings it.
+def run_benchmark(config: ServeBenchmarkConfig, parts: Sequence[str] = PARTS) -> dict[str, Any]:
+    """Return the results of these parts; the open loop includes the closed one, from which it takes its rate.
 
     Raises:
-        UserError: an unknown part, a plan for another model, or a server that does not come up.
+        UserError: a part is unknown, the plan is for another model, or a server does not start.
     """
     if unknown := [part for part in parts if part not in PARTS]:
-        raise UserError(f"--parts {unknown[0]}: no such part; take some of {', '.join(PARTS)}")
-    loaded = load(asked.model, threads=asked.threads)
-    plan = _plan(loaded, asked.plan)
-    found: dict[str, Any] = {
+        raise UserError(f"--parts {unknown[0]}: no such part; choose among {', '.join(PARTS)}")
+    loaded = load(config.model, threads=config.threads)
+    plan = _read_plan(loaded, config.plan)
+    results: dict[str, Any] = {
         "benchmark": "serve",
-        "asked": asdict(asked),
+        "config": asdict(config),
         "machine": machine_info(),
         "ratio": plan.ratio,
     }
-    found |= _inside(loaded, plan, asked, parts)
-    if "shared" in parts:
-        found["shared"] = _shared(Prompts(loaded, asked.texts, asked.seed), asked)
-    if {"closed", "open"} & set(parts):
-        found |= _over_http(Prompts(loaded, asked.texts, asked.seed), asked, "open" in parts)
-    return found
+    results |= _measure_engine(loaded, plan, config, parts)
+    if "pinned_prefix" in parts:
+        results["pinned_prefix"] = _measure_pinned_prefix(_sampler(loaded, config), config)
+    if {"closed_loop", "open_loop"} & set(parts):
+        sampler = _sampler(loaded, config)
+        prompts = [sampler.sample(config.prompt_tokens) for _ in range(config.closed_loop_requests)]
+        warmup = [sampler.sample(min(64, config.prompt_tokens))]
+        closed_loop: dict[str, Any] = {}
+        for name in (PLAN, FULL, TRANSFORMERS, TRANSFORMERS_BATCHING):
+            with running_server(name, config) as server:
+                log(f"closed loop: {name}")
+                closed_loop[name] = _measure_closed_loop(server, config, warmup, prompts)
+        results["closed_loop"] = closed_loop
+        if "open_loop" in parts:
+            rate = closed_loop[PLAN]["requests_per_second"]
+            results["open_loop"] = _measure_open_loop(sampler, config, rate, warmup)
+    return results
 
 
-def _plan(loaded: LoadedModel, path: str) -> BudgetPlan:
+def _sampler(loaded: LoadedModel, config: ServeBenchmarkConfig) -> PromptSampler:
+    return PromptSampler(loaded, config.texts, config.seed)
+
+
+def _read_plan(loaded: LoadedModel, path: str) -> BudgetPlan:
     plan = BudgetPlan.read(path)
     plan.validate_for(loaded.identity, loaded.geometry)
     return plan
 
 
-def _inside(loaded: LoadedModel, plan: BudgetPlan, asked: Asked, parts: Sequence[str]) -> dict[str, Any]:
-    """What is measured without HTTP."""
+def _measure_engine(
+    loaded: LoadedModel, plan: BudgetPlan, config: ServeBenchmarkConfig, parts: Sequence[str]
+) -> dict[str, Any]:
+    """Run the parts without HTTP."""
     full = full_cache_plan(loaded.identity, loaded.geometry, loaded.max_length)
-    others = {Path(path).name: _plan(loaded, path) for path in asked.others}
-    prompts, found = Prompts(loaded, asked.texts, asked.seed), dict[str, Any]()
+    plans = {PLAN: plan, FULL: full}
+    other_plans = {Path(path).name: _read_plan(loaded, path) for path in config.other_plans}
+    sampler = _sampler(loaded, config)
+    results: dict[str, Any] = {}
 
-    def ids(tokens: int) -> list[int]:
-        return loaded.tokenizer.encode(prompts.of(tokens).text, verbose=False)[:tokens]
+    def sample_ids(num_tokens: int) -> list[int]:
+        return loaded.tokenizer.encode(sampler.sample(num_tokens).text, verbose=False)[:num_tokens]
 
-    if "fits" in parts:
-        found["fits"] = engine.fits(loaded, plan, full, asked)
-    measures: dict[str, Callable[[BudgetPlan], Any]] = {
-        "together": lambda each: engine.together(loaded, each, asked, ids(asked.prompt)),
-        "overhead": lambda each: engine.overhead(loaded, each, asked, ids(asked.prompt)),
-        "beside": lambda each: engine.beside(loaded, each, asked, ids(asked.prompt), ids(asked.entering)),
-    }
-    for part, measure in measures.items():
-        if part in parts:
-            measured = {PLAN: plan, FULL: full} | (others if part == "overhead" else {})
-            for name, each in measured.items():
-                log(f"{part}: {name}")
-                found.setdefault(part, {})[name] = measure(each)
-    return found
+    if "pool_capacity" in parts:
+        results["pool_capacity"] = pool_capacity(loaded, plan, full, config)
+    if "concurrent_sequences" in parts:
+        results["concurrent_sequences"] = {}
+        for name, candidate in plans.items():
+            log(f"concurrent sequences: {name}")
+            prompt = sample_ids(config.prompt_tokens)
+            results["concurrent_sequences"][name] = concurrent_sequences(loaded, candidate, config, prompt)
+    if "engine_overhead" in parts:
+        results["engine_overhead"] = {}
+        for name, candidate in (plans | other_plans).items():
+            log(f"engine overhead: {name}")
+            prompt = sample_ids(config.prompt_tokens)
+            results["engine_overhead"][name] = engine_overhead(loaded, candidate, config, prompt)
+    if "decode_alongside_prefill" in parts:
+        results["decode_alongside_prefill"] = {}
+        for name, candidate in plans.items():
+            log(f"decode alongside prefill: {name}")
+            prompt, long_prompt = sample_ids(config.prompt_tokens), sample_ids(config.long_prompt_tokens)
+            results["decode_alongside_prefill"][name] = decode_alongside_prefill(
+                loaded, candidate, config, prompt, long_prompt
+            )
+    return results
 
 
-def _shared(prompts: Prompts, asked: Asked) -> dict[str, Any]:
-    """Requests that begin with one declared prompt and differ at its end, so that all of them decode together."""
-    common = prompts.of(asked.prompt)
-    text = common.text.rstrip()  # a word behind a space begins a token of its own
-    same = [Prompt(f"{text} Item {place} is", common.tokens) for place in range(asked.concurrent)]
-    found: dict[str, Any] = {}
+def _measure_pinned_prefix(sampler: PromptSampler, config: ServeBenchmarkConfig) -> dict[str, Any]:
+    """Send requests that share a pinned prefix and differ at their end, so that all of them decode together."""
+    prefix = sampler.sample(config.prompt_tokens)
+    text = prefix.text.rstrip()  # a word after a space starts a token of its own
+    prompts = [Prompt(f"{text} Item {index} is", prefix.num_tokens) for index in range(config.concurrency)]
+    results: dict[str, Any] = {}
     for name in (PLAN, FULL):
-        with server(name, asked, text) as up:
-            log(f"a declared prompt: {name}")
-            closed(up.address, up.model, same[:1], 2, 1, PATIENCE)  # its snapshot is there when this is answered
-            found[name] = _closed(up, asked, same[:1], same)
-    return found
+        with running_server(name, config, text) as server:
+            log(f"pinned prefix: {name}")
+            # The first answer shows that the prefix is in the cache.
+            run_closed_loop(server.address, server.model, prompts[:1], 2, 1, TOKEN_TIMEOUT_SECONDS)
+            results[name] = _measure_closed_loop(server, config, prompts[:1], prompts)
+    return results
 
 
-def _over_http(prompts: Prompts, asked: Asked, with_open: bool) -> dict[str, Any]:
-    same = [prompts.of(asked.prompt) for _ in range(asked.closed)]
-    warm_up = [prompts.of(min(64, asked.prompt))]
-    found: dict[str, Any] = {"closed": {}}
-    for name in (PLAN, FULL, PEER, BATCHED):
-        with server(name, asked) as up:
-            log(f"closed loop: {name}")
-            found["closed"][name] = _closed(up, asked, warm_up, same)
-    if with_open:
-        found["open"] = _opened(prompts, asked, found["closed"][PLAN]["requests_per_second"], warm_up)
-    return found
+def _measure_closed_loop(
+    server: RunningServer, config: ServeBenchmarkConfig, warmup: Sequence[Prompt], prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    run_closed_loop(server.address, server.model, warmup, 4, 1, TOKEN_TIMEOUT_SECONDS)
+    rss_before = server.rss_bytes
+    load_result = run_closed_loop(
+        server.address,
+        server.model,
+        prompts,
+        config.output_tokens,
+        config.concurrency,
+        TOKEN_TIMEOUT_SECONDS,
+        config.closed_loop_seconds,
+    )
+    summary = summarize(load_result, config.max_ttft, config.max_tpot)
+    return summary | {"rss_bytes_before": rss_before, "rss_bytes_after": server.rss_bytes}
 
 
-def _closed(up: Server, asked: Asked, warm_up: Sequence[Prompt], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    closed(up.address, up.model, warm_up, 4, 1, PATIENCE)
-    before = up.resident
-    ran = closed(up.address, up.model, prompts, asked.generated, asked.concurrent, PATIENCE, asked.limit)
-    return figures(ran, asked.ttft, asked.tpot) | {"resident_before": before, "resident_after": up.resident}
-
-
-def _opened(prompts: Prompts, asked: Asked, served: float, warm_up: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """Every contestant at the same rates, with the same prompts at the same times."""
-    sent, rows = [prompts.between(*asked.prompts) for _ in range(asked.open)], []
-    for name in (PLAN, FULL, PEER):  # the other peer would take an hour
-        with server(name, asked) as up:
-            closed(up.address, up.model, warm_up, 4, 1, PATIENCE)
-            for share in asked.rates:
-                log(f"open loop at {share:g} of what the plan served: {name}")
-                rate = share * served
-                ran = opened(up.address, up.model, sent, asked.generated, rate, asked.seed, PATIENCE)
-                rows.append({"server": name, "share": share, "rate": rate} | figures(ran, asked.ttft, asked.tpot))
+def _measure_open_loop(
+    sampler: PromptSampler, config: ServeBenchmarkConfig, closed_loop_rate: float, warmup: Sequence[Prompt]
+) -> list[dict[str, Any]]:
+    """Send every server the same prompts at the same times."""
+    prompts = [sampler.sample_between(*config.prompt_token_range) for _ in range(config.open_loop_requests)]
+    rows = []
+    for name in (PLAN, FULL, TRANSFORMERS):  # with continuous batching, transformers would take an hour
+        with running_server(name, config) as server:
+            run_closed_loop(server.address, server.model, warmup, 4, 1, TOKEN_TIMEOUT_SECONDS)
+            for multiple in config.open_loop_rates:
+                log(f"open loop at {multiple:g} of the plan's rate in the closed loop: {name}")
+                rate = multiple * closed_loop_rate
+                load_result = run_open_loop(
+                    server.address,
+                    server.model,
+                    prompts,
+                    config.output_tokens,
+                    rate,
+                    config.seed,
+                    TOKEN_TIMEOUT_SECONDS,
+                )
+                summary = summarize(load_result, config.max_ttft, config.max_tpot)
+                rows.append({"server": name, "multiple_of_closed_loop": multiple, "rate": rate} | summary)
     return rows
