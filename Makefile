@@ -106,7 +106,7 @@ $(PEERS)/.venv/ready: $(PEERS)/requirements.txt | $(READY)
 
 windows: # before anything is installed for nothing
 	@if [ ! -f '$(WINDOWS)' ]; then \
-		echo "WINDOWS='$(WINDOWS)' is no file; give token windows: make peers WINDOWS=FILE.json (see $(PEERS)/README.md)" >&2; \
+		echo "WINDOWS='$(WINDOWS)' is not a file; give token windows: make peers WINDOWS=FILE.json (see $(PEERS)/README.md)" >&2; \
 		exit 2; \
 	fi
 

@@ -6,9 +6,9 @@ Examples:
   make peers WINDOWS=windows.json MODEL=path/to/model ARGS="--bytes 0.3"
   benchmarks/kvpress/.venv/bin/python -m benchmarks.kvpress.cli --model path/to/model --windows windows.json
 
---kept gives the share of the context's entries that stay. --bytes gives the share of all bytes at the end of the
-window; kvpress evicts nothing of the continuation, so its entries leave the context that much less. Finished windows
-are kept in a .jsonl beside the JSON: the same command goes on where an earlier one was ended.
+--kept is the share of the context's entries that a press keeps. --bytes is the share of the full cache's bytes at the
+end of the window; kvpress evicts nothing of the continuation, so its entries leave fewer for the context. Finished
+windows go to a .jsonl next to the JSON, and the same command continues from there after it was interrupted.
 """
 
 import argparse
@@ -21,17 +21,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kvpress.loading import UserError, Window, digest, exit_code, load, read_windows, validate_for, versions
-from benchmarks.kvpress.presses import FULL, PRESSES, Press, press_of
-from benchmarks.kvpress.results import Compression, Geometry, Journal, Row, plan_name, plan_of, table, write
+from benchmarks.kvpress.loading import (
+    UserError,
+    Window,
+    digest,
+    load,
+    read_windows,
+    run_cli,
+    validate_windows,
+    versions,
+)
+from benchmarks.kvpress.presses import FULL, PRESSES, Press, find_press
+from benchmarks.kvpress.results import Compression, Geometry, Journal, Row, plan_name, summarize_plan, table, write
 
-QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
-DEFAULT_KEPT = (0.3, 0.125)
+OFFLINE_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+DEFAULT_KEPT_SHARES = (0.3, 0.125)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A press and how much it keeps: `entries` of the context, a mean per KV head."""
+    """A press and its compression; `entries` of the context are kept, as a mean per KV head."""
 
     name: str
     press: Press
@@ -40,12 +54,12 @@ class Job:
 
     @property
     def plan(self) -> str:
-        """Name of the plan in the output."""
+        """The plan's name in the output."""
         return plan_name(self.name, self.compression)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kvpress.cli",
         description=(__doc__ or "").split("\n\n")[0],
@@ -59,33 +73,36 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--kept", type=float, nargs="+", default=[], metavar="SHARE", help="shares of the entries")
     parser.add_argument("--bytes", type=float, nargs="+", default=[], metavar="SHARE", help="shares of the bytes")
-    parser.add_argument("--limit", type=int, help="score only so many windows, from the first (default: all)")
+    parser.add_argument("--limit", type=int, help="score only the first windows (default: all)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
-    parser.add_argument("--json", type=Path, help="where scores go (default: runs/kvpress-WINDOWS.json)")
-    return parser.parse_args(arguments)
+    parser.add_argument("--json", type=Path, help="file of scores (default: runs/kvpress-WINDOWS.json)")
+    return parser.parse_args(argv)
 
 
-def jobs_of(chosen: argparse.Namespace, window: Window) -> list[Job]:
-    """What is to be scored, each once, in the order asked for.
+def make_jobs(args: argparse.Namespace, window: Window) -> list[Job]:
+    """Return each press at each compression, once, in the order of the command line.
 
     Raises:
-        UserError: an unknown press, a share that is none, or one that leaves no entries.
+        UserError: a press is unknown, a value is not a share, or a share leaves no entries.
     """
-    asked = [Compression("kept", share) for share in chosen.kept] + [Compression("bytes", s) for s in chosen.bytes]
-    asked = asked or [Compression("kept", share) for share in DEFAULT_KEPT]
-    entries = {str(each): each.entries(window.context, window.continuation) for each in asked}
+    compressions = [Compression("kept", share) for share in args.kept]
+    compressions += [Compression("bytes", share) for share in args.bytes]
+    compressions = compressions or [Compression("kept", share) for share in DEFAULT_KEPT_SHARES]
+    entries = {
+        str(compression): compression.entries(window.context, window.continuation) for compression in compressions
+    }
     jobs: dict[str, Job] = {}
-    for name in chosen.presses:
-        press = press_of(name, window.context)
-        wanted = {"": window.context} if name == FULL else entries
-        found = [Job(name, press, label, count) for label, count in wanted.items()]
-        jobs |= {job.plan: job for job in found}
+    for name in args.presses:
+        press = find_press(name, window.context)
+        for label, count in ({"": window.context} if name == FULL else entries).items():
+            job = Job(name, press, label, count)
+            jobs[job.plan] = job
     return list(jobs.values())
 
 
 def run(model: Any, directory: Path, windows: Sequence[Window], jobs: Sequence[Job], journal: Journal) -> list[Any]:
-    """Score what the journal does not have yet; give the plans as they are written out."""
-    from benchmarks.kvpress.scoring import measure, reference  # here, since torch takes seconds to import
+    """Score what the journal does not have yet; return the plans' entries in the output."""
+    from benchmarks.kvpress.scoring import reference, score_press  # imported here, since torch takes seconds
 
     progress = Progress(len(windows) * len(jobs))
     rows: dict[str, list[Row]] = {job.plan: [] for job in jobs}
@@ -95,24 +112,24 @@ def run(model: Any, directory: Path, windows: Sequence[Window], jobs: Sequence[J
             row = journal.rows.get((key, job.plan, window.name))
             if row is None:
                 full = full or reference(model, window)
-                measured = measure(model, window, full, job.press, job.entries)
-                about = (key, job.name, job.compression, window.name, window.document, full.nll)
-                row = Row(*about, held_dtype=str(model.dtype).removeprefix("torch."), **asdict(measured))
+                scores = score_press(model, window, full, job.press, job.entries)
+                identity = (key, job.name, job.compression, window.name, window.document, full.nll)
+                row = Row(*identity, storage_dtype=str(model.dtype).removeprefix("torch."), **asdict(scores))
                 journal.add(row)
             rows[job.plan].append(row)
             progress.step(row)
-    geometry = Geometry.of(model.config)
-    return [plan_of(rows[job.plan], geometry, windows[0], job.press.frees_memory) for job in jobs]
+    geometry = Geometry.from_config(model.config)
+    return [summarize_plan(rows[job.plan], geometry, windows[0], job.press.frees_memory) for job in jobs]
 
 
 class Progress:
-    """A line for each window under a press, on stderr."""
+    """Progress on stderr, one line per window and press."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.started = total, 0, time.monotonic()
 
     def step(self, row: Row) -> None:
-        """Tell what came out, and how long the rest takes at this pace."""
+        """Print the scores, and the time left at this pace."""
         self.done += 1
         spent = time.monotonic() - self.started
         left = spent / self.done * (self.total - self.done)
@@ -125,33 +142,35 @@ class Progress:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Score, print a table and write the JSON.
 
     Raises:
-        UserError: something given is wrong.
+        UserError: an argument, a file or the model is not valid.
     """
-    chosen = parse(arguments)
+    args = parse_args(argv)
     for option in ("limit", "threads"):
-        if (value := getattr(chosen, option)) is not None and value < 1:
-            raise UserError(f"--{option} {value} is not at least 1; leave it out or give a higher number")
-    windows = read_windows(chosen.windows)[: chosen.limit]
-    jobs = jobs_of(chosen, windows[0])
-    path = chosen.json or Path("runs") / f"kvpress-{chosen.windows.stem}.json"
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise UserError(f"--{option} {value} is below 1; leave it out or give a larger number")
+    windows = read_windows(args.windows)[: args.limit]
+    jobs = make_jobs(args, windows[0])
+    path = args.json or Path("runs") / f"kvpress-{args.windows.stem}.json"
     if path.suffix != ".json" or path.is_dir():
-        raise UserError(f"--json {path} is no name of a .json file, beside which a .jsonl is kept; give one")
-    os.environ |= QUIET
-    logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip tells at every use that it takes longer
+        raise UserError(
+            f"--json {path} is not the name of a .json file; name one, and the journal goes to a .jsonl next to it"
+        )
+    os.environ |= OFFLINE_ENVIRONMENT
+    logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip warns at every use that it is slow
     import torch
 
-    torch.set_num_threads(chosen.threads)
-    model = load(chosen.model)
-    validate_for(windows, model.config)
-    plans = run(model, chosen.model, windows, jobs, Journal(path.with_suffix(".jsonl")))
+    torch.set_num_threads(args.threads)
+    model = load(args.model)
+    validate_windows(windows, model.config)
+    plans = run(model, args.model, windows, jobs, Journal(path.with_suffix(".jsonl")))
     write(path, plans, versions())
     print(table(plans))
     print(f"written to {path}")
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run_cli(main))

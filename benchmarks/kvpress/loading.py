@@ -1,4 +1,4 @@
-"""Token windows from a file, checked: the same file that jobs/evaluate.py reads."""
+"""Load and validate token windows, from the files that jobs/evaluate.py also reads, and models."""
 
 import hashlib
 import json
@@ -9,15 +9,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-LAYOUT = '{"context": N, "continuation": M, "windows": [{"name": ..., "ids": [N + M token ids]}]}'
+WINDOWS_FORMAT = '{"context": N, "continuation": M, "windows": [{"name": ..., "ids": [N + M token ids]}]}'
 
 
 class UserError(ValueError):
-    """Something that the user gave is wrong; the message is one sentence for them. baklava's own is not at hand."""
+    """An error of the user, with a message of one sentence for them; baklava's own class is not available here."""
 
 
-def exit_code(run: Callable[[], object]) -> int:
-    """Run a script; 0, or 2 and one sentence where the user gave something wrong."""
+def run_cli(run: Callable[[], object]) -> int:
+    """Run a command and return its exit code: 2 with one sentence for a UserError, otherwise 0."""
     try:
         run()
     except UserError as error:
@@ -28,7 +28,7 @@ def exit_code(run: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class Window:
-    """`ids[:context]` are prefilled under a press, the rest is scored. `document` is what the file says, or None."""
+    """Token ids of a text: `ids[:context]` are prefilled under a press, and the rest is scored."""
 
     name: str
     document: str | None
@@ -37,38 +37,38 @@ class Window:
 
     @property
     def continuation(self) -> int:
-        """Tokens scored."""
+        """Number of scored tokens."""
         return len(self.ids) - self.context
 
 
 def read_windows(path: Path) -> list[Window]:
-    """All windows of a file, of equal lengths and with names of their own.
+    """Return the windows of a file, which have equal lengths and unique names.
 
     Raises:
-        UserError: not such a file, a window of another length, a name twice, or no window at all.
+        UserError: the file is not valid, a window has another length, a name occurs twice, or there are no windows.
     """
     try:
         content = json.loads(path.read_text())
-        context, continuation = _length(content["context"]), _length(content["continuation"])
-        cut = [_window(each, context) for each in content["windows"]]
+        context, continuation = _positive_length(content["context"]), _positive_length(content["continuation"])
+        windows = [_parse_window(entry, context) for entry in content["windows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"cannot read windows from {path} ({type(error).__name__}: {error}); the file holds {LAYOUT}"
+            f"cannot read windows from {path} ({type(error).__name__}: {error}); the format is {WINDOWS_FORMAT}"
         ) from None
-    for window in cut:
+    for window in windows:
         if len(window.ids) != context + continuation:
             raise UserError(
                 f"window {window.name} in {path} has {len(window.ids)} ids, not {context + continuation}; cut it again"
             )
-    if len({window.name for window in cut}) < len(cut):
-        raise UserError(f"{path} gives two windows the same name, but scores are kept by name; name them apart")
-    if not cut:
-        raise UserError(f"{path} holds no windows; give at least one")
-    return cut
+    if len({window.name for window in windows}) < len(windows):
+        raise UserError(f"{path} gives two windows the same name, but scores are stored by name; rename one")
+    if not windows:
+        raise UserError(f"{path} has no windows; add at least one")
+    return windows
 
 
-def validate_for(windows: list[Window], config: Any) -> None:
-    """Raise UserError for windows that a model of this configuration cannot read."""
+def validate_windows(windows: list[Window], config: Any) -> None:
+    """Raise UserError if a model of this configuration cannot read a window."""
     for window in windows:
         if not all(0 <= token < config.vocab_size for token in window.ids):
             raise UserError(f"window {window.name} has ids outside 0 to {config.vocab_size - 1}; use this model's ids")
@@ -79,35 +79,35 @@ def validate_for(windows: list[Window], config: Any) -> None:
             )
 
 
-def _length(value: Any) -> int:
+def _positive_length(value: Any) -> int:
     if type(value) is not int or value < 1:
         raise ValueError(f"a length of {value!r} tokens")
     return value
 
 
-def _window(entry: dict[str, Any], context: int) -> Window:
+def _parse_window(entry: dict[str, Any], context: int) -> Window:
     if not isinstance(entry["name"], str) or not all(type(token) is int for token in entry["ids"]):
-        raise ValueError("a name that is no string, or an id that is no whole number")
+        raise ValueError("a name is not a string, or an id is not a whole number")
     return Window(entry["name"], entry.get("document"), tuple(entry["ids"]), context)
 
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types that kvpress knows and whose layers all attend alike."""
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types that kvpress supports and whose layers all have the same kind of attention."""
 
 
 def load(directory: Path) -> Any:
-    """The model with sdpa attention.
+    """Return the model, with SDPA attention.
 
     Raises:
-        UserError: no folder of a model in safetensors, or of a kind that cannot be scored here.
+        UserError: the folder has no model in safetensors, or the model cannot be scored here.
     """
-    import torch  # these here, since offline mode is set before they are read
+    import torch  # imported here, since offline mode must be set before
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     if not (directory / "config.json").is_file() or not list(directory.glob("*.safetensors")):
         raise UserError(
-            f"--model {directory} is no folder with a config.json and safetensors; give such a folder, or run "
+            f"--model {directory} is not a folder with a config.json and safetensors; give such a folder, or run "
             "`make peers`, which finds the demo model's"
         )
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -125,9 +125,9 @@ def load(directory: Path) -> Any:
 
 
 def check_scorable(config: Any) -> None:
-    """Raise UserError for a model that kvpress or the masks of this comparison would treat wrongly."""
-    if config.model_type not in KINDS:
-        raise UserError(f"a model of type {config.model_type!r} is not compared here; give one of {', '.join(KINDS)}")
+    """Raise UserError if kvpress or the masks of this comparison would treat a model wrongly."""
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(f"a model of type {config.model_type!r} is not supported; use one of {', '.join(MODEL_TYPES)}")
     if getattr(config, "sliding_window", None):
         raise UserError(
             f"the model's layers see {config.sliding_window} tokens, but presses and masks here are for layers that "
@@ -136,12 +136,12 @@ def check_scorable(config: Any) -> None:
 
 
 def digest(directory: Path, window: Window) -> str:
-    """What a score depends on: the model's files (by size and time), the window's ids, and the libraries."""
+    """Return a digest of what a score depends on: the model's files (size and time), the window and the libraries."""
     files = [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in sorted(directory.iterdir())]
     content = json.dumps([files, window.ids, window.context, versions()])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that decide on the scores."""
+    """Return the versions of the libraries that the scores depend on."""
     return {name: metadata.version(name) for name in ("kvpress", "transformers", "torch")}

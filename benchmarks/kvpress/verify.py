@@ -1,9 +1,9 @@
-"""Check on a real model that the scores of kvpress's presses mean what they say.
+"""Verify on a real model that presses are scored correctly.
 
 Example:
   benchmarks/kvpress/.venv/bin/python -m benchmarks.kvpress.verify --model path/to/model
 
-Takes some minutes. Ends with code 1, and tells which, where a fact does not hold.
+This takes some minutes. If a check fails, it is named and the exit code is 1.
 """
 
 import argparse
@@ -20,144 +20,154 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kvpress.cli import QUIET
-from benchmarks.kvpress.loading import Window, exit_code, load
+from benchmarks.kvpress.cli import OFFLINE_ENVIRONMENT
+from benchmarks.kvpress.loading import Window, load, run_cli
 from benchmarks.kvpress.presses import FULL, PRESSES
-from benchmarks.kvpress.scoring import Measured, Prefilled, Reference, continue_from, measure, prefill, reference
+from benchmarks.kvpress.scoring import Prefilled, PressScores, Reference, continue_from, prefill, reference, score_press
 
 ROOT = Path(__file__).parents[2]
 CONTEXT, CONTINUATION = 512, 48
-HEAD_WISE = [name for name, press in PRESSES.items() if not press.frees_memory]
+HEAD_WISE_PRESSES = [name for name, press in PRESSES.items() if not press.frees_memory]
 
 
 @dataclass
-class Bench:
-    """The model, two windows of this repository's prose with their references, and the facts that did not hold."""
+class Verification:
+    """The model, two windows of this repository's prose with their references, and the checks that failed."""
 
     model: Any
     windows: list[Window]
     references: list[Reference]
-    wrong: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
-    def fact(self, text: str, holds: bool) -> None:
-        """Print a fact, and remember it where it does not hold."""
-        print(f"{'ok   ' if holds else 'WRONG'}  {text}", flush=True)
-        if not holds:
-            self.wrong.append(text)
+    def check(self, text: str, passed: bool) -> None:
+        """Print the result of a check, and record a failure."""
+        print(f"{'ok    ' if passed else 'FAILED'}  {text}", flush=True)
+        if not passed:
+            self.failed.append(text)
 
-    def measured(self, name: str, kept: float) -> list[Measured]:
-        """Scores of both windows."""
+    def scores(self, name: str, kept: float) -> list[PressScores]:
+        """Score a press on both windows."""
         pairs = zip(self.windows, self.references, strict=True)
-        return [measure(self.model, window, full, PRESSES[name], int(kept * CONTEXT)) for window, full in pairs]
+        return [score_press(self.model, window, full, PRESSES[name], int(kept * CONTEXT)) for window, full in pairs]
 
     def prefilled(self, name: str, kept: float = 0.5) -> Prefilled:
-        """The first window's context under a press."""
+        """Prefill the first window's context under a press."""
         return prefill(self.model, self.windows[0], PRESSES[name], int(kept * CONTEXT))
 
 
-def nothing_evicted_costs_nothing(bench: Bench) -> None:
+def nothing_evicted_costs_nothing(verification: Verification) -> None:
     """`full`, and every press that may keep all, give the full cache's log-probabilities."""
     for name in PRESSES:
-        worst = max(max(abs(each.kl), abs(each.nll - full.nll)) for each, full in _with(bench, name, 1.0))
-        bench.fact(f"{name} that keeps all: |dNLL|, |KL| <= {worst:.1e}", worst < 1e-4)
+        worst = max(max(abs(each.kl), abs(each.nll - full.nll)) for each, full in _with(verification, name, 1.0))
+        verification.check(f"{name} that keeps all: |dNLL|, |KL| <= {worst:.1e}", worst < 1e-4)
 
 
-def less_costs_more(bench: Bench) -> None:
+def less_costs_more(verification: Verification) -> None:
     """The mean KL rises as fewer entries stay."""
     for name in PRESSES:
         if name != FULL:
-            kl = [sum(each.kl for each in bench.measured(name, kept)) / 2 for kept in (0.75, 0.5, 0.25)]
+            kl = [sum(each.kl for each in verification.scores(name, kept)) / 2 for kept in (0.75, 0.5, 0.25)]
             text = ", ".join(f"{value:.4f}" for value in kl)
-            bench.fact(f"{name} at 75, 50, 25 %: KL {text}", 0 < kl[0] < kl[1] < kl[2])
+            verification.check(f"{name} at 75, 50, 25 %: KL {text}", 0 < kl[0] < kl[1] < kl[2])
 
 
-def entries_are_as_asked(bench: Bench) -> None:
-    """Presses that free memory hold what they keep; the others hold all, and hide the rest. The first token is safe."""
-    config = bench.model.config
-    heads, asked = config.num_hidden_layers * config.num_key_value_heads, CONTEXT // 2
-    dense = bench.prefilled(FULL)
+def requested_entries_are_kept(verification: Verification) -> None:
+    """Presses that free memory store only what they keep; the others store all entries, and hide the rest."""
+    config = verification.model.config
+    heads, requested = config.num_hidden_layers * config.num_key_value_heads, CONTEXT // 2
+    dense = verification.prefilled(FULL)
     for name, press in PRESSES.items():
         if name == FULL:
             continue
-        found = bench.prefilled(name)
-        off = abs(found.kept - asked * heads) / heads
+        found = verification.prefilled(name)
+        off = abs(found.kept - requested * heads) / heads
         lengths = set(found.lengths)
-        expected = {CONTEXT} if not press.frees_memory else lengths if name == "pyramidkv" else {asked}
+        expected = {CONTEXT} if not press.frees_memory else lengths if name == "pyramidkv" else {requested}
         shown = f"{min(lengths)} to {max(lengths)}" if len(lengths) > 1 else str(min(lengths))
-        bench.fact(f"{name}: {shown} tokens a layer, {found.kept} entries seen", lengths == expected and off < 0.5)
+        verification.check(
+            f"{name}: {shown} tokens a layer, {found.kept} entries seen", lengths == expected and off < 0.5
+        )
         moved = float((found.logits - dense.logits).abs().max())
-        bench.fact(f"{name}: the whole context attends in the prefill (logits moved by {moved:.1e})", moved < 1e-2)
+        verification.check(
+            f"{name}: the whole context attends in the prefill (logits moved by {moved:.1e})", moved < 1e-2
+        )
 
 
-def hidden_entries_are_hidden(bench: Bench) -> None:
+def hidden_entries_are_hidden(verification: Verification) -> None:
     """No logit moves when the entries that a head-wise press hides are overwritten with noise."""
-    for name in HEAD_WISE:
-        clean, noisy, open_ = (bench.prefilled(name) for _ in range(3))
+    for name in HEAD_WISE_PRESSES:
+        clean, noisy, unmasked_prefill = (verification.prefilled(name) for _ in range(3))
         _overwrite(noisy)
-        _overwrite(open_)
-        open_.masked[:] = [None] * len(open_.masked)
-        expected = continue_from(bench.model, bench.windows[0], clean)
+        _overwrite(unmasked_prefill)
+        unmasked_prefill.masked[:] = [None] * len(unmasked_prefill.masked)
+        expected = continue_from(verification.model, verification.windows[0], clean)
         moved, unmasked = (
-            float((continue_from(bench.model, bench.windows[0], each) - expected).abs().max())
-            for each in (noisy, open_)
+            float((continue_from(verification.model, verification.windows[0], each) - expected).abs().max())
+            for each in (noisy, unmasked_prefill)
         )
         text = f"{name}: noise in hidden entries moves logits by {moved:.1e}, by {unmasked:.1f} without the mask"
-        bench.fact(text, moved < 1e-4 < 1 < unmasked)
+        verification.check(text, moved < 1e-4 < 1 < unmasked)
 
 
-def scores_are_those_of_decoding(bench: Bench) -> None:
+def scores_are_those_of_decoding(verification: Verification) -> None:
     """One forward under our masks gives what kvpress gives token by token, under its own fake keys."""
     for name in PRESSES:
-        ours = torch.log_softmax(continue_from(bench.model, bench.windows[0], bench.prefilled(name)), -1)
-        own = torch.log_softmax(_decoded(bench, bench.prefilled(name)), -1)
+        ours = torch.log_softmax(
+            continue_from(verification.model, verification.windows[0], verification.prefilled(name)), -1
+        )
+        own = torch.log_softmax(_decoded(verification, verification.prefilled(name)), -1)
         kl = float((own.exp() * (own - ours)).sum(-1).mean())
-        bench.fact(f"{name}: KL between kvpress's own decoding and our forward {kl:.1e}", abs(kl) < 1e-5)
+        verification.check(f"{name}: KL between kvpress's own decoding and our forward {kl:.1e}", abs(kl) < 1e-5)
 
 
-def fake_keys_in_one_forward(bench: Bench) -> None:
-    """Not a fact to hold, since it depends on the queries: kvpress's fake keys when the continuation is one forward."""
-    window = bench.windows[0]
-    for name in HEAD_WISE:
-        ours = torch.log_softmax(continue_from(bench.model, window, bench.prefilled(name)), -1)[1:]
+def fake_keys_in_one_forward(verification: Verification) -> None:
+    """Print how far off fake keys are if the continuation is one forward; not a check, since queries decide it."""
+    window = verification.windows[0]
+    for name in HEAD_WISE_PRESSES:
+        ours = torch.log_softmax(continue_from(verification.model, window, verification.prefilled(name)), -1)[1:]
         try:
-            theirs = _in_one_forward(bench, bench.prefilled(name))
+            theirs = _in_one_forward(verification, verification.prefilled(name))
             kl = float((ours.exp() * (ours - torch.log_softmax(theirs, -1))).sum(-1).mean())
             print(f"       {name}: fake keys for {len(theirs)} tokens at once are off by KL {kl:.1e}")
         except ValueError as error:
             print(f"       {name}: fake keys for {len(ours)} tokens at once are not found ({error})")
 
 
-def the_start_is_scored(bench: Bench) -> None:
+def the_start_is_scored(verification: Verification) -> None:
     """KVzip keeps some of the tokens that a chat template's prefix would have hidden from its scores."""
-    found = bench.prefilled("kvzip")
-    hidden = torch.zeros(bench.model.config.num_hidden_layers, bench.model.config.num_key_value_heads, CONTEXT)
+    found = verification.prefilled("kvzip")
+    hidden = torch.zeros(
+        verification.model.config.num_hidden_layers, verification.model.config.num_key_value_heads, CONTEXT
+    )
     for layer, indices in enumerate(found.masked):
         if indices:
             hidden[layer][indices] = 1
     share = float(hidden[..., 4:32].mean())
-    bench.fact(
+    verification.check(
         f"kvzip hides {share:.0%} of the entries of tokens 4 to 31, of all {float(hidden.mean()):.0%}", share < 0.9
     )
 
 
-def nothing_is_left_behind(bench: Bench) -> None:
-    """After all of it, the model is as it was."""
-    worst = max(max(abs(each.kl), abs(each.nll - full.nll)) for each, full in _with(bench, FULL, 1.0))
-    fresh = reference(bench.model, bench.windows[0])
-    same = bool(torch.equal(fresh.log_probs, bench.references[0].log_probs))
-    modules = [layer.self_attn for layer in bench.model.model.layers]
+def nothing_is_left_behind(verification: Verification) -> None:
+    """After all checks, the model is unchanged."""
+    worst = max(max(abs(each.kl), abs(each.nll - full.nll)) for each, full in _with(verification, FULL, 1.0))
+    fresh = reference(verification.model, verification.windows[0])
+    same = bool(torch.equal(fresh.log_probs, verification.references[0].log_probs))
+    modules = [layer.self_attn for layer in verification.model.model.layers]
     # kvpress's attention itself sets masked_key_indices to None in every prefill
     names = ("masked_key_indices", "rotary_emb")
     left = [name for name in names if any(getattr(module, name, None) is not None for module in modules)]
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
-    bench.fact(f"afterwards the full cache gives the same numbers (|dNLL|, |KL| <= {worst:.1e})", same and worst < 1e-4)
-    bench.fact(f"no attribute ({left}) and no hook ({hooks}) is left on the modules", not left and not hooks)
+    verification.check(
+        f"afterwards the full cache gives the same numbers (|dNLL|, |KL| <= {worst:.1e})", same and worst < 1e-4
+    )
+    verification.check(f"no attribute ({left}) and no hook ({hooks}) is left on the modules", not left and not hooks)
 
 
-FACTS: tuple[Callable[[Bench], None], ...] = (
+CHECKS: tuple[Callable[[Verification], None], ...] = (
     nothing_evicted_costs_nothing,
     less_costs_more,
-    entries_are_as_asked,
+    requested_entries_are_kept,
     hidden_entries_are_hidden,
     scores_are_those_of_decoding,
     fake_keys_in_one_forward,
@@ -166,8 +176,8 @@ FACTS: tuple[Callable[[Bench], None], ...] = (
 )
 
 
-def _with(bench: Bench, name: str, kept: float) -> Iterator[tuple[Measured, Reference]]:
-    yield from zip(bench.measured(name, kept), bench.references, strict=True)
+def _with(verification: Verification, name: str, kept: float) -> Iterator[tuple[PressScores, Reference]]:
+    yield from zip(verification.scores(name, kept), verification.references, strict=True)
 
 
 def _overwrite(prefilled: Prefilled) -> None:
@@ -192,21 +202,21 @@ def _fake_keys(model: Any, prefilled: Prefilled) -> Iterator[None]:
             del module.masked_key_indices
 
 
-def _decoded(bench: Bench, prefilled: Prefilled) -> Tensor:
+def _decoded(verification: Verification, prefilled: Prefilled) -> Tensor:
     """Logits for every continuation token, one forward each, with nothing of ours in between."""
     logits = [prefilled.logits]
-    with _fake_keys(bench.model, prefilled):
-        for position, token in enumerate(bench.windows[0].ids[CONTEXT:-1], CONTEXT):
+    with _fake_keys(verification.model, prefilled):
+        for position, token in enumerate(verification.windows[0].ids[CONTEXT:-1], CONTEXT):
             ids, positions = torch.tensor([[token]]), torch.tensor([[position]])
-            logits.append(bench.model(ids, past_key_values=prefilled.cache, position_ids=positions).logits[0])
+            logits.append(verification.model(ids, past_key_values=prefilled.cache, position_ids=positions).logits[0])
     return torch.cat(logits)
 
 
-def _in_one_forward(bench: Bench, prefilled: Prefilled) -> Tensor:
-    ids = torch.tensor([bench.windows[0].ids[CONTEXT:-1]])
+def _in_one_forward(verification: Verification, prefilled: Prefilled) -> Tensor:
+    ids = torch.tensor([verification.windows[0].ids[CONTEXT:-1]])
     positions = torch.arange(CONTEXT, CONTEXT + ids.shape[1])[None]
-    with _fake_keys(bench.model, prefilled):
-        return bench.model(ids, past_key_values=prefilled.cache, position_ids=positions).logits[0]
+    with _fake_keys(verification.model, prefilled):
+        return verification.model(ids, past_key_values=prefilled.cache, position_ids=positions).logits[0]
 
 
 def _windows(directory: Path) -> list[Window]:
@@ -219,25 +229,25 @@ def _windows(directory: Path) -> list[Window]:
 
 
 def main() -> None:
-    """Go through all facts."""
+    """Run all checks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kvpress.verify", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", type=Path, required=True, help="folder of a model in safetensors")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
-    chosen = parser.parse_args()
-    os.environ |= QUIET
+    args = parser.parse_args()
+    os.environ |= OFFLINE_ENVIRONMENT
     logging.getLogger("kvpress").setLevel(logging.ERROR)
-    torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(args.threads)
     started = time.monotonic()
-    model, windows = load(chosen.model), _windows(chosen.model)
-    bench = Bench(model, windows, [reference(model, window) for window in windows])
+    model, windows = load(args.model), _windows(args.model)
+    verification = Verification(model, windows, [reference(model, window) for window in windows])
     with torch.inference_mode():
-        for fact in FACTS:
-            print(f"\n{fact.__name__.replace('_', ' ')}", flush=True)
-            fact(bench)
-    print(f"\n{len(bench.wrong)} facts do not hold; {time.monotonic() - started:.0f} s")
-    sys.exit(bool(bench.wrong))
+        for check in CHECKS:
+            print(f"\n{check.__name__.replace('_', ' ')}", flush=True)
+            check(verification)
+    print(f"\n{len(verification.failed)} checks failed; {time.monotonic() - started:.0f} s")
+    sys.exit(bool(verification.failed))
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run_cli(main))

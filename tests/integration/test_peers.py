@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.kvpress.cli import Job, jobs_of, parse, run
-from benchmarks.kvpress.loading import UserError, Window, check_fits, check_scorable, read_windows
-from benchmarks.kvpress.presses import FULL, PRESSES, Press, press_of
-from benchmarks.kvpress.results import Compression, Geometry, Journal, Row, plan_of, table, write
-from benchmarks.kvpress.scoring import continue_from, measure, prefill, reference, visible
+from benchmarks.kvpress.cli import Job, make_jobs, parse_args, run
+from benchmarks.kvpress.loading import UserError, Window, check_scorable, read_windows, validate_windows
+from benchmarks.kvpress.presses import FULL, PRESSES, Press, find_press
+from benchmarks.kvpress.results import Compression, Geometry, Journal, Row, summarize_plan, table, write
+from benchmarks.kvpress.scoring import attention_mask, continue_from, prefill, reference, score_press
 
 ROOT = Path(__file__).parents[2]
 GEOMETRY = Geometry(layers=2, kv_heads=3, head_dim=4)
@@ -35,8 +35,8 @@ ROW = Row(
     kept=24,
     shortest=4,
     longest=4,
-    held_bytes=2 * 7 * 6 * 4 * 4,  # keys and values of 7 tokens, 6 heads, 4 numbers of 4 bytes
-    held_dtype="float32",
+    storage_bytes=2 * 7 * 6 * 4 * 4,  # keys and values of 7 tokens, 6 heads, 4 numbers of 4 bytes
+    storage_dtype="float32",
     seconds=1.5,
 )
 
@@ -68,34 +68,34 @@ def test_a_window_may_name_its_document(tmp_path: Path) -> None:
         ({"context": 0}, "a length of 0 tokens"),
         ({"continuation": "4"}, "a length of '4' tokens"),
         ({"context": 9}, "has 12 ids, not 13"),
-        ({"windows": []}, "holds no windows"),
+        ({"windows": []}, "has no windows"),
         ({"windows": [{"name": "a"}]}, "ids"),
-        ({"windows": [{"name": "a", "ids": [0.5] * 12}]}, "no whole number"),
+        ({"windows": [{"name": "a", "ids": [0.5] * 12}]}, "not a whole number"),
         ({"windows": [{"name": "a", "ids": [0] * 12}] * 2}, "the same name"),
     ],
 )
-def test_a_file_that_holds_no_such_windows_is_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+def test_an_invalid_windows_file_is_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         read_windows(file_of(tmp_path, **changed))
 
 
 def test_windows_of_another_model_are_refused() -> None:
-    check_fits([WINDOW], SimpleNamespace(vocab_size=12, max_position_embeddings=12))
+    validate_windows([WINDOW], SimpleNamespace(vocab_size=12, max_position_embeddings=12))
     with pytest.raises(UserError, match="outside 0 to 10"):
-        check_fits([WINDOW], SimpleNamespace(vocab_size=11, max_position_embeddings=12))
+        validate_windows([WINDOW], SimpleNamespace(vocab_size=11, max_position_embeddings=12))
     with pytest.raises(UserError, match="12 tokens, the model 11 positions"):
-        check_fits([WINDOW], SimpleNamespace(vocab_size=12, max_position_embeddings=11))
+        validate_windows([WINDOW], SimpleNamespace(vocab_size=12, max_position_embeddings=11))
 
 
 @pytest.mark.parametrize("config", [{"model_type": "gpt2"}, {"model_type": "mistral", "sliding_window": 4096}])
 def test_models_that_would_be_scored_wrongly_are_refused(config: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="; give "):
+    with pytest.raises(UserError, match=r"; (give|use) "):
         check_scorable(SimpleNamespace(**config))
 
 
 def test_bytes_of_entries_are_keys_and_values_in_16_bits() -> None:
     config = LlamaConfig(num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3, hidden_size=24, head_dim=4)
-    assert Geometry.of(config) == GEOMETRY
+    assert Geometry.from_config(config) == GEOMETRY
     assert GEOMETRY.nbytes(GEOMETRY.heads) == 2 * 3 * 4 * 2 * 2
 
 
@@ -106,7 +106,7 @@ def test_the_continuation_takes_its_bytes_from_the_context() -> None:
 
 
 @given(share=st.floats(0.001, 1), context=st.integers(1, 5000), continuation=st.integers(1, 1000))
-def test_no_more_bytes_are_asked_for_than_the_user_allowed(share: float, context: int, continuation: int) -> None:
+def test_a_compression_never_exceeds_its_share_of_the_bytes(share: float, context: int, continuation: int) -> None:
     try:
         entries = Compression("bytes", share).entries(context, continuation)
     except UserError:
@@ -133,7 +133,7 @@ def test_a_share_that_leaves_nothing_is_refused_with_one_that_does(unit: Any, sh
 
 
 @given(context=st.integers(70, 9000), data=st.data())
-def test_the_ratio_given_to_kvpress_keeps_just_what_was_asked_for(context: int, data: Any) -> None:
+def test_the_ratio_given_to_kvpress_keeps_exactly_the_requested_entries(context: int, data: Any) -> None:
     entries = data.draw(st.integers(1, context))
     assert int(context * (1 - PRESSES["snapkv"].ratio(entries, context))) == entries
     all_heads = 90 * context
@@ -142,21 +142,34 @@ def test_the_ratio_given_to_kvpress_keeps_just_what_was_asked_for(context: int, 
 
 
 def test_an_unknown_press_and_a_context_that_is_too_short_are_refused() -> None:
-    with pytest.raises(UserError, match="known ones are full, streaming"):
-        press_of("h2o", 100)
+    with pytest.raises(UserError, match="choose among full, streaming"):
+        find_press("h2o", 100)
     with pytest.raises(UserError, match="64 tokens is too short for snapkv, which needs 65"):
-        press_of("snapkv", 64)
+        find_press("snapkv", 64)
 
 
 def test_every_press_is_scored_at_every_share_and_the_full_cache_once() -> None:
-    asked = ["--windows", "w", "--model", "m", "--presses", FULL, "keydiff", "--kept", "0.5", "0.5", "--bytes", "0.75"]
-    jobs = jobs_of(parse(asked), WINDOW)
+    arguments = [
+        "--windows",
+        "w",
+        "--model",
+        "m",
+        "--presses",
+        FULL,
+        "keydiff",
+        "--kept",
+        "0.5",
+        "0.5",
+        "--bytes",
+        "0.75",
+    ]
+    jobs = make_jobs(parse_args(arguments), WINDOW)
     assert {job.plan: job.entries for job in jobs} == {"full": 8, "keydiff:kept=0.5": 4, "keydiff:bytes=0.75": 5}
 
 
-def test_the_output_has_the_keys_of_evaluate_and_says_what_is_held(tmp_path: Path) -> None:
+def test_the_output_has_the_keys_of_evaluate_and_the_storage(tmp_path: Path) -> None:
     rows = [ROW, replace(ROW, window="b:0", document=None, nll=2.0, kl=0.75)]
-    plan = plan_of(rows, GEOMETRY, WINDOW, frees_memory=True)
+    plan = summarize_plan(rows, GEOMETRY, WINDOW, frees_memory=True)
     write(tmp_path / "scores.json", [plan], {"kvpress": "0.5.5"})
     content = json.loads((tmp_path / "scores.json").read_text())
     (found,) = content["plans"]
@@ -165,7 +178,7 @@ def test_the_output_has_the_keys_of_evaluate_and_says_what_is_held(tmp_path: Pat
         "full_bytes_per_sequence": GEOMETRY.nbytes(12 * 6),
         "ratio": pytest.approx(8 / 12),
     }
-    assert (found["kept"], found["held_bytes"], found["allocated_bytes"]) == (0.5, 1344, 672)
+    assert (found["kept"], found["storage_bytes"], found["allocated_bytes"]) == (0.5, 1344, 672)
     assert found["allocated_bytes"] == GEOMETRY.nbytes(7 * 6)  # the last token of the continuation is never fed
     assert found["mean"] == {"dnll": 0.25, "kl": 0.5}
     first = {"name": "a:0", "nll_full": 2.0, "nll": 2.5, "dnll": 0.5, "kl": 0.25, "document": "a"}
@@ -175,9 +188,9 @@ def test_the_output_has_the_keys_of_evaluate_and_says_what_is_held(tmp_path: Pat
     assert "snapkv:kept=0.5" in table([plan])
 
 
-def test_a_pyramid_that_is_none_is_told() -> None:
-    flat = plan_of([replace(ROW, press="pyramidkv")], GEOMETRY, WINDOW, frees_memory=True)
-    steep = plan_of([replace(ROW, press="pyramidkv", longest=6)], GEOMETRY, WINDOW, frees_memory=True)
+def test_a_flat_pyramid_has_a_note() -> None:
+    flat = summarize_plan([replace(ROW, press="pyramidkv")], GEOMETRY, WINDOW, frees_memory=True)
+    steep = summarize_plan([replace(ROW, press="pyramidkv", longest=6)], GEOMETRY, WINDOW, frees_memory=True)
     assert "SnapKV" in flat["note"]
     assert steep["note"] is None
 
@@ -193,7 +206,7 @@ def test_finished_windows_survive_a_kill(tmp_path: Path) -> None:
     assert Journal(path).rows == {ROW.key: ROW, other.key: other}
 
 
-def test_what_is_finished_is_not_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_windows_are_not_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.kvpress.cli.digest", lambda directory, window: "run")
     journal = Journal(tmp_path / "scores.jsonl")
     journal.add(ROW)
@@ -206,15 +219,15 @@ def test_what_is_finished_is_not_scored_again(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--presses", "h2o"], "no press is named 'h2o'"),
+        (["--presses", "h2o"], "there is no press 'h2o'"),
         (["--bytes", "0.3"], "leaves -1 entries per KV head"),
-        (["--kept", "2"], "--kept 2 is no share"),
-        (["--limit", "0"], "--limit 0 is not at least 1"),
-        (["--json", "scores.txt", "--presses", "full"], "no name of a .json file"),
-        (["--json", "scores.json", "--presses", "full"], "is no folder with a config.json"),
+        (["--kept", "2"], "--kept 2 is not a share"),
+        (["--limit", "0"], "--limit 0 is below 1"),
+        (["--json", "scores.txt", "--presses", "full"], "not the name of a .json file"),
+        (["--json", "scores.json", "--presses", "full"], "is not a folder with a config.json"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_sentence(tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_errors_are_reported_in_one_sentence(tmp_path: Path, arguments: list[str], said: str) -> None:
     done = score("--windows", str(file_of(tmp_path)), "--model", str(tmp_path), "--presses", "keydiff", *arguments)
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
@@ -227,17 +240,17 @@ def test_help_gives_examples() -> None:
 def test_make_refuses_windows_that_are_not_there_before_it_installs_anything() -> None:
     done = subprocess.run(["make", "peers", "WINDOWS=none.json"], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 2
-    assert "WINDOWS='none.json' is no file" in done.stderr
+    assert "WINDOWS='none.json' is not a file" in done.stderr
     assert done.stdout == ""
 
 
-def test_a_query_sees_what_is_held_and_not_hidden_itself_and_those_before_it() -> None:
+def test_a_query_attends_to_cached_entries_that_are_not_hidden_and_to_earlier_queries() -> None:
     config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2)
-    assert visible(2, 3, None, config)[0, 0].tolist() == [[True] * 4 + [False], [True] * 5]
-    mask = visible(2, 3, (torch.tensor([1]), torch.tensor([0])), config)
+    assert attention_mask(2, 3, None, config)[0, 0].tolist() == [[True] * 4 + [False], [True] * 5]
+    mask = attention_mask(2, 3, (torch.tensor([1]), torch.tensor([0])), config)
     assert mask.shape == (1, 4, 2, 5)
     assert [head[0, 0].item() for head in mask[0]] == [True, True, False, False]
-    assert mask[0, :, :, 1:].equal(visible(2, 3, None, config)[0, :, :, 1:].expand(4, 2, 4))
+    assert mask[0, :, :, 1:].equal(attention_mask(2, 3, None, config)[0, :, :, 1:].expand(4, 2, 4))
 
 
 @pytest.fixture(scope="module")
@@ -278,11 +291,11 @@ def hiding(module: Any, layer: Any) -> None:
 
 def test_the_full_cache_costs_nothing_through_the_same_path(tiny: LlamaForCausalLM) -> None:
     full = reference(tiny, WINDOW)
-    measured = measure(tiny, WINDOW, full, PRESSES[FULL], 8)
-    assert measured.kl == pytest.approx(0, abs=1e-6)
-    assert measured.nll == pytest.approx(full.nll, abs=1e-6)
-    assert (measured.kept, measured.shortest, measured.longest) == (48, 8, 8)
-    assert measured.held_bytes == 2 * GEOMETRY.nbytes(11 * 6)  # in float32
+    scores = score_press(tiny, WINDOW, full, PRESSES[FULL], 8)
+    assert scores.kl == pytest.approx(0, abs=1e-6)
+    assert scores.nll == pytest.approx(full.nll, abs=1e-6)
+    assert (scores.kept, scores.shortest, scores.longest) == (48, 8, 8)
+    assert scores.storage_bytes == 2 * GEOMETRY.nbytes(11 * 6)  # in float32
 
 
 @torch.inference_mode()
@@ -314,5 +327,5 @@ def test_noise_in_hidden_entries_moves_nothing_and_the_hiding_leaves_no_trace(ti
 
 
 def test_a_press_that_keeps_another_number_is_not_scored(tiny: LlamaForCausalLM) -> None:
-    with pytest.raises(RuntimeError, match="24 entries in 6 heads where 6 a head"):
-        measure(tiny, WINDOW, reference(tiny, WINDOW), acting(uneven), 6)
+    with pytest.raises(RuntimeError, match="24 entries in 6 heads instead of 6 per head"):
+        score_press(tiny, WINDOW, reference(tiny, WINDOW), acting(uneven), 6)
