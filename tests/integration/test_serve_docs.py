@@ -1,4 +1,4 @@
-"""The page on serving names options, routes and metrics that there are, and all of them."""
+"""The page on serving names all options, routes and metrics of the server, and no others."""
 
 import re
 
@@ -10,7 +10,7 @@ from server_process import ROOT
 from serve_app.api.routes import create_app
 from serve_app.cli import build_parser
 
-PAGE = (ROOT / "docs/serving.md").read_text()
+PAGE = (ROOT / "docs/guide/serve.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +18,13 @@ def replica(tiny):
     return make_replica(byte_loaded(tiny))
 
 
-def test_every_option_on_the_page_is_one_of_the_script(capsys):
+def test_the_page_names_every_option_and_no_other(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
-    told = set(re.findall(r"--[a-z][a-z-]+", PAGE))
-    assert told <= known
-    assert known - told <= {"--port", "--model", "--plan"}
+    on_page = set(re.findall(r"--[a-z][a-z-]+", PAGE))
+    assert on_page <= known
+    assert known - on_page <= {"--port", "--model", "--plan"}
 
 
 def test_every_route_is_on_the_page(replica):
@@ -34,9 +34,9 @@ def test_every_route_is_on_the_page(replica):
     } == set()
 
 
-def test_every_metric_is_on_the_page_and_none_that_there_is_not(replica):
+def test_the_page_names_every_metric_and_no_other(replica):
     families = {family.name.removeprefix("baklava:") for family in text_string_to_metric_families(replica.metrics.text)}
     section = PAGE[PAGE.index("## Metrics") :]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    told = {name.removesuffix("_total") for row in rows for name in re.findall(r"`([a-z0-9_]+)", row)}
-    assert told == {name for name in families if not name.endswith("_created")}  # the client's own
+    on_page = {name.removesuffix("_total") for row in rows for name in re.findall(r"`([a-z0-9_]+)", row)}
+    assert on_page == {name for name in families if not name.endswith("_created")}  # the client's own
