@@ -49,7 +49,7 @@ def test_the_baseline_has_the_same_scores(
 def timed_search() -> TimedSearch:
     trials = [record(1, [2.0] * 4), record(2, [2.0] * 2, "pruned"), record(3, [2.0] * 4).model_copy(update={"twin": 1})]
     timed = [trial.model_copy(update={"metrics": {"seconds": 2.0 * len(trial.windows)}}) for trial in trials]
-    log_lines = [(1.0, "starting replicas 2/2 replicas, 0:01 spent"), (9.0, "trials: the first one is under way")]
+    log_lines = [(1.0, "starting replicas 2/2 replicas, 0:01 spent"), (9.0, "trials: the first one is running")]
     log_lines += [
         (13.0, "trial 1 of 3: KL 0.1"),
         (14.0, "trial 2 of 3: KL"),
