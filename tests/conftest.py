@@ -1,4 +1,4 @@
-"""Shared by all tests: shapes are checked, the network is off, results are apart from the user's; models as fixtures."""
+"""Shared by all tests: checked shapes, no network, results apart from the user's, and models as fixtures."""
 
 import os
 import tempfile
