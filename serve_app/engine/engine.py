@@ -1,7 +1,7 @@
 """The engine: a thread that runs the model for many requests at a time, within a fixed pool of bytes.
 
-`Engine` is the public API and holds the only lock. Under it, the `Scheduler` decides; without it, the `ModelRunner`
-computes, so that a submission never waits for a forward. See scheduler.py for the life of a request.
+`Engine` is the public API and holds the only lock. Under it, the `Scheduler` decides. Without it, the `ModelRunner`
+computes and callbacks are called, so that a submission waits for neither. See scheduler.py for the life of a request.
 """
 
 import logging
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
 from serve_app.engine.chunk_size import DEFAULT_PREFILL_DECODE_RATIO, ChunkSizePolicy
-from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.model_runner import ModelRunner, PrefillJob
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Request
 from serve_app.engine.types import DrainingError, EngineRequest, EngineState, OutputCallback, RequestHandle
@@ -121,6 +121,7 @@ class Engine:
         with self._changed:
             self._closed = True
             self._scheduler.abort_all()
+        self._deliver_outputs()
 
     def _wait_for_work(self) -> bool:
         with self._changed:
@@ -130,25 +131,50 @@ class Engine:
     def _step(self) -> None:
         """Generate a token of every running sequence, and prefill a chunk of one prompt."""
         with self._changed:
-            step = self._scheduler.schedule()
-        if step.batch:
-            started_at = time.perf_counter()
-            outputs = self._runner.decode(step.batch)
-            with self._changed:
-                self._scheduler.process_decode(step.batch, outputs, time.perf_counter() - started_at)
-                running = tuple(self._scheduler.running)
-            if len(running) < len(step.batch):
-                self._runner.unshare(running)
-        if job := step.prefill:
-            before, started_at = job.num_processed, time.perf_counter()
-            try:
-                started = self._runner.prefill(job, step.chunk_tokens)
-            except Exception as error:
-                with self._changed:
-                    self._scheduler.fail_prefill(job, error)
-            else:
-                seconds = time.perf_counter() - started_at
-                with self._changed:
-                    self._scheduler.process_prefill(job, started, job.num_processed - before, seconds)
+            batch = self._scheduler.schedule_decode()
+        started_at = time.perf_counter()
+        outputs = self._runner.decode(batch) if batch else []
         with self._changed:
-            self._scheduler.measure()
+            if batch:
+                self._scheduler.process_decode(batch, outputs, time.perf_counter() - started_at)
+            running = tuple(self._scheduler.running)
+            job, chunk_tokens = self._scheduler.schedule_prefill()
+        self._deliver_outputs()
+        if len(running) < len(batch):
+            self._runner.unshare(running)
+        if job is not None:
+            self._prefill(job, chunk_tokens)
+            self._deliver_outputs()
+        measurement = self._scheduler.measure()
+        with self._changed:
+            self._scheduler.process_measurement(measurement)
+        self._deliver_outputs()
+
+    def _prefill(self, job: PrefillJob, chunk_tokens: int) -> None:
+        num_processed, started_at = job.num_processed, time.perf_counter()
+        try:
+            started = self._runner.prefill(job, chunk_tokens)
+            seconds = time.perf_counter() - started_at
+            with self._changed:
+                self._scheduler.process_prefill(job, started, job.num_processed - num_processed, seconds)
+        except Exception as error:
+            with self._changed:
+                self._scheduler.fail(job.request, error)
+
+    def _deliver_outputs(self) -> None:
+        """Call the callbacks without the lock. One that raises fails its request, which gets no other output."""
+        while True:
+            with self._changed:
+                outputs = self._scheduler.take_outputs()
+            if not outputs:
+                return
+            failed: set[Request] = set()
+            for request, output in outputs:
+                if request in failed:
+                    continue
+                try:
+                    request.emit(output)
+                except Exception as error:
+                    failed.add(request)
+                    with self._changed:
+                        self._scheduler.fail(request, error)

@@ -11,8 +11,10 @@ The life of a request:
 the queue to prefilling as soon as its memory can be reserved. So nothing is preempted, and nothing runs out of memory.
 A request ends early if its client cancels it, its deadline passes, or its forward fails.
 
-The engine's thread goes through this every step: `schedule`, the forwards of the model runner, `process_decode`,
-`process_prefill`, `measure`. Whoever calls holds the engine's lock; nothing here is safe without it.
+In every step the engine's thread calls `schedule_decode` and `process_decode`, `schedule_prefill` and
+`process_prefill`, `measure` and `process_measurement`, with the forwards of the model runner in between. The outputs
+for the requests accumulate until it takes them with `take_outputs`. All callers hold the engine's lock, except for
+`measure`.
 """
 
 import logging
@@ -42,6 +44,7 @@ from serve_app.engine.sequence import Request, Sequence
 from serve_app.engine.types import (
     DeadlineError,
     DrainingError,
+    EngineOutput,
     EngineRequest,
     EngineState,
     EngineStats,
@@ -57,12 +60,11 @@ logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
-class ScheduledStep:
-    """What the model runner does in one step: a decode batch, and about `chunk_tokens` of a prompt."""
+class Measurement:
+    """Bytes that the caches of the running sequences, and the prompt being prefilled, allocate."""
 
-    batch: Sequences[Sequence]
-    prefill: PrefillJob | None
-    chunk_tokens: int
+    allocated_bytes: dict[Sequence, int]
+    prefill_bytes: int
 
 
 class Scheduler:
@@ -85,8 +87,8 @@ class Scheduler:
         self.stats = EngineStats()
         self._meter, self._peak_bytes = MemoryMeter(), 0
         self._head_requirement: tuple[Request, BudgetPlan, int, MemoryRequirement] | None = None
-        self._logged_error: Exception | None = None
-        self._state = self._snapshot({})
+        self._outputs: list[tuple[Request, EngineOutput]] = []
+        self._state = self._snapshot(Measurement({}, 0))
 
     @property
     def has_work(self) -> bool:
@@ -140,18 +142,20 @@ class Scheduler:
 
     # One step
 
-    def schedule(self) -> ScheduledStep:
-        """End what is over, admit the next request if it fits, and choose what this step runs."""
+    def schedule_decode(self) -> Sequences[Sequence]:
+        """End what was cancelled or stopped or is late, and return the sequences to decode."""
         self._reap()
-        self._admit()
-        chunk = self._chunk_size.chunk_tokens(decoding=bool(self.running))
-        return ScheduledStep(tuple(self.running), self.prefilling, chunk)
+        return tuple(self.running)
 
     def process_decode(
         self, batch: Sequences[Sequence], outputs: Sequences[TokenOutput | Exception], seconds: float
     ) -> None:
-        """Deliver the tokens of a decode batch, and end the requests that failed."""
+        """Record the tokens of a decode batch, and end the requests that failed."""
         self._chunk_size.observe_decode(seconds)
+        # A forward that fails does so with one exception for all requests of its batch.
+        errors = {id(output): output for output in outputs if isinstance(output, Exception)}
+        for error in errors.values():
+            _log_failure(error)
         for sequence, output in zip(batch, outputs, strict=True):
             if sequence.request.has_ended:
                 continue  # another of its sequences has failed
@@ -159,6 +163,11 @@ class Scheduler:
                 self._finish(sequence.request, output)
             else:
                 self._emit(sequence, output)
+
+    def schedule_prefill(self) -> tuple[PrefillJob | None, int]:
+        """Admit the next request if it fits; return the prompt to prefill, and about how many of its tokens."""
+        self._admit()
+        return self.prefilling, self._chunk_size.chunk_tokens(decoding=bool(self.running))
 
     def process_prefill(
         self, job: PrefillJob, started: Sequences[tuple[Sequence, TokenOutput]] | None, tokens: int, seconds: float
@@ -176,44 +185,52 @@ class Scheduler:
             self.stats.prompt_tokens += len(request.params.prompt)
             self.stats.cached_tokens += job.cached_tokens
         finish: FinishReason | None = None if started else "length"
-        try:
-            request.emit(PrefillDone(job.cached_tokens, job.prompt_logprobs, finish, job.admitted_at, job.plan.digest))
-        except Exception as error:
-            self._finish(request, error)
-            return
+        done = PrefillDone(job.cached_tokens, job.prompt_logprobs, finish, job.admitted_at, job.plan.digest)
+        self._outputs.append((request, done))
         if finish:
             self._finish(request)
             return
         self.running += [sequence for sequence, _ in started]
         self._release_unused(request)
         for sequence, token in started:
-            if not request.has_ended:
-                self._emit(sequence, token)
+            self._emit(sequence, token)
 
-    def fail_prefill(self, job: PrefillJob, error: Exception) -> None:
-        """End the request whose prompt could not be prefilled."""
-        self._finish(job.request, error)
+    def fail(self, request: Request, error: Exception) -> None:
+        """Log an error, unless it is a rejection, and end the request with it if it has not ended yet."""
+        if not isinstance(error, RequestRejected):
+            _log_failure(error)
+        if not request.has_ended:
+            self._finish(request, error)
 
-    def measure(self) -> None:
-        """Measure all caches; one that allocates more than it reserved fails its request, and no other."""
-        self.stats.steps += 1
+    def measure(self) -> Measurement:
+        """Measure all caches. On the engine's thread this is safe without the lock, since no other changes them."""
         allocated = {sequence: self._meter.allocated_bytes(sequence.cache) for sequence in self.running}
-        for sequence, nbytes in allocated.items():
+        self._meter.recheck_next([sequence.cache for sequence in self.running])
+        return Measurement(allocated, self.prefilling.nbytes if self.prefilling else 0)
+
+    def process_measurement(self, measurement: Measurement) -> None:
+        """Fail the requests whose caches allocate more than they reserved, and no other."""
+        self.stats.steps += 1
+        for sequence, nbytes in measurement.allocated_bytes.items():
             try:
                 check_reservation(nbytes, sequence.cache.reserved_bytes)
             except ReservationExceededError as error:
                 if not sequence.request.has_ended:  # by another of its sequences
-                    self._finish(sequence.request, error)
+                    self.fail(sequence.request, error)
         if job := self.prefilling:
             reserved = self.budget.reserved_by(job.request)
             if job.prefix in self.prefix_cache.pending:  # the job allocates what will be the entry
                 reserved += self.budget.reserved_by(job.prefix)
             try:
-                check_reservation(job.nbytes, reserved)
+                check_reservation(measurement.prefill_bytes, reserved)
             except ReservationExceededError as error:
-                self._finish(job.request, error)
-        self._meter.recheck_next([sequence.cache for sequence in self.running])
-        self._state = self._snapshot({sequence: allocated[sequence] for sequence in self.running})
+                self.fail(job.request, error)
+        self._state = self._snapshot(measurement)
+
+    def take_outputs(self) -> list[tuple[Request, EngineOutput]]:
+        """Return the outputs since the last call, in order, for their requests' callbacks."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
     def state(self) -> EngineState:
         """Return the last measurement, with the queue and the running requests as they are now."""
@@ -227,7 +244,7 @@ class Scheduler:
 
     def abort_all(self) -> None:
         """End every request, because the engine stops."""
-        error = DrainingError("The server has stopped; ask another one.")
+        error = DrainingError("The server has stopped; send the request to another server.")
         for request in {*self._in_flight(), *self.waiting}:
             self._finish(request, error)
         self.waiting.clear()
@@ -241,22 +258,33 @@ class Scheduler:
         when it was submitted. One prompt is prefilled at a time.
         """
         while self.waiting and self.prefilling is None:
-            request, plan = self.waiting[0], self.plan
-            required = self._requirement(request)
-            if not self.budget.can_reserve(required.total_bytes):
-                if self.running:
-                    return  # until some of them end
-                plan, required = request.plan, memory_required(self._loaded, request.plan, request)
-            self.waiting.popleft()
-            if not self.budget.can_reserve(required.total_bytes):
-                self._finish(request, TooLargeError("The request needs more bytes of KV cache than there are."))
+            request = self.waiting[0]
+            try:
+                job = self._reserve(request)
+            except Exception as error:
+                self.waiting.popleft()
+                self.fail(request, error)
                 continue
-            prefix = required.prefix
-            if required.prefix_bytes:
-                self.budget.reserve(prefix, required.prefix_bytes)
-            self.budget.reserve(request, required.cache_bytes + required.workspace_bytes)
-            entry = None if prefix is None else self.prefix_cache.get(prefix)
-            self.prefilling = PrefillJob(plan, request, prefix, entry)
+            if job is None:
+                return  # until running requests end
+            self.waiting.popleft()
+            self.prefilling = job
+
+    def _reserve(self, request: Request) -> PrefillJob | None:
+        """Reserve what a request needs; None if that must wait for running requests. Raises TooLargeError."""
+        plan, required = self.plan, self._requirement(request)
+        if not self.budget.can_reserve(required.total_bytes):
+            if self.running:
+                return None
+            plan, required = request.plan, memory_required(self._loaded, request.plan, request)
+        if not self.budget.can_reserve(required.total_bytes):
+            raise TooLargeError("The request needs more bytes of KV cache than there are.")
+        prefix = required.prefix
+        if required.prefix_bytes:
+            self.budget.reserve(prefix, required.prefix_bytes)
+        self.budget.reserve(request, required.cache_bytes + required.workspace_bytes)
+        entry = None if prefix is None else self.prefix_cache.get(prefix)
+        return PrefillJob(plan, request, prefix, entry)
 
     def _requirement(self, request: Request) -> MemoryRequirement:
         """Return what the first request in the queue needs; computed once per plan and state of the prefix cache."""
@@ -302,16 +330,11 @@ class Scheduler:
             self._finish(request, None if request.is_cancelled else DeadlineError(was_waiting=True))
 
     def _emit(self, sequence: Sequence, token: TokenOutput) -> None:
-        """Deliver a token. A sequence that finishes with it gives its bytes back at once."""
+        """Record a token. A sequence that finishes with it gives its bytes back at once."""
         self.stats.generation_tokens += 1
+        self._outputs.append((sequence.request, token))
         if token.finish_reason:
             self.running.remove(sequence)
-        try:
-            sequence.request.emit(token)
-        except Exception as error:
-            self._finish(sequence.request, error)
-            return
-        if token.finish_reason:
             self._release_unused(sequence.request)
 
     def _release_unused(self, request: Request) -> None:
@@ -323,7 +346,7 @@ class Scheduler:
             self._finish(request)
 
     def _finish(self, request: Request, error: Exception | None = None) -> None:
-        """Release all that a request has, count it, and deliver the error if it did not end by itself."""
+        """Release all that a request has and count it; the error is its last output if it did not end by itself."""
         request.has_ended = True
         self.running = [sequence for sequence in self.running if sequence.request is not request]
         if self.prefilling is not None and self.prefilling.request is request:
@@ -333,10 +356,7 @@ class Scheduler:
         if not request.is_internal:
             self._count_end(request, error)
         if error is not None:
-            try:
-                request.emit(error)
-            except Exception:
-                logger.exception("the error of a request could not be delivered")
+            self._outputs.append((request, error))
 
     def _count_end(self, request: Request, error: Exception | None) -> None:
         if request.is_cancelled:
@@ -346,9 +366,6 @@ class Scheduler:
             self._chunk_size.on_finished()
         else:
             self.stats.failed += 1
-            if not isinstance(error, RequestRejected) and error is not self._logged_error:
-                logger.error("a request failed", exc_info=error)
-                self._logged_error = error  # a decode step fails all requests of its batch with the same one
 
     def _release_unbuilt_prefixes(self) -> None:
         """Release what is reserved for prefix cache entries whose prefill did not come to its end."""
@@ -374,10 +391,11 @@ class Scheduler:
     def _num_waiting(self) -> int:
         return sum(not request.is_internal for request in self.waiting)
 
-    def _snapshot(self, allocated: dict[Sequence, int]) -> EngineState:
+    def _snapshot(self, measurement: Measurement) -> EngineState:
         geometry = self._loaded.geometry
         prefix_cache_bytes = self.prefix_cache.nbytes
-        total = sum(allocated.values()) + prefix_cache_bytes + (self.prefilling.nbytes if self.prefilling else 0)
+        allocated = {sequence: measurement.allocated_bytes[sequence] for sequence in self.running}
+        total = sum(allocated.values()) + prefix_cache_bytes + (measurement.prefill_bytes if self.prefilling else 0)
         self._peak_bytes = max(self._peak_bytes, total)
         seen_tokens = sum(sequence.cache.get_seq_length() for sequence in allocated)
         return EngineState(
@@ -394,6 +412,14 @@ class Scheduler:
             alive=True,
             plan=self.plan.digest,
         )
+
+
+def _log_failure(error: Exception) -> None:
+    """Log an exception with its traceback, then drop that, since its frames refer to the caches of a failed batch."""
+    logger.error("a request failed", exc_info=error)
+    cause: BaseException | None = error
+    while cause is not None and cause.__traceback__ is not None:
+        cause = cause.with_traceback(None).__cause__ or cause.__context__
 
 
 def _prefix_request(prefix: Prefix, plan: BudgetPlan) -> Request:

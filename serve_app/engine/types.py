@@ -85,7 +85,7 @@ class QueueFullError(RequestRejected):
 class DrainingError(RequestRejected):
     """The server takes no new requests because it is shutting down."""
 
-    def __init__(self, message: str = "The server is shutting down; ask another one.") -> None:
+    def __init__(self, message: str = "The server is shutting down; send the request to another server.") -> None:
         super().__init__(message)
 
 
@@ -105,7 +105,7 @@ EngineOutput = PrefillDone | TokenOutput | Exception
 """A request's outputs in order: PrefillDone, then tokens until every sequence finishes; an exception ends it early."""
 
 OutputCallback = Callable[[EngineOutput], None]
-"""Called on the engine's thread; must return at once."""
+"""Called on the engine's thread, without its lock; must return at once. If it raises, its request fails."""
 
 
 class RequestHandle(Protocol):

@@ -1,7 +1,10 @@
 """The engine with many requests at a time."""
 
+import gc
+import logging
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -113,7 +116,7 @@ def test_a_batch_path_that_keeps_everything_fails(loaded, plan, monkeypatch):
                 if sequence.cache.plan is plan:
                     sequence.cache = prefill(loaded, dense, torch.tensor([PROMPT]))[0]
                     sequence.cache._reserved_bytes = plan.bytes_for(sequence.request.max_tokens)
-            measure()
+            return measure()
 
         monkeypatch.setattr(engine._scheduler, "measure", swap_in_dense)
         assert isinstance(ask(engine, PROMPT).error, ReservationExceededError)
@@ -122,16 +125,16 @@ def test_a_batch_path_that_keeps_everything_fails(loaded, plan, monkeypatch):
 def test_state_counts_full_and_cached_entries_from_the_caches(loaded, plan):
     states = []
     with engine_of(loaded, plan) as engine:
-        measure = engine._scheduler.measure
+        process_measurement = engine._scheduler.process_measurement
 
-        def measured():
-            measure()
+        def measured(measurement):
+            process_measurement(measurement)
             state = engine.state()
             real = sum(len(cache.cached_positions(*place)) for cache in caches(engine) for place in GRID)
             states.append((state.full_entries, state.cached_entries, real, state.allocated_bytes, state.reserved_bytes))
             assert state.allocated_bytes >= sum(cache.nbytes for cache in caches(engine))
 
-        engine._scheduler.measure = measured
+        engine._scheduler.process_measurement = measured
         for answer in [ask(engine, prompt, 30) for prompt in prompts(5)]:
             answer.wait()
         idle(engine)
@@ -413,6 +416,68 @@ def test_a_forward_that_fails_fails_its_batch_is_logged_once_and_the_engine_goes
             assert [type(answer.error) for answer in answers] == [MemoryError, MemoryError]
         assert caplog.text.count("Traceback") == 1  # of the step, not of each request
         assert ask(engine, PROMPT, 30).tokens() == alone(loaded, plan, PROMPT, 30)
+
+
+def test_a_failed_batch_leaves_no_cache(loaded, plan, monkeypatch):
+    # Records of the log would refer to the traceback, whose frames refer to the caches.
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "disabled", True)
+    with engine_of(loaded, plan) as engine:
+        answers = [ask(engine, prompt, 100) for prompt in prompts(2)]
+        until(lambda: engine.state().running == 2)
+        until(lambda: len(engine._scheduler.running) == 2)
+        alive = [weakref.ref(cache) for cache in caches(engine)]
+        with monkeypatch.context() as broken:
+            broken.setattr(loaded.model.lm_head, "forward", boom)
+            assert [type(answer.error) for answer in answers] == [MemoryError, MemoryError]
+        idle(engine)
+        gc.collect()
+        assert [cache() for cache in alive] == [None, None]
+
+
+def test_a_slow_callback_delays_no_other_thread(loaded, plan):
+    entered, release = threading.Event(), threading.Event()
+
+    def wait(_):
+        entered.set()
+        assert release.wait(60)
+
+    with engine_of(loaded, plan) as engine:
+        slow = ask(engine, PROMPT, 3, take=wait)
+        assert entered.wait(60)
+        other = ask(engine, PROMPT, 3)  # the engine's thread is still in the callback
+        assert engine.state().waiting == 1
+        release.set()
+        assert slow.tokens() == other.tokens()
+
+
+def test_a_request_that_arrives_during_a_decode_is_prefilled_in_the_same_step(loaded, plan, monkeypatch):
+    calls, late = [], []
+    with engine_of(loaded, plan) as engine:
+        runner = engine._runner
+        decode, prefill = runner.decode, runner.prefill
+
+        def decode_while_another_arrives(batch):
+            calls.append("decode")
+            if len(calls) == 5:
+                late.append(ask(engine, PROMPT, 3))
+            return decode(batch)
+
+        monkeypatch.setattr(runner, "decode", decode_while_another_arrives)
+        monkeypatch.setattr(runner, "prefill", lambda *args: calls.append("prefill") or prefill(*args))
+        ask(engine, PROMPT, 40).wait()
+        late[0].wait()
+    assert calls[:6] == ["prefill", *["decode"] * 4, "prefill"]
+
+
+@pytest.mark.parametrize("broken", ["reserve", "_release_unused"])
+def test_a_request_that_the_scheduler_cannot_admit_or_start_fails_alone(loaded, plan, monkeypatch, broken):
+    with engine_of(loaded, plan) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._scheduler.budget if broken == "reserve" else engine._scheduler, broken, boom)
+            assert isinstance(ask(engine, PROMPT).error, MemoryError)
+        assert ask(engine, PROMPT, 30).tokens() == alone(loaded, plan, PROMPT, 30)
+        idle(engine)
+        assert (engine.state().counts.failed, engine.state().reserved_bytes) == (1, 0)
 
 
 def test_an_engine_whose_thread_dies_says_so_and_aborts_its_requests(loaded, plan, monkeypatch):
