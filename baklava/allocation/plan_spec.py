@@ -119,7 +119,7 @@ class ResolvedPlan:
 def resolve_plan(
     spec: str, loaded: LoadedModel, context_length: int, load_profile: Callable[[], Profile] | None = None
 ) -> ResolvedPlan:
-    """Return the plan that a user names: a file, `full`, or METHOD(...)[+EVICTION(...)][@BITS]:BUDGET.
+    """Return the plan that a user names: a file, `full`, or `METHOD(...)[+EVICTION(...)][@BITS]:BUDGET`.
 
     Args:
         spec: for example `blended(curve_power=0.5)+heavy_hitter@k4v2:0.3`, which keeps heavy hitters, with keys in 4
