@@ -123,5 +123,5 @@ ui: setup ## open MLflow with all searches, at http://127.0.0.1:5000
 		--artifacts-destination "$$data/mlartifacts" --host 127.0.0.1 --port 5000 --workers 1 $(ARGS)
 
 clean: ## remove the environments, builds and tool caches; downloads and results stay
-	rm -rf $(VENV) $(PEERS)/.venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS)/.venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -128,7 +128,7 @@ def _draw_frame(results: Mapping[str, Any], x: Scale, y: Scale) -> list[str]:
         legend.append(f'<g class="{group}">{text(left, 26, description)}</g>')
         left += LEGEND_CHARACTER_WIDTH * len(description) + LEGEND_GAP
     return [
-        f'<g class="title">{text(16, 26, "What a plan loses, over the bytes that it keeps")}</g>',
+        f'<g class="title">{text(16, 26, "Loss against bytes, by method")}</g>',
         text(16, 46, subtitle),
         *grid,
         *ticks,

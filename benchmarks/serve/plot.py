@@ -24,7 +24,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         axes.plot(tokens, counts, marker="o", markersize=4, color=colour, label=name.removeprefix("baklava, "))
         for length, count in zip(tokens, counts, strict=True):
             axes.annotate(
-                str(count), (length, count), textcoords="offset points", xytext=(0, 7), ha="center", color=colour
+                str(count), (length, count), textcoords="offset points", xytext=(0, -15), ha="center", color=colour
             )
         if "concurrent_sequences" in results:
             running = results["concurrent_sequences"][name]["running"]
@@ -32,7 +32,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     axes.set(xlabel="tokens of a sequence", ylabel="concurrent sequences", xscale="log", yscale="symlog")
     axes.set_xticks(tokens, [f"{length:,}" for length in tokens])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.5 * max(max(row["plan"], row["full"]) for row in rows))
     axes.grid(alpha=0.3)
     pool = f"KV pool of {config['pool_bytes'] / 2**20:,.0f} MiB; × counted while they ran"
     axes.set_title(pool, fontsize="medium")
