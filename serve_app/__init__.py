@@ -1,1 +1,1 @@
-"""A budget plan behind an OpenAI-compatible HTTP endpoint, on Ray Serve."""
+"""Serve a model under a budget plan with an OpenAI-compatible HTTP API, on Ray Serve."""

@@ -2,9 +2,9 @@
 
 import argparse
 import contextlib
+import gc
 import os
 import queue
-import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,8 @@ from typing import Any
 from baklava.console import log, port, positive_float, positive_int, run_cli
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.plan.registry import REGISTRY_SCHEME, load_plan
+from baklava.plan.registry import load_plan
+from baklava.runtime.ray_session import configure_ray_environment
 from serve_app.api import proxy_middleware
 from serve_app.api.network import ApiKeys, check_listen_address, read_api_keys
 from serve_app.engine.chunk_size import DEFAULT_PREFILL_DECODE_RATIO
@@ -126,25 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     options = build_parser().parse_args(argv)
-    _set_ray_environment()
+    configure_ray_environment()
+    os.environ.setdefault(proxy_middleware.IMPORT_PATH_VARIABLE, proxy_middleware.IMPORT_PATH)
     return run_cli("baklava-serve", lambda: _serve(options))
-
-
-def _set_ray_environment() -> None:
-    """Set what Ray reads when it is imported; what the user has set stays."""
-    defaults = {
-        "RAY_AUTH_MODE": "token",  # anyone who reaches a port of Ray's could run code otherwise
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Serve's controller is killed at the end, under calls that Ray would announce to retry.
-        "RAY_enable_output_error_log_if_still_retry": "0",
-        proxy_middleware.IMPORT_PATH_VARIABLE: proxy_middleware.IMPORT_PATH,
-    }
-    if not os.environ.get("RAY_ADDRESS"):
-        # A cluster of this machine's own stays on the loopback address. Ray would ask an address on the internet for
-        # another one.
-        defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -190,31 +175,26 @@ def load_served_plan(source: str, model: str, calibration: Sequence[str]) -> Bud
     """Return the plan that `--plan` names, if it fits the model; None for the full cache.
 
     Raises:
-        UserError: there is no such plan, it is invalid, or it was made for another model.
+        UserError: there is no such plan or model, the plan is invalid, or it was made for another model.
     """
-    if source == "full":
-        return None
-    if _is_method(source):
-        return _allocate(source, model, calibration)
-    plan = load_plan(source)
+    from baklava.allocation.plan_spec import is_plan_spec
     from baklava.eviction import build_eviction
     from baklava.runtime.model_loader import load_config
 
+    if source == "full":
+        load_config(model)  # raises if there is no such model, before Ray starts
+        return None
+    if is_plan_spec(source):
+        return _allocate(source, model, calibration)
+    plan = load_plan(source)
     plan.validate_for(*load_config(model))
     build_eviction(plan.eviction)
     return plan
 
 
-def _is_method(source: str) -> bool:
-    """Whether `--plan` is METHOD:BUDGET, which is made once when the server starts."""
-    if source.startswith(REGISTRY_SCHEME) or Path(source).exists():
-        return False
-    from baklava.allocation import METHODS
-
-    return ":" in source or re.split(r"\W", source)[0] in METHODS
-
-
 def _allocate(spec: str, model: str, calibration: Sequence[str]) -> BudgetPlan:
+    import torch
+
     from baklava.allocation.plan_spec import resolve_plan
     from baklava.data.documents import load_documents
     from baklava.data.windows import make_splits
@@ -235,14 +215,22 @@ def _allocate(spec: str, model: str, calibration: Sequence[str]) -> BudgetPlan:
         )
         return cached_profile(loaded, splits.calibration)
 
-    return resolve_plan(spec, loaded, tokens, load_profile).plan
+    plan = resolve_plan(spec, loaded, tokens, load_profile).plan
+    # The replicas size their pools by the memory that is free.
+    uses_cuda = loaded.device.type == "cuda"
+    del loaded
+    gc.collect()
+    if uses_cuda:
+        torch.cuda.empty_cache()
+    return plan
 
 
 def reload_plan(options: argparse.Namespace, group: Any) -> None:
-    """Read the plan again and log what has come of it; whatever is wrong with it, the server goes on."""
+    """Read the plan again, send it to the replicas and log the result; if it is invalid, the server goes on."""
+    from baklava.allocation.plan_spec import is_plan_spec
     from serve_app.replication.plan_rollout import rollout_plan
 
-    if options.plan == "full" or _is_method(options.plan):
+    if options.plan == "full" or is_plan_spec(options.plan):
         log(f"the plan stays as it is: --plan {options.plan} has nothing to read again")
         return
     try:

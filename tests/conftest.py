@@ -5,8 +5,6 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from tuning import configure_environment
-
 # Set before anything reads them, and inherited by every process that a test starts.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -17,7 +15,6 @@ os.environ |= {
     "RAY_AUTH_MODE": "token",
     "TOKENIZERS_PARALLELISM": "false",
 }
-configure_environment()
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 _data = tempfile.TemporaryDirectory(prefix="baklava-data-")
@@ -39,6 +36,10 @@ def checked(thing: Any) -> Any:
 
 
 install_import_hook("baklava", "conftest.checked")  # before the first import of baklava
+
+from tuning import configure_environment
+
+configure_environment()
 
 import pytest
 import torch

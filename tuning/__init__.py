@@ -3,15 +3,16 @@
 import os
 import sys
 
+from baklava.runtime.ray_session import configure_ray_environment
+
 
 def configure_environment() -> None:
     """Set the defaults of Ray, MLflow and the hub that the command lines rely on; what is set already stays.
 
     Call it before the first import of ray, mlflow or transformers, which read some of these when they are imported.
     """
+    configure_ray_environment()
     defaults = {
-        "RAY_AUTH_MODE": "token",  # Ray listens on every interface, and asks for no token by default
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no boxes, no tables
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files next to our own
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search, instead of choosing a half-searched winner

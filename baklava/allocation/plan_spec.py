@@ -1,10 +1,10 @@
 """Plan specs: METHOD(param=value,...)[+EVICTION(param=value,...)][@BITS]:BUDGET, and the plans that they name."""
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from baklava import allocation, eviction
@@ -31,6 +31,14 @@ class PlanSpec:
     eviction: Eviction
     bits: BitPair
     budget: float | None
+
+
+def is_plan_spec(text: str) -> bool:
+    """Return whether a text is meant as `METHOD:BUDGET`, and not as a path, a registry address or `full`."""
+    outside_params = re.sub(r"\([^()]*\)", "", text)
+    if outside_params.endswith(".json") or "/" in outside_params or os.path.exists(text):
+        return False
+    return ":" in outside_params or re.split(r"\W", text)[0] in allocation.METHODS
 
 
 def parse_spec(text: str) -> PlanSpec:
@@ -134,8 +142,7 @@ def resolve_plan(
     """
     if spec == "full":
         return ResolvedPlan(spec, full_cache_plan(loaded.identity, loaded.geometry, context_length))
-    names_method = re.split(r"\W", spec)[0] in allocation.METHODS
-    if Path(spec).exists() or not (":" in spec or names_method):
+    if not is_plan_spec(spec):
         plan = BudgetPlan.read(spec)
         plan.validate_for(loaded.identity, loaded.geometry)
         return ResolvedPlan(spec, plan)

@@ -95,10 +95,13 @@ def _loglikelihood(
 ) -> Loglikelihood:
     """Score the last `num_scored` of these tokens, of which the first has these logits; the last one is not fed."""
     scores = [_score_tokens(logits, ids[:1])]
-    for start in range(0, len(ids) - 1, LOGITS_CHUNK_TOKENS):
-        targets = ids[start + 1 : start + 1 + LOGITS_CHUNK_TOKENS]
-        fed = ids[start : start + len(targets)]
-        scores.append(_score_tokens(forced_logits(loaded, cache, fed), targets))
+    # Entered once per text, since it dequantizes the cache
+    with cache.teacher_forcing() if len(ids) > 1 else nullcontext():
+        for start in range(0, len(ids) - 1, LOGITS_CHUNK_TOKENS):
+            targets = ids[start + 1 : start + 1 + LOGITS_CHUNK_TOKENS]
+            fed = loaded.as_batch(ids[start : start + len(targets)])
+            output = loaded.model(fed, past_key_values=cache, use_cache=True)
+            scores.append(_score_tokens(output.logits[0], targets))
     log_probs, is_likeliest = (torch.cat(parts)[-num_scored:] for parts in zip(*scores, strict=True))
     return Loglikelihood(float(log_probs.double().sum()), bool(is_likeliest.all()))
 
@@ -129,6 +132,22 @@ def token_logprobs(logits: TokenLogits, ids: Sequence[int], top: int = 0) -> lis
     best = log_probs.topk(min(top, log_probs.shape[-1]))
     rows = zip(ids, own.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
     return [TokenLogprob(id, logprob, tuple(zip(*alternatives, strict=True))) for id, logprob, *alternatives in rows]
+
+
+def prompt_logprobs_workspace_bytes(plan: BudgetPlan, max_tokens: int | None, itemsize: int) -> int:
+    """Return the bytes that `PromptLogprobsTask` allocates in addition to its cache: the dequantized entries.
+
+    Args:
+        plan: The plan of the cache.
+        max_tokens: As in `prefill`.
+        itemsize: Bytes of one number of the model's dtype.
+    """
+    slots = 0
+    for layer in filter(None, plan.layers):
+        for tokens, *bits in zip(layer.tokens, layer.key_bits, layer.value_bits, strict=True):
+            num_converted = sum(number != 8 * itemsize for number in bits)  # of keys and values
+            slots += num_converted * (tokens if max_tokens is None else min(tokens, max_tokens))
+    return slots * plan.geometry.head_dim * itemsize
 
 
 class PromptLogprobsTask(PrefillTask):
@@ -167,13 +186,3 @@ class PromptLogprobsTask(PrefillTask):
             self.token_logprobs += token_logprobs(logits, self._ids[start + 1 : start + 1 + len(part)], self._top)
             self._logits = logits[-1:].clone()
         return (self._cache, self._logits) if self._num_processed == len(self._ids) else None
-
-    @override
-    @property
-    def num_processed(self) -> int:
-        return self._num_processed
-
-    @override
-    @property
-    def nbytes(self) -> int:
-        return self._cache.nbytes

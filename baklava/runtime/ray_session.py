@@ -11,6 +11,22 @@ from baklava.errors import UserError
 CONNECT_TIMEOUT_SECONDS = 5.0
 
 
+def configure_ray_environment() -> None:
+    """Set the defaults of what Ray reads when it is imported; what is set already stays."""
+    defaults = {
+        "RAY_AUTH_MODE": "token",  # Ray's ports listen on every interface, and need no token by default
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # At the end actors are killed, and Ray would log that it retries the calls to them.
+        "RAY_enable_output_error_log_if_still_retry": "0",
+    }
+    if not os.environ.get("RAY_ADDRESS"):
+        # A cluster of this machine's own stays on the loopback address. Ray would look for another one by connecting to
+        # an address on the internet.
+        defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_driver: bool = False) -> Iterator[None]:
     """Connect to the cluster at `$RAY_ADDRESS`, or start one on this machine that ends with the block.
@@ -23,7 +39,8 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
         log_to_driver: Whether Ray copies the output of its workers to this process.
 
     Raises:
-        UserError: no cluster answers at the address, or none can be started here.
+        UserError: no cluster answers at the address, or none can be started here, for example since `$RAY_AUTH_MODE`
+            would leave it open.
     """
     # Imported here, since the library itself does not need Ray.
     import ray
@@ -33,7 +50,9 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    if address:
+    if not address or address == "local":
+        _check_auth_mode()
+    else:
         check_answers(address)
     log(f"ray: connecting to {address}" if address else "ray: starting on this machine")
     local = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": object_store_bytes}
@@ -50,6 +69,15 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
         yield
     finally:
         ray.shutdown()
+
+
+def _check_auth_mode() -> None:
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if mode != "token":
+        raise UserError(
+            f"RAY_AUTH_MODE is {mode!r}, and Ray only starts here with token authentication, because who reaches one "
+            "of its ports can run code; set RAY_AUTH_MODE=token"
+        )
 
 
 def check_answers(address: str) -> None:

@@ -1,4 +1,4 @@
-"""The handlers behind the routes of one replica."""
+"""The handlers of the routes of one replica."""
 
 from contextlib import aclosing
 from dataclasses import dataclass

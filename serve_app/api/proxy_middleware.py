@@ -78,7 +78,7 @@ class _ProxiedResponse:
         await self.send_to_client(message)
 
     async def finish(self, scope: Scope, receive: Receive) -> None:
-        """Send what the server behind the proxy did not send."""
+        """Send what the replica did not send."""
         if self.ended:
             return
         if not self.started:

@@ -112,7 +112,8 @@ def _pool(state: dict[str, Any]) -> str:
 
 
 def _legend(plan: BudgetPlan) -> str:
-    tokens = [tokens for row in plan.tokens for tokens in row]
+    # A budget may exceed the length, since it includes the entries of one eviction interval.
+    tokens = [min(tokens, plan.context_length) for row in plan.tokens for tokens in row]
     if not tokens:
         return "All layers have a sliding window and no budget."
     return (

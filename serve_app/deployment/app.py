@@ -1,10 +1,10 @@
-"""The Ray Serve application: replicas of a model behind one HTTP address."""
+"""The Ray Serve application: replicas of a model at one HTTP address."""
 
 import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, HTTPOptions
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
 
 from baklava.console import log
@@ -19,7 +20,8 @@ from baklava.errors import UserError
 from baklava.runtime.ray_session import ray_session
 from serve_app.api import proxy_middleware
 from serve_app.deployment.replica import APP_NAME, BaklavaReplica, RayReplicaGroup, ReplicaConfig
-from serve_app.replication.coordinator import Coordinator
+from serve_app.openai.errors import error_summary
+from serve_app.replication.coordinator import Coordinator, DesiredState
 from serve_app.replication.replica_sync import ReplicaReport
 
 OBJECT_STORE_BYTES = 128 << 20  # nothing large travels through it
@@ -29,6 +31,7 @@ OBJECT_STORE_BYTES = 128 << 20  # nothing large travels through it
 _MAX_ONGOING_REQUESTS = 4096
 _PROXY_TIMEOUT_MARGIN_SECONDS = 30.0
 _DRAIN_POLL_SECONDS = 0.25
+_LOST_AFTER_POLLS = 3
 
 _PROXY_WARNING = (
     "warning: on a cluster that was started elsewhere, Ray Serve's own pages (/-/routes, /-/healthz) need no key, "
@@ -68,7 +71,7 @@ def serving_session(replicas: int, *, quiet: bool = False) -> Iterator[None]:
 def _check_cluster(replicas: int) -> None:
     cpus = int(ray.cluster_resources().get("CPU", 0))
     if replicas > cpus:
-        raise UserError(f"--replicas {replicas} need a CPU each, and the cluster has {cpus}; ask for fewer")
+        raise UserError(f"--replicas {replicas} need a CPU each, and the cluster has {cpus}; give fewer")
     if serve.status().proxies:
         raise UserError("Ray Serve already runs on this cluster; end it with `serve shutdown`, or use another cluster")
 
@@ -107,27 +110,53 @@ def run_server(config: ReplicaConfig, host: str, port: int, scaling: ScalingConf
             yield server
         finally:
             _drain(group, config.timeout_seconds)
-            serve.delete(APP_NAME)
+            try:
+                serve.delete(APP_NAME)
+            except TimeoutError:
+                log("the replicas do not end; stopping them")
     finally:
         serve.shutdown()
 
 
 def _drain(group: RayReplicaGroup, timeout_seconds: float) -> None:
-    """Reject new requests with 503 and wait for running ones, at most as long as a request may take."""
+    """Reject new requests with 503 and wait for running ones, up to the time limit of a request.
+
+    A replica is lost once it has missed several polls in a row. A poll that fails as a whole says nothing about any.
+    """
     deadline = time.monotonic() + timeout_seconds
-    try:
-        reports = group.broadcast(group.drain())
-        while time.monotonic() < deadline and any(_has_work(report) for report in reports):
-            time.sleep(_DRAIN_POLL_SECONDS)
-            reports = group.broadcast()
-    except Exception as error:  # whatever the cluster raises, the server ends
-        log(f"cannot wait for running requests: {error}")
-
-
-def _has_work(report: ReplicaReport | BaseException) -> bool:
-    if isinstance(report, BaseException):  # it is lost or does not answer, so nobody waits for it
-        return False
-    return report.state["running"] > 0 or report.state["waiting"] > 0
+    is_busy: dict[str, bool] = {}
+    missed_polls: dict[str, int] = {}
+    polls_with_unknown = 0  # in a row, with replicas that never answered
+    desired: DesiredState | None = None
+    answers: Sequence[ReplicaReport | BaseException] | None
+    has_logged = False
+    while True:
+        try:
+            desired = desired or group.drain()
+            answers = group.broadcast(desired)
+        except DeploymentUnavailableError:
+            answers = []  # no replica runs
+        except Exception as error:  # whatever the cluster raises
+            answers = None
+            if not has_logged:
+                log(f"the replicas do not answer, waiting for them: {error_summary(error)}")
+            has_logged = True
+        if answers is not None:
+            reports = {answer.replica: answer for answer in answers if isinstance(answer, ReplicaReport)}
+            for name, report in reports.items():
+                state = report.state
+                is_busy[name] = bool(state["running"] or state["waiting"] or not state["draining"])
+            missed_polls = {name: 0 if name in reports else missed_polls.get(name, 0) + 1 for name in is_busy}
+            num_silent = len(answers) - len(reports)
+            has_unknown = num_silent > sum(missed > 0 for missed in missed_polls.values())
+            polls_with_unknown = polls_with_unknown + 1 if has_unknown else 0
+            waits_for_known = any(is_busy[name] and missed < _LOST_AFTER_POLLS for name, missed in missed_polls.items())
+            if not waits_for_known and not 0 < polls_with_unknown < _LOST_AFTER_POLLS:
+                return
+        if time.monotonic() >= deadline:
+            log("requests still run at their time limit; stopping them")
+            return
+        time.sleep(_DRAIN_POLL_SECONDS)
 
 
 def _run(application: serve.Application) -> Any:

@@ -10,13 +10,13 @@ MIN_PREFILL_CHUNK_TOKENS = 16
 """A smaller chunk takes as long: the model's weights are read for one token as for many."""
 
 LARGE_CHUNK_TOKENS = 256
-"""In a chunk of at least so many tokens, reading the weights is a small part of the time."""
+"""From this size on, reading the weights is a small part of a chunk's time."""
 
 IDLE_PREFILL_CHUNK_TOKENS = 512
 """Chunk while nothing decodes; a request that arrives waits for one such chunk at most."""
 
 MAX_RETRY_AFTER_SECONDS = 120
-"""Clients do not come back if they are told to wait longer."""
+"""Clients that are asked to wait longer do not return."""
 
 
 class MovingAverage:
@@ -49,7 +49,7 @@ class ChunkSizePolicy:
         self._decode_seconds.add(seconds)
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
-        """Record the duration of a chunk; a step that accumulated tokens without a forward tells nothing."""
+        """Record the duration of a chunk; a step without a forward is not measured."""
         if not tokens:
             return
         if tokens >= LARGE_CHUNK_TOKENS or not self._seconds_per_token.value:
@@ -58,7 +58,7 @@ class ChunkSizePolicy:
             self._weights_seconds.add(max(0.0, seconds - tokens * self._seconds_per_token.value))
 
     def chunk_tokens(self, decoding: bool) -> int:
-        """Return the prompt tokens to prefill in the next step, which decodes a batch as well or not."""
+        """Return the prompt tokens to prefill in the next step, which may also decode a batch."""
         if not decoding:
             return max(IDLE_PREFILL_CHUNK_TOKENS, self._max_chunk_tokens)
         if not self._seconds_per_token.value:

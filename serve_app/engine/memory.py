@@ -10,6 +10,7 @@ from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.host_memory import available_host_bytes
+from baklava.runtime.logprobs import prompt_logprobs_workspace_bytes
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill_workspace_bytes
 from serve_app.engine.prefix_cache import Prefix
@@ -73,9 +74,11 @@ def memory_required(
     params = request.params
     only_fills_prefix_cache = not params.sampling_params.max_tokens and prefix == params.prompt
     cache_bytes = 0 if only_fills_prefix_cache else params.n * plan.bytes_for(request.max_tokens)
+    if params.prompt_logprobs is not None:
+        workspace = prompt_logprobs_workspace_bytes(plan, request.max_tokens, loaded.model.dtype.itemsize)
+        return MemoryRequirement(cache_bytes, workspace)
     if prefix is None:
-        prefilled = 0 if params.prompt_logprobs is not None else len(params.prompt)
-        return MemoryRequirement(cache_bytes, prefill_workspace(loaded, plan, prefilled))
+        return MemoryRequirement(cache_bytes, prefill_workspace(loaded, plan, len(params.prompt)))
     if is_cached:
         return MemoryRequirement(cache_bytes, 0, prefix=prefix)
     workspace = prefill_workspace(loaded, plan, len(prefix))
@@ -153,7 +156,7 @@ class PoolSize:
         )
 
     def shared_by(self, replicas: int, gpus: int = 0) -> "PoolSize":
-        """Return the size for so many replicas on so many GPUs, or on one machine without a GPU."""
+        """Return the size for `replicas` on `gpus` GPUs, or on one machine if it has none."""
         return replace(self, replicas_per_device=math.ceil(replicas / (gpus or 1)))
 
     def resolve(self, free_bytes: int) -> int:

@@ -37,7 +37,7 @@ class TextDelta:
 
 
 class DecodeStream:
-    """Decode token by token, and hold back characters whose bytes are incomplete."""
+    """Decode token by token, and wait for the rest of incomplete characters."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -54,7 +54,7 @@ class DecodeStream:
         return "" if text.endswith("\ufffd") and pending_tokens < _MAX_TOKENS_PER_CHARACTER else self._advance(text)
 
     def flush(self) -> str:
-        """Return the text held back, with replacement characters for incomplete ones."""
+        """Return the rest of the text, with replacement characters for incomplete ones."""
         return self._advance(self._decode(self._start, len(self._ids)))
 
     def _advance(self, text: str) -> str:
@@ -68,7 +68,7 @@ class DecodeStream:
 
 
 class StopStringFilter:
-    """Truncate text before the first stop string, and hold back each end that may be the start of one."""
+    """Truncate text before the first stop string, and buffer each end that may be the start of one."""
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         self._stop_strings = tuple(stop_strings)
@@ -93,7 +93,7 @@ class StopStringFilter:
         return text[: len(text) - overlap]
 
     def flush(self) -> str:
-        """Return the text held back, which did not become a stop string."""
+        """Return the buffered text, which did not become a stop string."""
         text, self._buffer = self._buffer, ""
         return text
 

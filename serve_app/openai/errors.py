@@ -23,7 +23,7 @@ _ERROR_TYPES = {
 }
 
 DRAINING_RETRY_SECONDS = 5
-"""`Retry-After` of a draining server. By then a load balancer sends the client to another one."""
+"""`Retry-After` of a draining server. By then a load balancer sends the client to another server."""
 
 
 class ApiError(Exception):
@@ -73,6 +73,11 @@ def context_length_exceeded(limit: int, prompt: int, completion: int) -> ApiErro
         "completion.",
         code="context_length_exceeded",
     )
+
+
+def error_summary(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def to_api_error(error: Exception) -> ApiError:

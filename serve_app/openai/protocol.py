@@ -15,7 +15,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 """Maximum tokens of a completion that names no maximum, as with OpenAI."""
 
 MAX_STOP_STRING_CHARACTERS = 256
-"""Text of this length may be held back while it can still become a stop string."""
+"""Text of up to this length is buffered while it can still become a stop string."""
 
 MAX_PROMPTS = 32
 """Maximum prompts of one completion request."""

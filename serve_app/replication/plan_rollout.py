@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from baklava.plan.budget_plan import BudgetPlan
-from serve_app.openai.errors import ApiError
+from serve_app.openai.errors import ApiError, error_summary
 from serve_app.replication.replica_sync import ReplicaGroup, ReplicaReport
 
 
@@ -33,12 +33,12 @@ class PlanRequest(BaseModel):
 
 
 def rollout_plan(group: ReplicaGroup, plan: BudgetPlan) -> str:
-    """Send a plan to all replicas. Return a sentence on what has come of it."""
+    """Send a plan to all replicas. Return a sentence about the result."""
     try:
         desired = group.publish_plan(plan.model_dump_json())
         answers = group.broadcast(desired)
     except Exception as error:  # whatever the cluster raises
-        return f"plan {plan.digest} cannot be sent to the replicas ({str(error).splitlines()[0]}); try again"
+        return f"plan {plan.digest} cannot be sent to the replicas ({error_summary(error)}); try again"
     reports = [answer for answer in answers if isinstance(answer, ReplicaReport)]
     failures = [report.failure for report in reports if report.rejected_version >= desired.version]
     applied = sum(report.applied.version >= desired.version for report in reports)

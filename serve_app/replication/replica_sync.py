@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,9 @@ from serve_app.openai.errors import ApiError
 from serve_app.replication.coordinator import INITIAL_STATE, DesiredState
 
 logger = logging.getLogger("ray.serve")
+
+MAX_REPORT_AGE_SECONDS = 10.0
+"""For this long a replica that does not answer is shown by its last report."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class ReplicaSync:
         self._engine, self._group, self.replica, self._metrics = engine, group, replica, metrics
         self._applied = applied
         self._failure, self._rejected_version = "", 0
+        self._last_reports: dict[str, tuple[float, ReplicaReport]] = {}  # with the time at which each came
         self._lock = threading.Lock()
 
     def report(self) -> ReplicaReport:
@@ -85,7 +90,7 @@ class ReplicaSync:
                     self._engine.swap_plan(BudgetPlan.model_validate_json(desired.plan))
                 except (UserError, ValidationError) as error:
                     self._failure, self._rejected_version = str(error), desired.version
-                    logger.error("keeps plan %s: %s", self._engine.plan.digest, error)
+                    logger.error("a new plan is rejected, %s stays active: %s", self._engine.plan.digest, error)
                 else:
                     self._applied = dataclasses.replace(desired, draining=self._applied.draining)
                     self._failure = ""
@@ -116,7 +121,10 @@ class ReplicaSync:
         return self.all_reports(desired)
 
     def all_reports(self, desired: DesiredState | None = None) -> list[ReplicaReport]:
-        """Return the reports of all replicas that answer, after they applied the state if one is given."""
+        """Return the reports of all replicas, after they applied the state if one is given.
+
+        Without one, a replica that does not answer is represented by its last report if that is recent.
+        """
         try:
             answers = self._group.broadcast(desired)
         except Exception:  # whatever the cluster raises
@@ -125,5 +133,16 @@ class ReplicaSync:
         for answer in answers:
             if isinstance(answer, BaseException):
                 logger.warning("a replica does not answer: %s", answer)
-        reports = [answer for answer in answers if isinstance(answer, ReplicaReport) and answer.replica != self.replica]
-        return sorted([self.report(), *reports], key=lambda report: report.replica)
+        now = time.monotonic()
+        reports = {answer.replica: answer for answer in answers if isinstance(answer, ReplicaReport)}
+        reports[self.replica] = self.report()
+        with self._lock:
+            recent = {
+                name: (time_received, report)
+                for name, (time_received, report) in self._last_reports.items()
+                if now - time_received < MAX_REPORT_AGE_SECONDS
+            }
+            self._last_reports = recent | {name: (now, report) for name, report in reports.items()}
+            if desired is None:
+                reports = {name: report for name, (_, report) in self._last_reports.items()}
+        return sorted(reports.values(), key=lambda report: report.replica)

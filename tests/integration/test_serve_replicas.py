@@ -74,6 +74,16 @@ def test_a_replica_that_starts_later_or_again_runs_the_active_plan(pair, tight):
     assert group.coordinator.sync(DesiredState()) == desired
 
 
+def test_a_replica_that_does_not_answer_is_shown_by_its_last_report_for_a_while(pair, monkeypatch):
+    (one, _), group = pair
+    names = lambda: [report.replica for report in one.replica_sync.all_reports()]  # noqa: E731
+    assert names() == ["one", "two"]
+    group.silent = {"two"}
+    assert names() == ["one", "two"]
+    monkeypatch.setattr("serve_app.replication.replica_sync.MAX_REPORT_AGE_SECONDS", 0.0)
+    assert names() == ["one"]
+
+
 def test_a_plan_that_a_replica_rejects_is_reported_and_not_tried_again(pair, tight, monkeypatch):
     (one, two), _ = pair
     tried = []

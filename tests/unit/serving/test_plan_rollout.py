@@ -10,6 +10,7 @@ from baklava.plan.budget_plan import full_cache_plan
 from baklava.plan.registry import load_plan
 from baklava.runtime.ray_session import check_answers
 from serve_app.api.network import check_listen_address, read_api_keys
+from serve_app.openai.errors import error_summary
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,11 @@ def test_no_empty_database_is_made(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="run a search first"):
         load_plan("models:/rivers@champion")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_is_summarized_by_its_first_line_or_its_type():
+    assert error_summary(ValueError("a\nb")) == "a"
+    assert error_summary(ValueError()) == error_summary(ValueError("\n")) == "ValueError"
 
 
 def test_a_file_is_read(plan, tmp_path):

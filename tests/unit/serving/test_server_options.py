@@ -5,6 +5,8 @@ import json
 import pytest
 from inprocess_replica import byte_loaded
 from plan_factory import make_plan
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
 from server_process import small_model
 
@@ -15,10 +17,12 @@ from baklava.runtime import host_memory as memory
 from serve_app import cli
 from serve_app.api.network import ApiKeys, key_digest, read_api_keys
 from serve_app.cli import load_served_plan
-from serve_app.deployment.app import ScalingConfig, _application, serving_session
+from serve_app.deployment.app import ScalingConfig, _application, _drain, serving_session
 from serve_app.deployment.replica import ReplicaConfig
 from serve_app.engine.memory import PoolSize, capacity_table, free_memory_bytes
 from serve_app.openai.tokenization import PinnedPrefix, PromptEncoder
+from serve_app.replication.coordinator import DesiredState
+from serve_app.replication.replica_sync import ReplicaReport
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,56 @@ def test_on_another_cluster_a_warning_names_the_pages_that_need_no_key(monkeypat
             warning = capsys.readouterr().err
         assert all(word in warning for word in words)
         assert ("warning" in warning) == bool(words)
+
+
+def test_a_local_cluster_without_tokens_is_not_started(monkeypatch):
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for mode in ("", "disabled"):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        with pytest.raises(UserError, match=f"RAY_AUTH_MODE is '{mode}'.*set RAY_AUTH_MODE=token"), serving_session(1):
+            pass
+
+
+class PolledGroup:
+    """Answers each broadcast with the next of its polls; an exception in place of a poll is raised."""
+
+    def __init__(self, *polls):
+        self.polls = list(polls)
+
+    def drain(self):
+        return DesiredState(draining=True)
+
+    def broadcast(self, desired):
+        assert desired.draining
+        poll = self.polls.pop(0)
+        if isinstance(poll, Exception):
+            raise poll
+        return poll
+
+
+def state_of(name, running=0, draining=True):
+    return ReplicaReport(name, DesiredState(), {"running": running, "waiting": 0, "draining": draining}, "")
+
+
+@pytest.mark.parametrize(
+    "polls",
+    [
+        [[state_of("a")]],
+        [[state_of("a", draining=False)], [state_of("a", running=1)], [state_of("a")]],
+        [[state_of("a", 1)], [TimeoutError()], [TimeoutError()], [state_of("a", 1)], [state_of("a")]],
+        [[state_of("a", 1), state_of("b")], *[[TimeoutError(), state_of("b")]] * 3],
+        [*[[TimeoutError(), state_of("b")]] * 2, [state_of("a", 1), state_of("b")], [state_of("a"), state_of("b")]],
+        [*[[TimeoutError(), state_of("b")]] * 3],
+        [*[RuntimeError("")] * 9, [state_of("a", 1)], [state_of("a")]],
+        [[state_of("a", 1)], *[DeploymentUnavailableError(DeploymentID("a"))] * 3],
+    ],
+)
+def test_a_server_drains_until_all_replicas_are_idle_or_miss_three_polls(polls, monkeypatch):
+    monkeypatch.setattr("serve_app.deployment.app._DRAIN_POLL_SECONDS", 0)
+    group = PolledGroup(*polls)
+    _drain(group, 60)
+    assert not group.polls
 
 
 def test_a_text_is_a_system_prompt_and_its_tokens_begin_every_chat(tmp_path, prompts):
@@ -173,6 +227,11 @@ def test_a_method_with_a_profile_measures_it_on_the_calibration_texts_and_says_s
 
 def test_the_full_cache_has_no_plan_and_an_unknown_name_is_an_error(model):
     assert load_served_plan("full", model, []) is None
+    with pytest.raises(UserError, match="no-such-model"):
+        load_served_plan("full", "./no-such-model", [])
+    for path in ("greedy/plan.json", "a:b/plan.json", "greedy.json"):
+        with pytest.raises(UserError, match="cannot read plan"):
+            load_served_plan(path, model, [])
     with pytest.raises(UserError, match="cannot read plan"):
         load_served_plan("none.json", model, [])
     with pytest.raises(UserError, match="without a budget"):

@@ -78,6 +78,12 @@ def test_the_page_shows_what_is_reserved_allocated_and_cached(replica):
     assert f"<dt>more sequences of 256 tokens fit</dt><dd>{free // sequence:,}</dd>" in page
 
 
+def test_a_budget_is_shown_up_to_the_length(replica, tiny):
+    loaded = byte_loaded(tiny)
+    plan = make_plan(loaded, [[260, 8]] * loaded.geometry.layers, StreamingLLM(), context_length=256)
+    assert "8 to 256 entries per head" in render_page(replica.model_card, plan, [])
+
+
 def test_names_are_escaped(replica):
     report = dataclasses.replace(replica.replica_sync.report(), replica="<script>x</script>", failure="<b>")
     page = render_page(replica.model_card | {"id": '"><script>'}, replica.engine.plan, [report])
