@@ -100,7 +100,7 @@ OWN_PACKAGES = ("baklava", "tuning", "serve_app", "benchmarks")
 def run_cli(name: str, run: Callable[[], object]) -> int:
     """Run a command and return its exit code: 2 with one sentence for a UserError, 130 at Ctrl-C, otherwise 0.
 
-    A missing package counts as a UserError if an extra of this package brings it.
+    A missing package counts as a UserError for the commands in `EXTRAS`.
     Telemetry of the Hugging Face hub is off unless the user has switched it on.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's library is first imported

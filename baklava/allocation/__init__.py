@@ -1,4 +1,4 @@
-"""Allocation: where the bytes go. One method per file; `METHODS` maps names to classes; `allocate` makes the plan."""
+"""Allocation: where the bytes go. `METHODS` maps names to classes of `methods/`; `allocate` makes the plan."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -86,6 +86,9 @@ def method_class(name: str) -> type[Allocation]:
 def build_allocation(method: str, params: Mapping[str, Any]) -> Allocation:
     """Return the allocation method that a plan names, from the plain data of its AllocationConfig.
 
+    Nothing in this package calls it, since a plan has its budgets already. It is for those who want the same method at
+    another budget, or for another model.
+
     Raises:
         UserError: the method is unknown, or the parameters are not the method's.
     """
@@ -98,7 +101,10 @@ def build_allocation(method: str, params: Mapping[str, Any]) -> Allocation:
 
 def _param_from_data(value: Any) -> Any:
     if isinstance(value, dict):
-        return build_allocation(value["method"], value["params"])
+        method, params = value.get("method"), value.get("params")
+        if not (isinstance(method, str) and isinstance(params, dict)):
+            raise UserError(f"{value} is not a method in a plan, which has a method and params; make a new plan")
+        return build_allocation(method, params)
     return tuple(_param_from_data(item) for item in value) if isinstance(value, list) else value
 
 

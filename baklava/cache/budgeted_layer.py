@@ -199,8 +199,9 @@ class BudgetedLayer(BudgetedLayerBase):
     @property
     def can_batch(self) -> bool:
         """Whether the next token can be decoded in a batch with those of other sequences."""
-        apart = self.pending_attend or self.teacher_forced or self.pad_lengths is not None
-        return bool(self.groups) and not apart and all(map(can_batch, self.groups))
+        if not self.groups or self.pending_attend or self.teacher_forced or self.pad_lengths is not None:
+            return False
+        return all(map(can_batch, self.groups))
 
     @property
     def nbytes(self) -> int:

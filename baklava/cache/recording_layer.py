@@ -54,13 +54,18 @@ class RecordingLayer(BudgetedLayerBase):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values, and return them with this layer attached."""
+        """Store the new keys and values, and return views of them, with this layer attached to the keys.
+
+        Views, so that the projections are freed before attention.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = slice(self.cumulative_length, self.cumulative_length + key_states.shape[2])
-        self.keys[:, :, new], self.values[:, :, new] = key_states, value_states
+        keys, values = self.keys[:, :, new], self.values[:, :, new]
+        keys.copy_(key_states)
+        values.copy_(value_states)
         self.cumulative_length = new.stop
-        return attention.attach_layer(key_states, self), value_states
+        return attention.attach_layer(keys, self), values
 
     def attend(
         self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
@@ -68,9 +73,10 @@ class RecordingLayer(BudgetedLayerBase):
         """Attend to the prompt so far and update its scores."""
         queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
         start = self.cumulative_length - query.shape[2]
-        if {eviction.query_sample for eviction in self.evictions} == {QuerySample()} and query.shape[
-            2
-        ] < self.prompt_tokens:
+        observes_all_queries = {eviction.query_sample for eviction in self.evictions} == {QuerySample()}
+        # Fused attention to a whole prompt needs no mask, and gives the output of a prefill to the last bit.
+        is_whole_prompt = query.shape[2] == self.prompt_tokens
+        if observes_all_queries and not is_whole_prompt:
             return merge_gqa_groups(self._attend_and_score(queries, start, params))
         inputs = self._inputs(queries, params, self.cumulative_length)
         output = inputs.attend(masked=start > 0)
@@ -78,7 +84,7 @@ class RecordingLayer(BudgetedLayerBase):
         return merge_gqa_groups(output)
 
     def _attend_and_score(self, queries: GroupedQueries, start: int, params: AttentionParams) -> GroupedQueries:
-        """Compute probabilities once for output and scores, since every query is observed and fusing needs a mask."""
+        """Compute the probabilities of a step once, for its output and for the scores, which observe every query."""
         outputs, accumulators = [], self._accumulators(QuerySample())
         for first in range(0, queries.shape[3], QUERY_BLOCK_SIZE):
             block = queries[:, :, :, first : first + QUERY_BLOCK_SIZE]
@@ -174,8 +180,9 @@ class RecordingCache(Cache):
 
     def to_recording(self) -> Recording:
         """Return the keys, values and scores of the prompt, after all of it has been processed."""
-        keys, values, scores = zip(*((layer.keys, layer.values, layer.scores) for layer in self.recording_layers))
-        return Recording(keys, values, scores)
+        layers = self.recording_layers
+        keys, values = (tuple(getattr(layer, name) for layer in layers) for name in ("keys", "values"))
+        return Recording(keys, values, tuple(layer.scores for layer in layers))
 
     @property
     def nbytes(self) -> int:
@@ -187,6 +194,6 @@ def check_recordable(geometry: CacheGeometry) -> None:
     """Raise UserError if the model has sliding layers, which are not recorded."""
     if sliding := geometry.layers - len(geometry.full_attention_layers):
         raise UserError(
-            f"{sliding} of the model's {geometry.layers} layers have a sliding window, but a prompt is recorded only if "
-            "none has; choose another model, or generate with a method other than reconstruction"
+            f"{sliding} of the model's {geometry.layers} layers have a sliding window, but a prompt is recorded only "
+            "if none has; choose another model, or generate with a method other than kvzip"
         )

@@ -48,8 +48,8 @@ def stream_file_rows(what: str, remedy: str, *, files: str, where: Mapping[str, 
     arguments: dict[str, Any] = {
         "path": builder,
         "data_files": files,
-        "split": "train",
-    }  # what `datasets` names the only split of files
+        "split": "train",  # the name that `datasets` gives to the only split of files
+    }
     if where and builder == "parquet":
         arguments["filters"] = [(column, "==", value) for column, value in where.items()]
     for row in stream_rows(what, remedy, **arguments):

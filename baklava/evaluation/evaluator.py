@@ -28,7 +28,7 @@ class WindowResult(FrozenModel):
     """The scores of all plans on one window, in the order of the plans.
 
     `context_gain` is what the context is worth, in nats per token: the full cache's NLL with only the last
-    `short_context` tokens of context, minus its NLL with all of them. Text without a gain cannot tell plans apart.
+    `short_context` tokens of context, minus its NLL with all of them. On text without a gain, all plans score alike.
     """
 
     kind: Literal["window"] = "window"

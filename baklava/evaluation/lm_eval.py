@@ -147,7 +147,7 @@ class PlanCoverage:
             self.predicted_before_eviction += 1
 
     def _lost_entries(self, context: int, decoded: int) -> bool:
-        """Return whether entries were gone when the last token was predicted."""
+        """Return whether entries had been evicted when the last token was predicted."""
         eviction, chunk = self.plan.eviction, self.plan.prefill.chunk_size
         interval = eviction.eviction_interval if eviction.scored else 1
         start = max(0, context - 1) // chunk * chunk if chunk else 0

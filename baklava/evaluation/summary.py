@@ -10,7 +10,7 @@ MIN_CONTEXT_GAIN = 0.05
 """Nats per token that context must be worth before losing it can show."""
 
 RETRIEVAL_TASKS = ("kv_retrieval", "multi_needle", "needle", "passkey")
-"""Tasks that a sentence names first, because they tell plans apart best."""
+"""Tasks that a sentence names first, because plans differ most in them."""
 
 
 def summarize(evaluations: Sequence[Evaluation], texts: Sequence[str] = ()) -> list[str]:
@@ -62,7 +62,7 @@ def _describe_text(evaluation: Evaluation) -> str:
         f"instead of {evaluation.short_context} tokens a window gains {gain.mean:.3f} nats per token"
     )
     if gain.mean < MIN_CONTEXT_GAIN:
-        return f"{sentence}: context is worth next to nothing here, so this text cannot tell plans apart."
+        return f"{sentence}: context hardly helps on this text, so it cannot show which plan is better."
     return f"{sentence}."
 
 

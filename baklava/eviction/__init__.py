@@ -43,13 +43,18 @@ def method_class(name: str) -> type[Eviction]:
     return METHODS[name]
 
 
-@lru_cache(maxsize=256)
 def build_eviction(config: EvictionConfig) -> Eviction:
     """Return the method that a plan names, built once per config.
 
     Raises:
         UserError: the method is unknown, or the parameters are not the method's.
     """
+    return _build_eviction(config, frozenset((name, type(value)) for name, value in config.params.items()))
+
+
+@lru_cache(maxsize=256)
+def _build_eviction(config: EvictionConfig, param_types: frozenset[tuple[str, type]]) -> Eviction:
+    """Build a method; the types are a part of the cache's key, since parameters of 32 and 32.0 are equal."""
     method = method_class(config.method)
     try:
         params: dict[str, Any] = config.model_dump(include=set(SHARED_PARAMS)) | config.params

@@ -86,7 +86,8 @@ class EvictionConfig(FrozenModel):
     params: dict[str, ParamValue] = Field(default_factory=dict)
 
     def __hash__(self) -> int:
-        return hash((self.method, self.sinks, self.recent_ratio, self.eviction_interval, *self.params.values()))
+        params = frozenset(self.params.items())  # equal params may differ in their order
+        return hash((self.method, self.sinks, self.recent_ratio, self.eviction_interval, params))
 
     @property
     def min_tokens(self) -> int:
@@ -114,7 +115,7 @@ class AllocationConfig(FrozenModel):
 
 
 class PrefillConfig(FrozenModel):
-    """How prompts enter the cache.
+    """How prompts are processed.
 
     "dense": each layer attends to the whole prompt and is then compressed to its budget. Memory peaks at the plan plus
     one layer.
@@ -251,7 +252,7 @@ class BudgetPlan(FrozenModel):
         if (self.model.config_hash, self.geometry) != (identity.config_hash, geometry):
             raise UserError(
                 f"the plan was made for {self.model.id} (config {self.model.config_hash}), not for {identity.id} "
-                f"(config {identity.config_hash}); make a plan with jobs/search.py --model {identity.id}"
+                f"(config {identity.config_hash}); make a plan with baklava-search --model {identity.id}"
             )
 
     def write(self, path: str | os.PathLike[str]) -> None:

@@ -2,12 +2,14 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field
+from typing_extensions import override
 
 from baklava.errors import UserError
 from baklava.plan.budget_plan import Bits, EvictionConfig
@@ -92,6 +94,12 @@ class Profile(FrozenModel):
     def digest(self) -> str:
         """Hash of the whole profile, computed once, since a search uses it in every plan."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    @override
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("digest", None)  # the cached one is of this profile
+        return copied
 
     def write(self, path: Path) -> None:
         """Write the profile as JSON, atomically."""

@@ -53,7 +53,7 @@ class LoadedModel:
 
     @cached_property
     def weights_digest(self) -> str:
-        """Hash of a sample of every weight, which tells checkpoints of the same name apart.
+        """Hash of a sample of every weight, by which checkpoints of the same name differ.
 
         It depends on the dtype of the weights, but not on their devices. They are read with one transfer.
         """
@@ -123,8 +123,10 @@ def load(
 
     Raises:
         UserError: nothing loadable has this name, the model does not fit into memory, its cache cannot be budgeted, or
-            the device is not available.
+            the device is not available, or is given together with `device_map_auto`.
     """
+    if device and device_map_auto:
+        raise UserError(f"device_map_auto chooses the devices itself; leave it out, or leave out device {device!r}")
     if threads:
         torch.set_num_threads(threads)
     target = _available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -103,6 +103,9 @@ def prefill(
 class PrefillTask(ABC):
     """A prompt that is processed step by step."""
 
+    _cache: BudgetedCache
+    _num_processed = 0
+
     @abstractmethod
     def step(self, tokens: int) -> PrefillResult | None:
         """Process about `tokens` more tokens, and return the result once the prompt is complete.
@@ -112,14 +115,14 @@ class PrefillTask(ABC):
         """
 
     @property
-    @abstractmethod
     def num_processed(self) -> int:
         """Tokens processed so far; other work counts as the tokens that would take as long."""
+        return self._num_processed
 
     @property
-    @abstractmethod
     def nbytes(self) -> int:
         """Bytes allocated between two steps."""
+        return self._cache.nbytes
 
     def run(self) -> PrefillResult:
         """Process all that is left."""
@@ -137,8 +140,8 @@ def make_prefill_task(
 ) -> PrefillTask:
     """Return the task that processes prompts as their plan says.
 
-    A dense plan's prompt can be processed in steps of any size, and a chunked plan's in its chunks. Prompts are
-    processed in one step if the method repeats them, if the model has sliding layers, or if rows are padded.
+    A chunked plan's prompts are processed in its chunks, and a dense plan's in steps of any size. The latter take one
+    step only if the method repeats them, if the model has sliding layers, or if there is an attention mask.
 
     Raises:
         UserError: the plan is for another model, or the prompt is empty.
@@ -203,7 +206,6 @@ class OneShotPrefill(PrefillTask):
     ) -> None:
         self._loaded, self._plan, self._ids, self._max_tokens = loaded, plan, ids, max_tokens
         self._attention_mask = attention_mask
-        self._num_processed = 0
 
     @override
     @torch.inference_mode()
@@ -223,17 +225,12 @@ class OneShotPrefill(PrefillTask):
 
     @override
     @property
-    def num_processed(self) -> int:
-        return self._num_processed
-
-    @override
-    @property
     def nbytes(self) -> int:
         return 0
 
 
 class ChunkedPrefill(PrefillTask):
-    """Tokens for a cache, new or not, in forwards of a fixed size, since what is kept of them depends on the size.
+    """Tokens for a cache, new or not, in forwards of a fixed size, on which the entries that stay depend.
 
     If a step's allowance is smaller than a chunk, it accumulates until the chunk fits.
 
@@ -258,7 +255,7 @@ class ChunkedPrefill(PrefillTask):
         self._loaded, self._cache, self._logits, self._chunk_tokens = loaded, cache, logits, chunk_tokens
         self._ids = ids if isinstance(ids, Tensor) else loaded.as_batch(ids)
         self._attention_mask = attention_mask
-        self._num_processed = self._allowance = 0
+        self._allowance = 0
 
     @override
     @torch.inference_mode()
@@ -277,16 +274,6 @@ class ChunkedPrefill(PrefillTask):
         if self._logits is None:
             raise UserError("there are no tokens to continue with; give at least one")
         return self._cache, self._logits
-
-    @override
-    @property
-    def num_processed(self) -> int:
-        return self._num_processed
-
-    @override
-    @property
-    def nbytes(self) -> int:
-        return self._cache.nbytes
 
 
 class DensePrefill(PrefillTask):

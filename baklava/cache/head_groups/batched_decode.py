@@ -7,6 +7,7 @@ from weakref import ref
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from baklava.cache.attention import AttentionParams, AttentionProbs, CentroidEntries, GroupedQueries, masked_softmax
 from baklava.cache.head_groups.base import HeadGroup, NewTokens
@@ -27,7 +28,7 @@ def can_batch(group: HeadGroup) -> bool:
     return sample.window != 0 and not sample.single_block
 
 
-def is_batchable(group: ScoredHeadGroup) -> bool:
+def has_all_slots(group: ScoredHeadGroup) -> bool:
     """Return whether all slots are allocated, so that the group's tensors stay where they are."""
     return group.num_slots == group.max_slots
 
@@ -95,11 +96,11 @@ def batched_step(heads: Sequence[HeadGroup], tokens: NewTokens, params: Attentio
     for group in groups:
         group.reserve_slot()
     output = torch.zeros_like(rotated.query)
-    batchable, unbatchable = _split_batchable(groups)
-    for rows in batchable:
+    stacked, copied = _split_by_storage(groups)
+    for rows in stacked:
         own = _select_rows(rotated, rows)
         output[rows] = _attend(_view_of([groups[row] for row in rows], own), own, params)
-    for rows in bucket_by_length(groups, unbatchable):
+    for rows in bucket_by_length(groups, copied):
         own = _select_rows(rotated, rows)
         output[rows] = _attend(_copy_of([groups[row] for row in rows], own), own, params)
     for group in groups:
@@ -107,14 +108,17 @@ def batched_step(heads: Sequence[HeadGroup], tokens: NewTokens, params: Attentio
     return groups[0].rotate_back(output)
 
 
-def _split_batchable(groups: Sequence[ScoredHeadGroup]) -> tuple[list[list[int]], list[int]]:
-    """Return rows that can share a `BatchedKV`, and those that cannot: they grow, or no other row has as many slots."""
+def _split_by_storage(groups: Sequence[ScoredHeadGroup]) -> tuple[list[list[int]], list[int]]:
+    """Return rows that are stacked in a `BatchedKV`, and rows that are copied at every step.
+
+    A row is copied if it still grows, or if no other row has as many slots.
+    """
     by_slots: dict[int, list[int]] = {}
-    unbatchable: list[int] = []
+    copied: list[int] = []
     for row, group in enumerate(groups):
-        (by_slots.setdefault(group.num_slots, []) if is_batchable(group) else unbatchable).append(row)
-    unbatchable += [rows[0] for rows in by_slots.values() if len(rows) == 1]
-    return [rows for rows in by_slots.values() if len(rows) > 1], unbatchable
+        (by_slots.setdefault(group.num_slots, []) if has_all_slots(group) else copied).append(row)
+    copied += [rows[0] for rows in by_slots.values() if len(rows) == 1]
+    return [rows for rows in by_slots.values() if len(rows) > 1], copied
 
 
 def bucket_by_length(groups: Sequence[ScoredHeadGroup], rows: Sequence[int]) -> list[list[int]]:
@@ -197,8 +201,10 @@ def _hide_unfilled(positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, T
 def _pad_and_cat(states: Sequence[Tensor], length: int) -> Tensor:
     if len(states) == 1:
         return states[0][..., :length]
+    states = [state[..., :length] for state in states]
+    # Padding by nothing would copy.
     return torch.cat(
-        [torch.nn.functional.pad(state[..., :length], (0, max(0, length - state.shape[2]))) for state in states]
+        [state if state.shape[2] == length else pad(state, (0, length - state.shape[2])) for state in states]
     )
 
 

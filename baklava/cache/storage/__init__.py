@@ -29,11 +29,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StorageLayout:
-    """Slots of a head that stay in 16 bits if the others are quantized: the first `sinks` and the last `staged`."""
+    """Slots of a head, of which the first `sinks` and the last `full_precision_recent` are never quantized."""
 
     tokens: int
     sinks: int = 0
-    staged: int = 0
+    full_precision_recent: int = 0
 
 
 def storage_for(split: BitSplit, template: Entries, layout: StorageLayout, *, centred: bool = False) -> Storage:
@@ -50,7 +50,7 @@ def storage_for(split: BitSplit, template: Entries, layout: StorageLayout, *, ce
     """
     if split[0][1] >= FULL_BITS:
         return SlotStorage(DenseCodec(template, split[0][1]), template)
-    bounds = (0, layout.sinks, layout.tokens - layout.staged, layout.tokens)
+    bounds = (0, layout.sinks, layout.tokens - layout.full_precision_recent, layout.tokens)
     codecs: list[Codec] = [
         DenseCodec(template, FULL_BITS),
         _quantized_codec(split, template, centred),

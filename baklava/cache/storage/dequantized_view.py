@@ -13,7 +13,8 @@ from baklava.cache.storage.base import Entries, Index, Rows, Storage, expand_ind
 class DequantizedView(Storage):
     """A storage that is read from a dequantized copy, of which writes refresh only the slots that they change.
 
-    The copy is scratch memory of teacher forcing. It is not under the plan and does not count; serving never makes one.
+    The copy is scratch memory of teacher forcing, which evaluation and prompt log-probabilities do. It is not under the
+    plan, and `nbytes` does not count it.
     """
 
     def __init__(self, storage: Storage, slots: int) -> None:

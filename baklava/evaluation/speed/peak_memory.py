@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from baklava.console import log
-from baklava.evaluation.speed.workloads import baseline_prefill
+from baklava.evaluation.speed.workloads import baseline_prefill, random_prompt
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel, load
 from baklava.runtime.prefill import prefill
@@ -25,7 +25,7 @@ def measure_prefill_peak(loaded: LoadedModel, plan: BudgetPlan | None, context: 
     """Return the bytes that one prefill of random tokens adds to the weights at its peak.
 
     Args:
-        loaded: the model; the new process loads it once more.
+        loaded: the model; the new process loads it once more, onto the same device.
         plan: the plan to prefill under; None stands for transformers' own cache.
         context: tokens of a prompt.
         batch: prompts in the prefill.
@@ -37,7 +37,8 @@ def measure_prefill_peak(loaded: LoadedModel, plan: BudgetPlan | None, context: 
         file = Path(folder) / "plan.json"
         if plan is not None:
             plan.write(file)
-        arguments = [loaded.identity.id, str(file), str(context), str(batch), str(torch.get_num_threads())]
+        sizes = [str(context), str(batch), str(torch.get_num_threads())]
+        arguments = [loaded.identity.id, str(loaded.device), str(file), *sizes]
         command = [sys.executable, "-m", "baklava.evaluation.speed.peak_memory", *arguments]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
     if ran.returncode:
@@ -63,19 +64,19 @@ def prefill_peak_over_floor(loaded: LoadedModel, plan: BudgetPlan | None, contex
     return (weight_bytes + peak) / (weight_bytes + layer_bytes + cache_bytes)
 
 
-def _measure(model: str, plan_file: Path, context: int, batch: int, threads: int) -> int:
-    loaded = load(model, threads=threads)
-    ids = torch.randint(5, loaded.model.config.vocab_size, (batch, context)).to(loaded.device)
+def _measure(model: str, device: str, plan_file: Path, context: int, batch: int, threads: int) -> int:
+    loaded = load(model, device=device, threads=threads)
+    ids = random_prompt(loaded, batch, context)
     baseline_prefill(loaded, ids[:, :WARMUP_TOKENS])  # loads the code and buffers that every prefill needs
     run: Callable[[], Any] = lambda: baseline_prefill(loaded, ids)  # noqa: E731
     if plan_file.exists():
         plan = BudgetPlan.read(plan_file)
         run = lambda: prefill(loaded, plan, ids)  # noqa: E731
     if loaded.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(loaded.device)
+        before = torch.cuda.memory_allocated(loaded.device)
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(loaded.device) - before
     before = _anonymous_bytes()
     with _sampled_memory() as samples:
         run()
@@ -107,5 +108,5 @@ def _anonymous_bytes() -> int:
 
 
 if __name__ == "__main__":
-    model, file, context, batch, threads = sys.argv[1:]
-    print(_measure(model, Path(file), int(context), int(batch), int(threads)))
+    model, device, file, context, batch, threads = sys.argv[1:]
+    print(_measure(model, device, Path(file), int(context), int(batch), int(threads)))

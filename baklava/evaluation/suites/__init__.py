@@ -2,7 +2,7 @@
 
 lm-evaluation-harness has LongBench and RULER too, but there the question is part of the prompt, so an eviction method
 that looks at attention knows it when it evicts. Here a context is prefilled and compressed first, and only then are its
-questions asked. One benchmark a file; `SUITES` maps names to classes.
+questions asked. `SUITES` maps names to classes.
 """
 
 from collections.abc import Iterator

@@ -166,7 +166,7 @@ class MultiValue(Task):
 class KeyValueRetrieval(Task):
     """Values of some keys in a list of pairs (as in "Lost in the middle", arXiv 2307.03172, with words as keys).
 
-    Hardest for eviction: the list has no filler, and nothing tells which pairs will be asked for.
+    Hardest for eviction: the list has no filler, and no pair looks more important than the others before the question.
     """
 
     name: ClassVar[str] = "kv_retrieval"

@@ -259,6 +259,9 @@ def test_parameters_that_do_not_fit_a_method_are_one_sentence() -> None:
         build_allocation("greedy", {"loudness": 1.0})
     with pytest.raises(UserError, match="unknown allocation method 'pagoda'"):
         build_allocation("perturbed", {"base": {"method": "pagoda", "params": {}}, "log2_factors": [[0.0]]})
+    for base in ({"method": "greedy"}, {"params": {}}, {"method": ["greedy"], "params": {}}):
+        with pytest.raises(UserError, match="is not a method in a plan"):
+            build_allocation("perturbed", {"base": base, "log2_factors": [[0.0]]})
 
 
 def test_a_shuffled_plan_has_the_same_budgets_in_other_heads() -> None:

@@ -15,46 +15,45 @@ from baklava.runtime.prefill import prefill
 GRID = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-def plans(loaded):
-    made = [make_plan(loaded, [[20, 40], [28, 64]], eviction) for eviction in EVICTIONS]
+def plan_per_method(loaded):
+    plans = [make_plan(loaded, [[20, 40], [28, 64]], eviction) for eviction in EVICTIONS]
     bits = [[(16, 16), (8, 4)], [(5, 4), (3, 3)], [(32, 32), (6, 5)]]
-    return [with_bits(plan, bits[place % 3]) for place, plan in enumerate(made)]
+    return [with_bits(plan, bits[place % 3]) for place, plan in enumerate(plans)]
 
 
 @torch.inference_mode()
-def decoded(loaded, caches, rows, steps):
-    """Caches fed with a row of tokens each, together; logits per step."""
-    said = []
-    for step in range(steps):
-        said.append(decode_step(loaded, caches, [int(row[step]) for row in rows]))
-    return torch.stack(said)
+def decode(loaded, caches, rows, steps):
+    """Feed each cache a row of tokens, all caches together, and return the logits per step."""
+    return torch.stack([decode_step(loaded, caches, [int(row[step]) for row in rows]) for step in range(steps)])
 
 
 def check_like_alone(loaded, starts, steps=30):
-    """`starts` are (plan, prompt); every sequence says and keeps in the batch what it does alone."""
+    """Check that each sequence, a (plan, prompt), has the logits and entries in the batch that it has alone."""
     rows = random_ids(len(starts), steps, seed=5)
     together = [prefill(loaded, plan, prompt, max_tokens=prompt.shape[1] + steps)[0] for plan, prompt in starts]
-    said = decoded(loaded, together, rows, steps)
+    logits = decode(loaded, together, rows, steps)
     for row, (plan, prompt) in enumerate(starts):
         alone, _ = prefill(loaded, plan, prompt)
         with torch.inference_mode():
             expected = [loaded.model(token[None, None], past_key_values=alone).logits[0, -1] for token in rows[row]]
-        apart = (said[:, row] - torch.stack(expected)).abs()
-        assert apart[0].max() < 0.01
+        error = (logits[:, row] - torch.stack(expected)).abs()
+        assert error[0].max() < 0.01
         if plan.eviction.method == "key_norm":
             continue  # keys of one token differ in their norms by rounding alone, so either may go
-        assert apart.mean() < 0.01  # a code that is rounded to the other side moves a few
+        assert error.mean() < 0.01  # a code that is rounded to the other side moves a few
         for layer, head in GRID:
-            kept, wanted = (set(cache.cached_positions(layer, head).tolist()) for cache in (together[row], alone))
-            assert len(kept) == len(wanted)
-            assert len(kept - wanted) <= 1
+            positions, positions_alone = (
+                set(cache.cached_positions(layer, head).tolist()) for cache in (together[row], alone)
+            )
+            assert len(positions) == len(positions_alone)
+            assert len(positions - positions_alone) <= 1
         together[row].check_integrity()
     return together
 
 
 def test_batched_sequences_of_different_plans_and_lengths_equal_the_same_alone(tiny):
     loaded = tiny(head_dim=16)
-    starts = [(plan, random_ids(1, 5 + 13 * place, seed=place)) for place, plan in enumerate(plans(loaded))]
+    starts = [(plan, random_ids(1, 5 + 13 * place, seed=place)) for place, plan in enumerate(plan_per_method(loaded))]
     check_like_alone(loaded, starts)
 
 
@@ -68,21 +67,21 @@ def test_batched_sequences_of_one_plan_equal_the_same_alone(tiny, eviction, bits
         assert cache.nbytes <= cache.reserved_bytes
 
 
-def tensors(held):
-    """All tensors that are held, but for what is common to all caches."""
-    if isinstance(held, torch.Tensor):
-        return [held]
-    if isinstance(held, list | tuple):
-        return [tensor for each in held for tensor in tensors(each)]
+def tensors(state):
+    """Return all tensors of a state, but for what is common to all caches."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    if isinstance(state, list | tuple):
+        return [tensor for part in state for tensor in tensors(part)]
     own = ("encoded", "storage", "codec", "segments", "codecs", "mean", "key", "value", "weight", "entropy")
-    return [tensor for name in own if hasattr(held, name) for tensor in tensors(getattr(held, name))]
+    return [tensor for name in own if hasattr(state, name) for tensor in tensors(getattr(state, name))]
 
 
-def really_held(caches):
-    """Bytes of the memory behind all of these caches, each piece counted once."""
+def allocated_bytes(caches):
+    """Return the bytes of the memory of all of these caches, of which each piece counts once."""
     groups = [group for cache in caches for layer in cache.budgeted_layers for group in layer.groups]
-    found = tensors([(g.keys, g.values, g.positions, g.scores, g.centroids or ()) for g in groups])
-    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found}.values())
+    states = tensors([(g.keys, g.values, g.positions, g.scores, g.centroids or ()) for g in groups])
+    return sum({state.untyped_storage().data_ptr(): state.untyped_storage().nbytes() for state in states}.values())
 
 
 @pytest.mark.parametrize("centroids", [0, 2])
@@ -95,18 +94,18 @@ def test_shared_tensors_are_allocated_once_and_freed_with_their_sequences(tiny, 
     )
     plan = plan.model_copy(update={"eviction": plan.eviction.model_copy(update={"centroids": centroids})})
     caches = [prefill(loaded, plan, random_ids(1, 80, seed=seed), max_tokens=120)[0] for seed in range(4)]
-    alone = really_held(caches)
-    decoded(loaded, caches, random_ids(4, 10), 10)
+    before = allocated_bytes(caches)
+    decode(loaded, caches, random_ids(4, 10), 10)
     shared = caches[0].layers[0].groups[0].shared
     assert all(cache.layers[0].groups[0].shared is shared is not None for cache in caches)
-    assert sum(cache.nbytes for cache in caches) == pytest.approx(really_held(caches), abs=64)
-    assert really_held(caches) == pytest.approx(alone, rel=0.01)
+    assert sum(cache.nbytes for cache in caches) == pytest.approx(allocated_bytes(caches), abs=64)
+    assert allocated_bytes(caches) == pytest.approx(before, rel=0.01)
     copied = caches[1].copy(120)
-    assert really_held([copied]) == copied.nbytes <= copied.reserved_bytes
+    assert allocated_bytes([copied]) == copied.nbytes <= copied.reserved_bytes
     caches.pop()
-    decoded(loaded, caches[:2], random_ids(2, 3), 3)
+    decode(loaded, caches[:2], random_ids(2, 3), 3)
     caches[2].unshare()
-    assert really_held(caches) == pytest.approx(alone * 3 / 4, rel=0.01)
+    assert allocated_bytes(caches) == pytest.approx(before * 3 / 4, rel=0.01)
     for cache in caches:
         cache.check_integrity()
 
@@ -126,12 +125,12 @@ def test_batched_sequences_of_every_family_equal_the_same_alone(family):
     rows, steps = [random_ids(1, tokens, seed=tokens) for tokens in (3, 20, 45)], 20
     more = random_ids(3, steps, seed=9)
     caches = [prefill(loaded, plan, row)[0] for row in rows]
-    said = decoded(loaded, caches, more, steps)
+    logits = decode(loaded, caches, more, steps)
     for row, prompt in enumerate(rows):
         alone, _ = prefill(loaded, plan, prompt)
         with torch.inference_mode():
             expected = [loaded.model(token[None, None], past_key_values=alone).logits[0, -1] for token in more[row]]
-        torch.testing.assert_close(said[:, row], torch.stack(expected), atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(logits[:, row], torch.stack(expected), atol=2e-3, rtol=2e-3)
 
 
 @torch.inference_mode()
@@ -148,7 +147,7 @@ def test_an_error_in_one_cache_fails_the_step(tiny, monkeypatch):
         decode_step(loaded, caches, [1, 2, 3])
 
 
-def test_as_many_tokens_as_sequences_are_wanted(tiny):
+def test_a_step_needs_one_token_per_sequence(tiny):
     loaded = tiny()
     plan = make_plan(loaded, [[20, 40], [28, 64]], StreamingLLM())
     for caches, tokens in [([], []), ([BudgetedCache(plan)], [1, 2])]:

@@ -31,7 +31,7 @@ def test_after_thousands_of_tokens_heads_are_within_budget_and_the_process_has_n
         if number == TOKENS // 5:
             before = resident()
         loaded.model(token[:, None], past_key_values=cache)
-    # Four rows that kept these 4,800 tokens would hold 9.6 MiB more.
+    # Four rows with all of these 4,800 tokens would take 9.6 MiB more.
     assert resident() - before < 5 << 20
     cache.check_integrity()
     assert cache.get_seq_length() == 500 + TOKENS

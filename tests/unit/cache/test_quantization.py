@@ -106,16 +106,18 @@ def test_8_bits_are_nearly_16(tiny: Maker, eviction: Eviction) -> None:
     loaded, ids, after = tiny(), random_ids(1, 60), random_ids(1, 30, seed=2)
     caches = [prefill(loaded, quantized_plan(loaded, eviction, bits), ids)[0] for bits in (16, 8)]
     dense, packed = (steps(loaded, cache, after) for cache in caches)
-    # Only the first tokens: one near tie that goes the other way changes what is kept, and all that follows.
+    # Only the first tokens: one near tie that goes the other way changes which entries stay, and all that follows.
     assert float((dense - packed)[:, :3].abs().max()) < 0.1 * float(dense.std())
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-@pytest.mark.parametrize("staged", [False, True])
-def test_entries_that_stay_never_change(tiny: Maker, bits: int, staged: bool) -> None:
+@pytest.mark.parametrize("full_precision_recent", [False, True])
+def test_entries_that_stay_never_change(tiny: Maker, bits: int, full_precision_recent: bool) -> None:
     loaded = tiny()
-    eviction = HeavyHitter(sinks=2, eviction_interval=4, recent_ratio=0.2, full_precision_recent=staged, distance=0)
+    eviction = HeavyHitter(
+        sinks=2, eviction_interval=4, recent_ratio=0.2, full_precision_recent=full_precision_recent, distance=0
+    )
     cache = BudgetedCache(make_plan(loaded, [[20, 30], [25, 25]], eviction, bits=bits))
     loaded.model(random_ids(1, 60), past_key_values=cache)
     first = entries(cache)
@@ -123,9 +125,9 @@ def test_entries_that_stay_never_change(tiny: Maker, bits: int, staged: bool) ->
         steps(loaded, cache, random_ids(1, 17, seed=turn))
         loaded.model(random_ids(1, 23, seed=turn), past_key_values=cache)
     last = entries(cache)
-    kept = first.keys() & last.keys()
-    assert len(kept) > 20
-    assert all(torch.equal(first[name], last[name]) for name in kept)
+    remaining = first.keys() & last.keys()
+    assert len(remaining) > 20
+    assert all(torch.equal(first[name], last[name]) for name in remaining)
 
 
 def entries(cache: BudgetedCache) -> dict[tuple[int, int, int], Tensor]:
@@ -160,7 +162,7 @@ def test_tokens_see_the_same_together_and_one_by_one(tiny: Maker, eviction: Evic
 @pytest.mark.parametrize("eviction", [e for e in EVICTIONS if not isinstance(e, KeyNorm | KVzip)], ids=str)
 def test_a_left_padded_batch_equals_its_rows_alone(tiny: Maker, eviction: Eviction) -> None:
     loaded, ids = tiny(), random_ids(3, 40, seed=1)
-    # Each row fills its heads: padding fills slots too, and what is behind them is staged in 16 bits.
+    # Each row fills its heads: padding fills slots too, and recent tokens after it stay in 16 bits.
     plan = with_bits(make_plan(loaded, [[14, 18], [16, 16]], eviction), [(4, 4), (8, 3)])
     mask = torch.ones_like(ids)
     mask[0, :7], mask[2, :21] = 0, 0

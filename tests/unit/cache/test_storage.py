@@ -21,8 +21,8 @@ BATCH, HEADS, DIM, TOKENS = 2, 3, 32, 24
 LAYOUTS = [
     StorageLayout(TOKENS),
     StorageLayout(TOKENS, sinks=3),
-    StorageLayout(TOKENS, sinks=2, staged=5),
-    StorageLayout(TOKENS, staged=4),
+    StorageLayout(TOKENS, sinks=2, full_precision_recent=5),
+    StorageLayout(TOKENS, full_precision_recent=4),
 ]
 CODED = [((DIM, bits),) for bits in (32, 16, 8, 6, 5, 4, 3, 2)] + [
     bit_split(DIM, bits, True) for bits in (6, 5, 4, 3, 2)
@@ -54,7 +54,7 @@ def alike(channels: int, bits: int) -> BitSplit:
 
 
 def part_of(slots: Tensor, layout: StorageLayout) -> Tensor:
-    return (slots >= layout.sinks).int() + (slots >= layout.tokens - layout.staged).int()
+    return (slots >= layout.sinks).int() + (slots >= layout.tokens - layout.full_precision_recent).int()
 
 
 def filled(coded: BitSplit, layout: StorageLayout, centred: bool) -> Storage:
@@ -133,9 +133,7 @@ def test_what_is_written_scattered_and_stored_reads_back_alike(
 
 
 @every_storage
-def test_moves_copy_codes_and_encode_what_was_staged_once(
-    coded: BitSplit, layout: StorageLayout, centred: bool
-) -> None:
+def test_moves_copy_codes_and_encode_recent_entries_once(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
     storage = filled(coded, layout, centred)
     before = storage.read(TOKENS)
     # Rows differ in what moves; an entry that goes nowhere goes onto itself.
@@ -188,24 +186,30 @@ def test_rows_and_copies_keep_their_entries(coded: BitSplit, layout: StorageLayo
 def test_bytes_are_those_of_the_plan(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
     storage = filled(coded, layout, centred)
     mean = DIM * 2 if centred and packed(coded) else 0
-    assert storage.nbytes == BATCH * HEADS * (tensor_bytes(TOKENS, coded, layout.sinks + layout.staged) + mean)
+    assert storage.nbytes == BATCH * HEADS * (
+        tensor_bytes(TOKENS, coded, layout.sinks + layout.full_precision_recent) + mean
+    )
     storage.resize(layout.sinks + 1)
     assert storage.nbytes == BATCH * HEADS * (tensor_bytes(layout.sinks + 1, coded, layout.sinks) + mean)
 
 
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
 @pytest.mark.parametrize("sinks", [0, 4])
-@pytest.mark.parametrize("staged", [False, True])
-@pytest.mark.parametrize("graded", [False, True])
-def test_a_pair_of_storages_is_a_head_of_the_plan(bits: int, sinks: int, staged: bool, graded: bool) -> None:
+@pytest.mark.parametrize("full_precision_recent", [False, True])
+@pytest.mark.parametrize("mixed_precision", [False, True])
+def test_a_pair_of_storages_is_a_head_of_the_plan(
+    bits: int, sinks: int, full_precision_recent: bool, mixed_precision: bool
+) -> None:
     geometry = CacheGeometry(layers=1, kv_heads=1, query_group=1, head_dim=64, windows=(None,))
-    eviction = EvictionConfig(method="streaming_llm", sinks=sinks, eviction_interval=8, full_precision_recent=staged)
-    layout = StorageLayout(40, sinks, 8 if staged else 0)
-    sides = [(bit_split(64, bits, graded), True), (alike(64, bits), False)]
+    eviction = EvictionConfig(
+        method="streaming_llm", sinks=sinks, eviction_interval=8, full_precision_recent=full_precision_recent
+    )
+    layout = StorageLayout(40, sinks, 8 if full_precision_recent else 0)
+    sides = [(bit_split(64, bits, mixed_precision), True), (alike(64, bits), False)]
     pair = [storage_for(coded, torch.empty(1, 1, 0, 64), layout, centred=centred) for coded, centred in sides]
     for storage in pair:
         storage.resize(40)
-    assert sum(storage.nbytes for storage in pair) == head_bytes(geometry, 40, bits, bits, eviction, graded)
+    assert sum(storage.nbytes for storage in pair) == head_bytes(geometry, 40, bits, bits, eviction, mixed_precision)
 
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.0002), (4, 0.0120), (3, 0.0385), (2, 0.122)])
@@ -305,8 +309,8 @@ def test_mixed_precision_keys_are_never_worse_than_plain_ones(head_dim: int) -> 
     keys = torch.randn(HEADS, 2000, head_dim, generator=torch.Generator().manual_seed(0))
     keys = keys * torch.linspace(0.05, 3, head_dim)
     order = torch.arange(head_dim).flip(0).expand(HEADS, -1)
-    plain, graded = (fake_quantize(keys, 4, 0, centred=True, order=each) for each in (None, order))
-    assert float((graded - keys).square().mean()) <= float((plain - keys).square().mean())
+    plain, mixed_precision = (fake_quantize(keys, 4, 0, centred=True, order=each) for each in (None, order))
+    assert float((mixed_precision - keys).square().mean()) <= float((plain - keys).square().mean())
 
 
 def test_channels_that_matter_most_are_coded_best() -> None:
@@ -314,10 +318,10 @@ def test_channels_that_matter_most_are_coded_best() -> None:
     order = torch.arange(64).flip(0).expand(HEADS, -1)
     keys, loud = keys * (torch.arange(64) + 1), torch.arange(64) >= 32
     errors = {}
-    for graded in (False, True):
-        back = fake_quantize(keys[0], 4, 0, centred=True, order=order if graded else None)
+    for mixed_precision in (False, True):
+        back = fake_quantize(keys[0], 4, 0, centred=True, order=order if mixed_precision else None)
         off = (back - keys[0]).square().mean((0, 1))
-        errors[graded] = float(off.mean())
-        if graded:
+        errors[mixed_precision] = float(off.mean())
+        if mixed_precision:
             assert float(off[loud].mean()) < float(off[~loud].mean()) * 2
     assert errors[True] < 0.75 * errors[False]

@@ -102,7 +102,7 @@ def test_the_summary_is_plain_sentences(evaluations: list[Evaluation]) -> None:
 
 def test_text_without_context_gain_gets_a_warning(plans: list[ResolvedPlan]) -> None:
     windows = [window(n, [0.0, 0.1, 0.1], gain=0.01) for n in range(3)]
-    assert "cannot tell plans apart" in summarize(aggregate_results(plans, windows, []))[0]
+    assert "cannot show which plan is better" in summarize(aggregate_results(plans, windows, []))[0]
 
 
 def test_a_difference_within_noise_is_described_as_chance(plans: list[ResolvedPlan]) -> None:

@@ -11,7 +11,7 @@ from baklava.errors import UserError
 from baklava.eviction import StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.profiling import profiler
-from baklava.profiling.profile import Profile
+from baklava.profiling.profile import Profile, uniform_profile
 from baklava.profiling.profiler import cached_profile, measure_profile
 from baklava.runtime.model_loader import LoadedModel
 
@@ -42,6 +42,14 @@ def test_importance_is_one_minus_the_mean_cosine_of_a_heads_input_and_output(tin
         similar.append(cosine_similarity(value, output, dim=-1))
     expected = 1 - torch.cat(similar).mean(0)
     assert measured.importance["value"][0] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_changed_copy_has_a_digest_of_its_own(tiny: Maker) -> None:
+    loaded = tiny()
+    profile = uniform_profile(loaded.identity, loaded.geometry)
+    digest = profile.digest
+    assert profile.model_copy().digest == digest
+    assert profile.model_copy(update={"windows": "others"}).digest != digest
 
 
 def test_key_channels_are_ordered_by_what_they_add_to_the_logits(tiny: Maker) -> None:

@@ -1,4 +1,4 @@
-"""Loading: which errors are whose, on which device, and how checkpoints of one name are told apart."""
+"""Loading: which errors are whose, on which device, and how checkpoints of one name differ."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +50,11 @@ def test_a_damaged_checkpoint_is_called_one(monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(device: str) -> None:
     with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
         load("demo", device=device)
+
+
+def test_a_device_and_a_device_map_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="leave out device 'cpu'"):
+        load("demo", device="cpu", device_map_auto=True)
 
 
 def test_a_user_error_is_no_value_error() -> None:

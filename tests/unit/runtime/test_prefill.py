@@ -105,8 +105,8 @@ def test_a_chunk_attends_to_the_cached_entries_and_itself(tiny: Maker) -> None:
     plan = with_chunked_prefill(make_plan(loaded, [[12, 12]], StreamingLLM(sinks=2)), 10)
     cache, logits = prefill(loaded, plan, ids)
     # The last chunk sees the two sinks, the ten tokens before it, and itself; one layer has no memory but its entries.
-    kept = torch.cat([torch.arange(2), torch.arange(20, 40)])
-    expected = loaded.model(ids[:, kept], position_ids=kept[None], past_key_values=DynamicCache()).logits[:, -1]
+    visible = torch.cat([torch.arange(2), torch.arange(20, 40)])
+    expected = loaded.model(ids[:, visible], position_ids=visible[None], past_key_values=DynamicCache()).logits[:, -1]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     assert cache.cached_positions(0, 0).tolist() == [0, 1, *range(30, 40)]
 
