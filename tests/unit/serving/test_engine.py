@@ -13,10 +13,11 @@ from engine_client import Answer, ask, engine_of, idle, until
 from plan_factory import make_plan, with_bits, with_chunked_prefill
 
 from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.cache.storage import DequantizedView
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import full_cache_plan
-from baklava.runtime.logprobs import score_suffix
+from baklava.runtime.logprobs import PromptLogprobsTask, prompt_logprobs_workspace_bytes, score_suffix
 from baklava.runtime.prefill import CONTINUATION_CHUNK_TOKENS, PrefillTask, prefill, prefill_workspace_bytes
 from serve_app.engine import scheduler
 from serve_app.engine.engine import Engine, EngineConfig
@@ -538,6 +539,18 @@ def test_prompt_logprobs_are_those_of_the_budgeted_cache(loaded, plan):
     assert [each.logprob for each in only.prefill_done.prompt_logprobs[1:]] == pytest.approx(
         [each.logprob for each in scored[1:]], abs=1e-3
     )
+
+
+@pytest.mark.parametrize("bits", [(16, 16), (5, 4)])
+def test_prompt_logprobs_reserve_the_dequantized_cache(loaded, monkeypatch, bits):
+    plan = make_plan(loaded, BUDGETS, HeavyHitter(eviction_interval=4, distance=0), context_length=256)
+    plan, views = with_bits(plan, [bits, bits]), []
+    original = DequantizedView.__init__
+    monkeypatch.setattr(DequantizedView, "__init__", lambda view, *args: views.append(view) or original(view, *args))
+    task = PromptLogprobsTask(loaded, plan, prompts(1, 100)[0], 120)
+    task.run()
+    allocated = sum(view.entries.numel() * view.entries.element_size() for view in views)
+    assert 0 < allocated <= prompt_logprobs_workspace_bytes(plan, 120, loaded.model.dtype.itemsize)
 
 
 SUFFIXES = [b"", b"x", b" And so it goes.", bytes(range(40, 120)) + bytes(range(32, 90)) * 2]
