@@ -1,5 +1,5 @@
-"""Drills: real searches on real clusters that lose a node, their driver, the tracking server or the disk, or are told
-to stop. Trials are counted before and after: none is lost, none is doubled. `make drill` runs them."""
+"""Drills: real searches on real clusters that lose a node, their driver, the tracking server or the disk, or are
+interrupted. Trials are counted before and after: none is lost, none is doubled. `make drill` runs them."""
 
 import json
 import os
@@ -44,7 +44,7 @@ class Ground:
     root: Path
 
     @property
-    def asked(self) -> list[object]:
+    def arguments(self) -> list[object]:
         """The arguments of a search."""
         named = ["--model", self.root / "model", "--texts", self.root / "texts"]
         return [*named, *SMALL_SEARCH_OPTIONS, "--trials", TRIALS, "--budget", 0.5, "--out", self.out]
@@ -88,8 +88,10 @@ def check_whole(ground: Ground, before: list[str], uri: str | None = None) -> No
     client = MlflowClient(tracking_uri=uri or f"sqlite:///{ground.root / 'data/mlflow.db'}")
     parent = client.get_run(SearchRecord.read(ground.out).run)
     children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
-    told = Counter(int(child.data.tags["baklava.trial"]) for child in children if "baklava.trial" in child.data.tags)
-    assert told == Counter(range(1, TRIALS + 1))
+    recorded = Counter(
+        int(child.data.tags["baklava.trial"]) for child in children if "baklava.trial" in child.data.tags
+    )
+    assert recorded == Counter(range(1, TRIALS + 1))
     assert {child.info.status for child in children} == {"FINISHED"}
 
 
@@ -157,7 +159,7 @@ def cluster(ground: Ground) -> Iterator[Cluster]:
 
 def test_a_node_that_dies_takes_no_trial_along(ground: Ground, cluster: Cluster) -> None:
     search = start_search(
-        *ground.asked, "--replicas", 2, log=ground.log, env=cluster.env, prefix=cluster.network.prefix
+        *ground.arguments, "--replicas", 2, log=ground.log, env=cluster.env, prefix=cluster.network.prefix
     )
     wait_until(lambda: len(ground.trials()) >= 2, search, ground.log)
     assert cluster.replicas() == (1, 1)
@@ -170,7 +172,7 @@ def test_a_node_that_dies_takes_no_trial_along(ground: Ground, cluster: Cluster)
 
 def test_a_killed_driver_leaves_a_cluster_on_which_the_search_goes_on(ground: Ground, cluster: Cluster) -> None:
     search = start_search(
-        *ground.asked, "--replicas", 2, log=ground.log, env=cluster.env, prefix=cluster.network.prefix
+        *ground.arguments, "--replicas", 2, log=ground.log, env=cluster.env, prefix=cluster.network.prefix
     )
     wait_until(lambda: len(ground.trials()) >= 3, search, ground.log)
     kill(search.pid)
@@ -184,7 +186,9 @@ def test_a_killed_driver_leaves_a_cluster_on_which_the_search_goes_on(ground: Gr
 def test_a_tracking_server_that_dies_and_comes_back_has_every_trial_once(ground: Ground) -> None:
     server = MlflowServer(ground.root)
     try:
-        search = start_search(*ground.asked, "--replicas", 1, log=ground.log, env={"MLFLOW_TRACKING_URI": server.uri})
+        search = start_search(
+            *ground.arguments, "--replicas", 1, log=ground.log, env={"MLFLOW_TRACKING_URI": server.uri}
+        )
         wait_until(lambda: len(ground.trials()) >= 2, search, ground.log)
         server.stop()
         wait_until(lambda: "mlflow: cannot write" in ground.log.read_text(), search, ground.log)
@@ -209,7 +213,7 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_search_goes_on_once_there_is_
     if not mount(disk, "-o", "size=64k"):
         pytest.skip("no file system may be mounted here")
     try:
-        search = start_search(*ground.asked, "--replicas", 1, log=ground.log)
+        search = start_search(*ground.arguments, "--replicas", 1, log=ground.log)
         wait_until(lambda: len(ground.trials()) >= 2, search, ground.log)
         (disk / "filler").write_bytes(b"x" * 4096)
         while len(list(disk.glob("filler*"))) < 64 and fill(disk):
@@ -239,7 +243,7 @@ def fill(disk: Path) -> bool:
 
 
 def test_ctrl_c_twice_stops_at_once_and_what_was_recorded_stays(ground: Ground) -> None:
-    search = start_search(*ground.asked, "--trials", 400, "--replicas", 1, log=ground.log)
+    search = start_search(*ground.arguments, "--trials", 400, "--replicas", 1, log=ground.log)
     wait_until(lambda: len(ground.trials()) >= 2, search, ground.log)
     before = ground.trials()
     for _ in range(2):

@@ -151,7 +151,7 @@ def test_no_window_that_chose_the_winner_was_seen_by_a_trial(finished: Finished)
 
 
 @pytest.mark.ray
-def test_progress_is_told_all_the_way(finished: Finished) -> None:
+def test_progress_is_logged_throughout(finished: Finished) -> None:
     stages = [
         "texts: loading",
         "model: loading",
@@ -164,9 +164,9 @@ def test_progress_is_told_all_the_way(finished: Finished) -> None:
     ]
     assert [stage for stage in stages if stage not in finished.log] == []
     for number in range(1, TRIALS + 1):
-        told = [line for line in finished.log.splitlines() if line.startswith(f"trial {number} of {TRIALS}: ")]
-        assert len(told) == 1
-        assert told[0].endswith(" left")
+        lines = [line for line in finished.log.splitlines() if line.startswith(f"trial {number} of {TRIALS}: ")]
+        assert len(lines) == 1
+        assert lines[0].endswith(" left")
     assert "╭" not in finished.log  # Tune's own boxes
 
 
@@ -177,16 +177,16 @@ def test_the_last_third_of_the_trials_refines_the_best_and_says_from_which_they_
     by_number = {record.trial: record for record in finished.journal}
     for record in refined:
         assert by_number[record.parent_trial].status == "finished"
-        told = next(
+        line = next(
             line for line in finished.log.splitlines() if line.startswith(f"trial {record.trial} of {TRIALS}: ")
         )
-        assert f", refined from trial {record.parent_trial}, " in told
+        assert f", refined from trial {record.parent_trial}, " in line
         assert len(record.params["shifts"]) == 3
     assert any(entry["name"].startswith("trial") for entry in finished.summary["validation"])
 
 
 @pytest.mark.ray
-def test_what_the_search_was_worth_is_told(finished: Finished) -> None:
+def test_what_the_search_was_worth_is_reported(finished: Finished) -> None:
     names = [rival["name"] for rival in finished.summary["rivals"]]
     assert names[-1] == "its own budgets, shuffled over the heads 3 times"
     assert f"{names[-1]}: " in finished.log
@@ -384,7 +384,7 @@ def resumed(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
 
 
 def test_resuming_what_is_no_search_is_refused(resumed: Callable[[Path], str], tmp_path: Path) -> None:
-    assert "holds no valid search.json" in resumed(tmp_path)
+    assert "has no valid search.json" in resumed(tmp_path)
 
 
 @pytest.mark.ray
@@ -408,7 +408,7 @@ def test_ctrl_c_ends_a_search_that_can_be_resumed(place: Place) -> None:
     wait_until(lambda: count_lines(out / "trials.jsonl") >= 1, process, log)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the replicas, too
     assert process.wait(timeout=60) == 130
-    assert "those under way are finished and recorded" in log.read_text()
+    assert "running trials are finished and recorded" in log.read_text()
     records = Journal.open(out / TRIALS_FILE, TrialRecord.model_validate_json).records
     assert {record.status for record in records} <= {"finished", "pruned"}
     assert [record.trial for record in records] == list(range(1, len(records) + 1))

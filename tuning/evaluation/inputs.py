@@ -24,8 +24,8 @@ from tuning.evaluation.run_dir import DEFAULT_MAX_WINDOWS, EvaluationInputs, Eva
 def prepare_inputs(settings: EvaluationSettings, loaded: LoadedModel) -> EvaluationInputs:
     """Return plans, windows and prompts.
 
-    Plans that are made here state their ratio at the length of a window, whatever the prompts; `full` is made for the
-    longest.
+    The ratio of plans that are made here is stated at the length of a window, even if prompts are longer. Only `full`
+    is made for the longest.
 
     Raises:
         UserError: an unknown plan, text or task, texts too short, or more tokens than the model accepts.

@@ -60,7 +60,7 @@ def plan_metrics(evaluation: Evaluation) -> dict[str, float]:
     for task, score in evaluation.tasks.items():
         # MLflow accepts letters, digits, dots, slashes, dashes and underscores.
         name = task.replace("@", "/").replace(":", "/")
-        metrics |= {f"{name}/exact": score.score, f"{name}/answer_nll": score.nll, f"{name}/loss": score.loss.mean}
+        metrics |= {f"{name}/score": score.score, f"{name}/answer_nll": score.nll, f"{name}/loss": score.loss.mean}
     if speed := evaluation.speed:
         metrics |= {"decode_ratio": speed.decode_ratio, "prefill_ratio": speed.prefill_ratio}
     return metrics

@@ -65,7 +65,7 @@ def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 WIDTH, LEFT, RIGHT, TOP = 720, 64, 24, 16
 QUALITY_HEIGHT, BOTTOM = 340, 44
 MIN_KL = 1e-4
-"""Nats per token at the foot of the scale: what rounding to 16 bits costs a plan that keeps everything."""
+"""Nats per token at the lower end of the scale: what rounding to 16 bits costs a plan that evicts nothing."""
 
 SAME_SIZE_TOLERANCE = 0.02
 """Relative difference of sizes that is only rounding of capacities."""
@@ -131,7 +131,7 @@ def plot_windows(evaluations: Sequence[Evaluation]) -> str:
 
 
 def legend_html(evaluations: Sequence[Evaluation]) -> str:
-    """Return which colour is which plan."""
+    """Return the legend of the plans' colours."""
     names = [
         f'<span class="{color_class(number)}"><i class="key"></i>{escape(evaluation.name)}</span>'
         for number, evaluation in enumerate(evaluations)

@@ -167,7 +167,7 @@ class EvaluationDir:
 
     @property
     def windows_path(self) -> Path:
-        """The windows, for other systems to be scored on the same text."""
+        """The windows, so that other systems can be scored on the same text."""
         return self.path / "windows.json"
 
     @property
@@ -190,7 +190,7 @@ class EvaluationDir:
             return EvaluationRecord.model_validate_json((self.path / "evaluation.json").read_text())
         except (OSError, ValueError):
             raise UserError(
-                f"--resume {self.path} holds no valid evaluation.json; give the --out folder of an evaluation"
+                f"--resume {self.path} has no valid evaluation.json; give the --out folder of an evaluation"
             ) from None
 
     def read_inputs(self, settings: EvaluationSettings, vocab_size: int) -> EvaluationInputs:

@@ -1,14 +1,13 @@
 """An evaluation from its settings to a report."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baklava.allocation.plan_spec import ResolvedPlan
 from baklava.console import log, progress_bar
 from baklava.evaluation.results import Evaluation, aggregate_results
-from baklava.evaluation.speed.latency import Speed
+from baklava.evaluation.speed.latency import Speed, measure_speeds
 from baklava.runtime.model_loader import LoadedModel, load
 from tuning.evaluation.inputs import prepare_inputs
 from tuning.evaluation.mlflow_runs import log_evaluation
@@ -27,9 +26,6 @@ from tuning.tracking.client import connect, now_ms
 MIN_CONTEXT_TOKENS = 32
 """Tokens that a plan must be made for so that its speed can be measured."""
 
-MeasureSpeeds = Callable[[LoadedModel, Sequence[ResolvedPlan]], Mapping[str, Speed]]
-"""Measures the speed of plans; returns it by the plan's name."""
-
 
 @dataclass(frozen=True)
 class EvaluationResult:
@@ -46,11 +42,11 @@ class EvaluationResult:
         return {"plans": [evaluation.as_json() for evaluation in self.evaluations]}
 
 
-def evaluate(settings: EvaluationSettings, out: Path, measure_speeds: MeasureSpeeds) -> EvaluationResult:
+def evaluate(settings: EvaluationSettings, out: Path) -> EvaluationResult:
     """Compare plans on windows and prompts; write everything into the new folder `out`.
 
     Raises:
-        UserError: anything that a user can put right. Nothing has been written to `out` then.
+        UserError: anything that a user can correct; nothing has been written to `out` then.
     """
     started_ms = now_ms()
     check_new_run_dir(out, "evaluation")
@@ -60,10 +56,10 @@ def evaluate(settings: EvaluationSettings, out: Path, measure_speeds: MeasureSpe
     run_dir = EvaluationDir(out)
     record = EvaluationRecord(settings=settings, weights=loaded.weights_digest, started_ms=started_ms)
     run_dir.write_inputs(record, inputs)
-    return _run(run_dir, record, loaded, inputs, measure_speeds)
+    return _run(run_dir, record, loaded, inputs)
 
 
-def resume(out: Path, measure_speeds: MeasureSpeeds) -> EvaluationResult:
+def resume(out: Path) -> EvaluationResult:
     """Continue an evaluation that was killed, from the results that it recorded.
 
     Raises:
@@ -74,7 +70,7 @@ def resume(out: Path, measure_speeds: MeasureSpeeds) -> EvaluationResult:
     loaded = load(record.settings.model, threads=record.settings.threads)
     record.check_unchanged(loaded)
     inputs = run_dir.read_inputs(record.settings, loaded.model.config.vocab_size)
-    return _run(run_dir, record, loaded, inputs, measure_speeds)
+    return _run(run_dir, record, loaded, inputs)
 
 
 def _run(
@@ -82,12 +78,11 @@ def _run(
     record: EvaluationRecord,
     loaded: LoadedModel,
     inputs: EvaluationInputs,
-    measure_speeds: MeasureSpeeds,
 ) -> EvaluationResult:
     settings = record.settings
     try:
         results = _evaluate_missing(run_dir, settings, loaded, inputs)
-        speeds = _speeds(run_dir, loaded, inputs, measure_speeds) if settings.speed else {}
+        speeds = _speeds(run_dir, loaded, inputs) if settings.speed else {}
     except BaseException:
         log(f"the evaluation ended early; resume it with: baklava-evaluate --resume {run_dir.path}")
         raise
@@ -117,9 +112,7 @@ def _evaluate_missing(
     return journal.records
 
 
-def _speeds(
-    run_dir: EvaluationDir, loaded: LoadedModel, inputs: EvaluationInputs, measure_speeds: MeasureSpeeds
-) -> Mapping[str, Speed]:
+def _speeds(run_dir: EvaluationDir, loaded: LoadedModel, inputs: EvaluationInputs) -> Mapping[str, Speed]:
     recorded = run_dir.read_speeds()
     if recorded is not None:
         return recorded

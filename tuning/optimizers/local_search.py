@@ -49,7 +49,7 @@ class LocalSearch(Searcher):
         self.proposed = [record.params for record in journal.records if record.parent_trial]
 
     def suggest(self, trial_id: str) -> Params | str | None:
-        """Return the parameters of the next trial, or FINISHED if the search was asked to stop."""
+        """Return the parameters of the next trial, or FINISHED if a stop was requested."""
         if self.stop.requested:
             return Searcher.FINISHED
         self.proposed.append(propose(self.task, self.seed, self.journal.records, self.proposed))

@@ -70,7 +70,7 @@ class PlanOptunaSearch(OptunaSearch):
             self._ot_study.add_trial(trial)
 
     def suggest(self, trial_id: str) -> Params | str | None:
-        """Return the parameters of the next trial, or FINISHED if the search was asked to stop."""
+        """Return the parameters of the next trial, or FINISHED if a stop was requested."""
         if self.stop.requested:
             return Searcher.FINISHED
         params = super().suggest(trial_id)
@@ -98,9 +98,9 @@ class RelativeLossPruner(FIFOScheduler):
     """Stops a trial whose KL exceeds `MAX_LOSS_RATIO` times that of the best trial that is no larger.
 
     All trials are scored on the same windows in the same order, so that the best trial is compared on the windows seen
-    so far. It compares KLs, whatever the search minimises, since they are the least noisy. If the budget is fixed, all
-    plans count as equally large. It is disabled if latency counts: a plan that loses more may be the fastest.
-    docs/lab-notes.md compares it with other rules.
+    so far. It compares KLs even if the search minimises something else, since they are the least noisy. If the budget
+    is fixed, all plans count as equally large. It is disabled if latency counts: a plan that loses more may be the
+    fastest. docs/lab-notes.md compares it with other rules.
     """
 
     def __init__(self, task: SearchTask, recorded: Sequence[TrialRecord]) -> None:

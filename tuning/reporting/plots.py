@@ -84,7 +84,7 @@ def plot_pareto_front(validation: ValidationResult, trials: Sequence[TrialRecord
         elements.append(f'<path class="best" d="M{"L".join(f"{px:.1f},{py:.1f}" for px, py in points)}"/>')
     for entry in validation.ranking:
         if entry is not validation.winner:
-            draw, css_class, radius = (diamond, "heuristic", 5.5) if _is_baseline(entry) else (circle, "finished", 4.5)
+            draw, css_class, radius = (diamond, "baseline", 5.5) if _is_baseline(entry) else (circle, "finished", 4.5)
             elements.append(_plan_point(draw, css_class, radius, entry, x, y, goal, entry.candidate.name))
     winner, tooltip = validation.winner, f"{validation.winner.candidate.name}, the winner"
     elements.append(_plan_point(circle, "ring", 9, winner, x, y, goal, tooltip))
@@ -147,7 +147,7 @@ def plot_baselines(result: SearchResult) -> str:
         elements.append(text(BASELINES_LEFT - 12, row_y + 4, short, "end", "name"))
         if not math.isnan(ratio.low):
             elements.append(line(x(ratio.low), row_y, x(ratio.high), row_y, "spread"))
-        draw, css_class = (circle, "finished") if is_trial else (diamond, "heuristic")
+        draw, css_class = (circle, "finished") if is_trial else (diamond, "baseline")
         elements.append(draw(css_class, x(ratio.mean), row_y, 5, f"{name}: {format_ratio(ratio)}"))
     axis = "KL over the winner's: right of 1 the winner is better"
     elements.append(text((BASELINES_LEFT + WIDTH - RIGHT) / 2, bottom + 36, axis, "middle"))

@@ -3,6 +3,7 @@
 import json
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from baklava.evaluation.formatting import format_share, pluralize
 from baklava.evaluation.heat_map import plot_heat_map
@@ -36,16 +37,16 @@ def write_report(result: SearchResult, path: Path) -> None:
     body = {"model": result.plan.model.id, "prompt": "Once upon a time", "max_tokens": 32}
     request = f"curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
     steps = {"serve it": result.next_steps["serve it"], "send a request": request, **result.next_steps}
-    registered = "MLflow was down when the search ended, so the plan is not registered; its file serves as well."
+    registered = "MLflow was down when the search ended, so the plan is not registered; serve its file instead."
     if result.registered:
         message = result.registered.message
         registered = f"{message[:1].upper()}{message[1:]}."
     fields = {
         "title": escape(f"{settings.model_name} at {format_share(result.plan.ratio)} of its KV cache"),
         "lead": escape(
-            f"{winner.candidate.name} keeps {settings.model_name} inside {format_share(result.plan.ratio)} "
-            f"of the bytes of its full KV cache at {settings.context_length} tokens, for "
-            f"{winner.metrics['dnll']:+.4f} nats per token on windows that no trial was scored on."
+            f"The winner, {winner.candidate.name}, stores the KV cache of {settings.model_name} in "
+            f"{format_share(result.plan.ratio)} of its full bytes at {settings.context_length} tokens, and changes the "
+            f"loss by {winner.metrics['dnll']:+.4f} nats per token on windows that no trial was scored on."
         ),
         "figures": _figures(result),
         "steps": commands_html(steps),
@@ -70,7 +71,7 @@ def standalone_plots(result: SearchResult) -> dict[str, str]:
     goal, importances = result.settings.goal, result.param_importances
     plots = {
         "fidelity.svg": plot_pareto_front(result.validation, result.trials, goal),
-        "against_heuristics.svg": plot_baselines(result),
+        "against_baselines.svg": plot_baselines(result),
         "trials.svg": plot_optimization_history(result.trials, goal),
     }
     if importances:
@@ -100,7 +101,7 @@ def findings(result: SearchResult) -> list[str]:
     else:
         sentences.append("Too few trials scored every window to say which parameters matter.")
     if pruned := result.count("pruned"):
-        sentences.append(f"{pluralize(pruned, 'trial')} stopped early, as others lost less on the same windows.")
+        sentences.append(f"{pluralize(pruned, 'trial')} stopped early, since others lost less on the same windows.")
     if failed := result.count("failed"):
         sentences.append(f"{pluralize(failed, 'trial')} failed.")
     return sentences
@@ -152,7 +153,7 @@ def _winner_params(result: SearchResult) -> dict[str, object]:
     trial = result.winner.candidate.trial
     return {
         "allocation": allocation.method,
-        **{name: value for name, value in allocation.params.items() if name != "log2_factors"},
+        **{name: _readable(value) for name, value in allocation.params.items() if name != "log2_factors"},
         **({"bits": trial.params["bits"]} if trial else {}),
         "eviction": eviction.method,
         "sinks": eviction.sinks,
@@ -162,3 +163,14 @@ def _winner_params(result: SearchResult) -> dict[str, object]:
         "full precision recent": eviction.full_precision_recent,
         **eviction.params,
     }
+
+
+def _readable(value: Any) -> Any:
+    """A method inside another one as METHOD(PARAM=VALUE, ...), as in a plan's name; other values as they are."""
+    if not isinstance(value, dict):
+        return value
+    params = (
+        f"{name}={number:.3g}" if isinstance(number, float) else f"{name}={number}"
+        for name, number in value["params"].items()
+    )
+    return f"{value['method']}({', '.join(params)})"

@@ -28,7 +28,7 @@ writes plan.json, trials.jsonl and report.html to --out, and every trial to MLfl
 examples:
   baklava-search                                          the demo model at 30 %, 32 trials
   baklava-search --model ./my-model --texts ./my-docs --budget 0.25
-  baklava-search --max-dnll 0.01 --trials 64              as small as 1 % of perplexity allows
+  baklava-search --max-dnll 0.01 --trials 64              the smallest plan that costs 1 % of perplexity
   baklava-search --front --trials 96                      a plan for every budget, in one run
   baklava-search --budget 0.125 --refine 24 --trials 48   half of the trials refine the best of the others
   baklava-search --bits 16 8                              nothing below 8 bits
@@ -37,7 +37,9 @@ examples:
   baklava-search --resume runs/20260101T120000Z           continue after a kill
 
 jobs/search.py is the same command as a script, for a job on a Ray cluster:
-  ray job submit --working-dir . -- python jobs/search.py --replicas 8"""
+  ray job submit --working-dir . -- python jobs/search.py --replicas 8
+
+guides: docs/guide/search.md, and docs/guide/cluster.md for several machines"""
 
 DEFAULTS = {
     "model": "demo",
@@ -61,30 +63,36 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--model", metavar="demo|DIR|HUB_ID", help="model to search a plan for (default demo)")
+    add("--model", metavar="demo|DIR|HUB_ID", help="model to search plans for (default demo)")
     add(
         "--texts", nargs="+", metavar="NAME|FILE", help="demo texts, files, folders or hub data sets (default botocore)"
     )
-    add("--budget", type=float, help="share of the 16-bit full cache's bytes (default 0.30)")
+    add("--budget", type=float, metavar="SHARE", help="share of the 16-bit full cache's bytes (default 0.30)")
     add("--max-dnll", type=float, metavar="NATS", help="maximum loss over the full cache, in nats per token")
-    add("--front", action="store_true", help="a front of bytes and loss instead of one size")
-    add("--latency", action="store_true", help="seconds of decoding as a third objective of the front")
+    add("--front", action="store_true", help="search a Pareto front of bytes and loss instead of one size")
+    add("--latency", action="store_true", help="decode time as a third objective of the front")
     add("--context", type=int, metavar="TOKENS", help="tokens prefilled per window (default 3072)")
     add("--continuation", type=int, metavar="TOKENS", help="tokens scored per window (default 512)")
     add("--trials", type=int, metavar="N", help="number of plans to try (default 32)")
-    add("--refine", type=int, metavar="N", help="how many of them refine the best of the others (default a third)")
+    add("--refine", type=int, metavar="N", help="trials that refine the best of the others (default: a third)")
     bits = " ".join(ALL_BITS)
-    add("--bits", nargs="+", choices=ALL_BITS, metavar="BITS", help=f"bits to store in, some of {bits} (default all)")
+    add(
+        "--bits",
+        nargs="+",
+        choices=ALL_BITS,
+        metavar="BITS",
+        help=f"bits of keys and values, some of {bits} (default all)",
+    )
     add("--objective", choices=get_args(Objective), help="KL to the full cache, or perplexity (default kl)")
     add("--replicas", type=replica_count, metavar="auto|N", help="copies of the model (default auto)")
-    add("--gpus-per-replica", type=int, metavar="K", help="GPUs of one copy (default 1 if there are any)")
-    add("--memory", type=float, metavar="GIB", help="maximum GiB of a replica's prefilled windows (no limit)")
-    add("--concurrent", type=int, metavar="N", help="trials at a time (default: enough for that many replicas)")
-    add("--sampler", choices=get_args(SamplerName), help="what proposes the trials (default tpe)")
+    add("--gpus-per-replica", type=int, metavar="K", help="GPUs of each replica (default: 1 if there are any)")
+    add("--memory", type=float, metavar="GIB", help="maximum GiB of prefilled windows per replica (default: no limit)")
+    add("--concurrent", type=int, metavar="N", help="trials that run at once (default: enough for all replicas)")
+    add("--sampler", choices=get_args(SamplerName), help="sampler that proposes trials (default tpe)")
     add("--warm-start", metavar="RUN", help="folder of an earlier search of this model to learn from")
     add("--seed", type=int, help="seed of the windows and of the sampler (default 0)")
-    add("--out", type=Path, metavar="DIR", help="a new folder (default runs/ and the UTC time)")
-    add("--resume", type=Path, metavar="RUN", help="folder of a killed search, which has its own settings")
+    add("--out", type=Path, metavar="DIR", help="new folder (default: runs/ and the UTC time)")
+    add("--resume", type=Path, metavar="RUN", help="folder of an interrupted search, to continue it")
     add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     return parser
 

@@ -27,6 +27,7 @@ class SearchInputs:
     splits: Splits
     profile: Profile
     corpora: dict[str, str]
+    weights_digest: str
 
 
 def prepare_inputs(settings: SearchSettings) -> SearchInputs:
@@ -56,6 +57,7 @@ def prepare_inputs(settings: SearchSettings) -> SearchInputs:
         splits=splits,
         profile=cached_profile(loaded, splits.calibration),
         corpora={name: documents_digest(documents) for name, documents in texts.items()},
+        weights_digest=loaded.weights_digest,
     )
     del loaded
     gc.collect()

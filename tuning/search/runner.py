@@ -56,7 +56,7 @@ def search(settings: SearchSettings, out: Path) -> SearchResult:
     """Search for the best plan; write everything into the new folder `out`.
 
     Raises:
-        UserError: anything that a user can put right. Nothing has been written to `out` then.
+        UserError: anything that a user can correct; nothing has been written to `out` then.
     """
     check_new_run_dir(out, "search")
     check_sampler(settings.sampler, settings.front)
@@ -101,7 +101,7 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
     with ray_session(object_store_bytes=OBJECT_STORE_BYTES):
         layout = cluster_layout(settings.replicas, settings.gpus_per_replica)
         windows = splits.search + splits.validation
-        group = WorkerGroup.for_search(settings.model, layout, windows, task, settings.memory)
+        group = WorkerGroup.for_search(settings.model, layout, windows, task, settings.memory, inputs.weights_digest)
         group.wait_until_ready()
         # The first file is written only here, after everything that a user can get wrong.
         journal = _open_journal(settings, out, tracker, inputs, earlier, warm_start)

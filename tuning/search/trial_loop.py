@@ -63,7 +63,7 @@ class TrialRecorder(tune.Callback):
         """Log that the first trial runs."""
         if not self.has_started:
             self.has_started = True
-            log("trials: the first one is under way")
+            log("trials: the first one is running")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record a trial that scored all windows, was stopped early, or reported why it cannot be scored."""
@@ -79,7 +79,7 @@ class TrialRecorder(tune.Callback):
         self.stop.requested = True
 
     def _record(self, params: dict[str, Any], result: dict[str, Any], error: str | None) -> None:
-        if self.stop.error:  # it may be what this trial failed of; a resumed search tries the trial again
+        if self.stop.error:  # it may be why this trial failed; a resumed search tries the trial again
             return
         windows = tuple(result.get("windows", ()))
         status: TrialStatus = "finished" if len(windows) == len(self.task.windows) else "pruned"

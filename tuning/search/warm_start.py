@@ -24,7 +24,7 @@ WARM_START_FILE = "warm.json"
 class WarmStart(FrozenModel):
     """Parameters to try first, and trials whose scores count as if they were of this search.
 
-    It is saved with the results: whatever becomes of the earlier search, a resumed one continues from the same.
+    It is saved with the results, so that a resumed search does not depend on the earlier one's folder.
     """
 
     enqueued_params: tuple[dict[str, Any], ...] = ()
@@ -48,7 +48,10 @@ class WarmStart(FrozenModel):
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError):
-            raise UserError(f"{out / WARM_START_FILE} was changed since the search wrote it; restore it") from None
+            raise UserError(
+                f"{out / WARM_START_FILE} was changed since the search wrote it, or another version of baklava wrote "
+                "it; restore it, or start a new search without --resume"
+            ) from None
 
 
 def load_warm_start(settings: SearchSettings, inputs: SearchInputs, task: SearchTask) -> WarmStart:
@@ -93,11 +96,11 @@ def incompatibility(record: SearchRecord, settings: SearchSettings, inputs: Sear
         if getattr(earlier, option) != getattr(settings, option):
             return f"its --{option} was {getattr(earlier, option)}"
     if record.corpora != inputs.corpora:
-        return "its texts were others"
+        return "its texts were different"
     if record.profile != inputs.profile.digest:
-        return "its weights or calibration were others"
+        return "its weights or calibration were different"
     if settings.latency and not earlier.latency:
-        return "it timed no decoding"
+        return "it did not time decoding"
     old, new = earlier.goal, settings.goal
     if old.samples_budget != new.samples_budget or (not new.samples_budget and old.budget != new.budget):
         return "it was for another size"
@@ -107,12 +110,12 @@ def incompatibility(record: SearchRecord, settings: SearchSettings, inputs: Sear
 def _trials_in_space(records: Sequence[TrialRecord], task: SearchTask) -> list[TrialRecord]:
     """The sampled trials that this search could sample too; they get a budget if it samples budgets, or lose theirs."""
     budgets = task.space.budget_range
-    kept = []
+    in_this_space = []
     for record in records:
         params = {name: value for name, value in record.params.items() if name != "budget"}
         if budgets:
             budget = record.params.get("budget", record.metrics.get("ratio", budgets[1]))
             params["budget"] = min(budgets[1], max(budgets[0], budget))
         if not record.parent_trial and in_space(task.space, params):
-            kept.append(record.model_copy(update={"params": params}))
-    return kept
+            in_this_space.append(record.model_copy(update={"params": params}))
+    return in_this_space

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from baklava.evaluation.formatting import nan_to_null
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.serialization import FrozenModel, atomic_write_text
 from tuning.selection.ablation import Ablation, format_ratio
@@ -124,9 +125,7 @@ class SearchResult:
         registered = self.registered
         ablations = []
         for ablation in self.ablations:
-            # JSON has no NaN: a bound that one document cannot give is null.
-            ratio = {key: None if value != value else value for key, value in asdict(ablation.log_kl_ratio).items()}
-            ablations.append({"name": ablation.name, "log_kl_above": ratio})
+            ablations.append({"name": ablation.name, "log_kl_above": nan_to_null(asdict(ablation.log_kl_ratio))})
         return {
             "out": str(self.out),
             "plan": str(self.out / "plan.json"),

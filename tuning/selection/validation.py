@@ -108,9 +108,9 @@ def choose_winner(scored: Sequence[ValidatedPlan], goal: Goal) -> ValidatedPlan:
     best = min(scored, key=lambda plan: goal.objective_value(plan.metrics))
     if not goal.is_feasible(best.metrics):
         raise InfeasibleError(
-            f"--max-dnll {goal.max_dnll:g} is not kept by any plan on the validation windows, the nearest is "
-            f"{best.candidate.name} with {goal.format_metrics(best.metrics)}; start a new search that allows more, or "
-            "with more --trials"
+            f"no plan stays within --max-dnll {goal.max_dnll:g} on the validation windows; the nearest is "
+            f"{best.candidate.name} with {goal.format_metrics(best.metrics)}; start a new search with a larger "
+            "--max-dnll, or with more --trials"
         )
     return best
 
@@ -144,7 +144,7 @@ def top_trials(records: Sequence[TrialRecord], goal: Goal, count: int) -> list[T
     front = non_dominated(finished_trials(records), lambda record: goal.pareto_values(record.metrics))
     if goal.max_dnll is None:
         return subsample(front, count)
-    # What just failed the bound may keep it on other windows, and the other way round: take those nearest to it.
+    # A plan just above the bound may be within it on other windows, and the other way round: take the nearest.
     feasible = [record for record in front if goal.is_feasible(record.metrics)]
     nearly = [record for record in front if goal.max_dnll < record.metrics["dnll"] <= FEASIBILITY_SLACK * goal.max_dnll]
     nearly = nearly[-max(count // 2, count - len(feasible)) :]

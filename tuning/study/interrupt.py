@@ -9,7 +9,7 @@ from types import FrameType
 
 from baklava.errors import UserError
 
-INTERRUPT_MESSAGE = b"stopping: no new trials, those under way are finished and recorded; Ctrl-C again stops now\n"
+INTERRUPT_MESSAGE = b"stopping: running trials are finished and recorded, no new ones start; Ctrl-C again stops now\n"
 
 
 @dataclass

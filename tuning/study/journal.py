@@ -102,5 +102,5 @@ def _complete_lines(path: Path) -> str:
         return text[: text.rfind("\n") + 1]
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot read journal {path} ({type(error).__name__}); put it back, or start again without it"
+            f"cannot read journal {path} ({type(error).__name__}); restore it, or start again without it"
         ) from None

@@ -53,7 +53,7 @@ MIN_BUDGET, MAX_BUDGET = 0.02, 0.6
 """The usual range of sampled budgets, as shares of the full cache's bytes; `budget_range_for` adapts it to a model."""
 
 MIN_BUDGET_SLACK = 1.5
-"""Smallest sampled budget over the bytes that hold the minimum entries of every head."""
+"""Smallest sampled budget over the bytes of the minimum entries of every head."""
 
 
 def budget_range_for(geometry: CacheGeometry, context_length: int) -> tuple[float, float]:
@@ -184,7 +184,7 @@ class SearchTask:
         """Return the plan of a trial, of its own size if it sampled one.
 
         Raises:
-            UserError: the budget does not hold a plan with these parameters.
+            UserError: the budget is too small for a plan with these parameters.
         """
         budget = params.get("budget", self.goal.budget)
         if budget is None:

@@ -50,7 +50,7 @@ class SearchSettings(FrozenModel):
     A search is for a `budget`, for the fewest bytes that lose at most `max_dnll`, or for a `front` of both, of which
     `budget` may choose a point. The last `refine` trials refine the best of the others, a third of all if None.
     `warm_start` is the folder of an earlier search. A replica spans `gpus_per_replica` GPUs if there are any, and
-    keeps at most `memory` GiB of prefilled windows next to the model. `concurrent` trials run at a time.
+    stores at most `memory` GiB of prefilled windows next to the model. `concurrent` trials run at a time.
     """
 
     model: str
@@ -147,7 +147,7 @@ class SearchRecord(FrozenModel):
         try:
             return cls.model_validate_json((out / SEARCH_FILE).read_text())
         except (OSError, ValueError):
-            raise UserError(f"{option} {out} holds no valid {SEARCH_FILE}; give the --out folder of a search") from None
+            raise UserError(f"{option} {out} has no valid {SEARCH_FILE}; give the --out folder of a search") from None
 
     def check_unchanged(self, model: ModelIdentity, profile: str, corpora: dict[str, str]) -> None:
         """Raise UserError if the model or a text has changed since."""
@@ -156,7 +156,8 @@ class SearchRecord(FrozenModel):
             changed.append(self.settings.model)
         if changed:
             raise UserError(
-                f"{', '.join(changed)} changed since this search began; start a new search without --resume"
+                f"{', '.join(changed)} changed since this search began, or another version of baklava began it; "
+                "start a new search without --resume"
             )
 
 

@@ -20,15 +20,15 @@ GRACE_WINDOWS = 2
 """Windows that every trial is scored on: documents differ too much to stop a trial after one."""
 
 MIN_KL = 1e-6
-"""KL in nats per token below which it is rounding: what a cache that keeps everything in 16 bits shows."""
+"""KL in nats per token below which it is rounding: that of a cache that stores everything in 16 bits."""
 
 
 class TrialRecord(FrozenModel):
     """An ended trial: every window scored ("finished"), stopped early ("pruned"), or failed with `error`.
 
     `metrics` are means over the scored windows (nats per token; bytes per sequence) and the plan's size. `windows` are
-    the scores behind them, in the order of scoring. `digest` is the plan's, None for a failed trial and in journals of
-    older versions. `twin` is an earlier trial with the same plan, whose scores these are.
+    their scores, in the order of scoring. `digest` is the plan's, None for a failed trial and in journals of older
+    versions. `twin` is an earlier trial with the same plan, whose scores these are.
     """
 
     trial: int

@@ -1,4 +1,4 @@
-"""A trial in MLflow: a child run, written exactly once whatever fails on the way."""
+"""A trial in MLflow: a child run, written exactly once even if requests fail on the way."""
 
 import json
 from collections.abc import Callable

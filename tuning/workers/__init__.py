@@ -1,1 +1,1 @@
-"""Workers on Ray that each hold a replica of the model, and the scheduler that gives them work."""
+"""Workers on Ray, each with a replica of the model, and the scheduler that gives them work."""

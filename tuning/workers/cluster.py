@@ -1,8 +1,9 @@
 """A group of workers on a Ray cluster, each with a replica of the model; the search and the evaluation use it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from threading import Event, Thread
 from typing import Any, Self
 
@@ -27,12 +28,15 @@ TRIAL_CPUS = 0.01
 SPARE_CPUS = 0.1
 """What a worker leaves of its CPUs, so that trials always fit."""
 
+ITEMS_IN_FLIGHT_PER_WORKER = 2
+"""One that runs and one that waits, so that no worker is idle between two items."""
+
 OBJECT_STORE_BYTES = 256 << 20  # only windows of token ids and plans travel through it
 
 
 @dataclass(frozen=True)
 class WorkerLayout:
-    """How many workers, with how many torch threads and GPUs each, and the most that one node may hold."""
+    """How many workers, with how many torch threads and GPUs each, and the most on one node."""
 
     replicas: int
     threads: int
@@ -138,8 +142,9 @@ class WorkerGroup:
         windows: Sequence[Window],
         task: SearchTask,
         memory: float | None = None,
+        weights_digest: str | None = None,
     ) -> Self:
-        """Start the workers of a search, which keep at most `memory` GiB of windows each next to the model."""
+        """Start the workers of a search, each with at most `memory` GiB of windows next to the model."""
         return cls.launch(
             layout,
             ScoringWorker,
@@ -149,6 +154,7 @@ class WorkerGroup:
             memory=memory,
             host_share=layout.host_share,
             timed=task.goal.latency,
+            weights_digest=weights_digest,
         )
 
     def wait_until_ready(self) -> None:
@@ -213,19 +219,27 @@ class WorkerGroup:
         self.report_events()
         return ray.get(references)
 
-    def map_unordered(self, method: str, items: Sequence[Any]) -> Iterator[Any]:
+    def map_unordered(self, method: str, items: Iterable[Any]) -> Iterator[Any]:
         """Yield the results of a worker's method on all items, as they come.
+
+        Items are submitted only as results come, so that many of them fill neither the object store nor the scheduler.
 
         Raises:
             UserError: an item failed.
         """
-        waiting = [self.scheduler.run.remote(method, [ray.put(item)]) for item in items]
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1)
+        remaining = iter(items)
+        max_in_flight = ITEMS_IN_FLIGHT_PER_WORKER * len(self.actors)
+        in_flight: list[Any] = []
+        while True:
+            for item in islice(remaining, max_in_flight - len(in_flight)):
+                in_flight.append(self.scheduler.run.remote(method, [ray.put(item)]))
+            if not in_flight:
+                return
+            done, in_flight = ray.wait(in_flight, num_returns=1)
             outcome = ray.get(done[0])
             self.report_events()
             if "error" in outcome:
-                raise UserError(f"a replica failed ({outcome['error']}); put that right, or use --replicas 1")
+                raise UserError(f"a replica failed ({outcome['error']}); fix the cause, or use --replicas 1")
             yield outcome["result"]
 
     def report_events(self) -> None:

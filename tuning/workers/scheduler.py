@@ -1,4 +1,4 @@
-"""The scheduler: sends each task to a worker that holds its window, and survives the death of any worker."""
+"""The scheduler: sends each task to a worker that has its window, and survives the death of any worker."""
 
 import asyncio
 import re
@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from baklava.errors import UserError
 
 MAX_DEATHS_PER_TASK = 4
-"""Worker deaths during one task after which the task is blamed for them."""
+"""Worker deaths during one task after which the task is taken for their cause."""
 
 RECOVERY_POLL_SECONDS = 1.0
 MAX_DEATHS_IN_RECOVERY = 5
@@ -41,7 +41,7 @@ def error_summary(error: Exception) -> str:
 class WorkerState:
     """What the scheduler knows of one worker.
 
-    `lost` is the reason why it will not come back, `status` what it last said of windows that it has not at hand.
+    `lost` is the reason why it will not come back, `status` its last message about windows that are not on its device.
     """
 
     index: int
@@ -63,8 +63,9 @@ class WorkerState:
 class WorkerScheduler:
     """Gives tasks to idle workers, one at a time each. Runs as an async Ray actor without CPUs of its own.
 
-    A task on a window goes to a living worker that holds the window, or waits for one; if none lives, any idle worker
-    takes it over. No plan is scored twice on a window: plans are equal if their JSON is, whatever their parameters.
+    A task on a window goes to a living worker that has the window, or waits for one; if none lives, any idle worker
+    takes it over. No plan is scored twice on a window; plans with equal JSON are the same, even if their parameters
+    differ.
 
     Args:
         actors: The workers' actor handles.
@@ -115,7 +116,7 @@ class WorkerScheduler:
         return None
 
     async def plan(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Return the plan of a trial as {"json", "size"}, or {"error"} if the budget does not hold it."""
+        """Return the plan of a trial as {"json", "size"}, or {"error"} if it does not fit into the budget."""
         try:
             plan = self.task.plan(params)
         except UserError as error:
@@ -143,13 +144,13 @@ class WorkerScheduler:
     async def run(self, method: str, argument: Sequence[Any]) -> dict[str, Any]:
         """Run a method on any idle worker; return {"result"} or {"error": reason}.
 
-        `argument` holds the reference of the method's only argument, so that Ray does not load it into this process.
+        `argument` is a list with the reference of the method's only argument: Ray would resolve a bare reference here.
         """
         _, outcome = await self._run_on_worker(method, *argument)
         return outcome
 
     async def status(self) -> list[str]:
-        """Return which workers do not hold all their windows on their device, as sentences."""
+        """Return which workers do not store all their windows on their device, as sentences."""
         sentences = []
         for worker in self.workers:
             with suppress(RayError):
@@ -229,7 +230,7 @@ class WorkerScheduler:
                 worker.prefilled.clear()
                 self.events.append(f"{worker.name} died; its work goes to the others until it is back")
                 recovery = asyncio.create_task(self._recover(worker))
-                self.recoveries.add(recovery)  # the event loop holds tasks only weakly
+                self.recoveries.add(recovery)  # the event loop has only weak references to tasks
                 recovery.add_done_callback(self.recoveries.discard)
             self.changed.notify_all()
 
@@ -249,11 +250,11 @@ class WorkerScheduler:
             await asyncio.sleep(RECOVERY_POLL_SECONDS)
         async with self.changed:
             worker.lost = f"{worker.name}: {reason}"
-            self.events.append(f"{worker.lost}; it stays away")
+            self.events.append(f"{worker.lost}; it is not started again")
             self.changed.notify_all()
 
     async def _restore(self, worker: WorkerState) -> None:
-        # Without its windows, a worker would stay idle: the others hold them all by now.
+        # Without its windows, a worker would stay idle: the others have them all by now.
         for window in sorted(worker.assigned):
             with suppress(RayTaskError):  # a window that cannot be prefilled is an error of the trial that needs it
                 await worker.actor.prefill.remote(self.windows[window])

@@ -77,7 +77,7 @@ class PrefillStore:
         if not elsewhere:
             return None
         stored = sum(map(tensor_bytes, self.windows.values())) / GIB
-        return f"keeps {count['device']} windows on its device, {', '.join(elsewhere)} ({stored:.3g} GiB)"
+        return f"stores {count['device']} windows on its device, {', '.join(elsewhere)} ({stored:.3g} GiB)"
 
     def _put(self, name: str, window: PrefilledWindow) -> None:
         size = tensor_bytes(window)
@@ -145,7 +145,7 @@ class ModelWorker:
         model: Name of the model.
         threads: Torch's threads.
         device_map_auto: Whether to spread the model over all GPUs that the actor has.
-        weights_digest: What the weights must be on this worker's machine; anything if None.
+        weights_digest: Digest that the weights must have on this worker's machine; not checked if None.
 
     Raises:
         UserError: the model cannot be loaded here, or has other weights.
@@ -173,6 +173,7 @@ class ScoringWorker(ModelWorker):
         memory: GiB of prefilled windows on the model's device; no limit if None.
         host_share: Share of the host's memory for windows that do not fit on the device.
         timed: Whether to time decode steps, too.
+        weights_digest: See `ModelWorker`.
     """
 
     def __init__(
@@ -184,8 +185,9 @@ class ScoringWorker(ModelWorker):
         memory: float | None = None,
         host_share: float = 0,
         timed: bool = False,
+        weights_digest: str | None = None,
     ) -> None:
-        super().__init__(model, threads, device_map_auto=device_map_auto)
+        super().__init__(model, threads, device_map_auto=device_map_auto, weights_digest=weights_digest)
         self.timed = timed
         max_device_bytes = None if memory is None else int(memory * GIB)
         # On a CPU, the device's memory is the host's.

@@ -190,9 +190,9 @@ def test_the_smallest_plan_that_keeps_the_bound_wins() -> None:
     assert [entry.candidate.name for entry in result.ranking] == ["c", "b", "a"]
 
 
-def test_where_no_plan_keeps_the_bound_the_best_found_is_told() -> None:
+def test_if_no_plan_is_feasible_the_error_names_the_nearest() -> None:
     entries = [scored("a", 0.2, 0.02), scored("b", 0.3, 0.012)]
-    with pytest.raises(UserError, match=r"--max-dnll 0.01 is not kept .* b with 30% of the bytes at \+0.0120"):
+    with pytest.raises(UserError, match=r"no plan stays within --max-dnll 0.01 .* b with 30% of the bytes at \+0.0120"):
         rank_plans(entries, Goal(max_dnll=0.01))
 
 
@@ -258,7 +258,7 @@ def test_validation_on_one_document_gives_ratios_without_an_interval(tmp_path: P
     write_report(result, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<td>2.00</td>" in page
-    assert "inside 6.25% of the bytes" in page
+    assert "in 6.25% of its full bytes" in page
 
 
 def in_one_document(entry: ValidatedPlan) -> ValidatedPlan:
@@ -311,9 +311,9 @@ def test_goals_that_make_no_sense_are_refused(given: dict[str, object], sentence
 def test_what_is_resumed_from_a_binary_file_is_refused(tmp_path: Path) -> None:
     for name in ("search.json", "trials.jsonl"):
         (tmp_path / name).write_bytes(b"\xff\xfe\x80\n")
-    with pytest.raises(UserError, match=r"holds no valid search\.json"):
+    with pytest.raises(UserError, match=r"has no valid search\.json"):
         SearchRecord.read(tmp_path)
-    with pytest.raises(UserError, match=r"cannot read journal .*; put it back, or start again without it"):
+    with pytest.raises(UserError, match=r"cannot read journal .*; restore it, or start again without it"):
         Journal.open(tmp_path / "trials.jsonl", TrialRecord.model_validate_json)
 
 

@@ -8,6 +8,7 @@ from search_process import make_model
 
 from baklava.allocation import Uniform, allocate
 from baklava.data.windows import Window
+from baklava.errors import UserError
 from baklava.evaluation.window_scoring import PrefilledWindow, WindowScore, prefill_window, score_plan
 from baklava.eviction import StreamingLLM
 from baklava.profiling.profile import uniform_profile
@@ -158,6 +159,13 @@ def test_a_worker_that_is_spread_short_of_memory_and_timed_scores_as_any_other(m
     assert status is not None
     assert "2 not at all" in status
     assert usual.status() is None
+
+
+def test_a_worker_with_other_weights_does_not_start(model: str) -> None:
+    digest = ScoringWorker(model, 1).loaded.weights_digest
+    ScoringWorker(model, 1, weights_digest=digest)
+    with pytest.raises(UserError, match="has other weights on"):
+        ScoringWorker(model, 1, weights_digest="other")
 
 
 def test_a_worker_out_of_memory_moves_its_windows_away_and_tries_once_more(

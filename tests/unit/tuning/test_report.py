@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from search_factory import record, scored, task
+from search_factory import SPACE, record, scored, task
 
 from baklava.evaluation.heat_map import plot_heat_map
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.plan.geometry import CacheGeometry
-from tuning.optimizers.baselines import baseline_methods
+from tuning.optimizers.baselines import baseline_methods, initial_params
 from tuning.reporting.plots import plot_optimization_history, plot_pareto_front
 from tuning.reporting.report import findings, standalone_plots, write_report
 from tuning.reporting.svg import linear_ticks, log_ticks, standalone_svg
@@ -70,7 +70,7 @@ def charts(text: str) -> list[ElementTree.Element]:
     return [ElementTree.fromstring(f"<svg{part.partition('</svg>')[0]}</svg>") for part in text.split("<svg")[1:]]
 
 
-def test_the_report_shows_the_front_the_rivals_the_budgets_and_what_was_learned(tmp_path: Path) -> None:
+def test_the_report_shows_the_front_the_baselines_the_budgets_and_the_findings(tmp_path: Path) -> None:
     text = page(outcome(tmp_path, trials()))
     assert [chart.attrib["aria-label"] for chart in charts(text)] == [
         "KL over bytes",
@@ -95,16 +95,24 @@ def test_a_search_of_few_trials_has_a_report_that_says_so(tmp_path: Path) -> Non
     assert "MLflow was down when the search ended" in text
 
 
-def test_a_search_whose_trials_all_failed_has_charts_of_its_heuristics(tmp_path: Path) -> None:
+def test_a_search_whose_trials_all_failed_has_charts_of_its_baselines(tmp_path: Path) -> None:
     text = page(outcome(tmp_path, (record(1, [], "failed").model_copy(update={"metrics": {}}),)))
     assert "No trial could be scored." in text
 
 
-def test_refinements_and_drawn_trials_are_told_apart(tmp_path: Path) -> None:
+def test_refinements_and_sampled_trials_are_distinguished(tmp_path: Path) -> None:
     tried = (*trials(), record(13, [0.05] * 4, base=1, shifts=[[0.0, 0.0]] * 5))
     said = findings(outcome(tmp_path, tried))
     assert said[0].startswith("The best sampled trial reached KL 0.1")
     assert said[1] == "The best refinement reached KL 0.05 (trial 13)."
+
+
+def test_the_base_of_a_refined_winner_is_readable(tmp_path: Path) -> None:
+    plan = task().plan({**initial_params(SPACE)[0], "shifts": [[0.0, 0.0]] * 5})
+    text = page(outcome(tmp_path, trials(), plan=plan))
+    base = text.partition("<dt>base</dt><dd>")[2].partition("</dd>")[0]
+    assert base.startswith(f"{plan.allocation.params['base']['method']}(")
+    assert "{" not in base
 
 
 def test_of_many_sizes_none_is_called_the_best(tmp_path: Path) -> None:
@@ -136,9 +144,9 @@ def test_nothing_is_said_of_few_trials_of_equal_ones_or_of_refinements() -> None
 
 def test_the_heat_map_has_a_cell_per_head_for_entries_and_bits_of_keys_and_of_values() -> None:
     plan = baseline_methods(task().space)[0].plan(task().profile, 0.3, 2048)
-    told = [cell.text for cell in ElementTree.fromstring(plot_heat_map(plan)).iter("title")]
-    assert len(told) == 3 * plan.geometry.layers * plan.geometry.kv_heads
-    assert f"layer 2, head 1: {plan.tokens[2][1]}" in told
+    tooltips = [cell.text for cell in ElementTree.fromstring(plot_heat_map(plan)).iter("title")]
+    assert len(tooltips) == 3 * plan.geometry.layers * plan.geometry.kv_heads
+    assert f"layer 2, head 1: {plan.tokens[2][1]}" in tooltips
 
 
 def test_the_heat_map_leaves_sliding_layers_blank() -> None:
@@ -146,18 +154,18 @@ def test_the_heat_map_leaves_sliding_layers_blank() -> None:
     geometry = CacheGeometry(**{**plan.geometry.model_dump(), "windows": (None, 64, None, 64, None)})
     layers = tuple(None if window else layer for layer, window in zip(plan.layers, geometry.windows, strict=True))
     sliding = BudgetPlan.model_validate({**plan.model_dump(), "geometry": geometry, "layers": layers})
-    told = [cell.text for cell in ElementTree.fromstring(plot_heat_map(sliding)).iter("title")]
-    assert len(told) == 3 * 3 * 2
-    assert not any(str(title).startswith("layer 1,") for title in told)
+    tooltips = [cell.text for cell in ElementTree.fromstring(plot_heat_map(sliding)).iter("title")]
+    assert len(tooltips) == 3 * 3 * 2
+    assert not any(str(title).startswith("layer 1,") for title in tooltips)
 
 
-def test_the_winner_is_marked_and_heuristics_are_told_from_trials(tmp_path: Path) -> None:
+def test_the_winner_is_marked_and_baselines_are_distinguished_from_trials(tmp_path: Path) -> None:
     found = outcome(tmp_path, trials())
     chart = ElementTree.fromstring(plot_pareto_front(found.validation, found.trials, KL))
     kinds = [part.attrib.get("class") for part in chart.iter()]
     assert kinds.count("ring") == 1
     assert kinds.count("tried") == 12
-    assert kinds.count("heuristic") == sum(entry.candidate.trial is None for entry in found.ranking[1:])
+    assert kinds.count("baseline") == sum(entry.candidate.trial is None for entry in found.ranking[1:])
 
 
 def test_the_axis_of_bytes_at_one_budget_does_not_magnify_rounding(tmp_path: Path) -> None:
@@ -177,7 +185,7 @@ def test_a_trial_that_failed_has_a_cross_with_its_reason() -> None:
 
 def test_standalone_plots_have_their_colours(tmp_path: Path) -> None:
     plots = standalone_plots(outcome(tmp_path, trials()))
-    names = {"fidelity", "against_heuristics", "trials", "importance", "slices"}
+    names = {"fidelity", "against_baselines", "trials", "importance", "slices"}
     assert plots.keys() == {f"{name}.svg" for name in names}
     for plot in plots.values():
         assert ElementTree.fromstring(plot).tag == f"{SVG}svg"

@@ -95,7 +95,7 @@ def test_cma_es_moves_all_its_numbers_together_towards_less_loss() -> None:
     assert sum(away[-20:]) < sum(away[10:30]) / 2
 
 
-def test_cma_es_is_refused_where_it_cannot_do_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cma_es_is_refused_for_goals_that_it_does_not_support(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="take nsga2 or tpe"):
         check_sampler("cmaes", front=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -104,10 +104,10 @@ def test_cma_es_is_refused_where_it_cannot_do_what_is_asked(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("trials", "replicas", "asked", "expected"),
+    ("trials", "replicas", "concurrent", "expected"),
     [
         (32, 2, None, (3, 1)),
-        (32, 16, None, (8, 3)),  # more replicas than trials at once: each trial has several windows under way
+        (32, 16, None, (8, 3)),  # more replicas than trials at once: each trial has several windows in flight
         (10, 2, None, (2, 2)),
         (400, 16, None, (17, 1)),
         (32, 8, 2, (2, 5)),
@@ -115,9 +115,9 @@ def test_cma_es_is_refused_where_it_cannot_do_what_is_asked(monkeypatch: pytest.
     ],
 )
 def test_trials_at_a_time_keep_all_replicas_busy_and_leave_the_sampler_some_to_learn_from(
-    trials: int, replicas: int, asked: int | None, expected: tuple[int, int]
+    trials: int, replicas: int, concurrent: int | None, expected: tuple[int, int]
 ) -> None:
-    assert concurrency(settings(trials=trials, concurrent=asked), replicas) == expected
+    assert concurrency(settings(trials=trials, concurrent=concurrent), replicas) == expected
 
 
 def settings(**values: object) -> SearchSettings:
@@ -142,7 +142,7 @@ def earlier(out: Path, records: list[TrialRecord], **values: object) -> Path:
 TRIALS = [record(number, [0.1 * number] * 4, floor=0.01 * number) for number in range(1, 7)]
 
 
-def test_a_warm_start_tells_the_sampler_scores_and_tries_the_best_again(tmp_path: Path) -> None:
+def test_a_warm_start_gives_the_sampler_its_scores_and_tries_the_best_again(tmp_path: Path) -> None:
     out = earlier(tmp_path / "run", [*TRIALS, record(7, [0.01] * 4, base=1, shifts=[[0.0] * 2] * 5)])
     written = (out / "trials.jsonl").read_text()
     warm = load_warm_start(settings(warm_start=str(out)), MATERIAL, task())
@@ -178,8 +178,8 @@ def test_scores_that_do_not_compare_are_left_and_only_parameters_taken(
 
 def test_a_size_is_added_where_the_new_search_draws_it(tmp_path: Path) -> None:
     out, front = earlier(tmp_path / "run", TRIALS), task(None, front=True)
-    asked = settings(budget=None, front=True, warm_start=str(out))
-    warm = load_warm_start(asked, MATERIAL, front)
+    new = settings(budget=None, front=True, warm_start=str(out))
+    warm = load_warm_start(new, MATERIAL, front)
     assert {params["budget"] for params in warm.enqueued_params} == {0.3}
     assert all(in_space(front.space, params) for params in warm.enqueued_params)
 
@@ -191,12 +191,12 @@ def test_a_warm_start_from_another_model_or_from_nothing_is_refused(tmp_path: Pa
         load_warm_start(settings(warm_start=str(out)), other, task())
     with pytest.raises(UserError, match="no finished trial in this search space"):
         load_warm_start(settings(warm_start=str(earlier(tmp_path / "none", []))), MATERIAL, task())
-    with pytest.raises(UserError, match=r"--warm-start .* holds no valid search.json"):
+    with pytest.raises(UserError, match=r"--warm-start .* has no valid search.json"):
         load_warm_start(settings(warm_start=str(tmp_path)), MATERIAL, task())
     assert load_warm_start(settings(), MATERIAL, task()) == WarmStart()
 
 
-def test_the_first_ctrl_c_asks_to_stop_and_the_second_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_ctrl_c_requests_a_stop_and_the_second_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
     with graceful_interrupt(stop := StopFlag()):
         search = PlanOptunaSearch(task(), SamplerConfig(), [], stop)
         assert search.suggest("before") != Searcher.FINISHED
@@ -224,19 +224,19 @@ def test_cma_es_goes_on_from_what_an_earlier_search_learned() -> None:
     def losing(params: dict[str, object]) -> float:
         return abs(float(params.get("recent", 0.9)) - 0.25) + 0.01
 
-    def drawn(told: list[TrialRecord], count: int) -> list[dict[str, object]]:
-        search = PlanOptunaSearch(task(), SamplerConfig("cmaes", 1, 200), [], StopFlag(), told)
+    def drawn(known: list[TrialRecord], count: int) -> list[dict[str, object]]:
+        search = PlanOptunaSearch(task(), SamplerConfig("cmaes", 1, 200), [], StopFlag(), known)
         found = []
         for number in range(count):
             found.append(search.suggest(str(number)))
             search.on_trial_complete(str(number), report([losing(found[-1])] * 4))
         return found
 
-    told = [
+    learned = [
         record(number, [losing(params)] * 4).model_copy(update={"params": params})
         for number, params in enumerate(drawn([], 60), 1)
     ]
-    begun_anew, gone_on = ([abs(each["recent"] - 0.25) for each in drawn(known, 14)[4:]] for known in ([], told))
+    begun_anew, gone_on = ([abs(params["recent"] - 0.25) for params in drawn(known, 14)[4:]] for known in ([], learned))
     assert sum(gone_on) < sum(begun_anew) / 4
 
 
@@ -258,7 +258,7 @@ def test_a_trial_that_fails_reports_every_number_that_a_search_lowers(monkeypatc
         assert {*([lowered] if isinstance(lowered, str) else lowered)} <= reported[0].keys()
 
 
-def test_what_a_search_began_with_is_kept_beside_its_results(tmp_path: Path) -> None:
+def test_a_warm_start_is_saved_with_the_results(tmp_path: Path) -> None:
     warm = WarmStart(enqueued_params=({"recent": 0.5, "bits": "4"},), scored_trials=(record(1, [0.1] * 4),))
     warm.write(tmp_path)
     assert WarmStart.read(tmp_path) == warm

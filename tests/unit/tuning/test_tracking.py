@@ -190,13 +190,13 @@ def test_a_winner_without_one_is_registered_and_leaves_the_alias(
     tracker: Tracker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = tracker.register(plan(), {"goal": "small"}, promote)
-    asked: list[CurrentChampion | None] = []
-    second = tracker.register(plan(), {}, lambda holder: asked.append(holder) or reject(holder))
+    champions: list[CurrentChampion | None] = []
+    second = tracker.register(plan(), {}, lambda holder: champions.append(holder) or reject(holder))
     assert first is not None
     assert second is not None
     assert second.uri == f"models:/{tracker.name}/{second.version}"
     assert str(tracker.client.get_model_version_by_alias(tracker.name, "champion").version) == first.version
-    assert asked == [CurrentChampion(first.version, plan(), {"goal": "small"})]
+    assert champions == [CurrentChampion(first.version, plan(), {"goal": "small"})]
     assert f"version {second.version}, add the alias champion" in capsys.readouterr().err
 
 
@@ -204,13 +204,13 @@ def test_a_champion_whose_plan_is_gone_is_still_one(tracker: Tracker, data: Path
     tracker.register(plan(), {}, promote)
     for file in (data / "mlartifacts").rglob("plan/plan.json"):
         file.unlink()
-    asked: list[CurrentChampion | None] = []
-    tracker.register(plan(), {}, lambda holder: asked.append(holder) or reject(holder))
-    assert asked[0] is not None
-    assert asked[0].plan is None
+    champions: list[CurrentChampion | None] = []
+    tracker.register(plan(), {}, lambda holder: champions.append(holder) or reject(holder))
+    assert champions[0] is not None
+    assert champions[0].plan is None
 
 
-def test_a_parent_run_tells_what_was_asked_and_how_it_ended(tracker: Tracker, tmp_path: Path) -> None:
+def test_a_parent_run_records_the_settings_and_the_outcome(tracker: Tracker, tmp_path: Path) -> None:
     file = tmp_path / "trials.jsonl"
     file.write_text("{}\n")
     tracker.end({"validation_kl": 0.1}, [file], texts={"fidelity.svg": "<svg/>"})
@@ -277,7 +277,7 @@ def test_a_server_that_comes_back_gets_what_it_missed_in_order(
 
 
 class Fails:
-    """A client that fails once at one method, after the server did what it was asked if `late`."""
+    """A client that fails once at one method, after the server did the work if `late`."""
 
     def __init__(self, client: MlflowClient, method: str, late: bool) -> None:
         self.client, self.method, self.late = client, method, late

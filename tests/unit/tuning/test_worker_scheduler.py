@@ -13,7 +13,7 @@ from search_process import kill
 
 from baklava.errors import UserError
 from tuning.optimizers.baselines import initial_params
-from tuning.workers.cluster import plan_layout
+from tuning.workers.cluster import WorkerGroup, plan_layout
 from tuning.workers.scheduler import MAX_DEATHS_PER_TASK, WorkerScheduler, assign_windows
 
 pytestmark = pytest.mark.ray
@@ -40,7 +40,7 @@ class FakeWorker:
         return self.events
 
     def status(self) -> str | None:
-        return f"keeps {len(self.stored)} windows" if len(self.stored) < 4 else None
+        return f"stores {len(self.stored)} windows" if len(self.stored) < 4 else None
 
     def ping(self) -> int:
         return os.getpid()
@@ -163,7 +163,7 @@ def test_a_dead_replica_costs_no_score_and_comes_back_with_its_windows(start: Ca
     scores = harness.score(*[(f"slow {number}", window) for number, window in enumerate("abcdabcd")])
     assert [score.get("window") for score in scores] == list("abcdabcd")
     while "replica 1 is back" not in (events := harness.events()):
-        assert "stays away" not in events
+        assert "not started again" not in events
         time.sleep(0.1)
     scores = harness.score(*[(f"slow again {number}", window) for number, window in enumerate("aabb")])
     assert not any(score["prefilled"] for score in scores)
@@ -208,6 +208,24 @@ def test_any_method_runs_on_any_idle_replica(start: Callable[..., SchedulerHarne
     assert 'raise ZeroDivisionError("a bug")' in harness.events()
 
 
+def test_items_are_submitted_only_as_results_come(start: Callable[..., SchedulerHarness]) -> None:
+    group = WorkerGroup(start(workers=1, windows="").workers)
+    submitted: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(1, 7):
+            submitted.append(item)
+            yield item
+
+    results = group.map_unordered("double", items())
+    first = next(results)
+    assert submitted == [1, 2]
+    second = next(results)
+    assert submitted == [1, 2, 3]
+    assert sorted([first, second, *results]) == [2, 4, 6, 8, 10, 12]
+    ray.kill(group.scheduler)
+
+
 def test_if_no_replica_can_come_back_the_score_gives_the_reason_instead_of_waiting(
     start: Callable[..., SchedulerHarness], tmp_path: Path
 ) -> None:
@@ -244,8 +262,8 @@ def test_parameters_of_one_plan_share_its_scores_and_so_do_recorded_ones(
 def test_the_status_names_replicas_that_do_not_store_all_their_windows(start: Callable[..., SchedulerHarness]) -> None:
     assert ray.get(start(workers=1).scheduler.status.remote()) == []
     assert ray.get(start(workers=2).scheduler.status.remote()) == [
-        "replica 1 keeps 2 windows",
-        "replica 2 keeps 2 windows",
+        "replica 1 stores 2 windows",
+        "replica 2 stores 2 windows",
     ]
 
 
