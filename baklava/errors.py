@@ -7,8 +7,8 @@ from collections.abc import Hashable, Iterable
 class UserError(Exception):
     """One sentence for the user: the value, the rule that it breaks, and the remedy.
 
-    Commands print it without a traceback and exit with code 2. It is not a ValueError, so that no handler of those hides
-    it; a validator of pydantic raises ValueError instead.
+    Commands print it without a traceback and exit with code 2. It is not a ValueError, so that no handler of those
+    hides it; a validator of pydantic raises ValueError instead.
     """
 
 
