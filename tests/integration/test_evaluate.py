@@ -102,9 +102,9 @@ def test_a_usage_error_is_one_sentence_and_exit_code_2(
         (["--plan", "full", "--tasks", "needle", "--lengths", "9000", *windows], "lower --lengths"),
         (["--plan", "full", "--seed", "-1", *windows], "--seed is a number, at least 0"),
         (["--plan", "full", "--out", str(tmp_path), *windows], "exists already"),
-        (["--resume", str(tmp_path)], "holds no valid evaluation.json"),
+        (["--resume", str(tmp_path)], "has no valid evaluation.json"),
         (["--resume", str(tmp_path), "--plan", "full"], "takes its settings from"),
-        ([*windows], "no plan was named"),
+        ([*windows], "no plan is given"),
     ]
     for arguments, said in cases:
         monkeypatch.chdir(tmp_path / "elsewhere")
@@ -113,7 +113,7 @@ def test_a_usage_error_is_one_sentence_and_exit_code_2(
             runpy.run_path(str(ROOT / "jobs" / "evaluate.py"), run_name="__main__")
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert exit.value.code == 2
-        assert last.startswith("evaluate: ")
+        assert last.startswith("baklava-evaluate: ")
         assert said in last
         assert not (tmp_path / "out.json").exists()
     assert not (Path.cwd() / "runs").exists()
