@@ -16,8 +16,13 @@ from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.plan.registry import load_plan
 from baklava.runtime.ray_session import configure_ray_environment
-from serve_app.api import proxy_middleware
-from serve_app.api.network import ApiKeys, check_listen_address, read_api_keys
+from serve_app.api.network import (
+    PROXY_MIDDLEWARE_PATH,
+    PROXY_MIDDLEWARE_VARIABLE,
+    ApiKeys,
+    check_listen_address,
+    read_api_keys,
+)
 from serve_app.engine.chunk_size import DEFAULT_PREFILL_DECODE_RATIO
 
 EXAMPLES = """A plan is a plan.json, models:/NAME@ALIAS or models:/NAME/VERSION in MLflow's registry, `full` to keep
@@ -128,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     options = build_parser().parse_args(argv)
     configure_ray_environment()
-    os.environ.setdefault(proxy_middleware.IMPORT_PATH_VARIABLE, proxy_middleware.IMPORT_PATH)
+    os.environ.setdefault(PROXY_MIDDLEWARE_VARIABLE, PROXY_MIDDLEWARE_PATH)
     return run_cli("baklava-serve", lambda: _serve(options))
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from baklava.errors import UserError
 
+PROXY_MIDDLEWARE_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+PROXY_MIDDLEWARE_PATH = "serve_app.api.proxy_middleware:middlewares"
+
 
 def key_digest(key: str) -> str:
     """Return the digest of an API key. Only digests are stored."""

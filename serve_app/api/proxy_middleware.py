@@ -13,9 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.api.middleware import REQUEST_ID_HEADER, request_id
 from serve_app.openai.errors import ApiError
 
-IMPORT_PATH = "serve_app.api.proxy_middleware:middlewares"
-IMPORT_PATH_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-
 # With these a client could keep its request running after it disconnected, or longer than others.
 _SERVE_CONTROL_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
 

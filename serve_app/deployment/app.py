@@ -18,7 +18,7 @@ from ray.serve.schema import LoggingConfig
 from baklava.console import log
 from baklava.errors import UserError
 from baklava.runtime.ray_session import ray_session
-from serve_app.api import proxy_middleware
+from serve_app.api.network import PROXY_MIDDLEWARE_PATH, PROXY_MIDDLEWARE_VARIABLE
 from serve_app.deployment.replica import APP_NAME, BaklavaReplica, RayReplicaGroup, ReplicaConfig
 from serve_app.openai.errors import error_summary
 from serve_app.replication.coordinator import Coordinator, DesiredState
@@ -35,7 +35,7 @@ _LOST_AFTER_POLLS = 3
 
 _PROXY_WARNING = (
     "warning: on a cluster that was started elsewhere, Ray Serve's own pages (/-/routes, /-/healthz) need no key, "
-    f"unless its nodes have {proxy_middleware.IMPORT_PATH_VARIABLE}={proxy_middleware.IMPORT_PATH}"
+    f"unless its nodes have {PROXY_MIDDLEWARE_VARIABLE}={PROXY_MIDDLEWARE_PATH}"
 )
 
 

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from search_process import make_model
 
 import baklava
 
@@ -68,7 +69,7 @@ def core_requirements(path: Path) -> list[str]:
 
 
 def run(python: Path, code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=300, cwd=python.parent)
+    return subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=300, cwd=python.parent)
 
 
 def test_the_core_alone_generates_under_a_plan(core: Path) -> None:
@@ -105,9 +106,14 @@ def test_every_public_name_is_there(name: str) -> None:
 
 
 @pytest.mark.parametrize(("script", "extra"), [("search", "search"), ("serve", "serve"), ("evaluate", "eval")])
-def test_a_script_without_its_extra_says_which_to_install(core: Path, script: str, extra: str) -> None:
+def test_a_script_without_its_extra_says_which_to_install(core: Path, tmp_path: Path, script: str, extra: str) -> None:
     (entry,) = [point for point in metadata.distribution("baklava").entry_points if point.name == f"baklava-{script}"]
-    arguments = {"search": [], "serve": ["--plan", "full", "--model", "."], "evaluate": ["--plan", "full"]}[script]
+    options = {
+        "search": [],
+        "serve": ["--plan", "full", "--model", str(make_model(tmp_path / "model"))],
+        "evaluate": ["--plan", "full"],
+    }
+    arguments = options[script]
     code = (
         f"import sys; sys.argv = ['baklava-{script}', *{arguments}]; from {entry.module} import main; sys.exit(main())"
     )
