@@ -270,10 +270,10 @@ def test_a_model_in_half_precision_is_profiled_and_scored(tiny: Maker, dtype: to
 def test_a_window_that_was_in_host_memory_is_scored_as_before(tiny: Maker) -> None:
     loaded = moved(tiny(vocab_size=256))
     window = Window("w", "d", tuple(different_ids(1, 110)[0].tolist()), 80)
-    held, plan = prefilled(loaded, window, EVICTIONS[:3]), tight(loaded, EVICTIONS[1])
-    away, devices = to_host(held)
-    assert away.nll.device.type == "cpu"
-    before, after = (score_plan(loaded, each, plan) for each in (held, to_devices(away, devices)))
+    on_device, plan = prefilled(loaded, window, EVICTIONS[:3]), tight(loaded, EVICTIONS[1])
+    away, devices = to_host(on_device)
+    assert away.full_nll.device.type == "cpu"
+    before, after = (score_plan(loaded, each, plan) for each in (on_device, to_devices(away, devices)))
     assert (after.nll, after.kl) == pytest.approx((before.nll, before.kl), abs=1e-5)
 
 

@@ -57,8 +57,15 @@ def test_batched_sequences_of_different_plans_and_lengths_equal_the_same_alone(t
     check_like_alone(loaded, starts)
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS, ids=lambda eviction: eviction.name)
-@pytest.mark.parametrize("bits", [(32, 32), (16, 16), (5, 4)])
+BITS = [(32, 32), (16, 16), (5, 4)]
+# each method in one width, and the first in all of them
+METHODS_AND_BITS = [
+    *((eviction, BITS[place % 3]) for place, eviction in enumerate(EVICTIONS)),
+    *((EVICTIONS[0], bits) for bits in BITS[1:]),
+]
+
+
+@pytest.mark.parametrize(("eviction", "bits"), METHODS_AND_BITS, ids=lambda part: getattr(part, "name", str(part)))
 def test_batched_sequences_of_one_plan_equal_the_same_alone(tiny, eviction, bits):
     loaded = tiny(head_dim=16)
     plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], eviction), [bits, bits])
