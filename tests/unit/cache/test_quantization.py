@@ -42,6 +42,11 @@ EVICTIONS = [
 ]
 
 every_eviction = pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
+# each method in one width, and heavy hitters in all of them
+METHODS_AND_BITS = [
+    *((eviction, (6, 4, 2)[place % 3]) for place, eviction in enumerate(EVICTIONS)),
+    *((EVICTIONS[2], bits) for bits in (6, 4)),
+]
 
 
 def steps(loaded: LoadedModel, cache: BudgetedCache, ids: Tensor, **options: Any) -> Tensor:
@@ -68,8 +73,7 @@ def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, evi
 
 
 @torch.inference_mode()
-@every_eviction
-@pytest.mark.parametrize("bits", [6, 4, 2])
+@pytest.mark.parametrize(("eviction", "bits"), METHODS_AND_BITS, ids=str)
 def test_mixed_precision_keys_allocate_the_plan_together_and_one_by_one(
     tiny: Maker, eviction: Eviction, bits: int
 ) -> None:
