@@ -62,7 +62,7 @@ assets: $(READY) ## download and convert the demo model and texts
 	@$(PY) -m baklava.data.demo_assets
 
 test-unit: setup assets ## run the unit tests (two minutes on two cores)
-	@$(TEST_ENV) $(PY) -m pytest -n 2 tests/unit tests/test_layout.py $(ARGS)
+	@$(TEST_ENV) $(PY) -m pytest -n 2 -m 'not slow and not demo and not ray and not drill' tests/unit tests/test_layout.py $(ARGS)
 
 test: setup assets ## run all tests except the drills and the soak test (twelve minutes on two cores)
 	@export $(TEST_ENV); none=0; \

@@ -1,6 +1,7 @@
 """Shared by all tests: checked shapes, no network, results apart from the user's, and models as fixtures."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it, and tests inherit that
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 _data = tempfile.TemporaryDirectory(prefix="baklava-data-")
 os.environ["BAKLAVA_DATA"] = _data.name

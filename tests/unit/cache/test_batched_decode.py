@@ -51,6 +51,7 @@ def check_like_alone(loaded, starts, steps=30):
     return together
 
 
+@pytest.mark.slow
 def test_batched_sequences_of_different_plans_and_lengths_equal_the_same_alone(tiny):
     loaded = tiny(head_dim=16)
     starts = [(plan, random_ids(1, 5 + 13 * place, seed=place)) for place, plan in enumerate(plan_per_method(loaded))]
@@ -65,6 +66,7 @@ METHODS_AND_BITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("eviction", "bits"), METHODS_AND_BITS, ids=lambda part: getattr(part, "name", str(part)))
 def test_batched_sequences_of_one_plan_equal_the_same_alone(tiny, eviction, bits):
     loaded = tiny(head_dim=16)

@@ -36,6 +36,7 @@ EVICTIONS = [
 ]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 @given(capacities=st.tuples(st.integers(9, 30), st.integers(9, 30)), prompt=st.integers(1, 40), seed=st.integers(0, 3))
@@ -72,6 +73,7 @@ def test_a_budget_that_covers_the_text_gives_the_tokens_of_transformers_own_cach
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, eviction: Eviction) -> None:
@@ -110,6 +112,7 @@ def test_bytes_are_freed_layer_by_layer_during_the_prompt(tiny: Maker) -> None:
     assert held == [layer_bytes, 2 * layer_bytes, 3 * layer_bytes]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 # Equal tokens have keys of equal norm in the first layer, and nobody says which of them stays.
 @pytest.mark.parametrize("eviction", [one for one in EVICTIONS if not isinstance(one, KeyNorm)], ids=str)

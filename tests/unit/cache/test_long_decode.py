@@ -17,6 +17,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("eviction", [StreamingLLM(), HeavyHitter(eviction_interval=16, distance=0)], ids=str)
 def test_after_thousands_of_tokens_heads_are_within_budget_and_the_process_has_not_grown(

@@ -116,6 +116,7 @@ def centroid_plan(loaded: LoadedModel, count: int, bits: int, eviction: type[Evi
     return make_plan(loaded, [[14, 30], [20, 20]], method, bits=bits)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("bits", [32, 4])
 @pytest.mark.parametrize("chunk", [None, 9])

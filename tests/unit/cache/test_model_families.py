@@ -106,6 +106,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @family_table
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -124,6 +125,7 @@ def test_generate_gives_the_tokens_of_transformers_own_cache(family: str, genera
     assert torch.equal(*made)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @family_table
 def test_two_turns_on_one_cache_give_the_tokens_of_transformers_own_cache(family: str) -> None:
@@ -154,6 +156,7 @@ def stored_dtypes(cache: BudgetedCache) -> set[torch.dtype]:
     return {tensor.dtype for tensor in held}
 
 
+@pytest.mark.slow
 @family_table
 @pytest.mark.parametrize(
     ("dtype", "stored"),

@@ -53,6 +53,7 @@ def steps(loaded: LoadedModel, cache: BudgetedCache, ids: Tensor, **options: Any
     return torch.cat([loaded.model(token[:, None], past_key_values=cache, **options).logits for token in ids.T], 1)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @every_eviction
 def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, eviction: Eviction) -> None:
@@ -72,6 +73,7 @@ def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, evi
             assert held[: eviction.sinks].tolist() == list(range(eviction.sinks))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize(("eviction", "bits"), METHODS_AND_BITS, ids=str)
 def test_mixed_precision_keys_allocate_the_plan_together_and_one_by_one(
@@ -104,6 +106,7 @@ def test_a_quantized_cache_really_is_smaller(tiny: Maker) -> None:
     assert ratios == pytest.approx([0.516 + 0.006, 0.266 + 0.009, 0.203 + 0.01, 0.141 + 0.011], abs=0.004)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @every_eviction
 def test_8_bits_are_nearly_16(tiny: Maker, eviction: Eviction) -> None:
@@ -114,6 +117,7 @@ def test_8_bits_are_nearly_16(tiny: Maker, eviction: Eviction) -> None:
     assert float((dense - packed)[:, :3].abs().max()) < 0.1 * float(dense.std())
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("full_precision_recent", [False, True])
@@ -146,6 +150,7 @@ def entries(cache: BudgetedCache) -> dict[tuple[int, int, int], Tensor]:
     return found
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @every_eviction
 def test_tokens_see_the_same_together_and_one_by_one(tiny: Maker, eviction: Eviction) -> None:
@@ -161,6 +166,7 @@ def test_tokens_see_the_same_together_and_one_by_one(tiny: Maker, eviction: Evic
         assert together.nbytes == one_by_one.nbytes or not eviction.scored
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 # Equal tokens have keys of equal norm in the first layer; context reconstruction takes no padded rows.
 @pytest.mark.parametrize("eviction", [e for e in EVICTIONS if not isinstance(e, KeyNorm | KVzip)], ids=str)
@@ -203,6 +209,7 @@ def test_what_a_short_prompt_left_stays_as_it_is_when_a_long_turn_comes(
     assert torch.equal(group.keys.read(18), before)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("eviction", [each for each in EVICTIONS if not each.query_sample.uses_repetition], ids=str)
 def test_a_text_has_the_same_logits_however_it_is_chunked(tiny: Maker, eviction: Eviction) -> None:
@@ -216,6 +223,7 @@ def test_a_text_has_the_same_logits_however_it_is_chunked(tiny: Maker, eviction:
         torch.testing.assert_close(torch.cat(forced, 1), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize(
     "eviction",
@@ -237,6 +245,7 @@ def test_a_row_shorter_than_the_sinks_has_them_in_16_bits_too(tiny: Maker, evict
     assert torch.equal(batch[0, 16:], alone[0, 2:])
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @every_eviction
 @pytest.mark.parametrize("bits", [[(16, 4), (4, 16)], [(8, 3), (2, 4)], [(32, 8), (4, 4)]], ids=str)
@@ -267,6 +276,7 @@ def test_chunks_and_second_turns_are_near_a_full_cache(tiny: Maker, eviction: Ev
     assert float((ours - exact).abs().mean()) < 0.03 * float(exact.std())
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def row_of(storage: Storage, row: int) -> Storage:
     return alone
 
 
+@pytest.mark.slow
 @every_storage
 def test_rows_that_are_joined_read_as_they_do_alone_and_are_written_alone(
     coded: BitSplit, layout: StorageLayout, centred: bool

@@ -69,6 +69,7 @@ def test_a_second_turn_feeds_only_what_is_new_to_a_cache_that_has_evicted(tiny: 
     assert max(map(len, cached_positions(cache))) <= 20
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @eviction_table
 def test_a_padded_row_has_the_positions_and_logits_that_it_has_alone(tiny: Maker, eviction: Eviction) -> None:
@@ -88,6 +89,7 @@ def test_a_padded_row_has_the_positions_and_logits_that_it_has_alone(tiny: Maker
         assert all(positions[:2] == [0, 1] for positions in cached_positions(cache, row))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @eviction_table
 def test_a_budget_is_unseen_by_the_forward_of_a_prompt_and_seen_by_a_stream(tiny: Maker, eviction: Eviction) -> None:
@@ -132,6 +134,7 @@ RESHUFFLES: dict[str, tuple[Callable[[BudgetedCache], Any], list[int]]] = {
 }
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @eviction_table
 @pytest.mark.parametrize("reshuffle", RESHUFFLES)
@@ -159,6 +162,7 @@ def test_rows_that_change_places_take_entries_positions_and_scores_along(
     cache.check_integrity()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @eviction_table
 def test_beams_under_a_budget_score_as_their_own_text_does_in_a_fresh_cache(tiny: Maker, eviction: Eviction) -> None:
@@ -244,6 +248,7 @@ def test_every_query_head_of_a_group_counts_for_its_kv_head(reduction: Any) -> N
     assert layer.cached_positions(0, 0).tolist() == [3, 5]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("scored", [False, True])

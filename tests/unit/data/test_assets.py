@@ -61,6 +61,7 @@ def test_without_an_index_the_error_names_the_package_and_the_remedy_and_leaves_
     assert files(cache / "wheels") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"x" + data[1:], lambda data: b""])
 def test_a_damaged_wheel_is_removed_and_fetched_again(
     cache: Path, index: Path, damage: Callable[[bytes], bytes], capfd: pytest.CaptureFixture[str]

@@ -134,6 +134,7 @@ def test_requests_that_share_a_context_prefill_it_once(
     assert [found for found, _ in together] == pytest.approx([found for found, _ in alone], abs=1e-4)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("number", range(5), ids=["streaming", "heavy_hitter", "reconstruction", "chunks", "hh-chunks"])
 def test_a_rolling_loglikelihood_feeds_every_token_of_a_window_alone(
@@ -156,6 +157,7 @@ def test_a_rolling_loglikelihood_feeds_every_token_of_a_window_alone(
     assert found == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1, 3, 4], ids=["streaming", "heavy_hitter", "chunks", "hh-chunks"])
 def test_greedy_generation_is_that_of_transformers_in_the_same_cache(loaded_model: LoadedModel, number: int) -> None:
     plan, ids = plans(loaded_model)[number], ids_of(80)

@@ -63,6 +63,7 @@ def greedy(loaded: LoadedModel, cache: BudgetedCache | DynamicCache, ids: list[i
     return generated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 @torch.inference_mode()
 def test_an_exact_answer_is_what_greedy_decoding_writes(letters: LoadedModel, eviction: Eviction) -> None:

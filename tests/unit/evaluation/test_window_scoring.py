@@ -53,6 +53,7 @@ def slow_score(loaded: LoadedModel, window: Window, plan: BudgetPlan) -> tuple[f
     return nll / window.continuation_length, kl / window.continuation_length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 @pytest.mark.parametrize("continuation", [1, 2, 61])
 def test_the_fast_score_is_the_slow_one(tiny: Maker, eviction: Eviction, continuation: int) -> None:
@@ -75,6 +76,7 @@ def test_the_fast_score_rounds_to_16_bits_as_a_server_does(tiny: Maker, eviction
     assert score_plan(loaded, prefill_window(loaded, window, [eviction]), plan).nll == pytest.approx(nll, abs=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eviction", [*EVICTIONS[:2], TOVA(eviction_interval=4, full_precision_recent=True)], ids=str)
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_the_fast_score_packs_as_a_server_does(tiny: Maker, eviction: Eviction, bits: int) -> None:

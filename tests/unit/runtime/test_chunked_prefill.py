@@ -29,6 +29,7 @@ def prefill_in_steps(loaded, plan, ids, sizes, max_tokens=None):
         assert 0 <= task.nbytes <= prefill_workspace_bytes(plan, ids.shape[1], 4) + plan.bytes_for(max_tokens)
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("sizes", [[120], [7], [1, 30, 2], [64, 36]], ids=str)
 @torch.inference_mode()

@@ -17,6 +17,7 @@ def score_in_steps(loaded, plan, ids, size, top=2):
     return task.token_logprobs, *done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 9, 1000])
 @pytest.mark.parametrize("bits", [(16, 16), (4, 3)])
 @pytest.mark.parametrize(
