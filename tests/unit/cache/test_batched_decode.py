@@ -119,6 +119,7 @@ def test_shared_tensors_are_allocated_once_and_freed_with_their_sequences(tiny, 
         cache.check_integrity()
 
 
+@pytest.mark.slow
 def test_a_batch_allocates_the_plan_and_not_the_text(tiny):
     loaded = tiny()
     plan = make_plan(loaded, [[20, 40], [28, 64]], HeavyHitter(eviction_interval=4, distance=0), bits=16)
@@ -127,6 +128,7 @@ def test_a_batch_allocates_the_plan_and_not_the_text(tiny):
     assert all(cache.nbytes == plan.bytes_for(200) < plan.full_bytes_per_sequence for cache in caches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batched_sequences_of_every_family_equal_the_same_alone(family):
     loaded, _ = model_pair(family)

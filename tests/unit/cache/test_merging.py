@@ -61,6 +61,7 @@ def test_members_that_come_late_count_as_those_that_came_first() -> None:
         torch.testing.assert_close(mine, all_at_once, atol=2e-3, rtol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_centroids_follow_what_comes_for_ever(dtype: torch.dtype) -> None:
     found = Centroids.empty(torch.empty(1, 1, 0, 4, dtype=dtype), 1, 1)

@@ -75,6 +75,7 @@ def test_every_family_attends_as_transformers_eager_attention_does(family: str, 
         assert_close(ours, eager(ids, attention_mask=given, use_cache=False).logits[real], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @family_table
 def test_a_left_padded_batch_decodes_to_the_same_logits(family: str) -> None:
     loaded, eager = model_pair(family)

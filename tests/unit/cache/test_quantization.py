@@ -191,6 +191,7 @@ def biased(loaded: LoadedModel) -> LoadedModel:
     return loaded
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize(
     "eviction", [StreamingLLM(), KeyNorm(eviction_interval=4), HeavyHitter(eviction_interval=4, distance=0)], ids=str
@@ -259,6 +260,7 @@ def test_heads_of_one_layer_have_bits_of_their_own(tiny: Maker, eviction: Evicti
     assert cache.nbytes == 2 * cache.reserved_bytes
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize(
     "eviction",

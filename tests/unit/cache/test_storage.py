@@ -113,6 +113,7 @@ def test_rows_that_are_joined_read_as_they_do_alone_and_are_written_alone(
             assert torch.equal(rows[place].read(size), each.read(size))
 
 
+@pytest.mark.slow
 @every_storage
 def test_what_is_written_scattered_and_stored_reads_back_alike(
     coded: BitSplit, layout: StorageLayout, centred: bool
@@ -133,6 +134,7 @@ def test_what_is_written_scattered_and_stored_reads_back_alike(
     assert torch.equal(storage.read(TOKENS)[1, :, 23:], storage.round_trip(new[:, :, :1], slots(23))[1])
 
 
+@pytest.mark.slow
 @every_storage
 def test_moves_copy_codes_and_encode_recent_entries_once(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
     storage = filled(coded, layout, centred)
@@ -149,6 +151,7 @@ def test_moves_copy_codes_and_encode_recent_entries_once(coded: BitSplit, layout
     assert torch.equal(storage.read(TOKENS), expected)
 
 
+@pytest.mark.slow
 @every_storage
 def test_a_selection_is_of_old_entries_as_they_are_and_of_new_ones(
     coded: BitSplit, layout: StorageLayout, centred: bool

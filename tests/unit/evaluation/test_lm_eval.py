@@ -66,6 +66,7 @@ def plans(loaded: LoadedModel) -> list[BudgetPlan]:
     return [*made, with_chunked_prefill(made[0], 24), with_chunked_prefill(made[1], 24)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(5), ids=["streaming", "heavy_hitter", "reconstruction", "chunks", "hh-chunks"])
 @pytest.mark.parametrize("length", [1, 2, 61])
 def test_a_loglikelihood_is_that_of_the_window_score(loaded_model: LoadedModel, number: int, length: int) -> None:
@@ -95,6 +96,7 @@ def test_the_full_plan_is_a_plain_forward(loaded_model: LoadedModel) -> None:
         assert greedy == (text == greedy_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eviction", EVICTIONS[:2], ids=str)
 def test_a_tight_plan_changes_the_results(loaded_model: LoadedModel, eviction: Eviction) -> None:
     ids = ids_of(130)
@@ -280,6 +282,7 @@ def test_coverage_counts_the_requests_that_a_plan_affected(loaded_model: LoadedM
     assert "say nothing about the plan" in unaffected.summary()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 7], ids=["dense", "chunks"])
 @pytest.mark.parametrize(
     "eviction", [StreamingLLM(), HeavyHitter(sinks=2, eviction_interval=3, recent_ratio=0.2)], ids=["ring", "ranked"]

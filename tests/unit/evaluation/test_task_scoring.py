@@ -83,6 +83,7 @@ def test_an_exact_answer_is_what_greedy_decoding_writes(letters: LoadedModel, ev
         assert found.allocated_bytes <= plan.bytes_per_sequence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 def test_questions_do_not_disturb_each_other(letters: LoadedModel, eviction: Eviction) -> None:
     plan = make_plan(letters, [[24, 40], [30, 24]], eviction, context_length=120)

@@ -45,6 +45,7 @@ def decode_rest(loaded, plan, ids, prompt, max_tokens):
     return cache, torch.stack(seen)
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=60)
 def test_a_sequence_allocates_no_more_than_is_reserved_for_its_length(tiny, data):
@@ -56,6 +57,7 @@ def test_a_sequence_allocates_no_more_than_is_reserved_for_its_length(tiny, data
     assert cache.reserved_bytes == plan.bytes_for(max_tokens) <= plan.bytes_per_sequence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 def test_max_tokens_changes_neither_entries_nor_logits(tiny, eviction):
     loaded, ids = tiny(head_dim=16), random_ids(1, 50)
@@ -96,6 +98,7 @@ def test_more_than_max_tokens_are_refused(tiny):
         prefill(loaded, plan, random_ids(1, 12), max_tokens=11)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 def test_a_copy_continues_independently_with_its_own_max_tokens(tiny, eviction):

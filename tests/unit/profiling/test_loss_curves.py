@@ -104,6 +104,7 @@ def test_the_loss_of_a_pair_is_that_of_keys_and_values_together() -> None:
     assert grid.combine(keys, values)[0, :, 0].tolist() == [1.0, 2.5, 4.0]
 
 
+@pytest.mark.slow
 def test_the_predicted_loss_is_the_kl_that_a_small_error_makes(tiny: Maker) -> None:
     """Second order is exact for small errors: a head is pushed a little at one token, and the KL is measured."""
     loaded, ids = tiny(), random_ids(1, CONTEXT + CONTINUATION)

@@ -52,6 +52,7 @@ def test_steps_of_any_size_give_what_one_forward_gives(tiny, eviction, sizes):
     assert cache.nbytes == whole.nbytes <= cache.reserved_bytes == plan.bytes_for(130)
 
 
+@pytest.mark.slow
 @every_method
 @torch.inference_mode()
 @pytest.mark.parametrize(("allowed", "steps"), [(16, 7), (3, 38)])

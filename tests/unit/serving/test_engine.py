@@ -76,6 +76,7 @@ EVERY_PLAN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVERY_PLAN)
 def test_requests_in_a_batch_get_the_tokens_that_they_get_alone(loaded, kind):
     plan = EVERY_PLAN[kind](loaded)
@@ -333,6 +334,7 @@ def test_a_stopped_sequence_ends_alone(engine):
     assert max(len([e for e in answer.events if isinstance(e, TokenOutput) and e.index == one]) for one in (0, 1)) < 400
 
 
+@pytest.mark.slow
 def test_two_hundred_cancelled_requests_leave_nothing(loaded, plan):
     with engine_of(loaded, plan, max_waiting=1000, max_prefill_chunk_tokens=8) as engine:
         answers = []
@@ -360,6 +362,7 @@ def break_sampler(sequence: Sequence):
     sequence.sampler.sample = boom
 
 
+@pytest.mark.slow
 def test_a_request_whose_sampling_fails_harms_nobody(loaded, plan):
     with engine_of(loaded, plan) as engine:
 
@@ -556,6 +559,7 @@ def test_prompt_logprobs_reserve_the_dequantized_cache(loaded, monkeypatch, bits
 SUFFIXES = [b"", b"x", b" And so it goes.", bytes(range(40, 120)) + bytes(range(32, 90)) * 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [(16, 16), (5, 4)])
 @pytest.mark.parametrize("chunk", [None, 11])
 def test_warm_is_cold_token_for_token(tiny, bits, chunk):

@@ -36,6 +36,7 @@ def registry(plan, tmp_path_factory):
     return uri
 
 
+@pytest.mark.slow
 def test_a_registered_plan_is_found_by_alias_and_by_version(registry, plan, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
     assert load_plan("models:/rivers@champion") == plan

@@ -212,6 +212,7 @@ def test_a_method_without_a_profile_makes_a_plan_for_the_length_of_a_window(mode
     assert plan.context_length == 3584
 
 
+@pytest.mark.slow
 def test_a_method_with_a_profile_measures_it_on_the_calibration_texts_and_says_so(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BAKLAVA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cli, "PROFILE_CONTEXT_TOKENS", 96)

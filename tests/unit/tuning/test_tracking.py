@@ -57,6 +57,7 @@ def search_record(run: str) -> SearchRecord:
     return SearchRecord(settings=SETTINGS, model=task().profile.model, corpora={"t": "0"}, profile="0", run=run)
 
 
+@pytest.mark.slow
 def test_everything_of_a_model_is_under_the_last_part_of_its_name(tracker: Tracker) -> None:
     assert tracker.name == "baklava-some-model"
     assert tracker.client.get_experiment(tracker.experiment).name == "baklava/some-model"
@@ -239,6 +240,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowSe
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_down_loses_nothing_of_a_search_and_warns_once(
     server: MlflowServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +257,7 @@ def test_a_server_that_goes_down_loses_nothing_of_a_search_and_warns_once(
     assert "trials.jsonl and plan.json have all of it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_gets_what_it_missed_in_order(
     server: MlflowServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,6 +299,7 @@ class Fails:
         return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("method", ["create_run", "log_batch", "log_text", "set_terminated"])
 def test_a_request_that_fails_amid_a_trial_loses_and_doubles_nothing(tracker: Tracker, method: str, late: bool) -> None:

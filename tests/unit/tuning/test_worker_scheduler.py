@@ -124,6 +124,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., SchedulerHarness]]:
             ray.kill(actor)
 
 
+@pytest.mark.slow
 def test_a_window_is_scored_where_it_was_prefilled(start: Callable[..., SchedulerHarness]) -> None:
     harness = start()
     scores = harness.score(*[(f"plan {number}", window) for number, window in enumerate("abcdabcd")])
@@ -132,6 +133,7 @@ def test_a_window_is_scored_where_it_was_prefilled(start: Callable[..., Schedule
     assert len({score["pid"] for score in scores if score["window"] in "ac"}) == 1
 
 
+@pytest.mark.slow
 def test_a_window_that_is_about_to_be_prefilled_is_waited_for_and_prefilled_nowhere_else(
     start: Callable[..., SchedulerHarness],
 ) -> None:
@@ -144,6 +146,7 @@ def test_a_window_that_is_about_to_be_prefilled_is_waited_for_and_prefilled_nowh
     assert [score["prefilled"] for score in scores].count(True) == 2
 
 
+@pytest.mark.slow
 def test_a_score_waits_for_its_own_window_and_not_for_all_prefills(
     start: Callable[..., SchedulerHarness],
 ) -> None:
@@ -157,6 +160,7 @@ def test_a_score_waits_for_its_own_window_and_not_for_all_prefills(
     assert ray.get(harness.workers[0].event_log.remote())[-3:] == ["slow a prefilled", "slow a", "slow c prefilled"]
 
 
+@pytest.mark.slow
 def test_a_dead_replica_costs_no_score_and_comes_back_with_its_windows(start: Callable[..., SchedulerHarness]) -> None:
     harness = start()
     kill(harness.pids()[0])
@@ -178,6 +182,7 @@ def test_the_work_of_a_killed_replica_is_done_again(start: Callable[..., Schedul
     assert ray.get(running, timeout=120)["window"] == "a"
 
 
+@pytest.mark.slow
 def test_a_plan_that_kills_replicas_is_given_up_and_the_next_one_scored(start: Callable[..., SchedulerHarness]) -> None:
     harness = start(workers=1, windows="a")
     assert f"{MAX_DEATHS_PER_TASK} replicas died" in harness.score(("deadly", "a"))[0]["error"]
@@ -226,6 +231,7 @@ def test_items_are_submitted_only_as_results_come(start: Callable[..., Scheduler
     ray.kill(group.scheduler)
 
 
+@pytest.mark.slow
 def test_if_no_replica_can_come_back_the_score_gives_the_reason_instead_of_waiting(
     start: Callable[..., SchedulerHarness], tmp_path: Path
 ) -> None:
@@ -242,6 +248,7 @@ def test_no_plan_is_scored_twice_on_a_window_not_even_at_once(start: Callable[..
     assert sorted(harness.scored()) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_parameters_of_one_plan_share_its_scores_and_so_do_recorded_ones(
     start: Callable[..., SchedulerHarness],
 ) -> None:
