@@ -22,6 +22,7 @@ from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile
+from baklava.runtime.continuation_text import decode_continuation
 from baklava.runtime.decode import generate
 from baklava.runtime.logprobs import score_continuations, score_suffix
 from baklava.runtime.model_loader import LoadedModel, load
@@ -342,7 +343,7 @@ class BaklavaLM(TemplateLM):
             **options,
         )
         coverage.count(len(prompt), len(new_tokens) - 1)
-        return postprocess_generated_text(self.tokenizer.decode(new_tokens, skip_special_tokens=True), until, None)
+        return postprocess_generated_text(decode_continuation(self.tokenizer, prompt, new_tokens), until, None)
 
     def _truncate(self, context: list[int], max_context: int, coverage: PlanCoverage) -> list[int]:
         """Return the end of a context, at most `max_context` tokens of it."""

@@ -16,6 +16,7 @@ from baklava.evaluation.tasks import Prompt, Question
 from baklava.evaluation.tasks.metrics import METRICS
 from baklava.eviction import Eviction
 from baklava.plan.budget_plan import BudgetPlan
+from baklava.runtime.continuation_text import decode_continuation
 from baklava.runtime.logprobs import forced_logits
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import PrefilledPrompt, compress, prefill_and_record
@@ -138,7 +139,7 @@ class _QuestionRunner:
         while len(tokens) < max_new_tokens and tokens[-1] not in self.loaded.eos_token_ids:
             tokens.append(int(self._forward(cache, ids.new_tensor(tokens[-1:]))[-1].argmax()))
         self._check(cache)
-        return str(self.loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+        return decode_continuation(self.loaded.tokenizer, ids.tolist(), tokens)
 
     def _forward(self, cache: Cache, ids: Ids) -> Float[Tensor, "tokens vocabulary"]:
         logits = forced_logits(self.loaded, cache, ids)

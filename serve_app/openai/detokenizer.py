@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from baklava.runtime.continuation_text import added_text, decode_tokens, has_text, text_context
 from serve_app.engine.types import FinishReason, Logprob, TokenOutput
 
 # UTF-8 needs up to 4 bytes for a character. Twice as many tokens that are still no text never will be.
@@ -14,13 +15,15 @@ _MAX_TOKENS_PER_CHARACTER = 8
 class TokenLogprob:
     """A token of an answer with its log-probability in nats, the most likely tokens, and its place in the text.
 
-    `text_offset` counts the characters before the token.
+    `text_offset` counts the characters before the token. `starts_text` is set if no token before it has a text, not
+    even one of the prompt: many tokenizers then drop the token's first space.
     """
 
     token_id: int
     logprob: float | None
     top: tuple[tuple[int, float], ...]
     text_offset: int
+    starts_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,23 @@ class TextDelta:
 
 
 class DecodeStream:
-    """Decode token by token, and wait for the rest of incomplete characters."""
+    """Decode token by token after the tokens `before`, and wait for the rest of incomplete characters."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        self._ids = text_context(tokenizer, before)
         # Text is decoded from `_start`, because a tokenizer may drop a leading space. Up to `_read` it was returned.
-        self._start = 0
-        self._read = 0
+        self._start, self._read = 0, len(self._ids)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token had a text so far."""
+        return not self._ids
 
     def push(self, token_id: int) -> str:
         """Return the text that a token completes."""
+        if not has_text(self._tokenizer, token_id):
+            return ""  # nor is it a context for the next one
         self._ids.append(token_id)
         text = self._decode(self._start, len(self._ids))
         pending_tokens = len(self._ids) - self._read
@@ -58,13 +67,12 @@ class DecodeStream:
         return self._advance(self._decode(self._start, len(self._ids)))
 
     def _advance(self, text: str) -> str:
-        returned = len(self._decode(self._start, self._read))
+        added = added_text(self._tokenizer, self._ids[self._start : self._read], text)
         self._start, self._read = self._read, len(self._ids)
-        return text[returned:]
+        return added
 
     def _decode(self, start: int, end: int) -> str:
-        ids = self._ids[start:end]
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode_tokens(self._tokenizer, self._ids[start:end])
 
 
 class StopStringFilter:
@@ -108,13 +116,21 @@ class IncrementalDetokenizer:
 
     Args:
         tokenizer: Of the model.
+        prompt: Token ids before the sequence.
         stop_strings: Strings that end the text. They are not part of it.
         text_offset: Characters of the answer before this text, such as an echoed prompt.
         min_tokens: Tokens before which no stop string ends the text.
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str], text_offset: int = 0, min_tokens: int = 0) -> None:
-        self._decoder = DecodeStream(tokenizer)
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        stop_strings: Sequence[str],
+        text_offset: int = 0,
+        min_tokens: int = 0,
+    ) -> None:
+        self._decoder = DecodeStream(tokenizer, prompt)
         self._filter = StopStringFilter(stop_strings)
         self._text_offset = text_offset
         self._missing_tokens = min_tokens
@@ -122,7 +138,7 @@ class IncrementalDetokenizer:
 
     def add_token(self, token: TokenOutput) -> TextDelta:
         """Return what a token adds. A token or string that stops is not part of the text."""
-        offset = self._text_offset
+        offset, starts_text = self._text_offset, self._decoder.is_empty
         self._missing_tokens -= 1
         text = self._push("" if token.finish_reason == "stop" else self._decoder.push(token.token_id))
         if token.finish_reason and not self._filter.matched:
@@ -130,7 +146,7 @@ class IncrementalDetokenizer:
         if token.finish_reason and not self._filter.matched:
             text += self._filter.flush()
         self.finish_reason = "stop" if self._filter.matched else token.finish_reason
-        logprobs = (_with_offset(token.logprob, offset),) if token.logprob else ()
+        logprobs = (_placed(token.logprob, offset, starts_text),) if token.logprob else ()
         return TextDelta(text, token.index, self.finish_reason, logprobs)
 
     def _push(self, text: str) -> str:
@@ -144,10 +160,13 @@ def prompt_token_logprobs(
     """Return the tokens of a prompt with their log-probabilities and their places in the text."""
     decoder, offset, tokens = DecodeStream(tokenizer), 0, []
     for token_id, logprob in zip(ids, logprobs, strict=True):
-        tokens.append(_with_offset(logprob, offset) if logprob else TokenLogprob(token_id, None, (), offset))
+        if logprob is None:
+            tokens.append(TokenLogprob(token_id, None, (), offset, decoder.is_empty))
+        else:
+            tokens.append(_placed(logprob, offset, decoder.is_empty))
         offset += len(decoder.push(token_id))
     return tuple(tokens)
 
 
-def _with_offset(logprob: Logprob, text_offset: int) -> TokenLogprob:
-    return TokenLogprob(logprob.token_id, logprob.logprob, logprob.top, text_offset)
+def _placed(logprob: Logprob, text_offset: int, starts_text: bool) -> TokenLogprob:
+    return TokenLogprob(logprob.token_id, logprob.logprob, logprob.top, text_offset, starts_text)

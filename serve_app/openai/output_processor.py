@@ -95,7 +95,7 @@ class OutputProcessor:
         first = self._choice_index(number, 0)
         for index in range(first, first + request.n):
             self._detokenizers[index] = IncrementalDetokenizer(
-                self.tokenizer, self.stop_strings, len(text), request.sampling_params.min_tokens
+                self.tokenizer, request.prompt, self.stop_strings, len(text), request.sampling_params.min_tokens
             )
         deltas = [TextDelta(text, index, prefill.finish_reason, logprobs) for index in range(first, first + request.n)]
         if self.echo:

@@ -34,29 +34,33 @@ class TokenNamer:
     tokenizer: Any
     as_ids: bool = False
 
-    def text(self, token_id: int) -> str:
-        """Return the text of a single token. Half a character is U+FFFD."""
+    def text(self, token_id: int, starts_text: bool) -> str:
+        """Return what a token writes at the start of a text, or in its middle. Half a character is U+FFFD."""
         if self.as_ids:
             return f"token_id:{token_id}"
-        return self.tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        alone = self._decode([token_id])
+        return alone if starts_text else self._decode([token_id, token_id])[len(alone) :]
 
-    def unique_names(self, ids: Sequence[int]) -> dict[int, str]:
+    def unique_names(self, ids: Sequence[int], starts_text: bool) -> dict[int, str]:
         """Return a different name for each token: of those with the same text, only the first is named by it.
 
         Clients tell tokens apart by these names, and look for the most likely one among them.
         """
         names: dict[int, str] = {}
         for token_id in ids:
-            text = self.text(token_id)
+            text = self.text(token_id, starts_text)
             names.setdefault(token_id, f"token_id:{token_id}" if text in names.values() else text)
         return names
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def completion_logprobs(tokens: Sequence[TokenLogprob], namer: TokenNamer) -> Json:
     """Return four lists with an entry per token. The first token of a prompt has no log-probability."""
     result: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token in tokens:
-        names = namer.unique_names([*(token_id for token_id, _ in token.top), token.token_id])
+        names = namer.unique_names([*(token_id for token_id, _ in token.top), token.token_id], token.starts_text)
         result["tokens"].append(names[token.token_id])
         result["text_offset"].append(token.text_offset)
         if token.logprob is None:
@@ -75,14 +79,14 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], namer: TokenNamer) -> Js
 def chat_logprobs(tokens: Sequence[TokenLogprob], namer: TokenNamer) -> Json:
     """Return an object per token, with its UTF-8 bytes if it consists of whole characters."""
 
-    def entry(token_id: int, logprob: float) -> Json:
-        text = namer.text(token_id)
+    def entry(token_id: int, logprob: float, starts_text: bool) -> Json:
+        text = namer.text(token_id, starts_text)
         utf8 = None if "\ufffd" in text or namer.as_ids else list(text.encode())
         return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": utf8}
 
     content = [
-        entry(token.token_id, token.logprob or 0.0)
-        | {"top_logprobs": [entry(*alternative) for alternative in token.top]}
+        entry(token.token_id, token.logprob or 0.0, token.starts_text)
+        | {"top_logprobs": [entry(*alternative, token.starts_text) for alternative in token.top]}
         for token in tokens
     ]
     return {"content": content, "refusal": None}

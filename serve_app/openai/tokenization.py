@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from pydantic import TypeAdapter, ValidationError
 
 from baklava.errors import UserError
+from baklava.runtime.continuation_text import decode_tokens
 from baklava.runtime.model_loader import LoadedModel
 from serve_app.openai.errors import ApiError, context_length_exceeded
 from serve_app.openai.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
@@ -125,10 +126,7 @@ class PromptEncoder:
         )
         encoded = self._prompt(request, ids, text)
         if request.echo and (not text or request.truncate_prompt_tokens is not None):
-            echo = self.tokenizer.decode(
-                list(encoded.ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            return replace(encoded, text=echo)
+            return replace(encoded, text=decode_tokens(self.tokenizer, encoded.ids))
         return encoded
 
     def _prompt(self, request: GenerationRequest, ids: list[int], text: str) -> Prompt:

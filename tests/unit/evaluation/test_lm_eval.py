@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.utils import get_rolling_token_windows
 from plan_factory import make_plan, random_ids, with_chunked_prefill
+from sentencepiece_tokenizer import pieces, sentencepiece_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
@@ -186,6 +187,21 @@ def test_greedy_generation_with_the_full_plan_is_the_plain_model(loaded_model: L
     stop = signs(plain[7:9])
     [cut] = model.generate_until([make_instance("generate_until", signs(ids), {"until": [stop], "max_gen_toks": 20})])
     assert cut == signs(plain).split(stop)[0]
+
+
+def test_a_generated_text_keeps_its_first_space(tiny: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = sentencepiece_tokenizer()
+    loaded = replace(tiny(vocab_size=512), tokenizer=tokenizer)
+    made = pieces(tokenizer, "▁Paris", "▁and", "▁Rome", ".", "</s>")
+    monkeypatch.setattr("baklava.evaluation.lm_eval.generate", lambda *args, **options: made)
+    model = BaklavaLM(loaded, full_cache_plan(loaded.identity, loaded.geometry, 200))
+
+    def text(until: list[str]) -> str:
+        options = {"until": until, "max_gen_toks": 20}
+        return model.generate_until([make_instance("generate_until", "The capital of France is", options)])[0]
+
+    assert text([]) == " Paris and Rome."
+    assert text([" and"]) == " Paris"
 
 
 def test_sampling_follows_its_seed_and_beams_are_rejected(loaded_model: LoadedModel) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from byte_model import byte_model
 from plan_factory import make_plan
+from sentencepiece_tokenizer import pieces, sentencepiece_tokenizer
 from tokenizers import Tokenizer, models, normalizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
@@ -105,6 +106,26 @@ def test_a_plan_that_keeps_everything_answers_as_the_full_cache(letters: LoadedM
     )
     assert [each.score for each in ours] == [each.score for each in theirs]
     assert [each.nll for each in ours] == pytest.approx([each.nll for each in theirs], abs=1e-5)
+
+
+def write(monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, ids: list[int]) -> None:
+    """Let the model generate these tokens."""
+    scripted = iter(ids)
+
+    def forced(loaded: LoadedModel, cache: object, fed: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.full_like(fed, next(scripted)), 512).float()
+
+    monkeypatch.setattr(task_scoring, "forced_logits", forced)
+
+
+def test_a_generated_answer_keeps_its_first_space(tiny: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = sentencepiece_tokenizer()
+    loaded = replace(tiny(vocab_size=512), tokenizer=tokenizer)
+    question = Question(" France is", " Paris", metric="recall", answers=(" Paris and Rome.",), max_new_tokens=4)
+    made = pieces(tokenizer, "▁Paris", "▁and", "▁Rome", ".")
+    write(monkeypatch, loaded, [0, *made])
+    [answer] = answer_closed_book(loaded, Prompt("p", "The capital of", (question,)))
+    assert answer.score == 1.0
 
 
 def cached_positions(loaded: LoadedModel, context: PrefilledPrompt, plan: BudgetPlan) -> list[list[int]]:
