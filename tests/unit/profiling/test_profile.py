@@ -153,6 +153,24 @@ def test_a_profile_is_measured_once_and_read_back_equal(
             Profile.read(file)
 
 
+@pytest.mark.parametrize("unusable", ["file", "broken"])
+def test_a_cache_that_cannot_be_used_costs_a_warning_and_no_profile(
+    tiny: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unusable: str
+) -> None:
+    monkeypatch.setenv("BAKLAVA_CACHE", str(tmp_path))
+    loaded = tiny()
+    if unusable == "file":
+        (tmp_path / "profiles").touch()
+        expected = "cannot be written"
+    else:
+        cached_profile(loaded, windows(1))
+        next((tmp_path / "profiles").iterdir()).write_text("{")
+        expected = "cannot be read, so the model is profiled again"
+    capsys.readouterr()
+    assert cached_profile(loaded, windows(1)) == measure_profile(loaded, windows(1))
+    assert [expected in line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [True]
+
+
 def test_a_profile_of_other_code_is_measured_again(
     tiny: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
