@@ -1,14 +1,22 @@
 """A connection to a Ray cluster, for the search, the evaluation and the server."""
 
 import os
+import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 from baklava.console import log
 from baklava.errors import UserError
+from baklava.paths import check_writable, home_dir, reason_of
 
 CONNECT_TIMEOUT_SECONDS = 5.0
+
+MAX_TEMP_DIR_BYTES = 39
+"""Longest path in which Ray can start: the name of a socket has 107 bytes, and Ray adds up to 68 of its own."""
 
 
 def configure_ray_environment() -> None:
@@ -19,12 +27,17 @@ def configure_ray_environment() -> None:
         # At the end actors are killed, and Ray would log that it retries the calls to them.
         "RAY_enable_output_error_log_if_still_retry": "0",
     }
-    if not os.environ.get("RAY_ADDRESS"):
+    if starts_cluster():
         # A cluster of this machine's own stays on the loopback address. Ray would look for another one by connecting to
         # an address on the internet.
         defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def starts_cluster() -> bool:
+    """Return whether a session starts a cluster on this machine, instead of using the one at `$RAY_ADDRESS`."""
+    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
 
 
 @contextmanager
@@ -40,7 +53,7 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
 
     Raises:
         UserError: no cluster answers at the address, or none can be started here, for example since `$RAY_AUTH_MODE`
-            would leave it open.
+            would leave it open, or since no folder takes its sockets.
     """
     # Imported here, since the library itself does not need Ray.
     import ray
@@ -49,26 +62,102 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if not address or address == "local":
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, object] = {}
+    if starts_cluster():
         _check_auth_mode()
+        options = {
+            "num_cpus": num_cpus,
+            "include_dashboard": False,
+            "object_store_memory": object_store_bytes,
+            "_temp_dir": str(_local_temp_dir() / "ray"),
+        }
+        _provide_token()
+        log("ray: starting on this machine")
     else:
         check_answers(address)
-    log(f"ray: connecting to {address}" if address else "ray: starting on this machine")
-    local = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": object_store_bytes}
+        log(f"ray: connecting to {address}")
     try:
-        # Without "local", Ray would join any cluster that was started on this machine.
-        ray.init(address or "local", log_to_driver=log_to_driver, logging_level="ERROR", **({} if address else local))
-    except (OSError, ValueError, RayError) as error:
-        if address:
+        with _own_process_group():
+            # Without "local", Ray would join any cluster that was started on this machine.
+            ray.init(address, log_to_driver=log_to_driver, logging_level="ERROR", **options)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        if starts_cluster():
+            folder = options["_temp_dir"]
             raise UserError(
-                f"no Ray cluster answers at {address} ({error}); check RAY_ADDRESS and the token"
+                f"Ray cannot start on this machine ({error}); check its free memory and the disk of {folder}"
             ) from error
-        raise UserError(f"Ray cannot start on this machine ({error}); check its free memory and /tmp") from error
+        raise UserError(f"no Ray cluster answers at {address} ({error}); check RAY_ADDRESS and the token") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _local_temp_dir() -> Path:
+    """Return the folder for the files of a cluster started here: `$RAY_TMPDIR`, else `$TMPDIR` if it suits, else /tmp.
+
+    Raises:
+        UserError: Ray cannot use it.
+    """
+    remedy = f"set RAY_TMPDIR to a writable folder of at most {MAX_TEMP_DIR_BYTES} bytes"
+    if named := os.environ.get("RAY_TMPDIR"):
+        folder = Path(named).expanduser().absolute()
+        if reason := _why_unusable(folder):
+            raise UserError(f"Ray cannot start in RAY_TMPDIR, since {folder} {reason}; {remedy}, or unset it")
+        return folder
+    problems: list[str] = []
+    for folder in (Path(os.environ.get("TMPDIR") or "/tmp").expanduser().absolute(), Path("/tmp")):
+        reason = _why_unusable(folder)
+        if reason is None:
+            if problems:
+                log(f"ray: keeps its files in {folder}, since TMPDIR {problems[0]}")
+            return folder
+        problems.append(reason)
+    raise UserError(f"Ray cannot start on this machine, since {folder} {reason}; {remedy}")
+
+
+def _why_unusable(folder: Path) -> str | None:
+    size = len(os.fsencode(folder))
+    if size > MAX_TEMP_DIR_BYTES:
+        return f"has a path of {size} bytes, too long for the names of sockets"
+    try:
+        check_writable(folder / "ray")
+    except OSError as error:
+        return f"cannot be written ({reason_of(error)})"
+    return None
+
+
+def _provide_token() -> None:
+    """Make a token for this process if Ray has none and could not store one in the home folder."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    stored = home_dir() / ".ray" / "auth_token"
+    try:
+        if not stored.is_file():
+            check_writable(stored.parent)
+    except OSError:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextmanager
+def _own_process_group() -> Iterator[None]:
+    """Start the processes of Ray apart from this one's process group.
+
+    Ctrl-C, `timeout` and the end of a terminal signal the whole group, and a replica would end amid its requests. On
+    Linux the kernel ends Ray's processes with this one. Elsewhere Ray relies on the group for that.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    from ray._private import services
+
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def _check_auth_mode() -> None:

@@ -17,7 +17,7 @@ from ray.serve.schema import LoggingConfig
 
 from baklava.console import log
 from baklava.errors import UserError
-from baklava.runtime.ray_session import ray_session
+from baklava.runtime.ray_session import ray_session, starts_cluster
 from serve_app.api.network import PROXY_MIDDLEWARE_PATH, PROXY_MIDDLEWARE_VARIABLE
 from serve_app.deployment.replica import APP_NAME, BaklavaReplica, RayReplicaGroup, ReplicaConfig
 from serve_app.openai.errors import error_summary
@@ -60,7 +60,7 @@ def serving_session(replicas: int, *, quiet: bool = False) -> Iterator[None]:
     if quiet:
         os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if os.environ.get("RAY_ADDRESS"):
+    if not starts_cluster():
         log(_PROXY_WARNING)
     num_cpus = max(replicas, os.cpu_count() or 1)
     with ray_session(object_store_bytes=OBJECT_STORE_BYTES, num_cpus=num_cpus, log_to_driver=True):

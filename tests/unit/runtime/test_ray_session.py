@@ -1,0 +1,86 @@
+"""Facts about the folders and processes of a Ray cluster that is started here."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from baklava.errors import UserError
+from baklava.runtime import ray_session
+from baklava.runtime.ray_session import MAX_TEMP_DIR_BYTES, _local_temp_dir, _own_process_group, _provide_token
+
+LONG = "/tmp/" + "x" * 94
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TMPDIR", "RAY_TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_longest_folder_leaves_space_for_the_name_of_a_socket() -> None:
+    socket = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+    assert MAX_TEMP_DIR_BYTES + len(socket) == 107
+
+
+def test_ray_keeps_its_files_in_tmpdir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert _local_temp_dir() == Path("/tmp")
+    monkeypatch.setenv("TMPDIR", "/dev/shm/./")
+    assert _local_temp_dir() == Path("/dev/shm")
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"), [(LONG, "path of 99 bytes"), ("/proc/none", "be written"), ("/dev/null", "not a directory")]
+)
+def test_a_tmpdir_that_ray_cannot_use_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str, reason: str
+) -> None:
+    monkeypatch.setenv("TMPDIR", folder)
+    assert _local_temp_dir() == Path("/tmp")
+    line = capsys.readouterr().err
+    assert line.startswith("ray: keeps its files in /tmp, since TMPDIR ")
+    assert reason in line
+
+
+@pytest.mark.parametrize("folder", [LONG, "/proc/none", "/dev/null"])
+def test_a_ray_tmpdir_that_ray_cannot_use_is_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    with pytest.raises(UserError, match=rf"RAY_TMPDIR, since {folder} .*at most 39 bytes, or unset it"):
+        _local_temp_dir()
+
+
+def test_without_any_folder_the_error_says_which_variable_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_session, "_why_unusable", lambda folder: "cannot be written (read-only file system)")
+    with pytest.raises(UserError, match=r"since /tmp cannot be written \(read-only file system\); set RAY_TMPDIR"):
+        _local_temp_dir()
+
+
+def test_a_home_folder_that_takes_no_token_is_no_obstacle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _provide_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ  # Ray stores one
+    monkeypatch.setenv("HOME", "/proc/none")
+    _provide_token()
+    token = os.environ["RAY_AUTH_TOKEN"]
+    assert len(token) == 64
+    _provide_token()
+    assert os.environ["RAY_AUTH_TOKEN"] == token
+    del os.environ["RAY_AUTH_TOKEN"]
+
+
+def test_a_signal_to_the_process_group_does_not_reach_rays_processes() -> None:
+    from ray._private import services
+
+    original = services.ConsolePopen
+    with _own_process_group():
+        process = services.ConsolePopen(["sleep", "60"])
+    try:
+        assert os.getpgid(process.pid) == os.getsid(process.pid) == process.pid != os.getpgrp()
+    finally:
+        process.kill()
+        process.wait()
+    assert services.ConsolePopen is original
+    assert issubclass(original, subprocess.Popen)
