@@ -1,34 +1,25 @@
 """Load a model whose attention reads a budgeted cache."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Int
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from baklava.cache import attention
 from baklava.data.demo_assets import DEMO_SHA256, demo_model
 from baklava.errors import UserError
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
+from baklava.runtime.checkpoint import Checkpoint, first_line
 
 DEMO = "demo"
 
 DIGEST_SAMPLES_PER_WEIGHT = 1024
 """Values of every weight that its digest sees, evenly spread from the first one to the last."""
-
-_UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
-"""What loaders raise for a checkpoint that is missing, damaged, or does not fit its config."""
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
-"""Parts of the messages of other errors that mean that memory ran out; PyTorch raises a RuntimeError on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -122,44 +113,44 @@ def load(
         device_map_auto: Distribute the layers over all visible devices, for a model that is larger than one of them.
 
     Raises:
-        UserError: nothing loadable has this name, the model does not fit into memory, its cache cannot be budgeted, or
-            the device is not available, or is given together with `device_map_auto`.
+        UserError: nothing loadable has this name, weights are missing or damaged, the model does not fit into memory,
+            its cache cannot be budgeted, or the device is not available, or is given together with `device_map_auto`.
     """
     if device and device_map_auto:
         raise UserError(f"device_map_auto chooses the devices itself; leave it out, or leave out device {device!r}")
     if threads:
         torch.set_num_threads(threads)
     target = _available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    path = str(demo_model()) if name == DEMO else name
+    checkpoint = _find(name)
     attention.register()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32 if target.type == "cpu" else "auto",
-            device_map="auto" if device_map_auto else None,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation=attention.ATTN_IMPLEMENTATION,
-        )
-        model = model if device_map_auto else model.to(target)
-    except (*_UNLOADABLE, MemoryError) as error:
-        raise _load_error(name, target, error) from None
-    return LoadedModel.of(model, tokenizer, id=name, revision=_revision(name, model))
+    CacheGeometry.from_config(checkpoint.read_config())  # refuses a shape before the weights are read
+    tokenizer = checkpoint.read_tokenizer()
+    model = checkpoint.read_model(
+        torch.float32 if target.type == "cpu" else "auto", target, device_map_auto=device_map_auto
+    )
+    checkpoint.check_vocabulary(tokenizer, model)
+    revision = DEMO_SHA256 if name == DEMO else getattr(model.config, "_commit_hash", None)
+    return LoadedModel.of(model, tokenizer, id=name, revision=revision)
 
 
 def load_config(name: str) -> tuple[ModelIdentity, CacheGeometry]:
-    """Return the identity and the geometry of a model from its config, without loading weights."""
-    path = str(demo_model()) if name == DEMO else name
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except _UNLOADABLE as error:
-        raise _checkpoint_error(name, error) from None
-    return ModelIdentity.from_config(config, name), CacheGeometry.from_config(config)
+    """Return the identity and the geometry of a model, without reading weights.
+
+    Refuse what `load` would refuse, as far as the config, the tokenizer and the names and shapes of the weights tell.
+    """
+    checkpoint = _find(name)
+    attention.register()
+    config = checkpoint.read_config()
+    geometry = CacheGeometry.from_config(config)
+    tokenizer = checkpoint.read_tokenizer()
+    model = checkpoint.read_empty_model(config)
+    checkpoint.check_vocabulary(tokenizer, model)
+    LoadedModel.of(model, tokenizer, id=name)  # refuses a model whose cache cannot be budgeted
+    return ModelIdentity.from_config(config, name), geometry
 
 
-def _revision(name: str, model: Any) -> str | None:
-    return DEMO_SHA256 if name == DEMO else getattr(model.config, "_commit_hash", None)
+def _find(name: str) -> Checkpoint:
+    return Checkpoint(name, str(demo_model()) if name == DEMO else name)
 
 
 def _available_device(name: str) -> torch.device:
@@ -167,34 +158,6 @@ def _available_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # what PyTorch raises depends on the device
         raise UserError(
-            f"device {name!r} cannot be used ({_first_line(error)}); give a device that PyTorch finds on this machine, "
+            f"device {name!r} cannot be used ({first_line(error)}); give a device that PyTorch finds on this machine, "
             "such as cpu, cuda, cuda:1 or mps"
         ) from None
-
-
-def _load_error(name: str, device: torch.device, error: Exception) -> UserError:
-    """Return the error to raise: too little memory is no fault of the checkpoint."""
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if out_of_memory or any(part in str(error) for part in _OUT_OF_MEMORY):
-        return UserError(
-            f"model {name!r} does not fit into the free memory of {device} ({_first_line(error)}); free some of it, or "
-            "choose a smaller model or another device"
-        )
-    return _checkpoint_error(name, error)
-
-
-def _checkpoint_error(name: str, error: Exception) -> UserError:
-    if os.path.isdir(name):
-        return UserError(
-            f"cannot load a model from directory {name} ({_first_line(error)}); it needs config.json, safetensors and "
-            "a tokenizer"
-        )
-    return UserError(
-        f"cannot load model {name!r} ({_first_line(error)}); give `demo`, a directory with safetensors, or the id of a "
-        "hub model that this machine can reach"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

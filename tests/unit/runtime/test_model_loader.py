@@ -1,49 +1,14 @@
-"""Loading: which errors are whose, on which device, and how checkpoints of one name differ."""
+"""Loading: on which device, and how checkpoints of one name differ."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from baklava.errors import UserError
-from baklava.runtime import model_loader
 from baklava.runtime.model_loader import LoadedModel, load
 
 Maker = Callable[..., LoadedModel]
-
-
-class Loader:
-    """Stands in for AutoTokenizer and AutoModelForCausalLM; raises an error."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def from_pretrained(self, *args: object, **options: object) -> object:
-        raise self.error
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
-        MemoryError(),
-    ],
-    ids=["cuda", "cpu", "python"],
-)
-def test_too_little_memory_is_not_called_a_bad_checkpoint(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(model_loader, "AutoTokenizer", Loader(error))
-    with pytest.raises(UserError, match=r"does not fit into the free memory of cpu .*smaller model"):
-        load(str(tmp_path), device="cpu")
-
-
-def test_a_damaged_checkpoint_is_called_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(model_loader, "AutoTokenizer", Loader(RuntimeError("size mismatch for lm_head.weight\nmore")))
-    with pytest.raises(UserError, match=r"cannot load a model from directory .*\(size mismatch for lm_head.weight\)"):
-        load(str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "mps:7"])
