@@ -20,7 +20,7 @@ plan = resolve_plan("uniform+heavy_hitter:0.25", loaded, length).plan
 
 cache = baklava.BudgetedCache(plan, max_tokens=length)
 output = loaded.model.generate(**inputs, past_key_values=cache, max_new_tokens=arguments.tokens, do_sample=False)
-cache.check_integrity()
+cache.check_integrity(output.shape[1] - 1)
 
 print(loaded.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
 print(f"{cache.nbytes:,} bytes; the full cache has {plan.full_bytes_per_sequence:,}")

@@ -136,10 +136,29 @@ def _forward(
     if layer is None:
         output = _attend_dense(module, query, key, value, attention_mask, params, options)
     else:
+        position_ids = options.get("position_ids") if attention_mask is None else None
+        _check_uses_cache(layer, query, options.get("use_cache"), position_ids)
         output = layer.attend(query, key, value, attention_mask, params).transpose(1, 2)
     for hook in _attention_hooks:
         hook(module, query, key, value, output, params)
     return output, None
+
+
+def _check_uses_cache(
+    layer: BudgetedLayerBase, query: QueryStates, use_cache: bool | None, position_ids: Tensor | None
+) -> None:
+    """Raise UserError if the model works without a cache, so that it feeds the text again that ours has seen.
+
+    Some models (Gemma) do not say whether they use it. Then several tokens at position 0 must be the first ones; to
+    look at the positions waits for a GPU.
+    """
+    if use_cache is None and position_ids is not None and layer.cumulative_length and query.shape[2] > 1:
+        use_cache = bool(position_ids.flatten()[0] > 0)
+    if use_cache is False:
+        raise UserError(
+            "the model was called with use_cache=False, so it feeds its whole text at every step, and a cache would "
+            "hold it several times; set use_cache to True in the call and in the model's config"
+        )
 
 
 def _attend_dense(

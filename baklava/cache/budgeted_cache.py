@@ -148,15 +148,25 @@ class BudgetedCache(Cache):
             raise UserError(f"layer {layer} is a sliding layer and has no budget; choose a full-attention layer")
         return budgeted.cached_positions(head, row)
 
-    def check_integrity(self) -> None:
-        """Check the cache against its plan.
+    def check_integrity(self, num_tokens: int) -> None:
+        """Check that the cache has seen a text, and that it is within its plan.
+
+        Args:
+            num_tokens: Tokens that the model has processed, with padding. After `generate` these are all but the last
+                one, which is never fed: `output.shape[1] - 1`.
 
         Raises:
             UserError: keys of a layer never reached baklava's attention.
-            RuntimeError: a head has more entries than its budget, or the cache more bytes than it has reserved.
+            RuntimeError: the cache has seen more or fewer tokens, a head has more entries than its budget, or the cache
+                more bytes than it has reserved.
         """
-        for index in range(len(self.layers)):
+        for index, layer in enumerate(self.layers):
             self._check_attended(index)
+            if layer.get_seq_length() != num_tokens:
+                raise RuntimeError(
+                    f"layer {index} of the cache has seen {layer.get_seq_length()} tokens of {num_tokens}, so the plan "
+                    "was not applied"
+                )
         for index, layer in enumerate(self.budgeted_layers):
             for group in layer.groups:
                 positions = group.cached_positions()

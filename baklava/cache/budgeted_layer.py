@@ -78,7 +78,7 @@ def _real_tokens(mask: Tensor, num_tokens: int) -> Bool[Tensor, "batch tokens"]:
     if mask.shape[-1] != num_tokens:
         raise UserError(
             f"the attention mask covers {mask.shape[-1]} tokens, but with this forward the cache has seen "
-            f"{num_tokens}; pass a mask over all turns"
+            f"{num_tokens}; pass new tokens only (use_cache=True), and a mask over all turns"
         )
     return mask[:, 0, -1]
 

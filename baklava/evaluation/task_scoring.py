@@ -125,9 +125,10 @@ class _QuestionRunner:
         ids = self._tensor([*self.bos, *encode_continuation(tokenizer, self.context_end, question.text)])
         target = self._tensor(encode_continuation(tokenizer, question.text, question.target))
         cache = self.make_cache()
+        context_tokens = cache.get_seq_length()
         logits = self._forward(cache, torch.cat([ids, target[:-1]]))[len(ids) - 1 :]
         nll = torch.nn.functional.cross_entropy(logits.float(), target)
-        self._check(cache)
+        self._check(cache, context_tokens + len(ids) + len(target) - 1)
         if question.metric == "exact":
             # By induction, greedy decoding writes the target exactly if it would choose each of its tokens.
             return Answer(float(torch.equal(logits.argmax(-1), target)), float(nll))
@@ -135,11 +136,13 @@ class _QuestionRunner:
 
     def _generate(self, ids: Ids, max_new_tokens: int) -> str:
         cache = self.make_cache()
+        context_tokens = cache.get_seq_length()
         tokens = [int(self._forward(cache, ids)[-1].argmax())]
         while len(tokens) < max_new_tokens and tokens[-1] not in self.loaded.eos_token_ids:
             tokens.append(int(self._forward(cache, ids.new_tensor(tokens[-1:]))[-1].argmax()))
-        self._check(cache)
-        return decode_continuation(self.loaded.tokenizer, ids.tolist(), tokens)
+        self._check(cache, context_tokens + len(ids) + len(tokens) - 1)
+        written = tokens[:-1] if tokens[-1] in self.loaded.eos_token_ids else tokens
+        return decode_continuation(self.loaded.tokenizer, ids.tolist(), written)
 
     def _forward(self, cache: Cache, ids: Ids) -> Float[Tensor, "tokens vocabulary"]:
         logits = forced_logits(self.loaded, cache, ids)
@@ -147,9 +150,9 @@ class _QuestionRunner:
             self.peak_bytes = max(self.peak_bytes, cache.nbytes)
         return logits
 
-    def _check(self, cache: Cache) -> None:
+    def _check(self, cache: Cache, num_tokens: int) -> None:
         if isinstance(cache, BudgetedCache):
-            cache.check_integrity()
+            cache.check_integrity(num_tokens)
             if self.peak_bytes > cache.reserved_bytes:
                 raise RuntimeError(
                     f"the cache allocated {self.peak_bytes} bytes, but only {cache.reserved_bytes} were reserved"

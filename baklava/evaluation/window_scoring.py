@@ -95,7 +95,7 @@ def score_plan(loaded: LoadedModel, prefilled: PrefilledWindow, plan: BudgetPlan
         rest_nll, rest_kl = _sum_losses(logits, targets[1:], prefilled.full_log_probs[1:])
         nll, kl = nll + rest_nll, kl + rest_kl
         peak_bytes = max(peak_bytes, cache.nbytes)
-    cache.check_integrity()
+    cache.check_integrity(len(prefilled.window.ids) - 1)
     return WindowScore(
         window=prefilled.window.name,
         document=prefilled.window.document,

@@ -23,9 +23,8 @@ from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.budgeted_layer import BudgetedLayer, batched_attend
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.runtime.logprobs import check_consumed
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import Logits, prefill
+from baklava.runtime.prefill import Logits, check_progress, prefill
 
 
 class BatchedLayer(BudgetedLayerBase):
@@ -100,13 +99,16 @@ def decode_step(loaded: LoadedModel, caches: Sequence[BudgetedCache], tokens: Se
     if not caches or len(caches) != len(tokens):
         raise UserError(f"{len(tokens)} tokens for {len(caches)} caches; give one new token for each of at least one")
     device = loaded.device
+    lengths = [cache.get_seq_length() for cache in caches]
     output = loaded.model(
         input_ids=torch.tensor(tokens, device=device)[:, None],
-        position_ids=torch.tensor([cache.get_seq_length() for cache in caches], device=device)[:, None],
+        position_ids=torch.tensor(lengths, device=device)[:, None],
         past_key_values=BatchedCache(caches),
         use_cache=True,
         logits_to_keep=1,
     )
+    for cache, length in zip(caches, lengths, strict=True):
+        check_progress(cache, length + 1)
     return output.logits[:, -1]
 
 
@@ -119,7 +121,8 @@ SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 def generate(loaded: LoadedModel, plan: BudgetPlan, prompt: Sequence[int], **options: Any) -> list[int]:
     """Return the tokens that follow a prompt, which is prefilled as its plan says.
 
-    `options` are those of `model.generate`, which turns them into logits processors and stopping criteria.
+    `options` are those of `model.generate`, which turns them into logits processors and stopping criteria. Without an
+    `eos_token_id` or a `generation_config` among them, the model's and the tokenizer's end tokens end the text.
 
     Raises:
         UserError: the options need more than one sequence, as beams do.
@@ -147,12 +150,14 @@ def generate(loaded: LoadedModel, plan: BudgetPlan, prompt: Sequence[int], **opt
             if streamer is not None:
                 streamer.put(token.cpu())
             if bool(stopping_criteria(input_ids, scores).all()):
-                check_consumed(cache, input_ids.shape[1] - 1)
+                cache.check_integrity(input_ids.shape[1] - 1)
                 if streamer is not None:
                     streamer.end()
                 return input_ids
             logits = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
+    if "generation_config" not in options and loaded.eos_token_ids:
+        options.setdefault("eos_token_id", sorted(loaded.eos_token_ids))
     ids = loaded.as_batch(prompt)
     output = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=sample_loop, **options)
     return output[0, len(prompt) :].tolist()

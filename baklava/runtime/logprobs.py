@@ -62,12 +62,12 @@ def score_continuations(
         RuntimeError: the cache exceeded its plan, or did not see the tokens.
     """
     cache, logits = prefill(loaded, plan, loaded.as_batch(context))
-    check_consumed(cache, len(context))
+    cache.check_integrity(len(context))
     results = []
     for number, ids in enumerate(continuations, 1):
         own = cache if number == len(continuations) or len(ids) == 1 else copy.deepcopy(cache)
         results.append(_loglikelihood(loaded, own, logits, ids, len(ids)))
-        check_consumed(own, len(context) + len(ids) - 1)
+        own.check_integrity(len(context) + len(ids) - 1)
     return results
 
 
@@ -79,15 +79,8 @@ def score_suffix(loaded: LoadedModel, plan: BudgetPlan, ids: Sequence[int], num_
     """
     cache, logits = prefill(loaded, plan, loaded.as_batch(ids[:1]))
     result = _loglikelihood(loaded, cache, logits, ids[1:], num_scored)
-    check_consumed(cache, len(ids) - 1)
+    cache.check_integrity(len(ids) - 1)
     return result
-
-
-def check_consumed(cache: BudgetedCache, tokens: int) -> None:
-    """Raise RuntimeError unless the cache has seen this many tokens and is within its plan."""
-    if cache.get_seq_length() != tokens:
-        raise RuntimeError(f"the cache saw {cache.get_seq_length()} tokens of {tokens}, so the plan was not applied")
-    cache.check_integrity()
 
 
 def _loglikelihood(

@@ -14,6 +14,7 @@ from baklava.cache import attention
 from baklava.data.demo_assets import DEMO_SHA256, demo_model
 from baklava.errors import UserError
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
+from baklava.runtime.rope import fix_rope_frequencies, max_length
 from baklava.runtime.checkpoint import Checkpoint, first_line
 
 DEMO = "demo"
@@ -40,7 +41,7 @@ class LoadedModel:
     @property
     def max_length(self) -> int:
         """The largest number of tokens that the model supports, prompt and completion together."""
-        return int(self.model.config.get_text_config(decoder=True).max_position_embeddings)
+        return max_length(self.model.config.get_text_config(decoder=True))
 
     @cached_property
     def weights_digest(self) -> str:
@@ -83,7 +84,10 @@ class LoadedModel:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any = None, id: str = "local", revision: str | None = None) -> "LoadedModel":
-        """Wrap a transformers model and switch its attention to baklava's."""
+        """Wrap a transformers model and switch its attention to baklava's.
+
+        If its RoPE depends on the length of a text, the frequencies become those of its maximum length.
+        """
         attention.register()
         model.set_attn_implementation(attention.ATTN_IMPLEMENTATION)
         # transformers only warns if the attention of a model cannot be chosen.
@@ -94,8 +98,12 @@ class LoadedModel:
             )
         # A cache type baked into a checkpoint would make generate() refuse ours.
         model.generation_config.cache_implementation = None
+        # Without a cache, generate() feeds the whole text again at every step.
+        model.config.use_cache = model.generation_config.use_cache = True
         identity = ModelIdentity.from_config(model.config, id, revision)
-        return cls(model.eval(), tokenizer, identity, CacheGeometry.from_config(model.config))
+        loaded = cls(model.eval(), tokenizer, identity, CacheGeometry.from_config(model.config))
+        fix_rope_frequencies(model, loaded.max_length)
+        return loaded
 
 
 def load(

@@ -186,8 +186,17 @@ def _can_step(plan: BudgetPlan) -> bool:
 
 
 def _forward(loaded: LoadedModel, ids: Ids, cache: Cache, **padding: Tensor) -> Logits:
+    num_tokens = cache.get_seq_length() + ids.shape[1]
     output = loaded.model(ids, **padding, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    check_progress(cache, num_tokens)
     return output.logits[:, -1]
+
+
+def check_progress(cache: Cache, num_tokens: int) -> None:
+    """Raise RuntimeError unless every layer has seen this many tokens: a model may pass its cache over."""
+    seen = [layer.get_seq_length() for layer in cache.layers]
+    if any(length != num_tokens for length in seen):
+        raise RuntimeError(f"the layers of the cache have seen {seen} tokens of {num_tokens}; the plan was not applied")
 
 
 def _padding(attention_mask: Ids | None, start: int, stop: int) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ def _benchmark_pair(loaded: LoadedModel, context: int, batch: int, share: float,
     for name in (BASELINE, NO_CACHE, *plans):
         timing, cache, plan = timings[name], caches[name], plans.get(name)
         if plan is not None:
-            cache.check_integrity()
+            cache.check_integrity(context + WARMUP_STEPS + rounds)
         rows.append(
             DecodeRow(
                 context=context,

@@ -80,7 +80,7 @@ def seen_of(model: LoadedModel, plan: BudgetPlan, ids: Tensor, prompt: int, mask
         known = {} if mask is None else {"attention_mask": mask[:, : t + 1]}
         with torch.inference_mode():
             made.append(model.model(ids[:, t : t + 1], past_key_values=cache, **known).logits[:, -1])
-    cache.check_integrity()
+    cache.check_integrity(ids.shape[1])
     grid = [(layer, head, row) for layer in range(2) for head in range(2) for row in range(len(ids))]
     return torch.stack(made).float().cpu(), [cache.cached_positions(*at).tolist() for at in grid]
 

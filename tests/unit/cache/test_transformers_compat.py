@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_families import SHAPE, full_cache, model_pair, tiny_model
+from model_families import FAMILIES, SHAPE, full_cache, model_pair, tiny_model
 from plan_factory import make_plan, random_ids
 from torch import Tensor
 from torch.testing import assert_close
@@ -159,7 +159,7 @@ def test_rows_that_change_places_take_entries_positions_and_scores_along(
         alone, single = fed(loaded, cache.plan, prompt, text)
         assert_close(torch.cat(ours, 1)[place], alone[0, 3:], atol=1e-4, rtol=1e-4)
         assert cached_positions(cache, place) == cached_positions(single)
-    cache.check_integrity()
+    cache.check_integrity(mask.shape[1])
 
 
 @pytest.mark.slow
@@ -263,7 +263,7 @@ def test_padding_that_sees_nothing_spreads_no_nan(family: str, scored: bool) -> 
         ids = random_ids(3, part.stop - part.start, seed=part.start)
         logits = loaded.model(ids, attention_mask=mask[:, : part.stop], past_key_values=cache).logits
         assert logits.isfinite().all()
-    cache.check_integrity()
+    cache.check_integrity(80)
 
 
 @torch.inference_mode()
@@ -312,3 +312,25 @@ def test_a_real_model_needs_its_first_tokens(demo: LoadedModel) -> None:
     # Measured: 0.45 and 1.35 nats per token.
     assert with_sinks < 0.7
     assert without > with_sinks + 0.5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_checkpoint_that_turns_its_cache_off_generates_in_ours(family: str) -> None:
+    config, fields = FAMILIES[family]
+    loaded = LoadedModel.of(tiny_model(config(**(SHAPE | fields | {"use_cache": False}))))
+    cache, prompt = full_cache(loaded), random_ids(1, 20)
+    output = loaded.model.generate(prompt, past_key_values=cache, max_new_tokens=9, do_sample=False)
+    cache.check_integrity(28)
+    choices = loaded.model(output, use_cache=False).logits[0, 19:-1].argmax(-1)
+    assert output[0, 20:].tolist() == choices.tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_call_without_a_cache_does_not_feed_its_text_to_ours_again(family: str, padded: bool) -> None:
+    loaded, _ = model_pair(family)
+    options: dict[str, Any] = {"max_new_tokens": 9, "use_cache": False}
+    if padded:
+        options["attention_mask"] = torch.tensor([[0] * 5 + [1] * 15])
+    with pytest.raises(UserError, match="use_cache"):
+        loaded.model.generate(random_ids(1, 20), past_key_values=full_cache(loaded), **options)

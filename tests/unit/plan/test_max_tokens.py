@@ -39,7 +39,7 @@ def decode_rest(loaded, plan, ids, prompt, max_tokens):
     seen = [logits]
     for token in range(prompt, ids.shape[1]):
         assert 0 < cache.nbytes <= cache.reserved_bytes
-        cache.check_integrity()
+        cache.check_integrity(token)
         seen.append(loaded.model(ids[:, token : token + 1], past_key_values=cache).logits[:, -1])
     assert cache.nbytes <= cache.reserved_bytes
     return cache, torch.stack(seen)

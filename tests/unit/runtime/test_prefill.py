@@ -152,9 +152,9 @@ def test_reconstruction_keeps_the_best_scored_entries_and_continues(tiny: Maker)
     newest = eviction.recent_window(20)
     scores[:2], scores[50 - newest :] = torch.inf, torch.inf
     assert cache.cached_positions(0, 0).tolist() == scores.topk(20 - 4).indices.sort().values.tolist()
-    for token in random_ids(60, 1, seed=3):
+    for number, token in enumerate(random_ids(60, 1, seed=3), 51):
         loaded.model(token[None], past_key_values=cache)
-        cache.check_integrity()
+        cache.check_integrity(number)
     assert len(cache.cached_positions(1, 1)) <= 22
 
 

@@ -96,7 +96,7 @@ def test_under_concurrency_every_cache_holds_what_the_plan_says_and_no_dense_cac
             budgets = [tokens for row in BUDGETS for tokens in row]
             assert all(budget - 4 <= count <= budget for count, budget in zip(kept, budgets, strict=True))
             assert cache.nbytes <= cache.reserved_bytes
-            cache.check_integrity()
+            cache.check_integrity(cache.get_seq_length())
             seen.append(cache.get_seq_length())
 
     with engine_of(loaded, plan) as engine:
