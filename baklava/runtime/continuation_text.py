@@ -17,6 +17,11 @@ def has_text(tokenizer: Any, token_id: int) -> bool:
     return bool(decode_tokens(tokenizer, [token_id] * 2))
 
 
+def special_token_text(tokenizer: Any, token_id: int) -> str:
+    """Return how a special token is written, and nothing for a token that is part of the text."""
+    return "" if has_text(tokenizer, token_id) else str(tokenizer.decode([token_id], skip_special_tokens=False))
+
+
 def text_context(tokenizer: Any, before: Sequence[int]) -> list[int]:
     """Return the last of these tokens, as many as a continuation needs to be decoded as mid-text.
 

@@ -14,8 +14,8 @@ from baklava.cache import attention
 from baklava.data.demo_assets import DEMO_SHA256, demo_model
 from baklava.errors import UserError
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
-from baklava.runtime.rope import fix_rope_frequencies, max_length
 from baklava.runtime.checkpoint import Checkpoint, first_line
+from baklava.runtime.rope import fix_rope_frequencies, max_length
 
 DEMO = "demo"
 
@@ -58,9 +58,12 @@ class LoadedModel:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a text."""
+        """Tokens that end a text: those of the generation config and that of the tokenizer, which often differ."""
         ends = self.model.generation_config.eos_token_id
-        return frozenset([ends] if isinstance(ends, int) else ends or ())
+        ids = {ends} if isinstance(ends, int) else set(ends or ())
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            ids.add(self.tokenizer.eos_token_id)
+        return frozenset(each for each in ids if each < self.model.get_input_embeddings().num_embeddings)
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of a text, without special tokens."""

@@ -64,10 +64,11 @@ class RequestHandlers:
         self.check_model(body.model)
         prompts = await run_in_threadpool(self.encoder.encode, body)
         echo = isinstance(body, CompletionRequest) and body.echo
+        stop_tokens = self.encoder.find_stop_tokens(body.stop)
         engine_requests = [
             EngineRequest(
                 prompt=prompt.ids,
-                sampling_params=body.to_sampling_params(prompt.max_tokens),
+                sampling_params=body.to_sampling_params(prompt.max_tokens, stop_tokens),
                 n=body.n,
                 logprobs=body.num_logprobs,
                 prompt_logprobs=body.num_logprobs if echo else None,

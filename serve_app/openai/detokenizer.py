@@ -2,9 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
-from baklava.runtime.continuation_text import added_text, decode_tokens, has_text, text_context
+from baklava.runtime.continuation_text import (
+    added_text,
+    decode_tokens,
+    has_text,
+    special_token_text,
+    text_context,
+)
 from serve_app.engine.types import FinishReason, Logprob, TokenOutput
 
 # UTF-8 needs up to 4 bytes for a character. Twice as many tokens that are still no text never will be.
@@ -81,29 +88,41 @@ class StopStringFilter:
     def __init__(self, stop_strings: Sequence[str]) -> None:
         self._stop_strings = tuple(stop_strings)
         self._buffer = ""
+        self._is_visible: list[bool] = []  # per character of the buffer
         self.matched = False
 
-    def push(self, text: str, below_min_tokens: bool = False) -> str:
+    def push(self, text: str, *, below_min_tokens: bool = False, visible: bool = True) -> str:
         """Return the text that is safe to send, and set `matched` if a stop string ends it.
 
-        `below_min_tokens` disables matching, for an answer that must not end yet.
+        `below_min_tokens` disables matching, for an answer that must not end yet. Text that is not `visible` may be
+        part of a stop string and is never returned.
         """
         already_seen = len(self._buffer)
-        text = self._buffer + text
+        self._buffer += text
+        self._is_visible += [visible] * len(text)
         if not below_min_tokens:
             # Search for new matches only: a stop string that was complete in the buffer came below min_tokens.
-            matches = [text.find(stop, max(0, already_seen - len(stop) + 1)) for stop in self._stop_strings]
+            matches = [self._buffer.find(stop, max(0, already_seen - len(stop) + 1)) for stop in self._stop_strings]
             if matches := [position for position in matches if position >= 0]:
-                self.matched, self._buffer = True, ""
-                return text[: min(matches)]
-        overlap = max((_overlap_length(text, stop) for stop in self._stop_strings), default=0)
-        self._buffer = text[len(text) - overlap :]
-        return text[: len(text) - overlap]
+                self.matched = True
+                sent = self._take(min(matches))
+                self._take(len(self._buffer))
+                return sent
+        overlap = max((_overlap_length(self._buffer, stop) for stop in self._stop_strings), default=0)
+        return self._take(len(self._buffer) - overlap)
+
+    def is_in_stop_string(self, text: str) -> bool:
+        """Return whether a stop string contains this text; the empty one does not count."""
+        return bool(text) and any(text in stop for stop in self._stop_strings)
 
     def flush(self) -> str:
         """Return the buffered text, which did not become a stop string."""
-        text, self._buffer = self._buffer, ""
-        return text
+        return self._take(len(self._buffer))
+
+    def _take(self, characters: int) -> str:
+        taken = "".join(compress(self._buffer[:characters], self._is_visible))
+        self._buffer, self._is_visible = self._buffer[characters:], self._is_visible[characters:]
+        return taken
 
 
 def _overlap_length(text: str, stop: str) -> int:
@@ -130,6 +149,7 @@ class IncrementalDetokenizer:
         text_offset: int = 0,
         min_tokens: int = 0,
     ) -> None:
+        self._tokenizer = tokenizer
         self._decoder = DecodeStream(tokenizer, prompt)
         self._filter = StopStringFilter(stop_strings)
         self._text_offset = text_offset
@@ -140,7 +160,7 @@ class IncrementalDetokenizer:
         """Return what a token adds. A token or string that stops is not part of the text."""
         offset, starts_text = self._text_offset, self._decoder.is_empty
         self._missing_tokens -= 1
-        text = self._push("" if token.finish_reason == "stop" else self._decoder.push(token.token_id))
+        text = "" if token.finish_reason == "stop" else self._push_token(token.token_id)
         if token.finish_reason and not self._filter.matched:
             text += self._push(self._decoder.flush())
         if token.finish_reason and not self._filter.matched:
@@ -149,9 +169,16 @@ class IncrementalDetokenizer:
         logprobs = (_placed(token.logprob, offset, starts_text),) if token.logprob else ()
         return TextDelta(text, token.index, self.finish_reason, logprobs)
 
-    def _push(self, text: str) -> str:
-        self._text_offset += len(text)
-        return self._filter.push(text, below_min_tokens=self._missing_tokens > 0)
+    def _push_token(self, token_id: int) -> str:
+        if text := self._decoder.push(token_id):
+            return self._push(text)
+        # A stop string may contain special tokens, which are not part of the text.
+        special = special_token_text(self._tokenizer, token_id)
+        return self._push(special, visible=False) if self._filter.is_in_stop_string(special) else ""
+
+    def _push(self, text: str, visible: bool = True) -> str:
+        self._text_offset += len(text) if visible else 0
+        return self._filter.push(text, below_min_tokens=self._missing_tokens > 0, visible=visible)
 
 
 def prompt_token_logprobs(

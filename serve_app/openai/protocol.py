@@ -1,7 +1,7 @@
 """Requests in the vocabulary of OpenAI's API: their fields, limits, and what is rejected because it is unsupported."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
@@ -203,8 +203,11 @@ class GenerationRequest(RequestBody):
             raise _field_error("stream_options", "only allowed when stream is true")
         return self
 
-    def to_sampling_params(self, max_tokens: int) -> SamplingParams:
-        """Return the sampler's parameters of this request, for at most `max_tokens` tokens."""
+    def to_sampling_params(self, max_tokens: int, stop_token_ids: Set[int] = frozenset()) -> SamplingParams:
+        """Return the sampler's parameters of this request, for at most `max_tokens` tokens.
+
+        `stop_token_ids` end an answer in addition to the request's own.
+        """
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -216,7 +219,7 @@ class GenerationRequest(RequestBody):
             repetition_penalty=self.repetition_penalty,
             logit_bias=dict(self.logit_bias),
             seed=self.seed,
-            stop_token_ids=self.stop_token_ids,
+            stop_token_ids=self.stop_token_ids | stop_token_ids,
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
         )

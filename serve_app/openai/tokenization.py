@@ -82,6 +82,14 @@ class PromptEncoder:
         self.check_token_ids("tokens", ids)
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def find_stop_tokens(self, stop_strings: Sequence[str]) -> frozenset[int]:
+        """Return the special and added tokens that stop strings name: special ones never get into a text."""
+        return frozenset(
+            token_id
+            for token_id, token in (self.tokenizer.added_tokens_decoder.items() if stop_strings else ())
+            if token.content in stop_strings and token_id < self.vocab_size
+        )
+
     def shared_chat_prefix(self, messages: Sequence[MessageDict]) -> tuple[int, ...]:
         """Return the token ids with which each chat begins that has these first messages.
 

@@ -128,6 +128,18 @@ def test_a_generated_answer_keeps_its_first_space(tiny: Maker, monkeypatch: pyte
     assert answer.score == 1.0
 
 
+def test_a_generated_answer_ends_before_the_end_token_of_the_tokenizer(
+    tiny: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = sentencepiece_tokenizer(end="<tool>")  # not a special token, so decoding alone would write it
+    loaded = replace(tiny(vocab_size=512), tokenizer=tokenizer)
+    question = Question(" France is", " Paris", metric="exact_text", answers=("Paris",), max_new_tokens=9)
+    monkeypatch.setitem(METRICS, "exact_text", lambda text, question: float(text == " Paris"))
+    write(monkeypatch, loaded, [0, *pieces(tokenizer, "▁Paris", "<tool>")])
+    [answer] = answer_closed_book(loaded, Prompt("p", "The capital of", (question,)))
+    assert answer.score == 1.0
+
+
 def cached_positions(loaded: LoadedModel, context: PrefilledPrompt, plan: BudgetPlan) -> list[list[int]]:
     cache, _ = task_scoring.compress(loaded, context, plan)
     return [cache.cached_positions(layer, head).tolist() for layer in range(2) for head in range(2)]

@@ -142,3 +142,44 @@ def test_a_stop_string_may_begin_with_a_space(post, loaded, stop, text):
 def test_tokens_to_text_and_back(post, loaded):
     told = post("/tokenize", {"prompt": FRANCE["prompt"], "add_special_tokens": False}, []).json()
     assert post("/detokenize", {"tokens": told["tokens"]}, []).json() == {"prompt": FRANCE["prompt"]}
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHATS])
+def test_a_stop_string_that_is_a_special_token_is_a_stop_token_of_the_request(loaded, path):
+    engine = ScriptedEngine(full(loaded), lambda work: [PrefillDone(), TokenOutput(300, finish_reason="length")])
+    body = {"messages": [{"role": "user", "content": "The"}]} if path == CHATS else FRANCE
+    app = create_app(replica_of(engine, loaded))
+    for stop in ("<|im_end|>", ["x", "<|im_end|>", "<tool>"], "x<|im_end|>", None):
+        ask(app, "POST", path, json=body | {"stop": stop, "stop_token_ids": [4]})
+    end, tool = pieces(loaded.tokenizer, "<|im_end|>", "<tool>")
+    assert [work.sampling_params.stop_token_ids for work in engine.works] == [{4, end}, {4, end, tool}, {4}, {4}]
+
+
+def test_the_end_token_has_a_logprob_and_no_text(post, loaded):
+    ids = pieces(loaded.tokenizer, "▁Paris", "<|im_end|>")
+    choice = post(COMPLETIONS, FRANCE | {"stop": "<|im_end|>", "logprobs": 1}, ids, "stop").json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (" Paris", "stop")
+    assert choice["logprobs"]["tokens"] == [" Paris", "<|im_end|>"]
+    assert choice["logprobs"]["text_offset"] == [0, 6]
+
+
+@pytest.mark.parametrize(
+    ("stop", "min_tokens", "text", "reason"),
+    [
+        ("<|user|>", 0, " Paris", "stop"),
+        ("<|user|> and", 0, " Paris", "stop"),
+        (" Paris<|user|>", 0, "", "stop"),
+        ("<|user|> and<|im_end|>", 0, " Paris", "stop"),
+        ("<|user|> and<|user|>", 0, " Paris and Rome", "length"),
+        (" Paris and", 0, "", "stop"),
+        ("<|user|> and", 5, " Paris and Rome", "length"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_may_contain_special_tokens(post, loaded, stop, min_tokens, text, reason, stream):
+    ids = pieces(loaded.tokenizer, "▁Paris", "<|user|>", "▁and", "<|im_end|>", "▁Rome")
+    body = FRANCE | {"stop": stop, "min_tokens": min_tokens, "stream": stream}
+    response = post(COMPLETIONS, body, ids)
+    choices = [event["choices"][0] for event in events(response)] if stream else response.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == text
+    assert choices[-1]["finish_reason"] == reason

@@ -1,8 +1,10 @@
 """How the engine samples, alone and in a batch, with every sampling parameter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from byte_model import byte_model
+from byte_model import byte_model, byte_tokenizer
 from engine_client import ask, engine_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from plan_factory import make_plan
 
 from baklava.eviction import HeavyHitter
 from baklava.plan.budget_plan import full_cache_plan
+from baklava.runtime.decode import generate
 from serve_app.engine.sampler import Sampler, SamplingParams
 
 PROMPT = tuple(b"A river is a line of water.")
@@ -84,6 +87,23 @@ def test_stop_tokens_end_a_text_and_the_models_own_unless_ignored(tiny, engine):
         drawn = ids(ending, min_tokens=20, seed=3, logit_bias={tokens[place]: 100.0})
         assert len(drawn) == 21
         assert drawn[-1] == tokens[place]
+
+
+def test_the_end_token_of_the_tokenizer_ends_a_text_like_the_models_own(loaded, engine):
+    tokens = ids(engine, temperature=0)
+    place = next(place for place in range(3, 24) if tokens[place] not in tokens[:place])
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokens[place])
+    other = replace(loaded, tokenizer=tokenizer)
+    assert other.eos_token_ids == {tokens[place]}
+    with engine_of(other, full_cache_plan(other.identity, other.geometry, 256, bits=32)) as ending:
+        made = ask(ending, PROMPT, 24).token_outputs()
+        assert [token.token_id for token in made] == tokens[: place + 1]
+        assert made[-1].finish_reason == "stop"
+        assert ids(ending, temperature=0, ignore_eos=True) == tokens
+        assert tokens[place] not in ids(ending, temperature=0, min_tokens=place + 5)[: place + 5]
+    assert generate(other, engine.plan, PROMPT, max_new_tokens=24) == tokens[: place + 1]
+    assert generate(other, engine.plan, PROMPT, max_new_tokens=24, eos_token_id=0) == tokens
 
 
 def test_the_last_token_says_that_the_length_is_reached(engine):
