@@ -343,7 +343,8 @@ class BaklavaLM(TemplateLM):
             **options,
         )
         coverage.count(len(prompt), len(new_tokens) - 1)
-        return postprocess_generated_text(decode_continuation(self.tokenizer, prompt, new_tokens), until, None)
+        written = new_tokens[:-1] if new_tokens[-1] in self.loaded.eos_token_ids else new_tokens
+        return postprocess_generated_text(decode_continuation(self.tokenizer, prompt, written), until, None)
 
     def _truncate(self, context: list[int], max_context: int, coverage: PlanCoverage) -> list[int]:
         """Return the end of a context, at most `max_context` tokens of it."""

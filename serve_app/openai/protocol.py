@@ -14,20 +14,17 @@ logger = logging.getLogger("ray.serve")
 DEFAULT_COMPLETION_TOKENS = 16
 """Maximum tokens of a completion that names no maximum, as with OpenAI."""
 
-MAX_STOP_STRING_CHARACTERS = 256
+MAX_STOP_STRINGS = 64
+"""Maximum strings in `stop`. OpenAI takes 4, but tasks of lm-evaluation-harness have more."""
+
+MAX_STOP_STRING_CHARACTERS = 1024
 """Text of up to this length is buffered while it can still become a stop string."""
 
-MAX_PROMPTS = 32
-"""Maximum prompts of one completion request."""
+MAX_SEQUENCES = 128
+"""Maximum choices of all prompts of a request together, and so of its prompts and of `n`, as with OpenAI."""
 
-MAX_CHOICES = 16
-"""Maximum choices per prompt, `n`."""
-
-MAX_SEQUENCES = 64
-"""Maximum choices of all prompts of a request together."""
-
-MAX_COMPLETION_LOGPROBS, MAX_CHAT_LOGPROBS = 5, 20
-"""Maximum alternatives per token, as with OpenAI."""
+MAX_LOGPROBS = 20
+"""Maximum alternatives per token, as with OpenAI's chats."""
 
 FieldTable = Mapping[str, tuple[object, ...]]
 """Names of unsupported fields. Each has the values that are accepted because they change nothing."""
@@ -75,22 +72,47 @@ UNSUPPORTED_FIELDS: FieldTable = {
 """Known fields of OpenAI and vLLM that no request supports."""
 
 UNSUPPORTED_IN_CHATS: FieldTable = {"echo": (False,), "best_of": (1,), "add_special_tokens": (False,)}
-UNSUPPORTED_IN_COMPLETIONS: FieldTable = {"top_logprobs": (), "chat_template_kwargs": ({},)}
+UNSUPPORTED_IN_COMPLETIONS: FieldTable = {"top_logprobs": (0,), "chat_template_kwargs": ({},)}
 UNSUPPORTED_IN_TOKENIZE: FieldTable = {"chat_template_kwargs": ({},), "return_token_strs": (False,)}
 
-_KNOWN_FIELDS = frozenset(
-    {*UNSUPPORTED_FIELDS, *UNSUPPORTED_IN_CHATS, *UNSUPPORTED_IN_COMPLETIONS, *UNSUPPORTED_IN_TOKENIZE}
+UNSUPPORTED_IN_MESSAGES: FieldTable = {"tool_calls": ([],), "function_call": ({},), "audio": ({},), "refusal": ("",)}
+"""What an assistant's message of another server may have besides its text."""
+
+NEUTRAL_FIELDS = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "messages.annotations",
+    }
 )
+"""Fields that cannot change an answer of this server. Any value is accepted."""
+
+_KNOWN_FIELDS = NEUTRAL_FIELDS.union(
+    UNSUPPORTED_FIELDS, UNSUPPORTED_IN_CHATS, UNSUPPORTED_IN_COMPLETIONS, UNSUPPORTED_IN_TOKENIZE
+).union(f"messages.{name}" for name in UNSUPPORTED_IN_MESSAGES)
 
 
-def reject_unsupported(data: object, fields: FieldTable) -> None:
-    """Raise an error for the first of these fields whose value would change something. Null changes nothing."""
+def find_unsupported(data: object, fields: FieldTable) -> str | None:
+    """Return the first of these fields whose value would change something. Null changes nothing."""
     for name in sorted(fields.keys() & (data.keys() if isinstance(data, dict) else ())):
         value = data[name]  # type: ignore[index]  # a dict, or there would be no name
         # 0 == False, but `logprobs: 0` requests something that `logprobs: false` does not.
         neutral = any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in fields[name])
         if value is not None and not neutral:
-            raise PydanticCustomError("unsupported", "this server does not support it; leave it out", {"param": name})
+            return name
+    return None
+
+
+def reject_unsupported(data: object, fields: FieldTable) -> None:
+    """Raise an error for the first of these fields whose value would change something."""
+    if name := find_unsupported(data, fields):
+        raise PydanticCustomError("unsupported", "this server does not support it; leave it out", {"param": name})
 
 
 def check_unicode(text: str) -> str:
@@ -153,7 +175,7 @@ def _unknown_fields(body: RequestModel) -> set[str]:
 
 
 class StreamOptions(RequestModel):
-    """What a stream carries in addition to the text."""
+    """What a stream carries in addition to the text. An answer at once always has its usage."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -164,7 +186,7 @@ class GenerationRequest(RequestBody):
 
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES, strict=True)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES, strict=True)] = 1
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
@@ -176,7 +198,7 @@ class GenerationRequest(RequestBody):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
         tuple[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_STRING_CHARACTERS)], ...],
-        Field(max_length=4),
+        Field(max_length=MAX_STOP_STRINGS),
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
     ] = ()
     stop_token_ids: Annotated[frozenset[int], Field(max_length=64)] = frozenset()
@@ -185,7 +207,6 @@ class GenerationRequest(RequestBody):
     return_tokens_as_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: Text | None = None
 
     @property
     def requested_max_tokens(self) -> int | None:
@@ -194,14 +215,12 @@ class GenerationRequest(RequestBody):
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _wrap_single_stop_string(cls, stop: Any) -> Any:
-        return (stop,) if isinstance(stop, str) else stop
-
-    @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> Self:
-        if not self.stream and "stream_options" in self.model_fields_set:
-            raise _field_error("stream_options", "only allowed when stream is true")
-        return self
+    def _list_stop_strings(cls, stop: Any) -> Any:
+        """Make a single string a list, and leave out empty ones, which end nothing, and repeated ones."""
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, list):
+            return stops
+        return [item for place, item in enumerate(stops) if item != "" and item not in stops[:place]]
 
     def to_sampling_params(self, max_tokens: int, stop_token_ids: Set[int] = frozenset()) -> SamplingParams:
         """Return the sampler's parameters of this request, for at most `max_tokens` tokens.
@@ -247,7 +266,7 @@ class CompletionRequest(GenerationRequest):
             }
         ),
     ]
-    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS, strict=True)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS, strict=True)] | None = None
     echo: bool = False
     best_of: Annotated[int, Field(strict=True)] | None = None
     add_special_tokens: bool = True
@@ -260,8 +279,8 @@ class CompletionRequest(GenerationRequest):
             raise ValueError("must be a string, token ids, or a list of either")
         if len({type(item) for item in prompts}) > 1:
             raise ValueError("must be all strings or all token ids")
-        if not 1 <= len(prompts) <= MAX_PROMPTS:
-            raise ValueError(f"{len(prompts)} prompts; send 1 to {MAX_PROMPTS}")
+        if not 1 <= len(prompts) <= MAX_SEQUENCES:
+            raise ValueError(f"{len(prompts)} prompts; send 1 to {MAX_SEQUENCES}")
         return tuple(check_unicode(item) if isinstance(item, str) else item for item in prompts)
 
     @model_validator(mode="before")
@@ -311,11 +330,12 @@ class ChatMessage(RequestModel):
                 raise ValueError('only parts like {"type": "text", "text": "..."} are supported')
         return "".join(part["text"] for part in content)
 
-    @model_validator(mode="after")
-    def _reject_tool_calls(self) -> Self:
-        if calls := (self.model_extra or {}).keys() & {"tool_calls", "function_call"}:
-            raise ValueError(f"{min(calls)} is not supported by this server; leave it out")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_unsupported(cls, data: Any) -> Any:
+        if name := find_unsupported(data, UNSUPPORTED_IN_MESSAGES):
+            raise ValueError(f"{name} is not supported by this server; leave it out")
+        return data
 
 
 class ChatRequest(GenerationRequest):
@@ -327,7 +347,7 @@ class ChatRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[bool, Field(strict=True)] = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS, strict=True)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS, strict=True)] | None = None
     chat_template_kwargs: dict[Text, bool | int | float | Text] = Field({}, max_length=16)
 
     @model_validator(mode="after")

@@ -189,10 +189,12 @@ def test_greedy_generation_with_the_full_plan_is_the_plain_model(loaded_model: L
     assert cut == signs(plain).split(stop)[0]
 
 
-def test_a_generated_text_keeps_its_first_space(tiny: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = sentencepiece_tokenizer()
+def test_a_generated_text_keeps_its_first_space_and_lacks_its_end_token(
+    tiny: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = sentencepiece_tokenizer(end="<tool>")  # not a special token, so decoding alone would write it
     loaded = replace(tiny(vocab_size=512), tokenizer=tokenizer)
-    made = pieces(tokenizer, "▁Paris", "▁and", "▁Rome", ".", "</s>")
+    made = pieces(tokenizer, "▁Paris", "▁and", "▁Rome", ".", "<tool>")
     monkeypatch.setattr("baklava.evaluation.lm_eval.generate", lambda *args, **options: made)
     model = BaklavaLM(loaded, full_cache_plan(loaded.identity, loaded.geometry, 200))
 

@@ -1,9 +1,11 @@
 import logging
 
+import openai.types.chat
 import pytest
 from pydantic import ValidationError
 
 from serve_app.openai.protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from serve_app.openai.responses import CHAT
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
@@ -29,7 +31,7 @@ def test_a_prompt_is_text_or_ids_alone_or_in_a_list(prompt, taken):
 
 
 @pytest.mark.parametrize(
-    "prompt", [[1, "a"], ["a", [1]], [True], [1.5], [[True]], {"text": "a"}, 7, [], [[]], ["a"] * 33]
+    "prompt", [[1, "a"], ["a", [1]], [True], [1.5], [[True]], {"text": "a"}, 7, [], [[]], ["a"] * 129]
 )
 def test_other_prompts_are_refused_by_name(prompt):
     with pytest.raises(ValidationError) as error:
@@ -85,6 +87,7 @@ def test_a_field_that_is_known_and_unsupported_is_refused_by_name(field, value):
 def test_values_that_ask_for_nothing_are_taken():
     neutral = {"n": 1, "best_of": 1, "logprobs": False, "echo": False, "tools": [], "logit_bias": {}, "suffix": ""}
     CompletionRequest(prompt="a", top_logprobs=None, **neutral)
+    CompletionRequest(prompt="a", top_logprobs=0, **neutral)
     neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0, "repetition_penalty": 1.0, "tool_choice": "auto"}
     ChatRequest(messages=MESSAGES, response_format={"type": "text"}, add_special_tokens=False, **neutral)
 
@@ -118,9 +121,9 @@ def test_unknown_fields_are_ignored_with_a_warning(caplog, monkeypatch):
         ("min_tokens", -1),
         ("seed", 2**63),
         ("n", 0),
-        ("n", 17),
+        ("n", 129),
         ("n", True),
-        ("logprobs", 6),
+        ("logprobs", 21),
         ("logprobs", -1),
         ("logprobs", True),
         ("presence_penalty", 2.5),
@@ -129,9 +132,9 @@ def test_unknown_fields_are_ignored_with_a_warning(caplog, monkeypatch):
         ("logit_bias", {"1": 101}),
         ("logit_bias", {"one": 1}),
         ("truncate_prompt_tokens", -2),
-        ("stop", ["a", "b", "c", "d", "e"]),
-        ("stop", [""]),
-        ("stop", "x" * 257),
+        ("stop", [str(number) for number in range(65)]),
+        ("stop", ["a", None]),
+        ("stop", "x" * 1025),
         ("stop", 5),
         ("stream", "perhaps"),
     ],
@@ -142,9 +145,23 @@ def test_a_value_out_of_range_is_refused_by_name(field, value):
     assert complaint(error)[0].split(".")[0] == field
 
 
-def test_stop_is_one_string_or_up_to_four():
-    assert CompletionRequest(prompt="a", stop="x").stop == ("x",)
-    assert CompletionRequest(prompt="a", stop=["x", "y", "z", "w"]).stop == ("x", "y", "z", "w")
+@pytest.mark.parametrize(
+    ("stop", "taken"),
+    [
+        ("x", ("x",)),
+        (["x", "y", "z", "w"], ("x", "y", "z", "w")),
+        ([str(number) for number in range(64)], tuple(str(number) for number in range(64))),
+        ("x" * 1024, ("x" * 1024,)),
+        (["x", "", "y", "x"] * 30, ("x", "y")),
+        (None, ()),
+        ([], ()),
+        ("", ()),
+        ([""], ()),
+    ],
+)
+def test_stop_is_one_string_or_up_to_64_different_ones_and_an_empty_one_ends_nothing(stop, taken):
+    assert CompletionRequest(prompt="a", stop=stop).stop == taken
+    assert ChatRequest(messages=MESSAGES, stop=stop).stop == taken
 
 
 def test_top_k_of_minus_one_keeps_all_tokens():
@@ -163,6 +180,11 @@ def test_content_may_be_a_list_of_text_parts():
         {"role": "user", "content": 5},
         {"role": "tool", "content": "x"},
         {"role": "assistant", "content": None, "tool_calls": [{}]},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": ""}},
+        {"role": "assistant", "content": None, "refusal": "I cannot say that."},
+        {"role": "assistant", "content": None, "audio": {"id": "a"}},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"role": "function", "name": "f", "content": "x"},
         {"content": "x"},
     ],
 )
@@ -172,15 +194,71 @@ def test_messages_that_cannot_be_honoured_are_refused(message):
     assert complaint(error)[0].startswith("messages.0")
 
 
+@pytest.mark.parametrize(
+    ("fields", "content"),
+    [
+        ({"tool_calls": []}, "Hi"),
+        ({"tool_calls": None, "function_call": None, "refusal": None, "audio": None, "annotations": None}, "Hi"),
+        ({"annotations": [], "refusal": "", "function_call": {}}, "Hi"),
+        ({"annotations": [{"type": "url_citation"}], "reasoning_content": "Hm.", "name": "Ann"}, "Hi"),
+        ({"content": None, "tool_calls": []}, ""),
+        ({"content": ""}, ""),
+        ({"content": []}, ""),
+        ({"content": [{"type": "text", "text": "H", "cache_control": {"type": "ephemeral"}}]}, "H"),
+    ],
+)
+def test_a_history_is_taken_as_agents_send_it(fields, content):
+    history = [*MESSAGES, {"role": "assistant", "content": "Hi"} | fields, *MESSAGES]
+    assert ChatRequest(messages=history).messages[1].content == content
+    assert TokenizeRequest(messages=history).messages[1].content == content
+
+
+def test_an_assistants_message_may_lack_its_content():
+    assert ChatRequest(messages=[*MESSAGES, {"role": "assistant", "tool_calls": []}]).messages[1].content == ""
+
+
+def test_a_message_of_an_answer_goes_back_into_the_history():
+    """As a dict that OpenAI's client makes of it."""
+    message = CHAT.complete("Hello there.")["message"]
+    choice = {"index": 0, "finish_reason": "stop", "logprobs": None, "message": message}
+    envelope = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "tiny", "choices": [choice]}
+    answer = openai.types.chat.ChatCompletion.model_validate(envelope)
+    for dumped in (answer.choices[0].message.model_dump(), answer.choices[0].message.to_dict()):
+        assert ChatRequest(messages=[*MESSAGES, dumped, *MESSAGES]).messages[1].content == "Hello there."
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [], "tool_choice": "none", "parallel_tool_calls": True},
+        {"tools": None, "tool_choice": "auto", "parallel_tool_calls": False},
+        {"functions": [], "function_call": "none"},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "audio": None},
+        {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "safety_identifier": "x"},
+        {"user": 7, "metadata": {}, "store": True, "prompt_cache_key": "x"},
+        {"logit_bias": {}, "logprobs": False, "top_logprobs": None, "n": None, "seed": None, "temperature": None},
+        {"max_tokens": None, "max_completion_tokens": 9, "stop": None, "stream": None, "stream_options": None},
+        {"reasoning_effort": None, "verbosity": None, "prediction": None, "web_search_options": None},
+    ],
+)
+def test_harmless_fields_of_agents_are_taken_without_a_warning(fields, caplog, monkeypatch):
+    logger = logging.getLogger("ray.serve")
+    monkeypatch.setattr(logger, "disabled", False)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    message = {"role": "assistant", "content": "Hi", "annotations": [], "audio": None, "tool_calls": []}
+    ChatRequest(messages=[*MESSAGES, message], **fields)
+    assert caplog.records == []
+
+
 def test_a_chat_needs_a_message():
     with pytest.raises(ValidationError):
         ChatRequest(messages=[])
 
 
-def test_stream_options_belong_to_streams():
-    with pytest.raises(ValidationError) as error:
-        CompletionRequest(prompt="a", stream_options={"include_usage": True})
-    assert complaint(error)[0] == "stream_options"
+@pytest.mark.parametrize("options", [None, {}, {"include_usage": True}, {"include_usage": False}])
+def test_stream_options_change_nothing_in_an_answer_at_once(options):
+    assert not CompletionRequest(prompt="a", stream_options=options).stream
+    assert not ChatRequest(messages=MESSAGES, stream_options=options, stream=False).stream
 
 
 @pytest.mark.parametrize(
@@ -188,7 +266,7 @@ def test_stream_options_belong_to_streams():
     [
         ({"max_tokens": 0}, "max_tokens"),
         ({"n": 2, "best_of": 3}, "best_of"),
-        ({"prompt": ["a"] * 32, "n": 3}, "n"),
+        ({"prompt": ["a"] * 43, "n": 3}, "n"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
     ],

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from fake_engine import ScriptedEngine
 from inprocess_replica import ask, events, full, replica_of
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 from sentencepiece_tokenizer import byte_pieces, pieces, sentencepiece_tokenizer
 
 from serve_app.api.routes import create_app
@@ -183,3 +184,20 @@ def test_a_stop_string_may_contain_special_tokens(post, loaded, stop, min_tokens
     choices = [event["choices"][0] for event in events(response)] if stream else response.json()["choices"]
     assert "".join(choice["text"] for choice in choices) == text
     assert choices[-1]["finish_reason"] == reason
+
+
+@pytest.mark.parametrize(
+    "until",
+    [
+        ["<|eot_id|>", "<|start_header_id|>user<|end_header_id|>", "Q:", "</s>", "<|im_end|>"],  # gsm8k_cot_llama
+        ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "\nassert"],
+        [f"\n{number}." for number in range(30)],
+    ],
+)
+def test_the_harness_may_stop_at_many_strings_in_its_own_words(post, loaded, until):
+    harness = LocalCompletionsAPI(base_url="http://localhost", model="tiny", tokenizer_backend=None)
+    options = {"until": [*until, " and"], "max_gen_toks": 12, "do_sample": False}
+    body = harness._create_payload([FRANCE["prompt"]], generate=True, gen_kwargs=options, eos="</s>")
+    assert len(body["stop"]) > len(until)
+    answer = post(COMPLETIONS, body, rome(loaded)).json()
+    assert harness.parse_generations(answer) == [" Paris"]
