@@ -1,4 +1,4 @@
-"""ASGI middleware around the routes: access log, API keys, host check, and a limit on the body."""
+"""ASGI middleware around the routes: access log, HEAD and slashes, API keys, host check, and a limit on the body."""
 
 import base64
 import hmac
@@ -23,8 +23,8 @@ REQUEST_ID_HEADER = "x-request-id"
 
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _POLLED_PATHS = frozenset({"/health", "/ready", "/metrics"})  # logged only if they fail
+_MODEL_PATH = "/v1/models/"
 _PATHS_WITHOUT_KEY = frozenset({"/health"})
-_READ_METHODS = frozenset({"GET", "HEAD"})
 
 
 def request_id(headers: Headers) -> str:
@@ -67,9 +67,35 @@ class AccessLogMiddleware:
         finally:
             fields["seconds"] = round(time.monotonic() - started, 4)
             status = fields.setdefault("status", 499)  # nothing was sent, because the client disconnected
-            if status >= 500 or fields["path"] not in _POLLED_PATHS:
+            if status >= 500 or _without_slash(fields["path"]) not in _POLLED_PATHS:
                 level = logging.WARNING if status >= 500 else logging.INFO
                 logger.log(level, "request", extra={"log_to_stderr": False, **fields})
+
+
+@dataclass(frozen=True)
+class MonitorRequestMiddleware:
+    """Treat HEAD as GET without a body, and a path with a trailing slash as the path without it, as monitors expect."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request as ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        is_head = scope["method"] == "HEAD"
+
+        async def send_without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        scope = {**scope, "method": "GET" if is_head else scope["method"], "path": _without_slash(scope["path"])}
+        await self.app(scope, receive, send_without_body if is_head else send)
+
+
+def _without_slash(path: str) -> str:
+    """Return a path without its trailing slash, unless it ends with the name of a model, which may be a directory."""
+    names_model = path.startswith(_MODEL_PATH) and path != _MODEL_PATH
+    return path if names_model else path.rstrip("/") or "/"
 
 
 @dataclass(frozen=True)
@@ -104,7 +130,7 @@ def extract_api_key(scope: Scope) -> str | None:
     scheme, _, rest = Headers(scope=scope).get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return rest.strip()
-    if scheme.lower() == "basic" and scope["method"] in _READ_METHODS:
+    if scheme.lower() == "basic" and scope["method"] == "GET":
         try:
             _, colon, password = base64.b64decode(rest.strip(), validate=True).decode().partition(":")
         except ValueError:  # not base64, not ASCII, or not UTF-8

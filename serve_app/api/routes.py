@@ -15,6 +15,7 @@ from serve_app.api.middleware import (
     ApiKeyMiddleware,
     BodyLimitMiddleware,
     HostCheckMiddleware,
+    MonitorRequestMiddleware,
     extract_api_key,
     matches_any,
 )
@@ -39,6 +40,7 @@ def create_app(handlers: RequestHandlers, keys: ApiKeys = NO_KEYS, host: str = "
     if not keys.required:
         app.add_middleware(HostCheckMiddleware, name=host)
     app.add_middleware(ApiKeyMiddleware, digests=keys.all)
+    app.add_middleware(MonitorRequestMiddleware)
     app.add_middleware(AccessLogMiddleware)
     install_error_handlers(app)
     _add_openai_routes(app, handlers)

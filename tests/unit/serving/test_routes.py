@@ -2,8 +2,10 @@ import asyncio
 import base64
 import json
 import time
+from dataclasses import replace
 
 import pytest
+from fake_engine import STATE
 from inprocess_replica import LOCAL, ask, byte_loaded, events, make_replica
 
 from baklava.plan.budget_plan import BudgetPlan
@@ -260,6 +262,55 @@ def test_a_wrong_method_is_a_405_with_the_allowed_ones(get):
     refused = get("/v1/completions")
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
     assert refused.json()["error"]["type"] == "invalid_request_error"
+
+
+READ_ROUTES = ("/", "/health", "/ready", "/metrics", "/version", "/v1/models", "/v1/plan", "/tokenizer_info")
+
+
+@pytest.mark.parametrize("path", READ_ROUTES)
+def test_a_monitor_may_ask_with_head_and_with_a_trailing_slash(replica, path):
+    app = create_app(replica)
+    answer = ask(app, "GET", path)
+    for asked in (path, path.rstrip("/") + "/"):
+        head = ask(app, "HEAD", asked)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == answer.headers["content-type"]
+        assert ask(app, "GET", asked).status_code == 200
+
+
+def test_the_name_of_a_model_may_end_with_a_slash(replica):
+    app = create_app(replace(replica, model="/models/tiny/"))
+    for name in ("/models/tiny/", "%2Fmodels%2Ftiny%2F"):
+        assert ask(app, "GET", f"/v1/models/{name}").json()["id"] == "/models/tiny/"
+        assert ask(app, "HEAD", f"/v1/models/{name}").status_code == 200
+    assert ask(app, "GET", "/v1/models/").json()["data"][0]["id"] == "/models/tiny/"
+
+
+def test_head_has_the_status_of_get(replica, monkeypatch):
+    app = create_app(replica)
+    refused = ask(app, "HEAD", "/v1/completions")
+    assert (refused.status_code, refused.headers["allow"], refused.content) == (405, "POST", b"")
+    assert ask(app, "HEAD", "/nowhere").status_code == 404
+    keyed = create_app(replica, KEYS)
+    assert [ask(keyed, "HEAD", path).status_code for path in ("/health", "/health/", "/ready")] == [200, 200, 401]
+    assert ask(keyed, "HEAD", "/ready", headers=basic("first")).status_code == 200
+    monkeypatch.setattr(replica.engine, "state", lambda: replace(STATE, alive=False))
+    dead = ask(app, "HEAD", "/health")
+    assert (dead.status_code, dead.content) == (503, b"")
+
+
+def test_a_base_url_may_end_with_a_slash(post):
+    for path in ("/v1/completions/", "/v1/chat/completions/"):
+        assert post(path, ONCE if "chat" not in path else HELLO).status_code == 200
+
+
+def test_a_preflight_of_a_browser_is_refused_without_cors_headers(replica):
+    asked = {"Origin": "http://site.example", "Access-Control-Request-Method": "POST"}
+    for app, status in ((create_app(replica), 405), (create_app(replica, KEYS), 401)):
+        for path in ("/v1/chat/completions", "/health"):
+            answer = ask(app, "OPTIONS", path, headers=asked)
+            assert answer.status_code == (405 if path == "/health" else status)
+            assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 def test_there_are_no_docs(get):
