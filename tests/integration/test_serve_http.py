@@ -134,6 +134,9 @@ def test_errors_have_the_shape_that_clients_read(server):
 
 def test_without_a_key_only_health_answers(server):
     assert httpx.get(f"{server.base}/health", timeout=PATIENCE).status_code == 200
+    for path in ("/health", "/health/"):
+        head = httpx.head(f"{server.base}{path}", timeout=PATIENCE)
+        assert (head.status_code, head.content) == (200, b"")
     for headers in ({}, {"Authorization": "Bearer wrong"}):
         refused = httpx.post(
             f"{server.base}/v1/chat/completions", json={"messages": HELLO}, headers=headers, timeout=PATIENCE
@@ -190,16 +193,16 @@ def error_line(*arguments):
     return done.stderr
 
 
-def test_sigterm_lets_a_stream_end_and_then_ends_the_process(server):
+def test_sigterm_to_the_process_group_lets_a_stream_end_and_then_ends_the_server(server):
     """The last test of the file: it ends the server."""
-    body = {"prompt": "Once", "max_tokens": 8, "ignore_eos": True, "stream": True}
+    body = {"prompt": "Once", "max_tokens": 40, "ignore_eos": True, "stream": True}
     headers = {"Authorization": f"Bearer {KEY}"}
     with httpx.stream("POST", f"{server.base}/v1/completions", json=body, headers=headers, timeout=PATIENCE) as stream:
         lines = filter(None, stream.iter_lines())
         first = next(lines)
-        server.process.send_signal(signal.SIGTERM)
+        os.killpg(server.process.pid, signal.SIGTERM)
         rest = list(lines)
-    assert len([first, *rest]) == 8 + 2
+    assert len([first, *rest]) == 40 + 2
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     assert server.process.wait(timeout=PATIENCE) == 0

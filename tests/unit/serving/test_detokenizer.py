@@ -1,7 +1,10 @@
+import pytest
 from byte_model import END, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece_tokenizer import WORDS, byte_pieces, pieces, sentencepiece_tokenizer
 
+from baklava.runtime.continuation_text import decode_continuation, decode_tokens
 from serve_app.openai.detokenizer import DecodeStream, StopStringFilter
 
 TOKENIZER = byte_tokenizer()
@@ -28,6 +31,21 @@ def test_bytes_that_are_no_text_come_out_as_replacement_characters_in_the_end(da
 def test_the_end_token_has_no_text():
     detokenizer = DecodeStream(TOKENIZER)
     assert detokenizer.push(END) + detokenizer.push(65) == "A"
+
+
+@pytest.mark.parametrize("tokenizer", [sentencepiece_tokenizer("unigram"), sentencepiece_tokenizer("bpe")])
+@given(st.text("é😀 aP.", max_size=6), st.lists(st.sampled_from([*WORDS, "é", "😀", "</s>", "<tool>"]), max_size=9))
+def test_a_text_continues_its_prompt_whatever_the_tokens(tokenizer, before, names):
+    def tokens(name):
+        return byte_pieces(tokenizer, name) if name in "é😀" else pieces(tokenizer, name)
+
+    prompt = tokenizer.encode(before)
+    ids = [token for name in names for token in tokens(name)]
+    stream = DecodeStream(tokenizer, prompt)
+    sent = "".join(map(stream.push, ids))
+    assert stream.flush() == ""
+    assert decode_tokens(tokenizer, prompt) + sent == decode_tokens(tokenizer, [*prompt, *ids])
+    assert sent == decode_continuation(tokenizer, prompt, ids)
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=5), max_size=4), st.data())
