@@ -3,9 +3,12 @@
 import argparse
 import math
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,9 +24,13 @@ OPTION_OF_SETTING = {"plans": "plan", "speed": "no-speed"}
 
 
 def log(message: str) -> None:
-    """Print a line to stderr, without breaking a progress bar; stdout is for results."""
-    tqdm.write(message, file=sys.stderr)
-    sys.stderr.flush()
+    """Print a line to stderr, without breaking a progress bar; stdout is for results.
+
+    If stderr takes none, since its terminal has closed or its disk is full, the work goes on without the line.
+    """
+    with suppress(OSError):
+        tqdm.write(message, file=sys.stderr)
+        sys.stderr.flush()
 
 
 @runtime_checkable
@@ -102,10 +109,12 @@ def run_cli(name: str, run: Callable[[], object]) -> int:
 
     A missing package counts as a UserError for the commands in `EXTRAS`.
     Telemetry of the Hugging Face hub is off unless the user has switched it on.
+    SIGTERM and the end of the terminal do what Ctrl-C does.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's library is first imported
     try:
-        run()
+        with _ends_as_interrupts():
+            run()
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
@@ -120,6 +129,26 @@ def run_cli(name: str, run: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+@contextmanager
+def _ends_as_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt for SIGTERM and SIGHUP inside the block, so that what runs can end in order.
+
+    A signal that is ignored, as `nohup` does with SIGHUP, stays ignored.
+    """
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is signal.SIG_DFL
+    }
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def positive_int(text: str) -> int:

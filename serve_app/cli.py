@@ -38,7 +38,7 @@ examples:
 
 Requests without a temperature are sampled at 1.0, as with OpenAI; give 0 for greedy decoding.
 SIGHUP reads --plan again, a file or an alias of the registry, and swaps it in: running requests end under the old one.
-Ctrl-C or SIGTERM ends the server after its running requests; a second one ends it at once.
+Ctrl-C, SIGTERM or the end of its terminal ends the server after its running requests; a second one ends it at once.
 jobs/serve.py is the same command as a script."""
 
 # The windows that `baklava-evaluate` profiles on by default; its budgets hold at the length of one.
@@ -139,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> None:
     """Check what can be checked in a moment, start the server, and wait for its end."""
+    hangups = _queue_hangups()
     keys = ApiKeys.from_keys(read_api_keys(options.api_keys), read_api_keys(options.admin_keys, "admin"))
     check_listen_address(options.host, options.port, has_keys=keys.required)
     # Imported here, since it takes seconds and --help should not.
@@ -169,11 +170,12 @@ def _serve(options: argparse.Namespace) -> None:
         options.replicas, max_replicas, str(Path(options.logs).absolute()) if options.logs else None
     )
     log(f"starting {options.replicas} replica(s) of {options.model}")
-    with serving_session(max_replicas, quiet=scaling.log_dir is not None):
-        signals = _catch_signals()
-        with run_server(config, options.host, options.port, scaling) as server:
-            print(welcome(server.description, options.host, options.port, needs_key=keys.required), flush=True)
-            _wait_for_end(signals, lambda: reload_plan(options, server.group))
+    with (
+        serving_session(max_replicas, quiet=scaling.log_dir is not None),
+        run_server(config, options.host, options.port, scaling) as server,
+    ):
+        print(welcome(server.description, options.host, options.port, needs_key=keys.required), flush=True)
+        _wait_for_end(hangups, lambda: reload_plan(options, server.group))
 
 
 def load_served_plan(source: str, model: str, calibration: Sequence[str]) -> BudgetPlan | None:
@@ -280,21 +282,31 @@ def format_capacity(rows: Sequence[tuple[int, int, int]]) -> str:
     )
 
 
-def _catch_signals() -> "queue.SimpleQueue[int]":
-    """Return the queue of SIGHUPs from now on; SIGTERM does what Ctrl-C does.
+def _queue_hangups() -> "queue.SimpleQueue[bool]":
+    """Return the queue of SIGHUPs from now on, each with whether it came since the server's terminal has closed.
 
-    Ray sets handlers of its own when it starts, so this comes after.
+    A server that `nohup` started does not end with its terminal.
     """
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, lambda number, _: signals.put(number))
-    return signals
+    hangups: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    needs_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    signal.signal(signal.SIGHUP, lambda *_: hangups.put(needs_terminal and not _has_terminal()))
+    # A shell that starts the server in the background has it ignore Ctrl-C, and `kill -INT` should end it all the same.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return hangups
 
 
-def _wait_for_end(signals: "queue.SimpleQueue[int]", on_hangup: Callable[[], None]) -> None:
-    """Wait for Ctrl-C or SIGTERM; handle SIGHUPs until then."""
+def _has_terminal() -> bool:
+    """Return whether this process has a controlling terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def _wait_for_end(hangups: "queue.SimpleQueue[bool]", on_hangup: Callable[[], None]) -> None:
+    """Wait for Ctrl-C, SIGTERM or the end of the terminal; handle other SIGHUPs until then."""
     with contextlib.suppress(KeyboardInterrupt):
-        while signals.get():
+        while not hangups.get():
             on_hangup()
-    log("stopping: waiting for running requests")
+    log("stopping: waiting for running requests; a second signal stops at once")

@@ -2,8 +2,10 @@
 
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -78,7 +80,7 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
         check_answers(address)
         log(f"ray: connecting to {address}")
     try:
-        with _own_process_group():
+        with _own_signals():
             # Without "local", Ray would join any cluster that was started on this machine.
             ray.init(address, log_to_driver=log_to_driver, logging_level="ERROR", **options)
     except (OSError, ValueError, RuntimeError, RayError) as error:
@@ -141,23 +143,25 @@ def _provide_token() -> None:
 
 
 @contextmanager
-def _own_process_group() -> Iterator[None]:
-    """Start the processes of Ray apart from this one's process group.
+def _own_signals() -> Iterator[None]:
+    """Start Ray inside the block so that this process handles its signals itself, and Ray's processes get none of them.
 
-    Ctrl-C, `timeout` and the end of a terminal signal the whole group, and a replica would end amid its requests. On
-    Linux the kernel ends Ray's processes with this one. Elsewhere Ray relies on the group for that.
+    Ctrl-C, `timeout` and the end of a terminal signal the whole process group, and a replica would end amid its
+    requests. On Linux the kernel ends Ray's processes with this one. Elsewhere Ray relies on the group for that.
     """
-    if sys.platform != "linux":
-        yield
-        return
-    from ray._private import services
+    from ray._private import services, utils
 
-    popen = services.ConsolePopen
-    services.ConsolePopen = partial(popen, start_new_session=True)
+    handler = signal.getsignal(signal.SIGTERM)
+    popen, set_sigterm_handler = services.ConsolePopen, utils.set_sigterm_handler
+    if sys.platform == "linux":
+        services.ConsolePopen = partial(popen, start_new_session=True)
+    utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
-        services.ConsolePopen = popen
+        services.ConsolePopen, utils.set_sigterm_handler = popen, set_sigterm_handler
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's core sets one that prints a stack and aborts
 
 
 def _check_auth_mode() -> None:

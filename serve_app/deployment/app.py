@@ -109,7 +109,11 @@ def run_server(config: ReplicaConfig, host: str, port: int, scaling: ScalingConf
         try:
             yield server
         finally:
-            _drain(group, config.timeout_seconds)
+            try:
+                _drain(group, config.timeout_seconds)
+            except KeyboardInterrupt:
+                log("stopping at once: requests that still run are cut off")
+                raise
             try:
                 serve.delete(APP_NAME)
             except TimeoutError:

@@ -160,7 +160,7 @@ def test_a_stop_finishes_streams_and_rejects_new_requests(start):
         async with asking(server) as client:
             tasks = [asyncio.create_task(stream(client, LONG)) for _ in range(4)]
             await asyncio.sleep(1)
-            server.process.send_signal(signal.SIGTERM)
+            os.killpg(server.process.pid, signal.SIGTERM)
             await asyncio.sleep(1.5)
             late = [await client.get("/ready"), await client.post("/v1/completions", json=SHORT)]
             return late, [whole(await task) for task in tasks]
@@ -171,6 +171,23 @@ def test_a_stop_finishes_streams_and_rejects_new_requests(start):
         assert late[1].json()["error"]["code"] in ("draining", "unavailable")
         assert ended == [True] * 4
         assert server.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(start, second):
+    async def scene(server):
+        async with asking(server) as client:
+            task = asyncio.create_task(stream(client, LONG | {"max_tokens": 3500}))
+            await asyncio.sleep(1)
+            for number in (signal.SIGTERM, second):
+                os.killpg(server.process.pid, number)
+                until(lambda: "stopping" in server.errors.read_text())
+            await all_of(task)
+
+    with start("--pool", "16MiB") as server:
+        asyncio.run(scene(server))
+        assert server.process.wait(PATIENCE) == 130
+        assert server.errors.read_text().splitlines()[-1] == "stopping at once: requests that still run are cut off"
 
 
 def test_replicas_are_added_while_the_pool_is_full(start, plan):

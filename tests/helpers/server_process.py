@@ -81,6 +81,7 @@ def serving(*arguments: object, folder: Path, key: str = "", env: dict[str, str]
             text=True,
             env={**os.environ, "RAY_TMPDIR": ray, **(env or {})},
             preexec_fn=attentive,
+            start_new_session=True,  # a group of its own, which a test may signal as `timeout` and a terminal do
         )
         try:
             welcome = welcome_of(process)

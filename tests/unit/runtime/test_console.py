@@ -1,11 +1,16 @@
-"""Argument types take what they say and refuse the rest in one sentence."""
+"""Facts about commands: their arguments, their log, and what ends them."""
 
 import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
 from collections.abc import Callable
 
 import pytest
 
-from baklava.console import port, positive_float, positive_int, replica_count
+from baklava.console import log, port, positive_float, positive_int, replica_count, run_cli
 
 
 @pytest.mark.parametrize(
@@ -36,3 +41,36 @@ def test_other_arguments_are_refused(parse: Callable[[str], object], texts: list
     for text in texts:
         with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is not a "):
             parse(text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_the_end_of_the_terminal_end_a_command_in_order_as_ctrl_c_does(number: int) -> None:
+    ended = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            ended.append(True)
+
+    assert run_cli("baklava-search", work) == 130
+    assert ended == [True]
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_command_under_nohup_outlives_its_terminal() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_cli("baklava-search", lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_a_line_that_cannot_be_written_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        log("a line")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()

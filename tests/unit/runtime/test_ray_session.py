@@ -1,14 +1,17 @@
 """Facts about the folders and processes of a Ray cluster that is started here."""
 
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from ray._private import services, utils
 
 from baklava.errors import UserError
 from baklava.runtime import ray_session
-from baklava.runtime.ray_session import MAX_TEMP_DIR_BYTES, _local_temp_dir, _own_process_group, _provide_token
+from baklava.runtime.ray_session import MAX_TEMP_DIR_BYTES, _local_temp_dir, _own_signals, _provide_token
 
 LONG = "/tmp/" + "x" * 94
 
@@ -71,16 +74,16 @@ def test_a_home_folder_that_takes_no_token_is_no_obstacle(monkeypatch: pytest.Mo
     del os.environ["RAY_AUTH_TOKEN"]
 
 
-def test_a_signal_to_the_process_group_does_not_reach_rays_processes() -> None:
-    from ray._private import services
-
-    original = services.ConsolePopen
-    with _own_process_group():
+def test_this_process_handles_its_signals_and_those_of_its_group_do_not_reach_ray() -> None:
+    original, handler = services.ConsolePopen, signal.getsignal(signal.SIGTERM)
+    with _own_signals():
         process = services.ConsolePopen(["sleep", "60"])
+        utils.set_sigterm_handler(lambda number, frame: sys.exit(number))
     try:
         assert os.getpgid(process.pid) == os.getsid(process.pid) == process.pid != os.getpgrp()
     finally:
         process.kill()
         process.wait()
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert services.ConsolePopen is original
     assert issubclass(original, subprocess.Popen)

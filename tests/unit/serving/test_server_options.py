@@ -1,6 +1,10 @@
 """What a server is started with: the plan, the size of its pool, pinned prefixes, keys."""
 
 import json
+import os
+import pty
+import signal
+import sys
 
 import pytest
 from inprocess_replica import byte_loaded
@@ -239,3 +243,29 @@ def test_the_full_cache_has_no_plan_and_an_unknown_name_is_an_error(model):
         load_served_plan("uniform", model, [])
     with pytest.raises(UserError, match="nonsense"):
         load_served_plan("nonsense:0.3", model, [])
+
+
+HANGUPS = """
+import os, signal, sys
+from serve_app.cli import _queue_hangups, _wait_for_end
+hangups = _queue_hangups()
+os.write(int(sys.argv[1]), b"ready ")
+_wait_for_end(hangups, lambda: os.write(int(sys.argv[1]), b"reload "))
+os.write(int(sys.argv[1]), b"end")
+"""
+
+
+def test_sighup_reads_the_plan_again_and_ends_the_server_only_if_its_terminal_has_closed():
+    said, say = os.pipe()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.set_inheritable(say, True)
+        os.execv(sys.executable, [sys.executable, "-c", HANGUPS, str(say)])
+    os.close(say)
+    assert os.read(said, 100) == b"ready "
+    os.kill(pid, signal.SIGHUP)
+    assert os.read(said, 100) == b"reload "
+    os.close(terminal)
+    assert os.read(said, 100) == b"end"
+    os.close(said)
+    assert os.waitpid(pid, 0)[1] == 0
