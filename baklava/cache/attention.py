@@ -137,27 +137,27 @@ def _forward(
         output = _attend_dense(module, query, key, value, attention_mask, params, options)
     else:
         position_ids = options.get("position_ids") if attention_mask is None else None
-        _check_uses_cache(layer, query, options.get("use_cache"), position_ids)
-        output = layer.attend(query, key, value, attention_mask, params).transpose(1, 2)
+        _check_continues(layer, query, options.get("use_cache"), position_ids)
+        output = layer.attend(query, key, value, attention_mask, params).transpose(1, 2).contiguous()
     for hook in _attention_hooks:
         hook(module, query, key, value, output, params)
     return output, None
 
 
-def _check_uses_cache(
+def _check_continues(
     layer: BudgetedLayerBase, query: QueryStates, use_cache: bool | None, position_ids: Tensor | None
 ) -> None:
-    """Raise UserError if the model works without a cache, so that it feeds the text again that ours has seen.
+    """Raise UserError if the model feeds its text again from the start, as generate() does without a cache.
 
-    Some models (Gemma) do not say whether they use it. Then several tokens at position 0 must be the first ones; to
-    look at the positions waits for a GPU.
+    A look at the positions waits for a GPU. So it is left out for one token, and if the model says that it uses the
+    cache. If it says that it does not, that may be the default of a layer (Cwm).
     """
-    if use_cache is None and position_ids is not None and layer.cumulative_length and query.shape[2] > 1:
-        use_cache = bool(position_ids.flatten()[0] > 0)
-    if use_cache is False:
+    if use_cache or position_ids is None or not layer.cumulative_length or query.shape[2] == 1:
+        return
+    if int(position_ids.flatten()[0]) == 0:
         raise UserError(
-            "the model was called with use_cache=False, so it feeds its whole text at every step, and a cache would "
-            "hold it several times; set use_cache to True in the call and in the model's config"
+            f"a text is fed from its start to a cache that has seen {layer.cumulative_length} tokens, as it is without "
+            "use_cache; set use_cache to True in the call and in the model's config, or reset the cache"
         )
 
 
@@ -171,6 +171,10 @@ def _attend_dense(
     options: dict[str, Any],
 ) -> Float[Tensor, "batch queries query_heads head_dim"]:
     """Return attention without a budgeted cache: transformers' own, with causality added to our padding mask."""
+    if mask is not None and mask.dtype != torch.bool:
+        raise UserError(
+            "the model makes attention masks of its own, which a budgeted cache does not support; choose another model"
+        )
     queries, entries = query.shape[2], key.shape[2]
     # Only a fused kernel over an unpadded prompt is causal by itself.
     if queries > 1 and not (params.is_plain_softmax and mask is None and queries == entries):

@@ -82,11 +82,14 @@ class BudgetedCache(Cache):
     @override
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self._check_attended(self._last_updated)
-        if key_states.shape[1::2] != (self.plan.geometry.kv_heads, self.plan.geometry.head_dim):
-            raise UserError(
-                f"keys of shape {tuple(key_states.shape)} for a plan of {self.plan.geometry.kv_heads} KV heads of "
-                f"dimension {self.plan.geometry.head_dim}; use the plan with the model it was made for"
-            )
+        kv_heads, head_dim = self.plan.geometry.kv_heads, self.plan.geometry.head_dim
+        for states in (key_states, value_states):
+            if states.shape[1::2] != (kv_heads, head_dim):
+                raise UserError(
+                    f"keys or values of shape {tuple(states.shape)} for a plan of {kv_heads} KV heads of dimension "
+                    f"{head_dim}; use the plan with the model it was made for. A model that stores others than its "
+                    "config says cannot be budgeted"
+                )
         self._last_updated = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 

@@ -8,14 +8,19 @@ from plan_factory import random_ids
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import (
+    AfmoeConfig,
     BloomConfig,
     Cache,
+    CwmConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     DiffLlamaConfig,
+    DogeConfig,
     DynamicCache,
     FalconConfig,
+    MiMoV2FlashConfig,
     MptConfig,
+    Olmo3Config,
     OpenAIGPTConfig,
     XGLMConfig,
 )
@@ -239,3 +244,37 @@ def test_a_model_that_attends_twice_to_what_it_stored_once_is_refused() -> None:
 def test_a_model_whose_attention_cannot_be_chosen_is_refused_at_once(config: Any) -> None:
     with pytest.raises(UserError, match="does not attend through transformers' attention interface"):
         LoadedModel.of(tiny_model(config))
+
+
+UNUSUAL = {
+    "a layer that says it has no cache": CwmConfig(**SHAPE),
+    "layers that say so, of two kinds": Olmo3Config(
+        **(SHAPE | {"layer_types": ["full_attention", "sliding_attention"] * 2})
+    ),
+    "attention whose output is viewed": AfmoeConfig(**(SHAPE | {"head_dim": 8, "num_dense_layers": 4})),
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("config", UNUSUAL.values(), ids=UNUSUAL)
+def test_models_that_use_attention_in_unusual_ways_generate_in_parts_as_they_do_whole(config: Any) -> None:
+    loaded, ids = LoadedModel.of(tiny_model(config)), random_ids(1, 60)
+    cache = full_cache(loaded)
+    logits = [loaded.model(part, past_key_values=cache).logits for part in ids.split([20, 1, 39], 1)]
+    assert_close(torch.cat(logits, 1), loaded.model(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_values_of_another_dimension_than_keys_are_refused() -> None:
+    config = MiMoV2FlashConfig(**(SHAPE | {"head_dim": 8, "v_head_dim": 16, "n_routed_experts": 2}))
+    loaded = LoadedModel.of(tiny_model(config))
+    with pytest.raises(UserError, match="stores others than its config says cannot be budgeted"):
+        loaded.model(random_ids(1, 20), past_key_values=full_cache(loaded))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("cached", [False, True], ids=["without a cache", "budgeted"])
+def test_a_model_with_masks_of_its_own_is_refused(cached: bool) -> None:
+    loaded = LoadedModel.of(tiny_model(DogeConfig(**SHAPE)))
+    with pytest.raises(UserError, match=r"attention masks? "):
+        loaded.model(random_ids(1, 20), past_key_values=full_cache(loaded) if cached else None)

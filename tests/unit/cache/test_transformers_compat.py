@@ -327,7 +327,7 @@ def test_a_checkpoint_that_turns_its_cache_off_generates_in_ours(family: str) ->
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_call_without_a_cache_does_not_feed_its_text_to_ours_again(family: str, padded: bool) -> None:
+def test_a_call_without_use_cache_does_not_feed_its_text_to_ours_again(family: str, padded: bool) -> None:
     loaded, _ = model_pair(family)
     options: dict[str, Any] = {"max_new_tokens": 9, "use_cache": False}
     if padded:
