@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from search_process import (
     SMALL_SEARCH_OPTIONS,
     count_lines,
@@ -226,8 +227,6 @@ def test_the_report_is_one_file_that_fetches_nothing_and_whose_charts_are_sound(
 
 @pytest.mark.ray
 def test_mlflow_has_one_finished_child_per_trial_with_its_parameters_and_plan(finished: Finished, place: Place) -> None:
-    from mlflow import MlflowClient
-
     client = MlflowClient(tracking_uri=f"sqlite:///{place.root / 'data/mlflow.db'}")
     parent = client.get_run(SearchRecord.read(finished.out).run)
     children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
@@ -402,16 +401,20 @@ def test_resuming_on_texts_that_changed_is_refused(
 
 
 @pytest.mark.ray
-def test_ctrl_c_ends_a_search_that_can_be_resumed(place: Place) -> None:
-    out, log = place.root / "stopped", place.root / "stopped.log"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_process_group_ends_a_search_that_can_be_resumed(place: Place, number: signal.Signals) -> None:
+    out, log = place.root / number.name, place.root / f"{number.name}.log"
     process = start_search(*place.half, "--replicas", 1, "--trials", 200, "--out", out, log=log)
     wait_until(lambda: count_lines(out / "trials.jsonl") >= 1, process, log)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the replicas, too
+    os.killpg(process.pid, number)  # as a terminal and `timeout` do it
     assert process.wait(timeout=60) == 130
-    assert "running trials are finished and recorded" in log.read_text()
+    assert ("running trials are finished and recorded" in log.read_text()) == (number == signal.SIGINT)
     records = Journal.open(out / TRIALS_FILE, TrialRecord.model_validate_json).records
     assert {record.status for record in records} <= {"finished", "pruned"}
     assert [record.trial for record in records] == list(range(1, len(records) + 1))
     assert f"baklava-search --resume {out}" in log.read_text()
     assert "Traceback" not in log.read_text()
+    assert "SIGTERM received" not in log.read_text()  # a stack of Ray's core
+    client = MlflowClient(tracking_uri=f"sqlite:///{place.root / 'data/mlflow.db'}")
+    assert client.get_run(SearchRecord.read(out).run).info.status == "KILLED"
     assert not (out / "plan.json").exists()
