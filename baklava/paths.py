@@ -57,6 +57,9 @@ class UserFolder:
 CACHE = UserFolder("BAKLAVA_CACHE", "XDG_CACHE_HOME", ".cache")
 DATA = UserFolder("BAKLAVA_DATA", "XDG_DATA_HOME", ".local/share")
 
+LFS_HEADER = b"version https://git-lfs.github.com/spec/"
+"""Start of the file that Git LFS leaves in place of one that it has not fetched."""
+
 
 def cache_dir() -> Path:
     """Return the folder of what can be downloaded or computed again: texts, the converted demo model, profiles.

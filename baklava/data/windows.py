@@ -10,9 +10,15 @@ from typing import Any
 
 from pydantic import BaseModel, PositiveInt
 
-from baklava.data.documents import Document
+from baklava.console import log
+from baklava.data.documents import Document, content_digest
 from baklava.errors import UserError, first_duplicate
 from baklava.serialization import atomic_write_text
+
+SHARED_RUN_TOKENS = 32
+"""Tokens in a row by which windows are compared; a short window is compared by runs of half of it."""
+MAX_SHARED_FRACTION = 1 / 3
+"""Content that windows of different splits may share: texts of one kind share phrases, but copies share nearly all."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +76,38 @@ def make_splits(
     calibration: int = 3,
     search: int = 4,
     validation: int = 4,
+    seen: Sequence[Window] = (),
 ) -> Splits:
-    """Distribute shuffled documents over the three splits, so that no document is in two of them.
+    """Distribute shuffled documents over the three splits, so that no document and no content is in two of them.
 
     If there are fewer documents than windows, several windows are cut per document, and each split still gets its own
-    documents. Documents with the same text count once.
+    documents. Of documents that share most of a window, one is taken; see `MAX_SHARED_FRACTION`.
+
+    Args:
+        documents: What the windows are cut from.
+        tokenizer: Of the model.
+        context: Tokens of a window that are prefilled.
+        continuation: Tokens of a window that are scored.
+        seed: Of the order of the documents.
+        calibration: Windows for the profile.
+        search: Windows for the trials.
+        validation: Windows for the choice among the best trials.
+        seen: Windows whose content no split may have, such as those of a test.
 
     Raises:
-        UserError: fewer than three documents are long enough.
+        UserError: fewer than three documents are long enough and differ.
     """
     sizes = (calibration, search, validation)
     by_document = _windows_by_document(documents, tokenizer, context, continuation, sum(sizes))
     names = sorted(by_document)
+    random.Random(seed).shuffle(names)
+    by_document = _without_shared_content({name: by_document[name] for name in names}, sum(sizes), seen)
+    names = list(by_document)
     if len(names) < 3:
         raise UserError(
             f"{len(names)} of {len(documents)} texts are long enough for a window of {context} + {continuation} "
-            "tokens, but profile, trials and validation need one each; give more texts or lower --context"
+            "tokens and differ, but profile, trials and validation need one each; give more texts or lower --context"
         )
-    random.Random(seed).shuffle(names)
     splits, start = [], 0
     for size, num_documents in zip(sizes, _documents_per_split(len(names), sizes), strict=True):
         own = names[start : start + num_documents]
@@ -115,15 +135,50 @@ def round_robin(groups: Sequence[Sequence[Window]], count: int) -> tuple[Window,
 def _windows_by_document(
     documents: Sequence[Document], tokenizer: Any, context: int, continuation: int, count: int
 ) -> dict[str, list[Window]]:
-    """Return the windows of each document that is long enough: as many of each as it takes to get `count` in all."""
-    distinct = {document.text: document for document in documents}.values()
+    """Return up to `count` windows of each document that is long enough; documents of one content count once."""
+    distinct = {content_digest(document.text): document for document in documents}.values()
     by_document: dict[str, list[Window]] = {}
     for window in cut_windows(
         list(distinct), tokenizer, context=context, continuation=continuation, per_document=count
     ):
         by_document.setdefault(window.document, []).append(window)
-    per_document = math.ceil(count / len(by_document))
-    return {name: windows[:per_document] for name, windows in by_document.items()}
+    return by_document
+
+
+def _without_shared_content(
+    by_document: dict[str, list[Window]], count: int, seen: Sequence[Window]
+) -> dict[str, list[Window]]:
+    """Return the first documents that share no content, with as many windows of each as it takes to get `count`."""
+    kept, candidates = by_document, dict[str, list[Window]]()
+    while len(kept) not in (len(candidates), 0):  # with fewer documents there are more windows of each to compare
+        per_document = math.ceil(count / len(kept))
+        candidates = {name: by_document[name][:per_document] for name in kept}
+        kept = _first_distinct(candidates, count, seen)
+    if len(kept) < min(count, len(by_document)):
+        log(f"windows: {len(by_document) - len(kept)} texts are left out, since they share content with others")
+    return kept
+
+
+def _first_distinct(
+    by_document: dict[str, list[Window]], count: int, seen: Sequence[Window]
+) -> dict[str, list[Window]]:
+    lengths = [len(window.ids) for window in (*seen, *(window for own in by_document.values() for window in own))]
+    run = min(SHARED_RUN_TOKENS, min(lengths) // 2)
+    known = {found for window in seen for found in _runs(window, run)}
+    kept = dict[str, list[Window]]()
+    for name, windows in by_document.items():
+        runs = [_runs(window, run) for window in windows]
+        if all(sum(found in known for found in own) <= MAX_SHARED_FRACTION * len(own) for own in runs):
+            kept[name] = windows
+            known.update(found for own in runs for found in own)
+        if len(kept) == count:
+            break
+    return kept
+
+
+def _runs(window: Window, length: int) -> list[int]:
+    """Return the hashes of all runs of so many tokens."""
+    return [hash(window.ids[start : start + length]) for start in range(len(window.ids) - length + 1)]
 
 
 def _cut_document(

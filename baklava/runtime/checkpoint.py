@@ -19,13 +19,11 @@ from transformers.utils import logging as transformers_logging
 
 from baklava.cache import attention
 from baklava.errors import UserError
+from baklava.paths import LFS_HEADER
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-LFS_HEADER = b"version https://git-lfs.github.com/spec/"
-"""Start of the file that Git LFS leaves in place of one that it has not fetched."""
 
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
 """Endings of weights in formats that are not read."""

@@ -53,7 +53,7 @@ def make_windows(texts: StudyTexts, split: Split, tokenizer: Any) -> StudyWindow
         UserError: a text does not exist or is too short, or the search uses every document.
     """
     documents = load_documents([texts.search_corpus])
-    lengths = {"context": texts.context, "continuation": texts.continuation}
+    lengths: dict[str, Any] = {"context": texts.context, "continuation": texts.continuation}
     splits = make_splits(
         documents, tokenizer, **lengths, seed=texts.seed, search=WINDOWS_PER_SPLIT, validation=WINDOWS_PER_SPLIT
     )

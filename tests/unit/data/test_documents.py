@@ -1,5 +1,8 @@
 """Facts about texts: what the demo corpora hold, what one's own files give, and what is refused."""
 
+import codecs
+import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -124,6 +127,13 @@ def test_names_are_read_in_the_order_given(tmp_path: Path) -> None:
         ("latin.txt", "café".encode("latin-1"), r"latin\.txt' is not UTF-8 \(byte 3\)"),
         ("empty.txt", b" \n", r"empty\.txt' is empty"),
         ("data.csv", b"a,b", r"ends in '\.csv'; it must be one of \.txt, \.md, \.jsonl"),
+        ("data.jsonl.gz", b"\x1f\x8b", r"ends in '\.gz'; .*decompress it first"),
+        ("binary.txt", b"MZ\0\0\1", r"binary\.txt' holds a NUL character \(at 2\)"),
+        ("wide.txt", "abc".encode("utf-16-le"), r"wide\.txt' holds a NUL character \(at 1\).*save it as UTF-8"),
+        ("odd.txt", codecs.BOM_UTF16_LE + b"a", r"odd\.txt' is not UTF-16-LE \(byte 2\)"),
+        ("lfs.txt", b"version https://git-lfs.github.com/spec/v1\n", r"lfs\.txt' is a Git LFS pointer"),
+        ("half.jsonl", b'{"text": "ab\\ud83d"}\n', r"half\.jsonl:1 has half a character, \\ud83d, at 2 of its text"),
+        ("deep.jsonl", b"[" * 100_000, r"deep\.jsonl:1 is not JSON"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -214,3 +224,120 @@ def test_a_data_set_is_read_by_configuration_split_and_column(tmp_path: Path, mo
     assert load_documents(["owner/name/b:test:body"]) == [Document("owner/name/b:test:body:0", "text of b")]
     with pytest.raises(UserError, match=r"has nothing in column 'text' of a row with 'body'"):
         load_documents(["owner/name/b:test"])
+
+
+def texts_of(path: Path) -> list[str]:
+    return [document.text for document in load_documents([str(path)])]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_byte_order_mark_names_the_encoding_and_is_no_text(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffgrün\r\nblau".encode(encoding))
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "one"}\r\n{"text": "two"}'.encode(encoding))
+    assert texts_of(tmp_path) == ["grün\nblau", "one", "two"]
+
+
+def test_hidden_and_tool_files_are_left_out_and_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kept = ["a.txt", "sub/b.md"]
+    left_out = [".git/c.md", ".hidden.txt", "__MACOSX/._a.txt", "node_modules/x/README.md", "sub/._b.md"]
+    left_out += ["sub/.ipynb_checkpoints/b-checkpoint.md", "own/lib/top.txt"]
+    for name in (*kept, *left_out, "own/pyvenv.cfg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    assert texts_of(tmp_path) == [f"text of {name}" for name in kept]
+    assert capfd.readouterr().err == (
+        f"texts: {tmp_path}: hidden and tool files are left out: .git, .hidden.txt, __MACOSX and 4 more\n"
+    )
+
+
+def test_a_hidden_folder_that_is_named_is_read(tmp_path: Path) -> None:
+    (tmp_path / ".texts").mkdir()
+    (tmp_path / ".texts/a.txt").write_text("mine")
+    assert texts_of(tmp_path / ".texts") == ["mine"]
+
+
+def test_documents_with_the_same_content_count_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone  \r\ntwo")
+    rows = [{"text": "three"}, {"text": "one\r\ntwo"}, {"text": "three", "id": 2}, {"text": "four"}]
+    (tmp_path / "sub/c.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    names = [str(tmp_path), str(tmp_path / "sub"), str(tmp_path / "b.txt")]
+    assert [document.text for document in load_documents(names)] == ["one\ntwo\n", "three", "four"]
+    assert "texts: 8 with the content of another text count once, such as" in capfd.readouterr().err
+
+
+def test_rows_of_a_data_set_with_the_same_content_count_once(tmp_path: Path) -> None:
+    books = [{"short_book_title": title, "text": text} for title, text in [("A", "x"), ("B", "x"), ("A", "y")]]
+    found = load_documents([f"pg19={parquet(tmp_path / 'test.parquet', books)}"])
+    assert found == [Document("pg19/A", "x"), Document("pg19/A#2", "y")]
+
+
+def test_endings_are_read_in_any_case(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_text("one")
+    (tmp_path / "B.Md").write_text("two")
+    (tmp_path / "C.JSONL").write_text('{"text": "three"}')
+    assert texts_of(tmp_path) == ["one", "two", "three"]
+    assert texts_of(tmp_path / "C.JSONL") == ["three"]
+
+
+def test_a_folder_without_texts_says_what_is_read_and_what_it_has(tmp_path: Path) -> None:
+    for name in ("a.py", "b.py", "c.csv", "Makefile"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(
+        UserError, match=r"files that end in \.txt, \.md, \.jsonl \(it has 2 \.py, 1 .*, 1 .*\); rename"
+    ):
+        load_documents([str(tmp_path)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="it has no files"):
+        load_documents([str(tmp_path / "empty")])
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    for name in ("texts", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere/b.txt").write_text("two")
+    (tmp_path / "texts/a.txt").write_text("one")
+    (tmp_path / "texts/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts/again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "texts")
+    assert [document.name for document in load_documents([str(tmp_path / "texts")])] == [
+        f"{tmp_path}/texts/a.txt",
+        f"{tmp_path}/texts/again/b.txt",
+    ]
+
+
+def test_a_link_that_leads_nowhere_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(UserError, match=r"a\.txt' cannot be read: No such file"):
+        load_documents([str(tmp_path)])
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (tmp_path, tmp_path / "pipe.txt"):
+        with pytest.raises(UserError, match=r"pipe\.txt' is no regular file"):
+            load_documents([str(path)])
+
+
+def test_empty_files_beside_texts_are_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.jsonl").write_text("\n \n")
+    (tmp_path / "c.md").write_text("text")
+    assert texts_of(tmp_path) == ["text"]
+
+
+def test_a_folder_that_cannot_be_listed_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise PermissionError(13, "Permission denied", "locked")
+
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr(os, "scandir", fail)  # the tests may run as root, who may list everything
+    with pytest.raises(UserError, match="text folder 'locked' cannot be read: Permission denied; make it readable"):
+        load_documents([str(tmp_path)])
+
+
+def test_a_file_name_that_is_no_unicode_can_be_saved(tmp_path: Path) -> None:
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))).write_text("text")
+    [document] = load_documents([str(tmp_path)])
+    assert document.name == f"{tmp_path}/caf\\udce9.txt"

@@ -1,4 +1,8 @@
 import json
+import random
+import string
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +10,7 @@ from typing import Any
 import pytest
 
 from baklava.data.documents import Document
-from baklava.data.windows import Window, cut_windows, make_splits, read_windows, write_windows
+from baklava.data.windows import Splits, Window, cut_windows, make_splits, read_windows, write_windows
 from baklava.errors import UserError
 
 
@@ -22,7 +26,7 @@ class Characters:
 
 
 def document(name: str, tokens: int) -> Document:
-    return Document(name, (name + "abcdefghij" * tokens)[:tokens])
+    return Document(name, "".join(random.Random(name).choices(string.ascii_letters, k=tokens)))
 
 
 def test_windows_follow_each_other_and_start_as_the_tokenizer_starts_a_text() -> None:
@@ -101,3 +105,69 @@ def test_written_windows_are_read_again_with_their_documents(tmp_path: Path) -> 
     cut = [Window(f"d:{number}", "d", (1, 2, 3, number), 3) for number in range(2)]
     write_windows(tmp_path / "windows.json", cut)
     assert read_windows(tmp_path / "windows.json", vocabulary=10) == cut
+
+
+def parts_of(splits: Splits) -> list[list[Window]]:
+    return [list(windows) for windows in (splits.calibration, splits.search, splits.validation)]
+
+
+def shared_tokens(one: Window, other: Window) -> int:
+    """The length of the longest run of tokens that two windows share, found the slow way."""
+    runs = {one.ids[a:b] for a, b in combinations(range(len(one.ids) + 1), 2)}
+    return max(
+        (b - a for a, b in combinations(range(len(other.ids) + 1), 2) if other.ids[a:b] in runs),
+        default=0,
+    )
+
+
+def with_other_line_ends(text: str) -> str:
+    return "\ufeff" + "\r\n".join(f"{line} " for line in text.split("\n"))
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        str,
+        with_other_line_ends,
+        lambda text: text + document("more", 100).text,
+        lambda text: document("before", 7).text + text,
+        lambda text: document("before", 101).text + text,
+    ],
+    ids=["same", "line ends", "longer", "shifted", "after another"],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_no_two_splits_share_a_window_by_content(copy: Callable[[str], str], seed: int) -> None:
+    originals = [document(f"d{number}", 200) for number in range(5)]
+    copies = [Document(f"c{number}", copy(original.text)) for number, original in enumerate(originals)]
+    cut = make_splits([*originals, *copies], Characters(), context=24, continuation=8, seed=seed)
+    parts = parts_of(cut)
+    assert all(len(part) >= 2 for part in parts)
+    for one, other in combinations(parts, 2):
+        assert max(shared_tokens(a, b) for a in one for b in other) < 16
+
+
+def test_texts_may_share_phrases() -> None:
+    documents = [Document(f"d{n}", "The same start. " + document(f"d{n}", 100).text) for n in range(11)]
+    cut = make_splits(documents, Characters(), context=80, continuation=20, seed=0)
+    assert len({window.document for part in parts_of(cut) for window in part}) == 11
+
+
+def test_documents_that_share_content_are_counted_out_in_words(capfd: pytest.CaptureFixture[str]) -> None:
+    base = [document(f"d{number}", 200) for number in range(3)]
+    copies = [Document(f"c{number}", f"{number}" + base[0].text) for number in range(2)]
+    make_splits([*base, *copies], Characters(), context=24, continuation=8, seed=0)
+    assert capfd.readouterr().err == "windows: 2 texts are left out, since they share content with others\n"
+    with pytest.raises(UserError, match=r"2 of 4 texts are long enough .* and differ"):
+        make_splits([base[0], base[1], *copies], Characters(), context=24, continuation=8, seed=0)
+
+
+def test_splits_leave_out_what_was_seen_elsewhere() -> None:
+    documents = [document(f"d{number}", 200) for number in range(12)]
+    seen = [Window("test:0", "test", tuple(map(ord, documents[3].text[5:37])), 24)]
+    found = {
+        window.document
+        for seed in range(5)
+        for part in parts_of(make_splits(documents, Characters(), context=24, continuation=8, seed=seed, seen=seen))
+        for window in part
+    }
+    assert found == {f"d{number}" for number in range(12)} - {"d3"}
