@@ -57,23 +57,39 @@ class LoadedModel:
         return hashlib.sha256(torch.cat(samples).cpu().numpy().tobytes()).hexdigest()[:16]
 
     @property
+    def num_embeddings(self) -> int:
+        """Tokens that the model has an embedding for; its tokenizer may have more."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a text: those of the generation config and that of the tokenizer, which often differ."""
         ends = self.model.generation_config.eos_token_id
         ids = {ends} if isinstance(ends, int) else set(ends or ())
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             ids.add(self.tokenizer.eos_token_id)
-        return frozenset(each for each in ids if each < self.model.get_input_embeddings().num_embeddings)
+        return frozenset(each for each in ids if each < self.num_embeddings)
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of a text, without special tokens."""
         return len(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def as_batch(self, ids: Sequence[int] | Int[Tensor, " tokens"]) -> Int[Tensor, "1 tokens"]:
-        """Return token ids as one row on the model's device."""
+        """Return token ids as one row on the model's device; raises UserError if a list has one without embedding."""
         if isinstance(ids, Tensor):
             return ids.to(self.device)[None]
+        self.check_tokens(ids)
         return torch.tensor([list(ids)], dtype=torch.long, device=self.device)
+
+    def check_tokens(self, ids: Sequence[int]) -> None:
+        """Raise UserError if the model has no embedding for one of these tokens."""
+        outside = max(ids, default=0)
+        if outside >= self.num_embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(outside) if self.tokenizer is not None else None
+            raise UserError(
+                f"token {outside} ({token}) has no embedding in {self.identity.id}, which has {self.num_embeddings:,}; "
+                "leave it out of the texts, or give a checkpoint whose embeddings were resized for its tokenizer"
+            )
 
     def check_length(
         self, tokens: int, what: str = "a window", remedy: str = "lower --context or --continuation"

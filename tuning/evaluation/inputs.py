@@ -33,6 +33,8 @@ def prepare_inputs(settings: EvaluationSettings, loaded: LoadedModel) -> Evaluat
     windows = _windows(settings, loaded)
     window_tokens = len(windows[0].ids)
     loaded.check_length(window_tokens)
+    for window in windows:
+        loaded.check_tokens(window.ids)
     lengths = tuple(sorted(settings.lengths)) or (window_tokens,)
     if settings.tasks:
         loaded.check_length(max(lengths), "a prompt", "lower --lengths")
@@ -41,11 +43,12 @@ def prepare_inputs(settings: EvaluationSettings, loaded: LoadedModel) -> Evaluat
 
     @cache
     def load_profile() -> Profile:
-        # Never on a document that is scored.
+        # Never on a document that is scored, nor on a copy of one.
         scored = {window.document for window in windows}
         documents = [document for document in load_documents(settings.calibration) if document.name not in scored]
         tokens = {"context": windows[0].context_length, "continuation": windows[0].continuation_length}
-        return cached_profile(loaded, make_splits(documents, loaded.tokenizer, **tokens, seed=0).calibration)
+        splits = make_splits(documents, loaded.tokenizer, **tokens, seed=0, seen=windows)
+        return cached_profile(loaded, splits.calibration)
 
     plans = []
     for spec in settings.plans:
@@ -74,7 +77,7 @@ def _check_recordable(loaded: LoadedModel, plans: Sequence[ResolvedPlan], max_to
 
 def _windows(settings: EvaluationSettings, loaded: LoadedModel) -> list[Window]:
     if settings.windows:
-        return read_windows(settings.windows, loaded.model.config.vocab_size)[: settings.limit]
+        return read_windows(settings.windows, loaded.num_embeddings)[: settings.limit]
     tokens = {"context": settings.context, "continuation": settings.continuation}
     windows = cut_windows(load_documents(settings.texts), loaded.tokenizer, **tokens)
     return windows[: settings.limit or DEFAULT_MAX_WINDOWS]

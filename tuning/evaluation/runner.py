@@ -8,7 +8,7 @@ from typing import Any
 from baklava.console import log, progress_bar
 from baklava.evaluation.results import Evaluation, aggregate_results
 from baklava.evaluation.speed.latency import Speed, measure_speeds
-from baklava.runtime.model_loader import LoadedModel, load
+from baklava.runtime.model_loader import LoadedModel, load, load_config
 from tuning.evaluation.inputs import prepare_inputs
 from tuning.evaluation.mlflow_runs import log_evaluation
 from tuning.evaluation.report import write_report
@@ -50,9 +50,10 @@ def evaluate(settings: EvaluationSettings, out: Path) -> EvaluationResult:
     """
     started_ms = now_ms()
     check_new_run_dir(out, "evaluation")
+    load_config(settings.model)
+    connect(f"baklava/{settings.model_name}")  # fail now if the server is down, not after half an hour
     loaded = load(settings.model, threads=settings.threads)
     inputs = prepare_inputs(settings, loaded)
-    connect(f"baklava/{settings.model_name}")  # fail now if the server is down, not after half an hour
     run_dir = EvaluationDir(out)
     record = EvaluationRecord(settings=settings, weights=loaded.weights_digest, started_ms=started_ms)
     run_dir.write_inputs(record, inputs)
@@ -69,7 +70,7 @@ def resume(out: Path) -> EvaluationResult:
     record = run_dir.read_record()
     loaded = load(record.settings.model, threads=record.settings.threads)
     record.check_unchanged(loaded)
-    inputs = run_dir.read_inputs(record.settings, loaded.model.config.vocab_size)
+    inputs = run_dir.read_inputs(record.settings, loaded.num_embeddings)
     return _run(run_dir, record, loaded, inputs)
 
 

@@ -51,6 +51,8 @@ def prepare_inputs(settings: SearchSettings) -> SearchInputs:
         search=WINDOWS_PER_SPLIT,
         validation=WINDOWS_PER_SPLIT,
     )
+    for window in splits.calibration + splits.search + splits.validation:
+        loaded.check_tokens(window.ids)
     inputs = SearchInputs(
         identity=loaded.identity,
         geometry=loaded.geometry,

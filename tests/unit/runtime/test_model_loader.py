@@ -1,9 +1,11 @@
 """Loading: on which device, and how checkpoints of one name differ."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from byte_model import byte_tokenizer
 
 from baklava.errors import UserError
 from baklava.runtime.model_loader import LoadedModel, load
@@ -37,3 +39,13 @@ def test_the_digest_of_the_weights_sees_a_change_of_any_later_row(tiny: Maker) -
     assert digest() == digest()
     assert len({digest(), *(digest(row) for row in range(0, 4096, 512))}) == 9
     assert tiny(seed=1).weights_digest != tiny().weights_digest
+
+
+def test_a_token_without_an_embedding_is_refused_by_name(tiny: Maker) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    loaded = replace(tiny(vocab_size=257), tokenizer=tokenizer)
+    ids = tokenizer("a<extra>b")["input_ids"]
+    with pytest.raises(UserError, match=r"token 257 \(<extra>\) has no embedding in tiny, which has 257; leave it out"):
+        loaded.as_batch(ids)
+    assert loaded.as_batch(tokenizer("ab")["input_ids"]).tolist() == [[97, 98]]
