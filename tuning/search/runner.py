@@ -60,9 +60,8 @@ def search(settings: SearchSettings, out: Path) -> SearchResult:
     """
     check_new_run_dir(out, "search")
     check_sampler(settings.sampler, settings.front)
-    tracker = Tracker.connect(settings.model_name)
     check_budget(settings)
-    return _run(settings, out, tracker, None)
+    return _run(settings, out, Tracker.connect(settings.model_name), None)
 
 
 def resume(out: Path) -> SearchResult:
@@ -79,10 +78,11 @@ def resume(out: Path) -> SearchResult:
 
 
 def check_budget(settings: SearchSettings) -> None:
-    """Raise UserError if the budget is too small for any plan in any of the bits, before any time is spent."""
+    """Raise UserError if there is no such model, or if the budget is too small for any plan in any of the bits."""
+    config = load_config(settings.model)
     if settings.budget is None or settings.front:  # on a front the budget only chooses a point
         return
-    profile = uniform_profile(*load_config(settings.model))
+    profile = uniform_profile(*config)
     narrowest = min(settings.bits, key=lambda name: sum(BIT_PAIRS[name]))
     smallest = BaselineMethod(Uniform(), StreamingLLM(sinks=1), BIT_PAIRS[narrowest])
     smallest.plan(profile, settings.budget, settings.context_length)

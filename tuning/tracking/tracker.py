@@ -14,13 +14,13 @@ from baklava.console import log
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.plan.registry import download_plan
+from baklava.plan.tracking_errors import error_summary
 from tuning.selection.promotion import ALIAS, CurrentChampion, PromotionDecision, RegisteredPlan
 from tuning.study.settings import SearchRecord, SearchSettings
 from tuning.study.trial import TrialRecord
 from tuning.tracking.client import (
     TRACKING_ERRORS,
     connect,
-    error_summary,
     is_invalid_parameter,
     now_ms,
     source_tags,
@@ -60,14 +60,17 @@ class Tracker:
         """Return a tracker for the experiment and the registered model of this name.
 
         Raises:
-            UserError: the server does not answer.
+            UserError: the server does not answer or refuses something, or the experiment was deleted.
         """
         client, experiment = connect(f"baklava/{model_name}")
-        return cls(client, experiment, f"baklava-{model_name}")
+        tracker = cls(client, experiment, f"baklava-{model_name}")
+        with tracking_errors_as_user_errors():
+            tracker._is_registered()
+        return tracker
 
     def start(self, settings: SearchSettings, out: Path, inputs: Sequence[DatasetInput] = ()) -> str:
         """Create the parent run and return its id; raise UserError if the server has gone down."""
-        with tracking_errors_as_user_errors("start it again"):
+        with tracking_errors_as_user_errors():
             self._create_parent_run(settings, out, inputs, {})
         return self.parent_run
 
@@ -77,7 +80,7 @@ class Tracker:
         Raises:
             UserError: the server has gone down.
         """
-        with tracking_errors_as_user_errors("start it again"):
+        with tracking_errors_as_user_errors():
             parent = self._find_parent_run(record.run)
             if parent is not None:
                 self._use_parent_run(parent, out)
@@ -201,7 +204,7 @@ class Tracker:
     def _register(self, plan: BudgetPlan, tags: Mapping[str, str], decide: DecidePromotion) -> RegisteredPlan:
         decision = decide(self._current_champion())
         log_plan(self.client, self.parent_run, plan, "plan/")
-        if not self.client.search_registered_models(f"name = '{self.name}'"):
+        if not self._is_registered():
             self.client.create_registered_model(self.name, description="KV-cache budget plans found by baklava")
         version = self.client.create_model_version(
             self.name,
@@ -213,6 +216,9 @@ class Tracker:
         if decision.promoted:
             self.client.set_registered_model_alias(self.name, ALIAS, str(version))
         return RegisteredPlan(self.name, str(version), decision)
+
+    def _is_registered(self) -> bool:
+        return bool(self.client.search_registered_models(f"name = '{self.name}'"))
 
     def _current_champion(self) -> CurrentChampion | None:
         models = self.client.search_registered_models(f"name = '{self.name}'")

@@ -1,5 +1,7 @@
 import json
 import socket
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -57,7 +59,9 @@ def test_the_registry_in_the_data_folder_is_the_default_and_no_other_is_made(reg
         ("models:/lakes@champion", "'lakes'.*has rivers"),
         ("models:/rivers@best", "'best'.*has champion"),
         ("models:/rivers", "NAME@ALIAS"),
-        ("models:/rivers/7", "7"),
+        ("models:/rivers/7", "no version is named '7'; the registered plan rivers has 1, 2"),
+        ("models:/ri/vers@champion", "'ri/vers'.*has rivers"),
+        ("models:/@champion", "''"),
     ],
 )
 def test_an_unknown_registered_plan_is_rejected_with_the_known_ones(registry, source, words, monkeypatch):
@@ -66,17 +70,64 @@ def test_an_unknown_registered_plan_is_rejected_with_the_known_ones(registry, so
         load_plan(source)
 
 
-def test_a_registry_is_read_to_its_last_page(registry, plan, monkeypatch, tmp_path):
+@pytest.fixture
+def copied(registry, monkeypatch, tmp_path):
+    """A copy of the registry's database, and a client of it."""
     database = tmp_path / "mlflow.db"
     database.write_bytes(Path(registry.removeprefix("sqlite:///")).read_bytes())
-    uri = f"sqlite:///{database}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    return database
+
+
+def edit(database, *statement):
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(*statement)
+
+
+def test_a_registry_is_read_to_its_last_page(copied, plan):
+    uri = f"sqlite:///{copied}"
     client = MlflowClient(uri, uri)
     for number in range(100):
         client.create_registered_model(f"lake-{number:03}")
     assert load_plan("models:/rivers@champion") == plan
     with pytest.raises(UserError, match=r"has lake-000, .* and 81 more"):
         load_plan("models:/sea@champion")
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [("451aebb31d03", "back it up, then run: mlflow db upgrade"), ("ffffffffffff", "install that version of mlflow")],
+)
+def test_a_registry_of_another_mlflow_is_an_error_with_what_helps(copied, capfd, version, words):
+    edit(copied, "UPDATE alembic_version SET version_num = ?", [version])
+    with pytest.raises(UserError, match=f"cannot fetch models:/rivers@champion from .*{words}.*or give a plan file"):
+        load_plan("models:/rivers@champion")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_version_whose_registration_failed_is_an_error(copied):
+    edit(copied, "UPDATE model_versions SET status = 'FAILED_REGISTRATION' WHERE version = 2")
+    with pytest.raises(UserError, match=r"version 2 of rivers is FAILED_REGISTRATION.*choose another version"):
+        load_plan("models:/rivers/2")
+
+
+def test_a_version_whose_files_were_removed_is_an_error(copied, tmp_path):
+    edit(copied, "UPDATE model_versions SET storage_location = ?, source = ?", [f"{tmp_path}/gone", f"{tmp_path}/gone"])
+    with pytest.raises(UserError, match=r"version 2 of rivers has no plan.json any more at .*gone; choose another"):
+        load_plan("models:/rivers/2")
+
+
+def test_a_registry_without_tables_or_with_other_content_is_an_error(copied):
+    copied.write_text("a text " * 100)
+    with pytest.raises(UserError, match="the file is not a database; restore it from a backup"):
+        load_plan("models:/rivers@champion")
+
+
+def test_the_error_of_a_registry_keeps_its_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:1")
+    with pytest.raises(UserError, match="it does not answer; start it") as caught:
+        load_plan("models:/rivers@champion")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_tracking_server_that_is_down_is_an_error(monkeypatch):

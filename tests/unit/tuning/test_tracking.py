@@ -1,8 +1,13 @@
 """Facts about what the search writes to MLflow, on a real database and a real server."""
 
 import json
+import re
+import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import mlflow
@@ -224,6 +229,151 @@ def test_a_parent_run_records_the_settings_and_the_outcome(tracker: Tracker, tmp
 def test_nothing_of_mlflow_travels_with_the_callback(tracker: Tracker, tmp_path: Path) -> None:
     callback = TrialRecorder(Journal(tmp_path / "trials.jsonl"), tracker, None, task(), 3)
     assert callback.__getstate__() == {}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("template") / "template.db"
+    MlflowClient(f"sqlite:///{file}").create_experiment("baklava/demo")
+    return file
+
+
+@pytest.fixture
+def database(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A database that searches have written to, and that MLflow has not opened yet; `MLFLOW_TRACKING_URI` names it."""
+    file = tmp_path / "own.db"
+    file.write_bytes(template.read_bytes())
+    with closing(sqlite3.connect(file)) as connection, connection:
+        location = (tmp_path / "artifacts").as_uri()
+        connection.execute("UPDATE experiments SET artifact_location = ?", [location])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
+    return file
+
+
+def refusal(model: str = "demo") -> str:
+    """What a search says that cannot start."""
+    with pytest.raises(UserError) as caught:
+        Tracker.connect(model)
+    return str(caught.value)
+
+
+def test_a_deleted_experiment_is_refused_with_the_command_that_restores_it(database: Path) -> None:
+    client = MlflowClient(f"sqlite:///{database}")
+    number = client.get_experiment_by_name("baklava/demo").experiment_id
+    client.delete_experiment(number)
+    said = refusal()
+    assert said.startswith(
+        f"the experiment baklava/demo was deleted from the tracking database at sqlite:///{database};"
+    )
+    assert said.endswith(f"restore it with: mlflow experiments restore -x {number}")
+    client.restore_experiment(number)
+    Tracker.connect("demo")
+
+
+def test_the_command_names_the_default_database(tracker: Tracker, data: Path) -> None:
+    tracker.client.delete_experiment(tracker.experiment)
+    try:
+        assert f": MLFLOW_TRACKING_URI=sqlite:///{data}/mlflow.db mlflow experiments restore -x" in refusal(
+            "some-model"
+        )
+    finally:
+        tracker.client.restore_experiment(tracker.experiment)
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("451aebb31d03", "an older MLflow than the installed .*; back it up, then run: mlflow db upgrade "),
+        (
+            "ffffffffffff",
+            "a newer MLflow than the installed .*; install that version of mlflow, or set MLFLOW_TRACKING",
+        ),
+    ],
+)
+def test_a_database_of_another_mlflow_is_refused_with_what_helps(database: Path, version: str, words: str) -> None:
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = ?", [version])
+    assert re.search(words, refusal())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("file:{}?mode=ro&uri=true", "it cannot be written; make the file and its folder writable"),
+        ("{}?timeout=0.01", "another process has locked it; wait"),
+        ("{}/none/x.db", "not a directory; make it a writable folder"),
+        ("/proc/none/x.db", "/proc/none: no such file or directory; make it a writable folder"),
+    ],
+)
+def test_a_database_that_takes_nothing_is_refused(
+    database: Path, monkeypatch: pytest.MonkeyPatch, options: str, words: str
+) -> None:
+    Tracker.connect("demo")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{options.format(database)}")
+    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+        if "timeout" in options:
+            other.execute("BEGIN EXCLUSIVE")
+        assert words in refusal()
+
+
+def test_a_file_that_is_no_database_is_refused(database: Path) -> None:
+    database.write_text("a text " * 100)
+    assert "the file is not a database; restore it from a backup" in refusal()
+
+
+def test_artifacts_that_cannot_be_written_are_refused_before_the_search(database: Path, tmp_path: Path) -> None:
+    Tracker.connect("demo")
+    assert list((tmp_path / "artifacts").iterdir()) == []
+    (tmp_path / "artifacts").rmdir()
+    (tmp_path / "artifacts").touch()
+    assert f"files of runs cannot be written to file://{tmp_path}/artifacts (" in refusal()
+
+
+def test_a_data_folder_that_takes_nothing_is_refused_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAKLAVA_DATA", "/proc/none")
+    assert refusal().endswith("(no such file or directory); set BAKLAVA_DATA to a writable folder")
+
+
+class Refuses(BaseHTTPRequestHandler):
+    """A server that answers everything with its status."""
+
+    status = 401
+
+    def answer(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(b"You are not authenticated.")
+
+    do_GET = do_POST = answer  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Stay silent."""
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "MLFLOW_TRACKING_USERNAME and"), (403, "permission"), (404, "404")]
+)
+def test_a_server_that_refuses_is_an_error_that_keeps_the_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int, words: str
+) -> None:
+    monkeypatch.setattr(Refuses, "status", status)
+    with HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{server.server_port}")
+        said = refusal()
+        server.shutdown()
+    assert f"the tracking server at http://***@127.0.0.1:{server.server_port} cannot be used: it " in said
+    assert words in said
+    assert "secret" not in said + capsys.readouterr().err
+
+
+def test_a_server_that_is_down_is_refused_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:1")
+    said = refusal()
+    assert "it does not answer; start it, correct MLFLOW_TRACKING_URI, or unset it" in said
+    assert "secret" not in said + capsys.readouterr().err
 
 
 def test_a_file_store_which_mlflow_no_longer_writes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
