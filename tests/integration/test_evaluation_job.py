@@ -161,7 +161,7 @@ def test_a_server_that_is_down_is_an_error_before_any_work(
     settings: EvaluationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="start it, or unset"):
+    with pytest.raises(UserError, match="it does not answer; start it"):
         evaluate(settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

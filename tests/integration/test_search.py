@@ -366,7 +366,7 @@ def test_a_folder_that_holds_something_is_not_written_to(refused: Callable[..., 
 
 
 def test_a_result_for_machines_that_cannot_be_written_is_refused_first(refused: Callable[..., str]) -> None:
-    assert "make the folder first" in refused("--json", "/nowhere/at/all.json")
+    assert "give a file in a folder that exists" in refused("--json", "/nowhere/at/all.json")
 
 
 def test_resuming_takes_no_other_settings(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from baklava.console import log, positive_int, reject_settings_on_resume, replica_count, run_cli
 from baklava.errors import UserError
 from tuning import configure_environment
-from tuning.study.journal import new_run_dir
+from tuning.study.journal import check_json_file, new_run_dir
 
 if TYPE_CHECKING:
     from tuning.evaluation.runner import EvaluationResult
@@ -89,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> None:
     options = vars(build_parser().parse_args(argv))
     json_file = options.pop("json", None)
-    if json_file and (json_file.is_dir() or not os.access(json_file.absolute().parent, os.W_OK)):
-        raise UserError(f"--json {json_file} cannot be written; give a file in a folder that exists")
+    if json_file:
+        check_json_file(json_file)
     result = _run(options)
     if json_file:
         json_file.write_text(json.dumps(result.as_json(), indent=1, allow_nan=False) + "\n")

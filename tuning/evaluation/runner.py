@@ -20,7 +20,7 @@ from tuning.evaluation.run_dir import (
     in_item_order,
 )
 from tuning.evaluation.workers import evaluate_items
-from tuning.study.journal import check_new_run_dir
+from tuning.study.journal import check_new_run_dir, disk_errors_as_user_errors
 from tuning.tracking.client import connect, now_ms
 
 MIN_CONTEXT_TOKENS = 32
@@ -56,7 +56,8 @@ def evaluate(settings: EvaluationSettings, out: Path) -> EvaluationResult:
     inputs = prepare_inputs(settings, loaded)
     run_dir = EvaluationDir(out)
     record = EvaluationRecord(settings=settings, weights=loaded.weights_digest, started_ms=started_ms)
-    run_dir.write_inputs(record, inputs)
+    with disk_errors_as_user_errors(out):
+        run_dir.write_inputs(record, inputs)
     return _run(run_dir, record, loaded, inputs)
 
 
@@ -90,8 +91,9 @@ def _run(
     windows = in_item_order(results, [("window", window.name) for window in inputs.windows])
     prompts = in_item_order(results, [("prompt", prompt.prompt.name) for prompt in inputs.prompts])
     result = EvaluationResult(run_dir, settings, tuple(aggregate_results(inputs.plans, windows, prompts, speeds)))
-    write_report(result.evaluations, settings, run_dir.report_path)
-    run_dir.write_scores(result.as_json())
+    with disk_errors_as_user_errors(run_dir.path):
+        write_report(result.evaluations, settings, run_dir.report_path)
+        run_dir.write_scores(result.as_json())
     log_evaluation(result.evaluations, record, run_dir)
     return result
 

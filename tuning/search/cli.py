@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from baklava.console import reject_settings_on_resume, replica_count, run_cli
-from baklava.errors import UserError
 from baklava.evaluation.formatting import format_share
 from tuning import configure_environment
-from tuning.study.journal import new_run_dir
+from tuning.study.journal import check_json_file, new_run_dir
 from tuning.study.objective import Objective
 from tuning.study.settings import ALL_BITS, SamplerName, SearchSettings
 
@@ -106,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> None:
     options = vars(build_parser().parse_args(argv))
     json_file = options.pop("json", None)
-    if json_file and not json_file.absolute().parent.is_dir():
-        raise UserError(f"--json {json_file} is in a folder that does not exist; make the folder first")
+    if json_file:
+        check_json_file(json_file)
     result = _run(options)
     _print_result(result)
     if json_file:

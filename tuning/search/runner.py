@@ -1,6 +1,5 @@
 """A search from its settings to a registered plan."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from baklava.allocation import Uniform
 from baklava.console import log
 from baklava.errors import UserError
 from baklava.eviction import StreamingLLM
+from baklava.paths import UNWRITABLE_ERRORS
 from baklava.plan.budget_plan import BudgetPlan, Provenance
 from baklava.profiling.profile import uniform_profile
 from baklava.runtime.model_loader import load_config
@@ -37,7 +37,6 @@ from tuning.workers.cluster import OBJECT_STORE_BYTES, WorkerGroup, cluster_layo
 
 PROVENANCE_METRICS = ("kl_geometric", "kl", "dnll", "nll", "nll_full")
 PROVENANCE_PACKAGES = ("baklava", "torch", "transformers", "ray", "optuna", "numpy")
-DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _tracked(tracker: Tracker, out: Path) -> Iterator[None]:
     except BaseException as error:
         log(f"the search ended early; resume it with: baklava-search --resume {out}")
         tracker.end({}, [], "KILLED")
-        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRORS:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE_ERRORS:
             raise UserError(unwritable_message(out, error)) from None
         raise
 

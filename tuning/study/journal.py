@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from pydantic import ValidationError
 
 from baklava.errors import UserError
-from baklava.paths import data_dir
+from baklava.paths import DISK_FULL_ERRORS, UNWRITABLE_ERRORS, check_writable, data_dir, reason_of
 from baklava.serialization import FrozenModel
 
 
@@ -31,14 +31,37 @@ def check_new_run_dir(out: Path, kind: str) -> None:
         raise UserError(
             f"--out {out} exists already; choose another folder, or resume the {kind} in it: --resume {out}"
         )
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be created, since {parent} is not a writable folder; choose another one")
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({reason_of(error)}); choose another folder") from None
+
+
+def check_json_file(path: Path) -> None:
+    """Raise UserError if the file of `--json` cannot be written."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--json {path} cannot be written; give a file in a folder that exists")
+    try:
+        check_writable(path.absolute().parent)
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written ({reason_of(error)}); give a file elsewhere") from None
 
 
 def unwritable_message(out: Path, error: OSError) -> str:
     """Describe a disk that is full or takes no more for another reason."""
-    return f"cannot write to {out} ({error.strerror or error}); free some space there, nothing in it is lost"
+    remedy = "free some space there" if error.errno in DISK_FULL_ERRORS else "make it writable"
+    return f"cannot write to {out} ({error.strerror or error}); {remedy}, nothing in it is lost"
+
+
+@contextmanager
+def disk_errors_as_user_errors(out: Path) -> Iterator[None]:
+    """Turn the errors of a disk that takes no more into a UserError; `out` is the folder that is written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE_ERRORS:
+            raise
+        raise UserError(unwritable_message(out, error)) from None
 
 
 Record = TypeVar("Record", bound=FrozenModel)
