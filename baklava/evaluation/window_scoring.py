@@ -63,7 +63,7 @@ def prefill_window(loaded: LoadedModel, window: Window, evictions: Sequence[Evic
         UserError: the model has sliding layers, or the window is longer than the model's positions.
     """
     loaded.check_length(len(window.ids))
-    ids = torch.tensor([window.ids], device=loaded.device)
+    ids = loaded.as_batch(window.ids)
     prompt = prefill_and_record(loaded, ids[:, : window.context_length], evictions)
     logits = prompt.logits
     if window.continuation_length > 1:

@@ -8,7 +8,7 @@ from typing import get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from baklava import console
@@ -116,14 +116,14 @@ def measure_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
         curve_capacities(tokens, DEFAULT_EVICTION.sinks, DEFAULT_EVICTION.eviction_interval),
         tuple(pair for pair in BIT_PAIRS if min(pair) >= 16 or is_packable(geometry.head_dim, min(pair))),
     )
-    repeatable = all(can_repeat(loaded, _ids(loaded, window.ids[: window.context_length])) for window in windows)
+    repeatable = all(can_repeat(loaded, loaded.as_batch(window.ids[: window.context_length])) for window in windows)
     names: tuple[RankingName, ...] = get_args(RankingName) if repeatable else ("heavy_hitter",)
     importance = CosineImportance(loaded)
     measured: list[WindowMeasurements] = []
     with console.progress_bar(len(windows), "profiling", "window") as progress:
         for number, window in enumerate(windows):
             with importance.measuring():
-                loaded.model(_ids(loaded, window.ids), use_cache=False, logits_to_keep=1)
+                loaded.model(loaded.as_batch(window.ids), use_cache=False, logits_to_keep=1)
             if has_full_attention:
                 measured.append(_measure_window(loaded, window, grid, names, number))
             progress.update(1)
@@ -165,7 +165,7 @@ def _log_scores_at_ranks(
 def _measure_window(
     loaded: LoadedModel, window: Window, grid: CurveGrid, names: Sequence[RankingName], number: int
 ) -> WindowMeasurements:
-    context = _ids(loaded, window.ids[: window.context_length])
+    context = loaded.as_batch(window.ids[: window.context_length])
     recording = prefill_and_record(loaded, context, [RANKING_METHODS[name] for name in names]).recording
     scores: dict[RankingName, list[Tensor]] = {
         name: [layer[RANKING_METHODS[name].score_key][0] for layer in recording.scores] for name in names
@@ -176,7 +176,7 @@ def _measure_window(
         return [kl for kl, _ in pairs], [error for _, error in pairs]
 
     # One pass at a time: each holds the keys, values and gradients of all layers.
-    layers = trace_layers(loaded, recording, _ids(loaded, window.ids[window.context_length :]), number)
+    layers = trace_layers(loaded, recording, loaded.as_batch(window.ids[window.context_length :]), number)
     text, error = losses_by_layer(layers)
     sizes = [channel_sizes(layer, DEFAULT_EVICTION.sinks).cpu() for layer in layers]
     del layers
@@ -208,7 +208,3 @@ def _channel_orders(measured: Sequence[WindowMeasurements]) -> tuple[tuple[str, 
     sizes = torch.stack([torch.stack(window.channel_sizes) for window in measured])
     orders = sizes.clamp(min=1e-12).log().mean(0).argsort(stable=True, dim=-1, descending=True)
     return tuple(tuple(bytes(head).hex() for head in layer) for layer in orders.tolist())
-
-
-def _ids(loaded: LoadedModel, ids: Sequence[int]) -> Int[Tensor, "1 tokens"]:
-    return torch.tensor([ids], device=loaded.device)

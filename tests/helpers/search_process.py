@@ -38,10 +38,10 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def make_texts(folder: Path, count: int = 6, words: int = 400) -> Path:
+def make_texts(folder: Path, count: int = 6, words: int = 400, seed: int = 0) -> Path:
     """Write texts of random words."""
     folder.mkdir(parents=True)
-    source = random.Random(0)
+    source = random.Random(seed)
     for number in range(count):
         (folder / f"text{number}.txt").write_text(" ".join(source.choice(WORDS) for _ in range(words)))
     return folder

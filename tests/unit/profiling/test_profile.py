@@ -107,11 +107,15 @@ def test_a_model_that_norms_the_attention_output_is_refused() -> None:
         measure_profile(loaded, windows(1))
 
 
-def test_profiling_removes_its_hooks_even_if_it_fails(tiny: Maker) -> None:
+def test_profiling_removes_its_hooks_even_if_it_fails(tiny: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise IndexError
+
     loaded = tiny()
     measure_profile(loaded, windows(1))
+    monkeypatch.setattr(loaded.model.lm_head, "forward", fail)
     with pytest.raises(IndexError):
-        measure_profile(loaded, [Window("bad", "bad", (1,) * 9 + (999,), 9)])
+        measure_profile(loaded, windows(1))
     modules = loaded.model.modules()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
 
