@@ -103,7 +103,7 @@ class Checkpoint:
         Raises:
             UserError: the weights cannot be read, do not fit into memory, or are not those of the model.
         """
-        model = self._call("it", lambda: self._with_all_weights(dtype, "auto" if device_map_auto else None), target)
+        model = self._read_weights(dtype, "auto" if device_map_auto else None, target)
         if not device_map_auto:
             model = self._call("it", lambda: model.to(target), target)
         self._check_finite(model)
@@ -119,7 +119,7 @@ class Checkpoint:
             self._call("it", lambda: _check_quantizer_packages(config))
         elif os.path.isdir(self.path) and transformers.utils.is_accelerate_available():
             with _quiet_transformers():
-                return self._call("it", lambda: self._with_all_weights("auto", "meta"))
+                return self._read_weights("auto", "meta")
         return self._call("it", lambda: _empty_model(config))
 
     def check_vocabulary(self, tokenizer: Any, model: Any) -> None:
@@ -136,16 +136,22 @@ class Checkpoint:
                 "take the tokenizer and the weights from the same checkpoint",
             )
 
-    def _with_all_weights(self, dtype: torch.dtype | str, device_map: str | None) -> Any:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            self.path,
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation=attention.ATTN_IMPLEMENTATION,
-            ignore_mismatched_sizes=True,  # they are refused below, with their names
-            output_loading_info=True,
+    def _read_weights(
+        self, dtype: torch.dtype | str, device_map: str | None, target: torch.device | None = None
+    ) -> Any:
+        model, found = self._call(
+            "it",
+            lambda: AutoModelForCausalLM.from_pretrained(
+                self.path,
+                dtype=dtype,
+                device_map=device_map,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation=attention.ATTN_IMPLEMENTATION,
+                ignore_mismatched_sizes=True,  # they are refused below, with their names
+                output_loading_info=True,
+            ),
+            target,
         )
         self._check_weights(model, found)
         return model
@@ -188,10 +194,10 @@ class Checkpoint:
             )
 
     def _call(self, part: str, loader: Callable[[], Result], device: torch.device | None = None) -> Result:
-        """Call a loader of transformers, whose every error is one of the checkpoint, or means that memory ran out."""
+        """Call a loader of transformers, and nothing else: its every error is the checkpoint's, or memory ran out."""
         try:
             return loader()
-        except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # tokenizers panics with an error that is no Exception
             logger.debug("transformers cannot read %s of %s", part, self.name, exc_info=True)

@@ -354,11 +354,25 @@ def test_ctrl_c_during_a_load_stays_one(folder: Path, monkeypatch: pytest.Monkey
         load(str(folder))
 
 
-def test_an_error_of_ours_is_no_bad_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name"), [(LoadedModel, "of"), (checkpoint.Checkpoint, "_check_weights"), (checkpoint, "_first_of")]
+)
+def test_an_error_of_ours_is_no_bad_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+) -> None:
     def fail(*args: object, **fields: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(LoadedModel, "of", fail)
+    if name == "_first_of":
+        rewrite(without_layer)(folder)
+    monkeypatch.setattr(owner, name, fail)
     for read in (load, load_config):
         with pytest.raises(KeyError, match="a bug"):
             read(str(folder))
+
+
+def test_a_model_spread_over_devices_is_checked_too(folder: Path) -> None:
+    assert load(str(folder), device_map_auto=True).geometry.layers == 2
+    rewrite(without_layer)(folder)
+    with pytest.raises(UserError, match="lack 9 of the 21"):
+        load(str(folder), device_map_auto=True)

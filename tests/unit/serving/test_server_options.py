@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import signal
 import sys
 
@@ -12,12 +13,15 @@ from plan_factory import make_plan
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
+from safetensors.torch import load_file, save_file
 from server_process import small_model
 
 from baklava.errors import UserError
 from baklava.eviction import StreamingLLM
+from baklava.plan.budget_plan import full_cache_plan
 from baklava.plan.byte_accounting import full_cache_bytes
 from baklava.runtime import host_memory as memory
+from baklava.runtime.model_loader import load_config
 from serve_app import cli
 from serve_app.api.network import ApiKeys, key_digest, read_api_keys
 from serve_app.cli import load_served_plan
@@ -228,6 +232,18 @@ def test_a_method_with_a_profile_measures_it_on_the_calibration_texts_and_says_s
     assert plan.allocation.method == "baklava"
     assert plan.context_length == 128
     assert "profiling" in capsys.readouterr().err
+
+
+def test_a_server_refuses_a_checkpoint_without_all_weights_before_it_starts_replicas(model, tmp_path):
+    broken = tmp_path / "model"
+    shutil.copytree(model, broken)
+    full_cache_plan(*load_config(str(broken)), 64).write(tmp_path / "plan.json")
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    for source in ("full", str(tmp_path / "plan.json"), "uniform:0.3"):
+        with pytest.raises(UserError, match=r"lack 1 of the 39 weights .*model.layers.3.mlp.up_proj.weight"):
+            load_served_plan(source, str(broken), [])
 
 
 def test_the_full_cache_has_no_plan_and_an_unknown_name_is_an_error(model):
