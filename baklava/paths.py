@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,8 +80,15 @@ def data_dir() -> Path:
 
 
 def tracking_uri() -> str:
-    """Return where trials and registered plans are: `$MLFLOW_TRACKING_URI`, or else a database in the data folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{data_dir() / 'mlflow.db'}"
+    """Return where trials and registered plans are: `$MLFLOW_TRACKING_URI`, or else a database in the data folder.
+
+    Raises:
+        UserError: it begins with a tilde, which MLflow takes for the name of a folder.
+    """
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    if named and re.match(r"(\w+:/*)?~", named):
+        raise UserError(f"MLFLOW_TRACKING_URI is {named}, and ~ is no home folder there; write the folder out")
+    return named or f"sqlite:///{data_dir() / 'mlflow.db'}"
 
 
 def home_dir() -> Path:
@@ -100,6 +108,14 @@ def check_writable(folder: Path) -> None:
     with tempfile.TemporaryFile(dir=existing) as file:
         file.write(bytes(4096))
         file.flush()
+
+
+def check_temp_dir() -> None:
+    """Raise UserError if no folder takes temporary files."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise UserError("temporary files can be written nowhere; set TMPDIR to a writable folder") from None
 
 
 def reason_of(error: OSError) -> str:

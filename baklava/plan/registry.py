@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from baklava.errors import UserError
-from baklava.paths import tracking_uri
+from baklava.paths import check_temp_dir, tracking_uri
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.plan.tracking_errors import LOG_LEVELS, explain_tracking_error, tracking_database, tracking_place
 
@@ -55,6 +55,7 @@ def _load_registered(source: str) -> BudgetPlan:
     database = tracking_database()
     if database and not database.exists():  # MLflow would create an empty one under any name
         raise UserError(f"there is no tracking database at {database}; run a search first or set MLFLOW_TRACKING_URI")
+    check_temp_dir()
     for name, value in _MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name, level in LOG_LEVELS.items():

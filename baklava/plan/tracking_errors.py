@@ -31,8 +31,8 @@ def tracking_place() -> str:
 
 
 def without_password(text: str) -> str:
-    """Return a text without the passwords in its addresses."""
-    return re.sub(r"(://)[^/\s@]*:[^/\s]*@", r"\1***@", text)
+    """Return a text without the users, passwords and tokens in its addresses."""
+    return re.sub(r"(://)[^/\s]+@", r"\1***@", text)
 
 
 def error_summary(error: BaseException) -> str:
@@ -49,6 +49,7 @@ _EXPLANATIONS = (
     ("database is locked", "another process has locked it", "wait until that one has ended, and start again"),
     ("readonly database", "it cannot be written", f"make the file and its folder writable, or {_OTHER_PLACE}"),
     ("unable to open database", "it cannot be opened", f"make the file and its folder writable, or {_OTHER_PLACE}"),
+    ("disk is full", "its disk is full", f"free some space there, or {_OTHER_PLACE}"),
     ("is not a database", "the file is not a database", f"restore it from a backup, or {_OTHER_PLACE}"),
     (
         "filesystem tracking backend",

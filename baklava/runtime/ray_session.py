@@ -13,7 +13,7 @@ from pathlib import Path
 
 from baklava.console import log
 from baklava.errors import UserError
-from baklava.paths import check_writable, home_dir, reason_of
+from baklava.paths import check_temp_dir, check_writable, home_dir, reason_of
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 
@@ -68,6 +68,7 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
     options: dict[str, object] = {}
     if starts_cluster():
         _check_auth_mode()
+        check_temp_dir()
         options = {
             "num_cpus": num_cpus,
             "include_dashboard": False,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baklava.errors import UserError
+from baklava.runtime.ray_session import starts_cluster
 
 PROXY_MIDDLEWARE_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 PROXY_MIDDLEWARE_PATH = "serve_app.api.proxy_middleware:middlewares"
@@ -74,7 +75,7 @@ def check_listen_address(host: str, port: int, *, has_keys: bool) -> None:
         raise UserError(f"--host {host} is not an address ({error.strerror}); give one of this machine") from None
     if not has_keys and not ipaddress.ip_address(address[0]).is_loopback:
         raise UserError(f"--host {host} lets other machines in without API keys; set BAKLAVA_API_KEYS or --api-keys")
-    if os.environ.get("RAY_ADDRESS"):
+    if not starts_cluster():
         return  # another machine may be the one that listens
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

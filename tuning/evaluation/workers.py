@@ -1,6 +1,5 @@
 """Evaluate items in this process, or on workers of a Ray cluster."""
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from baklava.data.windows import Window
 from baklava.evaluation.evaluator import Evaluator, PromptResult, WindowResult
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
+from baklava.runtime.ray_session import ray_session, starts_cluster
 from tuning.evaluation.run_dir import RESULT, EvaluationInputs, Item
 from tuning.workers.scoring_worker import ModelWorker
 
@@ -26,14 +26,13 @@ def evaluate_items(
     if not items:
         return
     plans = [named.plan for named in inputs.plans]
-    has_cluster = bool(os.environ.get("RAY_ADDRESS")) or torch.cuda.device_count() > 1
+    has_cluster = not starts_cluster() or torch.cuda.device_count() > 1
     if replicas == 1 or (replicas == "auto" and not has_cluster):
         evaluator = Evaluator(loaded, plans)
         yield from (evaluate_item(evaluator, item) for item in items)
         return
 
     # Imported here, since a single process needs no Ray.
-    from baklava.runtime.ray_session import ray_session
     from tuning.workers.cluster import OBJECT_STORE_BYTES, WorkerGroup, cluster_layout
 
     with ray_session(object_store_bytes=OBJECT_STORE_BYTES):

@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from baklava.console import log
 from baklava.errors import UserError
-from baklava.paths import check_data_dir, data_dir, reason_of, tracking_uri
+from baklava.paths import check_data_dir, check_temp_dir, data_dir, reason_of, tracking_uri
 from baklava.plan.tracking_errors import (
     LOG_LEVELS,
     explain_tracking_error,
@@ -46,6 +46,7 @@ def connect(experiment: str) -> tuple[MlflowClient, str]:
     log(f"mlflow: opening {without_password(tracking_uri())}")
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         check_data_dir()
+    check_temp_dir()
     with tracking_errors_as_user_errors():
         if database := tracking_database():
             database.parent.mkdir(parents=True, exist_ok=True)

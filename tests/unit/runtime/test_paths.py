@@ -9,7 +9,7 @@ import pytest
 
 from baklava import paths
 from baklava.errors import UserError
-from baklava.paths import cache_dir, check_data_dir, data_dir, write_to_cache
+from baklava.paths import cache_dir, check_data_dir, check_temp_dir, data_dir, tracking_uri, write_to_cache
 from baklava.serialization import atomic_write_text
 
 VARIABLES = ("BAKLAVA_CACHE", "BAKLAVA_DATA", "XDG_CACHE_HOME", "XDG_DATA_HOME")
@@ -111,3 +111,23 @@ def test_a_bug_in_what_writes_the_cache_is_not_hidden() -> None:
 
     with pytest.raises(ValueError, match="a bug"):
         write_to_cache(paths.cache_dir() / "a", fail)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///~/mlflow.db", "~/mlruns"])
+def test_a_tilde_in_the_tracking_uri_is_refused(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=f"MLFLOW_TRACKING_URI is {uri}.*write the folder out"):
+        tracking_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host/~team")
+    assert tracking_uri() == "http://host/~team"
+
+
+def test_without_a_folder_for_temporary_files_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_temp_dir()
+
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with pytest.raises(UserError, match="set TMPDIR"):
+        check_temp_dir()

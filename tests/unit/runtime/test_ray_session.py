@@ -11,7 +11,13 @@ from ray._private import services, utils
 
 from baklava.errors import UserError
 from baklava.runtime import ray_session
-from baklava.runtime.ray_session import MAX_TEMP_DIR_BYTES, _local_temp_dir, _own_signals, _provide_token
+from baklava.runtime.ray_session import (
+    MAX_TEMP_DIR_BYTES,
+    _local_temp_dir,
+    _own_signals,
+    _provide_token,
+    starts_cluster,
+)
 
 LONG = "/tmp/" + "x" * 94
 
@@ -87,3 +93,12 @@ def test_this_process_handles_its_signals_and_those_of_its_group_do_not_reach_ra
     assert signal.getsignal(signal.SIGTERM) is handler
     assert services.ConsolePopen is original
     assert issubclass(original, subprocess.Popen)
+
+
+@pytest.mark.parametrize(("address", "starts"), [(None, True), ("", True), ("local", True), ("auto", False)])
+def test_a_session_starts_a_cluster_unless_an_address_names_one(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, starts: bool
+) -> None:
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert starts_cluster() == starts

@@ -20,6 +20,7 @@ from search_factory import SPACE, record, task
 from baklava.data.windows import Splits, Window
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
+from baklava.plan.tracking_errors import explain_tracking_error
 from tuning.optimizers.baselines import initial_params
 from tuning.search.trial_loop import TrialRecorder
 from tuning.selection.promotion import CurrentChampion, PromotionDecision
@@ -314,6 +315,14 @@ def test_a_database_that_takes_nothing_is_refused(
         if "timeout" in options:
             other.execute("BEGIN EXCLUSIVE")
         assert words in refusal()
+
+
+def test_a_full_disk_is_explained() -> None:
+    error = MlflowException("(sqlite3.OperationalError) database or disk is full")
+    assert explain_tracking_error(error) == (
+        "its disk is full",
+        "free some space there, or set MLFLOW_TRACKING_URI to another one",
+    )
 
 
 def test_a_file_that_is_no_database_is_refused(database: Path) -> None:
