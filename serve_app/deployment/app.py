@@ -143,7 +143,10 @@ def _drain(group: RayReplicaGroup, timeout_seconds: float) -> None:
         except Exception as error:  # whatever the cluster raises
             answers = None
             if not has_logged:
-                log(f"the replicas do not answer, waiting for them: {error_summary(error)}")
+                log(
+                    f"the replicas do not answer, waiting for them: {error_summary(error)}; if the signal went to them "
+                    "as well, as systemd sends it without KillMode=mixed, their requests may be cut off"
+                )
             has_logged = True
         if answers is not None:
             reports = {answer.replica: answer for answer in answers if isinstance(answer, ReplicaReport)}
