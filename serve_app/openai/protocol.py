@@ -220,7 +220,8 @@ class GenerationRequest(RequestBody):
         stops = [stop] if isinstance(stop, str) else stop
         if not isinstance(stops, list):
             return stops
-        return [item for place, item in enumerate(stops) if item != "" and item not in stops[:place]]
+        others = [item for item in stops if not isinstance(item, str)]  # refused below
+        return [*dict.fromkeys(item for item in stops if isinstance(item, str) and item), *others]
 
     def to_sampling_params(self, max_tokens: int, stop_token_ids: Set[int] = frozenset()) -> SamplingParams:
         """Return the sampler's parameters of this request, for at most `max_tokens` tokens.

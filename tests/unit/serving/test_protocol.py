@@ -134,6 +134,8 @@ def test_unknown_fields_are_ignored_with_a_warning(caplog, monkeypatch):
         ("truncate_prompt_tokens", -2),
         ("stop", [str(number) for number in range(65)]),
         ("stop", ["a", None]),
+        ("stop", ["a", ["b"]]),
+        ("stop", [{"a": "b"}]),
         ("stop", "x" * 1025),
         ("stop", 5),
         ("stream", "perhaps"),
@@ -162,6 +164,20 @@ def test_a_value_out_of_range_is_refused_by_name(field, value):
 def test_stop_is_one_string_or_up_to_64_different_ones_and_an_empty_one_ends_nothing(stop, taken):
     assert CompletionRequest(prompt="a", stop=stop).stop == taken
     assert ChatRequest(messages=MESSAGES, stop=stop).stop == taken
+
+
+def test_a_list_of_thousands_of_stop_strings_is_refused_without_comparing_each_with_all_others():
+    class CountedString(str):
+        comparisons = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            CountedString.comparisons += 1
+            return str.__eq__(self, other)
+
+    with pytest.raises(ValidationError):
+        CompletionRequest(prompt="a", stop=[CountedString(number) for number in range(2000)])
+    assert CountedString.comparisons <= 2000
 
 
 def test_top_k_of_minus_one_keeps_all_tokens():
