@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
-from baklava.cache import attention
 from baklava.errors import UserError
 from baklava.paths import LFS_HEADER
 
@@ -47,6 +47,9 @@ TOKENIZER_FILES = frozenset(
 OTHER_TASKS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "PreTraining", "RewardModel")
 """Ends of the names of architectures that transformers would load as language models all the same."""
 
+COMPUTED_BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$|\binv_freq$")
+"""Names of masks and frequencies that older versions of transformers stored, and that models compute now."""
+
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
 """Parts of the messages of other errors that mean that memory ran out; PyTorch raises a RuntimeError on the CPU."""
 
@@ -75,10 +78,14 @@ class Checkpoint:
         """
         config = self._call("its config", lambda: AutoConfig.from_pretrained(self.path, trust_remote_code=False))
         others = [name for name in config.architectures or () if str(name).endswith(OTHER_TASKS)]
-        if others or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if others:
             raise self._error(
-                f"it is a {others[0] if others else config.model_type}, which does not predict the next token",
-                "choose a causal language model",
+                f"it is a {others[0]}, which does not predict the next token", "choose a causal language model"
+            )
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise self._error(
+                f"transformers {transformers.__version__} has no causal language model of type {config.model_type}",
+                "choose another model",
             )
         sizes = vars(config.get_text_config(decoder=True))
         for field in SIZES:
@@ -147,7 +154,7 @@ class Checkpoint:
                 device_map=device_map,
                 use_safetensors=True,
                 trust_remote_code=False,
-                attn_implementation=attention.ATTN_IMPLEMENTATION,
+                attn_implementation="eager",
                 ignore_mismatched_sizes=True,  # they are refused below, with their names
                 output_loading_info=True,
             ),
@@ -159,7 +166,11 @@ class Checkpoint:
     def _check_weights(self, model: Any, found: Mapping[str, Any]) -> None:
         """Raise UserError if a parameter is not in the safetensors, or something there is in no module of the model."""
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        unused = sorted(name for name in found["unexpected_keys"] if _belongs_to_a_layer(name, model))
+        unused = sorted(
+            name
+            for name in found["unexpected_keys"]
+            if _belongs_to_a_layer(name, model) and not COMPUTED_BUFFERS.search(name)
+        )
         if any("lora_" in name or name.startswith("base_model.") for name in found["unexpected_keys"]):
             remedy = "merge the adapter into its base model (merge_and_unload), and save that"
         else:
@@ -310,9 +321,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _empty_model(config: Any) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, trust_remote_code=False, attn_implementation=attention.ATTN_IMPLEMENTATION
-        )
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
 
 
 def _check_quantizer_packages(config: Any) -> None:

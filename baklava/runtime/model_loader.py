@@ -110,7 +110,7 @@ class LoadedModel:
         attention.register()
         model.set_attn_implementation(attention.ATTN_IMPLEMENTATION)
         # transformers only warns if the attention of a model cannot be chosen.
-        if model.config._attn_implementation != attention.ATTN_IMPLEMENTATION:
+        if model.config.get_text_config(decoder=True)._attn_implementation != attention.ATTN_IMPLEMENTATION:
             raise UserError(
                 f"{model.config.model_type} does not attend through transformers' attention interface, so its cache "
                 "cannot be budgeted; choose another model"
@@ -149,7 +149,6 @@ def load(
         torch.set_num_threads(threads)
     target = _available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = _find(name)
-    attention.register()
     CacheGeometry.from_config(checkpoint.read_config())  # refuses a shape before the weights are read
     tokenizer = checkpoint.read_tokenizer()
     model = checkpoint.read_model(
@@ -166,7 +165,6 @@ def load_config(name: str) -> tuple[ModelIdentity, CacheGeometry]:
     Refuse what `load` would refuse, as far as the config, the tokenizer and the names and shapes of the weights tell.
     """
     checkpoint = _find(name)
-    attention.register()
     config = checkpoint.read_config()
     geometry = CacheGeometry.from_config(config)
     tokenizer = checkpoint.read_tokenizer()

@@ -155,6 +155,15 @@ def test_weights_of_another_head_beside_those_of_the_model_are_left_out(folder: 
     assert load(str(folder)).geometry.layers == 2
 
 
+@pytest.mark.parametrize("buffer", ["attn.bias", "attn.masked_bias", "attn.rotary_emb.inv_freq"])
+def test_masks_and_frequencies_of_older_checkpoints_are_left_out(buffer: str, folder: Path) -> None:
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=257, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    with_more(f"transformer.h.0.{buffer}")(folder)
+    load_config(str(folder))
+    assert load(str(folder)).geometry.layers == 2
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
     def spoil(weights: Weights) -> Weights:
@@ -224,7 +233,7 @@ def as_file(folder: Path) -> None:
         (edit("config.json", num_hidden_layers=-3), "num_hidden_layers -3, which is below 1"),
         (edit("config.json", hidden_act="nonsense"), "KeyError: 'nonsense'"),
         (edit("config.json", dtype="nonsense"), "AttributeError: .*'nonsense'"),
-        (edit("config.json", model_type="t5"), "is a t5, which does not predict the next token"),
+        (edit("config.json", model_type="t5"), "transformers .* has no causal language model of type t5"),
         (edit("config.json", architectures=["LlamaForSequenceClassification"]), "is a LlamaForSequenceClassification"),
         (edit("config.json", architectures=["BertForMaskedLM"], model_type="bert"), "is a BertForMaskedLM"),
     ],
@@ -271,6 +280,16 @@ def test_a_tokenizer_class_without_its_files_is_no_empty_tokenizer(folder: Path)
     (folder / "tokenizer.json").unlink()
     edit("tokenizer_config.json", tokenizer_class="XLNetTokenizer")(folder)
     refused(folder, "has no tokenizer; copy")
+
+
+@pytest.mark.parametrize("read", [load, load_config])
+def test_a_model_with_attention_of_its_own_is_refused_before_it_is_served(
+    read: Callable[[str], object], folder: Path
+) -> None:
+    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=257)
+    transformers.BloomForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(UserError, match="bloom does not attend through transformers' attention interface"):
+        read(str(folder))
 
 
 def test_a_tokenizer_of_more_tokens_than_embeddings_is_refused_with_one_of_them(tiny: Maker, folder: Path) -> None:
