@@ -1,8 +1,7 @@
 """Token windows of documents: a context to prefill and a continuation to score."""
 
-import math
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -18,7 +17,7 @@ from baklava.serialization import atomic_write_text
 SHARED_RUN_TOKENS = 32
 """Tokens in a row by which windows are compared; a short window is compared by runs of half of it."""
 MAX_SHARED_FRACTION = 1 / 3
-"""Content that windows of different splits may share: texts of one kind share phrases, but copies share nearly all."""
+"""Part of a window that may be in another split, and of a document's windows: texts of one kind share phrases."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ def make_splits(
     """Distribute shuffled documents over the three splits, so that no document and no content is in two of them.
 
     If there are fewer documents than windows, several windows are cut per document, and each split still gets its own
-    documents. Of documents that share most of a window, one is taken; see `MAX_SHARED_FRACTION`.
+    documents. Windows that share content with another document are left out, and so are documents that have many such
+    windows; see `MAX_SHARED_FRACTION`.
 
     Args:
         documents: What the windows are cut from.
@@ -148,32 +148,31 @@ def _windows_by_document(
 def _without_shared_content(
     by_document: dict[str, list[Window]], count: int, seen: Sequence[Window]
 ) -> dict[str, list[Window]]:
-    """Return the first documents that share no content, with as many windows of each as it takes to get `count`."""
-    kept, candidates = by_document, dict[str, list[Window]]()
-    while len(kept) not in (len(candidates), 0):  # with fewer documents there are more windows of each to compare
-        per_document = math.ceil(count / len(kept))
-        candidates = {name: by_document[name][:per_document] for name in kept}
-        kept = _first_distinct(candidates, count, seen)
+    """Return up to `count` documents whose windows share no content with each other, and none of `seen`.
+
+    A licence at the start of each text costs its first window, while a copy with another start is left out.
+    """
+    lengths = [len(window.ids) for window in (*seen, *(window for own in by_document.values() for window in own))]
+    run = min(SHARED_RUN_TOKENS, min(lengths) // 2)
+    seen_runs = {found for window in seen for found in _runs(window, run)}
+    known = set[int]()
+    kept = dict[str, list[Window]]()
+    for name, windows in by_document.items():
+        runs = {window: _runs(window, run) for window in windows}
+        own = [window for window in windows if _shared_fraction(runs[window], known) <= MAX_SHARED_FRACTION]
+        was_seen = any(_shared_fraction(runs[window], seen_runs) > MAX_SHARED_FRACTION for window in windows)
+        if not was_seen and len(windows) - len(own) <= MAX_SHARED_FRACTION * len(windows):
+            kept[name] = own
+            known.update(found for window in windows for found in runs[window])
+        if len(kept) == count:
+            break
     if len(kept) < min(count, len(by_document)):
         log(f"windows: {len(by_document) - len(kept)} texts are left out, since they share content with others")
     return kept
 
 
-def _first_distinct(
-    by_document: dict[str, list[Window]], count: int, seen: Sequence[Window]
-) -> dict[str, list[Window]]:
-    lengths = [len(window.ids) for window in (*seen, *(window for own in by_document.values() for window in own))]
-    run = min(SHARED_RUN_TOKENS, min(lengths) // 2)
-    known = {found for window in seen for found in _runs(window, run)}
-    kept = dict[str, list[Window]]()
-    for name, windows in by_document.items():
-        runs = [_runs(window, run) for window in windows]
-        if all(sum(found in known for found in own) <= MAX_SHARED_FRACTION * len(own) for own in runs):
-            kept[name] = windows
-            known.update(found for own in runs for found in own)
-        if len(kept) == count:
-            break
-    return kept
+def _shared_fraction(runs: Sequence[int], known: Set[int]) -> float:
+    return sum(found in known for found in runs) / len(runs)
 
 
 def _runs(window: Window, length: int) -> list[int]:

@@ -152,6 +152,19 @@ def test_texts_may_share_phrases() -> None:
     assert len({window.document for part in parts_of(cut) for window in part}) == 11
 
 
+@pytest.mark.parametrize("texts", [30, 5, 3])
+def test_a_licence_that_begins_every_text_costs_its_window_and_not_the_text(
+    texts: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    licence = document("licence", 30).text
+    documents = [Document(f"d{number}", licence + document(f"d{number}", 300).text) for number in range(texts)]
+    parts = parts_of(make_splits(documents, Characters(), context=24, continuation=8, seed=0))
+    assert [len(part) for part in parts] == [3, 4, 4]
+    for one, other in combinations(parts, 2):
+        assert max(shared_tokens(a, b) for a in one for b in other) < 16
+    assert capfd.readouterr().err == ""
+
+
 def test_documents_that_share_content_are_counted_out_in_words(capfd: pytest.CaptureFixture[str]) -> None:
     base = [document(f"d{number}", 200) for number in range(3)]
     copies = [Document(f"c{number}", f"{number}" + base[0].text) for number in range(2)]
