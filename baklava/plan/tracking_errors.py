@@ -49,7 +49,7 @@ _EXPLANATIONS = (
     ("database is locked", "another process has locked it", "wait until that one has ended, and start again"),
     ("readonly database", "it cannot be written", f"make the file and its folder writable, or {_OTHER_PLACE}"),
     ("unable to open database", "it cannot be opened", f"make the file and its folder writable, or {_OTHER_PLACE}"),
-    ("disk is full", "its disk is full", f"free some space there, or {_OTHER_PLACE}"),
+    ("disk is full|No space left", "its disk is full", f"free some space there, or {_OTHER_PLACE}"),
     ("is not a database", "the file is not a database", f"restore it from a backup, or {_OTHER_PLACE}"),
     (
         "filesystem tracking backend",
@@ -79,7 +79,7 @@ def explain_tracking_error(error: BaseException) -> tuple[str, str]:
     if "API request to" in text:
         reason = f"it answers {status[1]}" if (status := re.search(r"error code (\d+)", text)) else "it does not answer"
         return reason, "start it, correct MLFLOW_TRACKING_URI, or unset it to use the database in the data folder"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {reason_of(error)}", f"make it a writable folder, or {_OTHER_PLACE}"
     return error_summary(error).rstrip("."), f"correct that, or {_OTHER_PLACE}"
 

@@ -42,7 +42,10 @@ def check_json_file(path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--json {path} cannot be written; give a file in a folder that exists")
     try:
-        check_writable(path.absolute().parent)
+        if path.exists():  # it need not be in a folder that takes files, such as /dev/stdout
+            path.open("ab").close()
+        else:
+            check_writable(path.absolute().parent)
     except OSError as error:
         raise UserError(f"--json {path} cannot be written ({reason_of(error)}); give a file elsewhere") from None
 

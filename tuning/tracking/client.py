@@ -20,6 +20,7 @@ from baklava.errors import UserError
 from baklava.paths import check_data_dir, check_temp_dir, data_dir, reason_of, tracking_uri
 from baklava.plan.tracking_errors import (
     LOG_LEVELS,
+    error_summary,
     explain_tracking_error,
     tracking_database,
     tracking_place,
@@ -109,8 +110,11 @@ def _check_takes_results(client: MlflowClient, experiment: Experiment) -> None:
             artifacts.log_artifact(str(file))
         with suppress(Exception):  # not every store can delete, and the file is empty
             artifacts.delete_artifacts(file.name)
-    except OSError as error:
+    except (MlflowException, SQLAlchemyError, ImportError):
+        raise
+    except Exception as error:  # whatever the library of a store raises, such as boto3's
+        reason = reason_of(error) if isinstance(error, OSError) else error_summary(error)
         raise UserError(
-            f"files of runs cannot be written to {without_password(place)} ({reason_of(error)}); make it writable, or "
+            f"files of runs cannot be written to {without_password(place)} ({reason}); make it writable, or "
             "set MLFLOW_TRACKING_URI to another database or server"
         ) from None

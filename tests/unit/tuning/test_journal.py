@@ -54,6 +54,18 @@ def test_a_json_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
             check_json_file(path)
 
 
+def test_a_json_file_that_exists_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, f"{folder} takes no files")
+
+    monkeypatch.setattr("tuning.study.journal.check_writable", refuse)
+    check_json_file(Path("/dev/null"))
+    with monkeypatch.context() as read_only:
+        read_only.setattr(Path, "open", lambda path, mode: refuse(path))
+        with pytest.raises(UserError, match="--json /dev/null cannot be written"):
+            check_json_file(Path("/dev/null"))
+
+
 @pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "make it writable")])
 def test_a_disk_that_takes_no_more_is_an_error_with_what_helps(tmp_path: Path, number: int, remedy: str) -> None:
     with pytest.raises(UserError, match=remedy), disk_errors_as_user_errors(tmp_path):

@@ -338,6 +338,26 @@ def test_artifacts_that_cannot_be_written_are_refused_before_the_search(database
     assert f"files of runs cannot be written to file://{tmp_path}/artifacts (" in refusal()
 
 
+def test_a_store_whose_library_raises_errors_of_its_own_is_refused_in_one_sentence(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StoreError(Exception):
+        """As boto3 raises them."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise StoreError("An error occurred (AccessDenied)\nwhen calling PutObject")
+
+    monkeypatch.setattr("tuning.tracking.client.get_artifact_repository", refuse)
+    assert refusal().endswith(
+        "(An error occurred (AccessDenied)); make it writable, or set MLFLOW_TRACKING_URI to another database or server"
+    )
+
+
+def test_an_error_without_a_file_names_none() -> None:
+    assert explain_tracking_error(OSError(28, "No space left on device"))[0] == "its disk is full"
+    assert "None" not in explain_tracking_error(ConnectionResetError(104, "Connection reset by peer"))[0]
+
+
 def test_a_data_folder_that_takes_nothing_is_refused_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAKLAVA_DATA", "/proc/none")
     assert refusal().endswith("(no such file or directory); set BAKLAVA_DATA to a writable folder")
