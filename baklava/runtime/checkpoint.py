@@ -122,7 +122,7 @@ class Checkpoint:
         Weights on the hub, which may have to be fetched first, and quantized ones, whose names depend on the device,
         are not looked at. Neither are any without accelerate, with which transformers chooses devices.
         """
-        if getattr(config.get_text_config(decoder=True), "quantization_config", None):
+        if any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config(decoder=True))):
             self._call("it", lambda: _check_quantizer_packages(config))
         elif os.path.isdir(self.path) and transformers.utils.is_accelerate_available():
             with _quiet_transformers():

@@ -253,6 +253,14 @@ def test_a_quantization_that_needs_a_package_names_it(folder: Path, method: str,
     refused(folder, f"needs a package that is missing here .*{package}.*; install it")
 
 
+def test_weights_that_are_quantized_as_a_whole_are_not_looked_at_before_a_load(folder: Path) -> None:
+    text = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 257, "layer_types": ["full_attention"] * 2}
+    transformers.Gemma3Config(text_config=text).save_pretrained(folder)
+    edit("config.json", quantization_config={"quant_method": "fp8"})(folder)
+    remove("model.safetensors")(folder)
+    assert load_config(str(folder))[1].layers == 2
+
+
 def in_tokenizer(**fields: object) -> Damage:
     return edit("tokenizer.json", **fields)
 
