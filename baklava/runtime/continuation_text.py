@@ -40,17 +40,18 @@ def text_context(tokenizer: Any, before: Sequence[int]) -> list[int]:
 def decode_continuation(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
     """Return the text that `ids` add to the text of the tokens before them."""
     context = text_context(tokenizer, before)
-    return added_text(tokenizer, context, decode_tokens(tokenizer, [*context, *ids]))
+    added, _ = added_text(tokenizer, context, decode_tokens(tokenizer, [*context, *ids]))
+    return added
 
 
-def added_text(tokenizer: Any, before: Sequence[int], text: str) -> str:
-    """Return what `text` adds to that of the tokens `before`, with which it begins.
+def added_text(tokenizer: Any, before: Sequence[int], text: str) -> tuple[str, int]:
+    """Return what `text` adds to that of the tokens `before`, with which it begins, and how many of them are complete.
 
-    A character that they do not complete belongs to the added text.
+    A character that the rest of them begins belongs to the added text.
     """
     end = len(before)
     known = decode_tokens(tokenizer, before)
     while known.endswith("\ufffd") and not text.startswith(known):
         end -= 1
         known = decode_tokens(tokenizer, before[:end])
-    return text[len(known) :]
+    return text[len(known) :], end

@@ -53,6 +53,7 @@ class DecodeStream:
         self._tokenizer = tokenizer
         self._ids = text_context(tokenizer, before)
         # Text is decoded from `_start`, because a tokenizer may drop a leading space. Up to `_read` it was returned.
+        # `_start` is never inside a character: many tokenizers decode no byte after one that is no text.
         self._start, self._read = 0, len(self._ids)
 
     @property
@@ -74,8 +75,8 @@ class DecodeStream:
         return self._advance(self._decode(self._start, len(self._ids)))
 
     def _advance(self, text: str) -> str:
-        added = added_text(self._tokenizer, self._ids[self._start : self._read], text)
-        self._start, self._read = self._read, len(self._ids)
+        added, complete = added_text(self._tokenizer, self._ids[self._start : self._read], text)
+        self._start, self._read = self._start + complete, len(self._ids)
         return added
 
     def _decode(self, start: int, end: int) -> str:

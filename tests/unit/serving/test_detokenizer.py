@@ -28,6 +28,16 @@ def test_bytes_that_are_no_text_come_out_as_replacement_characters_in_the_end(da
     assert sent.replace("\ufffd", "") == data.decode(errors="replace").replace("\ufffd", "")
 
 
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("before", range(1, 9))
+def test_a_prompt_that_ends_inside_a_character_spoils_none_of_the_next(kind, before):
+    tokenizer = sentencepiece_tokenizer(kind)
+    ids = byte_pieces(tokenizer, "日本語")
+    stream = DecodeStream(tokenizer, ids[:before])
+    text = "".join(map(stream.push, ids[before:])) + stream.flush()
+    assert text == "日本語"[before // 3 :]
+
+
 def test_the_end_token_has_no_text():
     detokenizer = DecodeStream(TOKENIZER)
     assert detokenizer.push(END) + detokenizer.push(65) == "A"
