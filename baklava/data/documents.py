@@ -210,6 +210,8 @@ def _read_text(path: Path) -> str:
         if path.exists() and not path.is_file():
             raise UserError(f"{what} is no regular file, such as a pipe; write its text into a file.")
         content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{what} is a link to a file that is gone; remove the link, or restore the file.") from error
     except OSError as error:
         raise UserError(f"{what} cannot be read: {error.strerror}; make it readable.") from error
     if content.startswith(LFS_HEADER):

@@ -182,5 +182,4 @@ def check_answers(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"no Ray cluster answers at {address} ({reason}); check RAY_ADDRESS") from None
+        raise UserError(f"no Ray cluster answers at {address} ({reason_of(error)}); check RAY_ADDRESS") from None
