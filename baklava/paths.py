@@ -53,7 +53,8 @@ class UserFolder:
             return f"free some space, or set {self.own_variable} to a folder on another disk"
         if self.variable == self.own_variable:
             return f"set {self.own_variable} to a writable folder"
-        return f"set {self.own_variable} to a writable folder; now it follows from {self.variable}"
+        origin = self.variable if os.environ.get(self.variable) else "the home folder"
+        return f"set {self.own_variable} to a writable folder; now it follows from {origin}"
 
 
 CACHE = UserFolder("BAKLAVA_CACHE", "XDG_CACHE_HOME", ".cache")

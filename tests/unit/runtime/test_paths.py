@@ -81,6 +81,13 @@ def test_the_remedy_fits_what_the_disk_lacks(monkeypatch: pytest.MonkeyPatch, nu
     assert words in str(caught.value)
 
 
+def test_no_remedy_names_a_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    assert paths.CACHE.remedy(PermissionError()) == (
+        "set BAKLAVA_CACHE to a writable folder; now it follows from the home folder"
+    )
+
+
 def test_checking_a_folder_makes_none(home: Path) -> None:
     check_data_dir()
     assert list(home.iterdir()) == []
