@@ -13,6 +13,7 @@ from tuning import configure_environment
 EXAMPLES = """examples:
   baklava-benchmark decode
   baklava-benchmark decode --contexts 8192 --batches 1 4 --json runs/decode.json
+  baklava-benchmark decode --contexts 4096 --batches 8 --plans plans/demo-12.5.json
   baklava-benchmark prefill --contexts 1024 2048 --no-memory
   baklava-benchmark fidelity --json docs/benchmarks/fidelity.json --page docs/benchmarks/fidelity.md
   baklava-benchmark fidelity --split validation --methods uniform searched --budgets 0.125
@@ -51,6 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
         timing = names.add_parser(name, parents=[shared], help=f"time {name}", description=TIMING_DESCRIPTION)
         timing.set_defaults(run=run_decode if name == "decode" else run_prefill)
         _add_timing_options(timing, rounds, batches)
+        if name == "decode":
+            timing.add_argument(
+                "--plans", type=Path, nargs="*", default=[], metavar="FILE", help="plan files to time, too"
+            )
         if name == "prefill":
             timing.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
 
@@ -111,13 +116,17 @@ def _add_part_options(parser: argparse.ArgumentParser, parts: str) -> None:
 def run_decode(args: argparse.Namespace) -> None:
     """Time decode steps."""
     # Imported here and below, since it takes seconds and --help should not.
+    from baklava.plan.budget_plan import BudgetPlan
     from baklava.runtime.model_loader import load
     from benchmarks.kernels.decode import benchmark_decode
     from benchmarks.kernels.plot import plot, table
 
     _check_share(args.share)
     loaded = load(args.model, threads=args.threads)
-    results = benchmark_decode(loaded, args.contexts, args.batches, args.share, args.rounds)
+    plans = {path.stem: BudgetPlan.read(path) for path in args.plans}
+    for plan in plans.values():
+        plan.validate_for(loaded.identity, loaded.geometry)
+    results = benchmark_decode(loaded, args.contexts, args.batches, args.share, args.rounds, plans)
     plot(results, _write_json(args, json.dumps(results, indent=1) + "\n").with_suffix(".png"))
     print(table(results))
 

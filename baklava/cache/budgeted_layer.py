@@ -20,6 +20,7 @@ from baklava.cache.attention import (
     split_gqa_groups,
 )
 from baklava.cache.head_groups import GroupBudget, HeadGroup, NewTokens, batched_step, can_batch, head_group
+from baklava.cache.kernels.fused_decode import LayerTable, can_fuse, fused_step
 from baklava.errors import UserError
 from baklava.eviction import Eviction
 from baklava.plan.budget_plan import LayerBudget
@@ -119,6 +120,7 @@ class BudgetedLayer(BudgetedLayerBase):
         self.padding = padding or Padding()
         self.pad_lengths: Int[Tensor, " batch"] | None = None
         self.groups: list[HeadGroup] = []
+        self.table = LayerTable()
         self.teacher_forced = False
         self.pending_attend = False
 
@@ -160,6 +162,8 @@ class BudgetedLayer(BudgetedLayerBase):
         self.advance(num_new)
         queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
         padded = self.pad_lengths is not None
+        if num_new == 1 and not padded and not self.teacher_forced and can_fuse(self.groups, key):
+            return merge_gqa_groups(fused_step([self.groups], [self.table], queries, key, value, [num_before], params))
         tokens = NewTokens(num_before, queries, key, value, positions, padded, self.teacher_forced)
         if self.prefill_chunk is None or num_new <= self.prefill_chunk:
             return merge_gqa_groups(self._attend(tokens, params))
@@ -199,9 +203,15 @@ class BudgetedLayer(BudgetedLayerBase):
     @property
     def can_batch(self) -> bool:
         """Whether the next token can be decoded in a batch with those of other sequences."""
-        if not self.groups or self.pending_attend or self.teacher_forced or self.pad_lengths is not None:
-            return False
-        return all(map(can_batch, self.groups))
+        return self._is_ready and all(map(can_batch, self.groups))
+
+    def can_fuse(self, states: Tensor) -> bool:
+        """Return whether the kernel can decode the next token, for queries, keys and values like these."""
+        return self._is_ready and can_fuse(self.groups, states)
+
+    @property
+    def _is_ready(self) -> bool:
+        return bool(self.groups) and not (self.pending_attend or self.teacher_forced or self.pad_lengths is not None)
 
     @property
     def nbytes(self) -> int:
@@ -274,17 +284,26 @@ def _group_heads(budget: LayerBudget, key_channels: tuple[str, ...] | None) -> l
     ]
 
 
+def can_decode_together(layers: Sequence[BudgetedLayer], states: Tensor) -> bool:
+    """Return whether `batched_attend` takes these layers of one plan, with keys like `states`."""
+    return all(layer.can_fuse(states) for layer in layers) or all(layer.can_batch for layer in layers)
+
+
 def batched_attend(
     layers: Sequence[BudgetedLayer], query: QueryStates, key: KVStates, value: KVStates, params: AttentionParams
 ) -> QueryStates:
     """Do what `BudgetedLayer.attend` does with one new token of each sequence, one row each.
 
-    All layers can batch (see `BudgetedLayer.can_batch`) and are of one plan.
+    See `can_decode_together`.
     """
-    positions = torch.tensor([[layer.cumulative_length] for layer in layers], device=key.device)
+    lengths = [layer.cumulative_length for layer in layers]
     for layer in layers:
         layer.advance(1)
     queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
+    if all(layer.can_fuse(key) for layer in layers):
+        own_groups, tables = [layer.groups for layer in layers], [layer.table for layer in layers]
+        return merge_gqa_groups(fused_step(own_groups, tables, queries, key, value, lengths, params))
+    positions = torch.tensor(lengths, device=key.device)[:, None]
     tokens = NewTokens(0, queries, key, value, positions, padded=False, teacher_forced=False)
     output = torch.empty_like(queries)
     for place, group in enumerate(layers[0].groups):

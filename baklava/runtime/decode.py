@@ -20,7 +20,7 @@ from baklava.cache.attention import (
     split_gqa_groups,
 )
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.budgeted_layer import BudgetedLayer, batched_attend
+from baklava.cache.budgeted_layer import BudgetedLayer, batched_attend, can_decode_together
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
@@ -48,9 +48,9 @@ class BatchedLayer(BudgetedLayerBase):
         output = torch.empty_like(query)
         for rows in self.batch.rows_by_plan:
             layers = [self.batch.caches[row].layers[self.index] for row in rows]
-            batchable = [layer for layer in layers if isinstance(layer, BudgetedLayer) and layer.can_batch]
-            if len(batchable) == len(rows):
-                output[rows] = batched_attend(batchable, query[rows], key[rows], value[rows], params)
+            budgeted = [layer for layer in layers if isinstance(layer, BudgetedLayer)]
+            if len(budgeted) == len(rows) and can_decode_together(budgeted, key):
+                output[rows] = batched_attend(budgeted, query[rows], key[rows], value[rows], params)
                 continue
             for row in rows:
                 own = slice(row, row + 1)

@@ -1,6 +1,6 @@
 """Time decode steps under several plans, with transformers' own cache and without any cache."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,21 +50,37 @@ class DecodeRow:
 
 
 def benchmark_decode(
-    loaded: LoadedModel, contexts: Sequence[int], batches: Sequence[int], share: float, rounds: int
+    loaded: LoadedModel,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    share: float,
+    rounds: int,
+    plans: Mapping[str, BudgetPlan] | None = None,
 ) -> dict[str, Any]:
-    """Time every plan at every context and batch size; all caches of one such pair are in memory together."""
+    """Time every plan at every context and batch size; all caches of one such pair are in memory together.
+
+    Args:
+        loaded: The model.
+        contexts: Tokens before the steps.
+        batches: Rows of a cache.
+        share: Entries that the made plans keep.
+        rounds: Steps of each contestant that count.
+        plans: Further plans, by the names that they get in the results.
+    """
     rows: list[DecodeRow] = []
     with progress_bar(len(contexts) * len(batches), "decoding", "pair") as progress:
         for context in contexts:
             for batch in batches:
-                rows += _benchmark_pair(loaded, context, batch, share, rounds)
+                made = decode_plans(loaded, context, share, steps=rounds + WARMUP_STEPS)
+                rows += _benchmark_pair(loaded, context, batch, made | dict(plans or {}), rounds)
                 progress.update(1)
     return {"benchmark": "decode", "machine": machine_info(), "rounds": rounds, "rows": [asdict(row) for row in rows]}
 
 
 @torch.inference_mode()
-def _benchmark_pair(loaded: LoadedModel, context: int, batch: int, share: float, rounds: int) -> list[DecodeRow]:
-    plans = decode_plans(loaded, context, share, steps=rounds + WARMUP_STEPS)
+def _benchmark_pair(
+    loaded: LoadedModel, context: int, batch: int, plans: Mapping[str, BudgetPlan], rounds: int
+) -> list[DecodeRow]:
     caches = {name: fill_cache(loaded, BudgetedCache(plan), batch, context) for name, plan in plans.items()}
     caches |= {BASELINE: fill_cache(loaded, DynamicCache(), batch, context), NO_CACHE: None}
     steps = {name: make_decode_step(loaded, cache, batch) for name, cache in caches.items()}

@@ -20,9 +20,11 @@ Maker = Callable[..., LoadedModel]
 
 
 def test_decode_rows_allocate_what_their_plans_reserve(tiny: Maker, tmp_path: Path) -> None:
-    results = benchmark_decode(tiny(), contexts=[128, 200], batches=[1, 2], share=0.5, rounds=2)
+    loaded = tiny()
+    plans = {"own": same_plan_in_all_layers(loaded, (60, 70), StreamingLLM(), 16, 128)}
+    results = benchmark_decode(loaded, contexts=[128, 200], batches=[1, 2], share=0.5, rounds=2, plans=plans)
     budgeted = [row for row in results["rows"] if row["plan"] not in (BASELINE, NO_CACHE)]
-    assert len(budgeted) == 4 * 7
+    assert len(budgeted) == 4 * 8
     for row in budgeted:
         assert 0.9 <= row["allocated_over_reserved"] <= 1.0
         assert row["milliseconds"] > 0

@@ -128,11 +128,19 @@ class HeadGroup(ABC):
         self.values = storage_for(values, template, layout)
         self.num_slots = 0
         self.num_filled = 0
+        self.head_dim = template.shape[3]
+        self.table: Any = None
+        """Addresses of the tensors for a kernel; whoever replaces a tensor sets it to None."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors of the entries."""
+        return (*self.keys.tensors, *self.values.tensors, *self._state())
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated between two forwards; of shared tensors, an equal part."""
-        allocated = self.keys.nbytes + self.values.nbytes + sum(t.untyped_storage().nbytes() for t in self._state())
+        allocated = sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
         return allocated if self.shared is None else allocated // self.shared.num_sharers
 
     def unshare(self) -> None:
@@ -143,7 +151,7 @@ class HeadGroup(ABC):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         self.unshare()  # otherwise the copy would be of all rows
         memo[id(self)] = copied = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.__dict__.update(copy.deepcopy(self.__dict__ | {"table": None}, memo))
         return copied
 
     def attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
@@ -189,6 +197,10 @@ class HeadGroup(ABC):
             self.keys, self.values = before
 
     @abstractmethod
+    def reserve_slot(self, position: int) -> int:
+        """Make a slot for the next token of rows without padding, and return it; the caller writes and scores it."""
+
+    @abstractmethod
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         """Do what `attend` does, with tokens in the channels of the storage."""
 
@@ -211,12 +223,14 @@ class HeadGroup(ABC):
 
     def _grow(self, needed: int) -> None:
         if needed > self.num_slots:
+            self.table = None
             self.num_slots = min(self.max_slots, max(needed + SPARE_SLOTS, self.num_slots * 3 // 2))
             self.keys.resize(self.num_slots)
             self.values.resize(self.num_slots)
 
     def _replace(self, key: KVStates, value: KVStates, slots: Int[Tensor, "#batch #heads retained"]) -> None:
         """Retain the entries at `slots`, which index the old entries followed by the new ones."""
+        self.table = None
         num_old, self.num_filled = self.num_filled, slots.shape[2]
         self.num_slots = min(self.max_slots, self.num_filled + SPARE_SLOTS)
         for storage, new in ((self.keys, key), (self.values, value)):

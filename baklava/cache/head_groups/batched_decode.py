@@ -53,7 +53,7 @@ class BatchedKV:
             group.keys, group.values = self.keys.row(row), self.values.row(row)
             group.positions, group.scores = self.positions[row : row + 1], self.scores[row : row + 1]
             group.centroids = None if self.centroids is None else self.centroids.row(row)
-            group.shared = self
+            group.shared, group.table = self, None
 
     @classmethod
     def of(cls, groups: Sequence[ScoredHeadGroup]) -> "BatchedKV":
@@ -94,7 +94,7 @@ def batched_step(heads: Sequence[HeadGroup], tokens: NewTokens, params: Attentio
     groups = [group for group in heads if isinstance(group, ScoredHeadGroup)]
     rotated = groups[0].rotate(tokens)
     for group in groups:
-        group.reserve_slot()
+        group.reserve_slot(group.num_filled)
     output = torch.zeros_like(rotated.query)
     stacked, copied = _split_by_storage(groups)
     for rows in stacked:

@@ -48,6 +48,13 @@ class RingBufferHeadGroup(HeadGroup):
         key, value = self.keys.read(self.num_filled), self.values.read(self.num_filled)
         return attend(tokens.query, key, value, tokens.positions, positions, params, masked=tokens.padded)
 
+    @override
+    def reserve_slot(self, position: int) -> int:
+        self.num_filled = min(self.num_filled + 1, self.budget.tokens)
+        self._grow(self.num_filled)
+        self.last_position = torch.full((1, 1), position, device=self.last_position.device)
+        return self.window.slot(position)
+
     def _write(self, tokens: NewTokens) -> None:
         if tokens.padded:
             # A row that has had only padding writes it into the slot of its first token.
@@ -108,6 +115,7 @@ class RingBufferHeadGroup(HeadGroup):
 
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        self.table = None
         self.keys.select_rows(rows)
         self.values.select_rows(rows)
         if self.last_position.shape[0] > 1:

@@ -6,13 +6,13 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 from typing_extensions import override
 
-from baklava.cache.attention import AttentionParams, CentroidEntries, GroupedQueries, KVStates
+from baklava.cache.attention import AttentionParams, AttentionProbs, CentroidEntries, GroupedQueries, KVStates
 from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
 from baklava.cache.head_groups.centroids import PROMPT_KMEANS_ITERATIONS, Centroids, mean_attention
 from baklava.cache.head_groups.score_updates import AttentionInputs, ScoreAccumulator, update_scores
 from baklava.cache.storage import EMPTY
 from baklava.errors import UserError
-from baklava.eviction import Eviction, QuerySample
+from baklava.eviction import Eviction, Observation, QuerySample
 
 
 class ScoredHeadGroup(HeadGroup):
@@ -64,10 +64,38 @@ class ScoredHeadGroup(HeadGroup):
         self.maybe_evict(tokens.num_tokens)
         return output
 
-    def reserve_slot(self) -> None:
-        """Make a slot for the next token of a sequence without padding, which the caller writes and scores."""
+    @override
+    def reserve_slot(self, position: int) -> int:
         self._grow(self.num_filled + 1)
         self.num_filled += 1
+        return self.num_filled - 1
+
+    def observe_attention(self, probs: AttentionProbs, position: int) -> None:
+        """Update the scores by the attention of one decoded token; methods that observe it read no keys or values."""
+        scores = self.scores[..., : self.num_filled]
+        unread = probs.new_zeros(()).expand(*scores.shape, self.head_dim)
+        observation = Observation(
+            query=unread[:, :, None, :1],
+            key=unread,
+            value=unread,
+            query_positions=torch.tensor([[position]]),
+            key_positions=self.cached_positions(),
+            previous_scores=scores,
+            scaling=1.0,
+            compute_attention=lambda: probs,
+            decoding=True,
+        )
+        scores.copy_(self.eviction.score(observation))
+
+    def observe_entries(self, tokens: NewTokens, params: AttentionParams) -> None:
+        """Update scores that depend on keys and values alone, before an eviction."""
+        update_scores(self._inputs(tokens, params), self.eviction.query_sample, [self._accumulator()])
+
+    @property
+    def evicts_next(self) -> bool:
+        """Whether entries are evicted after the token that was stored last."""
+        is_due = self.tokens_since_eviction + 1 >= self.eviction.eviction_interval
+        return is_due and self.num_filled > self.num_retained
 
     def maybe_evict(self, num_new: int = 1) -> None:
         """Count tokens that have been stored and scored, and evict after `eviction_interval` of them."""
@@ -200,7 +228,7 @@ class ScoredHeadGroup(HeadGroup):
 
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        self.shared = None
+        self.shared = self.table = None
         self.keys.select_rows(rows)
         self.values.select_rows(rows)
         rows = rows.to(self.positions.device)

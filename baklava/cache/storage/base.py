@@ -29,9 +29,14 @@ class Storage(ABC):
     """
 
     @property
-    @abstractmethod
     def nbytes(self) -> int:
         """Bytes allocated, as the allocator counts them."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors, those of the codec among them."""
 
     @property
     @abstractmethod
@@ -106,8 +111,8 @@ class Codec(ABC):
 
     @property
     @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes allocated in addition to the encoded entries."""
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Tensors in addition to the encoded entries."""
 
     @abstractmethod
     def encode(self, entries: Entries) -> Encoded:

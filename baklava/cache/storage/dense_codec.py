@@ -25,8 +25,8 @@ class DenseCodec(Codec):
 
     @override
     @property
-    def nbytes(self) -> int:
-        return 0
+    def tensors(self) -> tuple[Tensor, ...]:
+        return ()
 
     @override
     def encode(self, entries: Entries) -> Encoded:

@@ -23,8 +23,8 @@ class DequantizedView(Storage):
 
     @override
     @property
-    def nbytes(self) -> int:
-        return self.storage.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.storage.tensors
 
     @override
     @property

@@ -137,8 +137,8 @@ class QuantizedCodec(Codec):
 
     @override
     @property
-    def nbytes(self) -> int:
-        return 0 if self.mean is None else self.mean.untyped_storage().nbytes()
+    def tensors(self) -> tuple[Tensor, ...]:
+        return () if self.mean is None else (self.mean,)
 
     @override
     def encode(self, entries: Entries) -> Encoded:
@@ -217,8 +217,8 @@ class MixedPrecisionCodec(Codec):
 
     @override
     @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.codecs)
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for part in self.codecs for tensor in part.tensors)
 
     @override
     def encode(self, entries: Entries) -> Encoded:

@@ -52,8 +52,8 @@ class SegmentedStorage(Storage):
 
     @override
     @property
-    def nbytes(self) -> int:
-        return sum(segment.storage.nbytes for segment in self.segments)
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for segment in self.segments for tensor in segment.storage.tensors)
 
     @override
     @property

@@ -44,8 +44,8 @@ class SlotStorage(Storage):
 
     @override
     @property
-    def nbytes(self) -> int:
-        return self.codec.nbytes + sum(part.untyped_storage().nbytes() for part in self.encoded)
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.encoded, *self.codec.tensors)
 
     @override
     @property

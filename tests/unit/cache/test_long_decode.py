@@ -23,7 +23,7 @@ def resident() -> int:
 def test_after_thousands_of_tokens_heads_are_within_budget_and_the_process_has_not_grown(
     tiny: Callable[..., LoadedModel], eviction: Eviction
 ) -> None:
-    loaded = tiny(layers=1, head_dim=64)
+    loaded = tiny(layers=1, head_dim=64, group=3)
     plan = make_plan(loaded, [[200, 90]], eviction, bits=16)
     cache = BudgetedCache(plan)
     loaded.model(random_ids(4, 500), past_key_values=cache)

@@ -1,0 +1,1 @@
+"""Compiled kernels. `fused_decode` decodes with the one for CPUs."""

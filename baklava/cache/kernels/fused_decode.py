@@ -1,0 +1,332 @@
+"""One new token of many sequences through one layer, in one call of a compiled kernel: on a CPU, in float32.
+
+Entries stay where they are: the kernel gets a table of their addresses. So sequences of any length decode together, and
+nothing is copied when they start, grow or end. Whatever the kernel does not do, `HeadGroup.attend` does.
+"""
+
+import functools
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from baklava.cache.attention import AttentionParams, GroupedQueries, KVStates
+from baklava.cache.head_groups import HeadGroup, NewTokens, ScoredHeadGroup
+from baklava.cache.storage import (
+    DenseCodec,
+    MixedPrecisionCodec,
+    QuantizedCodec,
+    SegmentedStorage,
+    SlotStorage,
+    Storage,
+)
+from baklava.cache.storage.segmented_storage import Segment
+from baklava.eviction import Eviction, HeavyHitter
+
+logger = logging.getLogger(__name__)
+
+CHANNEL_MULTIPLE = 32
+"""Heads of other dimensions are not for the kernel, since planes of their codes do not fill words of 32 bits."""
+
+NOTICE_SECONDS = 2.0
+"""Compilation that takes longer is announced."""
+
+CHECK_TABLES = False
+"""Whether every address is computed at every step, and compared with the table. Tests set it."""
+
+Table = np.ndarray
+
+
+class LayerTable:
+    """The table of one layer of one cache: [batch, heads, columns]. It is made again if entries have moved."""
+
+    def __init__(self) -> None:
+        self._parts: list[Table] = []
+        self._table: Table | None = None
+
+    def of(self, groups: Sequence[HeadGroup]) -> Table:
+        """Return the table of these groups, which are those of a layer."""
+        parts = [_group_table(group) for group in groups]
+        if self._table is None or any(new is not old for new, old in zip(parts, self._parts, strict=True)):
+            heads = sum(len(group.budget.heads) for group in groups)
+            self._table = np.empty((len(parts[0]), heads, parts[0].shape[2]), np.int64)
+            for group, part in zip(groups, parts, strict=True):
+                self._table[:, list(group.budget.heads)] = part
+            self._parts = parts
+        return self._table
+
+
+@functools.cache
+def kernel() -> Any:
+    """Return the module of the kernel, or None if numba is not there or the CPU lacks its instructions."""
+    if find_spec("numba") is None:
+        logger.warning(
+            "numba is not installed, so sequences are decoded one by one, which takes several times as long: "
+            "pip install numba"
+        )
+        return None
+    from llvmlite import binding
+
+    if "x86_64" in binding.get_default_triple() and not binding.get_host_cpu_features().get("f16c"):
+        logger.warning("this CPU has no instructions for float16 (F16C), so sequences are decoded one by one")
+        return None
+    return import_module("baklava.cache.kernels.numba_decode")
+
+
+def can_fuse(groups: Sequence[HeadGroup], states: Tensor) -> bool:
+    """Return whether the kernel can decode the next token of these groups, for keys like `states`."""
+    if states.device.type != "cpu" or states.dtype != torch.float32 or states.shape[3] % CHANNEL_MULTIPLE:
+        return False
+    return not torch.is_grad_enabled() and all(map(_is_supported, groups)) and kernel() is not None
+
+
+def _is_supported(group: HeadGroup) -> bool:
+    # Expected attention scores a token by its query and all keys.
+    return bool(group.num_filled) and not (group.eviction.scored and group.eviction.query_sample.single_block)
+
+
+@functools.cache
+def prepare(head_dim: int, query_group: int) -> None:
+    """Compile the kernel for heads of this dimension and number of queries, unless numba has it on disk.
+
+    The first decode step does it if nobody has. It takes half a minute, and says so if it is not from disk.
+    """
+    module = None if head_dim % CHANNEL_MULTIPLE else kernel()
+    if module is None:
+        return
+    notice = threading.Timer(
+        NOTICE_SECONDS, logger.warning, ["compiling the decode kernel for this CPU, once; it takes half a minute"]
+    )
+    notice.daemon = True
+    notice.start()
+    try:
+        _decode(module, _no_rows(module, head_dim, query_group), AttentionParams(1.0), None, module.NO_UPDATE)
+    finally:
+        notice.cancel()
+
+
+def fused_step(
+    layers: Sequence[Sequence[HeadGroup]],
+    tables: Sequence[LayerTable],
+    query: GroupedQueries,
+    key: KVStates,
+    value: KVStates,
+    positions: Sequence[int],
+    params: AttentionParams,
+) -> GroupedQueries:
+    """Do what `HeadGroup.attend` does with one new token of each row, for all KV heads of a layer.
+
+    Args:
+        layers: The groups of this layer of each cache, all of one plan. A cache has one row or more.
+        tables: The table of each cache.
+        query: Queries of all rows.
+        key: Keys of all rows.
+        value: Values of all rows.
+        positions: Position of the new token of each cache.
+        params: What the model's attention has in addition.
+    """
+    rows, heads, group_size, _, head_dim = query.shape
+    slots, counts = np.empty((rows, heads), np.int64), np.empty((rows, heads), np.int64)
+    own_tables, row_positions, first = [], np.empty((rows, heads), np.int64), 0
+    for groups, table, position in zip(layers, tables, positions, strict=True):
+        for group in groups:
+            group.unshare()
+        places = [(group.reserve_slot(position), group) for group in groups]
+        own_tables.append(table.of(groups))
+        here = slice(first, first + len(own_tables[-1]))
+        for slot, group in places:
+            index = list(group.budget.heads)
+            slots[here, index], counts[here, index] = slot, group.num_filled
+        row_positions[here] = position
+        first = here.stop
+    module, eviction = kernel(), layers[0][0].eviction
+    update = _update_mode(module, eviction)
+    # Copies, since the kernel rotates them.
+    states = [part.numpy().copy() for part in (query[:, :, :, 0], key[:, :, 0], value[:, :, 0])]
+    sinks = np.empty((0, 0), np.float32)
+    if params.sink_logits is not None:
+        sinks = np.tile(params.sink_logits.float().view(heads, group_size).numpy(), (rows, 1))
+    probs = np.empty((rows * heads, group_size, int(counts.max())) if update == module.KEEP_PROBS else (0, 0, 0), "f4")
+    output = np.empty((rows * heads, group_size, head_dim), np.float32)
+    prepare(head_dim, group_size)
+    _decode(
+        module,
+        KernelInputs(
+            tables=np.concatenate(own_tables).reshape(rows * heads, -1),
+            slots=slots.ravel(),
+            counts=counts.ravel(),
+            positions=row_positions.ravel(),
+            query=states[0].reshape(rows * heads, group_size, head_dim),
+            key=states[1].reshape(rows * heads, head_dim),
+            value=states[2].reshape(rows * heads, head_dim),
+            output=output,
+            sinks=sinks,
+            probs=probs,
+        ),
+        params,
+        eviction,
+        update,
+    )
+    first = 0
+    for groups, own_table, position in zip(layers, own_tables, positions, strict=True):
+        here = slice(first, first + len(own_table))
+        rotated = [torch.from_numpy(part[here]) for part in states]
+        observed = torch.from_numpy(probs).unflatten(0, (rows, heads))[here] if probs.size else None
+        for group in groups:
+            if isinstance(group, ScoredHeadGroup):
+                _score_and_evict(group, rotated, observed, position, params)
+        first = here.stop
+    return torch.from_numpy(output).view(rows, heads, group_size, 1, head_dim)
+
+
+@dataclass(frozen=True)
+class KernelInputs:
+    """The arrays of one call, with a row for each (sequence, KV head), as `numba_decode.decode_layer` takes them."""
+
+    tables: Table
+    slots: np.ndarray
+    counts: np.ndarray
+    positions: np.ndarray
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    output: np.ndarray
+    sinks: np.ndarray
+    probs: np.ndarray
+
+
+def _no_rows(module: Any, head_dim: int, query_group: int) -> KernelInputs:
+    numbers, states = np.empty(0, np.int64), np.empty((0, head_dim), np.float32)
+    queries = np.empty((0, query_group, head_dim), np.float32)
+    sinks, probs = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
+    table = np.empty((0, module.NUM_COLUMNS), np.int64)
+    return KernelInputs(table, numbers, numbers, numbers, queries, states, states, queries, sinks, probs)
+
+
+def _decode(
+    module: Any,
+    inputs: KernelInputs,
+    params: AttentionParams,
+    eviction: Eviction | None,
+    update: int,
+) -> None:
+    hitter = eviction if isinstance(eviction, HeavyHitter) else HeavyHitter()
+    _, group_size, head_dim = inputs.query.shape
+    module.decode_layer(
+        inputs.tables,
+        inputs.slots,
+        inputs.counts,
+        inputs.positions,
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.output,
+        inputs.sinks,
+        inputs.probs,
+        np.float32(params.scaling),
+        np.float32(params.softcap or 0),
+        update,
+        hitter.distance,
+        hitter.power == 2,
+        hitter.reduction == "max",
+        (0,) * head_dim,
+        (0,) * (head_dim // 2),
+        (0,) * group_size,
+    )
+
+
+def _update_mode(module: Any, eviction: Eviction) -> int:
+    """Return what becomes of the probabilities of a decoded token."""
+    if not eviction.scored or eviction.query_sample.window == 0:
+        return int(module.NO_UPDATE)
+    return int(module.HEAVY_HITTER if isinstance(eviction, HeavyHitter) else module.KEEP_PROBS)
+
+
+def _score_and_evict(
+    group: ScoredHeadGroup, rotated: Sequence[Tensor], probs: Tensor | None, position: int, params: AttentionParams
+) -> None:
+    """Update the scores that the kernel does not update, and evict if it is time."""
+    if probs is not None:
+        group.observe_attention(probs[:, group.index, :, None, : group.num_filled], position)
+    elif group.eviction.query_sample.window == 0 and group.evicts_next:
+        query, key, value = (part[:, group.index] for part in rotated)
+        at = torch.tensor([[position]])
+        tokens = NewTokens(
+            position, query[..., None, :], key[:, :, None], value[:, :, None], at, padded=False, teacher_forced=False
+        )
+        group.observe_entries(tokens, params)
+    group.maybe_evict()
+
+
+def _group_table(group: HeadGroup) -> Table:
+    """Return the rows of a group: [batch, heads, columns]."""
+    if group.table is None:
+        group.table = _make_table(group)
+    elif CHECK_TABLES and not np.array_equal(group.table, _make_table(group)):
+        raise RuntimeError(f"entries of {group.budget} have moved, but their table was not made again")
+    return group.table
+
+
+def _make_table(group: HeadGroup) -> Table:
+    columns = kernel()
+    shape, head_dim = (len(group.keys.tensors[0]), len(group.budget.heads)), group.head_dim
+    table = np.zeros((*shape, columns.NUM_COLUMNS), np.int64)
+    if isinstance(group, ScoredHeadGroup):
+        table[..., columns.POSITIONS] = _addresses(group.positions)
+        table[..., columns.SCORES] = _addresses(group.scores)
+        if group.centroids is not None:
+            table[..., columns.CENTROIDS] = group.centroids.key.shape[2]
+            for column, tensor in enumerate(group.centroids.tensors, columns.CENTROID_KEY):
+                table[..., column] = _addresses(tensor)
+    if group.key_rotation is not None:
+        channels = group.budget.key_bit_split(head_dim)[0][0]
+        table[..., columns.KEY_BLOCK] = channels & -channels
+        if (order := group.key_rotation.order) is not None:
+            table[..., columns.CHANNEL_ORDER] = order.data_ptr() + np.arange(shape[1]) * head_dim * order.itemsize
+    if group.value_rotation is not None:
+        table[..., columns.VALUE_BLOCK] = head_dim & -head_dim
+    _fill_storage(table[..., columns.KEY : columns.VALUE], group.keys)
+    _fill_storage(table[..., columns.VALUE :], group.values)
+    return table
+
+
+def _fill_storage(table: Table, storage: Storage) -> None:
+    columns = kernel()
+    if isinstance(storage, SegmentedStorage):
+        segments = storage.segments
+    else:
+        assert isinstance(storage, SlotStorage)
+        segments = [Segment(0, columns.NO_SLOT, storage)]
+    table[..., columns.DENSE_BYTES] = 2
+    table[..., columns.QUANTIZED_START] = table[..., columns.QUANTIZED_STOP] = segments[0].stop
+    for segment in segments:
+        codec, encoded = segment.storage.codec, segment.storage.encoded
+        if isinstance(codec, DenseCodec):
+            table[..., columns.RECENT if segment.start else columns.SINKS] = _addresses(encoded[0])
+            table[..., columns.DENSE_BYTES] = encoded[0].itemsize
+            continue
+        table[..., columns.QUANTIZED_START], table[..., columns.QUANTIZED_STOP] = segment.start, segment.stop
+        parts = codec.codecs if isinstance(codec, MixedPrecisionCodec) else [codec]
+        table[..., columns.FIRST_CHANNELS] = parts[0].head_dim  # type: ignore[attr-defined]
+        for part, packed, scales, first in zip(
+            parts, encoded[::2], encoded[1::2], (columns.FIRST_BITS, columns.SECOND_BITS), strict=False
+        ):
+            assert isinstance(part, QuantizedCodec)
+            table[..., first] = part.bits
+            table[..., first + 1] = _addresses(packed)
+            table[..., first + 2] = _addresses(scales)
+            table[..., first + 3] = 0 if part.mean is None else _addresses(part.mean)
+
+
+def _addresses(tensor: Tensor) -> Table:
+    """Return the address of the first slot of each row and head: [batch, heads]; the slots follow one another."""
+    assert tensor.numel() == 0 or tensor[0, 0].is_contiguous()
+    rows, heads = (np.arange(size) * step for size, step in zip(tensor.shape[:2], tensor.stride()[:2], strict=True))
+    return tensor.data_ptr() + (rows[:, None] + heads) * tensor.itemsize

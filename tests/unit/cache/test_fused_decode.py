@@ -1,0 +1,221 @@
+"""The compiled kernel decodes as the reference does, which is a step of each head group in PyTorch."""
+
+import importlib
+import logging
+import time
+from typing import Any
+
+import pytest
+import torch
+from model_families import SHAPE, full_cache, tiny_model
+from plan_factory import EVICTIONS, make_plan, random_ids, with_bits, with_mixed_precision
+from torch.testing import assert_close
+from transformers import Gemma2Config, GptOssConfig
+
+from baklava.cache import budgeted_layer
+from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.cache.kernels import fused_decode, numba_decode
+from baklava.eviction import HeavyHitter, StreamingLLM
+from baklava.plan.budget_plan import full_cache_plan
+from baklava.runtime.decode import decode_step
+from baklava.runtime.model_loader import LoadedModel
+from baklava.runtime.prefill import prefill
+
+GRID = [(0, 0), (0, 1), (1, 0), (1, 1)]
+FUSED = [eviction for eviction in EVICTIONS if eviction.name != "expected_attention"]
+BITS = [[(32, 32), (16, 16)], [(8, 8), (16, 6)], [(6, 5), (5, 4)], [(4, 3), (3, 2)], [(2, 4), (4, 32)]]
+
+
+@pytest.fixture(autouse=True)
+def _check_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_decode, "CHECK_TABLES", True)
+
+
+@pytest.fixture
+def loaded(tiny: Any) -> LoadedModel:
+    """A model whose heads have the shape of the demo model's, so that one kernel serves both."""
+    return tiny(head_dim=64, group=3)
+
+
+@torch.inference_mode()
+def stream(loaded: LoadedModel, cache: BudgetedCache, ids: torch.Tensor) -> torch.Tensor:
+    """Logits after each token, fed one by one."""
+    return torch.cat([loaded.model(token[:, None], past_key_values=cache).logits for token in ids.unbind(1)], 1)
+
+
+def positions(cache: BudgetedCache, row: int = 0) -> list[set[int]]:
+    return [set(cache.cached_positions(layer, head, row).tolist()) for layer, head in GRID]
+
+
+def check_against_reference(
+    monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, plan: Any, prompt: torch.Tensor, ids: torch.Tensor
+) -> None:
+    fused, _ = prefill(loaded, plan, prompt)
+    ours = stream(loaded, fused, ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(budgeted_layer, "can_fuse", lambda *arguments: False)
+        reference, _ = prefill(loaded, plan, prompt)
+        theirs = stream(loaded, reference, ids)
+    error = (ours - theirs).abs()
+    assert error[:, 0].max() < 5e-3  # of the new token, a number may be rounded to the other side
+    assert error.mean() < 0.01
+    for row in range(len(prompt)):
+        for mine, other in zip(positions(fused, row), positions(reference, row), strict=True):
+            assert len(mine) == len(other)
+            assert len(mine - other) <= 1
+    fused.check_integrity(prompt.shape[1] + ids.shape[1])
+
+
+@pytest.mark.parametrize("bits", BITS, ids=str)
+@pytest.mark.parametrize("eviction", FUSED, ids=str)
+def test_every_method_decodes_in_all_bits_as_the_reference_does(
+    monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, eviction: Any, bits: Any
+) -> None:
+    plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], eviction), bits)
+    check_against_reference(monkeypatch, loaded, plan, random_ids(1, 90), random_ids(1, 30, seed=2))
+
+
+@pytest.mark.parametrize("bits", [[(6, 6), (5, 4)], [(4, 8), (3, 3)], [(2, 2), (4, 4)]], ids=str)
+def test_graded_keys_of_several_rows_decode_as_the_reference_does(
+    monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, bits: Any
+) -> None:
+    eviction = HeavyHitter(sinks=2, eviction_interval=5, distance=8, full_precision_recent=True, centroids=3)
+    plan = with_mixed_precision(loaded, with_bits(make_plan(loaded, [[20, 40], [28, 64]], eviction), bits))
+    check_against_reference(monkeypatch, loaded, plan, random_ids(3, 90), random_ids(3, 30, seed=2))
+
+
+@pytest.mark.parametrize("options", [{"reduction": "mean", "power": 1}, {"reduction": "max", "distance": 32}], ids=str)
+def test_scores_of_heavy_hitters_are_those_of_the_reference(
+    monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, options: dict[str, Any]
+) -> None:
+    plan = make_plan(loaded, [[50, 60], [70, 80]], HeavyHitter(**({"sinks": 2, "eviction_interval": 20} | options)))
+    scores = []
+    for fuses in (True, False):
+        with monkeypatch.context() as patch:
+            if not fuses:
+                patch.setattr(budgeted_layer, "can_fuse", lambda *arguments: False)
+            cache, _ = prefill(loaded, plan, random_ids(1, 90))
+            stream(loaded, cache, random_ids(1, 37, seed=2))
+        scores.append([group.scores[..., : group.num_filled] for layer in cache.layers for group in layer.groups])
+    for ours, theirs in zip(*scores, strict=True):
+        assert_close(ours, theirs, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["softcap", "learned sinks"])
+def test_softcap_and_learned_sinks_are_as_in_transformers(kind: str) -> None:
+    fields: dict[str, Any] = {"head_dim": 32, "sliding_window": 16}
+    if kind == "softcap":
+        config = Gemma2Config(**(SHAPE | fields | {"attn_logit_softcapping": 2.0}))
+    else:
+        config = GptOssConfig(**(SHAPE | fields | {"num_local_experts": 2, "num_experts_per_tok": 1}))
+    model = tiny_model(config)
+    loaded, ids = LoadedModel.of(model), random_ids(2, 60)
+    cache = full_cache(loaded)
+    with torch.inference_mode():
+        loaded.model(ids[:, :40], past_key_values=cache)
+        ours = stream(loaded, cache, ids[:, 40:])
+        loaded.model.set_attn_implementation("eager")
+        assert_close(ours, loaded.model(ids, use_cache=False).logits[:, 40:], atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_sequences_of_several_plans_and_lengths_decode_together_as_they_do_alone(loaded: LoadedModel) -> None:
+    plans = [
+        with_bits(make_plan(loaded, [[20, 40], [28, 64]], FUSED[2]), [(5, 4), (3, 3)]),
+        make_plan(loaded, [[20, 40], [28, 64]], StreamingLLM(sinks=2), 16),
+        full_cache_plan(loaded.identity, loaded.geometry, 200),
+    ]
+    starts = [(plans[place % 3], random_ids(1, 9 + 17 * place, seed=place)) for place in range(7)]
+    together = [prefill(loaded, plan, prompt)[0] for plan, prompt in starts]
+    ids = random_ids(len(starts), 80, seed=9)  # heads grow by more than their spare slots
+    logits = torch.stack([decode_step(loaded, together, ids[:, step].tolist()) for step in range(80)], 1)
+    for row, (plan, prompt) in enumerate(starts):
+        alone, _ = prefill(loaded, plan, prompt)
+        error = (logits[row] - stream(loaded, alone, ids[row : row + 1])[0]).abs()
+        assert error.mean() < 1e-3  # a code that is rounded to the other side moves a few
+        for ours, theirs in zip(positions(together[row]), positions(alone), strict=True):
+            assert len(ours - theirs) == len(theirs - ours) <= 1
+        assert all(group.shared is None for layer in together[row].budgeted_layers for group in layer.groups)
+
+
+def test_copies_and_beams_have_entries_of_their_own(loaded: LoadedModel) -> None:
+    plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], FUSED[1]), [(5, 4), (3, 3)])
+    cache, _ = prefill(loaded, plan, random_ids(1, 90))
+    stream(loaded, cache, random_ids(1, 5, seed=1))
+    copied = cache.copy()
+    first, second = random_ids(1, 30, seed=2), random_ids(1, 30, seed=3)
+    diverged = stream(loaded, copied, second)
+    straight = stream(loaded, cache, first)
+    again, _ = prefill(loaded, plan, random_ids(1, 90))
+    stream(loaded, again, random_ids(1, 5, seed=1))
+    assert_close(straight, stream(loaded, again.copy(), first), atol=1e-5, rtol=1e-5)
+    assert_close(diverged, stream(loaded, again, second), atol=1e-5, rtol=1e-5)
+    beams = BudgetedCache(plan)
+    output = loaded.model.generate(
+        random_ids(2, 40), past_key_values=beams, max_new_tokens=12, num_beams=3, do_sample=False
+    )
+    beams.check_integrity(output.shape[1] - 1)
+
+
+def test_only_what_the_kernel_can_do_is_given_to_it(loaded: LoadedModel, tiny: Any) -> None:
+    def groups_of(model: LoadedModel, eviction: Any) -> Any:
+        cache, _ = prefill(model, make_plan(model, [[20, 40], [28, 64]], eviction), random_ids(1, 50))
+        return cache.budgeted_layers[0].groups
+
+    key, hitter = torch.zeros(1, 2, 1, 64), HeavyHitter(sinks=2, eviction_interval=4)
+    expected = next(eviction for eviction in EVICTIONS if eviction.name == "expected_attention")
+    with torch.inference_mode():
+        assert fused_decode.can_fuse(groups_of(loaded, hitter), key)
+        assert not fused_decode.can_fuse(groups_of(loaded, hitter), key.bfloat16())
+        assert not fused_decode.can_fuse(groups_of(loaded, expected), key)
+        assert not fused_decode.can_fuse(groups_of(tiny(), hitter), key[..., :8])
+    assert not fused_decode.can_fuse(groups_of(loaded, hitter), key)  # a gradient would be lost
+
+
+def test_a_table_that_is_out_of_date_is_a_fault(loaded: LoadedModel) -> None:
+    cache, _ = prefill(loaded, make_plan(loaded, [[20, 40], [28, 64]], FUSED[1]), random_ids(1, 90))
+    stream(loaded, cache, random_ids(1, 2))
+    group = cache.budgeted_layers[0].groups[0]
+    group.scores = group.scores.clone()
+    with pytest.raises(RuntimeError, match="table was not made again"):
+        stream(loaded, cache, random_ids(1, 1))
+
+
+def test_without_numba_sequences_are_decoded_one_by_one_after_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, loaded: LoadedModel
+) -> None:
+    monkeypatch.setattr(fused_decode, "find_spec", lambda name: None)
+    fused_decode.kernel.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            cache, _ = prefill(loaded, full_cache_plan(loaded.identity, loaded.geometry, 60), random_ids(1, 20))
+            stream(loaded, cache, random_ids(1, 5))
+        assert [record.message for record in caplog.records if "pip install" in record.message] != []
+        assert sum("numba" in record.message for record in caplog.records) == 1
+        cache.check_integrity(25)
+    finally:
+        fused_decode.kernel.cache_clear()
+
+
+def test_the_kernel_compiles_without_a_folder_for_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_folder(**options: Any) -> Any:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: ("compiled", function)
+
+    monkeypatch.setattr(numba_decode, "njit", no_folder)
+    assert numba_decode.compiled(importlib.import_module)[0] == "compiled"
+
+
+def test_compiling_is_announced_if_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fused_decode, "NOTICE_SECONDS", 0.01)
+    monkeypatch.setattr(fused_decode, "_decode", lambda *arguments: time.sleep(0.5))
+    fused_decode.prepare.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            fused_decode.prepare(64, 3)
+        assert "compiling the decode kernel" in caplog.text
+    finally:
+        fused_decode.prepare.cache_clear()
