@@ -47,7 +47,7 @@ TOKENIZER_FILES = frozenset(
 OTHER_TASKS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "PreTraining", "RewardModel")
 """Ends of the names of architectures that transformers would load as language models all the same."""
 
-COMPUTED_BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$|\binv_freq$")
+COMPUTED_BUFFERS = re.compile(r"\.(self_)?(attn|attention)\.(bias|masked_bias|causal_mask)$|\binv_freq$")
 """Names of masks and frequencies that older versions of transformers stored, and that models compute now."""
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
@@ -335,11 +335,18 @@ def _check_quantizer_packages(config: Any) -> None:
 
 
 def _belongs_to_a_layer(name: str, model: nn.Module) -> bool:
-    """Return whether a weight is inside a module that the model has, below its body; other tasks have other heads."""
-    modules = dict(model.named_modules())
-    while name and name not in modules:
-        name = name.rpartition(".")[0]
-    return name not in ("", getattr(model, "base_model_prefix", ""))
+    """Return whether a weight is inside a module that the model has, below its body; other tasks have other heads.
+
+    Checkpoints of a body alone have its names without their first part.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    body = getattr(model, "base_model_prefix", "")
+    for place in (name, f"{body}.{name}"):
+        while place and place not in modules:
+            place = place.rpartition(".")[0]
+        if place not in ("", body):
+            return True
+    return False
 
 
 def _is_finite(weight: torch.Tensor) -> bool:

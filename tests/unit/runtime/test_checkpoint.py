@@ -164,6 +164,14 @@ def test_masks_and_frequencies_of_older_checkpoints_are_left_out(buffer: str, fo
     assert load(str(folder)).geometry.layers == 2
 
 
+def test_layers_of_a_body_alone_are_not_left_out_either(folder: Path) -> None:
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=257, n_positions=64)
+    transformers.GPT2Model(config).save_pretrained(folder)
+    assert load_config(str(folder))[1] == load(str(folder)).geometry
+    edit("config.json", n_layer=1)(folder)
+    refused(folder, r"would leave out \(h\.1\.attn.*11 in all\)")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
     def spoil(weights: Weights) -> Weights:
