@@ -122,6 +122,8 @@ class LoadedModel:
         identity = ModelIdentity.from_config(model.config, id, revision)
         loaded = cls(model.eval(), tokenizer, identity, CacheGeometry.from_config(model.config))
         fix_rope_frequencies(model, loaded.max_length)
+        if loaded.eos_token_ids:
+            model.generation_config.eos_token_id = sorted(loaded.eos_token_ids)
         return loaded
 
 

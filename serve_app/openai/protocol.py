@@ -20,6 +20,9 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARACTERS = 1024
 """Text of up to this length is buffered while it can still become a stop string."""
 
+MAX_STOP_CHARACTERS = 4096
+"""Maximum characters of all strings in `stop` together: each token is compared with all of them."""
+
 MAX_SEQUENCES = 128
 """Maximum choices of all prompts of a request together, and so of its prompts and of `n`, as with OpenAI."""
 
@@ -222,6 +225,16 @@ class GenerationRequest(RequestBody):
             return stops
         others = [item for item in stops if not isinstance(item, str)]  # refused below
         return [*dict.fromkeys(item for item in stops if isinstance(item, str) and item), *others]
+
+    @field_validator("stop")
+    @classmethod
+    def _limit_stop_characters(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if (characters := sum(map(len, stop))) > MAX_STOP_CHARACTERS:
+            raise ValueError(
+                f"the strings in stop have {characters} characters together, and at most {MAX_STOP_CHARACTERS} are "
+                "supported; give fewer or shorter ones"
+            )
+        return stop
 
     def to_sampling_params(self, max_tokens: int, stop_token_ids: Set[int] = frozenset()) -> SamplingParams:
         """Return the sampler's parameters of this request, for at most `max_tokens` tokens.

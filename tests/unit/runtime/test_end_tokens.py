@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 from sentencepiece_tokenizer import sentencepiece_tokenizer
 
+from baklava.runtime.model_loader import LoadedModel
+
 
 @pytest.mark.parametrize(
     ("model_ends", "tokenizer_end", "ends"),
@@ -17,3 +19,12 @@ def test_the_ends_are_those_of_the_model_and_of_the_tokenizer(tiny, model_ends, 
     loaded = tiny()
     loaded.model.generation_config.eos_token_id = model_ends
     assert replace(loaded, tokenizer=tokenizer).eos_token_ids == ends
+
+
+def test_generate_of_the_model_itself_ends_there_as_well(tiny):
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.eos_token = "</s>"
+    model = tiny().model
+    model.generation_config.eos_token_id = 5
+    LoadedModel.of(model, tokenizer)
+    assert model.generation_config.eos_token_id == [2, 5]

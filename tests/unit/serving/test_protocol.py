@@ -180,6 +180,12 @@ def test_a_list_of_thousands_of_stop_strings_is_refused_without_comparing_each_w
     assert CountedString.comparisons <= 2000
 
 
+def test_the_strings_in_stop_have_at_most_4096_characters_together():
+    assert CompletionRequest(prompt="a", stop=[str(number) * 1024 for number in range(4)]).stop
+    with pytest.raises(ValidationError, match="5120 characters together, and at most 4096"):
+        CompletionRequest(prompt="a", stop=[str(number) * 1024 for number in range(5)])
+
+
 def test_top_k_of_minus_one_keeps_all_tokens():
     assert CompletionRequest(prompt="a", top_k=-1).to_sampling_params(1).top_k == 0
 
