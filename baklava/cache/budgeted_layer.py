@@ -139,6 +139,11 @@ class BudgetedLayer(BudgetedLayerBase):
         """Attach this layer to the new keys; `attend` stores them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if len(key_states) != self.batch_size:
+            raise UserError(
+                f"{len(key_states)} sequences go on in a cache of {self.batch_size}; begin with a new cache, or call "
+                "batch_select_indices with the row that each of them continues"
+            )
         self.pending_attend = True
         return attention.attach_layer(key_states, self), value_states
 
@@ -226,7 +231,7 @@ class BudgetedLayer(BudgetedLayerBase):
     @property
     def batch_size(self) -> int:
         """Rows of the batch; the layer must have seen a token."""
-        return self.groups[0].keys.read(0).shape[0]
+        return len(self.groups[0].keys.tensors[0])
 
     def cached_positions(self, head: int, row: int) -> Int[Tensor, " entries"]:
         """Return the positions that a KV head caches for a row, ascending, counted from the row's first real token."""

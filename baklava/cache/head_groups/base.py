@@ -1,11 +1,10 @@
 """KV heads of one layer that share a budget: their entries, and how they attend, store tokens and evict."""
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Int
@@ -148,11 +147,10 @@ class HeadGroup(ABC):
         if self.shared is not None:
             self.select_rows(torch.zeros(1, dtype=torch.long))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        self.unshare()  # otherwise the copy would be of all rows
-        memo[id(self)] = copied = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__ | {"table": None}, memo))
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle has: its tensors lie elsewhere, so it has no table."""
+        self.unshare()  # otherwise it would have all rows
+        return self.__dict__ | {"table": None}
 
     def attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         """Return the output of new tokens, and store them within the budget."""

@@ -65,15 +65,22 @@ class LayerTable:
 
 @functools.cache
 def kernel() -> Any:
-    """Return the module of the kernel, or None if numba is not there or the CPU lacks its instructions."""
+    """Return the module of the kernel, or None if numba does not work or the CPU lacks its instructions."""
     if find_spec("numba") is None:
         logger.warning(
             "numba is not installed, so sequences are decoded one by one, which takes several times as long: "
             "pip install numba"
         )
         return None
-    from llvmlite import binding
-
+    try:
+        import numba  # noqa: F401
+        from llvmlite import binding
+    except (ImportError, OSError) as error:  # numba refuses a numpy that is too new, llvmlite may miss a library
+        logger.warning(
+            "numba cannot be imported (%s), so sequences are decoded one by one, which takes several times as long",
+            error,
+        )
+        return None
     if "x86_64" in binding.get_default_triple() and not binding.get_host_cpu_features().get("f16c"):
         logger.warning("this CPU has no instructions for float16 (F16C), so sequences are decoded one by one")
         return None
@@ -138,7 +145,7 @@ def fused_step(
     for groups, table, position in zip(layers, tables, positions, strict=True):
         for group in groups:
             group.unshare()
-        places = [(group.reserve_slot(position), group) for group in groups]
+        places = [(_reserve_slot(group, position, head_dim), group) for group in groups]
         own_tables.append(table.of(groups))
         here = slice(first, first + len(own_tables[-1]))
         for slot, group in places:
@@ -146,10 +153,13 @@ def fused_step(
             slots[here, index], counts[here, index] = slot, group.num_filled
         row_positions[here] = position
         first = here.stop
+    joined = np.concatenate(own_tables)
+    if joined.shape[:2] != (rows, heads):
+        raise RuntimeError(f"{rows} rows of {heads} KV heads for caches of {joined.shape[0]} rows of {joined.shape[1]}")
     module, eviction = kernel(), layers[0][0].eviction
     update = _update_mode(module, eviction)
-    # Copies, since the kernel rotates them.
-    states = [part.numpy().copy() for part in (query[:, :, :, 0], key[:, :, 0], value[:, :, 0])]
+    # Copies, since the kernel rotates them. Under autocast values have 16 bits.
+    states = [part.float().numpy().copy() for part in (query[:, :, :, 0], key[:, :, 0], value[:, :, 0])]
     sinks = np.empty((0, 0), np.float32)
     if params.sink_logits is not None:
         sinks = np.tile(params.sink_logits.float().view(heads, group_size).numpy(), (rows, 1))
@@ -159,7 +169,7 @@ def fused_step(
     _decode(
         module,
         KernelInputs(
-            tables=np.concatenate(own_tables).reshape(rows * heads, -1),
+            tables=joined.reshape(rows * heads, -1),
             slots=slots.ravel(),
             counts=counts.ravel(),
             positions=row_positions.ravel(),
@@ -184,6 +194,14 @@ def fused_step(
                 _score_and_evict(group, rotated, observed, position, params)
         first = here.stop
     return torch.from_numpy(output).view(rows, heads, group_size, 1, head_dim)
+
+
+def _reserve_slot(group: HeadGroup, position: int, head_dim: int) -> int:
+    """Do what `HeadGroup.reserve_slot` does, and check what would make the kernel write elsewhere."""
+    slot = group.reserve_slot(position)
+    if not slot < group.num_filled <= group.num_slots or group.head_dim != head_dim:
+        raise RuntimeError(f"slot {slot} of {group.num_filled} in {group.num_slots}: drop the cache after an error")
+    return slot
 
 
 @dataclass(frozen=True)

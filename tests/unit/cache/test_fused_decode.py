@@ -2,6 +2,8 @@
 
 import importlib
 import logging
+import pickle
+import sys
 import time
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import Gemma2Config, GptOssConfig
 from baklava.cache import budgeted_layer
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.kernels import fused_decode, numba_decode
+from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.decode import decode_step
@@ -157,6 +160,51 @@ def test_copies_and_beams_have_entries_of_their_own(loaded: LoadedModel) -> None
     beams.check_integrity(output.shape[1] - 1)
 
 
+def test_a_pickled_cache_has_entries_of_its_own(loaded: LoadedModel) -> None:
+    plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], FUSED[1]), [(5, 4), (3, 3)])
+    with torch.no_grad():  # tensors of inference mode cannot be changed after they were pickled
+        cache = BudgetedCache(plan)
+        loaded.model(random_ids(1, 90), past_key_values=cache)
+        loaded.model(random_ids(1, 1, seed=1), past_key_values=cache)
+        pickled = pickle.loads(pickle.dumps(cache))  # noqa: S301
+        for token in random_ids(1, 10, seed=2).unbind(1):
+            theirs = loaded.model(token[:, None], past_key_values=cache).logits
+            assert_close(loaded.model(token[:, None], past_key_values=pickled).logits, theirs)
+
+
+@pytest.mark.parametrize(("cached", "new"), [(1, 2), (2, 1), (2, 4)])
+@torch.inference_mode()
+def test_a_cache_goes_on_only_with_as_many_sequences_as_it_has(loaded: LoadedModel, cached: int, new: int) -> None:
+    cache, _ = prefill(loaded, make_plan(loaded, [[20, 40], [28, 64]], FUSED[1]), random_ids(cached, 50))
+    with pytest.raises(UserError, match=f"{new} sequences go on in a cache of {cached}"):
+        loaded.model(random_ids(new, 1), past_key_values=cache)
+    if cached > 1:
+        with pytest.raises(RuntimeError, match="1 rows of 2 KV heads"):
+            decode_step(loaded, [cache], [5])
+
+
+@torch.inference_mode()
+def test_no_slot_is_written_that_a_cache_does_not_have(loaded: LoadedModel) -> None:
+    for eviction in (StreamingLLM(sinks=2), HeavyHitter(sinks=2, eviction_interval=4)):
+        cache, _ = prefill(loaded, make_plan(loaded, [[300, 300], [300, 300]], eviction), random_ids(1, 10))
+        for layer in cache.budgeted_layers:  # as after errors in the middle of steps
+            layer.cumulative_length += 250
+            for group in layer.groups:
+                group.num_filled += 290 if eviction.scored else 0
+        with pytest.raises(RuntimeError, match="drop the cache after an error"):
+            stream(loaded, cache, random_ids(1, 10))
+
+
+@torch.inference_mode()
+def test_values_of_autocast_decode(loaded: LoadedModel) -> None:
+    plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], FUSED[1]), [(5, 16), (32, 3)])
+    cache, _ = prefill(loaded, plan, random_ids(1, 90))
+    exact = stream(loaded, cache.copy(), random_ids(1, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = stream(loaded, cache, random_ids(1, 8))
+    assert (rounded.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
 def test_only_what_the_kernel_can_do_is_given_to_it(loaded: LoadedModel, tiny: Any) -> None:
     def groups_of(model: LoadedModel, eviction: Any) -> Any:
         cache, _ = prefill(model, make_plan(model, [[20, 40], [28, 64]], eviction), random_ids(1, 50))
@@ -193,6 +241,19 @@ def test_without_numba_sequences_are_decoded_one_by_one_after_a_warning(
         assert [record.message for record in caplog.records if "pip install" in record.message] != []
         assert sum("numba" in record.message for record in caplog.records) == 1
         cache.check_integrity(25)
+    finally:
+        fused_decode.kernel.cache_clear()
+
+
+def test_with_numba_that_cannot_be_imported_sequences_are_decoded_one_by_one_after_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    fused_decode.kernel.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert fused_decode.kernel() is None
+        assert "numba cannot be imported (import of llvmlite halted" in caplog.text
     finally:
         fused_decode.kernel.cache_clear()
 
