@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from model_families import SHAPE, full_cache, tiny_model
 from plan_factory import EVICTIONS, make_plan, random_ids, with_bits, with_mixed_precision
 from torch.testing import assert_close
@@ -102,6 +104,62 @@ def test_scores_of_heavy_hitters_are_those_of_the_reference(
         scores.append([group.scores[..., : group.num_filled] for layer in cache.layers for group in layer.groups])
     for ours, theirs in zip(*scores, strict=True):
         assert_close(ours, theirs, atol=1e-6, rtol=1e-3)
+
+
+HITTERS = st.builds(
+    HeavyHitter,
+    sinks=st.sampled_from([0, 1, 3]),
+    eviction_interval=st.sampled_from([1, 2, 9]),
+    distance=st.sampled_from([0, 1, 32]),
+    full_precision_recent=st.booleans(),
+    centroids=st.sampled_from([0, 2]),
+)
+HEAD_BITS = st.tuples(*[st.sampled_from([32, 16, 8, 6, 5, 4, 3, 2])] * 2)
+SPARE_ENTRIES = st.sampled_from([0, 1, 9, 30, 300])
+
+
+@given(
+    eviction=st.one_of(st.just(StreamingLLM(sinks=0)), st.just(StreamingLLM(sinks=3)), HITTERS),
+    spare=st.tuples(SPARE_ENTRIES, SPARE_ENTRIES),
+    bits=st.tuples(HEAD_BITS, HEAD_BITS),
+    mixed=st.booleans(),
+    prompt=st.sampled_from([1, 2, 17, 60]),
+    turn=st.sampled_from([1, 4, 30]),
+)
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_plan_decodes_as_the_reference_does_over_turns_copies_and_rows(
+    monkeypatch: pytest.MonkeyPatch,
+    loaded: LoadedModel,
+    eviction: Any,
+    spare: tuple[int, int],
+    bits: Any,
+    mixed: bool,
+    prompt: int,
+    turn: int,
+) -> None:
+    low = eviction.config.min_tokens
+    plan = with_bits(make_plan(loaded, [[low + spare[0], low + spare[1]], [low + spare[1], low + 1]], eviction), bits)
+    plan = with_mixed_precision(loaded, plan) if mixed else plan
+
+    @torch.inference_mode()
+    def play() -> torch.Tensor:
+        cache = BudgetedCache(plan)
+        loaded.model(random_ids(2, prompt), past_key_values=cache)
+        logits = [stream(loaded, cache, random_ids(2, 12, seed=1))]
+        logits.append(loaded.model(random_ids(2, turn, seed=2), past_key_values=cache).logits)
+        stream(loaded, cache, random_ids(2, 1, seed=3))
+        cache = cache.copy()
+        logits.append(stream(loaded, cache, random_ids(2, 3, seed=4)))
+        cache.batch_select_indices(torch.tensor([1, 1]))
+        logits.append(stream(loaded, cache, random_ids(2, 20, seed=5)))
+        cache.check_integrity(prompt + turn + 36)
+        return torch.cat(logits, 1)
+
+    ours = play()
+    with monkeypatch.context() as patch:
+        patch.setattr(budgeted_layer, "can_fuse", lambda *arguments: False)
+        theirs = play()
+    assert (ours - theirs).abs().mean() < 0.02 * theirs.abs().mean()
 
 
 @pytest.mark.parametrize("kind", ["softcap", "learned sinks"])
