@@ -13,6 +13,7 @@ All of it is in one file, since numba compiles again only if the file of a funct
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -83,9 +84,17 @@ def compiled(function: Callable[..., Any]) -> Any:
     options = {"nogil": True, "error_model": "numpy", "fastmath": FAST_MATH}
     function = inspect.unwrap(function)  # numba cannot compile what a type checker wraps around it
     try:
-        return njit(cache=True, **options)(function)
+        dispatcher = njit(cache=True, **options)(function)
     except RuntimeError:  # numba finds no folder that it can write
         return njit(**options)(function)
+    save = dispatcher._cache.save_overload
+
+    def save_if_possible(signature: Any, code: Any) -> None:
+        with suppress(OSError):  # the disk is full, or the quota of the user
+            save(signature, code)
+
+    dispatcher._cache.save_overload = save_if_possible
+    return dispatcher
 
 
 def dot_codes(packed: Any, query: Any, output: Any, bits: Any, channels: Any, group: Any) -> None:

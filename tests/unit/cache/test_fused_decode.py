@@ -1,5 +1,6 @@
 """The compiled kernel decodes as the reference does, which is a step of each head group in PyTorch."""
 
+import errno
 import importlib
 import logging
 import pickle
@@ -324,6 +325,14 @@ def test_the_kernel_compiles_without_a_folder_for_its_code(monkeypatch: pytest.M
 
     monkeypatch.setattr(numba_decode, "njit", no_folder)
     assert numba_decode.compiled(importlib.import_module)[0] == "compiled"
+
+
+def test_the_kernel_compiles_with_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
+    assert numba_decode.compiled(lambda number: number + 1)(2) == 3
 
 
 def test_compiling_is_announced_if_it_takes_long(
