@@ -7,7 +7,8 @@ nothing is copied when they start, grow or end. Whatever the kernel does not do,
 import functools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from baklava.cache.attention import AttentionParams, GroupedQueries, KVStates
@@ -28,7 +30,9 @@ from baklava.cache.storage import (
     Storage,
 )
 from baklava.cache.storage.segmented_storage import Segment
+from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter
+from baklava.paths import cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +118,23 @@ def prepare(head_dim: int, query_group: int) -> None:
     notice.daemon = True
     notice.start()
     try:
-        _decode(module, _no_rows(module, head_dim, query_group), AttentionParams(1.0), None, module.NO_UPDATE)
+        with _alone():
+            _decode(module, _no_rows(module, head_dim, query_group), AttentionParams(1.0), None, module.NO_UPDATE)
     finally:
         notice.cancel()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let one process of the user compile at a time, so that the others find the code on disk.
+
+    numba itself may give the code of two kernels the same name if two processes save them at once.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError, UserError):  # no folder that takes a lock
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(cache_dir() / "kernel.lock"))
+        yield
 
 
 def fused_step(

@@ -8,7 +8,8 @@ only if its length is a constant, if it is no shorter than a vector, and if few 
 lengths of tuples, which are constants of a compiled function, and the loop over the channels of an entry is written out
 per plane and query head. It takes 8 to 25 ns per entry, where general loops take 50 to 100 ns.
 
-All of it is in one file, since numba compiles again only if the file of a function has changed.
+All of it is in one file, since numba compiles again only if the file of a function has changed. The two tables of
+`quantized_codec` are an exception: after a change there, remove `__pycache__` here.
 """
 
 import inspect

@@ -6,10 +6,12 @@ import logging
 import pickle
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_families import SHAPE, full_cache, tiny_model
@@ -347,3 +349,23 @@ def test_compiling_is_announced_if_it_takes_long(
         assert "compiling the decode kernel" in caplog.text
     finally:
         fused_decode.prepare.cache_clear()
+
+
+def test_one_process_compiles_at_a_time_if_a_lock_can_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    locked = []
+
+    def decode(*arguments: Any) -> None:
+        try:
+            with FileLock(tmp_path / "kernel.lock", timeout=0):
+                locked.append(False)
+        except Timeout:
+            locked.append(True)
+
+    monkeypatch.setattr(fused_decode, "_decode", decode)
+    for folder in (tmp_path, tmp_path / "file" / "below"):
+        (tmp_path / "file").write_text("no folder")
+        monkeypatch.setenv("BAKLAVA_CACHE", str(folder))
+        fused_decode.prepare.cache_clear()
+        fused_decode.prepare(64, 3)
+    fused_decode.prepare.cache_clear()
+    assert locked == [True, False]
