@@ -270,7 +270,10 @@ class BudgetPlan(FrozenModel):
             return cls.model_validate_json(Path(path).read_text())
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file"
-            raise UserError(f"cannot read plan {path}: {reason}; give the plan.json of a search") from None
+            raise UserError(
+                f"cannot read plan {path}: {reason}; give the plan.json of a search (commands also take a name, such as "
+                "full or uniform:0.25)"
+            ) from None
         except ValidationError as error:
             first = error.errors()[0]
             location = ".".join(map(str, first["loc"])) or "file"

@@ -238,6 +238,10 @@ class Checkpoint:
             return self._directory_error(part, reason)
         if os.path.isfile(self.path):
             return self._error("it is a file", "give the directory with config.json, safetensors and a tokenizer")
+        if self.path.startswith(("/", ".", "~")) or self.path.count("/") > 1:  # no id of the hub
+            return self._error(
+                "there is no such directory", "correct the path, or give `demo` or the id of a hub model"
+            )
         return self._error(
             f"{part} cannot be read ({reason})",
             "give `demo`, a directory with safetensors, or the id of a hub model that this machine can reach",

@@ -411,3 +411,10 @@ def test_a_model_spread_over_devices_is_checked_too(folder: Path) -> None:
     rewrite(without_layer)(folder)
     with pytest.raises(UserError, match="lack 9 of the 21"):
         load(str(folder), device_map_auto=True)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/nowhere", "models/mine/nowhere"])
+def test_a_path_that_leads_nowhere_is_no_name_of_the_hub(name: str) -> None:
+    for look in (load, load_config):
+        with pytest.raises(UserError, match="there is no such directory"):
+            look(name)
