@@ -271,8 +271,8 @@ class BudgetPlan(FrozenModel):
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file"
             raise UserError(
-                f"cannot read plan {path}: {reason}; give the plan.json of a search (commands also take a name, such as "
-                "full or uniform:0.25)"
+                f"cannot read plan {path}: {reason}; give the plan.json of a search (commands also take a name: full, "
+                "uniform:0.25)"
             ) from None
         except ValidationError as error:
             first = error.errors()[0]
