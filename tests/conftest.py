@@ -17,7 +17,10 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it, and tests inherit that
+# What a shell in the background or nohup ignores, tests and what they start would ignore as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)  # no process that is started inherits a handler
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 _data = tempfile.TemporaryDirectory(prefix="baklava-data-")
 os.environ["BAKLAVA_DATA"] = _data.name

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -43,6 +43,14 @@ def test_other_arguments_are_refused(parse: Callable[[str], object], texts: list
             parse(text)
 
 
+@pytest.fixture
+def _default_hangup() -> Iterator[None]:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("_default_hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_sigterm_and_the_end_of_the_terminal_end_a_command_in_order_as_ctrl_c_does(number: int) -> None:
     ended = []
@@ -59,12 +67,10 @@ def test_sigterm_and_the_end_of_the_terminal_end_a_command_in_order_as_ctrl_c_do
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
+@pytest.mark.usefixtures("_default_hangup")
 def test_a_command_under_nohup_outlives_its_terminal() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert run_cli("baklava-search", lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert run_cli("baklava-search", lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
 
 
 def test_a_line_that_cannot_be_written_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
