@@ -289,23 +289,21 @@ def _group_heads(budget: LayerBudget, key_channels: tuple[str, ...] | None) -> l
     ]
 
 
-def can_decode_together(layers: Sequence[BudgetedLayer], states: Tensor) -> bool:
-    """Return whether `batched_attend` takes these layers of one plan, with keys like `states`."""
-    return all(layer.can_fuse(states) for layer in layers) or all(layer.can_batch for layer in layers)
-
-
-def batched_attend(
+def decode_together(
     layers: Sequence[BudgetedLayer], query: QueryStates, key: KVStates, value: KVStates, params: AttentionParams
-) -> QueryStates:
+) -> QueryStates | None:
     """Do what `BudgetedLayer.attend` does with one new token of each sequence, one row each.
 
-    See `can_decode_together`.
+    The layers are of one plan. Return None, and change nothing, if they cannot decode together.
     """
+    fuses = all(layer.can_fuse(key) for layer in layers)
+    if not fuses and not all(layer.can_batch for layer in layers):
+        return None
     lengths = [layer.cumulative_length for layer in layers]
     for layer in layers:
         layer.advance(1)
     queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
-    if all(layer.can_fuse(key) for layer in layers):
+    if fuses:
         own_groups, tables = [layer.groups for layer in layers], [layer.table for layer in layers]
         return merge_gqa_groups(fused_step(own_groups, tables, queries, key, value, lengths, params))
     positions = torch.tensor(lengths, device=key.device)[:, None]

@@ -20,7 +20,7 @@ from baklava.cache.attention import (
     split_gqa_groups,
 )
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.budgeted_layer import BudgetedLayer, batched_attend, can_decode_together
+from baklava.cache.budgeted_layer import BudgetedLayer, decode_together
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
@@ -49,8 +49,11 @@ class BatchedLayer(BudgetedLayerBase):
         for rows in self.batch.rows_by_plan:
             layers = [self.batch.caches[row].layers[self.index] for row in rows]
             budgeted = [layer for layer in layers if isinstance(layer, BudgetedLayer)]
-            if len(budgeted) == len(rows) and can_decode_together(budgeted, key):
-                output[rows] = batched_attend(budgeted, query[rows], key[rows], value[rows], params)
+            together = None
+            if len(budgeted) == len(rows):
+                together = decode_together(budgeted, query[rows], key[rows], value[rows], params)
+            if together is not None:
+                output[rows] = together
                 continue
             for row in rows:
                 own = slice(row, row + 1)

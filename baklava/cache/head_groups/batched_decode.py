@@ -12,9 +12,9 @@ from torch.nn.functional import pad
 from baklava.cache.attention import AttentionParams, AttentionProbs, CentroidEntries, GroupedQueries, masked_softmax
 from baklava.cache.head_groups.base import HeadGroup, NewTokens
 from baklava.cache.head_groups.centroids import Centroids
+from baklava.cache.head_groups.score_updates import scores_after_decoding
 from baklava.cache.head_groups.scored import ScoredHeadGroup
 from baklava.cache.storage import EMPTY, SegmentedStorage, SlotStorage
-from baklava.eviction import Observation
 
 MIN_LENGTH_RATIO = 0.7
 """In a batch of copies the shortest row has at least this share of the entries of the longest."""
@@ -228,20 +228,15 @@ def _attend(batch: _Batch, tokens: NewTokens, params: AttentionParams) -> Groupe
 
 
 def _update_scores(batch: _Batch, tokens: NewTokens, probs: AttentionProbs, params: AttentionParams) -> None:
-    # Methods that observe probabilities in decoding read no keys or values, so nothing is dequantized for them.
-    unread = probs.new_zeros(()).expand(*batch.scores.shape, tokens.key.shape[3])
-    observation = Observation(
-        query=tokens.query,
-        key=unread,
-        value=unread,
-        query_positions=tokens.positions,
-        key_positions=batch.positions,
-        previous_scores=batch.scores,
-        scaling=params.scaling,
-        compute_attention=lambda: probs,
-        decoding=True,
+    scores = scores_after_decoding(
+        batch.groups[0].eviction,
+        tokens.query,
+        probs,
+        tokens.positions,
+        batch.positions,
+        batch.scores,
+        params.scaling,
     )
-    scores = batch.groups[0].eviction.score(observation)
     if isinstance(batch.groups[0].shared, BatchedKV):
         batch.scores.copy_(scores)
         return

@@ -98,6 +98,35 @@ class AttentionInputs:
         return probs if self.centroids is None else probs[..., self.centroids.key.shape[2] :]
 
 
+def scores_after_decoding(
+    eviction: Eviction,
+    query: GroupedQueries,
+    probs: AttentionProbs,
+    query_positions: Int[Tensor, "#batch queries"],
+    key_positions: Positions,
+    scores: Float[Tensor, "batch heads entries"],
+    scaling: float,
+) -> Float[Tensor, "batch heads entries"]:
+    """Return the scores after one decoded token of each row, of a method that observes its attention.
+
+    Such methods read no keys or values then, so nothing is dequantized for them.
+    """
+    unread = probs.new_zeros(()).expand(*scores.shape, query.shape[4])
+    return eviction.score(
+        Observation(
+            query=query,
+            key=unread,
+            value=unread,
+            query_positions=query_positions,
+            key_positions=key_positions,
+            previous_scores=scores,
+            scaling=scaling,
+            compute_attention=lambda: probs,
+            decoding=True,
+        )
+    )
+
+
 def update_scores(
     inputs: AttentionInputs,
     sample: QuerySample,

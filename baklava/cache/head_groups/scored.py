@@ -9,10 +9,15 @@ from typing_extensions import override
 from baklava.cache.attention import AttentionParams, AttentionProbs, CentroidEntries, GroupedQueries, KVStates
 from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
 from baklava.cache.head_groups.centroids import PROMPT_KMEANS_ITERATIONS, Centroids, mean_attention
-from baklava.cache.head_groups.score_updates import AttentionInputs, ScoreAccumulator, update_scores
+from baklava.cache.head_groups.score_updates import (
+    AttentionInputs,
+    ScoreAccumulator,
+    scores_after_decoding,
+    update_scores,
+)
 from baklava.cache.storage import EMPTY
 from baklava.errors import UserError
-from baklava.eviction import Eviction, Observation, QuerySample
+from baklava.eviction import Eviction, QuerySample
 
 
 class ScoredHeadGroup(HeadGroup):
@@ -58,8 +63,7 @@ class ScoredHeadGroup(HeadGroup):
         else:
             output, probs = inputs.attend_with_probs(masked)
             self._accumulator().update(inputs.observation(slice(0, None), self.num_filled, probs))
-        evicts = self.tokens_since_eviction + tokens.num_tokens >= self.eviction.eviction_interval
-        if evicts and self.num_filled > self.num_retained and self.eviction.query_sample.window == 0:
+        if self.eviction.query_sample.window == 0 and self.is_about_to_evict(tokens.num_tokens):
             update_scores(inputs, self.eviction.query_sample, [self._accumulator()])
         self.maybe_evict(tokens.num_tokens)
         return output
@@ -70,31 +74,19 @@ class ScoredHeadGroup(HeadGroup):
         self.num_filled += 1
         return self.num_filled - 1
 
-    def observe_attention(self, probs: AttentionProbs, position: int) -> None:
-        """Update the scores by the attention of one decoded token; methods that observe it read no keys or values."""
+    def observe_attention(self, query: GroupedQueries, probs: AttentionProbs, position: int, scaling: float) -> None:
+        """Update the scores by the attention of one decoded token."""
         scores = self.scores[..., : self.num_filled]
-        unread = probs.new_zeros(()).expand(*scores.shape, self.head_dim)
-        observation = Observation(
-            query=unread[:, :, None, :1],
-            key=unread,
-            value=unread,
-            query_positions=torch.tensor([[position]]),
-            key_positions=self.cached_positions(),
-            previous_scores=scores,
-            scaling=1.0,
-            compute_attention=lambda: probs,
-            decoding=True,
-        )
-        scores.copy_(self.eviction.score(observation))
+        at = torch.tensor([[position]])
+        scores.copy_(scores_after_decoding(self.eviction, query, probs, at, self.cached_positions(), scores, scaling))
 
     def observe_entries(self, tokens: NewTokens, params: AttentionParams) -> None:
         """Update scores that depend on keys and values alone, before an eviction."""
         update_scores(self._inputs(tokens, params), self.eviction.query_sample, [self._accumulator()])
 
-    @property
-    def evicts_next(self) -> bool:
-        """Whether entries are evicted after the token that was stored last."""
-        is_due = self.tokens_since_eviction + 1 >= self.eviction.eviction_interval
+    def is_about_to_evict(self, num_new: int = 1) -> bool:
+        """Return whether `maybe_evict` would evict entries after these tokens, which are stored already."""
+        is_due = self.tokens_since_eviction + num_new >= self.eviction.eviction_interval
         return is_due and self.num_filled > self.num_retained
 
     def maybe_evict(self, num_new: int = 1) -> None:

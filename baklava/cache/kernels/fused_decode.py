@@ -290,8 +290,9 @@ def _score_and_evict(
 ) -> None:
     """Update the scores that the kernel does not update, and evict if it is time."""
     if probs is not None:
-        group.observe_attention(probs[:, group.index, :, None, : group.num_filled], position)
-    elif group.eviction.query_sample.window == 0 and group.evicts_next:
+        query, own = rotated[0][:, group.index, :, None], probs[:, group.index, :, None, : group.num_filled]
+        group.observe_attention(query, own, position, params.scaling)
+    elif group.eviction.query_sample.window == 0 and group.is_about_to_evict():
         query, key, value = (part[:, group.index] for part in rotated)
         at = torch.tensor([[position]])
         tokens = NewTokens(
