@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from pathlib import Path
@@ -48,9 +49,14 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path) -> Iterator[str]:
     """Every module that a file names in an import, wherever in the file; `from a import b` gives a and a.b."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -153,7 +159,7 @@ def test_no_script_has_the_name_of_a_stdlib_module() -> None:
 
 def unsafe(path: Path) -> Iterator[str]:
     """Whatever would run code out of a file that was only to be read."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         match node:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch" | "joblib"), attr="load")):
                 yield f"{path.name}:{node.lineno} load"

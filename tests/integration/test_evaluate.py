@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from search_process import make_model
 
 from baklava.evaluation.bootstrap import bootstrap_mean
 
@@ -32,11 +33,11 @@ def window_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     cut = [
-        {"name": d.name, "ids": tokenizer(d.text, add_special_tokens=False, verbose=False)["input_ids"][:640]}
+        {"name": d.name, "ids": tokenizer(d.text, add_special_tokens=False, verbose=False)["input_ids"][:384]}
         for d in load_documents(["ifcraft"])[:2]
     ]
     path = tmp_path_factory.mktemp("windows") / "windows.json"
-    path.write_text(json.dumps({"context": 512, "continuation": 128, "windows": cut}))
+    path.write_text(json.dumps({"context": 320, "continuation": 64, "windows": cut}))
     return path
 
 
@@ -44,7 +45,18 @@ def window_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_command_compares_plans_on_a_window_file(tmp_path: Path, window_file: Path) -> None:
     out = tmp_path / "scores.json"
     plans = ["--plan", "full", "--plan", "uniform:0.3", "--plan", "uniform+heavy_hitter:0.3"]
-    tasks = ["--tasks", "needle", "few_shot", "--prompts", "1", "--no-speed", "--out", str(tmp_path / "run")]
+    tasks = [
+        "--tasks",
+        "needle",
+        "few_shot",
+        "--prompts",
+        "1",
+        "--no-speed",
+        "--replicas",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     done = evaluate(*plans, "--windows", str(window_file), "--json", str(out), *tasks)
     assert "uniform+heavy_hitter:0.3 keeps 30.0% of the bytes" in done.stdout
     assert (tmp_path / "run" / "scores.json").read_text() == out.read_text()
@@ -78,22 +90,27 @@ def check_report(report: Path) -> None:
         assert done.stdout.count("<svg") == 2
 
 
-@pytest.mark.demo
 def test_a_usage_error_is_one_sentence_and_exit_code_2(
-    tmp_path: Path, window_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    model = make_model(tmp_path / "model")
+    window = {"context": 24, "continuation": 8, "windows": [{"name": "w", "ids": [*range(2, 34)]}]}
+    (tmp_path / "windows.json").write_text(json.dumps(window))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "plan.json").write_text("{}")
     (tmp_path / "short.txt").write_text("A few words.")
-    windows = ["--windows", str(window_file)]
+    windows = ["--model", str(model), "--windows", str(tmp_path / "windows.json")]
     cases = [
-        (["--plan", "full", "--model", str(tmp_path / "nothing"), *windows], "cannot load model"),
+        (["--plan", "full", *windows, "--model", str(tmp_path / "nothing")], "cannot load model"),
         (["--plan", "pagoda:0.3", *windows], "choose one of uniform, baklava"),
         (["--plan", "uniform+h2o:0.3", *windows], "choose one of streaming_llm, heavy_hitter"),
         (["--plan", "uniform", *windows], "write uniform:0.3"),
         (["--plan", "uniform:much", *windows], "is not a number"),
         (["--plan", str(tmp_path / "plan.json"), *windows], "is not a valid plan"),
-        (["--plan", "full", "--texts", str(tmp_path / "short.txt")], "a window needs 3072 of context"),
+        (
+            ["--plan", "full", "--model", str(model), "--texts", str(tmp_path / "short.txt")],
+            "a window needs 3072 of context",
+        ),
         (["--plan", "full", "--plan", "full", *windows], "is given twice"),
         (["--plan", "full", "--tasks", "qa", *windows], "choose from passkey"),
         (["--plan", "full", "--tasks", "all", "needle", *windows], "needle is given twice"),
@@ -105,10 +122,11 @@ def test_a_usage_error_is_one_sentence_and_exit_code_2(
         (["--resume", str(tmp_path)], "has no valid evaluation.json"),
         (["--resume", str(tmp_path), "--plan", "full"], "takes its settings from"),
         ([*windows], "no plan is given"),
+        (["--plan", "full", "--json", "/nowhere/at/all.json"], "give a file in a folder that exists"),
     ]
     for arguments, said in cases:
         monkeypatch.chdir(tmp_path / "elsewhere")
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--json", str(tmp_path / "out.json")])
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--json", str(tmp_path / "out.json"), *arguments])
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(ROOT / "jobs" / "evaluate.py"), run_name="__main__")
         last = capsys.readouterr().err.strip().splitlines()[-1]
@@ -119,9 +137,9 @@ def test_a_usage_error_is_one_sentence_and_exit_code_2(
     assert not (Path.cwd() / "runs").exists()
 
 
-@pytest.mark.demo
-def test_the_script_itself_ends_without_a_traceback(tmp_path: Path) -> None:
-    done = evaluate("--plan", "full", "--model", str(tmp_path / "nothing"), code=2)
+def test_the_script_itself_ends_without_a_traceback() -> None:
+    done = evaluate("--plan", "full", "--json", "/nowhere/at/all.json", code=2)
+    assert "give a file in a folder that exists" in done.stderr
     assert "Traceback" not in done.stderr
 
 

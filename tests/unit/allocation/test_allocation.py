@@ -54,7 +54,7 @@ drawn = given(
     context=st.integers(1000, 5000),
     seed=st.integers(0, 9),
 )
-few = settings(max_examples=25)
+few = settings(max_examples=10)
 
 
 @pytest.mark.parametrize("name", EVERY)
