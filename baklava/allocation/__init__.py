@@ -1,4 +1,4 @@
-"""Allocation: where the bytes go. `METHODS` maps names to classes of `methods/`; `allocate` makes the plan."""
+"""Allocation: where the bytes go. `METHODS` maps names to classes; `allocate` makes the plan."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,16 +14,11 @@ from baklava.allocation.base import (
     distribute_proportionally,
     round_to_steps,
 )
-from baklava.allocation.methods.adakv import AdaKV
-from baklava.allocation.methods.baklava import Baklava
-from baklava.allocation.methods.blended import Blended
-from baklava.allocation.methods.duo_attention import DuoAttention
-from baklava.allocation.methods.greedy import Greedy
-from baklava.allocation.methods.pyramidkv import PyramidKV
-from baklava.allocation.methods.squeeze_attention import SqueezeAttention
-from baklava.allocation.methods.threshold_counts import HeavyHitterCounts, ReconstructionCounts
-from baklava.allocation.methods.uniform import Uniform
+from baklava.allocation.greedy import Greedy
+from baklava.allocation.importance import Baklava, Blended
+from baklava.allocation.layerwise import PyramidKV, SqueezeAttention, Uniform
 from baklava.allocation.perturbed import Perturbed, shuffled
+from baklava.allocation.score_thresholds import AdaKV, DuoAttention, HeavyHitterCounts, ReconstructionCounts
 from baklava.errors import UserError
 from baklava.eviction import Eviction
 from baklava.plan.budget_plan import AllocationConfig, BudgetPlan, EvictionConfig, LayerBudget, Provenance

@@ -1,18 +1,12 @@
-"""Eviction: which entries of a KV head stay. One method per file; `METHODS` maps names to classes."""
+"""Eviction: which entries of a KV head stay. `METHODS` maps names to classes."""
 
 from functools import lru_cache
 from typing import Any
 
 from baklava.errors import UserError
+from baklava.eviction.attention_based import TOVA, ExpectedAttention, HeavyHitter, KVzip, SnapKV
+from baklava.eviction.attention_free import KeyDiff, KeyNorm, StreamingLLM
 from baklava.eviction.base import SHARED_PARAMS, Eviction, Observation, QuerySample
-from baklava.eviction.expected_attention import ExpectedAttention
-from baklava.eviction.heavy_hitter import HeavyHitter
-from baklava.eviction.key_norm import KeyNorm
-from baklava.eviction.keydiff import KeyDiff
-from baklava.eviction.kvzip import KVzip
-from baklava.eviction.snapkv import SnapKV
-from baklava.eviction.streaming_llm import StreamingLLM
-from baklava.eviction.tova import TOVA
 from baklava.plan.budget_plan import EvictionConfig
 
 _METHODS = (StreamingLLM, HeavyHitter, TOVA, SnapKV, KeyNorm, KeyDiff, ExpectedAttention, KVzip)

@@ -36,8 +36,8 @@ from baklava.allocation import (
     shuffled,
 )
 from baklava.allocation.base import bytes_per_head
-from baklava.allocation.loss_table import LossTable, greedy_bytes
-from baklava.allocation.methods.squeeze_attention import lowest_cluster
+from baklava.allocation.greedy import LossTable, greedy_bytes
+from baklava.allocation.layerwise import lowest_cluster
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan

@@ -1,22 +1,71 @@
-"""Blended: a weighted product of everything that a profile measures of a head."""
+"""Allocation by importance: entries in proportion to what a profile measures of a head.
 
+- `Baklava`: head and layer importance, which are those of BaKlaVa (arXiv 2502.13176).
+- `Blended`: a product of importance, score counts and counts from the loss curves.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
+from jaxtyping import Float
 from typing_extensions import override
 
 from baklava.allocation.base import (
     Allocation,
     AllocationResult,
+    HeadGrid,
     Limits,
     bytes_per_head,
     distribute_proportionally,
     scale_to_budget,
 )
-from baklava.allocation.loss_table import HeadBytes, LossTable, curve_counts
-from baklava.allocation.profile_measures import head_importance, layer_importance, mean_counts
-from baklava.profiling.profile import LossMeasure, Profile
+from baklava.allocation.greedy import HeadBytes, LossTable, curve_counts
+from baklava.allocation.score_thresholds import mean_counts
+from baklava.errors import UserError
+from baklava.profiling.profile import ImportanceSource, LossMeasure, Profile
+
+REDUCTIONS: dict[str, Callable[..., np.ndarray]] = {"mean": np.mean, "max": np.max, "sum": np.sum}
+"""How the query group of a KV head is reduced."""
+
+
+@dataclass(frozen=True)
+class Baklava(Allocation):
+    """Entries ∝ importance^p × layer importance^q (our reading of BaKlaVa, arXiv 2502.13176).
+
+    Attributes:
+        importance_power: p, the contrast between heads; 0 makes them equal.
+        layer_power: q, the contrast between layers; 0 makes them equal.
+        floor: minimum of a head, relative to the uniform share.
+        cap: maximum of a head, relative to the context.
+        source: the head input that importance compares with the head's output.
+        reduction: how the query group is reduced.
+    """
+
+    name: ClassVar[str] = "baklava"
+
+    importance_power: float = 2.0
+    layer_power: float = 0.0
+    floor: float = 0.1
+    cap: float = 1.0
+    source: ImportanceSource = "value"
+    reduction: Literal["mean", "max", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        self.require(
+            self.reduction in REDUCTIONS and 0 <= self.floor <= 1 and 0 < self.cap <= 1,
+            f"reduction must be one of {', '.join(REDUCTIONS)}, floor within [0, 1], cap within (0, 1]",
+        )
+        self.require_bounded_powers(self.importance_power, self.layer_power)
+
+    @override
+    def allocate(self, profile: Profile, limits: Limits) -> AllocationResult:
+        heads = head_importance(profile, self.source, self.reduction) ** self.importance_power
+        weights = heads * layer_importance(profile) ** self.layer_power
+        lower, upper = limits.bounds(self.floor, self.cap)
+        entries = distribute_proportionally(weights, float(limits.total_entries), lower, upper)
+        return AllocationResult.with_bits(entries, limits.bits)
 
 
 @dataclass(frozen=True)
@@ -94,3 +143,24 @@ def _best_or_fallback(table: LossTable, head_bytes: HeadBytes, fallback: Allocat
         np.where(fits_none, fallback.key_bits, best.key_bits),
         np.where(fits_none, fallback.value_bits, best.value_bits),
     )
+
+
+def head_importance(profile: Profile, source: ImportanceSource = "value", reduction: str = "mean") -> HeadGrid:
+    """Return the importance of each budgeted KV head, at least 0.
+
+    Raises:
+        UserError: the profile lacks this source.
+    """
+    if source not in profile.importance:
+        raise UserError(
+            f"the profile of {profile.model.id} has no source {source!r}; choose one of {', '.join(profile.importance)}"
+        )
+    geometry = profile.geometry
+    importance = np.array(profile.importance[source])[list(geometry.full_attention_layers)]
+    grouped = importance.reshape(-1, geometry.kv_heads, geometry.query_group)
+    return np.maximum(REDUCTIONS[reduction](grouped, axis=2), 0)
+
+
+def layer_importance(profile: Profile) -> Float[np.ndarray, "layers 1"]:
+    """Return the importance of each budgeted layer, above 0, since powers of it may be negative."""
+    return np.maximum(np.array(profile.layer_importance)[list(profile.geometry.full_attention_layers)], 1e-6)[:, None]

@@ -1,1 +1,0 @@
-"""Allocation methods, one per file."""

@@ -1,0 +1,227 @@
+"""Eviction by attention: the entries that queries attend to stay.
+
+- `HeavyHitter`: the most attention from all queries so far (H2O).
+- `TOVA`: from the newest query.
+- `SnapKV`: from the last queries of the prompt.
+- `ExpectedAttention`: from the queries that are expected to follow.
+- `KVzip`: from the queries with which the model repeats the prompt.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from baklava.eviction.base import Eviction, Observation, QuerySample
+
+
+@dataclass(frozen=True)
+class HeavyHitter(Eviction):
+    """Keep the entries with the highest mean attention from the queries that saw them (H2O, arXiv 2306.14048).
+
+    The mean is a running one, so decoding continues from the prompt. The defaults were the best in our measurements
+    (docs/lab-notes.md). H2O itself is reduction "mean", power 1, distance 0.
+
+    Attributes:
+        reduction: how the query group of a KV head is reduced.
+        power: 1 ranks by the mean attention, 2 by the mean square.
+        distance: only queries at least this many tokens after an entry count, since near tokens always attend to each
+            other.
+        stride: of a prompt, only every `stride`-th query is observed.
+
+    Cost: the attention probabilities of every `stride`-th query of a prompt; in decoding, a pass over the scores per
+    token.
+    """
+
+    name: ClassVar[str] = "heavy_hitter"
+
+    reduction: Literal["mean", "max"] = "max"
+    power: Literal[1, 2] = 2
+    distance: int = 32
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            self.reduction in ("mean", "max") and self.power in (1, 2) and self.distance >= 0 and self.stride >= 1,
+            "reduction must be mean or max, power 1 or 2, distance at least 0, stride at least 1",
+        )
+
+    @override
+    @property
+    def query_sample(self) -> QuerySample:
+        return QuerySample(stride=self.stride)
+
+    @override
+    @property
+    def attention_power(self) -> float:
+        return self.power
+
+    @override
+    def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
+        attention = observation.reduce_group(self.reduction).float()  # the square of 1/5000 is 0 in float16
+        if self.power == 2:
+            attention = attention.square()
+        if self.distance:
+            distances = observation.query_positions[:, None, :, None] - observation.key_positions[:, :, None, :]
+            attention = torch.where(distances >= self.distance, attention, 0)
+        before = self._num_queries(observation.first_query_position - observation.stride, observation)
+        after = self._num_queries(observation.last_query_position, observation)
+        return (observation.previous_scores * before + attention.sum(2)) / after.clamp(min=1)
+
+    def _num_queries(self, last: Tensor, observation: Observation) -> Tensor:
+        """Return how many of the queries up to position `last` count for each entry."""
+        since = last - observation.key_positions
+        if self.distance:
+            since = since - self.distance
+        if observation.stride > 1:
+            since = since.div(observation.stride, rounding_mode="floor")
+        return (since + 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class TOVA(Eviction):
+    """Keep the entries that the newest query attends to most (TOVA, arXiv 2401.06104).
+
+    `reduction` reduces the query group. The paper averages over all heads of a layer; here each KV head decides for
+    itself. In decoding, the newest token's attention replaces the scores.
+
+    Cost: the attention probabilities of one query per prompt.
+    """
+
+    name: ClassVar[str] = "tova"
+
+    reduction: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.reduction in ("mean", "max"), "reduction must be mean or max")
+
+    @override
+    @property
+    def query_sample(self) -> QuerySample:
+        return QuerySample(window=1)
+
+    @override
+    def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
+        return observation.reduce_group(self.reduction)[:, :, -1]
+
+
+@dataclass(frozen=True)
+class SnapKV(Eviction):
+    """Keep the entries that an observation window of the newest queries attends to most (SnapKV, arXiv 2404.14469).
+
+    The weight of a query falls exponentially over about `window` tokens. Decoding continues the average token by token
+    without storing queries; the paper's window has a hard edge. `reduction` reduces the query group; `pooling` keeps
+    the neighbours of attended entries.
+
+    Cost: the attention probabilities of the last 4 x `window` queries of a prompt.
+    """
+
+    name: ClassVar[str] = "snapkv"
+
+    pooling: int = 5
+    window: int = 16
+    reduction: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_valid = self.window >= 1 and self.reduction in ("mean", "max")
+        self.require(is_valid, "window must be at least 1, reduction mean or max")
+
+    @override
+    @property
+    def query_sample(self) -> QuerySample:
+        return QuerySample(window=4 * self.window)
+
+    @override
+    def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
+        attention = observation.reduce_group(self.reduction)
+        return exponential_moving_average(observation.previous_scores, attention, self.window)
+
+
+def exponential_moving_average(
+    previous: Float[Tensor, "batch heads entries"], values: Float[Tensor, "batch heads queries entries"], window: int
+) -> Float[Tensor, "batch heads entries"]:
+    """Return the average over queries, weighted by (1 - 1/window)^age and continued from `previous`."""
+    decay, queries = 1 - 1 / window, values.shape[2]
+    ages = torch.arange(queries - 1, -1, -1, device=values.device, dtype=torch.float32)
+    weights = torch.full_like(ages, decay).pow(ages) / window
+    return previous * decay**queries + (values.float() * weights[:, None]).sum(2)
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(Eviction):
+    """Keep the entries with the largest product of expected attention and value norm (arXiv 2510.00636).
+
+    Future queries are modelled as normal, with the mean and covariance of the prompt's last `window` queries. The paper
+    rotates that mean to the future positions. Here queries keep their positions, so that no model's RoPE needs to be
+    known; softcaps and sink logits are ignored. In decoding, the attention received replaces the expected one, averaged
+    over about `window` tokens.
+
+    Cost: two products of the keys with a head_dim² matrix per prompt; no attention probabilities of a prompt.
+    """
+
+    name: ClassVar[str] = "expected_attention"
+
+    window: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.window >= 2, "window must be at least 2")
+
+    @override
+    @property
+    def query_sample(self) -> QuerySample:
+        return QuerySample(window=self.window, single_block=True)
+
+    @override
+    def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
+        value_norm = observation.value.float().norm(dim=-1)
+        if observation.decoding:
+            received = observation.reduce_group("mean") * value_norm[:, :, None]
+            return exponential_moving_average(observation.previous_scores, received, self.window)
+        # mean over the query group of softmax(E[logit] + Var[logit] / 2)
+        mean, covariance = _query_moments(observation)
+        key = observation.key.float()[:, :, None]
+        logits = (key @ mean[..., None])[..., 0] * observation.scaling
+        logits += ((key @ covariance) * key).sum(-1) * (observation.scaling**2 / 2)
+        is_padding = (observation.key_positions < 0)[:, :, None]
+        expected = logits.masked_fill(is_padding, -torch.inf).softmax(-1).nan_to_num().mean(2)
+        return expected * value_norm
+
+
+def _query_moments(observation: Observation) -> tuple[Tensor, Tensor]:
+    """Return the mean [.., head_dim] and covariance [.., head_dim, head_dim] of each query head's real queries."""
+    is_real = (observation.query_positions >= 0)[:, None, None, :, None]
+    query = observation.query.float() * is_real
+    count = is_real.sum(3).clamp(min=1)
+    mean = query.sum(3) / count
+    centred = (query - mean[..., None, :]) * is_real
+    return mean, centred.transpose(3, 4) @ centred / count[..., None]
+
+
+@dataclass(frozen=True)
+class KVzip(Eviction):
+    """Keep the entries with the largest attention from any query while the model repeats the prompt (2505.23416).
+
+    The score is the maximum over the repeating queries and the query group. In decoding, and in later turns, the
+    attention received raises it.
+
+    Cost: about one more prefill, over the full cache, which stays in memory until it is compressed; see
+    `baklava.runtime.prefill`.
+    """
+
+    name: ClassVar[str] = "kvzip"
+
+    @override
+    @property
+    def query_sample(self) -> QuerySample:
+        return QuerySample(uses_repetition=True)
+
+    @override
+    def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
+        return torch.maximum(observation.previous_scores, observation.reduce_group("max").amax(2))
