@@ -25,7 +25,6 @@ FORBIDDEN = {
 # what one module may import nevertheless, inside its functions only, so that importing the library stays light
 LAZY_IMPORTS = {
     "baklava.plan.registry": {"mlflow"},  # plans at models:/NAME@ALIAS, for the server and the evaluation alike
-    "baklava.plan.tracking_errors": {"mlflow"},  # why they cannot be had
     "baklava.runtime.ray_session": {"ray"},  # one way to connect to a cluster, for the search and the server alike
 }
 

@@ -22,8 +22,7 @@ from baklava.allocation.score_thresholds import AdaKV, DuoAttention, HeavyHitter
 from baklava.errors import UserError
 from baklava.eviction import Eviction
 from baklava.plan.budget_plan import AllocationConfig, BudgetPlan, EvictionConfig, LayerBudget, Provenance
-from baklava.plan.byte_accounting import FULL_BITS, full_cache_bytes, sliding_window_bytes
-from baklava.plan.geometry import CacheGeometry
+from baklava.plan.geometry import FULL_BITS, CacheGeometry, full_cache_bytes, sliding_window_bytes
 from baklava.profiling.profile import Profile
 
 _METHODS: tuple[type[Allocation], ...] = (

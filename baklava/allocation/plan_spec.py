@@ -12,7 +12,7 @@ from baklava.allocation import Allocation, BitPair
 from baklava.errors import UserError
 from baklava.eviction import Eviction, StreamingLLM
 from baklava.plan.budget_plan import Bits, BudgetPlan, ParamValue, full_cache_plan
-from baklava.plan.byte_accounting import MIXED_PRECISION_BELOW_BITS
+from baklava.plan.geometry import MIXED_PRECISION_BELOW_BITS
 from baklava.profiling.profile import Profile, uniform_profile
 from baklava.runtime.model_loader import LoadedModel
 

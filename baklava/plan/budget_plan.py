@@ -10,15 +10,16 @@ from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_valid
 from pydantic_core import PydanticCustomError
 
 from baklava.errors import UserError
-from baklava.plan.byte_accounting import (
+from baklava.plan.geometry import (
     FULL_BITS,
+    CacheGeometry,
     DenseBits,
+    ModelIdentity,
     bit_split,
     full_cache_bytes,
     sliding_window_bytes,
     tensor_bytes,
 )
-from baklava.plan.geometry import CacheGeometry, ModelIdentity
 from baklava.serialization import FrozenModel, atomic_write_text
 
 SCHEMA_VERSION: Final = 2

@@ -17,10 +17,17 @@ from baklava.data.windows import Window
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, KVzip
 from baklava.paths import cache_dir, write_to_cache
-from baklava.plan.byte_accounting import supports_mixed_precision
+from baklava.plan.geometry import supports_mixed_precision
 from baklava.profiling.cosine_importance import CosineImportance
-from baklava.profiling.loss_curves import CurveGrid, LossGrid, channel_sizes, curve_capacities, layer_losses
-from baklava.profiling.output_gradients import LayerTrace, trace_layers
+from baklava.profiling.loss_curves import (
+    CurveGrid,
+    LayerTrace,
+    LossGrid,
+    channel_sizes,
+    curve_capacities,
+    layer_losses,
+    trace_layers,
+)
 from baklava.profiling.profile import LossCurves, LossMeasure, Profile, Ranking, RankingName
 from baklava.profiling.source_digest import source_digest
 from baklava.runtime.context_reconstruction import can_repeat, repeat_prompt

@@ -10,8 +10,8 @@ from statistics import fmean
 from typing import Any, Literal
 
 from baklava.data.windows import Window
-from baklava.evaluation.bootstrap import Interval, bootstrap_mean, bootstrap_ratio
-from baklava.evaluation.speed.timing import machine_info
+from baklava.evaluation.intervals import Interval, bootstrap_mean, bootstrap_ratio
+from baklava.evaluation.speed import machine_info
 from benchmarks.fidelity.inputs import MethodPlans
 from benchmarks.fidelity.methods import BASELINE, CONTROL_METHODS, SEARCHED
 from benchmarks.fidelity.run import StudyResult

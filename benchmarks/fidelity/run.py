@@ -10,7 +10,7 @@ from baklava.allocation.plan_spec import resolve_plan
 from baklava.console import log, progress_bar
 from baklava.data.windows import Window
 from baklava.errors import UserError
-from baklava.evaluation.formatting import pluralize
+from baklava.evaluation.intervals import pluralize
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile

@@ -13,8 +13,14 @@ from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.budgeted_layer import BudgetedLayer
 from baklava.console import progress_bar
 from baklava.errors import UserError
-from baklava.evaluation.speed.timing import machine_info, time_interleaved
-from baklava.evaluation.speed.workloads import BASELINE, WARMUP_STEPS, fill_cache, make_decode_step
+from baklava.evaluation.speed import (
+    BASELINE,
+    WARMUP_STEPS,
+    fill_cache,
+    machine_info,
+    make_decode_step,
+    time_interleaved,
+)
 from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import AllocationConfig, Bits, BudgetPlan, LayerBudget, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel

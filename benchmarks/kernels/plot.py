@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from baklava.evaluation.speed.workloads import BASELINE
+from baklava.evaluation.speed import BASELINE
 from benchmarks.kernels.decode import NO_CACHE
 
 PLOTTED_COLUMNS = {

@@ -5,9 +5,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from baklava.console import log, progress_bar
-from baklava.evaluation.speed.peak_memory import WARMUP_TOKENS, prefill_peak_over_floor
-from baklava.evaluation.speed.timing import machine_info, time_interleaved
-from baklava.evaluation.speed.workloads import BASELINE, baseline_prefill, random_prompt
+from baklava.evaluation.speed import (
+    BASELINE,
+    WARMUP_TOKENS,
+    baseline_prefill,
+    machine_info,
+    prefill_peak_over_floor,
+    random_prompt,
+    time_interleaved,
+)
 from baklava.eviction import METHODS, HeavyHitter, KVzip, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, PrefillConfig
 from baklava.runtime.context_reconstruction import REPEAT_OVERHEAD_TOKENS

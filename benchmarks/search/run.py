@@ -8,8 +8,8 @@ from typing import Any
 
 from baklava.console import log
 from baklava.errors import UserError
-from baklava.evaluation.formatting import pluralize
-from baklava.evaluation.speed.timing import machine_info
+from baklava.evaluation.intervals import pluralize
+from baklava.evaluation.speed import machine_info
 from benchmarks.search.baseline import compare_with_baseline
 from benchmarks.search.config import SearchBenchmarkConfig
 from benchmarks.search.scaling import measure_dispatch, measure_scaling

@@ -7,7 +7,7 @@ from typing import Any
 
 from baklava.console import log
 from baklava.errors import UserError
-from baklava.evaluation.speed.timing import machine_info
+from baklava.evaluation.speed import machine_info
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel, load
 from benchmarks.serve.config import ServeBenchmarkConfig

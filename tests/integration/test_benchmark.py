@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from baklava.errors import UserError
-from baklava.evaluation.speed.timing import Timing, time_interleaved
-from baklava.evaluation.speed.workloads import BASELINE
+from baklava.evaluation.speed import BASELINE, Timing, time_interleaved
 from baklava.eviction import METHODS, HeavyHitter, StreamingLLM
 from baklava.runtime.model_loader import LoadedModel
 from benchmarks.cli import main

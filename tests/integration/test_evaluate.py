@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from search_process import make_model
 
-from baklava.evaluation.bootstrap import bootstrap_mean
+from baklava.evaluation.intervals import bootstrap_mean
 
 ROOT = Path(__file__).parents[2]
 

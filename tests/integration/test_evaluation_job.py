@@ -13,8 +13,8 @@ from search_process import WORDS, make_model
 
 from baklava.allocation.plan_spec import ResolvedPlan
 from baklava.errors import UserError
-from baklava.evaluation.speed.latency import Speed
-from baklava.evaluation.summary import summarize
+from baklava.evaluation.results import summarize
+from baklava.evaluation.speed import Speed
 from baklava.paths import tracking_uri
 from baklava.plan.budget_plan import Provenance
 from baklava.runtime.model_loader import LoadedModel

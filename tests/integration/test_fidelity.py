@@ -12,7 +12,7 @@ from baklava.allocation.plan_spec import resolve_plan
 from baklava.data.documents import load_documents
 from baklava.data.windows import Window, make_splits
 from baklava.errors import UserError
-from baklava.evaluation.bootstrap import bootstrap_mean, bootstrap_ratio
+from baklava.evaluation.intervals import bootstrap_mean, bootstrap_ratio
 from baklava.evaluation.window_scoring import score_plan
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.profiling.profile import uniform_profile

@@ -113,7 +113,7 @@ def _run(options: dict[str, Any]) -> "EvaluationResult":
 
 
 def _print_result(result: "EvaluationResult") -> None:
-    from baklava.evaluation.summary import summarize
+    from baklava.evaluation.results import summarize
     from tuning.evaluation.report import format_tables
 
     print("\n" + format_tables(result.evaluations))

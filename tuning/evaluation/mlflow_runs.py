@@ -9,7 +9,7 @@ from mlflow.entities import Metric, Param
 from baklava.console import log
 from baklava.errors import UserError
 from baklava.evaluation.results import WINDOW_METRICS, Evaluation
-from baklava.plan.tracking_errors import error_summary
+from baklava.plan.registry import error_summary
 from baklava.serialization import atomic_write_text
 from tuning.evaluation.run_dir import EvaluationDir, EvaluationRecord
 from tuning.tracking.client import PARENT_TAG, TRACKING_ERRORS, connect, now_ms, source_tags

@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from baklava.evaluation.formatting import (
+from baklava.evaluation.intervals import (
     format_bounds,
     format_interval,
     format_mebibytes,
     format_perplexity_change,
     pluralize,
 )
-from baklava.evaluation.results import Evaluation, TaskScore
-from baklava.evaluation.summary import summarize
+from baklava.evaluation.results import Evaluation, TaskScore, summarize
 from tuning.evaluation.run_dir import EvaluationSettings
 from tuning.reporting.html import commands_html, definitions_html, fill_template, write_page
 from tuning.reporting.svg import circle, hline, line, linear_scale, linear_ticks, log_scale, svg, text, vline

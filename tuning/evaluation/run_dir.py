@@ -12,7 +12,7 @@ from baklava.allocation.plan_spec import ResolvedPlan
 from baklava.data.windows import Window, read_windows, write_windows
 from baklava.errors import UserError, first_duplicate
 from baklava.evaluation.evaluator import PromptResult, WindowResult
-from baklava.evaluation.speed.latency import Speed
+from baklava.evaluation.speed import Speed
 from baklava.evaluation.tasks import TASKS, Prompt
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel

@@ -7,7 +7,7 @@ from typing import Any
 
 from baklava.console import log, progress_bar
 from baklava.evaluation.results import Evaluation, aggregate_results
-from baklava.evaluation.speed.latency import Speed, measure_speeds
+from baklava.evaluation.speed import Speed, measure_speeds
 from baklava.runtime.model_loader import LoadedModel, load, load_config
 from tuning.evaluation.inputs import prepare_inputs
 from tuning.evaluation.mlflow_runs import log_evaluation

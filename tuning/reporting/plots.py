@@ -10,8 +10,7 @@ from html import escape
 from itertools import accumulate
 from typing import Any
 
-from baklava.evaluation.bootstrap import Interval
-from baklava.evaluation.formatting import format_share
+from baklava.evaluation.intervals import Interval, format_share
 from tuning.reporting.svg import (
     Scale,
     circle,

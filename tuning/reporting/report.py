@@ -5,8 +5,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from baklava.evaluation.formatting import format_share, pluralize
 from baklava.evaluation.heat_map import plot_heat_map
+from baklava.evaluation.intervals import format_share, pluralize
 from tuning.reporting.html import commands_html, definitions_html, figures_html, fill_template, write_page
 from tuning.reporting.plots import (
     plot_baselines,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from baklava.console import reject_settings_on_resume, replica_count, run_cli
-from baklava.evaluation.formatting import format_share
+from baklava.evaluation.intervals import format_share
 from tuning import configure_environment
 from tuning.study.journal import check_json_file, new_run_dir
 from tuning.study.objective import Objective

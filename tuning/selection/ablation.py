@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from baklava.allocation import Greedy, shuffled
-from baklava.evaluation.bootstrap import Interval
-from baklava.evaluation.formatting import format_interval
+from baklava.evaluation.intervals import Interval, format_interval
 from tuning.selection.validation import Candidate, ValidatedPlan, ValidationResult, log_kl_ratio, validate
 from tuning.study.search_space import SearchTask
 from tuning.workers.cluster import WorkerGroup

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baklava.errors import UserError
-from baklava.evaluation.formatting import format_share
+from baklava.evaluation.intervals import format_share
 from baklava.plan.budget_plan import BudgetPlan
 from tuning.selection.ablation import format_ratio
 from tuning.selection.validation import Candidate, ValidatedPlan, byte_ratio, log_kl_ratio, validate

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from baklava.evaluation.formatting import nan_to_null
+from baklava.evaluation.intervals import nan_to_null
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.serialization import FrozenModel, atomic_write_text
 from tuning.selection.ablation import Ablation, format_ratio

@@ -7,7 +7,7 @@ from typing import Any
 
 from baklava.console import log
 from baklava.errors import UserError
-from baklava.evaluation.bootstrap import Interval, bootstrap_mean
+from baklava.evaluation.intervals import Interval, bootstrap_mean
 from baklava.plan.budget_plan import BudgetPlan
 from tuning.optimizers.baselines import baseline_methods
 from tuning.optimizers.pareto import knee, nearest, non_dominated, subsample

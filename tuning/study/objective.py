@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from baklava.evaluation.formatting import format_share
+from baklava.evaluation.intervals import format_share
 from baklava.serialization import FrozenModel
 
 Objective = Literal["kl", "ppl"]

@@ -9,8 +9,7 @@ from baklava.allocation import Allocation, BitPair, Blended, Greedy, Perturbed, 
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, head_bytes
-from baklava.plan.byte_accounting import FULL_BITS, full_cache_bytes, sliding_window_bytes
-from baklava.plan.geometry import CacheGeometry
+from baklava.plan.geometry import FULL_BITS, CacheGeometry, full_cache_bytes, sliding_window_bytes
 from baklava.profiling.profile import Profile
 from tuning.study.objective import Goal
 from tuning.study.settings import ALL_BITS, CENTROID_CHOICES, BitsName

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from baklava.console import log
 from baklava.errors import UserError
 from baklava.paths import check_data_dir, check_temp_dir, data_dir, reason_of, tracking_uri
-from baklava.plan.tracking_errors import (
+from baklava.plan.registry import (
     LOG_LEVELS,
     error_summary,
     explain_tracking_error,

@@ -13,8 +13,7 @@ from mlflow.entities import DatasetInput, Metric, Param
 from baklava.console import log
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.plan.registry import download_plan
-from baklava.plan.tracking_errors import error_summary
+from baklava.plan.registry import download_plan, error_summary
 from tuning.selection.promotion import ALIAS, CurrentChampion, PromotionDecision, RegisteredPlan
 from tuning.study.settings import SearchRecord, SearchSettings
 from tuning.study.trial import TrialRecord

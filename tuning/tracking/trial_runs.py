@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from baklava.evaluation.formatting import format_share
 from baklava.evaluation.heat_map import plot_heat_map
+from baklava.evaluation.intervals import format_share
 from baklava.plan.budget_plan import BudgetPlan
 from tuning.reporting.svg import standalone_svg
 from tuning.study.trial import TrialRecord

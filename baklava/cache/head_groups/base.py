@@ -14,7 +14,7 @@ from baklava.cache.attention import AttentionParams, GroupedQueries, KVStates
 from baklava.cache.storage import DequantizedView, StorageLayout, storage_for
 from baklava.cache.storage.hadamard import HadamardRotation
 from baklava.eviction import Eviction
-from baklava.plan.byte_accounting import FULL_BITS, BitSplit, bit_split
+from baklava.plan.geometry import FULL_BITS, BitSplit, bit_split
 
 SPARE_SLOTS = 64
 """Slots that a head below its capacity allocates in advance, so that it seldom has to grow by copying."""

@@ -8,7 +8,7 @@ from baklava.cache.storage.dequantized_view import DequantizedView
 from baklava.cache.storage.quantized_codec import MixedPrecisionCodec, QuantizedCodec
 from baklava.cache.storage.segmented_storage import Segment, SegmentedStorage
 from baklava.cache.storage.slot_storage import SlotStorage
-from baklava.plan.byte_accounting import FULL_BITS, BitSplit
+from baklava.plan.geometry import FULL_BITS, BitSplit
 
 __all__ = [
     "EMPTY",

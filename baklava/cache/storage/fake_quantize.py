@@ -7,7 +7,7 @@ from torch import Tensor
 from baklava.cache.storage import StorageLayout, storage_for
 from baklava.cache.storage.hadamard import HadamardRotation
 from baklava.cache.storage.quantized_codec import PLANE_WIDTHS
-from baklava.plan.byte_accounting import FULL_BITS, bit_split
+from baklava.plan.geometry import FULL_BITS, bit_split
 
 Entries = Float[Tensor, "heads entries head_dim"]
 

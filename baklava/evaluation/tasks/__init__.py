@@ -1,10 +1,7 @@
 """Tasks: contexts with questions about them, built from any text. `TASKS` maps names to classes."""
 
 from baklava.errors import UserError
-from baklava.evaluation.tasks.aggregation import CommonWords, FrequentWords
-from baklava.evaluation.tasks.base import Prompt, Question, Task, build_prompts
-from baklava.evaluation.tasks.few_shot import FewShot
-from baklava.evaluation.tasks.filler_text import FillerText
+from baklava.evaluation.tasks.base import FillerText, Prompt, Question, Task, build_prompts
 from baklava.evaluation.tasks.retrieval import (
     Copy,
     KeyValueRetrieval,
@@ -15,6 +12,7 @@ from baklava.evaluation.tasks.retrieval import (
     SingleNeedle,
     VariableTracking,
 )
+from baklava.evaluation.tasks.word_lists import CommonWords, FewShot, FrequentWords
 
 _TASKS: tuple[type[Task], ...] = (
     Passkey,

@@ -12,8 +12,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from baklava.evaluation.tasks.base import Prompt, Question, Task
-from baklava.evaluation.tasks.filler_text import FillerText, random_keys, random_number, random_words
+from baklava.evaluation.tasks.base import FillerText, Prompt, Question, Task, random_keys, random_number, random_words
 
 NEEDLE_DIGITS = 7
 PAIR_DIGITS = 5

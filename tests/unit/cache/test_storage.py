@@ -14,8 +14,7 @@ from baklava.cache.storage.hadamard import HadamardRotation
 from baklava.cache.storage.quantized_codec import pack, unpack
 from baklava.errors import UserError
 from baklava.plan.budget_plan import EvictionConfig, head_bytes
-from baklava.plan.byte_accounting import BitSplit, bit_split, tensor_bytes
-from baklava.plan.geometry import CacheGeometry
+from baklava.plan.geometry import BitSplit, CacheGeometry, bit_split, tensor_bytes
 
 BATCH, HEADS, DIM, TOKENS = 2, 3, 32, 24
 LAYOUTS = [

@@ -9,9 +9,8 @@ from plan_factory import make_plan
 
 from baklava.allocation.plan_spec import ResolvedPlan
 from baklava.evaluation.evaluator import PromptResult, WindowResult
-from baklava.evaluation.results import Evaluation, TaskScore, aggregate_results, best_plan
-from baklava.evaluation.speed.latency import Speed
-from baklava.evaluation.summary import summarize
+from baklava.evaluation.results import Evaluation, TaskScore, aggregate_results, best_plan, summarize
+from baklava.evaluation.speed import Speed
 from baklava.evaluation.task_scoring import Answer, PlanAnswers
 from baklava.evaluation.window_scoring import WindowScore
 from baklava.eviction import StreamingLLM

@@ -17,7 +17,7 @@ from baklava.data.documents import load_documents
 from baklava.errors import UserError
 from baklava.evaluation import task_scoring
 from baklava.evaluation.evaluator import Evaluator
-from baklava.evaluation.speed.workloads import transformers_attention
+from baklava.evaluation.speed import transformers_attention
 from baklava.evaluation.task_scoring import (
     Answer,
     answer_closed_book,
@@ -28,8 +28,8 @@ from baklava.evaluation.task_scoring import (
     prefill_context,
 )
 from baklava.evaluation.tasks import TASKS, FillerText, Prompt, Question, build_prompts
-from baklava.evaluation.tasks.aggregation import CommonWords
 from baklava.evaluation.tasks.metrics import METRICS
+from baklava.evaluation.tasks.word_lists import CommonWords
 from baklava.eviction import TOVA, Eviction, HeavyHitter, KVzip, SnapKV, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel

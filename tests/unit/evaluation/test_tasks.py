@@ -8,7 +8,7 @@ import pytest
 from baklava.data.documents import Document
 from baklava.errors import UserError
 from baklava.evaluation.tasks import TASKS, FillerText, Prompt, Question, Task, build_prompts, task_class
-from baklava.evaluation.tasks.filler_text import ADJECTIVES, NOUNS, random_keys, random_words
+from baklava.evaluation.tasks.base import ADJECTIVES, NOUNS, random_keys, random_words
 from baklava.evaluation.tasks.metrics import METRICS
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

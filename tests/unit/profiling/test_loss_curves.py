@@ -9,8 +9,7 @@ from torch import Tensor
 
 from baklava.data.windows import Window
 from baklava.eviction import HeavyHitter
-from baklava.profiling.loss_curves import CurveGrid, RetentionModel, layer_losses
-from baklava.profiling.output_gradients import LayerTrace, trace_layers
+from baklava.profiling.loss_curves import CurveGrid, LayerTrace, RetentionModel, layer_losses, trace_layers
 from baklava.profiling.profiler import build_ranking, measure_profile
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill_and_record

@@ -19,7 +19,7 @@ from server_process import small_model
 from baklava.errors import UserError
 from baklava.eviction import StreamingLLM
 from baklava.plan.budget_plan import full_cache_plan
-from baklava.plan.byte_accounting import full_cache_bytes
+from baklava.plan.geometry import full_cache_bytes
 from baklava.runtime import host_memory as memory
 from baklava.runtime.model_loader import load_config
 from serve_app import cli

@@ -14,7 +14,7 @@ from search_factory import WINDOWS, record, report, scored, task
 
 from baklava.console import reject_settings_on_resume
 from baklava.errors import UserError
-from baklava.evaluation.bootstrap import Interval
+from baklava.evaluation.intervals import Interval
 from tuning.optimizers.baselines import baseline_methods
 from tuning.optimizers.local_search import (
     INITIAL_STEP,

@@ -20,7 +20,7 @@ from search_factory import SPACE, record, task
 from baklava.data.windows import Splits, Window
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.plan.tracking_errors import explain_tracking_error
+from baklava.plan.registry import explain_tracking_error
 from tuning.optimizers.baselines import initial_params
 from tuning.search.trial_loop import TrialRecorder
 from tuning.selection.promotion import CurrentChampion, PromotionDecision

@@ -1,1 +1,0 @@
-"""Speed and peak memory of plans, next to transformers' own cache on the same machine."""
