@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.fidelity.markdown import format_nats, format_percent
 from benchmarks.fidelity.results import ALL_CORPORA
-from tuning.reporting.svg import hline, text
+from tuning.reporting.html import hline, text
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 560, 64, 64, 52
 LABELS_LEFT = 640

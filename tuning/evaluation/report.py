@@ -14,8 +14,21 @@ from baklava.evaluation.intervals import (
 )
 from baklava.evaluation.results import Evaluation, TaskScore, summarize
 from tuning.evaluation.run_dir import EvaluationSettings
-from tuning.reporting.html import commands_html, definitions_html, fill_template, write_page
-from tuning.reporting.svg import circle, hline, line, linear_scale, linear_ticks, log_scale, svg, text, vline
+from tuning.reporting.html import (
+    circle,
+    commands_html,
+    definitions_html,
+    fill_template,
+    hline,
+    line,
+    linear_scale,
+    linear_ticks,
+    log_scale,
+    svg,
+    text,
+    vline,
+    write_page,
+)
 
 PLAN_COLUMNS = ("bytes", "allocated", "prefill peak", "dNLL (nats/token)", "KL (nats/token)", "prefill", "decode")
 

@@ -13,9 +13,9 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from baklava.plan.geometry import CacheGeometry
-from tuning.optimizers.pareto import non_dominated
 from tuning.study.interrupt import StopFlag
 from tuning.study.journal import Journal
+from tuning.study.objective import non_dominated
 from tuning.study.search_space import Params, SearchTask
 from tuning.study.trial import TrialRecord, best_trials, finished_trials, reported_metrics
 

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from baklava.evaluation.intervals import Interval, format_share
-from tuning.reporting.svg import (
+from tuning.reporting.html import (
     Scale,
     circle,
     diamond,
@@ -27,10 +27,16 @@ from tuning.reporting.svg import (
     text,
     vline,
 )
-from tuning.selection.ablation import format_ratio
 from tuning.selection.param_importance import ABSENT, comparable_trials, is_numeric
 from tuning.selection.result import SearchResult
-from tuning.selection.validation import ValidatedPlan, ValidationResult, byte_ratio, log_kl_ratio, pareto_front
+from tuning.selection.validation import (
+    ValidatedPlan,
+    ValidationResult,
+    byte_ratio,
+    format_ratio,
+    log_kl_ratio,
+    pareto_front,
+)
 from tuning.study.objective import Goal
 from tuning.study.trial import TrialRecord, finished_trials
 

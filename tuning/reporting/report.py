@@ -7,7 +7,14 @@ from typing import Any
 
 from baklava.evaluation.heat_map import plot_heat_map
 from baklava.evaluation.intervals import format_share, pluralize
-from tuning.reporting.html import commands_html, definitions_html, figures_html, fill_template, write_page
+from tuning.reporting.html import (
+    commands_html,
+    definitions_html,
+    figures_html,
+    fill_template,
+    standalone_svg,
+    write_page,
+)
 from tuning.reporting.plots import (
     plot_baselines,
     plot_optimization_history,
@@ -15,11 +22,9 @@ from tuning.reporting.plots import (
     plot_pareto_front,
     plot_slices,
 )
-from tuning.reporting.svg import standalone_svg
-from tuning.selection.ablation import format_ratio
 from tuning.selection.param_importance import MAX_TRIALS, comparable_trials
 from tuning.selection.result import SearchResult
-from tuning.selection.validation import ValidatedPlan, byte_ratio, log_kl_ratio
+from tuning.selection.validation import ValidatedPlan, byte_ratio, format_ratio, log_kl_ratio
 from tuning.study.trial import best_trials
 
 PARETO_NOTE = "Down and to the left is better; both scales are logarithmic."

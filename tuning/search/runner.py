@@ -18,21 +18,18 @@ from baklava.profiling.profile import uniform_profile
 from baklava.runtime.model_loader import load_config
 from baklava.runtime.ray_session import ray_session
 from tuning.optimizers.baselines import BaselineMethod
-from tuning.optimizers.samplers import check_sampler
+from tuning.optimizers.optuna_search import check_sampler
 from tuning.reporting.report import standalone_plots, write_report
-from tuning.search.inputs import SearchInputs, prepare_inputs
+from tuning.search.inputs import SearchInputs, WarmStart, load_warm_start, prepare_inputs
 from tuning.search.trial_loop import TrialLoop, TrialRecorder
-from tuning.search.warm_start import WarmStart, load_warm_start
-from tuning.selection.ablation import run_ablations
 from tuning.selection.promotion import decide_promotion
 from tuning.selection.result import SearchResult, write_front
-from tuning.selection.validation import InfeasibleError, ValidatedPlan, select_winner
+from tuning.selection.validation import InfeasibleError, ValidatedPlan, run_ablations, select_winner
 from tuning.study.journal import Journal, check_new_run_dir, unwritable_message
 from tuning.study.search_space import BIT_PAIRS, SearchTask
 from tuning.study.settings import SearchRecord, SearchSettings
 from tuning.study.trial import TRIALS_FILE, TrialRecord
-from tuning.tracking.run_context import dataset_inputs
-from tuning.tracking.tracker import Tracker
+from tuning.tracking.tracker import Tracker, dataset_inputs
 from tuning.workers.cluster import OBJECT_STORE_BYTES, WorkerGroup, cluster_layout
 
 PROVENANCE_METRICS = ("kl_geometric", "kl", "dnll", "nll", "nll_full")

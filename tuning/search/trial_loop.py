@@ -16,9 +16,8 @@ from ray.tune.search import Searcher
 from baklava.console import log
 from baklava.errors import UserError
 from tuning.optimizers.local_search import LocalSearch, PairedPruner
-from tuning.optimizers.optuna_search import PlanOptunaSearch, RelativeLossPruner
-from tuning.optimizers.samplers import SamplerConfig
-from tuning.search.warm_start import WarmStart
+from tuning.optimizers.optuna_search import PlanOptunaSearch, RelativeLossPruner, SamplerConfig
+from tuning.search.inputs import WarmStart
 from tuning.study.interrupt import StopFlag, graceful_interrupt
 from tuning.study.journal import Journal
 from tuning.study.search_space import SearchTask

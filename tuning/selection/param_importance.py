@@ -10,8 +10,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
-from tuning.optimizers.pareto import subsample
-from tuning.study.objective import Goal
+from tuning.study.objective import Goal, subsample
 from tuning.study.trial import TrialRecord, finished_trials
 
 MIN_TRIALS = 6

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from baklava.errors import UserError
 from baklava.evaluation.intervals import format_share
 from baklava.plan.budget_plan import BudgetPlan
-from tuning.selection.ablation import format_ratio
-from tuning.selection.validation import Candidate, ValidatedPlan, byte_ratio, log_kl_ratio, validate
+from tuning.selection.validation import Candidate, ValidatedPlan, byte_ratio, format_ratio, log_kl_ratio, validate
 from tuning.study.search_space import SearchTask
 from tuning.workers.cluster import WorkerGroup
 

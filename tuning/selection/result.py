@@ -9,10 +9,9 @@ from typing import Any
 from baklava.evaluation.intervals import nan_to_null
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.serialization import FrozenModel, atomic_write_text
-from tuning.selection.ablation import Ablation, format_ratio
 from tuning.selection.param_importance import param_importances
 from tuning.selection.promotion import RegisteredPlan
-from tuning.selection.validation import ValidatedPlan, ValidationResult
+from tuning.selection.validation import Ablation, ValidatedPlan, ValidationResult, format_ratio
 from tuning.study.settings import SearchSettings
 from tuning.study.trial import TrialRecord
 

@@ -10,7 +10,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from baklava.evaluation.heat_map import plot_heat_map
 from baklava.evaluation.intervals import format_share
 from baklava.plan.budget_plan import BudgetPlan
-from tuning.reporting.svg import standalone_svg
+from tuning.reporting.html import standalone_svg
 from tuning.study.trial import TrialRecord
 from tuning.tracking.client import PARENT_TAG
 

@@ -25,22 +25,23 @@ from tuning.optimizers.local_search import (
     propose,
     step_size,
 )
-from tuning.optimizers.pareto import knee, nearest, non_dominated, subsample
 from tuning.reporting.plots import plot_pareto_front
 from tuning.reporting.report import write_report
-from tuning.selection.ablation import Ablation, run_ablations, shuffled_candidates
 from tuning.selection.result import Front, SearchResult, write_front
 from tuning.selection.validation import (
+    Ablation,
     ValidatedPlan,
     ValidationResult,
     log_kl_ratio,
     rank_plans,
+    run_ablations,
     select_winner,
+    shuffled_candidates,
     trial_candidates,
 )
 from tuning.study.interrupt import StopFlag
 from tuning.study.journal import Journal
-from tuning.study.objective import Goal
+from tuning.study.objective import Goal, knee, nearest, non_dominated, subsample
 from tuning.study.search_space import SearchTask
 from tuning.study.settings import SearchRecord, SearchSettings
 from tuning.study.trial import TrialRecord

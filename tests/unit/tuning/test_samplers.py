@@ -17,13 +17,19 @@ from search_factory import SPACE, record, report, task
 from baklava.errors import UserError
 from baklava.plan.geometry import ModelIdentity
 from tuning.optimizers.baselines import initial_params
-from tuning.optimizers.optuna_search import PlanOptunaSearch, RelativeLossPruner
-from tuning.optimizers.pareto import non_dominated
-from tuning.optimizers.samplers import CMAES_FIXED_PARAMS, SamplerConfig, check_sampler, in_space
+from tuning.optimizers.optuna_search import (
+    CMAES_FIXED_PARAMS,
+    PlanOptunaSearch,
+    RelativeLossPruner,
+    SamplerConfig,
+    check_sampler,
+    in_space,
+)
+from tuning.search.inputs import NUM_ENQUEUED, WarmStart, load_warm_start
 from tuning.search.trial_loop import concurrency
-from tuning.search.warm_start import NUM_ENQUEUED, WarmStart, load_warm_start
 from tuning.selection.validation import top_trials
 from tuning.study.interrupt import StopFlag, graceful_interrupt
+from tuning.study.objective import non_dominated
 from tuning.study.settings import SamplerName, SearchRecord, SearchSettings
 from tuning.study.trainable import report_failure
 from tuning.study.trial import TrialRecord

@@ -9,8 +9,7 @@ from search_factory import SPACE, WINDOWS, profile, record, report, task
 from baklava.allocation import Blended, Perturbed
 from baklava.profiling.profile import LossCurves
 from tuning.optimizers.baselines import BEST_HEAVY_HITTER, DEFAULT_BLEND, baseline_methods, initial_params
-from tuning.optimizers.optuna_search import MAX_LOSS_RATIO, PlanOptunaSearch, RelativeLossPruner
-from tuning.optimizers.samplers import SamplerConfig
+from tuning.optimizers.optuna_search import MAX_LOSS_RATIO, PlanOptunaSearch, RelativeLossPruner, SamplerConfig
 from tuning.study.interrupt import StopFlag
 from tuning.study.objective import Goal
 from tuning.study.search_space import (

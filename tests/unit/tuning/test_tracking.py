@@ -27,8 +27,7 @@ from tuning.selection.promotion import CurrentChampion, PromotionDecision
 from tuning.study.journal import Journal
 from tuning.study.settings import SearchRecord, SearchSettings
 from tuning.study.trial import TrialRecord
-from tuning.tracking.run_context import dataset_inputs
-from tuning.tracking.tracker import Tracker
+from tuning.tracking.tracker import Tracker, dataset_inputs
 from tuning.tracking.trial_runs import trial_run_name
 
 SETTINGS = SearchSettings(model="org/Some Model", texts=("t",), budget=0.3, context=10, continuation=2, trials=3)
