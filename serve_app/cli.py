@@ -235,7 +235,7 @@ def _allocate(spec: str, model: str, calibration: Sequence[str]) -> BudgetPlan:
 def reload_plan(options: argparse.Namespace, group: Any) -> None:
     """Read the plan again, send it to the replicas and log the result; if it is invalid, the server goes on."""
     from baklava.allocation.plan_spec import is_plan_spec
-    from serve_app.replication.plan_rollout import rollout_plan
+    from serve_app.replication.replica_sync import rollout_plan
 
     if options.plan == "full" or is_plan_spec(options.plan):
         log(f"the plan stays as it is: --plan {options.plan} has nothing to read again")

@@ -15,10 +15,9 @@ from baklava.cache.kernels.fused_decode import prepare
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel, load
-from serve_app.api.handlers import DEFAULT_REQUEST_TIMEOUT_SECONDS, RequestHandlers
 from serve_app.api.metrics import Metrics
 from serve_app.api.network import NO_KEYS, ApiKeys
-from serve_app.api.routes import create_app
+from serve_app.api.routes import DEFAULT_REQUEST_TIMEOUT_SECONDS, RequestHandlers, create_app
 from serve_app.deployment.autoscaling import LOAD_METRIC, pool_load
 from serve_app.engine.chunk_size import DEFAULT_PREFILL_DECODE_RATIO
 from serve_app.engine.engine import Engine, EngineConfig

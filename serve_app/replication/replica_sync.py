@@ -1,19 +1,23 @@
-"""Keeps one replica in step with the others: applies the desired state, and reports what the replica is doing."""
+"""Keeps the replicas of a server in step: each applies the desired state, reports, and takes a new plan.
+
+New requests run under a new plan, while running ones end under theirs. It comes by POST /v1/plan, or by a signal.
+"""
 
 import dataclasses
+import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from serve_app.engine.engine import Engine
-from serve_app.openai.errors import ApiError
+from serve_app.openai.errors import ApiError, error_summary
 from serve_app.replication.coordinator import INITIAL_STATE, DesiredState
 
 logger = logging.getLogger("ray.serve")
@@ -146,3 +150,41 @@ class ReplicaSync:
             if desired is None:
                 reports = {name: report for name, (_, report) in self._last_reports.items()}
         return sorted(reports.values(), key=lambda report: report.replica)
+
+
+class PlanRequest(BaseModel):
+    """A plan's JSON, or `models:/NAME@ALIAS` in the registry that the server knows; never a path."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan: dict[str, Any] | Annotated[str, Field(max_length=256)]
+
+    def load(self, load_plan: Callable[[str], BudgetPlan], scheme: str) -> BudgetPlan:
+        """Return the plan itself. Raises ApiError and UserError."""
+        if isinstance(self.plan, str):
+            if not self.plan.startswith(scheme):
+                raise ApiError(f"plan: give a plan's JSON or {scheme}NAME@ALIAS, not a path.", param="plan")
+            return load_plan(self.plan)
+        try:
+            return BudgetPlan.model_validate_json(json.dumps(self.plan))  # as a file is read
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "plan"
+            raise ApiError(f"plan: not a valid plan ({where}: {first['msg']}).", param="plan") from None
+
+
+def rollout_plan(group: ReplicaGroup, plan: BudgetPlan) -> str:
+    """Send a plan to all replicas. Return a sentence about the result."""
+    try:
+        desired = group.publish_plan(plan.model_dump_json())
+        answers = group.broadcast(desired)
+    except Exception as error:  # whatever the cluster raises
+        return f"plan {plan.digest} cannot be sent to the replicas ({error_summary(error)}); try again"
+    reports = [answer for answer in answers if isinstance(answer, ReplicaReport)]
+    failures = [report.failure for report in reports if report.rejected_version >= desired.version]
+    applied = sum(report.applied.version >= desired.version for report in reports)
+    if failures:
+        return f"{len(failures)} of {len(answers)} replicas keep the plan that they have: {failures[0]}"
+    if not 0 < applied == len(answers):
+        return f"plan {plan.digest} is published; {applied} of {len(answers)} replicas run it so far"
+    return f"new requests run under plan {plan.digest} ({plan.ratio:.1%})"

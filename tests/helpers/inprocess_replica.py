@@ -11,8 +11,8 @@ from fastapi import FastAPI
 
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel
-from serve_app.api.handlers import RequestHandlers
 from serve_app.api.metrics import Metrics
+from serve_app.api.routes import RequestHandlers
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.openai.tokenization import PromptEncoder
 from serve_app.replication.coordinator import INITIAL_STATE, Coordinator, DesiredState

@@ -29,7 +29,7 @@ from serve_app.deployment.autoscaling import LOAD_METRIC, pool_load, target_repl
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.types import DeadlineError, PrefillDone, TokenOutput
 from serve_app.replication.coordinator import Coordinator, DesiredState
-from serve_app.replication.plan_rollout import rollout_plan
+from serve_app.replication.replica_sync import rollout_plan
 
 ONCE = {"prompt": "Once", "max_tokens": 6, "temperature": 0}
 
