@@ -118,8 +118,7 @@ def run_decode(args: argparse.Namespace) -> None:
     # Imported here and below, since it takes seconds and --help should not.
     from baklava.plan.budget_plan import BudgetPlan
     from baklava.runtime.model_loader import load
-    from benchmarks.kernels.decode import benchmark_decode
-    from benchmarks.kernels.plot import plot, table
+    from benchmarks.kernels import benchmark_decode, plot, table
 
     _check_share(args.share)
     loaded = load(args.model, threads=args.threads)
@@ -134,8 +133,7 @@ def run_decode(args: argparse.Namespace) -> None:
 def run_prefill(args: argparse.Namespace) -> None:
     """Time prefills, and measure their peak memory."""
     from baklava.runtime.model_loader import load
-    from benchmarks.kernels.plot import plot, table
-    from benchmarks.kernels.prefill import benchmark_prefill
+    from benchmarks.kernels import benchmark_prefill, plot, table
 
     _check_share(args.share)
     loaded = load(args.model, threads=args.threads)
@@ -146,8 +144,7 @@ def run_prefill(args: argparse.Namespace) -> None:
 
 def run_fidelity(args: argparse.Namespace) -> None:
     """Score every method at every budget."""
-    from benchmarks.fidelity.markdown import SECTION, format_tables
-    from benchmarks.fidelity.plot import plot
+    from benchmarks.fidelity.report import SECTION, format_tables, plot
     from benchmarks.fidelity.results import summarize, to_json
     from benchmarks.fidelity.run import run_study, study_config
     from benchmarks.markdown_page import read_page, write_section
@@ -174,9 +171,8 @@ def run_fidelity(args: argparse.Namespace) -> None:
 def run_search(args: argparse.Namespace) -> None:
     """Measure the overhead of a search."""
     from benchmarks.markdown_page import read_page, write_section
-    from benchmarks.search.config import SearchBenchmarkConfig, quick_config
-    from benchmarks.search.markdown import SCALE_SECTION, SECTION, format_scale, format_tables
-    from benchmarks.search.run import PARTS, run_benchmark
+    from benchmarks.search.run import PARTS, SCALE_SECTION, SECTION, format_scale, format_tables, run_benchmark
+    from benchmarks.search.timed_search import SearchBenchmarkConfig, quick_config
 
     parts = tuple(args.parts or PARTS)
     if args.page:
@@ -196,10 +192,9 @@ def run_search(args: argparse.Namespace) -> None:
 def run_serve(args: argparse.Namespace) -> None:
     """Measure serving over HTTP."""
     from benchmarks.markdown_page import read_page, write_section
-    from benchmarks.serve.config import ServeBenchmarkConfig, quick_config
-    from benchmarks.serve.markdown import SECTION, format_tables
-    from benchmarks.serve.plot import plot
+    from benchmarks.serve.report import SECTION, format_tables, plot
     from benchmarks.serve.run import PARTS, run_benchmark
+    from benchmarks.serve.servers import ServeBenchmarkConfig, quick_config
 
     if args.page:
         read_page(args.page, SECTION)

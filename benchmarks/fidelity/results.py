@@ -12,8 +12,7 @@ from typing import Any, Literal
 from baklava.data.windows import Window
 from baklava.evaluation.intervals import Interval, bootstrap_mean, bootstrap_ratio
 from baklava.evaluation.speed import machine_info
-from benchmarks.fidelity.inputs import MethodPlans
-from benchmarks.fidelity.methods import BASELINE, CONTROL_METHODS, SEARCHED
+from benchmarks.fidelity.inputs import BASELINE, CONTROL_METHODS, SEARCHED, MethodPlans
 from benchmarks.fidelity.run import StudyResult
 
 Metric = Literal["dnll", "kl"]

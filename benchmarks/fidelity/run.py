@@ -16,15 +16,19 @@ from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile
 from baklava.runtime.model_loader import load
 from benchmarks.fidelity.inputs import (
+    BUDGETS,
+    CONTROL_METHODS,
+    METHODS,
     MethodPlans,
     SkippedMethod,
     Split,
+    StudyMethod,
     StudyTexts,
     StudyWindows,
     make_windows,
     plan_methods,
+    select_methods,
 )
-from benchmarks.fidelity.methods import BUDGETS, CONTROL_METHODS, METHODS, StudyMethod, select_methods
 from benchmarks.fidelity.scoring import Row, Task, run_digest, score_in_processes, score_plans
 from tuning.study.journal import Journal
 

@@ -27,7 +27,7 @@ from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel, load
 from baklava.runtime.prefill import prefill
-from benchmarks.search.startup import TimedSearch
+from benchmarks.search.timed_search import TimedSearch
 from tuning.search.inputs import SearchInputs
 from tuning.study.search_space import SearchTask
 from tuning.study.trial import TrialRecord, finished_trials

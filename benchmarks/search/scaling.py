@@ -11,9 +11,9 @@ import ray
 
 from baklava.console import log
 from baklava.runtime.ray_session import ray_session
-from benchmarks.search.config import SearchBenchmarkConfig
-from tuning.search.inputs import SearchInputs, WarmStart
-from tuning.search.trial_loop import TrialLoop, TrialRecorder
+from benchmarks.search.timed_search import SearchBenchmarkConfig
+from tuning.search.inputs import SearchInputs
+from tuning.search.trial_loop import TrialLoop, TrialRecorder, WarmStart
 from tuning.study.journal import Journal
 from tuning.study.search_space import SearchTask
 from tuning.study.settings import SearchSettings

@@ -12,8 +12,8 @@ from unittest.mock import patch
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.decode import decode_step
 from baklava.runtime.model_loader import LoadedModel
-from benchmarks.serve.config import ServeBenchmarkConfig
 from benchmarks.serve.load_generator import percentiles
+from benchmarks.serve.servers import ServeBenchmarkConfig
 from serve_app.engine import model_runner
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.memory import max_sequences, prefill_workspace

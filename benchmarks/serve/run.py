@@ -10,7 +10,6 @@ from baklava.errors import UserError
 from baklava.evaluation.speed import machine_info
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel, load
-from benchmarks.serve.config import ServeBenchmarkConfig
 from benchmarks.serve.engine_overhead import (
     concurrent_sequences,
     decode_alongside_prefill,
@@ -24,6 +23,7 @@ from benchmarks.serve.servers import (
     TRANSFORMERS,
     TRANSFORMERS_BATCHING,
     RunningServer,
+    ServeBenchmarkConfig,
     running_server,
 )
 

@@ -11,9 +11,7 @@ from baklava.evaluation.speed import BASELINE, Timing, time_interleaved
 from baklava.eviction import METHODS, HeavyHitter, StreamingLLM
 from baklava.runtime.model_loader import LoadedModel
 from benchmarks.cli import main
-from benchmarks.kernels.decode import NO_CACHE, benchmark_decode, same_plan_in_all_layers
-from benchmarks.kernels.plot import plot, table
-from benchmarks.kernels.prefill import benchmark_prefill
+from benchmarks.kernels import NO_CACHE, benchmark_decode, benchmark_prefill, plot, same_plan_in_all_layers, table
 
 Maker = Callable[..., LoadedModel]
 

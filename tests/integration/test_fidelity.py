@@ -17,20 +17,24 @@ from baklava.evaluation.window_scoring import score_plan
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.profiling.profile import uniform_profile
 from baklava.runtime.model_loader import load, load_config
-from benchmarks.fidelity import methods, scoring
+from benchmarks.fidelity import inputs as study_inputs
 from benchmarks.fidelity import run as study_run
-from benchmarks.fidelity.inputs import MethodPlans, StudyTexts, make_windows, plan_methods, unused_documents
-from benchmarks.fidelity.markdown import SECTION, find_row, format_tables
-from benchmarks.fidelity.methods import (
+from benchmarks.fidelity import scoring
+from benchmarks.fidelity.inputs import (
     BASELINE,
     METHODS,
+    MethodPlans,
     NamedMethod,
     SearchedPlans,
     ShuffledHeads,
     StudyMethod,
+    StudyTexts,
+    make_windows,
+    plan_methods,
     select_methods,
+    unused_documents,
 )
-from benchmarks.fidelity.plot import plot
+from benchmarks.fidelity.report import SECTION, find_row, format_tables, plot
 from benchmarks.fidelity.results import ALL_CORPORA, summarize, to_json
 from benchmarks.fidelity.run import StudyConfig, StudyResult, run_study, study_config
 from benchmarks.fidelity.scoring import Row, score_plans
@@ -312,7 +316,7 @@ def test_each_shuffled_plan_has_its_own_seed(home: Path, monkeypatch: pytest.Mon
         dealt.append(seed)
         return plan
 
-    monkeypatch.setattr(methods, "shuffled", shuffled)
+    monkeypatch.setattr(study_inputs, "shuffled", shuffled)
     searched = SearchedPlans(SEARCHED, "baklava, searched", "searched", folder=home / "plans")
     spec, plans = ShuffledHeads("shuffled", "", "control", source=searched).plans(
         0.5, lambda path: BudgetPlan.read(Path(path))

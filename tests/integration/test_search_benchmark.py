@@ -21,10 +21,8 @@ from baklava.profiling.profile import uniform_profile
 from baklava.runtime.model_loader import LoadedModel
 from benchmarks.markdown_page import read_page, write_section
 from benchmarks.search.baseline import score_window
-from benchmarks.search.config import SearchBenchmarkConfig, quick_config
-from benchmarks.search.markdown import format_scale, format_tables
-from benchmarks.search.run import PARTS, run_benchmark
-from benchmarks.search.startup import TimedSearch, measure_overhead
+from benchmarks.search.run import PARTS, format_scale, format_tables, run_benchmark
+from benchmarks.search.timed_search import SearchBenchmarkConfig, TimedSearch, measure_overhead, quick_config
 from tuning.study.search_space import recorded_evictions
 
 

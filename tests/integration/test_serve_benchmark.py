@@ -20,7 +20,6 @@ from plan_factory import make_plan
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
 from baklava.plan.budget_plan import full_cache_plan
-from benchmarks.serve.config import ServeBenchmarkConfig, quick_config
 from benchmarks.serve.engine_overhead import (
     concurrent_sequences,
     decode_alongside_prefill,
@@ -37,10 +36,9 @@ from benchmarks.serve.load_generator import (
     run_open_loop,
     summarize,
 )
-from benchmarks.serve.markdown import format_tables
-from benchmarks.serve.plot import plot
+from benchmarks.serve.report import format_tables, plot
 from benchmarks.serve.run import run_benchmark
-from benchmarks.serve.servers import FULL, PLAN, TRANSFORMERS, TRANSFORMERS_BATCHING
+from benchmarks.serve.servers import FULL, PLAN, TRANSFORMERS, TRANSFORMERS_BATCHING, ServeBenchmarkConfig, quick_config
 
 PROMPTS = [Prompt(f"p{index}", 1) for index in range(6)]
 

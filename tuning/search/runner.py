@@ -20,8 +20,8 @@ from baklava.runtime.ray_session import ray_session
 from tuning.optimizers.baselines import BaselineMethod
 from tuning.optimizers.optuna_search import check_sampler
 from tuning.reporting.report import standalone_plots, write_report
-from tuning.search.inputs import SearchInputs, WarmStart, load_warm_start, prepare_inputs
-from tuning.search.trial_loop import TrialLoop, TrialRecorder
+from tuning.search.inputs import SearchInputs, prepare_inputs
+from tuning.search.trial_loop import TrialLoop, TrialRecorder, WarmStart, load_warm_start
 from tuning.selection.promotion import decide_promotion
 from tuning.selection.result import SearchResult, write_front
 from tuning.selection.validation import InfeasibleError, ValidatedPlan, run_ablations, select_winner

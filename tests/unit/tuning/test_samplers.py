@@ -25,8 +25,7 @@ from tuning.optimizers.optuna_search import (
     check_sampler,
     in_space,
 )
-from tuning.search.inputs import NUM_ENQUEUED, WarmStart, load_warm_start
-from tuning.search.trial_loop import concurrency
+from tuning.search.trial_loop import NUM_ENQUEUED, WarmStart, concurrency, load_warm_start
 from tuning.selection.validation import top_trials
 from tuning.study.interrupt import StopFlag, graceful_interrupt
 from tuning.study.objective import non_dominated

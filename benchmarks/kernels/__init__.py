@@ -1,1 +1,0 @@
-"""Time decode steps and prefills of plans, next to transformers' own cache, in one process."""
