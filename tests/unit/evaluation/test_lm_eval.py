@@ -144,9 +144,9 @@ def test_a_rolling_loglikelihood_feeds_every_token_of_a_window_alone(
     loaded_model: LoadedModel, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "LOGITS_CHUNK_TOKENS", 13)  # a text longer than a step
-    plan, ids = plans(loaded_model)[number], ids_of(70)
+    plan, ids = plans(loaded_model)[number], ids_of(54)
     expected = 0.0
-    for seen, scored in get_rolling_token_windows(ids, 1, 45, 1):
+    for seen, scored in get_rolling_token_windows(ids, 1, 36, 1):
         cache, first = enter(
             loaded_model, plan, torch.tensor([seen[:1]])
         )  # a method may repeat even a prompt of one token
@@ -156,7 +156,7 @@ def test_a_rolling_loglikelihood_feeds_every_token_of_a_window_alone(
             assert cache.nbytes <= plan.bytes_per_sequence
         log_probs = torch.cat(parts)[-len(scored) :].log_softmax(-1)
         expected += float(log_probs.gather(-1, torch.tensor(scored)[:, None]).sum())
-    [found] = BaklavaLM(loaded_model, plan, max_length=45).loglikelihood_rolling([make_instance("rolling", signs(ids))])
+    [found] = BaklavaLM(loaded_model, plan, max_length=36).loglikelihood_rolling([make_instance("rolling", signs(ids))])
     assert found == pytest.approx(expected, abs=1e-3)
 
 

@@ -9,13 +9,14 @@ from transformers import DynamicCache
 from baklava.allocation import Baklava, allocate
 from baklava.allocation.plan_spec import resolve_plan
 from baklava.data.documents import load_documents
-from baklava.data.windows import Window, cut_windows, make_splits
+from baklava.data.windows import Window, cut_windows
 from baklava.errors import UserError
 from baklava.evaluation.evaluator import Evaluator
 from baklava.evaluation.results import aggregate_results
 from baklava.evaluation.window_scoring import prefill_window, score_plan
 from baklava.eviction import TOVA, Eviction, ExpectedAttention, HeavyHitter, KeyDiff, KVzip, SnapKV, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
+from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
@@ -120,12 +121,18 @@ def test_an_eviction_that_was_not_observed_is_rejected(tiny: Maker) -> None:
         score_plan(loaded, prefilled, make_plan(tiny(layers=1), [[20, 20]], StreamingLLM()))
 
 
-@pytest.mark.demo
-def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_loses_nothing(demo: LoadedModel) -> None:
-    window = cut_windows(load_documents(["ifcraft"]), demo.tokenizer, context=768, continuation=48)[0]
-    profile = cached_profile(
+@pytest.fixture(scope="module")
+def demo_profile(demo: LoadedModel) -> Profile:
+    return cached_profile(
         demo, cut_windows(load_documents(["botocore"]), demo.tokenizer, context=320, continuation=48)[:1]
     )
+
+
+@pytest.mark.demo
+def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_loses_nothing(
+    demo: LoadedModel, demo_profile: Profile
+) -> None:
+    window = cut_windows(load_documents(["ifcraft"]), demo.tokenizer, context=768, continuation=48)[0]
     evictions = (StreamingLLM(), HeavyHitter(eviction_interval=16, distance=0))
     full = full_cache_plan(demo.identity, demo.geometry, 816)
     prefilled = prefill_window(demo, window, evictions)
@@ -134,7 +141,7 @@ def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_lose
     assert whole.kl < 1e-5
     assert whole.allocated_bytes <= full.bytes_per_sequence == full.full_bytes_per_sequence
     for eviction in evictions:
-        plan = allocate(profile, budget=0.3, context_length=816, method=Baklava(), eviction=eviction)
+        plan = allocate(demo_profile, budget=0.3, context_length=816, method=Baklava(), eviction=eviction)
         fast = score_plan(demo, prefilled, plan)
         nll, kl = slow_score(demo, window, plan)
         assert (fast.nll, fast.kl) == pytest.approx((nll, kl), abs=1e-3)
@@ -142,12 +149,12 @@ def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_lose
 
 
 @pytest.mark.demo
-def test_heavy_hitters_in_the_right_heads_beat_uniform_sinks_and_recent_on_unseen_text(demo: LoadedModel) -> None:
-    splits = make_splits(load_documents(["botocore"]), demo.tokenizer, context=512, continuation=64, seed=0)
-    profile = cached_profile(demo, splits.calibration[:2])
-    test_windows = cut_windows(load_documents(["ifcraft"]), demo.tokenizer, context=1024, continuation=256)[:3]
+def test_heavy_hitters_in_the_right_heads_beat_uniform_sinks_and_recent_on_unseen_text(
+    demo: LoadedModel, demo_profile: Profile
+) -> None:
+    test_windows = cut_windows(load_documents(["ifcraft"]), demo.tokenizer, context=640, continuation=128)[:3]
     names = ("uniform:0.2", "baklava+heavy_hitter:0.2")
-    plans = [resolve_plan(name, demo, 1280, lambda: profile) for name in names]
+    plans = [resolve_plan(name, demo, 768, lambda: demo_profile) for name in names]
     evaluator = Evaluator(demo, [named.plan for named in plans])
     evaluations = aggregate_results(plans, [evaluator.evaluate_window(window) for window in test_windows], [])
     uniform, ours = (evaluation.mean("kl").mean for evaluation in evaluations)

@@ -82,9 +82,9 @@ def test_requests_in_a_batch_get_the_tokens_that_they_get_alone(loaded, kind):
     plan = EVERY_PLAN[kind](loaded)
     wanted = [*prompts(4), *prompts(3, 20, seed=1), *prompts(2, 130, seed=2)]
     with engine_of(loaded, plan, max_prefill_chunk_tokens=7) as engine:
-        answers = [ask(engine, prompt, 25) for prompt in wanted]
+        answers = [ask(engine, prompt, 16) for prompt in wanted]
         for prompt, answer in zip(wanted, answers, strict=True):
-            assert answer.tokens() == alone(loaded, plan, prompt, 25)
+            assert answer.tokens() == alone(loaded, plan, prompt, 16)
 
 
 def test_under_concurrency_every_cache_holds_what_the_plan_says_and_no_dense_cache_does(loaded, plan):
@@ -335,10 +335,10 @@ def test_a_stopped_sequence_ends_alone(engine):
 
 
 @pytest.mark.slow
-def test_two_hundred_cancelled_requests_leave_nothing(loaded, plan):
+def test_many_cancelled_requests_leave_nothing(loaded, plan):
     with engine_of(loaded, plan, max_waiting=1000, max_prefill_chunk_tokens=8) as engine:
         answers = []
-        for place, prompt in enumerate(prompts(200)):
+        for place, prompt in enumerate(prompts(60)):
             answers.append(ask(engine, prompt, 100, n=1 + place % 2))
             if place % 3 == 0:
                 until(lambda own=answers[-1]: len(own.events) > 2 or engine.state().waiting > 20)
@@ -349,8 +349,8 @@ def test_two_hundred_cancelled_requests_leave_nothing(loaded, plan):
         idle(engine)
         state = engine.state()
         assert (state.running, state.waiting, state.reserved_bytes, state.allocated_bytes) == (0, 0, 0, 0)
-        assert state.counts.cancelled + state.counts.finished == 200
-        assert state.counts.cancelled > 90
+        assert state.counts.cancelled + state.counts.finished == 60
+        assert state.counts.cancelled > 27
         assert len(ask(engine, PROMPT, 5).tokens()) == 5
 
 
@@ -373,13 +373,13 @@ def test_a_request_whose_sampling_fails_harms_nobody(loaded, plan):
                         break_sampler(each)
 
         victim = []
-        others = [ask(engine, prompt, 40) for prompt in prompts(3)]
+        others = [ask(engine, prompt, 24) for prompt in prompts(3)]
         victim.append(ask(engine, PROMPT, 100, temperature=1.0, seed=99, take=at_the_tenth))
-        more = [ask(engine, prompt, 40) for prompt in prompts(3, seed=1)]
+        more = [ask(engine, prompt, 24) for prompt in prompts(3, seed=1)]
         assert isinstance(victim[0].error, MemoryError)
         wanted = [*prompts(3), *prompts(3, seed=1)]
         for prompt, answer in zip(wanted, [*others, *more], strict=True):
-            assert answer.tokens() == alone(loaded, plan, prompt, 40)
+            assert answer.tokens() == alone(loaded, plan, prompt, 24)
         idle(engine)
         state = engine.state()
         assert (state.counts.failed, state.counts.finished, state.reserved_bytes, state.alive) == (1, 6, 0, True)
@@ -570,9 +570,9 @@ def test_warm_is_cold_token_for_token(tiny, bits, chunk):
         prompt = (*PROMPT, *suffix)
         with engine_of(loaded, plan) as engine:
             engine._scheduler.prefix_cache.pin(PROMPT)  # it has no entry yet
-            cold = ask(engine, prompt, 40, logprobs=0)
-            warm = ask(engine, prompt, 40, logprobs=0)
-            again = [ask(engine, prompt, 40) for _ in range(3)]
+            cold = ask(engine, prompt, 24, logprobs=0)
+            warm = ask(engine, prompt, 24, logprobs=0)
+            again = [ask(engine, prompt, 24) for _ in range(3)]
             assert cold.tokens() == warm.tokens() == again[2].tokens()
             assert warm.prefill_done.cached_tokens == again[0].prefill_done.cached_tokens == len(PROMPT)
             said = [[token.logprob.logprob for token in each.token_outputs()] for each in (cold, warm)]
