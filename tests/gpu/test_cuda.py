@@ -16,9 +16,12 @@ from plan_factory import make_plan, with_chunked_prefill, with_mixed_precision
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import DynamicCache
+from triton_step import Budget, Layer
 
 from baklava.allocation import Blended, allocate
+from baklava.cache.attention import AttentionParams
 from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.cache.kernels import triton_decode
 from baklava.data.windows import Window
 from baklava.evaluation.window_scoring import median_decode_seconds, score_plan
 from baklava.evaluation.window_scoring import prefill_window as prefilled
@@ -295,3 +298,19 @@ def test_a_server_writes_on_the_device_what_it_writes_on_the_cpu(tiny: Maker, ev
 
     assert written(moved(loaded)) == written(loaded)
     assert len(written(moved(loaded), temperature=1.0, seed=1)) == 40
+
+
+@on_cuda
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "eviction",
+    [StreamingLLM(sinks=2), HeavyHitter(eviction_interval=4, full_precision_recent=True, centroids=4), KeyNorm()],
+    ids=str,
+)
+def test_the_triton_kernels_decode_as_the_reference_does(eviction: Eviction, dtype: torch.dtype) -> None:
+    assert triton_decode.is_available(torch.device(DEVICE))
+    budgets = [Budget(400, 4, 3), Budget(2000, 16, 16), Budget(90, 8, 6), Budget(600, 5, 2, mixed=True)]
+    layer = Layer(budgets, eviction, rows=2, group=4, head_dim=128, prompt=1500, dtype=dtype, device=DEVICE)
+    for softcap in (None, None, 30.0, None, None):
+        layer.step(AttentionParams(layer.head_dim**-0.5, softcap, torch.zeros(16, device=DEVICE)))

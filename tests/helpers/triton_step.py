@@ -1,0 +1,188 @@
+"""One decode step of head groups by the Triton kernels, checked against `HeadGroup.attend` of a copy of each group."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from baklava.cache.attention import AttentionParams
+from baklava.cache.head_groups import GroupBudget, HeadGroup, NewTokens, ScoredHeadGroup, head_group
+from baklava.cache.kernels import table_columns as columns
+from baklava.cache.kernels import triton_decode
+from baklava.cache.kernels.fused_decode import LayerTable
+from baklava.cache.storage import DenseCodec, MixedPrecisionCodec, SegmentedStorage, SlotStorage, Storage
+from baklava.cache.storage.dense_codec import stored_dtype
+from baklava.cache.storage.quantized_codec import unpack
+from baklava.eviction import Eviction, HeavyHitter
+
+OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+ROUNDING_TOLERANCE = 5e-2
+"""Tolerance of an output if the new entry is rounded in another way."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Entries, bits of keys and bits of values of one KV head."""
+
+    tokens: int
+    key_bits: int
+    value_bits: int
+    mixed: bool = False
+
+
+class Layer:
+    """Head groups of one layer, each of one KV head, after a random prompt."""
+
+    def __init__(
+        self,
+        budgets: Sequence[Budget],
+        eviction: Eviction,
+        *,
+        rows: int = 1,
+        group: int = 2,
+        head_dim: int = 32,
+        prompt: int = 30,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self._draw = torch.Generator().manual_seed(seed)
+        self.rows, self.heads, self.group, self.head_dim = rows, len(budgets), group, head_dim
+        self.dtype, self.device, self.position = dtype, device, prompt
+        key, value = self._states(prompt), self._states(prompt)
+        positions = torch.arange(prompt, device=device)[None]
+        self.groups: list[HeadGroup] = []
+        for head, budget in enumerate(budgets):
+            order = bytes(torch.randperm(head_dim, generator=self._draw).tolist()).hex()
+            channels = (order,) if budget.mixed else None
+            shape = GroupBudget((head,), budget.tokens, budget.key_bits, budget.value_bits, channels)
+            made = head_group(shape, eviction, key)
+            scores = torch.rand(rows, 1, prompt, generator=self._draw).to(device) ** 4 if eviction.scored else None
+            if isinstance(eviction, HeavyHitter):  # no query has counted for the last entries
+                scores[..., max(0, prompt - eviction.distance) :] = 0
+            made.load_prompt(key[:, made.index], value[:, made.index], scores, positions)
+            self.groups.append(made)
+
+    def _states(self, tokens: int) -> Tensor:
+        states = torch.randn(self.rows, self.heads, tokens, self.head_dim, generator=self._draw)
+        states += torch.linspace(-1, 1, self.head_dim)  # keys lie around a mean
+        return states.to(self.dtype).to(self.device)
+
+    def step(self, params: AttentionParams) -> None:
+        """Decode one token, and check outputs, entries and scores against copies of the groups."""
+        query = torch.randn(self.rows, self.heads, self.group, 1, self.head_dim, generator=self._draw)
+        query, key, value = query.to(self.dtype).to(self.device), self._states(1), self._states(1)
+        at = torch.tensor([[self.position]], device=self.device)
+        tokens = NewTokens(self.position, query, key, value, at, padded=False, teacher_forced=False)
+        copies = copy.deepcopy(self.groups)
+        theirs = torch.empty_like(query)
+        for group in copies:
+            own = params.for_heads(group.index, self.group)
+            theirs[:, group.index] = group.attend(tokens.for_heads(group.index), own)
+        ours = self._decode(query[:, :, :, 0], key[:, :, 0], value[:, :, 0], params)
+        self.position += 1
+        same = [check_equal(*pair, self.dtype) for pair in zip(self.groups, copies, strict=True)]
+        tolerance = OUTPUT_TOLERANCE[self.dtype] if all(same) else ROUNDING_TOLERANCE
+        assert_close(ours, theirs[:, :, :, 0], atol=tolerance, rtol=tolerance)
+
+    def fill_empty_slots(self) -> None:
+        """Put NaN into the slots that have no entry; one of them is the next."""
+        for group in self.groups:
+            for storage in (group.keys, group.values):
+                for start, slots in _segments(storage):
+                    for tensor in slots.encoded:
+                        tensor[:, :, max(0, group.num_filled - start) :] = (
+                            torch.nan if tensor.is_floating_point() else 255
+                        )
+            if isinstance(group, ScoredHeadGroup):
+                group.scores[..., group.num_filled :] = torch.nan
+
+    def _decode(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        eviction, shape = self.groups[0].eviction, (self.rows, self.heads)
+        slots = torch.tensor([group.reserve_slot(self.position) for group in self.groups]).expand(shape)
+        counts = torch.tensor([group.num_filled for group in self.groups]).expand(shape)
+        table = torch.from_numpy(LayerTable().of(self.groups))
+        hitter = eviction if isinstance(eviction, HeavyHitter) else HeavyHitter()
+        update, entries = columns.NO_UPDATE, int(counts.max())
+        if eviction.scored and eviction.query_sample.window != 0:
+            update = columns.HEAVY_HITTER if isinstance(eviction, HeavyHitter) else columns.KEEP_PROBS
+        probs = torch.empty(
+            (self.rows * self.heads, self.group, entries) if update == columns.KEEP_PROBS else (0, 0, 0),
+            device=self.device,
+        )
+        sinks = torch.empty(0, 0, device=self.device)
+        if params.sink_logits is not None:
+            sinks = params.sink_logits.view(self.heads, self.group).repeat(self.rows, 1)
+        output = torch.full_like(query, torch.nan)
+        rotated = triton_decode.decode_layer(
+            tables=table.flatten(0, 1).to(self.device),
+            slots=slots.flatten().to(self.device),
+            counts=counts.flatten().to(self.device),
+            positions=torch.full((self.rows * self.heads,), self.position, device=self.device),
+            query=query.flatten(0, 1),
+            key=key.flatten(0, 1),
+            value=value.flatten(0, 1),
+            output=output.flatten(0, 1),
+            sinks=sinks,
+            probs=probs,
+            scaling=params.scaling,
+            softcap=params.softcap or 0.0,
+            update=update,
+            distance=hitter.distance,
+            squared=hitter.power == 2,
+            by_max=hitter.reduction == "max",
+            max_entries=entries,
+            dense_dtype=stored_dtype(self.dtype, 16),
+        ).unflatten(0, shape)
+        for group in self.groups:
+            if not isinstance(group, ScoredHeadGroup):
+                continue
+            if probs.numel():
+                own = probs.unflatten(0, shape)[:, group.index, :, None, : group.num_filled]
+                group.observe_attention(rotated[:, group.index, :-2, None], own, self.position, params.scaling)
+            group.maybe_evict()
+        return output
+
+
+def check_equal(ours: HeadGroup, theirs: HeadGroup, dtype: torch.dtype) -> bool:
+    """Check that two groups store nearly the same entries, and return whether they are equal.
+
+    Sums are in another order, and a rotation in half precision rounds. So a code or a number may be the next one.
+    """
+    assert ours.num_filled == theirs.num_filled
+    same, exact = True, dtype == torch.float32
+    for (codes, numbers), (other_codes, other_numbers) in zip(_stored(ours), _stored(theirs), strict=True):
+        if codes.numel():
+            assert int((codes.int() - other_codes.int()).abs().max()) <= 1
+            assert float((codes != other_codes).float().mean()) < 0.03
+        same = same and torch.equal(codes, other_codes) and torch.equal(numbers, other_numbers)
+        assert_close(numbers, other_numbers, atol=1e-5 if exact else 3e-2, rtol=2e-3 if exact else 2e-2)
+    if isinstance(ours, ScoredHeadGroup) and isinstance(theirs, ScoredHeadGroup):
+        filled = slice(0, ours.num_filled)
+        assert torch.equal(ours.positions[..., filled], theirs.positions[..., filled])
+        tolerance = {"atol": 1e-6, "rtol": 1e-3} if exact else {"atol": 1e-2, "rtol": 3e-2}
+        assert_close(ours.scores[..., filled], theirs.scores[..., filled], **tolerance)
+    return same
+
+
+def _stored(group: HeadGroup) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the codes and their scales, or no codes and the dense entries, of each segment and part."""
+    for storage in (group.keys, group.values):
+        for start, slots in _segments(storage):
+            encoded = [part[:, :, : max(0, group.num_filled - start)] for part in slots.encoded]
+            if isinstance(slots.codec, DenseCodec):
+                yield encoded[0][..., :0], encoded[0]
+                continue
+            parts = slots.codec.codecs if isinstance(slots.codec, MixedPrecisionCodec) else [slots.codec]
+            for part, packed, scales in zip(parts, encoded[::2], encoded[1::2], strict=True):
+                yield unpack(packed, part.bits, part.head_dim), scales
+
+
+def _segments(storage: Storage) -> list[tuple[int, SlotStorage]]:
+    if isinstance(storage, SegmentedStorage):
+        return [(segment.start, segment.storage) for segment in storage.segments]
+    assert isinstance(storage, SlotStorage)
+    return [(0, storage)]
