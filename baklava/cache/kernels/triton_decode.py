@@ -3,8 +3,8 @@
 `decode_layer` launches the kernels of `triton_kernels`, without waiting for the device. A row of its arguments is one
 (sequence, KV head). All formats of rows are one variant of each kernel: to launch once per format, somebody would have
 to read the table on the host and to copy rows together, and a layer with five kinds of bits would be five times as many
-small launches. So a kernel reads the bits of its row and branches on them. A CUDA graph of the launches stays valid while
-the table changes, if `max_entries` is a bound that stays.
+small launches. So a kernel reads the bits of its row and branches on them. A CUDA graph of the launches stays valid
+while the table changes, if `max_entries` is a bound that stays.
 
 Long rows are split, so that a few of them use the whole device: each split has a softmax of its own, and another kernel
 joins them.
