@@ -27,8 +27,7 @@ from tuning.reporting.html import (
     text,
     vline,
 )
-from tuning.selection.param_importance import ABSENT, comparable_trials, is_numeric
-from tuning.selection.result import SearchResult
+from tuning.selection.result import ABSENT, SearchResult, comparable_trials, is_numeric
 from tuning.selection.validation import (
     ValidatedPlan,
     ValidationResult,

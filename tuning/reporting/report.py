@@ -22,8 +22,7 @@ from tuning.reporting.plots import (
     plot_pareto_front,
     plot_slices,
 )
-from tuning.selection.param_importance import MAX_TRIALS, comparable_trials
-from tuning.selection.result import SearchResult
+from tuning.selection.result import MAX_TRIALS, SearchResult, comparable_trials
 from tuning.selection.validation import ValidatedPlan, byte_ratio, format_ratio, log_kl_ratio
 from tuning.study.trial import best_trials
 

@@ -15,9 +15,8 @@ from tuning.optimizers.baselines import baseline_methods, initial_params
 from tuning.reporting.html import linear_ticks, log_ticks, standalone_svg
 from tuning.reporting.plots import plot_optimization_history, plot_pareto_front
 from tuning.reporting.report import findings, standalone_plots, write_report
-from tuning.selection.param_importance import MIN_TRIALS, param_importances
 from tuning.selection.promotion import PromotionDecision, RegisteredPlan
-from tuning.selection.result import SearchResult
+from tuning.selection.result import MIN_TRIALS, SearchResult, param_importances
 from tuning.selection.validation import Ablation, ValidatedPlan, ValidationResult, log_kl_ratio
 from tuning.study.objective import Goal
 from tuning.study.settings import SearchSettings
