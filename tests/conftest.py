@@ -70,8 +70,8 @@ def demo() -> LoadedModel:
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
-    """Use two threads for the real model and one for tiny ones, whose threads would mostly wait for each other."""
-    torch.set_num_threads(2 if request.node.get_closest_marker("demo") else 1)
+    """Use one thread for tiny models, where several would mostly wait for each other."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]) if request.node.get_closest_marker("demo") else 1)
 
 
 @pytest.fixture(scope="session")
