@@ -112,7 +112,7 @@ def test_an_error_in_a_worker_ends_the_study(home: Path) -> None:
     plan = full_cache_plan(identity, geometry, 600)
     window = Window("too long", "d", (5,) * 600, 560)
     with pytest.raises(UserError, match="longer than the 512"):
-        list(scoring.score_in_processes(str(home / "model2"), [(window, (plan,))], 2, "code"))
+        list(scoring.score_in_processes(str(home / "model2"), [(window, (plan,))], 1, "code"))
 
 
 def test_a_cache_that_exceeds_its_reservation_ends_the_study(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def test_a_model_whose_attention_cannot_be_chosen_is_refused_at_once(config: Any
 
 
 UNUSUAL = {
-    "a layer that says it has no cache": CwmConfig(**SHAPE),
+    "a layer that says it has no cache": CwmConfig(**(SHAPE | {"head_dim": 8})),
     "layers that say so, of two kinds": Olmo3Config(
         **(SHAPE | {"layer_types": ["full_attention", "sliding_attention"] * 2})
     ),
