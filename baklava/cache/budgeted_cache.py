@@ -54,10 +54,12 @@ class BudgetedCache(Cache):
 
     def copy(self, max_tokens: int | None = None) -> "BudgetedCache":
         """Return an independent cache that continues from here, for a sequence of at most `max_tokens` tokens."""
-        copied = copy.deepcopy(self, {id(shared): shared for shared in (self.plan, self.eviction)})
+        slabs = [layer.slab for layer in self.budgeted_layers if layer.slab]
+        entries = [tensor for slab in slabs for tensor in slab.tensors]  # copied below, into slabs of another size
+        copied = copy.deepcopy(self, {id(shared): shared for shared in (self.plan, self.eviction, *slabs, *entries)})
         copied.max_tokens, copied._reserved_bytes = max_tokens, self.plan.bytes_for(max_tokens)
         for layer in copied.budgeted_layers:
-            layer.set_max_tokens(max_tokens)
+            layer.move_to_new_slab(max_tokens)
         return copied
 
     @classmethod
@@ -108,15 +110,6 @@ class BudgetedCache(Cache):
             for layer in self.budgeted_layers:
                 layer.teacher_forced = False
 
-    def unshare(self) -> None:
-        """Copy what is shared with the sequences that this one has decoded with in a batch.
-
-        The memory of a sequence that has ended is free once all others of its batch are unshared or decode again.
-        """
-        for layer in self.budgeted_layers:
-            for group in layer.groups:
-                group.unshare()
-
     @property
     def budgeted_layers(self) -> list[BudgetedLayer]:
         """The layers with a budget, in order; sliding layers have none."""
@@ -129,20 +122,13 @@ class BudgetedCache(Cache):
 
     @property
     def reserved_bytes(self) -> int:
-        """Maximum bytes of one sequence between two forwards."""
+        """Bytes of one sequence, however long it is; less if not all layers have seen a token."""
         return self._reserved_bytes
 
     @property
     def num_entries(self) -> int:
         """KV entries of a row, over all (layer, KV head) with a budget."""
         return sum(layer.num_entries for layer in self.budgeted_layers)
-
-    @property
-    def num_slots(self) -> int:
-        """Allocated slots of a row, filled or not; the bytes change only when it does."""
-        groups = [group for layer in self.budgeted_layers for group in layer.groups]
-        sliding = sum(layer.num_entries for layer in self.layers if isinstance(layer, SlidingLayer))
-        return sliding + sum(group.num_slots * len(group.budget.heads) for group in groups)
 
     def cached_positions(self, layer: int, head: int, row: int = 0) -> Int[Tensor, " entries"]:
         """Return the positions that a KV head caches for a row, ascending, counted from the row's first real token."""
@@ -173,8 +159,8 @@ class BudgetedCache(Cache):
         for index, layer in enumerate(self.budgeted_layers):
             for group in layer.groups:
                 positions = group.cached_positions()
-                if group.num_slots > group.max_slots or int((positions >= 0).sum(-1).max()) > group.max_slots:
-                    raise RuntimeError(f"layer {index} has more than {group.max_slots} entries: {positions.shape[2]}")
+                if int((positions >= 0).sum(-1).max()) > group.num_slots:
+                    raise RuntimeError(f"layer {index} has more than {group.num_slots} entries: {positions.shape[2]}")
         batch = next((layer.batch_size for layer in self.budgeted_layers if layer.groups), 1)
         if self.nbytes > self.reserved_bytes * batch:
             raise RuntimeError(f"the cache has {self.nbytes} bytes, but reserved {self.reserved_bytes * batch}")

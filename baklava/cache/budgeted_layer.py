@@ -19,8 +19,9 @@ from baklava.cache.attention import (
     merge_gqa_groups,
     split_gqa_groups,
 )
-from baklava.cache.head_groups import GroupBudget, HeadGroup, NewTokens, batched_step, can_batch, head_group
+from baklava.cache.head_groups import GroupBudget, HeadGroup, NewTokens, head_group
 from baklava.cache.kernels.fused_decode import LayerTable, can_fuse, fused_step
+from baklava.cache.storage import Slab
 from baklava.errors import UserError
 from baklava.eviction import Eviction
 from baklava.plan.budget_plan import LayerBudget
@@ -120,6 +121,7 @@ class BudgetedLayer(BudgetedLayerBase):
         self.padding = padding or Padding()
         self.pad_lengths: Int[Tensor, " batch"] | None = None
         self.groups: list[HeadGroup] = []
+        self.slab: Slab | None = None
         self.table = LayerTable()
         self.teacher_forced = False
         self.pending_attend = False
@@ -127,13 +129,35 @@ class BudgetedLayer(BudgetedLayerBase):
     @override
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.groups = [head_group(budget, self.eviction, key_states, self.max_tokens) for budget in self.group_budgets]
+        self._allocate(len(key_states), key_states.device)
         self.is_initialized = True
 
-    def set_max_tokens(self, max_tokens: int | None) -> None:
-        """Accept at most `max_tokens` tokens in all, and allocate no slots beyond."""
+    def _allocate(self, batch: int, device: torch.device) -> None:
+        """Allocate all that this layer will ever have, at once."""
+        self.slab = Slab([spec for group in self.groups for spec in group.specs()], batch, device)
+        tensors = iter(self.slab.tensors)
+        for group in self.groups:
+            group.bind(tensors)
+
+    def move_to_new_slab(self, max_tokens: int | None, rows: Int[Tensor, " rows"] | None = None) -> None:
+        """Copy the entries into a slab of their own, for sequences of at most `max_tokens` tokens.
+
+        Args:
+            max_tokens: As in the class.
+            rows: The rows of the batch to keep, in this order; None for all.
+        """
         self.max_tokens = max_tokens
+        if self.slab is None:
+            return
+        before = self.slab
         for group in self.groups:
             group.set_max_tokens(max_tokens)
+        first = before.tensors[0]
+        self._allocate(len(first) if rows is None else len(rows), first.device)
+        for source, target in zip(before.tensors, self.slab.tensors, strict=True):
+            slots = min(source.shape[2], target.shape[2])
+            kept = source if rows is None else source.index_select(0, rows.to(source.device))
+            target[:, :, :slots] = kept[:, :, :slots]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Attach this layer to the new keys; `attend` stores them."""
@@ -205,23 +229,15 @@ class BudgetedLayer(BudgetedLayerBase):
             scores = None if score is None else score[:, group.index]
             group.load_prompt(key[:, group.index], value[:, group.index], scores, positions)
 
-    @property
-    def can_batch(self) -> bool:
-        """Whether the next token can be decoded in a batch with those of other sequences."""
-        return self._is_ready and all(map(can_batch, self.groups))
-
     def can_fuse(self, states: Tensor) -> bool:
         """Return whether the kernel can decode the next token, for queries, keys and values like these."""
-        return self._is_ready and can_fuse(self.groups, states)
-
-    @property
-    def _is_ready(self) -> bool:
-        return bool(self.groups) and not (self.pending_attend or self.teacher_forced or self.pad_lengths is not None)
+        is_busy = self.pending_attend or self.teacher_forced or self.pad_lengths is not None
+        return bool(self.groups) and not is_busy and can_fuse(self.groups, states)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the whole batch has allocated."""
-        return sum(group.nbytes for group in self.groups)
+        """Bytes that the whole batch has allocated, as the allocator counts them."""
+        return 0 if self.slab is None else self.slab.nbytes
 
     @property
     def num_entries(self) -> int:
@@ -244,7 +260,7 @@ class BudgetedLayer(BudgetedLayerBase):
 
     @override
     def reset(self) -> None:
-        self.groups, self.cumulative_length, self.pad_lengths = [], 0, None
+        self.groups, self.slab, self.cumulative_length, self.pad_lengths = [], None, 0, None
         self.is_initialized = self.pending_attend = self.teacher_forced = False
         self.padding.reset()
 
@@ -259,6 +275,13 @@ class BudgetedLayer(BudgetedLayerBase):
 
     @override
     def batch_select_indices(self, indices: Tensor) -> None:
+        if self.slab is None:
+            return
+        if len(indices) == self.batch_size:
+            for tensor in self.slab.tensors:
+                tensor.copy_(tensor.index_select(0, indices.to(tensor.device)))
+        else:
+            self.move_to_new_slab(self.max_tokens, indices)
         for group in self.groups:
             group.select_rows(indices)
         if self.pad_lengths is not None:
@@ -289,28 +312,23 @@ def _group_heads(budget: LayerBudget, key_channels: tuple[str, ...] | None) -> l
     ]
 
 
-def decode_together(
+def decode_rows(
     layers: Sequence[BudgetedLayer], query: QueryStates, key: KVStates, value: KVStates, params: AttentionParams
-) -> QueryStates | None:
+) -> QueryStates:
     """Do what `BudgetedLayer.attend` does with one new token of each sequence, one row each.
 
-    The layers are of one plan. Return None, and change nothing, if they cannot decode together.
+    The layers are of one plan. They decode in one call if the kernel can take them all, else one by one.
     """
-    fuses = all(layer.can_fuse(key) for layer in layers)
-    if not fuses and not all(layer.can_batch for layer in layers):
-        return None
+    if not all(layer.can_fuse(key) for layer in layers):
+        outputs = []
+        for layer, *row in zip(layers, query.split(1), key.split(1), value.split(1), strict=True):
+            layer.pending_attend = True
+            own_query, own_key, own_value = row
+            outputs.append(layer.attend(own_query, own_key, own_value, None, params))
+        return torch.cat(outputs)
     lengths = [layer.cumulative_length for layer in layers]
     for layer in layers:
         layer.advance(1)
     queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
-    if fuses:
-        own_groups, tables = [layer.groups for layer in layers], [layer.table for layer in layers]
-        return merge_gqa_groups(fused_step(own_groups, tables, queries, key, value, lengths, params))
-    positions = torch.tensor(lengths, device=key.device)[:, None]
-    tokens = NewTokens(0, queries, key, value, positions, padded=False, teacher_forced=False)
-    output = torch.empty_like(queries)
-    for place, group in enumerate(layers[0].groups):
-        groups = [layer.groups[place] for layer in layers]
-        group_params = params.for_heads(group.index, queries.shape[2])
-        output[:, group.index] = batched_step(groups, tokens.for_heads(group.index), group_params)
-    return merge_gqa_groups(output)
+    groups, tables = [layer.groups for layer in layers], [layer.table for layer in layers]
+    return merge_gqa_groups(fused_step(groups, tables, queries, key, value, lengths, params))

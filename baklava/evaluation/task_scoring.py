@@ -1,7 +1,6 @@
 """Answer a prompt's questions from a context that was prefilled and compressed before any of them was asked."""
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +69,7 @@ def answer_with_plan(loaded: LoadedModel, context: PrefilledPrompt, prompt: Prom
     """
     compressed, _ = compress(loaded, context, plan)
     check_question_unseen(compressed, context.ids.shape[1])
-    runner = _QuestionRunner(loaded, prompt, lambda: deepcopy(compressed))
+    runner = _QuestionRunner(loaded, prompt, lambda: compressed.copy(compressed.max_tokens))
     return PlanAnswers(tuple(runner.answer(question) for question in prompt.questions), runner.peak_bytes)
 
 

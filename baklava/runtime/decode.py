@@ -20,7 +20,7 @@ from baklava.cache.attention import (
     split_gqa_groups,
 )
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.budgeted_layer import BudgetedLayer, decode_together
+from baklava.cache.budgeted_layer import BudgetedLayer, decode_rows
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
@@ -31,11 +31,16 @@ class BatchedLayer(BudgetedLayerBase):
     """The same layer of several caches of one sequence each.
 
     Rows differ in their lengths, so `get_seq_length` is 0 and the positions must be passed to the model.
+
+    Args:
+        index: Number of the layer.
+        caches: The caches, one for each row.
+        rows_by_plan: The rows of each plan, which attend together.
     """
 
-    def __init__(self, index: int, batch: "BatchedCache") -> None:
+    def __init__(self, index: int, caches: Sequence[BudgetedCache], rows_by_plan: Sequence[list[int]]) -> None:
         super().__init__()
-        self.index, self.batch = index, batch
+        self.index, self.caches, self.rows_by_plan = index, caches, rows_by_plan
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Attach this layer to the new keys; every cache stores its own when it attends."""
@@ -46,18 +51,15 @@ class BatchedLayer(BudgetedLayerBase):
     ) -> QueryStates:
         """Return the output of the new token of each row, over the entries of the row's own cache."""
         output = torch.empty_like(query)
-        for rows in self.batch.rows_by_plan:
-            layers = [self.batch.caches[row].layers[self.index] for row in rows]
+        for rows in self.rows_by_plan:
+            layers = [self.caches[row].layers[self.index] for row in rows]
             budgeted = [layer for layer in layers if isinstance(layer, BudgetedLayer)]
-            together = None
             if len(budgeted) == len(rows):
-                together = decode_together(budgeted, query[rows], key[rows], value[rows], params)
-            if together is not None:
-                output[rows] = together
+                output[rows] = decode_rows(budgeted, query[rows], key[rows], value[rows], params)
                 continue
             for row in rows:
                 own = slice(row, row + 1)
-                output[own] = self._attend(self.batch.caches[row], query[own], key[own], value[own], params)
+                output[own] = self._attend(self.caches[row], query[own], key[own], value[own], params)
         return output
 
     def _attend(
@@ -77,16 +79,15 @@ class BatchedLayer(BudgetedLayerBase):
 class BatchedCache(Cache):
     """Caches of one sequence each, for one forward of one new token of every sequence.
 
-    `rows_by_plan` has the rows of each plan, which may attend in one batch.
+    Nothing here refers to itself, so a cache is freed as soon as its sequence ends.
     """
 
     def __init__(self, caches: Sequence[BudgetedCache]) -> None:
-        self.caches = tuple(caches)
         rows_by_plan: dict[int, list[int]] = {}
-        for row, cache in enumerate(self.caches):
+        for row, cache in enumerate(caches):
             rows_by_plan.setdefault(id(cache.plan), []).append(row)
-        self.rows_by_plan = list(rows_by_plan.values())
-        super().__init__(layers=[BatchedLayer(index, self) for index in range(len(self.caches[0].layers))])
+        by_plan = list(rows_by_plan.values())
+        super().__init__(layers=[BatchedLayer(index, caches, by_plan) for index in range(len(caches[0].layers))])
 
 
 @torch.inference_mode()

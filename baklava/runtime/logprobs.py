@@ -1,6 +1,5 @@
 """Log-probabilities of a text under a plan: every token attends through the budgeted cache, as if it were decoded."""
 
-import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ def score_continuations(
     cache.check_integrity(len(context))
     results = []
     for number, ids in enumerate(continuations, 1):
-        own = cache if number == len(continuations) or len(ids) == 1 else copy.deepcopy(cache)
+        own = cache if number == len(continuations) or len(ids) == 1 else cache.copy(cache.max_tokens)
         results.append(_loglikelihood(loaded, own, logits, ids, len(ids)))
         own.check_integrity(len(context) + len(ids) - 1)
     return results

@@ -130,18 +130,10 @@ class Engine:
 
     def _step(self) -> None:
         """Generate a token of every running sequence, and prefill a chunk of one prompt."""
+        self._decode()
         with self._changed:
-            batch = self._scheduler.schedule_decode()
-        started_at = time.perf_counter()
-        outputs = self._runner.decode(batch) if batch else []
-        with self._changed:
-            if batch:
-                self._scheduler.process_decode(batch, outputs, time.perf_counter() - started_at)
-            running = tuple(self._scheduler.running)
             job, chunk_tokens = self._scheduler.schedule_prefill()
         self._deliver_outputs()
-        if len(running) < len(batch):
-            self._runner.unshare(running)
         if job is not None:
             self._prefill(job, chunk_tokens)
             self._deliver_outputs()
@@ -149,6 +141,17 @@ class Engine:
         with self._changed:
             self._scheduler.process_measurement(measurement)
         self._deliver_outputs()
+
+    def _decode(self) -> None:
+        """Decode a token of every running sequence. Nothing refers to those that end once this returns."""
+        with self._changed:
+            batch = self._scheduler.schedule_decode()
+        if not batch:
+            return
+        started_at = time.perf_counter()
+        outputs = self._runner.decode(batch)
+        with self._changed:
+            self._scheduler.process_decode(batch, outputs, time.perf_counter() - started_at)
 
     def _prefill(self, job: PrefillJob, chunk_tokens: int) -> None:
         num_processed, started_at = job.num_processed, time.perf_counter()

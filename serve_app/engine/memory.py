@@ -4,9 +4,7 @@ import math
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
 
-from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.host_memory import available_host_bytes
@@ -100,32 +98,6 @@ def check_reservation(allocated_bytes: int, reserved_bytes: int) -> None:
         raise ReservationExceededError(
             f"the cache allocates {allocated_bytes} bytes, and its plan reserves at most {reserved_bytes}"
         )
-
-
-class MemoryMeter:
-    """Measures the bytes of caches from their tensors.
-
-    Looking at every tensor of every cache would take a tenth of a step. So a cache is measured again if its slots have
-    changed, and one of the others at every step.
-    """
-
-    def __init__(self) -> None:
-        self._known: WeakKeyDictionary[BudgetedCache, tuple[int, int]] = WeakKeyDictionary()
-        self._steps = 0
-
-    def allocated_bytes(self, cache: BudgetedCache) -> int:
-        """Return the bytes that a cache allocates."""
-        num_slots, nbytes = self._known.get(cache, (-1, 0))
-        if num_slots != cache.num_slots:
-            nbytes = cache.nbytes
-            self._known[cache] = cache.num_slots, nbytes
-        return nbytes
-
-    def recheck_next(self, caches: Sequence[BudgetedCache]) -> None:
-        """Have the next of these caches measured again at the next step."""
-        if caches:
-            self._steps += 1
-            self._known.pop(caches[self._steps % len(caches)], None)
 
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}

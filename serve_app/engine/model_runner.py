@@ -68,8 +68,14 @@ class PrefillJob:
     def _task_after(self, loaded: LoadedModel, entry: PrefixCacheEntry) -> PrefillTask:
         assert self.prefix is not None
         rest = self.request.params.prompt[len(self.prefix) :]
+        cache = entry.cache.copy(self.request.max_tokens)
         self._entry = None  # the prefix cache may drop it from now on
-        return ChunkedPrefill(loaded, entry.cache.copy(self.request.max_tokens), entry.logits, rest)
+        return ChunkedPrefill(loaded, cache, entry.logits, rest)
+
+    @property
+    def holds_entry(self) -> bool:
+        """Whether the prefix cache entry that it starts from is still to be copied."""
+        return self._entry is not None
 
     @property
     def prompt_logprobs(self) -> tuple[Logprob | None, ...]:
@@ -140,8 +146,3 @@ class ModelRunner:
             except Exception as error:
                 outputs.append(error)
         return outputs
-
-    def unshare(self, sequences: Sequences[Sequence]) -> None:
-        """Give each sequence its own memory, so that what it shared with sequences that have ended is freed."""
-        for sequence in sequences:
-            sequence.cache.unshare()

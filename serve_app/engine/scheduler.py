@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
 
+from baklava.cache.storage import allocated_bytes
 from baklava.errors import UserError
 from baklava.eviction import build_eviction
 from baklava.plan.budget_plan import BudgetPlan
@@ -30,7 +31,6 @@ from baklava.runtime.model_loader import LoadedModel
 from serve_app.engine.chunk_size import ChunkSizePolicy
 from serve_app.engine.memory import (
     ByteBudget,
-    MemoryMeter,
     MemoryRequirement,
     ReservationExceededError,
     check_reservation,
@@ -61,10 +61,14 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True)
 class Measurement:
-    """Bytes that the caches of the running sequences, and the prompt being prefilled, allocate."""
+    """Bytes that the caches of the running sequences, and the prompt being prefilled, allocate after a step.
+
+    `peak_bytes` is the most that all caches together have ever allocated, at any moment of any step.
+    """
 
     allocated_bytes: dict[Sequence, int]
     prefill_bytes: int
+    peak_bytes: int
 
 
 class Scheduler:
@@ -85,10 +89,10 @@ class Scheduler:
         self.prefilling: PrefillJob | None = None
         self.running: list[Sequence] = []
         self.stats = EngineStats()
-        self._meter, self._peak_bytes = MemoryMeter(), 0
+        self._peak_bytes = 0
         self._head_requirement: tuple[Request, BudgetPlan, int, MemoryRequirement] | None = None
         self._outputs: list[tuple[Request, EngineOutput]] = []
-        self._state = self._snapshot(Measurement({}, 0))
+        self._state = self._snapshot(Measurement({}, 0, 0))
 
     @property
     def has_work(self) -> bool:
@@ -136,7 +140,12 @@ class Scheduler:
         """Admit requests under this plan from now on, and prefill the pinned prefixes again. Raises UserError."""
         self._check_plan(plan, self.prefix_cache.pinned)
         self.plan = plan
-        self._release(self.prefix_cache.invalidate(plan))
+        dropped, job = self.prefix_cache.invalidate(plan), self.prefilling
+        if job is not None and job.holds_entry and job.prefix in dropped:
+            reserved = self.budget.reserved_by(job.request) + self.budget.reserved_by(job.prefix)
+            self.budget.release(job.prefix)
+            self.budget.reserve(job.request, reserved)  # until its prompt is done
+        self._release(dropped)
         for prefix in reversed(self.prefix_cache.pinned):
             self.waiting.appendleft(_prefix_request(prefix, plan))
 
@@ -204,9 +213,9 @@ class Scheduler:
 
     def measure(self) -> Measurement:
         """Measure all caches. On the engine's thread this is safe without the lock, since no other changes them."""
-        allocated = {sequence: self._meter.allocated_bytes(sequence.cache) for sequence in self.running}
-        self._meter.recheck_next([sequence.cache for sequence in self.running])
-        return Measurement(allocated, self.prefilling.nbytes if self.prefilling else 0)
+        allocated = {sequence: sequence.cache.nbytes for sequence in self.running}
+        prefill_bytes = self.prefilling.nbytes if self.prefilling else 0
+        return Measurement(allocated, prefill_bytes, allocated_bytes().peak)
 
     def process_measurement(self, measurement: Measurement) -> None:
         """Fail the requests whose caches allocate more than they reserved, and no other."""
@@ -396,7 +405,7 @@ class Scheduler:
         prefix_cache_bytes = self.prefix_cache.nbytes
         allocated = {sequence: measurement.allocated_bytes[sequence] for sequence in self.running}
         total = sum(allocated.values()) + prefix_cache_bytes + (measurement.prefill_bytes if self.prefilling else 0)
-        self._peak_bytes = max(self._peak_bytes, total)
+        self._peak_bytes = max(self._peak_bytes, measurement.peak_bytes, total)
         seen_tokens = sum(sequence.cache.get_seq_length() for sequence in allocated)
         return EngineState(
             running=self._num_running,

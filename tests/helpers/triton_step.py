@@ -13,7 +13,7 @@ from baklava.cache.head_groups import GroupBudget, HeadGroup, NewTokens, ScoredH
 from baklava.cache.kernels import table_columns as columns
 from baklava.cache.kernels import triton_decode
 from baklava.cache.kernels.fused_decode import LayerTable
-from baklava.cache.storage import DenseCodec, MixedPrecisionCodec, SegmentedStorage, SlotStorage, Storage
+from baklava.cache.storage import DenseCodec, MixedPrecisionCodec, SegmentedStorage, Slab, SlotStorage, Storage
 from baklava.cache.storage.dense_codec import stored_dtype
 from baklava.cache.storage.quantized_codec import unpack
 from baklava.eviction import Eviction, HeavyHitter
@@ -60,6 +60,7 @@ class Layer:
             channels = (order,) if budget.mixed else None
             shape = GroupBudget((head,), budget.tokens, budget.key_bits, budget.value_bits, channels)
             made = head_group(shape, eviction, key)
+            made.bind(iter(Slab(made.specs(), rows, key.device).tensors))
             scores = torch.rand(rows, 1, prompt, generator=self._draw).to(device) ** 4 if eviction.scored else None
             if isinstance(eviction, HeavyHitter):  # no query has counted for the last entries
                 scores[..., max(0, prompt - eviction.distance) :] = 0

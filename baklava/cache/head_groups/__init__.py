@@ -2,7 +2,6 @@
 
 from baklava.cache.attention import KVStates
 from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
-from baklava.cache.head_groups.batched_decode import batched_step, can_batch
 from baklava.cache.head_groups.ring_buffer import RingBufferHeadGroup
 from baklava.cache.head_groups.score_updates import (
     AttentionInputs,
@@ -21,8 +20,6 @@ __all__ = [
     "RingBufferHeadGroup",
     "ScoreAccumulator",
     "ScoredHeadGroup",
-    "batched_step",
-    "can_batch",
     "first_sampled_query",
     "head_group",
     "update_scores",

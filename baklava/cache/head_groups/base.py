@@ -4,20 +4,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from baklava.cache.attention import AttentionParams, GroupedQueries, KVStates
-from baklava.cache.storage import DequantizedView, StorageLayout, storage_for
+from baklava.cache.storage import DequantizedView, StorageLayout, TensorSpec, storage_for
 from baklava.cache.storage.hadamard import HadamardRotation
 from baklava.eviction import Eviction
 from baklava.plan.geometry import FULL_BITS, BitSplit, bit_split
-
-SPARE_SLOTS = 64
-"""Slots that a head below its capacity allocates in advance, so that it seldom has to grow by copying."""
 
 
 @dataclass(frozen=True)
@@ -87,28 +84,15 @@ class NewTokens:
         )
 
 
-class Shared(Protocol):
-    """Tensors that head groups of several sequences share, one row each."""
-
-    @property
-    def num_sharers(self) -> int:
-        """Number of rows that still use the tensors."""
-
-
 class HeadGroup(ABC):
     """Entries of KV heads with equal budgets; between two forwards at most `budget.tokens` per head.
 
-    `max_tokens` is the largest number of tokens that a row will have: slots beyond it are never allocated, and nothing
-    else changes.
+    `max_tokens` is the largest number of tokens that a row will have: there are no slots beyond it, and nothing else
+    changes. A group says which tensors it needs (`specs`), and is used once it has them (`bind`).
 
     The keys of a quantized budget are rotated, those in 16 bits included, and so are the values: new tokens and their
     queries are rotated first, outputs are rotated back. Eviction methods score rotated entries.
-
-    While sequences decode together, the group's tensors may be a row of something `shared`. Every other operation
-    makes copies first.
     """
-
-    shared: Shared | None = None
 
     def __init__(
         self, budget: GroupBudget, eviction: Eviction, template: KVStates, max_tokens: int | None = None
@@ -125,36 +109,32 @@ class HeadGroup(ABC):
         )
         self.keys = storage_for(keys, template, layout, centred=True)
         self.values = storage_for(values, template, layout)
-        self.num_slots = 0
         self.num_filled = 0
         self.head_dim = template.shape[3]
         self.table: Any = None
-        """Addresses of the tensors for a kernel; whoever replaces a tensor sets it to None."""
+        """Addresses of the tensors for a kernel, made at its first use."""
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors of the entries."""
-        return (*self.keys.tensors, *self.values.tensors, *self._state())
+    def set_max_tokens(self, max_tokens: int | None) -> None:
+        """Need no more slots than a sequence of `max_tokens` tokens can fill; `bind` must follow."""
+        self.num_slots = self.budget.tokens if max_tokens is None else min(self.budget.tokens, max_tokens)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated between two forwards; of shared tensors, an equal part."""
-        allocated = sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
-        return allocated if self.shared is None else allocated // self.shared.num_sharers
+    def specs(self) -> list[TensorSpec]:
+        """Return the tensors that the entries need."""
+        return [*self.keys.specs(self.num_slots), *self.values.specs(self.num_slots), *self._state_specs()]
 
-    def unshare(self) -> None:
-        """Replace shared tensors by copies."""
-        if self.shared is not None:
-            self.select_rows(torch.zeros(1, dtype=torch.long))
+    def bind(self, tensors: Iterator[Tensor]) -> None:
+        """Take the tensors of the specs, in their order."""
+        self.table = None
+        self.keys.bind(tensors)
+        self.values.bind(tensors)
+        self._bind_state(tensors)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle has: its tensors lie elsewhere, so it has no table."""
-        self.unshare()  # otherwise it would have all rows
         return self.__dict__ | {"table": None}
 
     def attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         """Return the output of new tokens, and store them within the budget."""
-        self.unshare()
         if tokens.teacher_forced and not self.num_filled:
             # One by one, the first token would be a prompt of its own.
             parts = [replace(tokens.narrow(0, 1), teacher_forced=False), tokens.narrow(1, tokens.num_tokens)]
@@ -174,17 +154,11 @@ class HeadGroup(ABC):
         self, key: KVStates, value: KVStates, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]
     ) -> None:
         """Compress the keys and values of a prompt, which a full cache has attended to, to the budget."""
-        self.unshare()
         self._load_prompt(_rotate(self.key_rotation, key), _rotate(self.value_rotation, value), score, positions)
-
-    def set_max_tokens(self, max_tokens: int | None) -> None:
-        """Allocate no more slots than a sequence of `max_tokens` tokens can fill."""
-        self.max_slots = self.budget.tokens if max_tokens is None else min(self.budget.tokens, max_tokens)
 
     @contextmanager
     def dequantized(self) -> Iterator[None]:
         """Read stored entries only once within this context, if reading converts them."""
-        self.unshare()
         before = self.keys, self.values
         self.keys, self.values = (
             DequantizedView(storage, self.num_slots) if storage.reads_copy else storage for storage in before
@@ -214,25 +188,21 @@ class HeadGroup(ABC):
 
     @abstractmethod
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        """Keep these rows of the batch, in this order."""
+        """Keep what is not among the tensors for these rows of the batch, in this order."""
 
-    def _state(self) -> tuple[Tensor, ...]:
-        return ()
+    @abstractmethod
+    def _state_specs(self) -> list[TensorSpec]:
+        """Return the tensors that the entries need in addition to keys and values."""
 
-    def _grow(self, needed: int) -> None:
-        if needed > self.num_slots:
-            self.table = None
-            self.num_slots = min(self.max_slots, max(needed + SPARE_SLOTS, self.num_slots * 3 // 2))
-            self.keys.resize(self.num_slots)
-            self.values.resize(self.num_slots)
+    @abstractmethod
+    def _bind_state(self, tensors: Iterator[Tensor]) -> None:
+        """Take the tensors of `_state_specs`, in their order."""
 
     def _replace(self, key: KVStates, value: KVStates, slots: Int[Tensor, "#batch #heads retained"]) -> None:
         """Retain the entries at `slots`, which index the old entries followed by the new ones."""
-        self.table = None
         num_old, self.num_filled = self.num_filled, slots.shape[2]
-        self.num_slots = min(self.max_slots, self.num_filled + SPARE_SLOTS)
         for storage, new in ((self.keys, key), (self.values, value)):
-            storage.select(slots, num_old, new, self.num_slots)
+            storage.select(slots, num_old, new)
 
 
 def _rotation(

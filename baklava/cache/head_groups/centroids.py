@@ -1,13 +1,14 @@
 """Centroids: a few entries per head that stand for all evicted ones, so that their attention mass is not lost."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from baklava.cache.attention import CentroidEntries, KVStates
+from baklava.cache.storage import Slab, TensorSpec
 from baklava.eviction import Eviction
 
 Means = Float[Tensor, "batch heads count head_dim"]
@@ -45,13 +46,22 @@ class Centroids:
     weight: Float[Tensor, "batch heads count"]
     entropy: Float[Tensor, "batch heads count"]
 
+    @staticmethod
+    def specs(heads: int, count: int, head_dim: int) -> list[TensorSpec]:
+        """Return the tensors of `count` centroids per head, in the order of the fields."""
+        means, numbers = TensorSpec((heads, count, head_dim), torch.float16), TensorSpec((heads, count), torch.float32)
+        return [means, means, numbers, numbers]
+
+    @classmethod
+    def bind(cls, tensors: Iterator[Tensor]) -> "Centroids":
+        """Return the centroids in the tensors of the specs."""
+        return cls(*(next(tensors) for _ in fields(cls)))
+
     @classmethod
     def empty(cls, template: KVStates, heads: int, count: int) -> "Centroids":
-        """Return centroids without members, for entries like the template."""
-        shape, device = (template.shape[0], heads, count), template.device
-        key, value = (torch.zeros(*shape, template.shape[3], dtype=torch.float16, device=device) for _ in range(2))
-        weight, entropy = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
-        return cls(key, value, weight, entropy)
+        """Return centroids without members in memory of their own, for entries like the template."""
+        slab = Slab(cls.specs(heads, count, template.shape[3]), template.shape[0], template.device)
+        return cls.bind(iter(slab.tensors))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -105,24 +115,10 @@ class Centroids:
             weights = weight[..., block].float()
             yield key[:, :, block], value[:, :, block], weights, weights * weights.clamp(min=MIN_WEIGHT).log()
 
-    @classmethod
-    def cat(cls, rows: "Sequence[Centroids]") -> "Centroids | None":
-        """Return copies of them as rows of one batch; None if there are none."""
-        columns = zip(*(row.tensors for row in rows), strict=True)
-        return cls(*(torch.cat(column) for column in columns)) if rows else None
-
     def copy_(self, others: "Centroids") -> None:
-        """Copy other centroids into these, in place, so that all views of them change."""
+        """Copy other centroids into these, in place."""
         for own, new in zip(self.tensors, others.tensors, strict=True):
             own.copy_(new)
-
-    def row(self, row: int) -> "Centroids":
-        """Return a view of one row."""
-        return Centroids(*(tensor[row : row + 1] for tensor in self.tensors))
-
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> "Centroids":
-        """Return these rows of the batch, in this order."""
-        return Centroids(*(tensor.index_select(0, rows.to(tensor.device)) for tensor in self.tensors))
 
 
 def mean_attention(scores: Tensor, eviction: Eviction) -> Tensor:

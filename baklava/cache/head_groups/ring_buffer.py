@@ -1,5 +1,7 @@
 """Sinks and the most recent tokens, in a ring buffer."""
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -15,7 +17,7 @@ from baklava.cache.attention import (
     visibility_mask,
 )
 from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
-from baklava.cache.storage import EMPTY
+from baklava.cache.storage import EMPTY, TensorSpec
 from baklava.eviction import Eviction
 
 
@@ -30,13 +32,20 @@ class RingBufferHeadGroup(HeadGroup):
         self.last_position = torch.full((1, 1), -1, device=template.device)
 
     @override
+    def _state_specs(self) -> list[TensorSpec]:
+        return []
+
+    @override
+    def _bind_state(self, tensors: Iterator[Tensor]) -> None:
+        """Take nothing: the positions follow from the slots."""
+
+    @override
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         if tokens.num_tokens == 1 and self.num_filled:
             return self._step(tokens, params)
         return self._block(tokens, params)
 
     def _step(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
-        self._grow(min(self.num_filled + 1, self.budget.tokens))
         self._write(tokens)
         self.num_filled, self.last_position = min(self.num_filled + 1, self.budget.tokens), tokens.positions
         # Without padding every filled slot is visible, so positions are not even computed.
@@ -51,7 +60,6 @@ class RingBufferHeadGroup(HeadGroup):
     @override
     def reserve_slot(self, position: int) -> int:
         self.num_filled = min(self.num_filled + 1, self.budget.tokens)
-        self._grow(self.num_filled)
         self.last_position = torch.full((1, 1), position, device=self.last_position.device)
         return self.window.slot(position)
 
@@ -115,8 +123,5 @@ class RingBufferHeadGroup(HeadGroup):
 
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        self.table = None
-        self.keys.select_rows(rows)
-        self.values.select_rows(rows)
         if self.last_position.shape[0] > 1:
             self.last_position = self.last_position[rows.to(self.last_position.device)]

@@ -1,7 +1,9 @@
 """Entries that compete by score."""
 
+from collections.abc import Iterator
+
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 from typing_extensions import override
@@ -15,7 +17,7 @@ from baklava.cache.head_groups.score_updates import (
     scores_after_decoding,
     update_scores,
 )
-from baklava.cache.storage import EMPTY
+from baklava.cache.storage import EMPTY, TensorSpec
 from baklava.errors import UserError
 from baklava.eviction import Eviction, QuerySample
 
@@ -31,14 +33,23 @@ class ScoredHeadGroup(HeadGroup):
         self, budget: GroupBudget, eviction: Eviction, template: KVStates, max_tokens: int | None = None
     ) -> None:
         super().__init__(budget, eviction, template, max_tokens)
-        shape = (template.shape[0], len(budget.heads), 0)
-        self.positions = torch.empty(shape, dtype=torch.int32, device=template.device)
-        self.scores = torch.empty(shape, dtype=torch.float32, device=template.device)
         self.tokens_since_eviction = 0
         self.num_retained = budget.tokens - eviction.eviction_interval
-        self.centroids = (
-            Centroids.empty(template, len(budget.heads), eviction.centroids) if eviction.centroids else None
-        )
+        self.positions: Int[Tensor, "batch heads slots"] = torch.empty(0, 0, 0)
+        self.scores: Float[Tensor, "batch heads slots"] = torch.empty(0, 0, 0)
+        self.centroids: Centroids | None = None
+
+    @override
+    def _state_specs(self) -> list[TensorSpec]:
+        heads, count = len(self.budget.heads), self.eviction.centroids
+        shape = (heads, self.num_slots)
+        centroids = Centroids.specs(heads, count, self.head_dim) if count else []
+        return [TensorSpec(shape, torch.int32), TensorSpec(shape, torch.float32), *centroids]
+
+    @override
+    def _bind_state(self, tensors: Iterator[Tensor]) -> None:
+        self.positions, self.scores = next(tensors), next(tensors)
+        self.centroids = Centroids.bind(tensors) if self.eviction.centroids else None
 
     @override
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
@@ -70,7 +81,6 @@ class ScoredHeadGroup(HeadGroup):
 
     @override
     def reserve_slot(self, position: int) -> int:
-        self._grow(self.num_filled + 1)
         self.num_filled += 1
         return self.num_filled - 1
 
@@ -97,7 +107,6 @@ class ScoredHeadGroup(HeadGroup):
 
     def _append(self, tokens: NewTokens) -> None:
         start, self.num_filled = self.num_filled, self.num_filled + tokens.num_tokens
-        self._grow(self.num_filled)
         self.scores[:, :, start : self.num_filled] = 0
         if tokens.padded:
             self._scatter(tokens, start)
@@ -169,11 +178,10 @@ class ScoredHeadGroup(HeadGroup):
                 for storage, new in ((self.keys, key), (self.values, value))
             )
             weights = self._weights(scores, positions).scatter(2, retained, 0.0)
-            self.centroids = self.centroids.merge(keys, values, weights, PROMPT_KMEANS_ITERATIONS)
+            self.centroids.copy_(self.centroids.merge(keys, values, weights, PROMPT_KMEANS_ITERATIONS))
         scores, positions = scores.gather(2, retained), positions.gather(2, retained)
         self._replace(key, value, torch.where(positions < 0, EMPTY, retained))
-        self.positions = _resize(positions, self.num_slots)
-        self.scores = _resize(scores, self.num_slots)
+        self.positions[..., : self.num_filled], self.scores[..., : self.num_filled] = positions, scores
         self.tokens_since_eviction = 0
 
     def _topk(self, scores: Tensor, positions: Tensor) -> Tensor:
@@ -215,27 +223,12 @@ class ScoredHeadGroup(HeadGroup):
         return scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
 
     @override
-    def cached_positions(self) -> Int[Tensor, "batch heads entries"]:
-        return self.positions[..., : self.num_filled]
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        """Do nothing: all that differs between rows is in the tensors."""
 
     @override
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        self.shared = self.table = None
-        self.keys.select_rows(rows)
-        self.values.select_rows(rows)
-        rows = rows.to(self.positions.device)
-        self.positions, self.scores = self.positions[rows], self.scores[rows]
-        self.centroids = None if self.centroids is None else self.centroids.select_rows(rows)
-
-    def _grow(self, needed: int) -> None:
-        super()._grow(needed)
-        if self.positions.shape[2] < self.num_slots:
-            self.positions = _resize(self.positions, self.num_slots)
-            self.scores = _resize(self.scores, self.num_slots)
-
-    def _state(self) -> tuple[Tensor, ...]:
-        centroids = () if self.centroids is None else self.centroids.tensors
-        return self.positions, self.scores, *centroids
+    def cached_positions(self) -> Int[Tensor, "batch heads entries"]:
+        return self.positions[..., : self.num_filled]
 
 
 def _compaction_moves(evicted: Tensor, num_retained: int) -> tuple[Tensor, Tensor]:
@@ -262,10 +255,3 @@ def _pool(scores: Tensor, positions: Tensor, width: int) -> Tensor:
         for terms in (scores.masked_fill(positions < 0, 0), real)
     )
     return (sums / counts.clamp(min=1 / width)).gather(2, order.argsort(dim=2))
-
-
-def _resize(state: Tensor, size: int) -> Tensor:
-    resized = state.new_zeros(*state.shape[:2], size)
-    copied = min(size, state.shape[2])
-    resized[..., :copied] = state[..., :copied]
-    return resized

@@ -161,8 +161,6 @@ def fused_step(
     slots, counts = np.empty((rows, heads), np.int64), np.empty((rows, heads), np.int64)
     own_tables, row_positions, first = [], np.empty((rows, heads), np.int64), 0
     for groups, table, position in zip(layers, tables, positions, strict=True):
-        for group in groups:
-            group.unshare()
         places = [(_reserve_slot(group, position, head_dim), group) for group in groups]
         own_tables.append(table.of(groups))
         here = slice(first, first + len(own_tables[-1]))

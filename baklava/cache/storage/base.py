@@ -1,15 +1,15 @@
 """Base classes of storage: how the entries of a group of KV heads lie in memory, and how they are encoded."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Self
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from baklava.cache.storage.slab import TensorSpec
+
 Entries = Float[Tensor, "batch heads tokens head_dim"]
-Rows = Float[Tensor, "batch heads rows head_dim"]
 Index = Int[Tensor, "#batch #heads tokens"]
 Encoded = tuple[Tensor, ...]
 """Encoded entries: tensors [batch, heads, tokens, any], whose row of a slot is one entry."""
@@ -26,26 +26,33 @@ class Storage(ABC):
 
     Entries are read in the dtype that the model computes in, whatever form they are stored in. An entry that is
     retained is never encoded again, so it does not drift.
+
+    A storage says which tensors it needs (`specs`), and is used once it has them (`bind`). The first entries come by
+    `select`.
     """
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, as the allocator counts them."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @abstractmethod
+    def specs(self, slots: int) -> list[TensorSpec]:
+        """Return the tensors that this many slots need."""
+
+    @abstractmethod
+    def bind(self, tensors: Iterator[Tensor]) -> None:
+        """Take the tensors of the specs, in their order."""
 
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors, those of the codec among them."""
+        """All tensors, in the order of the specs."""
 
     @property
     @abstractmethod
     def reads_copy(self) -> bool:
         """Whether reading makes a copy, because entries are not stored in the dtype that the model computes in."""
-
-    @abstractmethod
-    def resize(self, slots: int) -> None:
-        """Allocate this many slots; the first ones keep their entries."""
 
     @abstractmethod
     def write(self, start: int, entries: Entries) -> None:
@@ -56,14 +63,13 @@ class Storage(ABC):
         """Write entries into the given slots of each row and head."""
 
     @abstractmethod
-    def select(self, slots: Index, num_old: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
-        """Allocate `size` slots, the first of them with the selected entries.
+    def select(self, slots: Index, num_old: int, new: Float[Tensor, "batch heads new head_dim"]) -> None:
+        """Retain the selected entries in the first slots.
 
         Args:
             slots: Index into the first `num_old` entries followed by the new ones; EMPTY for none.
-            num_old: Entries before.
+            num_old: Entries before. If there are none, the codec is fitted to the new ones.
             new: New entries.
-            size: Slots to allocate.
         """
 
     @abstractmethod
@@ -83,20 +89,8 @@ class Storage(ABC):
         """Yield what `read` returns: in blocks if it must be copied, else as one block."""
 
     @abstractmethod
-    def query_key_scores(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
-        """Return the products of rows with the keys in the first slots, in 32 bits, without decoding the keys."""
-
-    @abstractmethod
-    def weighted_values(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
-        """Return the sums of the values in the first slots, weighted by each row, in 32 bits, without decoding them."""
-
-    @abstractmethod
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
         """Copy entries from the source slots to the target slots of each row and head."""
-
-    @abstractmethod
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        """Keep these rows of the batch, in this order."""
 
 
 class Codec(ABC):
@@ -111,8 +105,21 @@ class Codec(ABC):
 
     @property
     @abstractmethod
+    def parts(self) -> list[tuple[int, torch.dtype]]:
+        """Width and dtype of each tensor that entries are encoded as."""
+
+    @abstractmethod
+    def state_specs(self, heads: int) -> list[TensorSpec]:
+        """Return the tensors that the codec needs in addition to the encoded entries."""
+
+    @abstractmethod
+    def bind(self, tensors: Iterator[Tensor]) -> None:
+        """Take the tensors of `state_specs`, in their order; `fit` initialises them."""
+
+    @property
+    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """Tensors in addition to the encoded entries."""
+        """The tensors of `state_specs`."""
 
     @abstractmethod
     def encode(self, entries: Entries) -> Encoded:
@@ -123,28 +130,8 @@ class Codec(ABC):
         """Return stored entries in the dtype that the model computes in."""
 
     @abstractmethod
-    def query_key_scores(self, encoded: Encoded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
-        """Return the products of rows with stored keys, in 32 bits."""
-
-    @abstractmethod
-    def weighted_values(self, encoded: Encoded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
-        """Return the sums of stored values, weighted by each row, in 32 bits."""
-
-    @abstractmethod
-    def stack(self, others: "Sequence[Self]") -> Self:
-        """Return the codec of a batch whose rows are this codec's and those of others of its kind."""
-
-    @abstractmethod
-    def row(self, row: int) -> Self:
-        """Return the codec of one row; it shares memory with this one."""
-
-    @abstractmethod
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
-        """Fit the codec to the first entries, before any slot is allocated; `real` marks those that are new."""
-
-    @abstractmethod
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        """Keep these rows of the batch, in this order."""
+        """Fit the codec to the first entries; `real` marks those that are stored."""
 
 
 def expand_index(index: Tensor, entries: Tensor) -> Tensor:
@@ -161,9 +148,3 @@ def gather_new(slots: Tensor, num_old: int, new: Tensor) -> Tensor:
     """Return the new entries of a selection, at their places in it; the other places have any entry."""
     index = (slots - num_old).clamp(0, new.shape[2] - 1)
     return new.gather(2, expand_index(index, new))
-
-
-def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Return products of matrices over [batch, heads], computed as one batch."""
-    product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1))
-    return product.view(*left.shape[:2], *product.shape[1:])

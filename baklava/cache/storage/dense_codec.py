@@ -1,21 +1,21 @@
 """Unquantized entries, in 16 or 32 bits."""
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Iterator
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.cache.storage.base import Codec, Encoded, Entries, Rows, matmul
+from baklava.cache.storage.base import Codec, Encoded, Entries
+from baklava.cache.storage.slab import TensorSpec
 
 
 class DenseCodec(Codec):
     """One tensor. 16 bits are the model's own half-precision dtype, or float16 if the model computes in float32."""
 
     def __init__(self, template: Entries, bits: int) -> None:
-        self.compute_dtype = template.dtype
+        self.head_dim, self.compute_dtype = template.shape[3], template.dtype
         self.dtype = stored_dtype(template.dtype, bits)
 
     @override
@@ -25,8 +25,25 @@ class DenseCodec(Codec):
 
     @override
     @property
+    def parts(self) -> list[tuple[int, torch.dtype]]:
+        return [(self.head_dim, self.dtype)]
+
+    @override
+    def state_specs(self, heads: int) -> list[TensorSpec]:
+        return []
+
+    @override
+    def bind(self, tensors: Iterator[Tensor]) -> None:
+        """Take nothing: there is no state."""
+
+    @override
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return ()
+
+    @override
+    def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
+        """Do nothing: dense entries need no fit."""
 
     @override
     def encode(self, entries: Entries) -> Encoded:
@@ -35,30 +52,6 @@ class DenseCodec(Codec):
     @override
     def decode(self, encoded: Encoded) -> Entries:
         return encoded[0].to(self.compute_dtype)
-
-    @override
-    def query_key_scores(self, encoded: Encoded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
-        return matmul(rows.float(), encoded[0].float().transpose(2, 3))
-
-    @override
-    def weighted_values(self, encoded: Encoded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
-        return matmul(weights.float(), encoded[0].float())
-
-    @override
-    def stack(self, others: Sequence[Self]) -> Self:
-        return self
-
-    @override
-    def row(self, row: int) -> Self:
-        return self
-
-    @override
-    def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
-        pass
-
-    @override
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        pass
 
 
 def stored_dtype(compute_dtype: torch.dtype, bits: int) -> torch.dtype:

@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.cache.storage.base import Entries, Index, Rows, Storage, expand_index, matmul
+from baklava.cache.storage.base import Entries, Index, Storage, expand_index
+from baklava.cache.storage.slab import TensorSpec
 
 
 class DequantizedView(Storage):
@@ -22,6 +23,14 @@ class DequantizedView(Storage):
         self.entries = storage.read(slots)
 
     @override
+    def specs(self, slots: int) -> list[TensorSpec]:
+        return self.storage.specs(slots)
+
+    @override
+    def bind(self, tensors: Iterator[Tensor]) -> None:
+        self.storage.bind(tensors)
+
+    @override
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.storage.tensors
@@ -30,15 +39,6 @@ class DequantizedView(Storage):
     @property
     def reads_copy(self) -> bool:
         return False
-
-    @override
-    def resize(self, slots: int) -> None:
-        self.storage.resize(slots)
-        batch, heads, old_slots, head_dim = self.entries.shape
-        entries = self.entries.new_zeros(batch, heads, slots, head_dim)
-        copied = min(old_slots, slots)
-        entries[:, :, :copied] = self.entries[:, :, :copied]
-        self.entries = entries
 
     @override
     def write(self, start: int, entries: Entries) -> None:
@@ -52,9 +52,9 @@ class DequantizedView(Storage):
         self._refresh(slots.expand(*entries.shape[:3]))
 
     @override
-    def select(self, slots: Index, num_old: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
-        self.storage.select(slots, num_old, new, size)
-        self.entries = self.storage.read(size)
+    def select(self, slots: Index, num_old: int, new: Float[Tensor, "batch heads new head_dim"]) -> None:
+        self.storage.select(slots, num_old, new)
+        self.entries = self.storage.read(self.entries.shape[2])
 
     @override
     def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:
@@ -73,22 +73,9 @@ class DequantizedView(Storage):
         yield self.read(slots)
 
     @override
-    def query_key_scores(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
-        return matmul(rows.float(), self.read(slots).float().transpose(2, 3))
-
-    @override
-    def weighted_values(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
-        return matmul(weights.float(), self.read(weights.shape[3]).float())
-
-    @override
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
         self.storage.move(source, target)
         self._refresh(target)
-
-    @override
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        self.storage.select_rows(rows)
-        self.entries = self.entries.index_select(0, rows.to(self.entries.device))
 
     def _refresh(self, slots: Int[Tensor, "batch heads tokens"]) -> None:
         self.entries.scatter_(2, expand_index(slots, self.entries), self.storage.gather(slots))

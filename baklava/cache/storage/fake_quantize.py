@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from baklava.cache.storage import StorageLayout, storage_for
+from baklava.cache.storage import Slab, StorageLayout, storage_for
 from baklava.cache.storage.hadamard import HadamardRotation
 from baklava.cache.storage.quantized_codec import PLANE_WIDTHS
 from baklava.plan.geometry import FULL_BITS, bit_split
@@ -31,5 +31,6 @@ def fake_quantize(
     rotation = HadamardRotation.of(tuple(channels for channels, _ in split), entries, order if len(split) > 1 else None)
     rotated = rotation.rotate(entries[None])
     storage = storage_for(split, rotated, StorageLayout(tokens, sinks), centred=centred)
-    storage.select(torch.arange(tokens, device=entries.device)[None, None], 0, rotated, tokens)
+    storage.bind(iter(Slab(storage.specs(tokens), 1, entries.device).tensors))
+    storage.select(torch.arange(tokens, device=entries.device)[None, None], 0, rotated)
     return rotation.inverse_rotate(storage.read(tokens))[0]

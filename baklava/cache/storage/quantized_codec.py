@@ -1,18 +1,16 @@
 """Codes of 1 to 8 bits in whole bytes, with the same bits for all channels of an entry or with mixed precision."""
 
-import copy
-import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Self
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.cache.storage.base import Codec, Encoded, Entries, Rows, matmul
+from baklava.cache.storage.base import Codec, Encoded, Entries
 from baklava.cache.storage.dense_codec import stored_dtype
+from baklava.cache.storage.slab import TensorSpec
 from baklava.errors import UserError
 
 PLANE_WIDTHS = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
@@ -118,22 +116,33 @@ class QuantizedCodec(Codec):
     """
 
     def __init__(self, template: Entries, bits: int, centred: bool) -> None:
-        batch, heads, _, self.head_dim = template.shape
-        self.compute_dtype, self.bits, self.half = template.dtype, bits, (2**bits - 1) / 2
+        self.head_dim, self.compute_dtype = template.shape[3], template.dtype
+        self.bits, self.half, self.centred = bits, (2**bits - 1) / 2, centred
         if wrong := [width for width in PLANE_WIDTHS[bits] if self.head_dim * width % 8]:
             raise UserError(
                 f"heads of dimension {self.head_dim} do not fill whole bytes in {bits} bits, which takes a multiple of "
                 f"{8 // wrong[-1]}; keep them in 16 bits"
             )
         self.mean: Float[Tensor, "batch heads 1 head_dim"] | None = None
-        if centred:
-            dtype = stored_dtype(template.dtype, 16)
-            self.mean = torch.zeros(batch, heads, 1, self.head_dim, dtype=dtype, device=template.device)
 
     @override
     @property
     def reads_copy(self) -> bool:
         return True
+
+    @override
+    @property
+    def parts(self) -> list[tuple[int, torch.dtype]]:
+        return [(self.head_dim * self.bits // 8, torch.uint8), (1, torch.float16)]
+
+    @override
+    def state_specs(self, heads: int) -> list[TensorSpec]:
+        dtype = stored_dtype(self.compute_dtype, 16)
+        return [TensorSpec((heads, 1, self.head_dim), dtype)] if self.centred else []
+
+    @override
+    def bind(self, tensors: Iterator[Tensor]) -> None:
+        self.mean = next(tensors) if self.centred else None
 
     @override
     @property
@@ -157,38 +166,6 @@ class QuantizedCodec(Codec):
         entries = entries.sub_(self.half).mul_(scale.to(self.compute_dtype))
         return entries if self.mean is None else entries.add_(self.mean)
 
-    # Scale, zero point and mean are applied to the products, so codes are only converted to numbers.
-
-    @override
-    def query_key_scores(self, encoded: Encoded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
-        packed, scale = encoded
-        rows = rows.float()
-        codes = unpack(packed, self.bits, self.head_dim).float()
-        scores = matmul(rows, codes.transpose(2, 3)).sub_(rows.sum(-1, keepdim=True) * self.half)
-        scores *= scale.float().transpose(2, 3)
-        return scores if self.mean is None else scores.add_(matmul(rows, self.mean.float().transpose(2, 3)))
-
-    @override
-    def weighted_values(self, encoded: Encoded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
-        packed, scale = encoded
-        scaled = weights.float() * scale.float().transpose(2, 3)
-        codes = unpack(packed, self.bits, self.head_dim).float()
-        sums = matmul(scaled, codes).sub_(scaled.sum(-1, keepdim=True) * self.half)
-        return sums if self.mean is None else sums.add_(weights.float().sum(-1, keepdim=True) * self.mean.float())
-
-    @override
-    def stack(self, others: Sequence[Self]) -> Self:
-        stacked = copy.copy(self)
-        if self.mean is not None:
-            stacked.mean = torch.cat([self.mean, *(other.mean for other in others if other.mean is not None)])
-        return stacked
-
-    @override
-    def row(self, row: int) -> Self:
-        own = copy.copy(self)
-        own.mean = None if self.mean is None else self.mean[row : row + 1]
-        return own
-
     @override
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
         if self.mean is None:
@@ -196,11 +173,6 @@ class QuantizedCodec(Codec):
         weights = real[..., None].float()
         count, total = weights.sum(2, keepdim=True), (entries.float() * weights).sum(2, keepdim=True)
         self.mean.copy_(torch.where(count >= MIN_ENTRIES_FOR_MEAN, total / count.clamp(min=1), 0))
-
-    @override
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        if self.mean is not None:
-            self.mean = self.mean.index_select(0, rows.to(self.mean.device))
 
 
 class MixedPrecisionCodec(Codec):
@@ -217,8 +189,22 @@ class MixedPrecisionCodec(Codec):
 
     @override
     @property
+    def parts(self) -> list[tuple[int, torch.dtype]]:
+        return [part for codec in self.codecs for part in codec.parts]
+
+    @override
+    def state_specs(self, heads: int) -> list[TensorSpec]:
+        return [spec for codec in self.codecs for spec in codec.state_specs(heads)]
+
+    @override
+    def bind(self, tensors: Iterator[Tensor]) -> None:
+        for codec in self.codecs:
+            codec.bind(tensors)
+
+    @override
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for part in self.codecs for tensor in part.tensors)
+        return tuple(tensor for codec in self.codecs for tensor in codec.tensors)
 
     @override
     def encode(self, entries: Entries) -> Encoded:
@@ -229,33 +215,9 @@ class MixedPrecisionCodec(Codec):
         return torch.cat([part.decode(pair) for part, pair in zip(self.codecs, self._pairs(encoded), strict=True)], -1)
 
     @override
-    def query_key_scores(self, encoded: Encoded, rows: Rows) -> Float[Tensor, "batch heads rows tokens"]:
-        parts = zip(self._each(rows), self._pairs(encoded), strict=True)
-        return functools.reduce(torch.add, (part.query_key_scores(pair, own) for (part, own), pair in parts))
-
-    @override
-    def weighted_values(self, encoded: Encoded, weights: Float[Tensor, "batch heads rows tokens"]) -> Rows:
-        pairs = zip(self.codecs, self._pairs(encoded), strict=True)
-        return torch.cat([part.weighted_values(pair, weights) for part, pair in pairs], -1)
-
-    @override
-    def stack(self, others: Sequence[Self]) -> Self:
-        columns = zip(self.codecs, *(other.codecs for other in others), strict=True)
-        return type(self)([part.stack(rest) for part, *rest in columns])
-
-    @override
-    def row(self, row: int) -> Self:
-        return type(self)([part.row(row) for part in self.codecs])
-
-    @override
     def fit(self, entries: Entries, real: Bool[Tensor, "#batch #heads tokens"]) -> None:
         for part, own in self._each(entries):
             part.fit(own, real)
-
-    @override
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        for part in self.codecs:
-            part.select_rows(rows)
 
     @staticmethod
     def _pairs(encoded: Encoded) -> list[Encoded]:

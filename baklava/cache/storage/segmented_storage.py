@@ -1,6 +1,5 @@
 """Slots in segments that are encoded differently, such as sinks in 16 bits before quantized entries."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,13 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.cache.storage.base import NEW, Entries, Index, Rows, Storage, expand_index, gather_new, source_slots
+from baklava.cache.storage.base import NEW, Entries, Index, Storage, expand_index, gather_new, source_slots
+from baklava.cache.storage.slab import TensorSpec
 from baklava.cache.storage.slot_storage import SlotStorage
 
 
 @dataclass
 class Segment:
-    """Slots `start` to `stop`, as far as they are allocated."""
+    """Slots `start` to `stop`, as far as there are so many."""
 
     start: int
     stop: int
@@ -51,6 +51,15 @@ class SegmentedStorage(Storage):
         self.segments = list(segments)
 
     @override
+    def specs(self, slots: int) -> list[TensorSpec]:
+        return [spec for segment in self.segments for spec in segment.storage.specs(segment.share(slots))]
+
+    @override
+    def bind(self, tensors: Iterator[Tensor]) -> None:
+        for segment in self.segments:
+            segment.storage.bind(tensors)
+
+    @override
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for segment in self.segments for tensor in segment.storage.tensors)
@@ -59,11 +68,6 @@ class SegmentedStorage(Storage):
     @property
     def reads_copy(self) -> bool:
         return True
-
-    @override
-    def resize(self, slots: int) -> None:
-        for segment in self.segments:
-            segment.storage.resize(segment.share(slots))
 
     @override
     def write(self, start: int, entries: Entries) -> None:
@@ -77,14 +81,14 @@ class SegmentedStorage(Storage):
         self._put(torch.full_like(slots, NEW), slots, entries)
 
     @override
-    def select(self, slots: Index, num_old: int, new: Float[Tensor, "batch heads new head_dim"], size: int) -> None:
+    def select(self, slots: Index, num_old: int, new: Float[Tensor, "batch heads new head_dim"]) -> None:
         source, fresh = source_slots(slots, num_old), gather_new(slots, num_old, new)
         if num_old:
             old = (source >= 0)[..., None]
             fresh = torch.where(old, self.gather(source.clamp(min=0)), fresh)
         for segment in self.segments:
             here = segment.within(0, slots.shape[2])
-            segment.storage.assign(segment.to_local(source[..., here]), fresh[:, :, here], segment.share(size))
+            segment.storage.assign(segment.to_local(source[..., here]), fresh[:, :, here], is_first=not num_old)
 
     @override
     def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:
@@ -105,62 +109,11 @@ class SegmentedStorage(Storage):
             yield from segment.storage.iter_blocks(segment.share(slots))
 
     @override
-    def query_key_scores(self, rows: Rows, slots: int) -> Float[Tensor, "batch heads rows slots"]:
-        scores = [segment.storage.query_key_scores(rows, segment.share(slots)) for segment in self._segments_of(slots)]
-        return scores[0] if len(scores) == 1 else torch.cat(scores, -1)
-
-    @override
-    def weighted_values(self, weights: Float[Tensor, "batch heads rows slots"]) -> Rows:
-        slots = weights.shape[3]
-        sums = [
-            segment.storage.weighted_values(weights[..., segment.within(0, slots)])
-            for segment in self._segments_of(slots)
-        ]
-        return functools.reduce(torch.add, sums)
-
-    def stack(self, others: "Sequence[SegmentedStorage]", slots: int) -> "SegmentedStorage":
-        """Return a copy of the first slots of this storage and of others of its kind, as rows of one batch."""
-        columns = zip(self.segments, *(other.segments for other in others), strict=True)
-        segments = []
-        for segment, *more in columns:
-            stacked = segment.storage.stack([other.storage for other in more], segment.share(slots))
-            segments.append(Segment(segment.start, segment.stop, stacked))
-        return SegmentedStorage(segments)
-
-    def row(self, row: int) -> "SegmentedStorage":
-        """Return a view of one row."""
-        return SegmentedStorage(
-            [Segment(segment.start, segment.stop, segment.storage.row(row)) for segment in self.segments]
-        )
-
-    def write_rows(self, starts: Sequence[int], entries: Entries) -> None:
-        """Write one entry into each row, each at its own slot."""
-        if (index := self._segment_index(min(starts), max(starts))) is not None:
-            segment = self.segments[index]
-            segment.storage.write_rows([start - segment.start for start in starts], entries)
-            return
-        self.scatter(torch.tensor(starts, device=entries.device)[:, None, None].expand(entries.shape[:3]), entries)
-
-    def write_each(self, others: "Sequence[SegmentedStorage]", starts: Sequence[int], entries: Entries) -> None:
-        """Write one entry into this storage and each of the others, which have one row, each at its own slot."""
-        if (index := self._segment_index(min(starts), max(starts))) is not None:
-            segment, slots = self.segments[index], [other.segments[index].storage for other in others]
-            segment.storage.write_each(slots, [start - segment.start for start in starts], entries)
-            return
-        for row, (storage, start) in enumerate(zip((self, *others), starts, strict=True)):
-            storage.write(start, entries[row : row + 1])
-
-    @override
     def move(self, source: Int[Tensor, "batch heads tokens"], target: Int[Tensor, "batch heads tokens"]) -> None:
         if segment := self._only_segment(source, target):
             segment.storage.move(source - segment.start, target - segment.start)
             return
         self._put(source, target, self.gather(source))
-
-    @override
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        for segment in self.segments:
-            segment.storage.select_rows(rows)
 
     def _segment_index(self, first: int, last: int) -> int | None:
         """Return the index of the segment that has the slots from `first` to `last`, if there is one."""

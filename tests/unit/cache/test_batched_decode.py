@@ -76,47 +76,45 @@ def test_batched_sequences_of_one_plan_equal_the_same_alone(tiny, eviction, bits
         assert cache.nbytes <= cache.reserved_bytes
 
 
-def tensors(state):
-    """Return all tensors of a state, but for what is common to all caches."""
-    if isinstance(state, torch.Tensor):
-        return [state]
-    if isinstance(state, list | tuple):
-        return [tensor for part in state for tensor in tensors(part)]
-    own = ("encoded", "storage", "codec", "segments", "codecs", "mean", "key", "value", "weight", "entropy")
-    return [tensor for name in own if hasattr(state, name) for tensor in tensors(getattr(state, name))]
-
-
-def allocated_bytes(caches):
-    """Return the bytes of the memory of all of these caches, of which each piece counts once."""
-    groups = [group for cache in caches for layer in cache.budgeted_layers for group in layer.groups]
-    states = tensors([(g.keys, g.values, g.positions, g.scores, g.centroids or ()) for g in groups])
-    return sum({state.untyped_storage().data_ptr(): state.untyped_storage().nbytes() for state in states}.values())
+def slabs(cache):
+    return [layer.slab for layer in cache.budgeted_layers]
 
 
 @pytest.mark.parametrize("centroids", [0, 2])
 @pytest.mark.parametrize("bits", [(32, 32), (16, 16), (5, 4)])
 @torch.inference_mode()
-def test_shared_tensors_are_allocated_once_and_freed_with_their_sequences(tiny, bits, centroids):
+def test_each_sequence_keeps_its_own_slabs_of_exactly_the_promised_bytes(tiny, bits, centroids):
     loaded = tiny(head_dim=16)
     plan = with_bits(
         make_plan(loaded, [[20, 40], [28, 64]], HeavyHitter(eviction_interval=4, distance=0)), [bits, bits]
     )
     plan = plan.model_copy(update={"eviction": plan.eviction.model_copy(update={"centroids": centroids})})
-    caches = [prefill(loaded, plan, random_ids(1, 80, seed=seed), max_tokens=120)[0] for seed in range(4)]
-    before = allocated_bytes(caches)
+    caches = [prefill(loaded, plan, random_ids(1, 10 + 20 * seed, seed=seed), max_tokens=120)[0] for seed in range(4)]
+    before = [slabs(cache) for cache in caches]
     decode(loaded, caches, random_ids(4, 10), 10)
-    shared = caches[0].layers[0].groups[0].shared
-    assert all(cache.layers[0].groups[0].shared is shared is not None for cache in caches)
-    assert sum(cache.nbytes for cache in caches) == pytest.approx(allocated_bytes(caches), abs=64)
-    assert allocated_bytes(caches) == pytest.approx(before, rel=0.01)
-    copied = caches[1].copy(120)
-    assert allocated_bytes([copied]) == copied.nbytes <= copied.reserved_bytes
-    caches.pop()
-    decode(loaded, caches[:2], random_ids(2, 3), 3)
-    caches[2].unshare()
-    assert allocated_bytes(caches) == pytest.approx(before * 3 / 4, rel=0.01)
-    for cache in caches:
+    left = caches.pop()
+    decode(loaded, caches, random_ids(3, 10), 10)
+    caches.append(left)
+    decode(loaded, caches, random_ids(4, 30), 30)
+    for cache, own in zip(caches, before, strict=True):
+        assert all(now is then for now, then in zip(slabs(cache), own, strict=True))
+        assert cache.nbytes == plan.bytes_for(120)
         cache.check_integrity(cache.get_seq_length())
+
+
+@torch.inference_mode()
+def test_a_copy_has_slabs_of_its_own_size_and_goes_on_alike(tiny):
+    loaded = tiny(head_dim=16)
+    plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], HeavyHitter(eviction_interval=4)), [(5, 4), (16, 16)])
+    cache, _ = prefill(loaded, plan, random_ids(1, 12), max_tokens=30)
+    copied = cache.copy(60)
+    assert (cache.nbytes, copied.nbytes) == (plan.bytes_for(30), plan.bytes_for(60))
+    ids = random_ids(1, 15, seed=2)
+    assert torch.equal(decode(loaded, [cache], ids, 15), decode(loaded, [copied], ids, 15))
+    decode(loaded, [copied], ids, 15)
+    copied.check_integrity(42)
+    with pytest.raises(UserError, match="max_tokens 30"):
+        decode(loaded, [cache], ids, 15)
 
 
 @pytest.mark.slow
@@ -153,7 +151,7 @@ def test_an_error_in_one_cache_fails_the_step(tiny, monkeypatch):
     def explode(*args):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(caches[1].layers[1].groups[0], "_grow", explode)
+    monkeypatch.setattr(caches[1].layers[1].groups[0], "maybe_evict", explode)
     with pytest.raises(MemoryError, match="no memory"):
         decode_step(loaded, caches, [1, 2, 3])
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from baklava.cache.attention import AttentionParams
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.budgeted_layer import BudgetedLayer
+from baklava.cache.storage import Slab, TensorSpec
 from baklava.errors import UserError
 from baklava.eviction import TOVA, Eviction, ExpectedAttention, HeavyHitter, KeyDiff, KeyNorm, SnapKV, StreamingLLM
 from baklava.plan.budget_plan import LayerBudget, full_cache_plan
@@ -225,7 +226,8 @@ def test_an_overrun_is_caught(tiny: Maker) -> None:
     cache = BudgetedCache(make_plan(loaded, [[12, 12], [12, 12]], StreamingLLM()))
     loaded.model(random_ids(1, 50), past_key_values=cache)
     cache.check_integrity(50)
-    cache.layers[0].groups[0].keys.resize(50)
+    layer = cache.layers[0]
+    layer.slab = Slab([TensorSpec((layer.slab.nbytes + 1,), torch.uint8)], 1, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="but reserved"):
         cache.check_integrity(50)
 

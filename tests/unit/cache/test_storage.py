@@ -1,6 +1,7 @@
 """One contract for all storages, and what packed ones promise beside it."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from baklava.cache.storage import EMPTY, Storage, StorageLayout, storage_for
+from baklava.cache.storage import EMPTY, Slab, Storage, StorageLayout, TensorSpec, storage_for
 from baklava.cache.storage.fake_quantize import fake_quantize
 from baklava.cache.storage.hadamard import HadamardRotation
 from baklava.cache.storage.quantized_codec import pack, unpack
@@ -56,60 +57,18 @@ def part_of(slots: Tensor, layout: StorageLayout) -> Tensor:
     return (slots >= layout.sinks).int() + (slots >= layout.tokens - layout.full_precision_recent).int()
 
 
-def filled(coded: BitSplit, layout: StorageLayout, centred: bool) -> Storage:
-    """A full storage, whose mean is fitted to most of its entries."""
-    storage = storage_for(coded, draw(1), layout, centred=centred)
-    storage.select(torch.arange(20)[None, None], 0, draw(20), 20)
-    storage.resize(TOKENS)
-    storage.write(20, draw(TOKENS - 20, seed=1))
+def allocated(storage: Storage, slots: int, batch: int = BATCH) -> Storage:
+    """The storage with a slab of this many slots."""
+    storage.bind(iter(Slab(storage.specs(slots), batch, torch.device("cpu")).tensors))
     return storage
 
 
-@every_storage
-def test_products_with_entries_are_those_with_what_is_read_out(
-    coded: BitSplit, layout: StorageLayout, centred: bool
-) -> None:
-    storage = filled(coded, layout, centred)
-    rows = torch.randn(BATCH, HEADS, 4, DIM, generator=torch.Generator().manual_seed(1))
-    for slots_used in (1, 5, TOKENS):
-        entries = storage.read(slots_used)
-        torch.testing.assert_close(
-            storage.query_key_scores(rows, slots_used), rows @ entries.transpose(2, 3), atol=1e-4, rtol=1e-4
-        )
-        weights = rows[..., :slots_used].softmax(-1)[..., :slots_used]
-        weights = torch.nn.functional.pad(weights, (0, slots_used - weights.shape[-1]), value=0.1)
-        torch.testing.assert_close(storage.weighted_values(weights), weights @ entries, atol=1e-4, rtol=1e-4)
-
-
-def row_of(storage: Storage, row: int) -> Storage:
-    alone = copy.deepcopy(storage)
-    alone.select_rows(torch.tensor([row]))
-    return alone
-
-
-@pytest.mark.slow
-@every_storage
-def test_rows_that_are_joined_read_as_they_do_alone_and_are_written_alone(
-    coded: BitSplit, layout: StorageLayout, centred: bool
-) -> None:
-    rows = [row_of(filled(coded, layout, centred), row) for row in (0, 1)]
-    short = storage_for(coded, draw(1)[:1], layout, centred=centred)
-    short.select(torch.arange(6)[None, None], 0, draw(6)[:1], 6)
-    rows.append(short)
-    for slots_used in (4, 6, 15):
-        joined = rows[0].stack(rows[1:], slots_used)
-        for place, alone in enumerate(rows):
-            held = min(slots_used, 6) if alone is short else slots_used
-            read = joined.read(slots_used)[place : place + 1, :, :held]
-            assert torch.equal(read, alone.read(held))
-    entries = draw(3, seed=4)[:1].transpose(0, 2).transpose(1, 2).reshape(3, HEADS, 1, DIM)
-    for starts in ((2, 20, 1), (9, 10, 4), (22, 23, 5), (0, 23, 3)):
-        expected = [row_of(each, 0) for each in rows]
-        rows[0].write_each(rows[1:], starts, entries)
-        for place, (each, start) in enumerate(zip(expected, starts, strict=True)):
-            each.write(start, entries[place : place + 1])
-            size = 6 if rows[place] is short else TOKENS
-            assert torch.equal(rows[place].read(size), each.read(size))
+def filled(coded: BitSplit, layout: StorageLayout, centred: bool) -> Storage:
+    """A full storage, whose mean is fitted to most of its entries."""
+    storage = allocated(storage_for(coded, draw(1), layout, centred=centred), TOKENS)
+    storage.select(torch.arange(20)[None, None], 0, draw(20))
+    storage.write(20, draw(TOKENS - 20, seed=1))
+    return storage
 
 
 @pytest.mark.slow
@@ -160,29 +119,13 @@ def test_a_selection_is_of_old_entries_as_they_are_and_of_new_ones(
     chosen = slots(0, 1, 2, 3, 4, 7, 11, 15, TOKENS + 2, TOKENS + 5, EMPTY, TOKENS + 8)
     for _ in range(3):
         again = copy.deepcopy(storage)
-        again.select(chosen, TOKENS, new, 15)
+        again.select(chosen, TOKENS, new)
     assert torch.equal(again.read(8), before[:, :, [0, 1, 2, 3, 4, 7, 11, 15]])
     fresh = storage.round_trip(new[:, :, [2, 5, 8]], slots(8, 9, 11))
     assert torch.equal(again.read(12)[:, :, [8, 9, 11]], fresh)
     assert torch.equal(storage.read(TOKENS), before)
-    again.select(torch.arange(15)[None, None], 15, new, TOKENS)
+    again.select(torch.arange(15)[None, None], 15, new)
     assert torch.equal(again.read(8), before[:, :, [0, 1, 2, 3, 4, 7, 11, 15]])
-
-
-@every_storage
-def test_rows_and_copies_keep_their_entries(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
-    storage = filled(coded, layout, centred)
-    before, copied = storage.read(TOKENS), copy.deepcopy(storage)
-    copied.select_rows(torch.tensor([1, 0, 1]))
-    assert torch.equal(copied.read(TOKENS), before[[1, 0, 1]])
-    copied.resize(5)
-    copied.resize(TOKENS)
-    assert torch.equal(copied.read(5), before[[1, 0, 1], :, :5])
-    assert torch.equal(storage.read(TOKENS), before)
-    new = draw(TOKENS, seed=4)
-    copied.write(0, new[[1, 0, 1]])
-    storage.write(0, new)
-    assert torch.equal(copied.read(TOKENS), storage.read(TOKENS)[[1, 0, 1]])
 
 
 @every_storage
@@ -192,8 +135,24 @@ def test_bytes_are_those_of_the_plan(coded: BitSplit, layout: StorageLayout, cen
     assert storage.nbytes == BATCH * HEADS * (
         tensor_bytes(TOKENS, coded, layout.sinks + layout.full_precision_recent) + mean
     )
-    storage.resize(layout.sinks + 1)
+    allocated(storage, layout.sinks + 1)
     assert storage.nbytes == BATCH * HEADS * (tensor_bytes(layout.sinks + 1, coded, layout.sinks) + mean)
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), max_size=6),
+    batch=st.integers(1, 3),
+    drawn=st.randoms(),
+)
+def test_a_slab_has_the_bytes_of_its_tensors_and_none_overlap(shapes: list[list[int]], batch: int, drawn: Any) -> None:
+    dtypes = [torch.uint8, torch.float16, torch.float32, torch.int64]
+    specs = [TensorSpec(tuple(shape), drawn.choice(dtypes)) for shape in shapes]
+    slab = Slab(specs, batch, torch.device("cpu"))
+    assert [(each.shape[1:], each.dtype) for each in slab.tensors] == [(spec.shape, spec.dtype) for spec in specs]
+    assert slab.nbytes == sum(each.nbytes for each in slab.tensors)
+    for number, tensor in enumerate(slab.tensors):
+        tensor.fill_(number)
+    assert all(bool((tensor == number).all()) for number, tensor in enumerate(slab.tensors))
 
 
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
@@ -211,7 +170,7 @@ def test_a_pair_of_storages_is_a_head_of_the_plan(
     sides = [(bit_split(64, bits, mixed_precision), True), (alike(64, bits), False)]
     pair = [storage_for(coded, torch.empty(1, 1, 0, 64), layout, centred=centred) for coded, centred in sides]
     for storage in pair:
-        storage.resize(40)
+        allocated(storage, 40, batch=1)
     assert sum(storage.nbytes for storage in pair) == head_bytes(geometry, 40, bits, bits, eviction, mixed_precision)
 
 
@@ -229,8 +188,8 @@ def test_a_mean_that_keys_share_costs_no_precision() -> None:
     keys = draw(500, dim=64) + 20 * torch.randn(1, HEADS, 1, 64, generator=torch.Generator().manual_seed(5))
     errors = []
     for centred in (False, True):
-        storage = storage_for(alike(64, 4), keys, StorageLayout(500, sinks=2), centred=centred)
-        storage.select(torch.arange(500)[None, None], 0, keys, 500)
+        storage = allocated(storage_for(alike(64, 4), keys, StorageLayout(500, sinks=2), centred=centred), 500)
+        storage.select(torch.arange(500)[None, None], 0, keys)
         errors.append(float((storage.read(500) - keys)[:, :, 2:].square().mean()))
     assert errors[1] < 0.015 < 1 < errors[0]
 
@@ -240,26 +199,24 @@ def test_the_mean_is_of_the_first_entries_and_not_of_sinks_or_padding() -> None:
     odd = keys.clone()
     odd[:, :, :2] += 100
     odd[:, :, 25:] -= 50
-    whole, cut = (storage_for(alike(DIM, 4), keys, layout, centred=True) for _ in range(2))
-    whole.select(torch.arange(25)[None, None], 0, keys[:, :, :25], 30)
+    whole, cut = (allocated(storage_for(alike(DIM, 4), keys, layout, centred=True), 30) for _ in range(2))
+    whole.select(torch.arange(25)[None, None], 0, keys[:, :, :25])
     padded = torch.tensor([*range(25), *[EMPTY] * 5])[None, None]
-    cut.select(padded, 0, odd, 30)
+    cut.select(padded, 0, odd)
     assert torch.equal(whole.read(25)[:, :, 2:], cut.read(25)[:, :, 2:])
     assert float((whole.read(25) - keys[:, :, :25])[:, :, 2:].square().mean()) < 0.02
 
 
 def test_few_entries_make_no_mean_and_late_ones_change_nothing() -> None:
     keys, layout = draw(40) + 5, StorageLayout(60)
-    few, late = (storage_for(alike(DIM, 4), keys, layout, centred=True) for _ in range(2))
-    few.select(torch.arange(5)[None, None], 0, keys[:, :, :5], 60)
-    plain = storage_for(alike(DIM, 4), keys, layout)
-    plain.select(torch.arange(5)[None, None], 0, keys[:, :, :5], 60)
+    few = allocated(storage_for(alike(DIM, 4), keys, layout, centred=True), 60)
+    few.select(torch.arange(5)[None, None], 0, keys[:, :, :5])
+    plain = allocated(storage_for(alike(DIM, 4), keys, layout), 60)
+    plain.select(torch.arange(5)[None, None], 0, keys[:, :, :5])
     assert torch.equal(few.read(5), plain.read(5))
-    late.resize(60)
-    late.write(0, keys[:, :, :5])
-    before = late.read(5).clone()
-    late.select(torch.arange(40)[None, None], 5, keys[:, :, 5:], 60)
-    assert torch.equal(late.read(5), before)
+    before = few.read(5).clone()
+    few.select(torch.arange(40)[None, None], 5, keys[:, :, 5:])
+    assert torch.equal(few.read(5), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

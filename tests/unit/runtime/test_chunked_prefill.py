@@ -98,9 +98,9 @@ def test_a_prefilled_cache_shares_no_memory_with_the_prompt(tiny):
     )
     cache.check_integrity(90)
     for layer in cache.budgeted_layers:
-        for group in layer.groups:
-            for state in group._state():
-                assert state.untyped_storage().nbytes() == state.numel() * state.element_size()
+        memory = layer.slab.tensors[0].untyped_storage()
+        assert all(tensor.untyped_storage().data_ptr() == memory.data_ptr() for tensor in layer.slab.tensors)
+        assert memory.nbytes() == sum(tensor.nbytes for tensor in layer.slab.tensors)
 
 
 def test_an_empty_prompt_and_another_models_plan_are_refused(tiny):

@@ -1,0 +1,88 @@
+"""Slabs: one allocation for all tensors of a cache layer."""
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to allocate: its shape without the batch, which comes first, and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class AllocatedBytes:
+    """The bytes of slabs that are in use, and the most that ever were."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # garbage collection may end a slab while another one is counted
+        self.current = self.peak = 0
+
+    def add(self, nbytes: int) -> None:
+        """Count an allocation, or its end if the number is negative."""
+        with self._lock:
+            self.current += nbytes
+            self.peak = max(self.peak, self.current)
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.allocated = AllocatedBytes()
+
+
+_of_thread = _OfThread()
+
+
+def allocated_bytes() -> AllocatedBytes:
+    """Return the count of the slabs that this thread allocates, wherever they end."""
+    return _of_thread.allocated
+
+
+class Slab:
+    """One allocation of exactly the bytes of its tensors, which are views of it and are never allocated again.
+
+    Tensors with larger elements come first, so each is aligned without padding. All numbers are 0 at first.
+
+    Args:
+        specs: The tensors, in the order of `tensors`.
+        batch: Rows of each tensor.
+        device: Where to allocate.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], batch: int, device: torch.device) -> None:
+        sizes = [batch * spec.dtype.itemsize * _numel(spec.shape) for spec in specs]
+        self._memory = allocate(sum(sizes), device)
+        allocated_bytes().add(self.nbytes)
+        weakref.finalize(self, allocated_bytes().add, -self.nbytes)
+        tensors: list[Tensor | None] = [None] * len(specs)
+        start = 0
+        for place in sorted(range(len(specs)), key=lambda place: -specs[place].dtype.itemsize):
+            stop, spec = start + sizes[place], specs[place]
+            tensors[place] = self._memory[start:stop].view(spec.dtype).view(batch, *spec.shape)
+            start = stop
+        self.tensors = [tensor for tensor in tensors if tensor is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, as the allocator counts them."""
+        return self._memory.untyped_storage().nbytes()
+
+
+@torch.inference_mode(mode=False)
+def allocate(nbytes: int, device: torch.device) -> Tensor:
+    """Return zeros that may be written with and without inference mode."""
+    if device.type == "cpu" and nbytes:
+        # calloc: a page takes no memory, and no time, until it is written.
+        return torch.from_numpy(np.zeros(nbytes, np.uint8))
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
