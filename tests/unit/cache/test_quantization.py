@@ -79,14 +79,14 @@ def test_storage_is_the_plan_after_long_decoding_and_never_more(tiny: Maker, evi
 def test_mixed_precision_keys_allocate_the_plan_together_and_one_by_one(
     tiny: Maker, eviction: Eviction, bits: int
 ) -> None:
-    loaded, ids = tiny(head_dim=32), random_ids(2, 37, seed=3)
+    loaded, ids = tiny(head_dim=32), random_ids(2, 25, seed=3)
     plan = with_mixed_precision(loaded, with_bits(quantized_plan(loaded, eviction), [(bits, 4), (5, 16)]))
     one_by_one, _ = prefill(loaded, plan, random_ids(2, 80))
     together = copy.deepcopy(one_by_one)
     slow = steps(loaded, one_by_one, ids)
     with together.teacher_forcing():
         fast = loaded.model(ids, past_key_values=together).logits
-    one_by_one.check_integrity(117)
+    one_by_one.check_integrity(105)
     assert one_by_one.nbytes == 2 * one_by_one.reserved_bytes
     plain, _ = prefill(loaded, plan.model_copy(update={"key_channels": None}), random_ids(2, 80))
     # Sums in another order flip a code now and then, and what follows it: few logits, and little.
@@ -154,7 +154,7 @@ def entries(cache: BudgetedCache) -> dict[tuple[int, int, int], Tensor]:
 @torch.inference_mode()
 @every_eviction
 def test_tokens_see_the_same_together_and_one_by_one(tiny: Maker, eviction: Eviction) -> None:
-    loaded, ids = tiny(), random_ids(1, 37, seed=3)
+    loaded, ids = tiny(), random_ids(1, 25, seed=3)
     # Three tokens: those after them are forced, and some of them stay in 16 bits as sinks.
     for prompt in (80, 3):
         one_by_one, _ = prefill(loaded, quantized_plan(loaded, eviction), random_ids(1, prompt))
@@ -176,7 +176,7 @@ def test_a_left_padded_batch_equals_its_rows_alone(tiny: Maker, eviction: Evicti
     plan = with_bits(make_plan(loaded, [[14, 18], [16, 16]], eviction), [(4, 4), (8, 3)])
     mask = torch.ones_like(ids)
     mask[0, :7], mask[2, :21] = 0, 0
-    options = {"max_new_tokens": 30, "do_sample": False}
+    options = {"max_new_tokens": 16, "do_sample": False}
     batch = loaded.model.generate(ids, attention_mask=mask, past_key_values=BudgetedCache(plan), **options)
     for row in range(3):
         real = ids[row : row + 1, mask[row].bool()]
