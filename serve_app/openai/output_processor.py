@@ -175,6 +175,7 @@ class RequestGroup:
 async def _get_until(queue: "asyncio.Queue[_NumberedOutput]", deadline: float) -> _NumberedOutput:
     timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic()) + DEADLINE_GRACE_SECONDS
     try:
-        return await asyncio.wait_for(queue.get(), timeout)
+        async with asyncio.timeout(timeout):  # Python 3.11's wait_for loses a cancellation if an output comes with it
+            return await queue.get()
     except TimeoutError:
         raise DeadlineError(was_waiting=False) from None

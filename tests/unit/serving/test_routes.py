@@ -1,7 +1,7 @@
 import asyncio
 import base64
 import json
-import time
+import threading
 from dataclasses import replace
 
 import pytest
@@ -319,12 +319,13 @@ def test_there_are_no_docs(get):
 
 def test_a_client_that_goes_away_stops_its_generation(replica):
     """Calls the app as a server does, and cancels it after the first event."""
-    forwards = 0
+    forwards, left = 0, threading.Event()
 
     def count(*_):
         nonlocal forwards
         forwards += 1
-        time.sleep(0.03)  # or all is made before anybody can leave
+        if forwards == 10:
+            left.wait(60)  # or all is made before anybody can leave
 
     async def scene():
         body = json.dumps(ONCE | {"max_tokens": 200, "stream": True}).encode()
@@ -350,6 +351,7 @@ def test_a_client_that_goes_away_stops_its_generation(replica):
         await first.wait()
         task.cancel()
         await asyncio.wait([task])
+        left.set()
         while replica.engine.state().running:
             await asyncio.sleep(0.01)
 
