@@ -10,11 +10,8 @@ from torch.testing import assert_close
 
 from baklava.cache.attention import AttentionParams
 from baklava.cache.head_groups import GroupBudget, HeadGroup, NewTokens, ScoredHeadGroup, head_group
-from baklava.cache.kernels import table_columns as columns
-from baklava.cache.kernels import triton_decode
-from baklava.cache.kernels.fused_decode import LayerTable
+from baklava.cache.kernels.fused_decode import LayerTable, can_fuse, fused_step
 from baklava.cache.storage import DenseCodec, MixedPrecisionCodec, SegmentedStorage, Slab, SlotStorage, Storage
-from baklava.cache.storage.dense_codec import stored_dtype
 from baklava.cache.storage.quantized_codec import unpack
 from baklava.eviction import Eviction, HeavyHitter
 
@@ -55,6 +52,7 @@ class Layer:
         key, value = self._states(prompt), self._states(prompt)
         positions = torch.arange(prompt, device=device)[None]
         self.groups: list[HeadGroup] = []
+        self.table = LayerTable()
         for head, budget in enumerate(budgets):
             order = bytes(torch.randperm(head_dim, generator=self._draw).tolist()).hex()
             channels = (order,) if budget.mixed else None
@@ -83,11 +81,12 @@ class Layer:
         for group in copies:
             own = params.for_heads(group.index, self.group)
             theirs[:, group.index] = group.attend(tokens.for_heads(group.index), own)
-        ours = self._decode(query[:, :, :, 0], key[:, :, 0], value[:, :, 0], params)
+        assert can_fuse(self.groups, key)
+        ours = fused_step([self.groups], [self.table], query, key, value, [self.position], params)
         self.position += 1
         same = [check_equal(*pair, self.dtype) for pair in zip(self.groups, copies, strict=True)]
         tolerance = OUTPUT_TOLERANCE[self.dtype] if all(same) else ROUNDING_TOLERANCE
-        assert_close(ours, theirs[:, :, :, 0], atol=tolerance, rtol=tolerance)
+        assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
     def fill_empty_slots(self) -> None:
         """Put NaN into the slots that have no entry; one of them is the next."""
@@ -100,52 +99,6 @@ class Layer:
                         )
             if isinstance(group, ScoredHeadGroup):
                 group.scores[..., group.num_filled :] = torch.nan
-
-    def _decode(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        eviction, shape = self.groups[0].eviction, (self.rows, self.heads)
-        slots = torch.tensor([group.reserve_slot(self.position) for group in self.groups]).expand(shape)
-        counts = torch.tensor([group.num_filled for group in self.groups]).expand(shape)
-        table = torch.from_numpy(LayerTable().of(self.groups))
-        hitter = eviction if isinstance(eviction, HeavyHitter) else HeavyHitter()
-        update, entries = columns.NO_UPDATE, int(counts.max())
-        if eviction.scored and eviction.query_sample.window != 0:
-            update = columns.HEAVY_HITTER if isinstance(eviction, HeavyHitter) else columns.KEEP_PROBS
-        probs = torch.empty(
-            (self.rows * self.heads, self.group, entries) if update == columns.KEEP_PROBS else (0, 0, 0),
-            device=self.device,
-        )
-        sinks = torch.empty(0, 0, device=self.device)
-        if params.sink_logits is not None:
-            sinks = params.sink_logits.view(self.heads, self.group).repeat(self.rows, 1)
-        output = torch.full_like(query, torch.nan)
-        rotated = triton_decode.decode_layer(
-            tables=table.flatten(0, 1).to(self.device),
-            slots=slots.flatten().to(self.device),
-            counts=counts.flatten().to(self.device),
-            positions=torch.full((self.rows * self.heads,), self.position, device=self.device),
-            query=query.flatten(0, 1),
-            key=key.flatten(0, 1),
-            value=value.flatten(0, 1),
-            output=output.flatten(0, 1),
-            sinks=sinks,
-            probs=probs,
-            scaling=params.scaling,
-            softcap=params.softcap or 0.0,
-            update=update,
-            distance=hitter.distance,
-            squared=hitter.power == 2,
-            by_max=hitter.reduction == "max",
-            max_entries=entries,
-            dense_dtype=stored_dtype(self.dtype, 16),
-        ).unflatten(0, shape)
-        for group in self.groups:
-            if not isinstance(group, ScoredHeadGroup):
-                continue
-            if probs.numel():
-                own = probs.unflatten(0, shape)[:, group.index, :, None, : group.num_filled]
-                group.observe_attention(rotated[:, group.index, :-2, None], own, self.position, params.scaling)
-            group.maybe_evict()
-        return output
 
 
 def check_equal(ours: HeadGroup, theirs: HeadGroup, dtype: torch.dtype) -> bool:

@@ -87,7 +87,7 @@ class ScoredHeadGroup(HeadGroup):
     def observe_attention(self, query: GroupedQueries, probs: AttentionProbs, position: int, scaling: float) -> None:
         """Update the scores by the attention of one decoded token."""
         scores = self.scores[..., : self.num_filled]
-        at = torch.tensor([[position]])
+        at = torch.tensor([[position]], device=query.device)
         scores.copy_(scores_after_decoding(self.eviction, query, probs, at, self.cached_positions(), scores, scaling))
 
     def observe_entries(self, tokens: NewTokens, params: AttentionParams) -> None:

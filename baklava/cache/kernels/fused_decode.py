@@ -1,4 +1,6 @@
-"""One new token of many sequences through one layer, in one call of a compiled kernel: on a CPU, in float32.
+"""One new token of many sequences through one layer, in one call of a compiled kernel.
+
+numba compiles it for CPUs, in float32 (`numba_decode`), and Triton for GPUs (`triton_decode`).
 
 Entries stay where they are: the kernel gets a table of their addresses. So sequences of any length decode together, and
 nothing is copied when they start, grow or end. Whatever the kernel does not do, `HeadGroup.attend` does.
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from baklava.cache.attention import AttentionParams, GroupedQueries, KVStates
 from baklava.cache.head_groups import HeadGroup, NewTokens, ScoredHeadGroup
+from baklava.cache.kernels import table_columns as columns
+from baklava.cache.kernels import triton_decode
 from baklava.cache.storage import (
     DenseCodec,
     MixedPrecisionCodec,
@@ -28,11 +32,13 @@ from baklava.cache.storage import (
     SegmentedStorage,
     SlotStorage,
     Storage,
+    stored_dtype,
 )
 from baklava.cache.storage.segmented_storage import Segment
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter
 from baklava.paths import cache_dir
+from baklava.plan.geometry import FULL_BITS
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +98,18 @@ def kernel() -> Any:
 
 
 def can_fuse(groups: Sequence[HeadGroup], states: Tensor) -> bool:
-    """Return whether the kernel can decode the next token of these groups, for keys like `states`."""
-    if states.device.type != "cpu" or states.dtype != torch.float32 or states.shape[3] % CHANNEL_MULTIPLE:
+    """Return whether a kernel can decode the next token of these groups, for keys like `states`."""
+    if torch.is_grad_enabled() or states.shape[3] % CHANNEL_MULTIPLE or not all(map(_is_supported, groups)):
         return False
-    return not torch.is_grad_enabled() and all(map(_is_supported, groups)) and kernel() is not None
+    return _uses_numba(states) or _uses_triton(states)
+
+
+def _uses_numba(states: Tensor) -> bool:
+    return states.device.type == "cpu" and states.dtype == torch.float32 and kernel() is not None
+
+
+def _uses_triton(states: Tensor) -> bool:
+    return states.shape[3] <= triton_decode.MAX_HEAD_DIM and triton_decode.is_available(states.device)
 
 
 def _is_supported(group: HeadGroup) -> bool:
@@ -119,7 +133,7 @@ def prepare(head_dim: int, query_group: int) -> None:
     notice.start()
     try:
         with _alone():
-            _decode(module, _no_rows(module, head_dim, query_group), AttentionParams(1.0), None, module.NO_UPDATE)
+            _decode(module, _no_rows(head_dim, query_group), AttentionParams(1.0), None, columns.NO_UPDATE)
     finally:
         notice.cancel()
 
@@ -157,7 +171,7 @@ def fused_step(
         positions: Position of the new token of each cache.
         params: What the model's attention has in addition.
     """
-    rows, heads, group_size, _, head_dim = query.shape
+    rows, heads, _, _, head_dim = query.shape
     slots, counts = np.empty((rows, heads), np.int64), np.empty((rows, heads), np.int64)
     own_tables, row_positions, first = [], np.empty((rows, heads), np.int64), 0
     for groups, table, position in zip(layers, tables, positions, strict=True):
@@ -172,44 +186,19 @@ def fused_step(
     joined = np.concatenate(own_tables)
     if joined.shape[:2] != (rows, heads):
         raise RuntimeError(f"{rows} rows of {heads} KV heads for caches of {joined.shape[0]} rows of {joined.shape[1]}")
-    module, eviction = kernel(), layers[0][0].eviction
-    update = _update_mode(module, eviction)
-    # Copies, since the kernel rotates them. Under autocast values have 16 bits.
-    states = [part.float().numpy().copy() for part in (query[:, :, :, 0], key[:, :, 0], value[:, :, 0])]
-    sinks = np.empty((0, 0), np.float32)
-    if params.sink_logits is not None:
-        sinks = np.tile(params.sink_logits.float().view(heads, group_size).numpy(), (rows, 1))
-    probs = np.empty((rows * heads, group_size, int(counts.max())) if update == module.KEEP_PROBS else (0, 0, 0), "f4")
-    output = np.empty((rows * heads, group_size, head_dim), np.float32)
-    prepare(head_dim, group_size)
-    _decode(
-        module,
-        KernelInputs(
-            tables=joined.reshape(rows * heads, -1),
-            slots=slots.ravel(),
-            counts=counts.ravel(),
-            positions=row_positions.ravel(),
-            query=states[0].reshape(rows * heads, group_size, head_dim),
-            key=states[1].reshape(rows * heads, head_dim),
-            value=states[2].reshape(rows * heads, head_dim),
-            output=output,
-            sinks=sinks,
-            probs=probs,
-        ),
-        params,
-        eviction,
-        update,
-    )
+    entries = Entries(joined.reshape(rows * heads, -1), slots.ravel(), counts.ravel(), row_positions.ravel())
+    states = query[:, :, :, 0], key[:, :, 0], value[:, :, 0]
+    run = _run_numba if _uses_numba(key) else _run_triton
+    output, rotated, probs = run(entries, states, params, layers[0][0].eviction)
     first = 0
     for groups, own_table, position in zip(layers, own_tables, positions, strict=True):
         here = slice(first, first + len(own_table))
-        rotated = [torch.from_numpy(part[here]) for part in states]
-        observed = torch.from_numpy(probs).unflatten(0, (rows, heads))[here] if probs.size else None
+        own_rotated, observed = [part[here] for part in rotated], None if probs is None else probs[here]
         for group in groups:
             if isinstance(group, ScoredHeadGroup):
-                _score_and_evict(group, rotated, observed, position, params)
+                _score_and_evict(group, own_rotated, observed, position, params)
         first = here.stop
-    return torch.from_numpy(output).view(rows, heads, group_size, 1, head_dim)
+    return output[:, :, :, None]
 
 
 def _reserve_slot(group: HeadGroup, position: int, head_dim: int) -> int:
@@ -218,6 +207,101 @@ def _reserve_slot(group: HeadGroup, position: int, head_dim: int) -> int:
     if not slot < group.num_filled <= group.num_slots or group.head_dim != head_dim:
         raise RuntimeError(f"slot {slot} of {group.num_filled} in {group.num_slots}: drop the cache after an error")
     return slot
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Where the entries of each (sequence, KV head) lie, and where the new one goes: a row for each."""
+
+    tables: Table
+    slots: np.ndarray
+    counts: np.ndarray
+    positions: np.ndarray
+
+
+States = tuple[Tensor, Tensor, Tensor]
+"""Queries [rows, heads, group, head_dim], keys and values [rows, heads, head_dim] of new tokens."""
+
+
+def _run_numba(
+    entries: Entries, states: States, params: AttentionParams, eviction: Eviction
+) -> tuple[Tensor, States, Tensor | None]:
+    """Return the output, the states as they are rotated, and the probabilities if the scores need them."""
+    rows, heads, group_size, head_dim = states[0].shape
+    module, update = kernel(), _update_mode(eviction)
+    # Copies, since the kernel rotates them. Under autocast values have 16 bits.
+    query, key, value = (part.float().numpy().copy() for part in states)
+    sinks = np.empty((0, 0), np.float32)
+    if params.sink_logits is not None:
+        sinks = np.tile(params.sink_logits.float().view(heads, group_size).numpy(), (rows, 1))
+    size = (rows * heads, group_size, int(entries.counts.max()))
+    probs = np.empty(size if update == columns.KEEP_PROBS else (0, 0, 0), np.float32)
+    output = np.empty((rows * heads, group_size, head_dim), np.float32)
+    prepare(head_dim, group_size)
+    _decode(
+        module,
+        KernelInputs(
+            tables=entries.tables,
+            slots=entries.slots,
+            counts=entries.counts,
+            positions=entries.positions,
+            query=query.reshape(output.shape),
+            key=key.reshape(rows * heads, head_dim),
+            value=value.reshape(rows * heads, head_dim),
+            output=output,
+            sinks=sinks,
+            probs=probs,
+        ),
+        params,
+        eviction,
+        update,
+    )
+    rotated = torch.from_numpy(query), torch.from_numpy(key), torch.from_numpy(value)
+    observed = torch.from_numpy(probs).unflatten(0, (rows, heads)) if probs.size else None
+    return torch.from_numpy(output).view(rows, heads, group_size, head_dim), rotated, observed
+
+
+def _run_triton(
+    entries: Entries, states: States, params: AttentionParams, eviction: Eviction
+) -> tuple[Tensor, States, Tensor | None]:
+    """Do what `_run_numba` does on another device."""
+    query, key, value = states
+    device, shape = query.device, query.shape[:2]
+    rows, heads, group_size, head_dim = query.shape
+    update, longest = _update_mode(eviction), int(entries.counts.max())
+    tables, slots, counts, positions = (
+        torch.from_numpy(part).to(device) for part in (entries.tables, entries.slots, entries.counts, entries.positions)
+    )
+    sinks = torch.empty(0, 0, device=device)
+    if params.sink_logits is not None:
+        sinks = params.sink_logits.float().view(heads, group_size).repeat(rows, 1)
+    size = (rows * heads, group_size, longest) if update == columns.KEEP_PROBS else (0, 0, 0)
+    probs = torch.empty(size, dtype=torch.float32, device=device)
+    output = query.new_empty(rows * heads, group_size, head_dim)
+    hitter = eviction if isinstance(eviction, HeavyHitter) else HeavyHitter()
+    rotated = triton_decode.decode_layer(
+        tables=tables,
+        slots=slots,
+        counts=counts,
+        positions=positions,
+        query=query.flatten(0, 1),
+        key=key.flatten(0, 1),
+        value=value.flatten(0, 1),
+        output=output,
+        sinks=sinks,
+        probs=probs,
+        scaling=params.scaling,
+        softcap=params.softcap or 0.0,
+        update=update,
+        distance=hitter.distance,
+        squared=hitter.power == 2,
+        by_max=hitter.reduction == "max",
+        max_entries=longest,
+        dense_dtype=stored_dtype(query.dtype, FULL_BITS),
+    ).unflatten(0, shape)
+    observed = probs.unflatten(0, shape) if probs.numel() else None
+    parts = rotated[:, :, :group_size], rotated[:, :, group_size], rotated[:, :, group_size + 1]
+    return output.unflatten(0, shape), parts, observed
 
 
 @dataclass(frozen=True)
@@ -236,11 +320,11 @@ class KernelInputs:
     probs: np.ndarray
 
 
-def _no_rows(module: Any, head_dim: int, query_group: int) -> KernelInputs:
+def _no_rows(head_dim: int, query_group: int) -> KernelInputs:
     numbers, states = np.empty(0, np.int64), np.empty((0, head_dim), np.float32)
     queries = np.empty((0, query_group, head_dim), np.float32)
     sinks, probs = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
-    table = np.empty((0, module.NUM_COLUMNS), np.int64)
+    table = np.empty((0, columns.NUM_COLUMNS), np.int64)
     return KernelInputs(table, numbers, numbers, numbers, queries, states, states, queries, sinks, probs)
 
 
@@ -276,11 +360,11 @@ def _decode(
     )
 
 
-def _update_mode(module: Any, eviction: Eviction) -> int:
+def _update_mode(eviction: Eviction) -> int:
     """Return what becomes of the probabilities of a decoded token."""
     if not eviction.scored or eviction.query_sample.window == 0:
-        return int(module.NO_UPDATE)
-    return int(module.HEAVY_HITTER if isinstance(eviction, HeavyHitter) else module.KEEP_PROBS)
+        return columns.NO_UPDATE
+    return columns.HEAVY_HITTER if isinstance(eviction, HeavyHitter) else columns.KEEP_PROBS
 
 
 def _score_and_evict(
@@ -292,7 +376,7 @@ def _score_and_evict(
         group.observe_attention(query, own, position, params.scaling)
     elif group.eviction.query_sample.window == 0 and group.is_about_to_evict():
         query, key, value = (part[:, group.index] for part in rotated)
-        at = torch.tensor([[position]])
+        at = torch.tensor([[position]], device=query.device)
         tokens = NewTokens(
             position, query[..., None, :], key[:, :, None], value[:, :, None], at, padded=False, teacher_forced=False
         )
@@ -310,7 +394,6 @@ def _group_table(group: HeadGroup) -> Table:
 
 
 def _make_table(group: HeadGroup) -> Table:
-    columns = kernel()
     shape, head_dim = (len(group.keys.tensors[0]), len(group.budget.heads)), group.head_dim
     table = np.zeros((*shape, columns.NUM_COLUMNS), np.int64)
     if isinstance(group, ScoredHeadGroup):
@@ -333,7 +416,6 @@ def _make_table(group: HeadGroup) -> Table:
 
 
 def _fill_storage(table: Table, storage: Storage) -> None:
-    columns = kernel()
     if isinstance(storage, SegmentedStorage):
         segments = storage.segments
     else:

@@ -23,49 +23,37 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from baklava.cache.storage.quantized_codec import NORMAL_STEP_SIZES, PLANE_WIDTHS
-
-NO_SLOT = 1 << 40
-"""A slot that is after all others."""
-
-(
-    POSITIONS,
-    SCORES,
-    CENTROIDS,
+from baklava.cache.kernels.table_columns import (
+    CENTROID_ENTROPY,
     CENTROID_KEY,
     CENTROID_VALUE,
     CENTROID_WEIGHT,
-    CENTROID_ENTROPY,
-    KEY_BLOCK,
-    VALUE_BLOCK,
+    CENTROIDS,
     CHANNEL_ORDER,
+    DENSE_BYTES,
+    FIRST_BITS,
+    FIRST_CHANNELS,
+    FIRST_CODES,
+    FIRST_MEAN,
+    FIRST_SCALES,
+    HEAVY_HITTER,
+    KEEP_PROBS,
     KEY,
-) = range(11)
-"""Addresses of the state, the number of centroids, the channels that are rotated together (0 for none), and the
-address of the order of the key's channels. Keys have the columns below from KEY on, and values from VALUE on."""
-
-(
-    SINKS,
+    KEY_BLOCK,
+    POSITIONS,
     QUANTIZED_START,
     QUANTIZED_STOP,
     RECENT,
-    DENSE_BYTES,
-    FIRST_CHANNELS,
-    FIRST_BITS,
-    FIRST_CODES,
-    FIRST_SCALES,
-    FIRST_MEAN,
+    SCORES,
     SECOND_BITS,
     SECOND_CODES,
-    SECOND_SCALES,
     SECOND_MEAN,
-    NUM_STORAGE_COLUMNS,
-) = range(15)
-"""Slots before QUANTIZED_START are dense at SINKS, those from QUANTIZED_STOP on are dense at RECENT. Quantized entries
-have one part, or two if the first has fewer than all channels."""
-
-VALUE = KEY + NUM_STORAGE_COLUMNS
-NUM_COLUMNS = VALUE + NUM_STORAGE_COLUMNS
+    SECOND_SCALES,
+    SINKS,
+    VALUE,
+    VALUE_BLOCK,
+)
+from baklava.cache.storage.quantized_codec import NORMAL_STEP_SIZES, PLANE_WIDTHS
 
 PLANES = np.array([(0, 0, 0), *((*PLANE_WIDTHS[bits], 0, 0)[:3] for bits in range(1, 9))], np.int64)
 STEP_SIZES = np.array([0, *(NORMAL_STEP_SIZES[bits] for bits in range(1, 9))], np.float32)
@@ -74,8 +62,6 @@ MIN_STEP = np.float32(np.finfo(np.float32).tiny)
 MIN_WEIGHT = np.float32(1e-12)
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 LOWEST = np.float32(np.finfo(np.float32).min)
-
-NO_UPDATE, HEAVY_HITTER, KEEP_PROBS = 0, 1, 2
 
 FAST_MATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
