@@ -212,7 +212,7 @@ class BudgetPlan(FrozenModel):
 
     @property
     def bytes_per_sequence(self) -> int:
-        """Maximum bytes that one sequence of any length keeps between two forward passes."""
+        """Bytes that one sequence keeps at most, at any length and at any moment."""
         return self.bytes_for(None)
 
     def bytes_for(self, max_tokens: int | None) -> int:
