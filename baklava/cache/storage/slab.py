@@ -48,7 +48,8 @@ def allocated_bytes() -> AllocatedBytes:
 class Slab:
     """One allocation of exactly the bytes of its tensors, which are views of it and are never allocated again.
 
-    Tensors with larger elements come first, so each is aligned without padding. All numbers are 0 at first.
+    Tensors with larger elements come first, so each is aligned without padding. All numbers are 0 at first. They may be
+    written with and without inference mode, wherever the slab is made.
 
     Args:
         specs: The tensors, in the order of `tensors`.
@@ -56,6 +57,7 @@ class Slab:
         device: Where to allocate.
     """
 
+    @torch.inference_mode(mode=False)  # within it, a view as another dtype could only be written within it
     def __init__(self, specs: Sequence[TensorSpec], batch: int, device: torch.device) -> None:
         sizes = [batch * spec.dtype.itemsize * _numel(spec.shape) for spec in specs]
         self._memory = allocate(sum(sizes), device)
@@ -75,9 +77,8 @@ class Slab:
         return self._memory.untyped_storage().nbytes()
 
 
-@torch.inference_mode(mode=False)
 def allocate(nbytes: int, device: torch.device) -> Tensor:
-    """Return zeros that may be written with and without inference mode."""
+    """Return zeros."""
     if device.type == "cpu" and nbytes:
         # calloc: a page takes no memory, and no time, until it is written.
         return torch.from_numpy(np.zeros(nbytes, np.uint8))

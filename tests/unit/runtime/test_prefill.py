@@ -72,6 +72,26 @@ def test_generate_continues_a_padded_prefill_as_it_would_without_one(tiny: Maker
     assert cache.cached_positions(0, 0, row=0)[0] == 0
 
 
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize(
+    "eviction", [StreamingLLM(), HeavyHitter(eviction_interval=4, distance=0, centroids=2)], ids=str
+)
+def test_what_was_prefilled_and_copied_in_inference_mode_goes_on_without_it(
+    tiny: Maker, eviction: Eviction, bits: int
+) -> None:
+    loaded, ids = tiny(), random_ids(2, 40)
+    plan = make_plan(loaded, [[14, 24], [20, 20]], eviction, bits=bits)
+    cache, _ = prefill(loaded, plan, ids)
+    with torch.inference_mode():
+        copied, expected = cache.copy(), cache.copy()
+        logits = [loaded.model(ids[:, :1], past_key_values=expected).logits for _ in range(6)]
+    with torch.no_grad():
+        found = [loaded.model(ids[:, :1], past_key_values=copied).logits for _ in range(6)]
+    torch.testing.assert_close(found, logits)
+    text = torch.cat([ids, ids[:, :1]], 1)
+    assert loaded.model.generate(text, past_key_values=cache, max_new_tokens=4, do_sample=False).shape == (2, 45)
+
+
 @torch.inference_mode()
 def test_a_masked_prompt_allocates_at_most_a_block_of_its_probabilities(tiny: Maker) -> None:
     loaded, ids = tiny(layers=1), random_ids(2, 3000)
