@@ -9,11 +9,13 @@ import sys
 
 from baklava.console import run_cli
 from baklava.errors import UserError
+from baklava.runtime.cpu_threads import configure_threads
 
 
 def main() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed; run pip install -c constraints.txt -e '.[lm-eval]'")
+    configure_threads()
     from lm_eval.__main__ import cli_evaluate
 
     import baklava.evaluation.lm_eval  # noqa: F401 - registers the model

@@ -15,6 +15,7 @@ from baklava.console import log, port, positive_float, positive_int, run_cli
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.plan.registry import load_plan
+from baklava.runtime.cpu_threads import configure_threads
 from baklava.runtime.ray_session import configure_ray_environment
 from serve_app.api.network import (
     PROXY_MIDDLEWARE_PATH,
@@ -133,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     options = build_parser().parse_args(argv)
     configure_ray_environment()
+    configure_threads()
     os.environ.setdefault(PROXY_MIDDLEWARE_VARIABLE, PROXY_MIDDLEWARE_PATH)
     return run_cli("baklava-serve", lambda: _serve(options))
 
@@ -157,7 +159,6 @@ def _serve(options: argparse.Namespace) -> None:
         model=options.model,
         plan=plan,
         created=int(time.time()),
-        threads=max(1, (os.cpu_count() or 1) // max_replicas),
         pool=pool,
         max_waiting=options.max_waiting,
         pinned_prefixes=prefixes,

@@ -144,6 +144,7 @@ def test_light_modules_load_neither_torch_nor_transformers() -> None:
         "baklava.errors",
         "baklava.paths",
         "baklava.data.demo_assets",
+        "baklava.runtime.cpu_threads",
         "baklava.runtime.host_memory",
     )
     names = [name for name in modules("baklava") if name.startswith(light)]

@@ -3,15 +3,18 @@
 import os
 import sys
 
+from baklava.runtime.cpu_threads import configure_threads
 from baklava.runtime.ray_session import configure_ray_environment
 
 
 def configure_environment() -> None:
-    """Set the defaults of Ray, MLflow and the hub that the command lines rely on; what is set already stays.
+    """Set the defaults of OpenMP, Ray, MLflow and the hub that the command lines rely on; what is set already stays.
 
-    Call it before the first import of ray, mlflow or transformers, which read some of these when they are imported.
+    Call it before the first import of torch, ray, mlflow or transformers, which read some of these when they are
+    imported.
     """
     configure_ray_environment()
+    configure_threads()
     defaults = {
         "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no boxes, no tables
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files next to our own

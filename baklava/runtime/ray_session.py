@@ -1,5 +1,6 @@
 """A connection to a Ray cluster, for the search, the evaluation and the server."""
 
+import json
 import os
 import secrets
 import signal
@@ -14,8 +15,12 @@ from pathlib import Path
 from baklava.console import log
 from baklava.errors import UserError
 from baklava.paths import check_temp_dir, check_writable, home_dir, reason_of
+from baklava.runtime.cpu_threads import available_cpus, openmp_environment
 
 CONNECT_TIMEOUT_SECONDS = 5.0
+
+JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What `ray job submit` tells the process that it starts."""
 
 MAX_TEMP_DIR_BYTES = 39
 """Longest path in which Ray can start: the name of a socket has 107 bytes, and Ray adds up to 68 of its own."""
@@ -35,6 +40,9 @@ def configure_ray_environment() -> None:
         defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # A job's driver inherits OMP_NUM_THREADS=1 from the actor that starts it. Users set it in the job's environment.
+    if JOB_CONFIG_VARIABLE in os.environ and "OMP_NUM_THREADS" not in _job_environment():
+        os.environ.pop("OMP_NUM_THREADS", None)
 
 
 def starts_cluster() -> bool:
@@ -50,7 +58,7 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
 
     Args:
         object_store_bytes: Size of the object store of a cluster started here.
-        num_cpus: CPUs that a cluster started here offers; all that the machine has if None.
+        num_cpus: CPUs that a cluster started here offers; all that this process may use if None.
         log_to_driver: Whether Ray copies the output of its workers to this process.
 
     Raises:
@@ -70,7 +78,7 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
         _check_auth_mode()
         check_temp_dir()
         options = {
-            "num_cpus": num_cpus,
+            "num_cpus": num_cpus or available_cpus(),
             "include_dashboard": False,
             "object_store_memory": object_store_bytes,
             "_temp_dir": str(_local_temp_dir() / "ray"),
@@ -79,6 +87,10 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
         log("ray: starting on this machine")
     else:
         check_answers(address)
+        # The workers of a cluster started elsewhere do not inherit this process's environment. Ray refuses variables
+        # that the job's environment has already.
+        variables = {name: value for name, value in openmp_environment().items() if name not in _job_environment()}
+        options = {"runtime_env": {"env_vars": variables}}
         log(f"ray: connecting to {address}")
     try:
         with _own_signals():
@@ -95,6 +107,12 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
         yield
     finally:
         ray.shutdown()
+
+
+def _job_environment() -> dict[str, str]:
+    """Return the environment variables that were given to `ray job submit`, if it started this process."""
+    config = json.loads(os.environ.get(JOB_CONFIG_VARIABLE) or "{}")
+    return (config.get("runtime_env") or {}).get("env_vars") or {}
 
 
 def _local_temp_dir() -> Path:

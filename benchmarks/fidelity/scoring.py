@@ -14,6 +14,7 @@ from baklava.evaluation.evaluator import context_gain
 from baklava.evaluation.window_scoring import prefill_window, score_plan
 from baklava.eviction import build_eviction
 from baklava.plan.budget_plan import BudgetPlan
+from baklava.runtime.cpu_threads import available_cpus, cap_threads
 from baklava.runtime.model_loader import LoadedModel, load
 from baklava.serialization import FrozenModel
 
@@ -101,7 +102,7 @@ def score_in_processes(model: str, tasks: Sequence[Task], workers: int, code: st
     """
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = cap_threads(max(1, available_cpus() // workers))
     pool = ProcessPoolExecutor(workers, context, _start_worker, (model, threads, results))
     try:
         yield from _as_finished([pool.submit(_score, task, code) for task in tasks], results)

@@ -17,6 +17,7 @@ from ray.serve.schema import LoggingConfig
 
 from baklava.console import log
 from baklava.errors import UserError
+from baklava.runtime.cpu_threads import available_cpus, cap_threads, max_threads
 from baklava.runtime.ray_session import ray_session, starts_cluster
 from serve_app.api.network import PROXY_MIDDLEWARE_PATH, PROXY_MIDDLEWARE_VARIABLE
 from serve_app.deployment.replica import APP_NAME, BaklavaReplica, RayReplicaGroup, ReplicaConfig
@@ -62,7 +63,7 @@ def serving_session(replicas: int, *, quiet: bool = False) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if not starts_cluster():
         log(_PROXY_WARNING)
-    num_cpus = max(replicas, os.cpu_count() or 1)
+    num_cpus = max(replicas, available_cpus())
     with ray_session(object_store_bytes=OBJECT_STORE_BYTES, num_cpus=num_cpus, log_to_driver=True):
         _check_cluster(replicas)
         yield
@@ -212,4 +213,10 @@ def _application(
         logging_config=logging_config,
         max_constructor_retry_count=1,
     )
-    return deployment.bind(replace(config, pool=pool), coordinator)
+    return deployment.bind(replace(config, pool=pool, threads=_threads(scaling.max_replicas)), coordinator)
+
+
+def _threads(replicas: int) -> int:
+    """Return the threads of a replica, so that all of them fit on the cores of the cluster."""
+    cores = (int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    return cap_threads(max_threads([(count, count) for count in cores], replicas) or 1)

@@ -41,22 +41,22 @@ class ReplicaConfig:
     Args:
         plan: the full cache if None.
         created: Unix time at which the server started.
-        threads: of torch; 0 for its default.
         max_waiting: requests that may wait in the queue.
         timeout_seconds: limit of a request, including its wait.
         host: where Serve listens.
+        threads: of torch; its default if None.
     """
 
     model: str
     plan: BudgetPlan | None
     created: int
-    threads: int
     pool: PoolSize
     max_waiting: int
     pinned_prefixes: tuple[PinnedPrefix, ...] = ()
     keys: ApiKeys = NO_KEYS
     timeout_seconds: float = DEFAULT_REQUEST_TIMEOUT_SECONDS
     host: str = "localhost"
+    threads: int | None = None
     prefill_decode_ratio: float = DEFAULT_PREFILL_DECODE_RATIO
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from threading import Event, Thread
 from typing import Any, Self
@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from baklava.console import log, progress_bar
 from baklava.data.windows import Window
 from baklava.errors import UserError
+from baklava.runtime.cpu_threads import cap_threads, max_threads
 from tuning.study.search_space import SearchTask
 from tuning.study.trial import TrialRecord
 from tuning.workers.scheduler import WorkerScheduler, error_summary
@@ -83,21 +84,22 @@ def plan_layout(nodes: Sequence[Mapping[str, float]], replicas: int | str, gpus_
         count = sum(slot if gpus else min(slot, MAX_CPU_WORKERS_PER_NODE) for _, slot in slots)
     else:
         count = int(replicas)
-    fitting = [
-        threads
-        for threads in range(1, max(cpus for cpus, _ in slots) + 1)
-        if sum(min(cpus // threads, slot) for cpus, slot in slots) >= count > 0
-    ]
-    if not fitting:
+    threads = max_threads(slots, count)
+    if not threads:
         present = sum(int(node.get(kind, 0)) for node in nodes)
         share = f"{gpus} {kind}s of one node for each" if gpus > 1 else "one replica each"
         raise UserError(f"--replicas {replicas} does not fit on {present} {kind}s, {share}; ask for fewer, or for auto")
-    return WorkerLayout(count, max(fitting), gpus, max(1, *(slot for _, slot in slots)))
+    return WorkerLayout(count, threads, gpus, max(1, *(slot for _, slot in slots)))
 
 
 def cluster_layout(replicas: int | str, gpus_per_replica: int = 1) -> WorkerLayout:
-    """Return the layout for the nodes that the connected cluster has now; raise like `plan_layout`."""
-    return plan_layout([node["Resources"] for node in ray.nodes() if node["Alive"]], replicas, gpus_per_replica)
+    """Return the layout for the nodes that the connected cluster has now, with at most `$OMP_NUM_THREADS` threads.
+
+    Raises like `plan_layout`.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    layout = plan_layout(nodes, replicas, gpus_per_replica)
+    return replace(layout, threads=cap_threads(layout.threads))
 
 
 class WorkerGroup:

@@ -51,9 +51,12 @@ def test_a_pool_in_bytes_does_not_depend_on_free_memory(text, amount):
 )
 def test_a_share_of_free_memory_is_divided_between_the_replicas_on_one_device(gpus, pool, num_gpus, monkeypatch):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {}))
-    config = ReplicaConfig("demo", None, created=1, threads=1, pool=PoolSize.parse("50%"), max_waiting=1)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    config = ReplicaConfig("demo", None, created=1, pool=PoolSize.parse("50%"), max_waiting=1)
     bound = _application(config, ScalingConfig(4, max_replicas=4), LoggingConfig(), coordinator=None)._bound_deployment
     assert bound.init_args[0].pool.resolve(1000) == pool
+    assert bound.init_args[0].threads == 2  # a share of the cores
     assert bound.ray_actor_options["num_gpus"] == num_gpus
 
 
