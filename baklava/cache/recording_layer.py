@@ -25,6 +25,7 @@ from baklava.cache.attention import (
     visibility_mask,
 )
 from baklava.cache.head_groups import AttentionInputs, ScoreAccumulator, first_sampled_query, update_scores
+from baklava.cache.storage import count_bytes
 from baklava.errors import UserError
 from baklava.eviction import Eviction, QuerySample
 from baklava.plan.geometry import CacheGeometry
@@ -51,6 +52,8 @@ class RecordingLayer(BudgetedLayerBase):
         self.values = value_states.new_empty(batch, heads, self.prompt_tokens, value_states.shape[3])
         for eviction in self.evictions:
             self.scores[eviction.score_key] = torch.zeros(self.keys.shape[:3], device=key_states.device)
+        for tensor in (self.keys, self.values, *self.scores.values()):
+            count_bytes(tensor, tensor.nbytes)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

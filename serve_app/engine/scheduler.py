@@ -63,7 +63,7 @@ logger = logging.getLogger("ray.serve")
 class Measurement:
     """Bytes that the caches of the running sequences, and the prompt being prefilled, allocate after a step.
 
-    `peak_bytes` is the most that all caches together have ever allocated, at any moment of any step.
+    `peak_bytes` is the most that slabs and recorded prompts together have ever allocated, at any moment of any step.
     """
 
     allocated_bytes: dict[Sequence, int]

@@ -7,7 +7,7 @@ from baklava.cache.storage.dense_codec import DenseCodec, stored_dtype
 from baklava.cache.storage.dequantized_view import DequantizedView
 from baklava.cache.storage.quantized_codec import MixedPrecisionCodec, QuantizedCodec
 from baklava.cache.storage.segmented_storage import Segment, SegmentedStorage
-from baklava.cache.storage.slab import Slab, TensorSpec, allocated_bytes
+from baklava.cache.storage.slab import Slab, TensorSpec, allocated_bytes, count_bytes
 from baklava.cache.storage.slot_storage import SlotStorage
 from baklava.plan.geometry import FULL_BITS, BitSplit
 
@@ -26,6 +26,7 @@ __all__ = [
     "StorageLayout",
     "TensorSpec",
     "allocated_bytes",
+    "count_bytes",
     "storage_for",
     "stored_dtype",
 ]

@@ -19,10 +19,10 @@ class TensorSpec:
 
 
 class AllocatedBytes:
-    """The bytes of slabs that are in use, and the most that ever were."""
+    """The bytes of caches that are in use, and the most that ever were."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # garbage collection may end a slab while another one is counted
+        self._lock = threading.RLock()  # garbage collection may end an owner while another one is counted
         self.current = self.peak = 0
 
     def add(self, nbytes: int) -> None:
@@ -41,8 +41,14 @@ _of_thread = _OfThread()
 
 
 def allocated_bytes() -> AllocatedBytes:
-    """Return the count of the slabs that this thread allocates, wherever they end."""
+    """Return the count of what this thread allocates for caches, wherever it ends: slabs, and recorded prompts."""
     return _of_thread.allocated
+
+
+def count_bytes(owner: object, nbytes: int) -> None:
+    """Count bytes that this thread has allocated, until the end of the object that owns them."""
+    allocated_bytes().add(nbytes)
+    weakref.finalize(owner, allocated_bytes().add, -nbytes)
 
 
 class Slab:
@@ -61,8 +67,7 @@ class Slab:
     def __init__(self, specs: Sequence[TensorSpec], batch: int, device: torch.device) -> None:
         sizes = [batch * spec.dtype.itemsize * _numel(spec.shape) for spec in specs]
         self._memory = allocate(sum(sizes), device)
-        allocated_bytes().add(self.nbytes)
-        weakref.finalize(self, allocated_bytes().add, -self.nbytes)
+        count_bytes(self, self.nbytes)
         tensors: list[Tensor | None] = [None] * len(specs)
         start = 0
         for place in sorted(range(len(specs)), key=lambda place: -specs[place].dtype.itemsize):

@@ -10,7 +10,7 @@ from plan_factory import make_plan, with_bits, with_chunked_prefill
 
 from baklava.cache.storage import allocated_bytes, slab
 from baklava.eviction import HeavyHitter, StreamingLLM
-from baklava.runtime.prefill import prefill_workspace_bytes
+from baklava.runtime.prefill import make_prefill_task, prefill_workspace_bytes
 
 BUDGETS = [[12, 24], [16, 20]]
 PREFIX = tuple(b"Every question starts with this sentence. ")
@@ -84,3 +84,15 @@ def test_a_slab_is_counted_until_its_end(loaded):
     del cache
     assert allocated_bytes().current - before == copied.nbytes
     assert allocated_bytes().peak >= plan.bytes_per_sequence + copied.nbytes
+
+
+@torch.inference_mode()
+def test_a_recorded_prompt_is_counted_until_it_is_compressed(loaded):
+    plan, before = plans(loaded)[0], allocated_bytes().current
+    task = make_prefill_task(loaded, plan, PREFIX, 64)
+    counted = []
+    while task.step(8) is None:
+        counted.append(allocated_bytes().current - before)
+        assert counted[-1] == task.nbytes
+    assert max(counted) >= prefill_workspace_bytes(plan, len(PREFIX), 4)
+    assert allocated_bytes().current - before == task.nbytes == plan.bytes_for(64)
