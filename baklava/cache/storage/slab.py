@@ -1,5 +1,6 @@
 """Slabs: one allocation for all tensors of a cache layer."""
 
+import math
 import threading
 import weakref
 from collections.abc import Sequence
@@ -54,7 +55,8 @@ def count_bytes(owner: object, nbytes: int) -> None:
 class Slab:
     """One allocation of exactly the bytes of its tensors, which are views of it and are never allocated again.
 
-    Tensors with larger elements come first, so each is aligned without padding. All numbers are 0 at first. They may be
+    The tensors are ordered by the largest power of two that divides their bytes. So each is aligned to that without
+    padding: to its elements, and to the words that packed codes are read in. All numbers are 0 at first. They may be
     written with and without inference mode, wherever the slab is made.
 
     Args:
@@ -70,7 +72,7 @@ class Slab:
         count_bytes(self, self.nbytes)
         tensors: list[Tensor | None] = [None] * len(specs)
         start = 0
-        for place in sorted(range(len(specs)), key=lambda place: -specs[place].dtype.itemsize):
+        for place in sorted(range(len(specs)), key=lambda place: _alignment(sizes[place]), reverse=True):
             stop, spec = start + sizes[place], specs[place]
             tensors[place] = self._memory[start:stop].view(spec.dtype).view(batch, *spec.shape)
             start = stop
@@ -88,6 +90,11 @@ def allocate(nbytes: int, device: torch.device) -> Tensor:
         # calloc: a page takes no memory, and no time, until it is written.
         return torch.from_numpy(np.zeros(nbytes, np.uint8))
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+
+
+def _alignment(nbytes: int) -> float:
+    """Return the largest power of two that divides a number of bytes."""
+    return nbytes & -nbytes or math.inf
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -150,6 +150,9 @@ def test_a_slab_has_the_bytes_of_its_tensors_and_none_overlap(shapes: list[list[
     slab = Slab(specs, batch, torch.device("cpu"))
     assert [(each.shape[1:], each.dtype) for each in slab.tensors] == [(spec.shape, spec.dtype) for spec in specs]
     assert slab.nbytes == sum(each.nbytes for each in slab.tensors)
+    for tensor in slab.tensors:
+        start = tensor.storage_offset() * tensor.itemsize
+        assert start % (tensor.nbytes & -tensor.nbytes or 1) == 0
     for number, tensor in enumerate(slab.tensors):
         tensor.fill_(number)
     assert all(bool((tensor == number).all()) for number, tensor in enumerate(slab.tensors))
