@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, SupportsIndex
 
 from jaxtyping import Int
 from torch import Tensor
@@ -56,11 +56,20 @@ class BudgetedCache(Cache):
         """Return an independent cache that continues from here, for a sequence of at most `max_tokens` tokens."""
         slabs = [layer.slab for layer in self.budgeted_layers if layer.slab]
         entries = [tensor for slab in slabs for tensor in slab.tensors]  # copied below, into slabs of another size
-        copied = copy.deepcopy(self, {id(shared): shared for shared in (self.plan, self.eviction, *slabs, *entries)})
-        copied.max_tokens, copied._reserved_bytes = max_tokens, self.plan.bytes_for(max_tokens)
+        memo = {id(shared): shared for shared in (self.plan, self.eviction, *slabs, *entries)}
+        copied = BudgetedCache(self.plan, max_tokens)
+        copied._last_updated, copied.layers = self._last_updated, [copy.deepcopy(layer, memo) for layer in self.layers]
         for layer in copied.budgeted_layers:
             layer.move_to_new_slab(max_tokens)
         return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BudgetedCache":
+        """Return `copy` for sequences of the same length."""
+        return self.copy(self.max_tokens)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Refuse to be pickled: each tensor would take the memory of all."""
+        raise UserError("a budgeted cache cannot be pickled or saved; keep the prompt and its plan, and prefill again")
 
     @classmethod
     def from_recording(cls, plan: BudgetPlan, recording: Recording, max_tokens: int | None = None) -> "BudgetedCache":

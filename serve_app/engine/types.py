@@ -141,7 +141,7 @@ class EngineState:
         waiting: requests in the queue.
         reserved_bytes: bytes set aside for KV caches at admission.
         allocated_bytes: bytes that KV caches really allocate.
-        peak_bytes: highest `allocated_bytes` ever.
+        peak_bytes: most bytes that were ever allocated, at any moment of any step.
         prefix_cache_bytes: bytes of the prefix cache, part of `allocated_bytes`.
         full_entries: KV entries of all running sequences over all (layer, KV head) if nothing had been evicted.
         cached_entries: KV entries that they have.

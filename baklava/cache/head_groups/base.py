@@ -130,7 +130,7 @@ class HeadGroup(ABC):
         self._bind_state(tensors)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle has: its tensors lie elsewhere, so it has no table."""
+        """Return what a copy has: its tensors lie elsewhere, so it has no table."""
         return self.__dict__ | {"table": None}
 
     def attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:

@@ -1,11 +1,14 @@
 """Sequences that are decoded together get what they get alone, out of the same caches."""
 
+import copy
+
 import pytest
 import torch
 from model_families import FAMILIES, model_pair
 from plan_factory import EVICTIONS, make_plan, random_ids, with_bits
 
 from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.cache.storage import allocated_bytes
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import full_cache_plan
@@ -115,6 +118,19 @@ def test_a_copy_has_slabs_of_its_own_size_and_goes_on_alike(tiny):
     copied.check_integrity(42)
     with pytest.raises(UserError, match="max_tokens 30"):
         decode(loaded, [cache], ids, 15)
+
+
+@torch.inference_mode()
+def test_a_deep_copy_is_a_copy_and_a_cache_cannot_be_pickled(tiny, tmp_path):
+    loaded = tiny(head_dim=16)
+    plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], HeavyHitter(eviction_interval=4)), [(5, 4), (16, 16)])
+    cache, _ = prefill(loaded, plan, random_ids(1, 30), max_tokens=60)
+    before, copied = allocated_bytes().current, copy.deepcopy(cache)
+    assert allocated_bytes().current - before == copied.nbytes == cache.nbytes == plan.bytes_for(60)
+    ids = random_ids(1, 15, seed=2)
+    assert torch.equal(decode(loaded, [cache], ids, 15), decode(loaded, [copied], ids, 15))
+    with pytest.raises(UserError, match="cannot be pickled"):
+        torch.save(cache, tmp_path / "cache.pt")
 
 
 @pytest.mark.slow
