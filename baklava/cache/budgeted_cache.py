@@ -107,17 +107,10 @@ class BudgetedCache(Cache):
     @contextmanager
     def teacher_forcing(self) -> Iterator[None]:
         """Let all tokens of a forward within this context attend to exactly what they would attend to one by one."""
-        groups = [group for layer in self.budgeted_layers for group in layer.groups]
-        for layer in self.budgeted_layers:
-            layer.teacher_forced = True
-        try:
-            with ExitStack() as stack:
-                for group in groups:
-                    stack.enter_context(group.dequantized())
-                yield
-        finally:
+        with ExitStack() as stack:
             for layer in self.budgeted_layers:
-                layer.teacher_forced = False
+                stack.enter_context(layer.teacher_forcing())
+            yield
 
     @property
     def budgeted_layers(self) -> list[BudgetedLayer]:

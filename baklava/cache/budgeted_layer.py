@@ -1,6 +1,7 @@
 """A cache layer whose KV heads have budgets, and the left padding that all layers of a cache share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
@@ -20,7 +21,7 @@ from baklava.cache.attention import (
     split_gqa_groups,
 )
 from baklava.cache.head_groups import GroupBudget, HeadGroup, NewTokens, head_group
-from baklava.cache.kernels.fused_decode import LayerTable, can_fuse, fused_step
+from baklava.cache.kernels.fused_decode import LayerTable, can_fuse, fused_step, fused_steps
 from baklava.cache.storage import Slab
 from baklava.errors import UserError
 from baklava.eviction import Eviction
@@ -191,8 +192,8 @@ class BudgetedLayer(BudgetedLayerBase):
         self.advance(num_new)
         queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
         padded = self.pad_lengths is not None
-        if num_new == 1 and not padded and not self.teacher_forced and can_fuse(self.groups, key):
-            return merge_gqa_groups(fused_step([self.groups], [self.table], queries, key, value, [num_before], params))
+        if not padded and (num_new == 1 or self.teacher_forced) and can_fuse(self.groups, key):
+            return merge_gqa_groups(fused_steps(self.groups, self.table, queries, key, value, num_before, params))
         tokens = NewTokens(num_before, queries, key, value, positions, padded, self.teacher_forced)
         if self.prefill_chunk is None or num_new <= self.prefill_chunk:
             return merge_gqa_groups(self._attend(tokens, params))
@@ -202,7 +203,22 @@ class BudgetedLayer(BudgetedLayerBase):
         ]
         return merge_gqa_groups(torch.cat([self._attend(chunk, params) for chunk in chunks], 3))
 
+    @contextmanager
+    def teacher_forcing(self) -> Iterator[None]:
+        """Let all tokens of a forward within this context attend to exactly what they would attend to one by one."""
+        self.teacher_forced = True
+        try:
+            yield
+        finally:
+            self.teacher_forced = False
+            for group in self.groups:
+                group.drop_dequantized()
+
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
+        if tokens.teacher_forced:
+            for group in self.groups:
+                if group.num_filled:
+                    group.dequantize()
         if len(self.groups) == 1:
             return self.groups[0].attend(tokens, params)
         output = torch.empty_like(tokens.query)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from baklava.cache.attention import AttentionParams
 from baklava.cache.head_groups import GroupBudget, HeadGroup, NewTokens, ScoredHeadGroup, head_group
-from baklava.cache.kernels.fused_decode import LayerTable, can_fuse, fused_step
+from baklava.cache.kernels.fused_decode import LayerTable, can_fuse, fused_steps
 from baklava.cache.storage import DenseCodec, MixedPrecisionCodec, SegmentedStorage, Slab, SlotStorage, Storage
 from baklava.cache.storage.quantized_codec import unpack
 from baklava.eviction import Eviction, HeavyHitter
@@ -70,22 +70,31 @@ class Layer:
         states += torch.linspace(-1, 1, self.head_dim)  # keys lie around a mean
         return states.to(self.dtype).to(self.device)
 
-    def step(self, params: AttentionParams) -> None:
-        """Decode one token, and check outputs, entries and scores against copies of the groups."""
-        query = torch.randn(self.rows, self.heads, self.group, 1, self.head_dim, generator=self._draw)
-        query, key, value = query.to(self.dtype).to(self.device), self._states(1), self._states(1)
-        at = torch.tensor([[self.position]], device=self.device)
+    def step(self, params: AttentionParams, num_tokens: int = 1) -> None:
+        """Decode tokens, and check outputs, entries and scores against copies of the groups that get them one by one.
+
+        Args:
+            params: What a model's attention has in addition.
+            num_tokens: How many tokens the kernel gets at once.
+        """
+        query = torch.randn(self.rows, self.heads, self.group, num_tokens, self.head_dim, generator=self._draw)
+        query, key, value = query.to(self.dtype).to(self.device), self._states(num_tokens), self._states(num_tokens)
+        at = torch.arange(self.position, self.position + num_tokens, device=self.device)[None]
         tokens = NewTokens(self.position, query, key, value, at, padded=False, teacher_forced=False)
         copies = copy.deepcopy(self.groups)
         theirs = torch.empty_like(query)
         for group in copies:
             own = params.for_heads(group.index, self.group)
-            theirs[:, group.index] = group.attend(tokens.for_heads(group.index), own)
+            for number in range(num_tokens):
+                token = tokens.for_heads(group.index).narrow(number, number + 1)
+                theirs[:, group.index, :, number : number + 1] = group.attend(token, own)
         assert can_fuse(self.groups, key)
-        ours = fused_step([self.groups], [self.table], query, key, value, [self.position], params)
-        self.position += 1
+        ours = fused_steps(self.groups, self.table, query, key, value, self.position, params)
+        self.position += num_tokens
         same = [check_equal(*pair, self.dtype) for pair in zip(self.groups, copies, strict=True)]
-        tolerance = OUTPUT_TOLERANCE[self.dtype] if all(same) else ROUNDING_TOLERANCE
+        # Of entries that are evicted at once, nobody can see how they were rounded.
+        seen = num_tokens == 1 and all((group.cached_positions() == at).any(-1).all() for group in self.groups)
+        tolerance = OUTPUT_TOLERANCE[self.dtype] if all(same) and seen else ROUNDING_TOLERANCE
         assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
     def fill_empty_slots(self) -> None:
@@ -113,13 +122,22 @@ def check_equal(ours: HeadGroup, theirs: HeadGroup, dtype: torch.dtype) -> bool:
             assert int((codes.int() - other_codes.int()).abs().max()) <= 1
             assert float((codes != other_codes).float().mean()) < 0.03
         same = same and torch.equal(codes, other_codes) and torch.equal(numbers, other_numbers)
-        assert_close(numbers, other_numbers, atol=1e-5 if exact else 3e-2, rtol=2e-3 if exact else 2e-2)
+        alike = (codes == other_codes).all(-1)  # the scale of an entry follows from its codes
+        _check_close(numbers[alike], other_numbers[alike], exact)
+        _check_close(numbers[~alike], other_numbers[~alike], exact=False)
     if isinstance(ours, ScoredHeadGroup) and isinstance(theirs, ScoredHeadGroup):
         filled = slice(0, ours.num_filled)
         assert torch.equal(ours.positions[..., filled], theirs.positions[..., filled])
-        tolerance = {"atol": 1e-6, "rtol": 1e-3} if exact else {"atol": 1e-2, "rtol": 3e-2}
+        tolerance = {"atol": 1e-6, "rtol": 1e-3 if same else 1e-2} if exact else {"atol": 1e-2, "rtol": 3e-2}
         assert_close(ours.scores[..., filled], theirs.scores[..., filled], **tolerance)
+        if ours.centroids is not None and theirs.centroids is not None:
+            for mine, other in zip(ours.centroids.tensors, theirs.centroids.tensors, strict=True):
+                assert_close(mine, other, atol=2e-3 if exact else 3e-2, rtol=2e-3 if exact else 3e-2)
     return same
+
+
+def _check_close(ours: Tensor, theirs: Tensor, exact: bool) -> None:
+    assert_close(ours, theirs, atol=1e-5 if exact else 3e-2, rtol=2e-3 if exact else 2e-2)
 
 
 def _stored(group: HeadGroup) -> Iterator[tuple[Tensor, Tensor]]:

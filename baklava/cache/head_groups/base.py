@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,21 +155,31 @@ class HeadGroup(ABC):
         """Compress the keys and values of a prompt, which a full cache has attended to, to the budget."""
         self._load_prompt(_rotate(self.key_rotation, key), _rotate(self.value_rotation, value), score, positions)
 
-    @contextmanager
-    def dequantized(self) -> Iterator[None]:
-        """Read stored entries only once within this context, if reading converts them."""
-        before = self.keys, self.values
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether entries are read from a copy that `dequantize` made."""
+        return any(isinstance(storage, DequantizedView) for storage in (self.keys, self.values))
+
+    def dequantize(self) -> None:
+        """Read entries from a copy, until `drop_dequantized`, if reading converts them."""
+        if not self.is_dequantized:
+            self.keys, self.values = (
+                DequantizedView(storage, self.num_slots) if storage.reads_copy else storage
+                for storage in (self.keys, self.values)
+            )
+
+    def drop_dequantized(self) -> None:
+        """Read entries as they are stored again."""
         self.keys, self.values = (
-            DequantizedView(storage, self.num_slots) if storage.reads_copy else storage for storage in before
+            storage.storage if isinstance(storage, DequantizedView) else storage for storage in (self.keys, self.values)
         )
-        try:
-            yield
-        finally:
-            self.keys, self.values = before
 
     @abstractmethod
-    def reserve_slot(self, position: int) -> int:
-        """Make a slot for the next token of rows without padding, and return it; the caller writes and scores it."""
+    def reserve_slots(self, position: int, num_tokens: int) -> list[int]:
+        """Make slots for the next tokens of rows without padding, and return them.
+
+        The caller writes and scores the tokens, one after another. A later token may take the slot of an earlier one.
+        """
 
     @abstractmethod
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:

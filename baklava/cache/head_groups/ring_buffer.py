@@ -58,10 +58,11 @@ class RingBufferHeadGroup(HeadGroup):
         return attend(tokens.query, key, value, tokens.positions, positions, params, masked=tokens.padded)
 
     @override
-    def reserve_slot(self, position: int) -> int:
-        self.num_filled = min(self.num_filled + 1, self.budget.tokens)
-        self.last_position = torch.full((1, 1), position, device=self.last_position.device)
-        return self.window.slot(position)
+    def reserve_slots(self, position: int, num_tokens: int) -> list[int]:
+        stop = position + num_tokens
+        self.num_filled = min(self.num_filled + num_tokens, self.budget.tokens)
+        self.last_position = torch.full((1, 1), stop - 1, device=self.last_position.device)
+        return [self.window.slot(each) for each in range(position, stop)]
 
     def _write(self, tokens: NewTokens) -> None:
         if tokens.padded:

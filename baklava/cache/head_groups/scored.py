@@ -59,7 +59,7 @@ class ScoredHeadGroup(HeadGroup):
             return self._step(tokens, params)
         outputs, start = [], 0
         while start < tokens.num_tokens:
-            stop = min(start + self.eviction.eviction_interval - self.tokens_since_eviction, tokens.num_tokens)
+            stop = min(start + self.tokens_until_eviction, tokens.num_tokens)
             outputs.append(self._step(tokens.narrow(start, stop), params))
             start = stop
         return torch.cat(outputs, 3)
@@ -80,14 +80,14 @@ class ScoredHeadGroup(HeadGroup):
         return output
 
     @override
-    def reserve_slot(self, position: int) -> int:
-        self.num_filled += 1
-        return self.num_filled - 1
+    def reserve_slots(self, position: int, num_tokens: int) -> list[int]:
+        first, self.num_filled = self.num_filled, self.num_filled + num_tokens
+        return list(range(first, self.num_filled))
 
     def observe_attention(self, query: GroupedQueries, probs: AttentionProbs, position: int, scaling: float) -> None:
-        """Update the scores by the attention of one decoded token."""
+        """Update the scores by the attention of decoded tokens, the first of which is at this position."""
         scores = self.scores[..., : self.num_filled]
-        at = torch.tensor([[position]], device=query.device)
+        at = torch.arange(position, position + query.shape[3], device=query.device)[None]
         scores.copy_(scores_after_decoding(self.eviction, query, probs, at, self.cached_positions(), scores, scaling))
 
     def observe_entries(self, tokens: NewTokens, params: AttentionParams) -> None:
@@ -99,10 +99,24 @@ class ScoredHeadGroup(HeadGroup):
         is_due = self.tokens_since_eviction + num_new >= self.eviction.eviction_interval
         return is_due and self.num_filled > self.num_retained
 
+    @property
+    def tokens_until_eviction(self) -> int:
+        """How many tokens are stored and scored before an eviction."""
+        return self.eviction.eviction_interval - self.tokens_since_eviction
+
+    def count_tokens(self, num_new: int) -> bool:
+        """Count tokens that have been stored and scored; return whether entries have to be evicted now."""
+        is_due = self.is_about_to_evict(num_new)
+        self.tokens_since_eviction = (self.tokens_since_eviction + num_new) % self.eviction.eviction_interval
+        return is_due
+
+    def note_eviction(self) -> None:
+        """Take note that the first `num_retained` slots have what is retained of all entries."""
+        self.num_filled = self.num_retained
+
     def maybe_evict(self, num_new: int = 1) -> None:
         """Count tokens that have been stored and scored, and evict after `eviction_interval` of them."""
-        self.tokens_since_eviction += num_new
-        if self.tokens_since_eviction >= self.eviction.eviction_interval:
+        if self.count_tokens(num_new):
             self._evict()
 
     def _append(self, tokens: NewTokens) -> None:
@@ -193,11 +207,9 @@ class ScoredHeadGroup(HeadGroup):
         return (retained + padding * entries).sort().values % entries
 
     def _evict(self) -> None:
-        self.tokens_since_eviction = 0
-        if self.num_filled <= self.num_retained:
-            return
         rank = self._rank(self.scores[..., : self.num_filled], self.cached_positions())
-        evicted = rank.topk(self.num_filled - self.num_retained, largest=False, sorted=False).indices.sort().values
+        # Stable, so that of equal scores the same ones go in all implementations.
+        evicted = rank.argsort(stable=True)[..., : self.num_filled - self.num_retained].sort().values
         if self.centroids is not None:
             weights = self._weights(self.scores.gather(2, evicted), self.positions.gather(2, evicted))
             self.centroids.copy_(self.centroids.merge(self.keys.gather(evicted), self.values.gather(evicted), weights))
@@ -206,7 +218,7 @@ class ScoredHeadGroup(HeadGroup):
             storage.move(source, target)
         for state in (self.positions, self.scores):
             state.scatter_(2, target, state.gather(2, source))
-        self.num_filled = self.num_retained
+        self.note_eviction()
 
     def _weights(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Return the weights of entries among the members of a centroid: the attention that they had."""

@@ -1,4 +1,4 @@
-"""One new token of many sequences through one layer, in one call of a compiled kernel.
+"""One new token of many sequences, or many of one, through one layer in one call of a compiled kernel.
 
 numba compiles it for CPUs, in float32 (`numba_decode`), and Triton for GPUs (`triton_decode`).
 
@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from baklava.cache.attention import AttentionParams, GroupedQueries, KVStates
+from baklava.cache.attention import QUERY_BLOCK_SIZE, AttentionParams, GroupedQueries, KVStates
 from baklava.cache.head_groups import HeadGroup, NewTokens, ScoredHeadGroup
 from baklava.cache.kernels import table_columns as columns
 from baklava.cache.kernels import triton_decode
@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 CHANNEL_MULTIPLE = 32
 """Heads of other dimensions are not for the kernel, since planes of their codes do not fill words of 32 bits."""
+
+MAX_STEP_TOKENS = 512
+"""Tokens of a cache that are decoded in one call, if there is no eviction between them."""
 
 NOTICE_SECONDS = 2.0
 """Compilation that takes longer is announced."""
@@ -98,10 +101,10 @@ def kernel() -> Any:
 
 
 def can_fuse(groups: Sequence[HeadGroup], states: Tensor) -> bool:
-    """Return whether a kernel can decode the next token of these groups, for keys like `states`."""
+    """Return whether a kernel can decode the next tokens of these groups, which have the keys `states`."""
     if torch.is_grad_enabled() or states.shape[3] % CHANNEL_MULTIPLE or not all(map(_is_supported, groups)):
         return False
-    return _uses_numba(states) or _uses_triton(states)
+    return _uses_numba(states) or (states.shape[2] == 1 and _uses_triton(states))
 
 
 def _uses_numba(states: Tensor) -> bool:
@@ -113,8 +116,10 @@ def _uses_triton(states: Tensor) -> bool:
 
 
 def _is_supported(group: HeadGroup) -> bool:
+    if not group.num_filled or group.is_dequantized:
+        return False
     # Expected attention scores a token by its query and all keys.
-    return bool(group.num_filled) and not (group.eviction.scored and group.eviction.query_sample.single_block)
+    return not (group.eviction.scored and group.eviction.query_sample.single_block)
 
 
 @functools.cache
@@ -134,6 +139,7 @@ def prepare(head_dim: int, query_group: int) -> None:
     try:
         with _alone():
             _decode(module, _no_rows(head_dim, query_group), AttentionParams(1.0), None, columns.NO_UPDATE)
+            _evict([], HeavyHitter(), head_dim)
     finally:
         notice.cancel()
 
@@ -151,6 +157,31 @@ def _alone() -> Iterator[None]:
         yield
 
 
+def fused_steps(
+    groups: Sequence[HeadGroup],
+    table: LayerTable,
+    query: GroupedQueries,
+    key: KVStates,
+    value: KVStates,
+    position: int,
+    params: AttentionParams,
+) -> GroupedQueries:
+    """Do what `fused_step` does for one cache, with as many tokens as there are."""
+    outputs, start, num_tokens = [], 0, key.shape[2]
+    while start < num_tokens:
+        stop = min(start + _tokens_per_step(groups), num_tokens)
+        states = query[:, :, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
+        outputs.append(fused_step([groups], [table], *states, [position + start], params))
+        start = stop
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)
+
+
+def _tokens_per_step(groups: Sequence[HeadGroup]) -> int:
+    eviction = groups[0].eviction
+    limit = QUERY_BLOCK_SIZE if _update_mode(eviction) == columns.KEEP_PROBS else MAX_STEP_TOKENS
+    return min([limit, *(group.tokens_until_eviction for group in groups if isinstance(group, ScoredHeadGroup))])
+
+
 def fused_step(
     layers: Sequence[Sequence[HeadGroup]],
     tables: Sequence[LayerTable],
@@ -160,7 +191,9 @@ def fused_step(
     positions: Sequence[int],
     params: AttentionParams,
 ) -> GroupedQueries:
-    """Do what `HeadGroup.attend` does with one new token of each row, for all KV heads of a layer.
+    """Do what `HeadGroup.attend` does with new tokens of each row one by one, for all KV heads of a layer.
+
+    There is one token, or there are several of which none but the last is followed by an eviction.
 
     Args:
         layers: The groups of this layer of each cache, all of one plan. A cache has one row or more.
@@ -168,50 +201,72 @@ def fused_step(
         query: Queries of all rows.
         key: Keys of all rows.
         value: Values of all rows.
-        positions: Position of the new token of each cache.
+        positions: Position of the first new token of each cache.
         params: What the model's attention has in addition.
     """
-    rows, heads, _, _, head_dim = query.shape
-    slots, counts = np.empty((rows, heads), np.int64), np.empty((rows, heads), np.int64)
+    rows, heads, _, num_tokens, head_dim = query.shape
+    slots, counts = np.empty((2, rows, heads, num_tokens), np.int64)
     own_tables, row_positions, first = [], np.empty((rows, heads), np.int64), 0
     for groups, table, position in zip(layers, tables, positions, strict=True):
-        places = [(_reserve_slot(group, position, head_dim), group) for group in groups]
+        places = [(_reserve_slots(group, position, num_tokens, head_dim), group) for group in groups]
         own_tables.append(table.of(groups))
         here = slice(first, first + len(own_tables[-1]))
-        for slot, group in places:
+        for own, group in places:
             index = list(group.budget.heads)
-            slots[here, index], counts[here, index] = slot, group.num_filled
+            slots[here, index], counts[here, index] = own
         row_positions[here] = position
         first = here.stop
     joined = np.concatenate(own_tables)
     if joined.shape[:2] != (rows, heads):
         raise RuntimeError(f"{rows} rows of {heads} KV heads for caches of {joined.shape[0]} rows of {joined.shape[1]}")
-    entries = Entries(joined.reshape(rows * heads, -1), slots.ravel(), counts.ravel(), row_positions.ravel())
-    states = query[:, :, :, 0], key[:, :, 0], value[:, :, 0]
-    run = _run_numba if _uses_numba(key) else _run_triton
-    output, rotated, probs = run(entries, states, params, layers[0][0].eviction)
-    first = 0
+    entries = Entries(
+        joined.reshape(rows * heads, -1),
+        slots.reshape(rows * heads, num_tokens),
+        counts.reshape(rows * heads, num_tokens),
+        row_positions.ravel(),
+    )
+    uses_numba, eviction = _uses_numba(key), layers[0][0].eviction
+    run = _run_numba if uses_numba else _run_triton
+    output, rotated, probs = run(entries, (query, key, value), params, eviction)
+    first, due = 0, []
     for groups, own_table, position in zip(layers, own_tables, positions, strict=True):
         here = slice(first, first + len(own_table))
         own_rotated, observed = [part[here] for part in rotated], None if probs is None else probs[here]
         for group in groups:
             if isinstance(group, ScoredHeadGroup):
-                _score_and_evict(group, own_rotated, observed, position, params)
+                _update_scores(group, own_rotated, observed, position, params)
+                if not uses_numba or eviction.pooling > 1:
+                    group.maybe_evict(num_tokens)
+                elif group.count_tokens(num_tokens):
+                    due.append(group)
         first = here.stop
-    return output[:, :, :, None]
+    if due:
+        _evict(due, eviction, head_dim)
+    return output
 
 
-def _reserve_slot(group: HeadGroup, position: int, head_dim: int) -> int:
-    """Do what `HeadGroup.reserve_slot` does, and check what would make the kernel write elsewhere."""
-    slot = group.reserve_slot(position)
-    if not slot < group.num_filled <= group.num_slots or group.head_dim != head_dim:
-        raise RuntimeError(f"slot {slot} of {group.num_filled} in {group.num_slots}: drop the cache after an error")
-    return slot
+def _reserve_slots(group: HeadGroup, position: int, num_tokens: int, head_dim: int) -> tuple[list[int], list[int]]:
+    """Return the slot of each new token, and the number of entries with it.
+
+    Check what would make the kernel write elsewhere.
+    """
+    before = group.num_filled
+    slots = group.reserve_slots(position, num_tokens)
+    counts = [min(before + number, group.budget.tokens) for number in range(1, num_tokens + 1)]
+    fits = all(slot < count for slot, count in zip(slots, counts, strict=True)) and counts[-1] <= group.num_slots
+    if not fits or group.head_dim != head_dim:
+        raise RuntimeError(
+            f"slots {slots[0]} to {slots[-1]} of {group.num_filled} in {group.num_slots}: drop the cache after an error"
+        )
+    return slots, counts
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Where the entries of each (sequence, KV head) lie, and where the new one goes: a row for each."""
+    """Where the entries of each (sequence, KV head) lie, and where the new ones go: a row for each.
+
+    Slots and counts have a column for each new token, and the positions are those of the first one.
+    """
 
     tables: Table
     slots: np.ndarray
@@ -220,23 +275,23 @@ class Entries:
 
 
 States = tuple[Tensor, Tensor, Tensor]
-"""Queries [rows, heads, group, head_dim], keys and values [rows, heads, head_dim] of new tokens."""
+"""Queries [rows, heads, group, tokens, head_dim], keys and values [rows, heads, tokens, head_dim] of new tokens."""
 
 
 def _run_numba(
     entries: Entries, states: States, params: AttentionParams, eviction: Eviction
 ) -> tuple[Tensor, States, Tensor | None]:
     """Return the output, the states as they are rotated, and the probabilities if the scores need them."""
-    rows, heads, group_size, head_dim = states[0].shape
+    rows, heads, group_size, num_tokens, head_dim = states[0].shape
     module, update = kernel(), _update_mode(eviction)
     # Copies, since the kernel rotates them. Under autocast values have 16 bits.
-    query, key, value = (part.float().numpy().copy() for part in states)
+    query, key, value = (part.float().numpy().copy() for part in (states[0].transpose(2, 3), *states[1:]))
     sinks = np.empty((0, 0), np.float32)
     if params.sink_logits is not None:
         sinks = np.tile(params.sink_logits.float().view(heads, group_size).numpy(), (rows, 1))
-    size = (rows * heads, group_size, int(entries.counts.max()))
-    probs = np.empty(size if update == columns.KEEP_PROBS else (0, 0, 0), np.float32)
-    output = np.empty((rows * heads, group_size, head_dim), np.float32)
+    size = (rows * heads, num_tokens, group_size, int(entries.counts.max()))
+    probs = np.empty(size if update == columns.KEEP_PROBS else (0, 0, 0, 0), np.float32)
+    output = np.empty((rows * heads, num_tokens, group_size, head_dim), np.float32)
     prepare(head_dim, group_size)
     _decode(
         module,
@@ -246,8 +301,8 @@ def _run_numba(
             counts=entries.counts,
             positions=entries.positions,
             query=query.reshape(output.shape),
-            key=key.reshape(rows * heads, head_dim),
-            value=value.reshape(rows * heads, head_dim),
+            key=key.reshape(rows * heads, num_tokens, head_dim),
+            value=value.reshape(rows * heads, num_tokens, head_dim),
             output=output,
             sinks=sinks,
             probs=probs,
@@ -256,21 +311,22 @@ def _run_numba(
         eviction,
         update,
     )
-    rotated = torch.from_numpy(query), torch.from_numpy(key), torch.from_numpy(value)
-    observed = torch.from_numpy(probs).unflatten(0, (rows, heads)) if probs.size else None
-    return torch.from_numpy(output).view(rows, heads, group_size, head_dim), rotated, observed
+    rotated = torch.from_numpy(query).transpose(2, 3), torch.from_numpy(key), torch.from_numpy(value)
+    observed = torch.from_numpy(probs).unflatten(0, (rows, heads)).transpose(2, 3) if probs.size else None
+    return torch.from_numpy(output).unflatten(0, (rows, heads)).transpose(2, 3), rotated, observed
 
 
 def _run_triton(
     entries: Entries, states: States, params: AttentionParams, eviction: Eviction
 ) -> tuple[Tensor, States, Tensor | None]:
-    """Do what `_run_numba` does on another device."""
-    query, key, value = states
+    """Do what `_run_numba` does on another device, with one token."""
+    query, key, value = states[0][:, :, :, 0], states[1][:, :, 0], states[2][:, :, 0]
     device, shape = query.device, query.shape[:2]
     rows, heads, group_size, head_dim = query.shape
     update, longest = _update_mode(eviction), int(entries.counts.max())
     tables, slots, counts, positions = (
-        torch.from_numpy(part).to(device) for part in (entries.tables, entries.slots, entries.counts, entries.positions)
+        torch.from_numpy(part).to(device)
+        for part in (entries.tables, entries.slots[:, 0], entries.counts[:, 0], entries.positions)
     )
     sinks = torch.empty(0, 0, device=device)
     if params.sink_logits is not None:
@@ -299,9 +355,9 @@ def _run_triton(
         max_entries=longest,
         dense_dtype=stored_dtype(query.dtype, FULL_BITS),
     ).unflatten(0, shape)
-    observed = probs.unflatten(0, shape) if probs.numel() else None
-    parts = rotated[:, :, :group_size], rotated[:, :, group_size], rotated[:, :, group_size + 1]
-    return output.unflatten(0, shape), parts, observed
+    observed = probs.unflatten(0, shape)[:, :, :, None] if probs.numel() else None
+    parts = rotated[:, :, :group_size, None], rotated[:, :, None, group_size], rotated[:, :, None, group_size + 1]
+    return output.unflatten(0, shape)[:, :, :, None], parts, observed
 
 
 @dataclass(frozen=True)
@@ -321,11 +377,10 @@ class KernelInputs:
 
 
 def _no_rows(head_dim: int, query_group: int) -> KernelInputs:
-    numbers, states = np.empty(0, np.int64), np.empty((0, head_dim), np.float32)
-    queries = np.empty((0, query_group, head_dim), np.float32)
-    sinks, probs = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
-    table = np.empty((0, columns.NUM_COLUMNS), np.int64)
-    return KernelInputs(table, numbers, numbers, numbers, queries, states, states, queries, sinks, probs)
+    tables, numbers = np.empty((0, columns.NUM_COLUMNS), np.int64), np.empty((0, 0), np.int64)
+    states, queries = np.empty((0, 0, head_dim), np.float32), np.empty((0, 0, query_group, head_dim), np.float32)
+    sinks, probs = np.empty((0, 0), np.float32), np.empty((0, 0, 0, 0), np.float32)
+    return KernelInputs(tables, numbers, numbers, numbers.ravel(), queries, states, states, queries, sinks, probs)
 
 
 def _decode(
@@ -336,7 +391,7 @@ def _decode(
     update: int,
 ) -> None:
     hitter = eviction if isinstance(eviction, HeavyHitter) else HeavyHitter()
-    _, group_size, head_dim = inputs.query.shape
+    group_size, head_dim = inputs.query.shape[2:]
     module.decode_layer(
         inputs.tables,
         inputs.slots,
@@ -367,21 +422,35 @@ def _update_mode(eviction: Eviction) -> int:
     return columns.HEAVY_HITTER if isinstance(eviction, HeavyHitter) else columns.KEEP_PROBS
 
 
-def _score_and_evict(
+def _update_scores(
     group: ScoredHeadGroup, rotated: Sequence[Tensor], probs: Tensor | None, position: int, params: AttentionParams
 ) -> None:
-    """Update the scores that the kernel does not update, and evict if it is time."""
+    """Update the scores that the kernel does not update, by tokens the first of which is at this position."""
+    query, key, value = (part[:, group.index] for part in rotated)
+    num_tokens = key.shape[2]
     if probs is not None:
-        query, own = rotated[0][:, group.index, :, None], probs[:, group.index, :, None, : group.num_filled]
-        group.observe_attention(query, own, position, params.scaling)
-    elif group.eviction.query_sample.window == 0 and group.is_about_to_evict():
-        query, key, value = (part[:, group.index] for part in rotated)
-        at = torch.tensor([[position]], device=query.device)
-        tokens = NewTokens(
-            position, query[..., None, :], key[:, :, None], value[:, :, None], at, padded=False, teacher_forced=False
-        )
+        group.observe_attention(query, probs[:, group.index, ..., : group.num_filled], position, params.scaling)
+    elif group.eviction.query_sample.window == 0 and group.is_about_to_evict(num_tokens):
+        at = torch.arange(position, position + num_tokens, device=query.device)[None]
+        tokens = NewTokens(position, query, key, value, at, padded=False, teacher_forced=False)
         group.observe_entries(tokens, params)
-    group.maybe_evict()
+
+
+def _evict(groups: Sequence[ScoredHeadGroup], eviction: Eviction, head_dim: int) -> None:
+    """Evict entries of these groups in the compiled kernel."""
+    parts = [group.table.reshape(-1, columns.NUM_COLUMNS) for group in groups]
+    numbers = [
+        np.repeat(
+            np.array([[each.num_filled, each.num_retained, eviction.recent_window(each.budget.tokens)]]), len(part), 0
+        )
+        for each, part in zip(groups, parts, strict=True)
+    ]
+    tables = np.concatenate([np.empty((0, columns.NUM_COLUMNS), np.int64), *parts])
+    counts, retained, recent = np.concatenate([np.empty((0, 3), np.int64), *numbers]).T.copy()
+    power = np.float32(eviction.attention_power)
+    kernel().evict_layer(tables, counts, retained, recent, eviction.sinks, power, (0,) * head_dim)
+    for group in groups:
+        group.note_eviction()
 
 
 def _group_table(group: HeadGroup) -> Table:

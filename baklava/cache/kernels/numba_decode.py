@@ -1,15 +1,17 @@
-"""One decode step of one layer as one compiled function: all sequences and KV heads, over entries where they lie.
+"""Decode steps of one layer as one compiled function: all sequences and KV heads, over entries where they lie.
 
-It stores the new token of each (sequence, KV head), attends, and updates the scores of heavy hitters. Rotations, codes
-and scores are those of `baklava.cache.storage` and `baklava.eviction`, which are the reference in the tests.
+`decode_layer` stores the new tokens of each (sequence, KV head), attends, and updates the scores of heavy hitters.
+`evict_layer` evicts. Rotations, codes, scores and centroids are those of `baklava.cache.storage`, `baklava.eviction` and
+`baklava.cache.head_groups`, which are the reference in the tests.
 
 A code lies in planes of 4, 2 and 1 bits (`baklava.cache.storage.quantized_codec.pack`). LLVM makes vectors of a loop
 only if its length is a constant, if it is no shorter than a vector, and if few pointers may overlap. So numbers are the
 lengths of tuples, which are constants of a compiled function, and the loop over the channels of an entry is written out
 per plane and query head. It takes 8 to 25 ns per entry, where general loops take 50 to 100 ns.
 
-All of it is in one file, since numba compiles again only if the file of a function has changed. The two tables of
-`quantized_codec` are an exception: after a change there, remove `__pycache__` here.
+All of it is in one file, since numba compiles again only if the file of a function has changed. What is imported of
+`quantized_codec` and `table_columns` is an exception: after a change there, remove `__pycache__` here. A function is
+compiled again in each one that calls it, so few calls and few levels save seconds of compilation.
 """
 
 import inspect
@@ -34,12 +36,12 @@ from baklava.cache.kernels.table_columns import (
     FIRST_BITS,
     FIRST_CHANNELS,
     FIRST_CODES,
-    FIRST_MEAN,
     FIRST_SCALES,
     HEAVY_HITTER,
     KEEP_PROBS,
     KEY,
     KEY_BLOCK,
+    NUM_STORAGE_COLUMNS,
     POSITIONS,
     QUANTIZED_START,
     QUANTIZED_STOP,
@@ -47,7 +49,6 @@ from baklava.cache.kernels.table_columns import (
     SCORES,
     SECOND_BITS,
     SECOND_CODES,
-    SECOND_MEAN,
     SECOND_SCALES,
     SINKS,
     VALUE,
@@ -61,7 +62,14 @@ MAX_FLOAT16 = np.float32(65504.0)
 MIN_STEP = np.float32(np.finfo(np.float32).tiny)
 MIN_WEIGHT = np.float32(1e-12)
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
+BITS, CODES, SCALES, MEAN = range(4)
+"""Columns of a part of quantized entries, from its first one on."""
+
+INFINITY = np.float32(np.inf)
 LOWEST = np.float32(np.finfo(np.float32).min)
+PROTECTED = np.float32(np.finfo(np.float32).max)
+HIGHEST = np.float32(3e38)
+"""A rank below `PROTECTED`, for scores that are not finite."""
 
 FAST_MATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
@@ -318,11 +326,12 @@ def _pack(codes, bits, channels, packed, start):
 
 
 @compiled
-def _write_quantized(x, first, channels, bits, codes_address, scales_address, mean_address, slot, codes, scratch):
-    """Quantize channels `first` to `first + channels` of an entry into a slot."""
+def _write_quantized(x, part, slot, codes, scratch):
+    """Quantize these channels of an entry into a slot; `part` has their bits and addresses."""
+    channels, bits, mean_address = x.shape[0], part[BITS], part[MEAN]
     squares, largest = ZERO, ZERO
     for j in range(channels):
-        scratch[j] = x[first + j]
+        scratch[j] = x[j]
     if mean_address != 0:
         mean = carray(_pointer(mean_address), channels, np.uint16)
         for j in range(channels):
@@ -341,9 +350,9 @@ def _write_quantized(x, first, channels, bits, codes_address, scales_address, me
         levels += level * level
         codes[j] = np.uint8(code)
     size = channels * bits // 8
-    packed = carray(_pointer(codes_address), (slot + 1) * size, np.uint8)
+    packed = carray(_pointer(part[CODES]), (slot + 1) * size, np.uint8)
     _pack(codes, bits, channels, packed, slot * size)
-    scales = carray(_pointer(scales_address), slot + 1, np.uint16)
+    scales = carray(_pointer(part[SCALES]), slot + 1, np.uint16)
     scales[slot] = _to_half(min(products / levels, MAX_FLOAT16))
 
 
@@ -361,6 +370,13 @@ def _write_dense(x, address, itemsize, slot):
 
 
 @compiled
+def _storage(table, part):
+    """Return the columns of the keys (0) or of the values (1)."""
+    start = KEY + part * NUM_STORAGE_COLUMNS
+    return table[start : start + NUM_STORAGE_COLUMNS]
+
+
+@compiled
 def _write(x, table, slot, codes, scratch):
     """Write one rotated entry into a slot."""
     if slot < table[QUANTIZED_START]:
@@ -370,23 +386,10 @@ def _write(x, table, slot, codes, scratch):
         _write_dense(x, table[RECENT], table[DENSE_BYTES], slot - table[QUANTIZED_STOP])
         return
     slot -= table[QUANTIZED_START]
-    first = table[FIRST_CHANNELS]
-    _write_quantized(
-        x, 0, first, table[FIRST_BITS], table[FIRST_CODES], table[FIRST_SCALES], table[FIRST_MEAN], slot, codes, scratch
-    )
-    if first < x.shape[0]:
-        _write_quantized(
-            x,
-            first,
-            x.shape[0] - first,
-            table[SECOND_BITS],
-            table[SECOND_CODES],
-            table[SECOND_SCALES],
-            table[SECOND_MEAN],
-            slot,
-            codes,
-            scratch,
-        )
+    start, stop, part = 0, table[FIRST_CHANNELS], table[FIRST_BITS:SECOND_BITS]
+    while start < x.shape[0]:
+        _write_quantized(x[start:stop], part, slot, codes, scratch)
+        start, stop, part = stop, x.shape[0], table[SECOND_BITS:]
 
 
 @compiled
@@ -409,13 +412,12 @@ def _dense_logits(query, address, itemsize, count, scaling, logits, entry, chann
 
 
 @compiled
-def _quantized_logits(
-    query, bits, codes_address, scales_address, mean_address, count, scaling, logits, products, channels, group
-):
-    """Add the logits that these channels give to the first `count` quantized entries."""
+def _quantized_logits(query, part, count, scaling, logits, products, channels, group):
+    """Add the logits that these channels give to the first `count` quantized entries; see `_write_quantized`."""
+    bits, mean_address = part[BITS], part[MEAN]
     half = np.float32((1 << bits) - 1) * HALF
-    packed = carray(_pointer(codes_address), (count, len(channels) * bits // 8), np.uint8)
-    scales = carray(_pointer(scales_address), count, np.uint16)
+    packed = carray(_pointer(part[CODES]), (count, len(channels) * bits // 8), np.uint8)
+    scales = carray(_pointer(part[SCALES]), count, np.uint16)
     _dot_packed(packed, query, products, bits, channels, group)
     for g in range(len(group)):
         middle, offset = ZERO, ZERO
@@ -440,46 +442,14 @@ def _logits(query, table, count, scaling, logits, products, entry, channels, hal
             for slot in range(end - begin):
                 own[g, slot] = ZERO
         if table[FIRST_CHANNELS] == len(channels):
-            _quantized_logits(
-                query,
-                table[FIRST_BITS],
-                table[FIRST_CODES],
-                table[FIRST_SCALES],
-                table[FIRST_MEAN],
-                end - begin,
-                scaling,
-                own,
-                products,
-                channels,
-                group,
-            )
+            part = table[FIRST_BITS:SECOND_BITS]
+            _quantized_logits(query, part, end - begin, scaling, own, products, channels, group)
         else:
-            _quantized_logits(
-                query[:, : len(half)].copy(),
-                table[FIRST_BITS],
-                table[FIRST_CODES],
-                table[FIRST_SCALES],
-                table[FIRST_MEAN],
-                end - begin,
-                scaling,
-                own,
-                products,
-                half,
-                group,
-            )
-            _quantized_logits(
-                query[:, len(half) :].copy(),
-                table[SECOND_BITS],
-                table[SECOND_CODES],
-                table[SECOND_SCALES],
-                table[SECOND_MEAN],
-                end - begin,
-                scaling,
-                own,
-                products,
-                half,
-                group,
-            )
+            start, part = 0, table[FIRST_BITS:SECOND_BITS]
+            while start < len(channels):
+                some = query[:, start : start + len(half)].copy()
+                _quantized_logits(some, part, end - begin, scaling, own, products, half, group)
+                start, part = start + len(half), table[SECOND_BITS:]
     if count > stop:
         recent = logits[:, stop:]
         _dense_logits(query, table[RECENT], table[DENSE_BYTES], count - stop, scaling, recent, entry, channels)
@@ -590,8 +560,8 @@ def _store(key, value, table, slot, position, codes, entry):
     _rotate_key(key, table[KEY_BLOCK], table[CHANNEL_ORDER], entry)
     if table[VALUE_BLOCK] != 0:
         _hadamard(value, table[VALUE_BLOCK])
-    _write(key, table[KEY:VALUE], slot, codes, entry)
-    _write(value, table[VALUE:], slot, codes, entry)
+    for part in range(2):
+        _write(key if part == 0 else value, _storage(table, part), slot, codes, entry)
     if table[POSITIONS] != 0:
         carray(_pointer(table[POSITIONS]), slot + 1, np.int32)[slot] = np.int32(position)
         carray(_pointer(table[SCORES]), slot + 1, np.float32)[slot] = ZERO
@@ -652,19 +622,19 @@ def decode_layer(
     half,
     group,
 ):
-    """Store and attend to one new token of each (sequence, KV head), in rows of all arguments.
+    """Store and attend to new tokens of each (sequence, KV head), one after another, in rows of all arguments.
 
     Args:
-        tables: Addresses and formats, by `columns`.
-        slots: Slot of the new entry.
-        counts: Entries with the new one.
-        positions: Position of the new token.
-        query: float32 [rows, group, head_dim], which is changed.
-        key: float32 [rows, head_dim], which is changed.
-        value: float32 [rows, head_dim], which is changed.
-        output: float32 [rows, group, head_dim], which is written.
+        tables: Addresses and formats, by `table_columns`.
+        slots: Slot of each new entry [rows, tokens].
+        counts: Entries with each new one [rows, tokens].
+        positions: Position of the first new token of each row.
+        query: float32 [rows, tokens, group, head_dim], which is changed.
+        key: float32 [rows, tokens, head_dim], which is changed.
+        value: float32 [rows, tokens, head_dim], which is changed.
+        output: float32 [rows, tokens, group, head_dim], which is written.
         sinks: Learned sink logits [rows, group], or of size 0.
-        probs: float32 [rows, group, entries], which is written for KEEP_PROBS, or of size 0.
+        probs: float32 [rows, tokens, group, entries], which is written for KEEP_PROBS, or of size 0.
         scaling: Factor of the logits.
         softcap: Softcap of the logits, or 0.
         update: What becomes of the probabilities: NO_UPDATE, HEAVY_HITTER, or KEEP_PROBS to write them to `probs`.
@@ -675,20 +645,294 @@ def decode_layer(
         half: A tuple of half as many.
         group: A tuple of as many elements as a KV head has query heads.
     """
-    size = (counts + tables[:, CENTROIDS]).max() if counts.size else 0
+    size = 0
+    for row in range(tables.shape[0]):
+        for token in range(slots.shape[1]):
+            size = max(size, counts[row, token] + tables[row, CENTROIDS])
     codes, entry = np.empty(len(channels), np.uint8), np.empty(len(channels), np.float32)
     space, products = np.empty((len(group), size), np.float32), np.empty((len(group), size), np.float32)
     for row in range(tables.shape[0]):
-        table, count, own = tables[row], counts[row], output[row]
-        for g in range(len(group)):
-            _rotate_key(query[row, g], table[KEY_BLOCK], table[CHANNEL_ORDER], entry)
-        _store(key[row], value[row], table, slots[row], positions[row], codes, entry)
+        table = tables[row]
         own_sinks = sinks[row] if sinks.size else sinks.ravel()
-        _probs(query[row], table, count, own_sinks, scaling, softcap, space, products, entry, channels, half, group)
-        _output(space, table, count, own, products, entry, channels, group)
-        if update == HEAVY_HITTER:
-            _update_heavy_hitters(space, table, count, positions[row], distance, squared, by_max)
-        elif update == KEEP_PROBS:
+        for token in range(slots.shape[1]):
+            count, own = counts[row, token], query[row, token]
             for g in range(len(group)):
-                for t in range(count):
-                    probs[row, g, t] = space[g, t]
+                _rotate_key(own[g], table[KEY_BLOCK], table[CHANNEL_ORDER], entry)
+            position = positions[row] + token
+            _store(key[row, token], value[row, token], table, slots[row, token], position, codes, entry)
+            _probs(own, table, count, own_sinks, scaling, softcap, space, products, entry, channels, half, group)
+            _output(space, table, count, output[row, token], products, entry, channels, group)
+            if update == HEAVY_HITTER:
+                _update_heavy_hitters(space, table, count, position, distance, squared, by_max)
+            elif update == KEEP_PROBS:
+                for g in range(len(group)):
+                    for t in range(probs.shape[3]):
+                        probs[row, token, g, t] = space[g, t] if t < count else ZERO
+
+
+@compiled
+def _read_quantized(x, part, slot, codes):
+    """Read these channels of a quantized entry; `part` has their bits and addresses."""
+    channels, bits = x.shape[0], part[BITS]
+    size, half = channels * bits // 8, np.float32((1 << bits) - 1) * HALF
+    packed = carray(_pointer(part[CODES]), (slot + 1, size), np.uint8)
+    scale = _from_half(carray(_pointer(part[SCALES]), slot + 1, np.uint16)[slot])
+    for j in range(channels):
+        codes[j] = np.uint8(0)
+    start, shift = 0, 0
+    for plane in range(3):
+        width = PLANES[bits, plane]
+        if width == 0:
+            break
+        count, mask = channels * width // 8, (1 << width) - 1
+        for place in range(8 // width):
+            for j in range(count):
+                codes[place * count + j] |= np.uint8(((packed[slot, start + j] >> (place * width)) & mask) << shift)
+        start += count
+        shift += width
+    for j in range(channels):
+        x[j] = (np.float32(codes[j]) - half) * scale
+    if part[MEAN] != 0:
+        mean = carray(_pointer(part[MEAN]), channels, np.uint16)
+        for j in range(channels):
+            x[j] += _from_half(mean[j])
+
+
+@compiled
+def _read_dense(x, address, itemsize, slot):
+    halves = carray(_pointer(address), (slot + 1, x.shape[0]), np.uint16)
+    floats = carray(_pointer(address), (slot + 1, x.shape[0]), np.float32)
+    for j in range(x.shape[0]):
+        x[j] = floats[slot, j] if itemsize == 4 else _from_half(halves[slot, j])
+
+
+@compiled
+def _read(x, table, slot, codes):
+    """Read one entry in rotated channels."""
+    if slot < table[QUANTIZED_START]:
+        _read_dense(x, table[SINKS], table[DENSE_BYTES], slot)
+        return
+    if slot >= table[QUANTIZED_STOP]:
+        _read_dense(x, table[RECENT], table[DENSE_BYTES], slot - table[QUANTIZED_STOP])
+        return
+    slot -= table[QUANTIZED_START]
+    start, stop, part = 0, table[FIRST_CHANNELS], table[FIRST_BITS:SECOND_BITS]
+    while start < x.shape[0]:
+        _read_quantized(x[start:stop], part, slot, codes)
+        start, stop, part = stop, x.shape[0], table[SECOND_BITS:]
+
+
+@compiled
+def _copy_bytes(address, width, source, target):
+    rows = carray(_pointer(address), (max(source, target) + 1, width), np.uint8)
+    for j in range(width):
+        rows[target, j] = rows[source, j]
+
+
+@compiled
+def _move(table, source, target, x, codes, scratch):
+    """Move an entry to another slot. It is encoded again only if the slot is in another segment."""
+    start, stop, channels = table[QUANTIZED_START], table[QUANTIZED_STOP], x.shape[0]
+    if (source < start) != (target < start) or (source < stop) != (target < stop):
+        _read(x, table, source, codes)
+        _write(x, table, target, codes, scratch)
+    elif source < start:
+        _copy_bytes(table[SINKS], channels * table[DENSE_BYTES], source, target)
+    elif source >= stop:
+        _copy_bytes(table[RECENT], channels * table[DENSE_BYTES], source - stop, target - stop)
+    else:
+        source, target, first = source - start, target - start, table[FIRST_CHANNELS]
+        _copy_bytes(table[FIRST_CODES], first * table[FIRST_BITS] // 8, source, target)
+        _copy_bytes(table[FIRST_SCALES], 2, source, target)
+        if first < channels:
+            _copy_bytes(table[SECOND_CODES], (channels - first) * table[SECOND_BITS] // 8, source, target)
+            _copy_bytes(table[SECOND_SCALES], 2, source, target)
+
+
+@compiled
+def _replace_highest(ranks, slots, rank, slot):
+    """Put an entry in the place of the highest rank, which is the first of this heap; its slot is after all others."""
+    place, child = 0, 1
+    while child < len(ranks):
+        other = child + 1
+        if other < len(ranks) and (ranks[other], slots[other]) > (ranks[child], slots[child]):
+            child = other
+        if ranks[child] <= rank:
+            break
+        ranks[place], slots[place] = ranks[child], slots[child]
+        place, child = child, 2 * child + 1
+    ranks[place], slots[place] = rank, slot
+
+
+@compiled
+def _sort(slots):
+    for place in range(1, len(slots)):
+        slot, before = slots[place], place - 1
+        while before >= 0 and slots[before] > slot:
+            slots[before + 1] = slots[before]
+            before -= 1
+        slots[before + 1] = slot
+
+
+@compiled
+def _find_lowest(positions, scores, sinks, recent, ranks, slots):
+    """Write the slots of as many entries as there are ranks: those that rank lowest, in ascending order.
+
+    Of equal scores, the one in the first slot ranks lowest.
+    """
+    last = positions[0]
+    for t in range(len(positions)):
+        last = max(last, positions[t])
+    for place in range(len(ranks)):
+        ranks[place] = INFINITY
+    for t in range(len(positions)):
+        rank = scores[t] if scores[t] < HIGHEST else HIGHEST
+        if positions[t] < 0:
+            rank = LOWEST
+        elif positions[t] < sinks or positions[t] > last - recent:
+            rank = PROTECTED
+        if rank < ranks[0]:
+            _replace_highest(ranks, slots, rank, t)
+    _sort(slots)
+
+
+@compiled
+def _place_centres(keys, weights, centres, offsets):
+    """Write the keys of centroids with members; the others get evenly spread keys of the new entries.
+
+    The keys and weights of the centroids come first. The offset of a centre is half of its square.
+    """
+    count, members, total = centres.shape[0], keys.shape[0], 0
+    for member in range(count, members):
+        total += weights[member] > ZERO
+    for index in range(count):
+        source = index
+        if weights[index] <= ZERO:
+            target = np.int64(np.float32(total) * ((np.float32(index) + HALF) / np.float32(count))) + 1
+            source, rank = count - 1, 0
+            while rank < target and source < members - 1:
+                source += 1
+                rank += weights[source] > ZERO
+        square = ZERO
+        for j in range(centres.shape[1]):
+            centres[index, j] = keys[source, j]
+            square += keys[source, j] * keys[source, j]
+        offsets[index] = square * HALF
+
+
+@compiled
+def _gather_members(table, slots, positions, scores, power, centroids, entries, numbers, codes):
+    """Write the entries, weights and entropies of the centroids, and then those of the evicted entries."""
+    weights = carray(_pointer(table[CENTROID_WEIGHT]), centroids, np.float32)
+    entropies = carray(_pointer(table[CENTROID_ENTROPY]), centroids, np.float32)
+    for index in range(centroids):
+        numbers[0, index], numbers[1, index] = weights[index], entropies[index]
+        for part in range(2):
+            _read_dense(entries[part, index], table[CENTROID_KEY + part], 2, index)
+    for place in range(len(slots)):
+        slot, member = slots[place], centroids + place
+        mass = max(scores[slot], MIN_WEIGHT) ** (ONE / power) if power > ZERO else ONE
+        if positions[slot] < 0:
+            mass = ZERO
+        numbers[0, member], numbers[1, member] = mass, mass * np.log(max(mass, MIN_WEIGHT))
+        for part in range(2):
+            _read(entries[part, member], _storage(table, part), slot, codes)
+
+
+@compiled
+def _write_centroids(table, sums, totals):
+    count, channels = sums.shape[1:]
+    weights = carray(_pointer(table[CENTROID_WEIGHT]), count, np.float32)
+    entropies = carray(_pointer(table[CENTROID_ENTROPY]), count, np.float32)
+    for index in range(count):
+        weights[index], entropies[index] = totals[0, index], totals[1, index]
+    for part in range(2):
+        means = carray(_pointer(table[CENTROID_KEY + part]), (count, channels), np.uint16)
+        for index in range(count):
+            mass = max(totals[0, index], MIN_WEIGHT)
+            for j in range(channels):
+                means[index, j] = _to_half(min(max(sums[part, index, j] / mass, -MAX_FLOAT16), MAX_FLOAT16))
+
+
+@compiled
+def _merge(table, entries, numbers, centres, offsets, sums, totals, channels):
+    """Merge new entries into the centroids, as `Centroids.merge` does in one iteration.
+
+    Args:
+        table: Row of the table.
+        entries: Keys and values [2, members, channels] of the centroids, and then of the new entries.
+        numbers: Their weights and entropies [2, members].
+        centres: Scratch memory [centroids, channels].
+        offsets: Scratch memory [centroids].
+        sums: Scratch memory [2, centroids, channels].
+        totals: Scratch memory [2, centroids].
+        channels: A tuple of as many elements as a head has channels.
+    """
+    _place_centres(entries[0], numbers[0], centres, offsets)
+    sums[:], totals[:] = ZERO, ZERO
+    for member in range(numbers.shape[1]):
+        nearest, highest = 0, LOWEST
+        for index in range(len(centres)):
+            closeness = -offsets[index]
+            for j in range(len(channels)):
+                closeness += entries[0, member, j] * centres[index, j]
+            if closeness > highest:
+                nearest, highest = index, closeness
+        for part in range(2):
+            totals[part, nearest] += numbers[part, member]
+            for j in range(len(channels)):
+                sums[part, nearest, j] += numbers[0, member] * entries[part, member, j]
+    _write_centroids(table, sums, totals)
+
+
+@compiled
+def _fill_holes(table, slots, retained, positions, scores, entry, codes, scratch):
+    """Move entries from the end into the slots of evicted ones, which are in ascending order."""
+    hole, gone = 0, 0
+    while gone < len(slots) and slots[gone] < retained:
+        gone += 1
+    for source in range(retained, len(positions)):
+        if gone < len(slots) and slots[gone] == source:
+            gone += 1
+            continue
+        target = slots[hole]
+        for part in range(2):
+            _move(_storage(table, part), source, target, entry, codes, scratch)
+        positions[target], scores[target] = positions[source], scores[source]
+        hole += 1
+
+
+@compiled
+def evict_layer(tables, counts, retained, recent, sinks, power, channels):
+    """Evict the lowest scores of each (sequence, KV head), and merge these entries into its centroids.
+
+    The entries that remain fill the first slots.
+
+    Args:
+        tables: Addresses and formats, by `table_columns`.
+        counts: Entries of each row.
+        retained: Entries of each row that remain, which are fewer.
+        recent: How many of the newest tokens each row keeps in any case.
+        sinks: How many of the first tokens all rows keep in any case.
+        power: The power of the mean attention that scores are, or 0 if they are something else.
+        channels: A tuple of as many elements as a head has channels.
+    """
+    width, most, centroids = len(channels), 0, 0
+    for row in range(tables.shape[0]):
+        most, centroids = max(most, counts[row] - retained[row]), max(centroids, tables[row, CENTROIDS])
+    ranks, evicted, codes = np.empty(most, np.float32), np.empty(most, np.int64), np.empty(width, np.uint8)
+    entry, scratch = np.empty(width, np.float32), np.empty(width, np.float32)
+    entries, numbers = np.empty((2, centroids + most, width), np.float32), np.empty((2, centroids + most), np.float32)
+    centres, offsets = np.empty((centroids, width), np.float32), np.empty(centroids, np.float32)
+    sums, totals = np.empty((2, centroids, width), np.float32), np.empty((2, centroids), np.float32)
+    for row in range(tables.shape[0]):
+        table, number = tables[row], counts[row] - retained[row]
+        positions = carray(_pointer(table[POSITIONS]), counts[row], np.int32)
+        scores = carray(_pointer(table[SCORES]), counts[row], np.float32)
+        slots = evicted[:number]
+        _find_lowest(positions, scores, sinks, recent[row], ranks[:number], slots)
+        if centroids > 0:
+            _gather_members(table, slots, positions, scores, power, centroids, entries, numbers, codes)
+            members = centroids + number
+            _merge(table, entries[:, :members], numbers[:, :members], centres, offsets, sums, totals, channels)
+        _fill_holes(table, slots, retained[row], positions, scores, entry, codes, scratch)

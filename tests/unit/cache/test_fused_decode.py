@@ -18,12 +18,14 @@ from model_families import SHAPE, full_cache, tiny_model
 from plan_factory import EVICTIONS, make_plan, random_ids, with_bits, with_mixed_precision
 from torch.testing import assert_close
 from transformers import Gemma2Config, GptOssConfig
+from triton_step import Budget, Layer
 
 from baklava.cache import budgeted_layer
+from baklava.cache.attention import AttentionParams
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.kernels import fused_decode, numba_decode
 from baklava.errors import UserError
-from baklava.eviction import HeavyHitter, StreamingLLM
+from baklava.eviction import METHODS, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.decode import decode_step
 from baklava.runtime.model_loader import LoadedModel
@@ -163,6 +165,63 @@ def test_any_plan_decodes_as_the_reference_does_over_turns_copies_and_rows(
         patch.setattr(budgeted_layer, "can_fuse", lambda *arguments: False)
         theirs = play()
     assert (ours - theirs).abs().mean() < 0.02 * theirs.abs().mean()
+
+
+@pytest.mark.parametrize("eviction", [FUSED[0], FUSED[2], METHODS["snapkv"](sinks=2, eviction_interval=4)], ids=str)
+@torch.inference_mode()
+def test_tokens_known_in_advance_get_what_they_get_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, eviction: Any
+) -> None:
+    plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], eviction), [(5, 4), (3, 3)])
+    cache, _ = prefill(loaded, plan, random_ids(2, 90))
+    ids = random_ids(2, 30, seed=2)
+    expected = stream(loaded, cache.copy(), ids)
+    for fuses in (True, False):
+        forced = cache.copy()
+        groups = [group for layer in forced.budgeted_layers for group in layer.groups]
+        with monkeypatch.context() as patch, forced.teacher_forcing():
+            if not fuses:
+                patch.setattr(budgeted_layer, "can_fuse", lambda *arguments: False)
+            logits = [loaded.model(part, past_key_values=forced).logits for part in (ids[:, :11], ids[:, 11:])]
+            assert all(group.is_dequantized is not fuses for group in groups)
+        assert not any(group.is_dequantized for group in groups)
+        assert (torch.cat(logits, 1) - expected).abs().mean() < 0.01
+        forced.check_integrity(120)
+
+
+ANY_BITS = st.sampled_from([32, 16, 8, 6, 5, 4, 3, 2])
+SCORED = [METHODS[name](sinks=2, eviction_interval=5, pooling=1) for name in ("tova", "snapkv", "key_norm", "kvzip")]
+
+
+@given(
+    eviction=st.one_of(
+        st.builds(
+            HeavyHitter,
+            sinks=st.sampled_from([0, 3]),
+            recent_ratio=st.sampled_from([0.0, 0.5, 1.0]),
+            eviction_interval=st.sampled_from([1, 2, 9, 32]),
+            power=st.sampled_from([1, 2]),
+            distance=st.sampled_from([0, 8]),
+            full_precision_recent=st.booleans(),
+            centroids=st.sampled_from([0, 1, 4, 16]),
+        ),
+        st.sampled_from([*SCORED, METHODS["snapkv"](sinks=2, eviction_interval=5, centroids=2), StreamingLLM(sinks=2)]),
+    ),
+    heads=st.lists(st.tuples(SPARE_ENTRIES, ANY_BITS, ANY_BITS, st.booleans()), min_size=1, max_size=3),
+    rows=st.sampled_from([1, 2]),
+    prompt=st.sampled_from([1, 20, 90]),
+    calls=st.lists(st.sampled_from([1, 2, 7, 40]), min_size=3, max_size=6),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@torch.inference_mode()
+def test_entries_scores_and_centroids_are_those_of_the_reference_after_any_evictions(
+    eviction: Any, heads: list[tuple[int, int, int, bool]], rows: int, prompt: int, calls: list[int]
+) -> None:
+    low = eviction.config.min_tokens
+    budgets = [Budget(low + spare, *bits) for spare, *bits in heads]
+    layer = Layer(budgets, eviction, rows=rows, group=3, head_dim=64, prompt=prompt)
+    for num_tokens in calls:
+        layer.step(AttentionParams(0.125), num_tokens)
 
 
 @pytest.mark.parametrize("kind", ["softcap", "learned sinks"])
