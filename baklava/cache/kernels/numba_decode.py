@@ -1,8 +1,8 @@
 """Decode steps of one layer as one compiled function: all sequences and KV heads, over entries where they lie.
 
 `decode_layer` stores the new tokens of each (sequence, KV head), attends, and updates the scores of heavy hitters.
-`evict_layer` evicts. Rotations, codes, scores and centroids are those of `baklava.cache.storage`, `baklava.eviction` and
-`baklava.cache.head_groups`, which are the reference in the tests.
+`evict_layer` evicts. Rotations, codes, scores and centroids are those of `baklava.cache.storage`, `baklava.eviction`
+and `baklava.cache.head_groups`, which are the reference in the tests.
 
 A code lies in planes of 4, 2 and 1 bits (`baklava.cache.storage.quantized_codec.pack`). LLVM makes vectors of a loop
 only if its length is a constant, if it is no shorter than a vector, and if few pointers may overlap. So numbers are the
