@@ -21,8 +21,8 @@ WORDS = [f"w{number}" for number in range(60)]
 SMALL_SEARCH_OPTIONS = ["--context", "160", "--continuation", "32", "--bits", "16"]
 
 
-def make_model(folder: Path) -> Path:
-    """Write a random Llama of 3 layers x 2 KV heads, with a tokenizer of 60 words."""
+def make_model(folder: Path, **fields: int) -> Path:
+    """Write a random Llama of 3 layers x 2 KV heads, or of other fields, with a tokenizer of 60 words."""
     vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -31,7 +31,7 @@ def make_model(folder: Path) -> Path:
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     ends = {"bos_token_id": None, "eos_token_id": 1, "initializer_range": 0.25}
-    config = LlamaConfig(vocab_size=len(vocabulary), **shape, **heads, **ends)
+    config = LlamaConfig(vocab_size=len(vocabulary), **(shape | heads | ends | fields))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
