@@ -15,8 +15,8 @@ WAIT_POLICY = {
 }
 """A thread that waits spins for some tens of microseconds, then sleeps.
 
-On two quiet cores that makes a decode step of 8 sequences 4 % longer; 20 % without the spin. Beside a busy process such a
-step takes half of the time that it takes with OpenMP's default.
+On two quiet cores that makes a decode step of 8 sequences 4 % longer; 20 % without the spin. Beside a busy process such
+a step takes half of the time that it takes with OpenMP's default.
 """
 
 WAIT_VARIABLES = (*WAIT_POLICY, "KMP_BLOCKTIME")
