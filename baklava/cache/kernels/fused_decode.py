@@ -168,12 +168,14 @@ def fused_steps(
 ) -> GroupedQueries:
     """Do what `fused_step` does for one cache, with as many tokens as there are."""
     outputs, start, num_tokens = [], 0, key.shape[2]
+    if num_tokens == 1:
+        return fused_step([groups], [table], query, key, value, [position], params)
     while start < num_tokens:
         stop = min(start + _tokens_per_step(groups), num_tokens)
         states = query[:, :, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
         outputs.append(fused_step([groups], [table], *states, [position + start], params))
         start = stop
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)
+    return torch.cat(outputs, 3)
 
 
 def _tokens_per_step(groups: Sequence[HeadGroup]) -> int:
@@ -426,11 +428,12 @@ def _update_scores(
     group: ScoredHeadGroup, rotated: Sequence[Tensor], probs: Tensor | None, position: int, params: AttentionParams
 ) -> None:
     """Update the scores that the kernel does not update, by tokens the first of which is at this position."""
-    query, key, value = (part[:, group.index] for part in rotated)
-    num_tokens = key.shape[2]
+    num_tokens = rotated[1].shape[2]
     if probs is not None:
-        group.observe_attention(query, probs[:, group.index, ..., : group.num_filled], position, params.scaling)
+        query, own = rotated[0][:, group.index], probs[:, group.index, ..., : group.num_filled]
+        group.observe_attention(query, own, position, params.scaling)
     elif group.eviction.query_sample.window == 0 and group.is_about_to_evict(num_tokens):
+        query, key, value = (part[:, group.index] for part in rotated)
         at = torch.arange(position, position + num_tokens, device=query.device)[None]
         tokens = NewTokens(position, query, key, value, at, padded=False, teacher_forced=False)
         group.observe_entries(tokens, params)
