@@ -9,11 +9,13 @@ nothing is copied when they start, grow or end. Whatever the kernel does not do,
 import functools
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,12 @@ CHANNEL_MULTIPLE = 32
 
 MAX_STEP_TOKENS = 512
 """Tokens of a cache that are decoded in one call, if there is no eviction between them."""
+
+EVICTION_WORK = 4
+"""How many times as long as attending to an entry it takes to decide whether it is evicted, moves included."""
+
+MIN_THREAD_ENTRIES = 4096
+"""Entries that a thread reads at least; fewer take no longer than to wake it."""
 
 NOTICE_SECONDS = 2.0
 """Compilation that takes longer is announced."""
@@ -394,17 +402,7 @@ def _decode(
 ) -> None:
     hitter = eviction if isinstance(eviction, HeavyHitter) else HeavyHitter()
     group_size, head_dim = inputs.query.shape[2:]
-    module.decode_layer(
-        inputs.tables,
-        inputs.slots,
-        inputs.counts,
-        inputs.positions,
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.output,
-        inputs.sinks,
-        inputs.probs,
+    options = (
         np.float32(params.scaling),
         np.float32(params.softcap or 0),
         update,
@@ -415,6 +413,55 @@ def _decode(
         (0,) * (head_dim // 2),
         (0,) * group_size,
     )
+
+    def decode(rows: slice) -> None:
+        module.decode_layer(
+            inputs.tables[rows],
+            inputs.slots[rows],
+            inputs.counts[rows],
+            inputs.positions[rows],
+            inputs.query[rows],
+            inputs.key[rows],
+            inputs.value[rows],
+            inputs.output[rows],
+            inputs.sinks[rows],
+            inputs.probs[rows],
+            *options,
+        )
+
+    _run_on_threads(decode, inputs.counts.sum(1))
+
+
+def _run_on_threads(run: Callable[[slice], None], work: np.ndarray) -> None:
+    """Run a function on all rows: on as many threads as PyTorch uses, if that is worth it.
+
+    The threads sleep while they wait, and the function must not hold Python's lock.
+
+    Args:
+        run: Takes adjacent rows.
+        work: Entries that each row reads, over all of its tokens.
+    """
+    ends = work.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    threads = min(torch.get_num_threads(), total // MIN_THREAD_ENTRIES)
+    if threads < 2:
+        run(slice(None))
+        return
+    shares = np.arange(1, threads) * (total / threads)
+    stops = [0, *np.searchsorted(ends - work / 2, shares).tolist(), len(work)]
+    first, *others = [slice(start, stop) for start, stop in pairwise(stops)]
+    running = [_thread_pool(threads - 1).submit(run, rows) for rows in others]
+    try:
+        run(first)
+    finally:
+        wait(running)
+    for each in running:
+        each.result()
+
+
+@functools.cache
+def _thread_pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "decode-kernel")
 
 
 def _update_mode(eviction: Eviction) -> int:
@@ -451,7 +498,13 @@ def _evict(groups: Sequence[ScoredHeadGroup], eviction: Eviction, head_dim: int)
     tables = np.concatenate([np.empty((0, columns.NUM_COLUMNS), np.int64), *parts])
     counts, retained, recent = np.concatenate([np.empty((0, 3), np.int64), *numbers]).T.copy()
     power = np.float32(eviction.attention_power)
-    kernel().evict_layer(tables, counts, retained, recent, eviction.sinks, power, (0,) * head_dim)
+    module = kernel()
+
+    def evict(rows: slice) -> None:
+        own = tables[rows], counts[rows], retained[rows], recent[rows]
+        module.evict_layer(*own, eviction.sinks, power, (0,) * head_dim)
+
+    _run_on_threads(evict, counts * EVICTION_WORK)
     for group in groups:
         group.note_eviction()
 
