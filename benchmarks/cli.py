@@ -48,13 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     shared.add_argument("--json", type=Path, metavar="FILE", help="file of results (default: runs/benchmark-NAME.json)")
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
 
-    for name, rounds, batches in (("decode", 8, [1, 4, 8]), ("prefill", 3, [1])):
+    for name, rounds, batches in (("decode", 33, [1, 4, 8]), ("prefill", 3, [1])):
         timing = names.add_parser(name, parents=[shared], help=f"time {name}", description=TIMING_DESCRIPTION)
         timing.set_defaults(run=run_decode if name == "decode" else run_prefill)
         _add_timing_options(timing, rounds, batches)
         if name == "decode":
             timing.add_argument(
-                "--plans", type=Path, nargs="*", default=[], metavar="FILE", help="plan files to time, too"
+                "--plans", type=Path, nargs="*", default=[], metavar="FILE", help="plans to time instead of made ones"
             )
         if name == "prefill":
             timing.add_argument("--no-memory", action="store_true", help="do not measure peak memory")

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch.nn.functional import scaled_dot_product_attention as sdpa
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
-from baklava.cache import attention
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.budgeted_layer import BudgetedLayer
 from baklava.console import log, progress_bar
 from baklava.errors import UserError
 from baklava.evaluation.speed import (
@@ -31,26 +29,28 @@ from baklava.evaluation.speed import (
 from baklava.eviction import METHODS, Eviction, HeavyHitter, KVzip, StreamingLLM
 from baklava.plan.budget_plan import AllocationConfig, Bits, BudgetPlan, LayerBudget, PrefillConfig, full_cache_plan
 from baklava.runtime.context_reconstruction import REPEAT_OVERHEAD_TOKENS
+from baklava.runtime.decode import decode_step
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
 
+STATIC = "StaticCache, sdpa"
 NO_CACHE = "no cache at all: the floor"
-
-MIN_ATTENTION_ROUNDS = 32
+FULL_PLAN = "all entries, 16 bit"
 
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """Decode steps with one cache at one context and batch size.
+    """Decode steps of the whole model with one kind of cache, at one context and batch size.
 
     Attributes:
-        milliseconds: median over rounds of a step of the whole model, none of which evicts.
-        spread: interquartile range over the median.
-        speedup: median over rounds of the baseline's time over this one's.
-        attention_over_sdpa: time of one layer's attention, evictions included, over that of one fused SDPA over as
-            many entries in the model's own dtype.
-        allocated_over_reserved: bytes allocated over bytes reserved.
-        allocated_bytes: bytes allocated.
+        milliseconds: Median over rounds.
+        spread: Interquartile range over the median.
+        mean_milliseconds: Mean over rounds, which counts the few steps that evict.
+        speedup: Median over rounds of the baseline's time over this one's.
+        mean_speedup: The baseline's total time over this one's.
+        over_floor: Median over rounds of this time over that of the model without a cache.
+        allocated_over_reserved: Bytes allocated over bytes reserved.
+        allocated_bytes: Bytes allocated.
     """
 
     context: int
@@ -58,8 +58,10 @@ class DecodeRow:
     plan: str
     milliseconds: float
     spread: float
+    mean_milliseconds: float
     speedup: float
-    attention_over_sdpa: float | None = None
+    mean_speedup: float
+    over_floor: float
     allocated_over_reserved: float | None = None
     allocated_bytes: int | None = None
 
@@ -77,17 +79,19 @@ def benchmark_decode(
     Args:
         loaded: The model.
         contexts: Tokens before the steps.
-        batches: Rows of a cache.
+        batches: Sequences of a step. As in the server, each of them has a cache of its own under a plan.
         share: Entries that the made plans keep.
-        rounds: Steps of each contestant that count.
-        plans: Further plans, by the names that they get in the results.
+        rounds: Steps of each contestant that count. With at least an eviction interval of them, the mean is fair.
+        plans: Plans to time instead of the made ones, by the names that they get in the results.
     """
     rows: list[DecodeRow] = []
     with progress_bar(len(contexts) * len(batches), "decoding", "pair") as progress:
         for context in contexts:
             for batch in batches:
-                made = decode_plans(loaded, context, share, steps=rounds + WARMUP_STEPS)
-                rows += _benchmark_decode_pair(loaded, context, batch, made | dict(plans or {}), rounds)
+                steps = rounds + WARMUP_STEPS
+                chosen = dict(plans or decode_plans(loaded, context, share))
+                chosen[FULL_PLAN] = full_cache_plan(loaded.identity, loaded.geometry, context + steps, 16)
+                rows += _benchmark_decode_pair(loaded, context, batch, chosen, rounds)
                 progress.update(1)
     return {"benchmark": "decode", "machine": machine_info(), "rounds": rounds, "rows": [asdict(row) for row in rows]}
 
@@ -96,15 +100,24 @@ def benchmark_decode(
 def _benchmark_decode_pair(
     loaded: LoadedModel, context: int, batch: int, plans: Mapping[str, BudgetPlan], rounds: int
 ) -> list[DecodeRow]:
-    caches = {name: fill_cache(loaded, BudgetedCache(plan), batch, context) for name, plan in plans.items()}
-    caches |= {BASELINE: fill_cache(loaded, DynamicCache(), batch, context), NO_CACHE: None}
-    steps = {name: make_decode_step(loaded, cache, batch) for name, cache in caches.items()}
+    stop = context + WARMUP_STEPS + rounds
+    static = StaticCache(loaded.model.config, max_cache_len=stop)
+    steps: dict[str, Callable[[], Any]] = {
+        name: make_decode_step(loaded, cache and fill_cache(loaded, cache, batch, context), batch)
+        for name, cache in {BASELINE: DynamicCache(), STATIC: static, NO_CACHE: None}.items()
+    }
+    caches = {
+        name: [fill_cache(loaded, BudgetedCache(plan, stop), 1, context) for _ in range(batch)]
+        for name, plan in plans.items()
+    }
+    steps |= {name: partial(decode_step, loaded, own, [1] * batch) for name, own in caches.items()}
     timings = time_interleaved(steps, rounds, WARMUP_STEPS)
     rows = []
-    for name in (BASELINE, NO_CACHE, *plans):
-        timing, cache, plan = timings[name], caches[name], plans.get(name)
-        if plan is not None:
-            cache.check_integrity(context + WARMUP_STEPS + rounds)
+    for name, timing in timings.items():
+        own = caches.get(name, [])
+        for cache in own:
+            cache.check_integrity(stop)
+        allocated, reserved = (sum(getattr(cache, field) for cache in own) for field in ("nbytes", "reserved_bytes"))
         rows.append(
             DecodeRow(
                 context=context,
@@ -112,44 +125,19 @@ def _benchmark_decode_pair(
                 plan=name,
                 milliseconds=timing.median * 1e3,
                 spread=timing.spread,
+                mean_milliseconds=timing.mean * 1e3,
                 speedup=timings[BASELINE].ratio_to(timing),
-                attention_over_sdpa=attention_over_sdpa(loaded, plan, batch, context) if plan else None,
-                allocated_over_reserved=cache.nbytes / (cache.reserved_bytes * batch) if plan else None,
-                allocated_bytes=cache.nbytes if plan else None,
+                mean_speedup=timings[BASELINE].total_ratio_to(timing),
+                over_floor=timing.ratio_to(timings[NO_CACHE]),
+                allocated_over_reserved=allocated / reserved if own else None,
+                allocated_bytes=allocated if own else None,
             )
         )
     return rows
 
 
-@torch.inference_mode()
-def attention_over_sdpa(loaded: LoadedModel, plan: BudgetPlan, batch: int, context: int) -> float:
-    """Return the time of one layer's `update` and attention over that of a fused SDPA on one dense tensor.
-
-    The tensor has as many entries as the plan's heads on average. The rounds span at least one eviction interval,
-    so that the time includes evictions.
-    """
-    geometry, budget = loaded.geometry, plan.layers[0]
-    assert budget is not None
-    layer = fill_cache(loaded, BudgetedCache(plan), batch, context).budgeted_layers[0]
-    kernel = attention.AttentionParams(geometry.head_dim**-0.5)
-    options = {"device": loaded.device, "dtype": loaded.model.dtype}
-    new = torch.randn(batch, geometry.kv_heads, 1, geometry.head_dim, **options)
-    query = torch.randn(batch, geometry.query_heads, 1, geometry.head_dim, **options)
-    entries = min(sum(budget.tokens) // geometry.kv_heads, context)
-    key, value = torch.randn(2, batch, geometry.kv_heads, entries, geometry.head_dim, **options)
-    grouped_query = query.view(batch, geometry.kv_heads, geometry.query_group, geometry.head_dim)
-    runs = {"plan": lambda: _attend(layer, query, new, kernel), "sdpa": lambda: sdpa(grouped_query, key, value)}
-    timings = time_interleaved(runs, max(MIN_ATTENTION_ROUNDS, plan.eviction.eviction_interval), WARMUP_STEPS)
-    return timings["plan"].total_ratio_to(timings["sdpa"])
-
-
-def _attend(layer: BudgetedLayer, query: Any, new: Any, kernel: attention.AttentionParams) -> None:
-    key, value = layer.update(new, new)
-    layer.attend(query, key, value, None, kernel)
-
-
-def decode_plans(loaded: LoadedModel, context: int, share: float, steps: int) -> dict[str, BudgetPlan]:
-    """Return plans by name: a share of the entries in 32 and 16 bits under several methods, and all entries.
+def decode_plans(loaded: LoadedModel, context: int, share: float) -> dict[str, BudgetPlan]:
+    """Return plans by name: a share of the entries in 32 and 16 bits under several methods.
 
     "ragged" gives the heads of a layer from 0.5 to 1.5 times the share, so that none of them can be grouped.
     """
@@ -164,8 +152,6 @@ def decode_plans(loaded: LoadedModel, context: int, share: float, steps: int) ->
         f"{percent}, heavy hitter": same_plan_in_all_layers(loaded, even, HeavyHitter(), 32, context),
         f"{percent}, sinks + recent, 16 bit": same_plan_in_all_layers(loaded, even, StreamingLLM(), 16, context),
         f"{percent}, heavy hitter, 16 bit": same_plan_in_all_layers(loaded, even, HeavyHitter(), 16, context),
-        "all entries": full_cache_plan(loaded.identity, loaded.geometry, context + steps, 32),
-        "all entries, 16 bit": full_cache_plan(loaded.identity, loaded.geometry, context + steps, 16),
     }
 
 
@@ -278,8 +264,10 @@ TABLE_COLUMNS = {
     "decode": {
         "milliseconds": "ms",
         "spread": "spread",
+        "mean_milliseconds": "mean ms",
         "speedup": "speedup",
-        "attention_over_sdpa": "x SDPA",
+        "mean_speedup": "of means",
+        "over_floor": "x floor",
         "allocated_over_reserved": "allocated",
     },
     "prefill": {

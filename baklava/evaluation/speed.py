@@ -41,6 +41,11 @@ class Timing:
         return statistics.median(self.seconds)
 
     @property
+    def mean(self) -> float:
+        """Mean seconds, which count work that only few rounds do."""
+        return statistics.mean(self.seconds)
+
+    @property
     def spread(self) -> float:
         """Interquartile range over the median, a measure of the machine's noise; NaN for fewer than 3 rounds."""
         if len(self.seconds) < 3:
@@ -125,9 +130,9 @@ def fill_cache(loaded: LoadedModel, cache: Any, batch: int, context: int) -> Any
     entries = torch.randn(shape, generator=generator, device=loaded.device, dtype=loaded.model.dtype)
     scores = torch.rand(shape[:3], generator=generator, device=loaded.device)
     for index in range(geometry.layers):
-        if isinstance(cache, DynamicCache):
+        if not isinstance(cache, BudgetedCache):
             cache.update(entries.clone(), entries.clone(), index)
-        elif isinstance(cache, BudgetedCache):
+        else:
             cache.budgeted_layers[index].load_prompt(entries, entries, scores)
     return cache
 
