@@ -6,12 +6,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tokenizers
 import torch
 import transformers
+from huggingface_hub import constants as hub
+from huggingface_hub import get_session, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -76,7 +80,7 @@ class Checkpoint:
             UserError: there is no such checkpoint, it was trained for another task, or its quantization needs a package
                 that is missing.
         """
-        config = self._call("its config", lambda: AutoConfig.from_pretrained(self.path, trust_remote_code=False))
+        config = self._call("its config", lambda: AutoConfig.from_pretrained(self.path, **self._source))
         others = [name for name in config.architectures or () if str(name).endswith(OTHER_TASKS)]
         if others:
             raise self._error(
@@ -95,9 +99,7 @@ class Checkpoint:
 
     def read_tokenizer(self) -> Any:
         """Return the tokenizer; raises UserError if it cannot be read."""
-        tokenizer = self._call(
-            "its tokenizer", lambda: AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        )
+        tokenizer = self._call("its tokenizer", lambda: AutoTokenizer.from_pretrained(self.path, **self._source))
         names = {*type(tokenizer).vocab_files_names.values()}
         # transformers makes an empty tokenizer for some classes if their files are missing.
         if names and os.path.isdir(self.path) and (names | TOKENIZER_FILES).isdisjoint(os.listdir(self.path)):
@@ -143,6 +145,25 @@ class Checkpoint:
                 "take the tokenizer and the weights from the same checkpoint",
             )
 
+    @cached_property
+    def _source(self) -> dict[str, bool]:
+        """Where every file is read from: never code of the checkpoint, and from the hub only if it can be reached.
+
+        The hub's library would try it again for half a minute, for each file.
+
+        Raises:
+            UserError: the hub cannot be reached, and the model has not been fetched before.
+        """
+        reason = None if os.path.exists(self.path) or not _is_hub_id(self.path) else _hub_failure()
+        if reason and not isinstance(try_to_load_from_cache(self.path, "config.json"), str):
+            meant = "write `demo` if you meant that" if get_close_matches(self.name.lower(), ["demo"]) else None
+            raise self._error(
+                f"it is no directory, and {hub.ENDPOINT} cannot be reached ({reason})",
+                f"{meant or 'correct the name'}, or connect to the network; a model that was fetched before loads "
+                "without it, and at once with HF_HUB_OFFLINE=1",
+            )
+        return {"trust_remote_code": False, "local_files_only": bool(reason)}
+
     def _read_weights(
         self, dtype: torch.dtype | str, device_map: str | None, target: torch.device | None = None
     ) -> Any:
@@ -153,7 +174,7 @@ class Checkpoint:
                 dtype=dtype,
                 device_map=device_map,
                 use_safetensors=True,
-                trust_remote_code=False,
+                **self._source,
                 attn_implementation="eager",
                 ignore_mismatched_sizes=True,  # they are refused below, with their names
                 output_loading_info=True,
@@ -208,7 +229,7 @@ class Checkpoint:
         """Call a loader of transformers, and nothing else: its every error is the checkpoint's, or memory ran out."""
         try:
             return loader()
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        except (KeyboardInterrupt, SystemExit, GeneratorExit, UserError):
             raise
         except BaseException as error:  # tokenizers panics with an error that is no Exception
             logger.debug("transformers cannot read %s of %s", part, self.name, exc_info=True)
@@ -238,7 +259,7 @@ class Checkpoint:
             return self._directory_error(part, reason)
         if os.path.isfile(self.path):
             return self._error("it is a file", "give the directory with config.json, safetensors and a tokenizer")
-        if self.path.startswith(("/", ".", "~")) or self.path.count("/") > 1:  # no id of the hub
+        if not _is_hub_id(self.path):
             return self._error(
                 "there is no such directory", "correct the path, or give `demo` or the id of a hub model"
             )
@@ -321,6 +342,22 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if shows_progress:
             transformers_logging.enable_progress_bar()
+
+
+def _is_hub_id(path: str) -> bool:
+    return not path.startswith(("/", ".", "~")) and path.count("/") <= 1
+
+
+def _hub_failure() -> str | None:
+    """Return why the hub cannot be reached; None if it answers, or if it is not to be asked."""
+    if hub.HF_HUB_OFFLINE:
+        return None
+    try:
+        get_session().head(hub.ENDPOINT, timeout=hub.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # its HTTP client, and so the type of its errors, depends on the library's version
+        logger.debug("the hub cannot be reached", exc_info=True)
+        return first_line(error)
+    return None
 
 
 def _empty_model(config: Any) -> Any:

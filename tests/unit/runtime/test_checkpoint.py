@@ -418,3 +418,30 @@ def test_a_path_that_leads_nowhere_is_no_name_of_the_hub(name: str) -> None:
     for look in (load, load_config):
         with pytest.raises(UserError, match="there is no such directory"):
             look(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("Demo", "write `demo` if you meant that"), ("owner/name", "correct the name")]
+)
+def test_a_name_without_a_hub_is_refused_without_trying_again(
+    name: str, remedy: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpoint.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoint.hub, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(UserError, match=f"no directory, and http://127.0.0.1:9 cannot be reached .*; {remedy}"):
+        load_config(name)
+    assert "Retrying" not in caplog.text
+
+
+def test_a_model_that_was_fetched_needs_no_hub(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = tmp_path / "models--owner--name"
+    shutil.copytree(whole, stored / "snapshots" / "0123")
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(checkpoint.hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(checkpoint.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoint.hub, "ENDPOINT", "http://127.0.0.1:9")
+    assert load("owner/name").geometry.layers == 2
+    assert "Retrying" not in caplog.text
