@@ -43,7 +43,8 @@ def bootstrap_ratio(
 ) -> Interval:
     """Bootstrap the ratio of two means over the same windows, both from the same resampled documents.
 
-    The ratio is infinite if the denominator's mean is not positive.
+    The ratio is infinite if the denominator's mean is not positive, else 0 if the numerator's is not. Its bounds are
+    widened on the log scale, on which a ratio and its inverse are alike, so that none is below 0.
     """
     upper, lower = (_sums_by_document(values, documents)[0] for values in (numerator, denominator))
     mean = float(_divide(upper.sum(), lower.sum()))
@@ -51,8 +52,10 @@ def bootstrap_ratio(
         return Interval(mean, float("nan"), float("nan"), len(numerator), len(upper))
     samples = _resample(len(upper), seed)
     ratios = _divide(upper[samples].sum(1), lower[samples].sum(1))
-    low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")  # interpolating between infinities gives NaN
-    return Interval(mean, *_widen(mean, low, high, len(upper)), len(numerator), len(upper))
+    bounds = np.percentile(ratios, [2.5, 97.5], method="nearest")  # interpolating between infinities gives NaN
+    with np.errstate(divide="ignore"):  # the logarithm of 0 is a bound too
+        low, high = np.exp(_widen(*np.log([mean, *bounds]), len(upper)))
+    return Interval(mean, float(low), float(high), len(numerator), len(upper))
 
 
 def _widen(mean: float, low: float, high: float, documents: int) -> tuple[float, float]:
@@ -74,7 +77,7 @@ def _resample(documents: int, seed: int) -> np.ndarray:
 
 
 def _divide(upper: Any, lower: Any) -> Any:
-    return np.where(lower > 0, upper / np.where(lower > 0, lower, 1), np.inf)
+    return np.where(lower > 0, np.maximum(upper, 0) / np.where(lower > 0, lower, 1), np.inf)
 
 
 def _sums_by_document(values: Sequence[float], documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -275,6 +275,16 @@ def test_a_ratio_is_resampled_by_document_and_infinite_over_zero() -> None:
     assert nothing.low == 2  # no scale where the mean is infinite
 
 
+def test_the_bounds_of_a_ratio_are_those_of_its_inverse_and_never_negative() -> None:
+    small, large, documents = [0.01, 0.02, 0.2, 0.03], [1.0, 2.0, 3.0, 9.0], ["a", "b", "c", "d"]
+    found, inverse = bootstrap_ratio(large, small, documents), bootstrap_ratio(small, large, documents)
+    assert 0 < found.low < found.mean < found.high
+    assert [found.mean, found.low, found.high] == pytest.approx([1 / inverse.mean, 1 / inverse.high, 1 / inverse.low])
+    gain = bootstrap_ratio([-1.0, 2.0], [1.0, 1.0], ["a", "b"])  # the numerator may be below 0 in a sample
+    assert (gain.mean, gain.low) == (0.5, 0)
+    assert bootstrap_ratio([-1.0, -2.0], [1.0, 1.0], ["a", "b"]).mean == 0
+
+
 def test_the_table_marks_the_lowest_loss_and_ties(home: Path) -> None:
     text = format_tables(summarize(by_hand(home)))
     assert "| uniform, sinks + recent | .500 |" in text
