@@ -52,10 +52,10 @@ def bootstrap_ratio(
         return Interval(mean, float("nan"), float("nan"), len(numerator), len(upper))
     samples = _resample(len(upper), seed)
     ratios = _divide(upper[samples].sum(1), lower[samples].sum(1))
-    bounds = np.percentile(ratios, [2.5, 97.5], method="nearest")  # interpolating between infinities gives NaN
+    low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")  # interpolating between infinities gives NaN
     with np.errstate(divide="ignore"):  # the logarithm of 0 is a bound too
-        low, high = np.exp(_widen(*np.log([mean, *bounds]), len(upper)))
-    return Interval(mean, float(low), float(high), len(numerator), len(upper))
+        bounds = _widen(np.log(mean), np.log(low), np.log(high), len(upper))
+    return Interval(mean, *map(math.exp, bounds), len(numerator), len(upper))
 
 
 def _widen(mean: float, low: float, high: float, documents: int) -> tuple[float, float]:
