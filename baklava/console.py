@@ -169,6 +169,18 @@ def positive_float(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """Parse an argument that is a share, as a number such as 0.25 or as 25%; its range is for the caller to check."""
+    number, percent, rest = text.strip().partition("%")
+    try:
+        value = math.nan if rest else float(number)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a share; give a number such as 0.25, or 25%")
+    return value / 100 if percent else value
+
+
 def port(text: str) -> int:
     """Parse an argument that is a TCP port."""
     if not text.isdecimal() or not 0 < int(text) < 65536:

@@ -1,5 +1,6 @@
 """Plan specs: METHOD(param=value,...)[+EVICTION(param=value,...)][@BITS]:BUDGET, and the plans that they name."""
 
+import argparse
 import math
 import os
 import re
@@ -9,6 +10,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 
 from baklava import allocation, eviction
 from baklava.allocation import Allocation, BitPair
+from baklava.console import share
 from baklava.errors import UserError
 from baklava.eviction import Eviction, StreamingLLM
 from baklava.plan.budget_plan import Bits, BudgetPlan, ParamValue, full_cache_plan
@@ -77,11 +79,10 @@ def parse_bits(text: str) -> BitPair:
 
 def _parse_budget(budget: str, text: str) -> float:
     try:
-        return float(budget)
-    except ValueError:
-        raise UserError(
-            f"budget {budget!r} is not a number; write {text[: -len(budget)] or text}0.3 for 30 % of the bytes"
-        ) from None
+        return share(budget)
+    except argparse.ArgumentTypeError:
+        start = text[: len(text) - len(budget)]
+        raise UserError(f"budget {budget!r} is not a share of the bytes; write {start}0.3 or {start}30%") from None
 
 
 def _build_method(method: type[Method], text: str) -> Method:

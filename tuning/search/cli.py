@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from baklava.console import reject_settings_on_resume, replica_count, run_cli
+from baklava.console import reject_settings_on_resume, replica_count, run_cli, share
 from baklava.evaluation.intervals import format_share
 from tuning import configure_environment
 from tuning.study.journal import check_json_file, new_run_dir
@@ -66,7 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--texts", nargs="+", metavar="NAME|FILE", help="demo texts, files, folders or hub data sets (default botocore)"
     )
-    add("--budget", type=float, metavar="SHARE", help="share of the 16-bit full cache's bytes (default 0.30)")
+    add(
+        "--budget",
+        type=share,
+        metavar="SHARE",
+        help="share of the 16-bit full cache's bytes, as 0.25 or 25%% (default 0.30)",
+    )
     add("--max-dnll", type=float, metavar="NATS", help="maximum loss over the full cache, in nats per token")
     add("--front", action="store_true", help="search a Pareto front of bytes and loss instead of one size")
     add("--latency", action="store_true", help="decode time as a third objective of the front")

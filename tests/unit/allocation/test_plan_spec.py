@@ -18,6 +18,7 @@ WITH_SEMICOLON = PlanSpec(PyramidKV(steepness=0.5), HeavyHitter(recent_ratio=0.3
         ("uniform:0.3", PlanSpec(Uniform(), StreamingLLM(), (16, 16), 0.3)),
         ("uniform", PlanSpec(Uniform(), StreamingLLM(), (16, 16), None)),
         ("baklava+heavy_hitter@k4v2:0.3", PlanSpec(Baklava(), HeavyHitter(), (4, 2), 0.3)),
+        ("baklava+heavy_hitter@k4v2:30%", PlanSpec(Baklava(), HeavyHitter(), (4, 2), 0.3)),
         ("baklava()@8:1", PlanSpec(Baklava(), StreamingLLM(), (8, 8), 1.0)),
         (
             "blended(curve_power=0.5, bits=curves)"
@@ -58,8 +59,8 @@ def test_a_spec_names_method_parameters_eviction_bits_and_budget(text: str, spec
         ("uniform+heavy_hitter(full_precision_recent=yes):0.3", "'yes' is not one of true, false"),
         ("baklava(floor=2):0.3", "floor within"),
         ("uniform@7:0.3", "bits '7' are not supported"),
-        ("uniform:much", "budget 'much' is not a number; write uniform:0.3"),
-        ("uniform:", "budget '' is not a number; write uniform:0.3"),
+        ("uniform:much", "budget 'much' is not a share of the bytes; write uniform:0.3 or uniform:30%"),
+        ("uniform:", "budget '' is not a share of the bytes; write uniform:0.3"),
         ("best plan:0.3", "cannot be parsed"),
         ("duo_attention(tokens=3:0.3", "cannot be parsed; write METHOD:BUDGET"),
         ("models:/demo@champion", "unknown allocation method .models."),

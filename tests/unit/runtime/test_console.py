@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from baklava.console import log, port, positive_float, positive_int, replica_count, run_cli
+from baklava.console import log, port, positive_float, positive_int, replica_count, run_cli, share
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,9 @@ from baklava.console import log, port, positive_float, positive_int, replica_cou
         (positive_int, "12", 12),
         (positive_float, "0.5", 0.5),
         (positive_float, "1e3", 1000.0),
+        (share, "0.125", 0.125),
+        (share, "12.5%", 0.125),
+        (share, " 30 % ", 0.3),
         (port, "65535", 65535),
         (replica_count, "auto", "auto"),
         (replica_count, "3", 3),
@@ -33,6 +36,7 @@ def test_an_argument_is_parsed(parse: Callable[[str], object], text: str, value:
     [
         (positive_int, ["0", "-1", "1.5", "many", ""]),
         (positive_float, ["0", "-1", "nan", "inf", "many", ""]),
+        (share, ["nan", "inf%", "many", "%", "25%%", "25%5", ""]),
         (port, ["0", "65536", "http", "-1"]),
         (replica_count, ["-1", "some"]),
     ],
