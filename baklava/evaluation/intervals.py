@@ -54,8 +54,8 @@ def bootstrap_ratio(
     ratios = _divide(upper[samples].sum(1), lower[samples].sum(1))
     low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")  # interpolating between infinities gives NaN
     with np.errstate(divide="ignore"):  # the logarithm of 0 is a bound too
-        bounds = _widen(np.log(mean), np.log(low), np.log(high), len(upper))
-    return Interval(mean, *map(math.exp, bounds), len(numerator), len(upper))
+        low, high = _widen(np.log(mean), np.log(low), np.log(high), len(upper))
+    return Interval(mean, math.exp(low), math.exp(high), len(numerator), len(upper))
 
 
 def _widen(mean: float, low: float, high: float, documents: int) -> tuple[float, float]:
