@@ -3,11 +3,13 @@
 import logging
 import os
 import re
+import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TextIO, cast
 
 import ray
 from ray import serve
@@ -101,26 +103,71 @@ def run_server(config: ReplicaConfig, host: str, port: int, scaling: ScalingConf
     timeout = config.timeout_seconds + _PROXY_TIMEOUT_MARGIN_SECONDS
     coordinator = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Coordinator).remote()
     group = RayReplicaGroup(coordinator)
-    try:
-        serve.start(
-            http_options=HTTPOptions(host=host, port=port, request_timeout_s=timeout), logging_config=logging_config
-        )
-        handle = _run(_application(config, scaling, logging_config, coordinator))
-        server = RunningServer(handle.describe.remote().result(), group)
+    with ExitStack() as startup:
+        startup.enter_context(hold_controller_log())
         try:
-            yield server
+            serve.start(
+                http_options=HTTPOptions(host=host, port=port, request_timeout_s=timeout), logging_config=logging_config
+            )
+            handle = _run(_application(config, scaling, logging_config, coordinator))
+            server = RunningServer(handle.describe.remote().result(), group)
+            startup.close()
+            try:
+                yield server
+            finally:
+                try:
+                    _drain(group, config.timeout_seconds)
+                except KeyboardInterrupt:
+                    log("stopping at once: requests that still run are cut off")
+                    raise
+                try:
+                    serve.delete(APP_NAME)
+                except TimeoutError:
+                    log("the replicas do not end; stopping them")
         finally:
-            try:
-                _drain(group, config.timeout_seconds)
-            except KeyboardInterrupt:
-                log("stopping at once: requests that still run are cut off")
-                raise
-            try:
-                serve.delete(APP_NAME)
-            except TimeoutError:
-                log("the replicas do not end; stopping them")
-    finally:
-        serve.shutdown()
+            serve.shutdown()
+
+
+@contextmanager
+def hold_controller_log() -> Iterator[None]:
+    """Print what Ray Serve's controller logs inside the block after it, and never if it ends with a UserError.
+
+    Its log is then the stack trace of a replica that cannot start, and stays in Ray's files.
+    """
+    held = _HeldLog(sys.stderr)
+    try:
+        with redirect_stderr(cast(TextIO, held)):
+            yield
+    except UserError:
+        raise
+    except BaseException:
+        held.release()
+        raise
+    held.release()
+
+
+class _HeldLog:
+    """A stream that passes on whole lines, but keeps those of the controller, to which Ray adds its name."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._held: list[str] = []
+        self._started: dict[int, str] = {}  # the line that a thread has begun
+
+    def write(self, text: str) -> None:
+        line = self._started.pop(threading.get_ident(), "") + text
+        if not line.endswith("\n"):
+            self._started[threading.get_ident()] = line
+        elif "(ServeController " in line:
+            self._held.append(line)
+        else:
+            self._stream.write(line)
+
+    def release(self) -> None:
+        self._stream.write("".join([*self._held, *self._started.values()]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _drain(group: RayReplicaGroup, timeout_seconds: float) -> None:

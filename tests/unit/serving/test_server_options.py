@@ -1,5 +1,6 @@
 """What a server is started with: the plan, the size of its pool, pinned prefixes, keys."""
 
+import contextlib
 import json
 import os
 import pty
@@ -25,7 +26,7 @@ from baklava.runtime.model_loader import load_config
 from serve_app import cli
 from serve_app.api.network import ApiKeys, key_digest, read_api_keys
 from serve_app.cli import load_served_plan
-from serve_app.deployment.app import ScalingConfig, _application, _drain, serving_session
+from serve_app.deployment.app import ScalingConfig, _application, _drain, hold_controller_log, serving_session
 from serve_app.deployment.replica import ReplicaConfig
 from serve_app.engine.memory import PoolSize, capacity_table, free_memory_bytes
 from serve_app.openai.tokenization import PinnedPrefix, PromptEncoder
@@ -288,3 +289,20 @@ def test_sighup_reads_the_plan_again_and_ends_the_server_only_if_its_terminal_ha
     assert os.read(said, 100) == b"end"
     os.close(said)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "printed"),
+    [
+        (UserError("the pool is too small"), "starting\n"),
+        (RuntimeError("unknown"), "starting\n(ServeController pid=1) Traceback\n"),
+        (None, "starting\n(ServeController pid=1) Traceback\n"),
+    ],
+)
+def test_the_trace_of_a_replica_that_cannot_start_is_not_printed_above_a_sentence(error, printed, capsys):
+    with contextlib.suppress(UserError, RuntimeError), hold_controller_log():
+        print("(ServeController pid=1) Traceback", file=sys.stderr)
+        print("starting", file=sys.stderr)
+        if error:
+            raise error
+    assert capsys.readouterr().err == printed
