@@ -334,6 +334,16 @@ class ChatMessage(RequestModel):
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
     ] = ""
 
+    @field_validator("role", mode="before")
+    @classmethod
+    def _reject_results_of_tools(cls, role: Any) -> Any:
+        if role in ("tool", "function"):
+            raise ValueError(
+                f"{role!r} answers a call of a tool, and this server supports no tools; send the result as a user's "
+                "message"
+            )
+        return role
+
     @field_validator("content", mode="before")
     @classmethod
     def _join_text_parts(cls, content: Any) -> Any:

@@ -216,6 +216,16 @@ def test_messages_that_cannot_be_honoured_are_refused(message):
     assert complaint(error)[0].startswith("messages.0")
 
 
+@pytest.mark.parametrize("role", ["tool", "function"])
+def test_the_result_of_a_tool_is_refused_with_another_way_to_send_it(role):
+    with pytest.raises(ValidationError) as error:
+        ChatRequest(messages=[*MESSAGES, {"role": role, "content": "4"}])
+    field, sentence = complaint(error)
+    assert field == "messages.1.role"
+    assert f"'{role}' answers a call of a tool" in sentence
+    assert "send the result as a user's message" in sentence
+
+
 @pytest.mark.parametrize(
     ("fields", "content"),
     [
