@@ -185,7 +185,7 @@ def load_served_plan(source: str, model: str, calibration: Sequence[str]) -> Bud
     Raises:
         UserError: there is no such plan or model, the plan is invalid, or it was made for another model.
     """
-    from baklava.allocation.plan_spec import is_plan_spec
+    from baklava.allocation.plan_spec import is_plan_spec, parse_spec
     from baklava.eviction import build_eviction
     from baklava.runtime.model_loader import load_config
 
@@ -193,6 +193,7 @@ def load_served_plan(source: str, model: str, calibration: Sequence[str]) -> Bud
         load_config(model)  # raises if there is no such model, before Ray starts
         return None
     if is_plan_spec(source):
+        parse_spec(source)  # raises if it is misspelt, before the weights are read
         return _allocate(source, model, calibration)
     plan = load_plan(source)
     plan.validate_for(*load_config(model))

@@ -143,6 +143,12 @@ def allocate(
     )
 
 
+def check_budget(budget: float) -> None:
+    """Raise UserError if a budget is no share of the bytes of the full cache."""
+    if not 0 < budget <= 1:
+        raise UserError(f"budget {budget} must be above 0 and at most 1: a ratio of the full cache's bytes")
+
+
 def budget_limits(
     geometry: CacheGeometry,
     budget: float,
@@ -156,8 +162,7 @@ def budget_limits(
     Raises:
         UserError: the budget is not in (0, 1], or leaves less than the minimum capacity of a head.
     """
-    if not 0 < budget <= 1:
-        raise UserError(f"budget {budget} must be above 0 and at most 1: a ratio of the full cache's bytes")
+    check_budget(budget)
     # Sliding layers keep their window whatever the plan says; only the rest can be spent.
     budget_bytes = int(budget * full_cache_bytes(geometry, context_length)) - sliding_window_bytes(geometry, FULL_BITS)
     # A scored head needs the tokens of one interval on top of the text to never evict; a ring buffer does not.

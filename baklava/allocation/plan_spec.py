@@ -14,7 +14,8 @@ from baklava.console import share
 from baklava.errors import UserError
 from baklava.eviction import Eviction, StreamingLLM
 from baklava.plan.budget_plan import Bits, BudgetPlan, ParamValue, full_cache_plan
-from baklava.plan.geometry import MIXED_PRECISION_BELOW_BITS
+from baklava.plan.geometry import MIXED_PRECISION_BELOW_BITS, CacheGeometry, ModelIdentity
+from baklava.plan.registry import load_plan
 from baklava.profiling.profile import Profile, uniform_profile
 from baklava.runtime.model_loader import LoadedModel
 
@@ -27,12 +28,12 @@ _BOOLEANS = {"true": True, "false": False}
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """A parsed spec; `budget` is None if it has none."""
+    """A parsed spec."""
 
     allocation: Allocation
     eviction: Eviction
     bits: BitPair
-    budget: float | None
+    budget: float
 
 
 def is_plan_spec(text: str) -> bool:
@@ -50,7 +51,7 @@ def parse_spec(text: str) -> PlanSpec:
     by semicolons too, for options in which a comma ends an argument.
 
     Raises:
-        UserError: the syntax, a method, a parameter, the bits or the budget is invalid.
+        UserError: the syntax, a method, a parameter, the bits or the budget is invalid, or the budget is missing.
     """
     match = _SPEC.fullmatch(text.strip())
     if not match:
@@ -59,11 +60,13 @@ def parse_spec(text: str) -> PlanSpec:
             "METHOD(param=value,param=value)+EVICTION(param=value)@k4v2:BUDGET"
         )
     method, params, eviction_name, eviction_params, bits, budget = match.groups()
+    if budget is None:
+        raise UserError(f"plan {text!r} names a method without a budget; write {text}:0.3")
     return PlanSpec(
         allocation=_build_method(allocation.method_class(method), params or ""),
         eviction=_build_method(eviction.method_class(eviction_name or StreamingLLM.name), eviction_params or ""),
         bits=parse_bits(bits or "16"),
-        budget=None if budget is None else _parse_budget(budget, text),
+        budget=_parse_budget(budget, text),
     )
 
 
@@ -79,10 +82,12 @@ def parse_bits(text: str) -> BitPair:
 
 def _parse_budget(budget: str, text: str) -> float:
     try:
-        return share(budget)
+        value = share(budget)
     except argparse.ArgumentTypeError:
         start = text[: len(text) - len(budget)]
         raise UserError(f"budget {budget!r} is not a share of the bytes; write {start}0.3 or {start}30%") from None
+    allocation.check_budget(value)
+    return value
 
 
 def _build_method(method: type[Method], text: str) -> Method:
@@ -125,10 +130,21 @@ class ResolvedPlan:
     plan: BudgetPlan
 
 
+def check_plan(spec: str, identity: ModelIdentity, geometry: CacheGeometry) -> None:
+    """Raise UserError if `resolve_plan` would refuse a spec whatever the weights of the model are."""
+    if is_plan_spec(spec):
+        parse_spec(spec)
+    elif spec != "full":
+        _load(spec, identity, geometry)
+
+
 def resolve_plan(
     spec: str, loaded: LoadedModel, context_length: int, load_profile: Callable[[], Profile] | None = None
 ) -> ResolvedPlan:
-    """Return the plan that a user names: a file, `full`, or `METHOD(...)[+EVICTION(...)][@BITS]:BUDGET`.
+    """Return the plan that a user names.
+
+    That is a file, `models:/NAME@ALIAS` or `models:/NAME/VERSION` in MLflow's registry, `full`, or
+    `METHOD(...)[+EVICTION(...)][@BITS]:BUDGET`.
 
     Args:
         spec: for example `blended(curve_power=0.5)+heavy_hitter@k4v2:0.3`, which keeps heavy hitters, with keys in 4
@@ -144,12 +160,8 @@ def resolve_plan(
     if spec == "full":
         return ResolvedPlan(spec, full_cache_plan(loaded.identity, loaded.geometry, context_length))
     if not is_plan_spec(spec):
-        plan = BudgetPlan.read(spec)
-        plan.validate_for(loaded.identity, loaded.geometry)
-        return ResolvedPlan(spec, plan)
+        return ResolvedPlan(spec, _load(spec, loaded.identity, loaded.geometry))
     parsed = parse_spec(spec)
-    if parsed.budget is None:
-        raise UserError(f"plan {spec!r} names a method without a budget; write {spec}:0.3")
     # The profile orders the channels of quantized keys, whatever spreads the bytes.
     needs_profile = parsed.allocation.needs_profile or parsed.bits[0] < MIXED_PRECISION_BELOW_BITS
     if needs_profile and load_profile is None:
@@ -163,3 +175,9 @@ def resolve_plan(
         bits=parsed.bits,
     )
     return ResolvedPlan(spec, plan)
+
+
+def _load(source: str, identity: ModelIdentity, geometry: CacheGeometry) -> BudgetPlan:
+    plan = load_plan(source)
+    plan.validate_for(identity, geometry)
+    return plan

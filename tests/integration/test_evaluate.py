@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from search_process import make_model
 
+from baklava.errors import UserError
 from baklava.evaluation.intervals import bootstrap_mean
+from tuning.evaluation import runner
+from tuning.evaluation.run_dir import EvaluationSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,7 +108,7 @@ def test_a_usage_error_is_one_sentence_and_exit_code_2(
         (["--plan", "pagoda:0.3", *windows], "choose one of uniform, baklava"),
         (["--plan", "uniform+h2o:0.3", *windows], "choose one of streaming_llm, heavy_hitter"),
         (["--plan", "uniform", *windows], "write uniform:0.3"),
-        (["--plan", "uniform:much", *windows], "is not a number"),
+        (["--plan", "uniform:much", *windows], "is not a share of the bytes"),
         (["--plan", str(tmp_path / "plan.json"), *windows], "is not a valid plan"),
         (
             ["--plan", "full", "--model", str(model), "--texts", str(tmp_path / "short.txt")],
@@ -135,6 +138,16 @@ def test_a_usage_error_is_one_sentence_and_exit_code_2(
         assert said in last
         assert not (tmp_path / "out.json").exists()
     assert not (Path.cwd() / "runs").exists()
+
+
+@pytest.mark.parametrize("plan", ["pagoda:0.3", "pagoda.json"])
+def test_a_misspelt_plan_is_refused_before_the_weights_are_read(
+    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "model")
+    monkeypatch.setattr(runner, "load", lambda *_, **__: pytest.fail("it reads the weights"))
+    with pytest.raises(UserError, match="pagoda"):
+        runner.evaluate(EvaluationSettings.from_options(model=str(model), plans=[plan]), tmp_path / "out")
 
 
 def test_the_script_itself_ends_without_a_traceback() -> None:

@@ -13,7 +13,6 @@ from baklava.errors import UserError, first_duplicate
 from baklava.evaluation import suites
 from baklava.evaluation.tasks import FillerText, Prompt, build_prompts, task_class
 from baklava.eviction import build_eviction
-from baklava.plan.registry import REGISTRY_SCHEME, load_plan
 from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile
 from baklava.runtime.context_reconstruction import REPEAT_OVERHEAD_TOKENS
@@ -50,14 +49,10 @@ def prepare_inputs(settings: EvaluationSettings, loaded: LoadedModel) -> Evaluat
         splits = make_splits(documents, loaded.tokenizer, **tokens, seed=0, seen=windows)
         return cached_profile(loaded, splits.calibration)
 
-    plans = []
-    for spec in settings.plans:
-        if spec.startswith(REGISTRY_SCHEME):
-            plan = load_plan(spec)
-            plan.validate_for(loaded.identity, loaded.geometry)
-            plans.append(ResolvedPlan(spec, plan))
-        else:
-            plans.append(resolve_plan(spec, loaded, max_tokens if spec == "full" else window_tokens, load_profile))
+    plans = [
+        resolve_plan(spec, loaded, max_tokens if spec == "full" else window_tokens, load_profile)
+        for spec in settings.plans
+    ]
     _check_recordable(loaded, plans, max_tokens)
     return EvaluationInputs(tuple(plans), tuple(windows), tuple(prompts))
 

@@ -10,6 +10,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
+from baklava.allocation.plan_spec import check_plan
 from baklava.console import log, progress_bar
 from baklava.data.windows import Window
 from baklava.errors import UserError
@@ -63,7 +64,9 @@ def evaluate(settings: EvaluationSettings, out: Path) -> EvaluationResult:
     """
     started_ms = now_ms()
     check_new_run_dir(out, "evaluation")
-    load_config(settings.model)
+    model = load_config(settings.model)
+    for spec in settings.plans:
+        check_plan(spec, *model)
     connect(f"baklava/{settings.model_name}")  # fail now if the server is down, not after half an hour
     loaded = load(settings.model, threads=settings.threads)
     inputs = prepare_inputs(settings, loaded)

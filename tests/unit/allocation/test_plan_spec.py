@@ -1,11 +1,13 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from baklava.allocation import Baklava, Blended, DuoAttention, PyramidKV, Uniform
-from baklava.allocation.plan_spec import PlanSpec, parse_spec, resolve_plan
+from baklava.allocation.plan_spec import PlanSpec, check_plan, parse_spec, resolve_plan
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, StreamingLLM
+from baklava.plan.budget_plan import full_cache_plan
 from baklava.profiling.profile import uniform_profile
 from baklava.runtime.model_loader import LoadedModel
 
@@ -16,7 +18,6 @@ WITH_SEMICOLON = PlanSpec(PyramidKV(steepness=0.5), HeavyHitter(recent_ratio=0.3
     ("text", "spec"),
     [
         ("uniform:0.3", PlanSpec(Uniform(), StreamingLLM(), (16, 16), 0.3)),
-        ("uniform", PlanSpec(Uniform(), StreamingLLM(), (16, 16), None)),
         ("baklava+heavy_hitter@k4v2:0.3", PlanSpec(Baklava(), HeavyHitter(), (4, 2), 0.3)),
         ("baklava+heavy_hitter@k4v2:30%", PlanSpec(Baklava(), HeavyHitter(), (4, 2), 0.3)),
         ("baklava()@8:1", PlanSpec(Baklava(), StreamingLLM(), (8, 8), 1.0)),
@@ -61,6 +62,8 @@ def test_a_spec_names_method_parameters_eviction_bits_and_budget(text: str, spec
         ("uniform@7:0.3", "bits '7' are not supported"),
         ("uniform:much", "budget 'much' is not a share of the bytes; write uniform:0.3 or uniform:30%"),
         ("uniform:", "budget '' is not a share of the bytes; write uniform:0.3"),
+        ("uniform:30", "budget 30.0 must be above 0 and at most 1"),
+        ("duo_attention(tokens=4)@4", r"a method without a budget; write duo_attention\(tokens=4\)@4:0.3"),
         ("best plan:0.3", "cannot be parsed"),
         ("duo_attention(tokens=3:0.3", "cannot be parsed; write METHOD:BUDGET"),
         ("models:/demo@champion", "unknown allocation method .models."),
@@ -81,6 +84,26 @@ def test_a_plan_is_made_as_its_spec_says(tiny: Callable[..., LoadedModel]) -> No
     assert plan.ratio <= 0.25
 
 
-def test_a_spec_without_a_budget_shows_how_to_add_one(tiny: Callable[..., LoadedModel]) -> None:
-    with pytest.raises(UserError, match=r"names a method without a budget; write duo_attention\(tokens=4\)@4:0.3"):
-        resolve_plan("duo_attention(tokens=4)@4", tiny(), 2000, lambda: pytest.fail("no profile"))
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("pagoda:0.3", "unknown allocation method"),
+        ("pagoda", "cannot read plan pagoda"),
+        ("pagoda.json", "cannot read plan pagoda.json"),
+        ("models:/pagoda@champion", "there is no tracking database"),
+        ("wide.json", "the plan was made for tiny"),
+    ],
+)
+def test_a_misspelt_plan_is_refused_without_the_model(
+    spec: str, said: str, tiny: Callable[..., LoadedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    loaded = tiny()
+    full_cache_plan(loaded.identity, loaded.geometry, 64).write(tmp_path / "narrow.json")
+    other = loaded.identity.model_copy(update={"config_hash": "0"})
+    full_cache_plan(other, loaded.geometry, 64).write(tmp_path / "wide.json")
+    for right in ("full", "uniform:0.3", "narrow.json"):
+        check_plan(right, loaded.identity, loaded.geometry)
+    with pytest.raises(UserError, match=said):
+        check_plan(spec, loaded.identity, loaded.geometry)

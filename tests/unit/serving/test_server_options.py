@@ -250,7 +250,7 @@ def test_a_server_refuses_a_checkpoint_without_all_weights_before_it_starts_repl
             load_served_plan(source, str(broken), [])
 
 
-def test_the_full_cache_has_no_plan_and_an_unknown_name_is_an_error(model):
+def test_the_full_cache_has_no_plan_and_an_unknown_name_is_an_error(model, monkeypatch):
     assert load_served_plan("full", model, []) is None
     with pytest.raises(UserError, match="no-such-model"):
         load_served_plan("full", "./no-such-model", [])
@@ -261,6 +261,7 @@ def test_the_full_cache_has_no_plan_and_an_unknown_name_is_an_error(model):
         load_served_plan("none.json", model, [])
     with pytest.raises(UserError, match="without a budget"):
         load_served_plan("uniform", model, [])
+    monkeypatch.setattr("baklava.runtime.model_loader.load", lambda *_: pytest.fail("it reads the weights"))
     with pytest.raises(UserError, match="nonsense"):
         load_served_plan("nonsense:0.3", model, [])
 
