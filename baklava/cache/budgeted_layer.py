@@ -20,8 +20,8 @@ from baklava.cache.attention import (
     merge_gqa_groups,
     split_gqa_groups,
 )
-from baklava.cache.head_groups import GroupBudget, HeadGroup, NewTokens, head_group
-from baklava.cache.kernels.fused_decode import LayerTable, can_fuse, fused_step, fused_steps
+from baklava.cache.head_groups import GroupBudget, HeadGroup, LayerTable, NewTokens, head_group
+from baklava.cache.kernels.fused_decode import can_fuse, fused_step, fused_steps
 from baklava.cache.storage import Slab
 from baklava.errors import UserError
 from baklava.eviction import Eviction
@@ -123,7 +123,7 @@ class BudgetedLayer(BudgetedLayerBase):
         self.pad_lengths: Int[Tensor, " batch"] | None = None
         self.groups: list[HeadGroup] = []
         self.slab: Slab | None = None
-        self.table = LayerTable()
+        self.table: LayerTable | None = None
         self.teacher_forced = False
         self.pending_attend = False
 
@@ -136,9 +136,7 @@ class BudgetedLayer(BudgetedLayerBase):
     def _allocate(self, batch: int, device: torch.device) -> None:
         """Allocate all that this layer will ever have, at once."""
         self.slab = Slab([spec for group in self.groups for spec in group.specs()], batch, device)
-        tensors = iter(self.slab.tensors)
-        for group in self.groups:
-            group.bind(tensors)
+        self.table = LayerTable(self.groups, batch, iter(self.slab.tensors))
 
     def move_to_new_slab(self, max_tokens: int | None, rows: Int[Tensor, " rows"] | None = None) -> None:
         """Copy the entries into a slab of their own, for sequences of at most `max_tokens` tokens.
@@ -192,8 +190,8 @@ class BudgetedLayer(BudgetedLayerBase):
         self.advance(num_new)
         queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
         padded = self.pad_lengths is not None
-        if not padded and (num_new == 1 or self.teacher_forced) and can_fuse(self.groups, key):
-            return merge_gqa_groups(fused_steps(self.groups, self.table, queries, key, value, num_before, params))
+        if self.table and not padded and (num_new == 1 or self.teacher_forced) and can_fuse(self.groups, key):
+            return merge_gqa_groups(fused_steps(self.table, (queries, key, value), num_before, params))
         tokens = NewTokens(num_before, queries, key, value, positions, padded, self.teacher_forced)
         if self.prefill_chunk is None or num_new <= self.prefill_chunk:
             return merge_gqa_groups(self._attend(tokens, params))
@@ -276,7 +274,7 @@ class BudgetedLayer(BudgetedLayerBase):
 
     @override
     def reset(self) -> None:
-        self.groups, self.slab, self.cumulative_length, self.pad_lengths = [], None, 0, None
+        self.groups, self.slab, self.table, self.cumulative_length, self.pad_lengths = [], None, None, 0, None
         self.is_initialized = self.pending_attend = self.teacher_forced = False
         self.padding.reset()
 
@@ -333,9 +331,10 @@ def decode_rows(
 ) -> QueryStates:
     """Do what `BudgetedLayer.attend` does with one new token of each sequence, one row each.
 
-    The layers are of one plan. They decode in one call if the kernel can take them all, else one by one.
+    They decode in one call if the kernel can take them all, else one by one.
     """
-    if not all(layer.can_fuse(key) for layer in layers):
+    tables = [layer.table for layer in layers if layer.table and layer.can_fuse(key)]
+    if len(tables) < len(layers):
         outputs = []
         for layer, *row in zip(layers, query.split(1), key.split(1), value.split(1), strict=True):
             layer.pending_attend = True
@@ -346,5 +345,4 @@ def decode_rows(
     for layer in layers:
         layer.advance(1)
     queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
-    groups, tables = [layer.groups for layer in layers], [layer.table for layer in layers]
-    return merge_gqa_groups(fused_step(groups, tables, queries, key, value, lengths, params))
+    return merge_gqa_groups(fused_step(tables, (queries, key, value), lengths, params))

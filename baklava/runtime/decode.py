@@ -35,12 +35,11 @@ class BatchedLayer(BudgetedLayerBase):
     Args:
         index: Number of the layer.
         caches: The caches, one for each row.
-        rows_by_plan: The rows of each plan, which attend together.
     """
 
-    def __init__(self, index: int, caches: Sequence[BudgetedCache], rows_by_plan: Sequence[list[int]]) -> None:
+    def __init__(self, index: int, caches: Sequence[BudgetedCache]) -> None:
         super().__init__()
-        self.index, self.caches, self.rows_by_plan = index, caches, rows_by_plan
+        self.index, self.caches = index, caches
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Attach this layer to the new keys; every cache stores its own when it attends."""
@@ -50,17 +49,12 @@ class BatchedLayer(BudgetedLayerBase):
         self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
     ) -> QueryStates:
         """Return the output of the new token of each row, over the entries of the row's own cache."""
-        output = torch.empty_like(query)
-        for rows in self.rows_by_plan:
-            layers = [self.caches[row].layers[self.index] for row in rows]
-            budgeted = [layer for layer in layers if isinstance(layer, BudgetedLayer)]
-            if len(budgeted) == len(rows):
-                output[rows] = decode_rows(budgeted, query[rows], key[rows], value[rows], params)
-                continue
-            for row in rows:
-                own = slice(row, row + 1)
-                output[own] = self._attend(self.caches[row], query[own], key[own], value[own], params)
-        return output
+        layers = [cache.layers[self.index] for cache in self.caches]
+        budgeted = [layer for layer in layers if isinstance(layer, BudgetedLayer)]
+        if len(budgeted) == len(layers):
+            return decode_rows(budgeted, query, key, value, params)
+        rows = zip(self.caches, query.split(1), key.split(1), value.split(1), strict=True)
+        return torch.cat([self._attend(*row, params) for row in rows])
 
     def _attend(
         self, cache: BudgetedCache, query: QueryStates, key: KVStates, value: KVStates, params: AttentionParams
@@ -83,11 +77,7 @@ class BatchedCache(Cache):
     """
 
     def __init__(self, caches: Sequence[BudgetedCache]) -> None:
-        rows_by_plan: dict[int, list[int]] = {}
-        for row, cache in enumerate(caches):
-            rows_by_plan.setdefault(id(cache.plan), []).append(row)
-        by_plan = list(rows_by_plan.values())
-        super().__init__(layers=[BatchedLayer(index, caches, by_plan) for index in range(len(caches[0].layers))])
+        super().__init__(layers=[BatchedLayer(index, caches) for index in range(len(caches[0].layers))])
 
 
 @torch.inference_mode()

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from baklava.cache.attention import AttentionParams
-from baklava.cache.head_groups import GroupBudget, HeadGroup, NewTokens, ScoredHeadGroup, head_group
-from baklava.cache.kernels.fused_decode import LayerTable, can_fuse, fused_steps
+from baklava.cache.head_groups import GroupBudget, HeadGroup, LayerTable, NewTokens, ScoredHeadGroup, head_group
+from baklava.cache.kernels.fused_decode import can_fuse, fused_steps
 from baklava.cache.storage import DenseCodec, MixedPrecisionCodec, SegmentedStorage, Slab, SlotStorage, Storage
 from baklava.cache.storage.quantized_codec import unpack
 from baklava.eviction import Eviction, HeavyHitter
@@ -52,18 +52,18 @@ class Layer:
         key, value = self._states(prompt), self._states(prompt)
         positions = torch.arange(prompt, device=device)[None]
         self.groups: list[HeadGroup] = []
-        self.table = LayerTable()
         for head, budget in enumerate(budgets):
             order = bytes(torch.randperm(head_dim, generator=self._draw).tolist()).hex()
             channels = (order,) if budget.mixed else None
             shape = GroupBudget((head,), budget.tokens, budget.key_bits, budget.value_bits, channels)
-            made = head_group(shape, eviction, key)
-            made.bind(iter(Slab(made.specs(), rows, key.device).tensors))
+            self.groups.append(head_group(shape, eviction, key))
+        specs = [spec for made in self.groups for spec in made.specs()]
+        self.table = LayerTable(self.groups, rows, iter(Slab(specs, rows, key.device).tensors))
+        for made in self.groups:
             scores = torch.rand(rows, 1, prompt, generator=self._draw).to(device) ** 4 if eviction.scored else None
             if isinstance(eviction, HeavyHitter):  # no query has counted for the last entries
                 scores[..., max(0, prompt - eviction.distance) :] = 0
             made.load_prompt(key[:, made.index], value[:, made.index], scores, positions)
-            self.groups.append(made)
 
     def _states(self, tokens: int) -> Tensor:
         states = torch.randn(self.rows, self.heads, tokens, self.head_dim, generator=self._draw)
@@ -89,7 +89,7 @@ class Layer:
                 token = tokens.for_heads(group.index).narrow(number, number + 1)
                 theirs[:, group.index, :, number : number + 1] = group.attend(token, own)
         assert can_fuse(self.groups, key)
-        ours = fused_steps(self.groups, self.table, query, key, value, self.position, params)
+        ours = fused_steps(self.table, (query, key, value), self.position, params)
         self.position += num_tokens
         same = [check_equal(*pair, self.dtype) for pair in zip(self.groups, copies, strict=True)]
         # Of entries that are evicted at once, nobody can see how they were rounded.

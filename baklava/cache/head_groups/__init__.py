@@ -2,6 +2,7 @@
 
 from baklava.cache.attention import KVStates
 from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
+from baklava.cache.head_groups.layer_table import LayerTable
 from baklava.cache.head_groups.ring_buffer import RingBufferHeadGroup
 from baklava.cache.head_groups.score_updates import (
     AttentionInputs,
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionInputs",
     "GroupBudget",
     "HeadGroup",
+    "LayerTable",
     "NewTokens",
     "RingBufferHeadGroup",
     "ScoreAccumulator",

@@ -3,13 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from baklava.cache import table_columns as columns
 from baklava.cache.attention import AttentionParams, GroupedQueries, KVStates
+from baklava.cache.head_groups.table import Rows, describe_storage, new_rows
 from baklava.cache.storage import DequantizedView, StorageLayout, TensorSpec, storage_for
 from baklava.cache.storage.hadamard import HadamardRotation
 from baklava.eviction import Eviction
@@ -87,7 +89,8 @@ class HeadGroup(ABC):
     """Entries of KV heads with equal budgets; between two forwards at most `budget.tokens` per head.
 
     `max_tokens` is the largest number of tokens that a row will have: there are no slots beyond it, and nothing else
-    changes. A group says which tensors it needs (`specs`), and is used once it has them (`bind`).
+    changes. A group says which tensors it needs (`specs`), and is used once it has them (`bind`). It counts its entries
+    in the rows that its heads have in the table of the layer, where kernels count too.
 
     The keys of a quantized budget are rotated, those in 16 bits included, and so are the values: new tokens and their
     queries are rotated first, outputs are rotated back. Eviction methods score rotated entries.
@@ -108,10 +111,9 @@ class HeadGroup(ABC):
         )
         self.keys = storage_for(keys, template, layout, centred=True)
         self.values = storage_for(values, template, layout)
-        self.num_filled = 0
         self.head_dim = template.shape[3]
-        self.table: Any = None
-        """Addresses of the tensors for a kernel, made at its first use."""
+        self.is_dequantized = False
+        self.rows = new_rows(1, budget.heads[-1] + 1)
 
     def set_max_tokens(self, max_tokens: int | None) -> None:
         """Need no more slots than a sequence of `max_tokens` tokens can fill; `bind` must follow."""
@@ -121,16 +123,49 @@ class HeadGroup(ABC):
         """Return the tensors that the entries need."""
         return [*self.keys.specs(self.num_slots), *self.values.specs(self.num_slots), *self._state_specs()]
 
-    def bind(self, tensors: Iterator[Tensor]) -> None:
-        """Take the tensors of the specs, in their order."""
-        self.table = None
+    def bind(self, tensors: Iterator[Tensor], rows: Rows) -> None:
+        """Take the tensors of the specs, in their order, and describe them in the rows of a table."""
+        counters = self.rows[0, self.budget.heads[0], columns.COUNTERS].copy()
         self.keys.bind(tensors)
         self.values.bind(tensors)
         self._bind_state(tensors)
+        self.rows = rows
+        described = self.describe()
+        described[..., columns.COUNTERS] = counters
+        rows[:, list(self.budget.heads)] = described
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy has: its tensors lie elsewhere, so it has no table."""
-        return self.__dict__ | {"table": None}
+    def describe(self) -> Rows:
+        """Return the rows of this group's heads, apart from their counters."""
+        shape, head_dim = (len(self.keys.tensors[0]), len(self.budget.heads)), self.head_dim
+        rows = np.zeros((*shape, columns.NUM_COLUMNS), np.int64)
+        rows[..., columns.CAPACITY], rows[..., columns.SLOTS] = self.budget.tokens, self.num_slots
+        rows[..., columns.SINK_TOKENS] = self.eviction.sinks
+        if self.key_rotation is not None:
+            channels = self.budget.key_bit_split(head_dim)[0][0]
+            rows[..., columns.KEY_BLOCK] = channels & -channels
+            if (order := self.key_rotation.order) is not None:
+                rows[..., columns.CHANNEL_ORDER] = order.data_ptr() + np.arange(shape[1]) * head_dim * order.itemsize
+        if self.value_rotation is not None:
+            rows[..., columns.VALUE_BLOCK] = head_dim & -head_dim
+        describe_storage(rows[..., columns.KEY : columns.VALUE], self.keys)
+        describe_storage(rows[..., columns.VALUE :], self.values)
+        self._describe_state(rows)
+        return rows
+
+    @property
+    def num_filled(self) -> int:
+        """Entries per head, in the first slots."""
+        return self._counter(columns.FILLED)
+
+    @num_filled.setter
+    def num_filled(self, entries: int) -> None:
+        self._count(columns.FILLED, entries)
+
+    def _counter(self, column: int) -> int:
+        return int(self.rows[0, self.budget.heads[0], column])
+
+    def _count(self, column: int, number: int) -> None:
+        self.rows[:, list(self.budget.heads), column] = number
 
     def attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         """Return the output of new tokens, and store them within the budget."""
@@ -155,11 +190,6 @@ class HeadGroup(ABC):
         """Compress the keys and values of a prompt, which a full cache has attended to, to the budget."""
         self._load_prompt(_rotate(self.key_rotation, key), _rotate(self.value_rotation, value), score, positions)
 
-    @property
-    def is_dequantized(self) -> bool:
-        """Whether entries are read from a copy that `dequantize` made."""
-        return any(isinstance(storage, DequantizedView) for storage in (self.keys, self.values))
-
     def dequantize(self) -> None:
         """Read entries from a copy, until `drop_dequantized`, if reading converts them."""
         if not self.is_dequantized:
@@ -167,19 +197,14 @@ class HeadGroup(ABC):
                 DequantizedView(storage, self.num_slots) if storage.reads_copy else storage
                 for storage in (self.keys, self.values)
             )
+            self.is_dequantized = True
 
     def drop_dequantized(self) -> None:
         """Read entries as they are stored again."""
         self.keys, self.values = (
             storage.storage if isinstance(storage, DequantizedView) else storage for storage in (self.keys, self.values)
         )
-
-    @abstractmethod
-    def reserve_slots(self, position: int, num_tokens: int) -> list[int]:
-        """Make slots for the next tokens of rows without padding, and return them.
-
-        The caller writes and scores the tokens, one after another. A later token may take the slot of an earlier one.
-        """
+        self.is_dequantized = False
 
     @abstractmethod
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
@@ -206,6 +231,10 @@ class HeadGroup(ABC):
     @abstractmethod
     def _bind_state(self, tensors: Iterator[Tensor]) -> None:
         """Take the tensors of `_state_specs`, in their order."""
+
+    @abstractmethod
+    def _describe_state(self, rows: Rows) -> None:
+        """Write what is not common to all kinds of groups into their rows."""
 
     def _replace(self, key: KVStates, value: KVStates, slots: Int[Tensor, "#batch #heads retained"]) -> None:
         """Retain the entries at `slots`, which index the old entries followed by the new ones."""

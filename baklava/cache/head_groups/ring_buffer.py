@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import override
 
+from baklava.cache import table_columns as columns
 from baklava.cache.attention import (
     AttentionParams,
     GroupedQueries,
@@ -17,6 +18,7 @@ from baklava.cache.attention import (
     visibility_mask,
 )
 from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
+from baklava.cache.head_groups.table import Rows
 from baklava.cache.storage import EMPTY, TensorSpec
 from baklava.eviction import Eviction
 
@@ -29,7 +31,8 @@ class RingBufferHeadGroup(HeadGroup):
     ) -> None:
         super().__init__(budget, eviction, template, max_tokens)
         self.window = RingWindow(eviction.sinks, budget.tokens - eviction.sinks)
-        self.last_position = torch.full((1, 1), -1, device=template.device)
+        self.device = template.device
+        self.pad_lengths: Int[Tensor, "batch 1"] | None = None
 
     @override
     def _state_specs(self) -> list[TensorSpec]:
@@ -40,6 +43,21 @@ class RingBufferHeadGroup(HeadGroup):
         """Take nothing: the positions follow from the slots."""
 
     @override
+    def _describe_state(self, rows: Rows) -> None:
+        rows[..., columns.RING_LENGTH] = self.window.length
+
+    @property
+    def last_position(self) -> Int[Tensor, "#batch 1"]:
+        """Position of the newest token of each row; -1 before the first."""
+        last = torch.full((1, 1), self._counter(columns.LAST_POSITION), device=self.device)
+        return last if self.pad_lengths is None else last - self.pad_lengths
+
+    def _see(self, positions: Int[Tensor, "#batch tokens"], last: int, padded: bool) -> None:
+        """Take note of new tokens, the last of which is at `last` in rows without padding."""
+        self._count(columns.LAST_POSITION, last)
+        self.pad_lengths = last - positions[:, -1:] if padded else None
+
+    @override
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         if tokens.num_tokens == 1 and self.num_filled:
             return self._step(tokens, params)
@@ -47,7 +65,8 @@ class RingBufferHeadGroup(HeadGroup):
 
     def _step(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         self._write(tokens)
-        self.num_filled, self.last_position = min(self.num_filled + 1, self.budget.tokens), tokens.positions
+        self.num_filled = min(self.num_filled + 1, self.budget.tokens)
+        self._see(tokens.positions, tokens.num_before, tokens.padded)
         # Without padding every filled slot is visible, so positions are not even computed.
         positions = self.cached_positions() if tokens.padded else tokens.positions[:, None]
         if self.keys.reads_copy or self.values.reads_copy:
@@ -56,13 +75,6 @@ class RingBufferHeadGroup(HeadGroup):
             return attend_blockwise(tokens.query, keys, values, visible, params)
         key, value = self.keys.read(self.num_filled), self.values.read(self.num_filled)
         return attend(tokens.query, key, value, tokens.positions, positions, params, masked=tokens.padded)
-
-    @override
-    def reserve_slots(self, position: int, num_tokens: int) -> list[int]:
-        stop = position + num_tokens
-        self.num_filled = min(self.num_filled + num_tokens, self.budget.tokens)
-        self.last_position = torch.full((1, 1), stop - 1, device=self.last_position.device)
-        return [self.window.slot(each) for each in range(position, stop)]
 
     def _write(self, tokens: NewTokens) -> None:
         if tokens.padded:
@@ -88,19 +100,21 @@ class RingBufferHeadGroup(HeadGroup):
         window = self.window if tokens.teacher_forced else None
         masked = bool(self.num_filled or tokens.padded or window)
         output = attend(tokens.query, key, value, tokens.positions, positions, params, masked=masked, window=window)
-        self._retain(tokens.key, tokens.value, tokens.positions)
+        self._retain(tokens.key, tokens.value, tokens.positions, tokens.num_before, tokens.padded)
         return output
 
     @override
     def _load_prompt(
         self, key: KVStates, value: KVStates, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]
     ) -> None:
-        self._retain(key, value, positions)
+        self._retain(key, value, positions, 0, padded=False)
 
-    def _retain(self, key: KVStates, value: KVStates, positions: Int[Tensor, "#batch new"]) -> None:
+    def _retain(
+        self, key: KVStates, value: KVStates, positions: Int[Tensor, "#batch new"], num_before: int, padded: bool
+    ) -> None:
         """Retain the most recent of the old and the new entries of each slot."""
-        # A copy: a view would keep the positions of the whole prompt alive.
-        num_old, self.last_position = self.num_filled, positions[:, -1:].clone()
+        num_old = self.num_filled
+        self._see(positions, num_before + key.shape[2] - 1, padded)
         total = num_old + key.shape[2]
         slots = torch.arange(min(self.budget.tokens, total), device=key.device)
         latest = self._positions(slots)
@@ -110,7 +124,7 @@ class RingBufferHeadGroup(HeadGroup):
 
     @override
     def cached_positions(self) -> Int[Tensor, "#batch 1 entries"]:
-        return self._positions(torch.arange(self.num_filled, device=self.last_position.device))[:, None]
+        return self._positions(torch.arange(self.num_filled, device=self.device))[:, None]
 
     def _positions(self, slots: Int[Tensor, " slots"]) -> Int[Tensor, "#batch slots"]:
         """Return the most recent position of each slot; -1 if it is empty."""
@@ -124,5 +138,5 @@ class RingBufferHeadGroup(HeadGroup):
 
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        if self.last_position.shape[0] > 1:
-            self.last_position = self.last_position[rows.to(self.last_position.device)]
+        if self.pad_lengths is not None:
+            self.pad_lengths = self.pad_lengths[rows.to(self.device)]

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 from typing_extensions import override
 
+from baklava.cache import table_columns as columns
 from baklava.cache.attention import AttentionParams, AttentionProbs, CentroidEntries, GroupedQueries, KVStates
 from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
 from baklava.cache.head_groups.centroids import PROMPT_KMEANS_ITERATIONS, Centroids, mean_attention
@@ -17,9 +19,10 @@ from baklava.cache.head_groups.score_updates import (
     scores_after_decoding,
     update_scores,
 )
+from baklava.cache.head_groups.table import Rows, addresses
 from baklava.cache.storage import EMPTY, TensorSpec
 from baklava.errors import UserError
-from baklava.eviction import Eviction, QuerySample
+from baklava.eviction import Eviction, HeavyHitter, QuerySample
 
 
 class ScoredHeadGroup(HeadGroup):
@@ -33,7 +36,6 @@ class ScoredHeadGroup(HeadGroup):
         self, budget: GroupBudget, eviction: Eviction, template: KVStates, max_tokens: int | None = None
     ) -> None:
         super().__init__(budget, eviction, template, max_tokens)
-        self.tokens_since_eviction = 0
         self.num_retained = budget.tokens - eviction.eviction_interval
         self.positions: Int[Tensor, "batch heads slots"] = torch.empty(0, 0, 0)
         self.scores: Float[Tensor, "batch heads slots"] = torch.empty(0, 0, 0)
@@ -50,6 +52,38 @@ class ScoredHeadGroup(HeadGroup):
     def _bind_state(self, tensors: Iterator[Tensor]) -> None:
         self.positions, self.scores = next(tensors), next(tensors)
         self.centroids = Centroids.bind(tensors) if self.eviction.centroids else None
+
+    @override
+    def _describe_state(self, rows: Rows) -> None:
+        eviction = self.eviction
+        if isinstance(eviction, HeavyHitter):
+            rows[..., columns.UPDATE], rows[..., columns.DISTANCE] = columns.HEAVY_HITTER, eviction.distance
+            rows[..., columns.SQUARED], rows[..., columns.BY_MAX] = eviction.power == 2, eviction.reduction == "max"
+        elif eviction.query_sample.window != 0:
+            rows[..., columns.UPDATE] = columns.KEEP_PROBS
+        rows[..., columns.EVICTS] = not self.needs_pytorch
+        rows[..., columns.INTERVAL], rows[..., columns.RETAINED] = eviction.eviction_interval, self.num_retained
+        rows[..., columns.RECENT_WINDOW] = eviction.recent_window(self.budget.tokens)
+        rows[..., columns.POWER] = np.float32(eviction.attention_power).view(np.int32)
+        rows[..., columns.POSITIONS], rows[..., columns.SCORES] = addresses(self.positions), addresses(self.scores)
+        if self.centroids is not None:
+            rows[..., columns.CENTROIDS] = self.centroids.key.shape[2]
+            for column, tensor in enumerate(self.centroids.tensors, columns.CENTROID_KEY):
+                rows[..., column] = addresses(tensor)
+
+    @property
+    def needs_pytorch(self) -> bool:
+        """Whether kernels leave new scores and evictions to PyTorch: they know heavy hitters only."""
+        return not isinstance(self.eviction, HeavyHitter) or self.eviction.pooling > 1
+
+    @property
+    def tokens_since_eviction(self) -> int:
+        """Tokens that were stored and scored since the last time at which entries could be evicted."""
+        return self._counter(columns.SINCE_EVICTION)
+
+    @tokens_since_eviction.setter
+    def tokens_since_eviction(self, tokens: int) -> None:
+        self._count(columns.SINCE_EVICTION, tokens)
 
     @override
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
@@ -79,11 +113,6 @@ class ScoredHeadGroup(HeadGroup):
         self.maybe_evict(tokens.num_tokens)
         return output
 
-    @override
-    def reserve_slots(self, position: int, num_tokens: int) -> list[int]:
-        first, self.num_filled = self.num_filled, self.num_filled + num_tokens
-        return list(range(first, self.num_filled))
-
     def observe_attention(self, query: GroupedQueries, probs: AttentionProbs, position: int, scaling: float) -> None:
         """Update the scores by the attention of decoded tokens, the first of which is at this position."""
         scores = self.scores[..., : self.num_filled]
@@ -109,10 +138,6 @@ class ScoredHeadGroup(HeadGroup):
         is_due = self.is_about_to_evict(num_new)
         self.tokens_since_eviction = (self.tokens_since_eviction + num_new) % self.eviction.eviction_interval
         return is_due
-
-    def note_eviction(self) -> None:
-        """Take note that the first `num_retained` slots have what is retained of all entries."""
-        self.num_filled = self.num_retained
 
     def maybe_evict(self, num_new: int = 1) -> None:
         """Count tokens that have been stored and scored, and evict after `eviction_interval` of them."""
@@ -218,7 +243,7 @@ class ScoredHeadGroup(HeadGroup):
             storage.move(source, target)
         for state in (self.positions, self.scores):
             state.scatter_(2, target, state.gather(2, source))
-        self.note_eviction()
+        self.num_filled = self.num_retained
 
     def _weights(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Return the weights of entries among the members of a centroid: the attention that they had."""

@@ -2,17 +2,20 @@
 
 numba compiles it for CPUs, in float32 (`numba_decode`), and Triton for GPUs (`triton_decode`).
 
-Entries stay where they are: the kernel gets a table of their addresses. So sequences of any length decode together, and
-nothing is copied when they start, grow or end. Whatever the kernel does not do, `HeadGroup.attend` does.
+Entries stay where they are: the kernel gets the table of each layer, with their addresses. So sequences of any length
+and plan decode together, and nothing is copied when they start or end. What a kernel does not do, `HeadGroup.attend`
+does.
 """
 
 import functools
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -23,22 +26,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from baklava.cache.attention import QUERY_BLOCK_SIZE, AttentionParams, GroupedQueries, KVStates
-from baklava.cache.head_groups import HeadGroup, NewTokens, ScoredHeadGroup
-from baklava.cache.kernels import table_columns as columns
+from baklava.cache import table_columns as columns
+from baklava.cache.attention import QUERY_BLOCK_SIZE, AttentionParams, GroupedQueries
+from baklava.cache.head_groups import HeadGroup, LayerTable, NewTokens, ScoredHeadGroup
 from baklava.cache.kernels import triton_decode
-from baklava.cache.storage import (
-    DenseCodec,
-    MixedPrecisionCodec,
-    QuantizedCodec,
-    SegmentedStorage,
-    SlotStorage,
-    Storage,
-    stored_dtype,
-)
-from baklava.cache.storage.segmented_storage import Segment
+from baklava.cache.storage import stored_dtype
 from baklava.errors import UserError
-from baklava.eviction import Eviction, HeavyHitter
+from baklava.eviction import HeavyHitter
 from baklava.paths import cache_dir
 from baklava.plan.geometry import FULL_BITS
 
@@ -47,41 +41,17 @@ logger = logging.getLogger(__name__)
 CHANNEL_MULTIPLE = 32
 """Heads of other dimensions are not for the kernel, since planes of their codes do not fill words of 32 bits."""
 
-MAX_STEP_TOKENS = 512
-"""Tokens of a cache that are decoded in one call, if there is no eviction between them."""
+MIN_THREAD_SLOTS = 4096
+"""Slots of the rows that a thread gets at least; fewer take no longer than to wake it."""
 
-EVICTION_WORK = 4
-"""How many times as long as attending to an entry it takes to decide whether it is evicted, moves included."""
-
-MIN_THREAD_ENTRIES = 4096
-"""Entries that a thread reads at least; fewer take no longer than to wake it."""
+States = tuple[Tensor, Tensor, Tensor]
+"""Queries [rows, heads, group, tokens, head_dim], keys and values [rows, heads, tokens, head_dim] of new tokens."""
 
 NOTICE_SECONDS = 2.0
 """Compilation that takes longer is announced."""
 
 CHECK_TABLES = False
 """Whether every address is computed at every step, and compared with the table. Tests set it."""
-
-Table = np.ndarray
-
-
-class LayerTable:
-    """The table of one layer of one cache: [batch, heads, columns]. It is made again if entries have moved."""
-
-    def __init__(self) -> None:
-        self._parts: list[Table] = []
-        self._table: Table | None = None
-
-    def of(self, groups: Sequence[HeadGroup]) -> Table:
-        """Return the table of these groups, which are those of a layer."""
-        parts = [_group_table(group) for group in groups]
-        if self._table is None or any(new is not old for new, old in zip(parts, self._parts, strict=True)):
-            heads = sum(len(group.budget.heads) for group in groups)
-            self._table = np.empty((len(parts[0]), heads, parts[0].shape[2]), np.int64)
-            for group, part in zip(groups, parts, strict=True):
-                self._table[:, list(group.budget.heads)] = part
-            self._parts = parts
-        return self._table
 
 
 @functools.cache
@@ -109,8 +79,14 @@ def kernel() -> Any:
 
 
 def can_fuse(groups: Sequence[HeadGroup], states: Tensor) -> bool:
-    """Return whether a kernel can decode the next tokens of these groups, which have the keys `states`."""
-    if torch.is_grad_enabled() or states.shape[3] % CHANNEL_MULTIPLE or not all(map(_is_supported, groups)):
+    """Return whether a kernel can decode the next tokens of the groups of a layer, which have the keys `states`."""
+    if torch.is_grad_enabled() or states.shape[3] % CHANNEL_MULTIPLE:
+        return False
+    eviction = groups[0].eviction
+    # Expected attention scores a token by its query and all keys.
+    if not groups[0].num_filled or (eviction.scored and eviction.query_sample.single_block):
+        return False
+    if any(group.is_dequantized for group in groups):
         return False
     return _uses_numba(states) or (states.shape[2] == 1 and _uses_triton(states))
 
@@ -121,13 +97,6 @@ def _uses_numba(states: Tensor) -> bool:
 
 def _uses_triton(states: Tensor) -> bool:
     return states.shape[3] <= triton_decode.MAX_HEAD_DIM and triton_decode.is_available(states.device)
-
-
-def _is_supported(group: HeadGroup) -> bool:
-    if not group.num_filled or group.is_dequantized:
-        return False
-    # Expected attention scores a token by its query and all keys.
-    return not (group.eviction.scored and group.eviction.query_sample.single_block)
 
 
 @functools.cache
@@ -146,8 +115,8 @@ def prepare(head_dim: int, query_group: int) -> None:
     notice.start()
     try:
         with _alone():
-            _decode(module, _no_rows(head_dim, query_group), AttentionParams(1.0), None, columns.NO_UPDATE)
-            _evict([], HeavyHitter(), head_dim)
+            module.decode_layer(*_no_rows(head_dim, query_group))
+            module.evict_layer(np.empty(0, np.int64), _lengths(head_dim))
     finally:
         notice.cancel()
 
@@ -165,191 +134,135 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def fused_steps(
-    groups: Sequence[HeadGroup],
-    table: LayerTable,
-    query: GroupedQueries,
-    key: KVStates,
-    value: KVStates,
-    position: int,
-    params: AttentionParams,
-) -> GroupedQueries:
+def fused_steps(table: LayerTable, states: States, position: int, params: AttentionParams) -> GroupedQueries:
     """Do what `fused_step` does for one cache, with as many tokens as there are."""
+    query, key, value = states
     outputs, start, num_tokens = [], 0, key.shape[2]
-    if num_tokens == 1:
-        return fused_step([groups], [table], query, key, value, [position], params)
     while start < num_tokens:
-        stop = min(start + _tokens_per_step(groups), num_tokens)
-        states = query[:, :, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
-        outputs.append(fused_step([groups], [table], *states, [position + start], params))
+        stop = min(start + _tokens_per_step(table), num_tokens)
+        part = query[:, :, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
+        outputs.append(fused_step([table], part, [position + start], params))
         start = stop
-    return torch.cat(outputs, 3)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)
 
 
-def _tokens_per_step(groups: Sequence[HeadGroup]) -> int:
-    eviction = groups[0].eviction
-    limit = QUERY_BLOCK_SIZE if _update_mode(eviction) == columns.KEEP_PROBS else MAX_STEP_TOKENS
-    return min([limit, *(group.tokens_until_eviction for group in groups if isinstance(group, ScoredHeadGroup))])
+def _tokens_per_step(table: LayerTable) -> int:
+    """Return how many tokens a kernel may get before PyTorch has to update scores, or to evict."""
+    groups = table.pytorch_groups
+    limit = QUERY_BLOCK_SIZE if any(map(_keeps_probs, groups)) else sys.maxsize
+    return min([limit, *(group.tokens_until_eviction for group in groups)])
 
 
 def fused_step(
-    layers: Sequence[Sequence[HeadGroup]],
-    tables: Sequence[LayerTable],
-    query: GroupedQueries,
-    key: KVStates,
-    value: KVStates,
-    positions: Sequence[int],
-    params: AttentionParams,
+    tables: Sequence[LayerTable], states: States, positions: Sequence[int], params: AttentionParams
 ) -> GroupedQueries:
     """Do what `HeadGroup.attend` does with new tokens of each row one by one, for all KV heads of a layer.
 
-    There is one token, or there are several of which none but the last is followed by an eviction.
+    There is one token, or there are several of which none but the last is followed by an eviction in PyTorch.
 
     Args:
-        layers: The groups of this layer of each cache, all of one plan. A cache has one row or more.
-        tables: The table of each cache.
-        query: Queries of all rows.
-        key: Keys of all rows.
-        value: Values of all rows.
+        tables: The table of this layer of each cache. A cache has one row or more.
+        states: Queries, keys and values of all rows.
         positions: Position of the first new token of each cache.
         params: What the model's attention has in addition.
     """
-    rows, heads, _, num_tokens, head_dim = query.shape
-    slots, counts = np.empty((2, rows, heads, num_tokens), np.int64)
-    own_tables, row_positions, first = [], np.empty((rows, heads), np.int64), 0
-    for groups, table, position in zip(layers, tables, positions, strict=True):
-        places = [(_reserve_slots(group, position, num_tokens, head_dim), group) for group in groups]
-        own_tables.append(table.of(groups))
-        here = slice(first, first + len(own_tables[-1]))
-        for own, group in places:
-            index = list(group.budget.heads)
-            slots[here, index], counts[here, index] = own
-        row_positions[here] = position
-        first = here.stop
-    joined = np.concatenate(own_tables)
-    if joined.shape[:2] != (rows, heads):
-        raise RuntimeError(f"{rows} rows of {heads} KV heads for caches of {joined.shape[0]} rows of {joined.shape[1]}")
-    entries = Entries(
-        joined.reshape(rows * heads, -1),
-        slots.reshape(rows * heads, num_tokens),
-        counts.reshape(rows * heads, num_tokens),
-        row_positions.ravel(),
-    )
-    uses_numba, eviction = _uses_numba(key), layers[0][0].eviction
-    run = _run_numba if uses_numba else _run_triton
-    output, rotated, probs = run(entries, (query, key, value), params, eviction)
-    first, due = 0, []
-    for groups, own_table, position in zip(layers, own_tables, positions, strict=True):
-        here = slice(first, first + len(own_table))
-        own_rotated, observed = [part[here] for part in rotated], None if probs is None else probs[here]
-        for group in groups:
-            if isinstance(group, ScoredHeadGroup):
-                _update_scores(group, own_rotated, observed, position, params)
-                if not uses_numba or eviction.pooling > 1:
-                    group.maybe_evict(num_tokens)
-                elif group.count_tokens(num_tokens):
-                    due.append(group)
-        first = here.stop
-    if due:
-        _evict(due, eviction, head_dim)
+    rows, heads = states[1].shape[:2]
+    counts = [len(table.rows) for table in tables]
+    if sum(counts) != rows or any(table.rows.shape[1] != heads for table in tables):
+        raise RuntimeError(f"{rows} rows of {heads} KV heads for caches of {sum(counts)} rows")
+    if CHECK_TABLES:
+        for table in tables:
+            table.check()
+    run = _run_numba if _uses_numba(states[1]) else _run_triton
+    if run is _run_triton and len({table.scoring for table in tables}) > 1:
+        parts = zip(tables, zip(*(part.split(counts) for part in states), strict=True), positions, strict=True)
+        return torch.cat([fused_step([table], own, [position], params) for table, own, position in parts])
+    output, rotated, probs = run(tables, np.repeat(positions, counts), states, params)
+    first = 0
+    for table, count, position in zip(tables, counts, positions, strict=True):
+        groups = table.pytorch_groups if run is _run_numba else table.scored_groups
+        if groups:
+            here = slice(first, first + count)
+            own = [part[here] for part in rotated], None if probs is None else probs[here]
+            _update_scores_and_evict(table, groups, own, position, params, evict_here=run is _run_numba)
+        first += count
     return output
 
 
-def _reserve_slots(group: HeadGroup, position: int, num_tokens: int, head_dim: int) -> tuple[list[int], list[int]]:
-    """Return the slot of each new token, and the number of entries with it.
-
-    Check what would make the kernel write elsewhere.
-    """
-    before = group.num_filled
-    slots = group.reserve_slots(position, num_tokens)
-    counts = [min(before + number, group.budget.tokens) for number in range(1, num_tokens + 1)]
-    fits = all(slot < count for slot, count in zip(slots, counts, strict=True)) and counts[-1] <= group.num_slots
-    if not fits or group.head_dim != head_dim:
-        raise RuntimeError(
-            f"slots {slots[0]} to {slots[-1]} of {group.num_filled} in {group.num_slots}: drop the cache after an error"
-        )
-    return slots, counts
-
-
-@dataclass(frozen=True)
-class Entries:
-    """Where the entries of each (sequence, KV head) lie, and where the new ones go: a row for each.
-
-    Slots and counts have a column for each new token, and the positions are those of the first one.
-    """
-
-    tables: Table
-    slots: np.ndarray
-    counts: np.ndarray
-    positions: np.ndarray
-
-
-States = tuple[Tensor, Tensor, Tensor]
-"""Queries [rows, heads, group, tokens, head_dim], keys and values [rows, heads, tokens, head_dim] of new tokens."""
-
-
 def _run_numba(
-    entries: Entries, states: States, params: AttentionParams, eviction: Eviction
+    tables: Sequence[LayerTable], positions: np.ndarray, states: States, params: AttentionParams
 ) -> tuple[Tensor, States, Tensor | None]:
-    """Return the output, the states as they are rotated, and the probabilities if the scores need them."""
+    """Return the output, the states as they are rotated, and the probabilities if some scores need them."""
     rows, heads, group_size, num_tokens, head_dim = states[0].shape
-    module, update = kernel(), _update_mode(eviction)
     # Copies, since the kernel rotates them. Under autocast values have 16 bits.
     query, key, value = (part.float().numpy().copy() for part in (states[0].transpose(2, 3), *states[1:]))
     sinks = np.empty((0, 0), np.float32)
     if params.sink_logits is not None:
         sinks = np.tile(params.sink_logits.float().view(heads, group_size).numpy(), (rows, 1))
-    size = (rows * heads, num_tokens, group_size, int(entries.counts.max()))
-    probs = np.empty(size if update == columns.KEEP_PROBS else (0, 0, 0, 0), np.float32)
-    output = np.empty((rows * heads, num_tokens, group_size, head_dim), np.float32)
-    prepare(head_dim, group_size)
-    _decode(
-        module,
-        KernelInputs(
-            tables=entries.tables,
-            slots=entries.slots,
-            counts=entries.counts,
-            positions=entries.positions,
-            query=query.reshape(output.shape),
-            key=key.reshape(rows * heads, num_tokens, head_dim),
-            value=value.reshape(rows * heads, num_tokens, head_dim),
-            output=output,
-            sinks=sinks,
-            probs=probs,
-        ),
-        params,
-        eviction,
-        update,
+    longest = _longest_probs(tables, num_tokens)
+    probs = np.empty((rows * heads, num_tokens, group_size, longest) if longest else (0, 0, 0, 0), np.float32)
+    inputs = KernelInputs(
+        addresses=np.concatenate([table.addresses for table in tables]),
+        positions=np.repeat(positions, heads),
+        query=query.reshape(rows * heads, num_tokens, group_size, head_dim),
+        key=key.reshape(rows * heads, num_tokens, head_dim),
+        value=value.reshape(rows * heads, num_tokens, head_dim),
+        output=np.empty((rows * heads, num_tokens, group_size, head_dim), np.float32),
+        sinks=sinks,
+        probs=probs,
     )
+    prepare(head_dim, group_size)
+    module, options = kernel(), _options(params, head_dim, group_size)
+    slots = np.concatenate([table.slots for table in tables])
+    refused = _run_on_threads(lambda part: module.decode_layer(*inputs.narrow(part), *options), slots * num_tokens)
+    if refused:
+        filled = [int(table.rows[..., columns.FILLED].max()) for table in tables]
+        raise RuntimeError(f"{refused} rows have no slot for a token after {filled}: drop the cache after an error")
     rotated = torch.from_numpy(query).transpose(2, 3), torch.from_numpy(key), torch.from_numpy(value)
     observed = torch.from_numpy(probs).unflatten(0, (rows, heads)).transpose(2, 3) if probs.size else None
-    return torch.from_numpy(output).unflatten(0, (rows, heads)).transpose(2, 3), rotated, observed
+    return torch.from_numpy(inputs.output).unflatten(0, (rows, heads)).transpose(2, 3), rotated, observed
+
+
+def _longest_probs(tables: Sequence[LayerTable], num_tokens: int) -> int:
+    """Return the largest number of entries whose probabilities are kept; 0 if none are."""
+    groups = (group for table in tables for group in table.scored_groups if _keeps_probs(group))
+    return max((group.num_filled + num_tokens for group in groups), default=0)
+
+
+def _keeps_probs(group: ScoredHeadGroup) -> bool:
+    return not isinstance(group.eviction, HeavyHitter) and group.eviction.query_sample.window != 0
 
 
 def _run_triton(
-    entries: Entries, states: States, params: AttentionParams, eviction: Eviction
+    tables: Sequence[LayerTable], positions: np.ndarray, states: States, params: AttentionParams
 ) -> tuple[Tensor, States, Tensor | None]:
-    """Do what `_run_numba` does on another device, with one token."""
+    """Do what `_run_numba` does on another device, with one token, and leave evictions to PyTorch.
+
+    All scored entries are of one method.
+    """
     query, key, value = states[0][:, :, :, 0], states[1][:, :, 0], states[2][:, :, 0]
     device, shape = query.device, query.shape[:2]
     rows, heads, group_size, head_dim = query.shape
-    update, longest = _update_mode(eviction), int(entries.counts.max())
-    tables, slots, counts, positions = (
-        torch.from_numpy(part).to(device)
-        for part in (entries.tables, entries.slots[:, 0], entries.counts[:, 0], entries.positions)
-    )
+    table = np.concatenate([each.rows for each in tables]).reshape(rows * heads, columns.NUM_COLUMNS)
+    positions = np.repeat(positions, heads)
+    filled, ring, sink_tokens = table[:, columns.FILLED], table[:, columns.RING_LENGTH], table[:, columns.SINK_TOKENS]
+    around = sink_tokens + (positions - sink_tokens) % np.maximum(ring, 1)
+    slots = np.where(ring > 0, np.where(positions < sink_tokens, positions, around), filled)
+    counts = np.where(ring > 0, np.minimum(filled + 1, table[:, columns.CAPACITY]), filled + 1)
+    refused = int(((slots >= counts) | (counts > table[:, columns.SLOTS])).sum())
+    if refused:
+        raise RuntimeError(f"{refused} rows have no slot for a token after {filled}: drop the cache after an error")
+    update, hitter = int(table[:, columns.UPDATE].max()), table[table[:, columns.UPDATE].argmax()]
+    longest = int(counts.max())
+    on_device = {"tables": table, "slots": slots, "counts": counts, "positions": positions}
     sinks = torch.empty(0, 0, device=device)
     if params.sink_logits is not None:
         sinks = params.sink_logits.float().view(heads, group_size).repeat(rows, 1)
     size = (rows * heads, group_size, longest) if update == columns.KEEP_PROBS else (0, 0, 0)
     probs = torch.empty(size, dtype=torch.float32, device=device)
     output = query.new_empty(rows * heads, group_size, head_dim)
-    hitter = eviction if isinstance(eviction, HeavyHitter) else HeavyHitter()
     rotated = triton_decode.decode_layer(
-        tables=tables,
-        slots=slots,
-        counts=counts,
-        positions=positions,
+        **{name: torch.from_numpy(part).to(device) for name, part in on_device.items()},
         query=query.flatten(0, 1),
         key=key.flatten(0, 1),
         value=value.flatten(0, 1),
@@ -359,12 +272,17 @@ def _run_triton(
         scaling=params.scaling,
         softcap=params.softcap or 0.0,
         update=update,
-        distance=hitter.distance,
-        squared=hitter.power == 2,
-        by_max=hitter.reduction == "max",
+        distance=int(hitter[columns.DISTANCE]),
+        squared=bool(hitter[columns.SQUARED]),
+        by_max=bool(hitter[columns.BY_MAX]),
         max_entries=longest,
         dense_dtype=stored_dtype(query.dtype, FULL_BITS),
     ).unflatten(0, shape)
+    table[:, columns.FILLED], table[:, columns.LAST_POSITION] = counts, positions
+    counted, first = table[:, columns.COUNTERS].reshape(rows, heads, -1), 0
+    for each in tables:
+        each.rows[..., columns.COUNTERS] = counted[first : first + len(each.rows)]
+        first += len(each.rows)
     observed = probs.unflatten(0, shape)[:, :, :, None] if probs.numel() else None
     parts = rotated[:, :, :group_size, None], rotated[:, :, None, group_size], rotated[:, :, None, group_size + 1]
     return output.unflatten(0, shape)[:, :, :, None], parts, observed
@@ -374,9 +292,7 @@ def _run_triton(
 class KernelInputs:
     """The arrays of one call, with a row for each (sequence, KV head), as `numba_decode.decode_layer` takes them."""
 
-    tables: Table
-    slots: np.ndarray
-    counts: np.ndarray
+    addresses: np.ndarray
     positions: np.ndarray
     query: np.ndarray
     key: np.ndarray
@@ -385,78 +301,52 @@ class KernelInputs:
     sinks: np.ndarray
     probs: np.ndarray
 
-
-def _no_rows(head_dim: int, query_group: int) -> KernelInputs:
-    tables, numbers = np.empty((0, columns.NUM_COLUMNS), np.int64), np.empty((0, 0), np.int64)
-    states, queries = np.empty((0, 0, head_dim), np.float32), np.empty((0, 0, query_group, head_dim), np.float32)
-    sinks, probs = np.empty((0, 0), np.float32), np.empty((0, 0, 0, 0), np.float32)
-    return KernelInputs(tables, numbers, numbers, numbers.ravel(), queries, states, states, queries, sinks, probs)
+    def narrow(self, rows: slice) -> list[np.ndarray]:
+        """Return some rows of each array, in order."""
+        return [getattr(self, field.name)[rows] for field in fields(self)]
 
 
-def _decode(
-    module: Any,
-    inputs: KernelInputs,
-    params: AttentionParams,
-    eviction: Eviction | None,
-    update: int,
-) -> None:
-    hitter = eviction if isinstance(eviction, HeavyHitter) else HeavyHitter()
-    group_size, head_dim = inputs.query.shape[2:]
-    options = (
-        np.float32(params.scaling),
-        np.float32(params.softcap or 0),
-        update,
-        hitter.distance,
-        hitter.power == 2,
-        hitter.reduction == "max",
-        (0,) * head_dim,
-        (0,) * (head_dim // 2),
-        (0,) * group_size,
-    )
-
-    def decode(rows: slice) -> None:
-        module.decode_layer(
-            inputs.tables[rows],
-            inputs.slots[rows],
-            inputs.counts[rows],
-            inputs.positions[rows],
-            inputs.query[rows],
-            inputs.key[rows],
-            inputs.value[rows],
-            inputs.output[rows],
-            inputs.sinks[rows],
-            inputs.probs[rows],
-            *options,
-        )
-
-    _run_on_threads(decode, inputs.counts.sum(1))
+def _options(params: AttentionParams, head_dim: int, group_size: int) -> tuple[Any, ...]:
+    numbers = np.float32(params.scaling), np.float32(params.softcap or 0)
+    return (*numbers, _lengths(head_dim), _lengths(head_dim // 2), _lengths(group_size))
 
 
-def _run_on_threads(run: Callable[[slice], None], work: np.ndarray) -> None:
-    """Run a function on all rows: on as many threads as PyTorch uses, if that is worth it.
+def _lengths(length: int) -> tuple[int, ...]:
+    """Return the tuple whose length the kernel takes as a constant."""
+    return (0,) * length
+
+
+def _no_rows(head_dim: int, group_size: int) -> tuple[Any, ...]:
+    numbers, none = np.empty(0, np.int64), np.empty((0, 0), np.float32)
+    states, queries = np.empty((0, 0, head_dim), np.float32), np.empty((0, 0, group_size, head_dim), np.float32)
+    probs = np.empty((0, 0, 0, 0), np.float32)
+    inputs = KernelInputs(numbers, numbers, queries, states, states, queries, none, probs)
+    return (*inputs.narrow(slice(None)), *_options(AttentionParams(1.0), head_dim, group_size))
+
+
+def _run_on_threads(run: Callable[[slice], int], work: np.ndarray) -> int:
+    """Run a function on all rows, on as many threads as PyTorch uses if that is worth it, and return its total.
 
     The threads sleep while they wait, and the function must not hold Python's lock.
 
     Args:
-        run: Takes adjacent rows.
-        work: Entries that each row reads, over all of its tokens.
+        run: Takes adjacent rows, and returns a number.
+        work: Slots that each row may read, over all of its tokens.
     """
     ends = work.cumsum()
     total = int(ends[-1]) if len(ends) else 0
-    threads = min(torch.get_num_threads(), total // MIN_THREAD_ENTRIES)
+    threads = min(torch.get_num_threads(), total // MIN_THREAD_SLOTS)
     if threads < 2:
-        run(slice(None))
-        return
+        return run(slice(None))
     shares = np.arange(1, threads) * (total / threads)
     stops = [0, *np.searchsorted(ends - work / 2, shares).tolist(), len(work)]
     first, *others = [slice(start, stop) for start, stop in pairwise(stops)]
     running = [_thread_pool(threads - 1).submit(run, rows) for rows in others]
     try:
-        run(first)
+        number = run(first)
     finally:
         wait(running)
-    for each in running:
-        each.result()
+    return number + sum(each.result() for each in running)
 
 
 @functools.cache
@@ -464,19 +354,46 @@ def _thread_pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "decode-kernel")
 
 
-def _update_mode(eviction: Eviction) -> int:
-    """Return what becomes of the probabilities of a decoded token."""
-    if not eviction.scored or eviction.query_sample.window == 0:
-        return columns.NO_UPDATE
-    return columns.HEAVY_HITTER if isinstance(eviction, HeavyHitter) else columns.KEEP_PROBS
+os.register_at_fork(after_in_child=_thread_pool.cache_clear)
+
+
+def _update_scores_and_evict(
+    table: LayerTable,
+    groups: Sequence[ScoredHeadGroup],
+    observed: tuple[Sequence[Tensor], Tensor | None],
+    position: int,
+    params: AttentionParams,
+    *,
+    evict_here: bool,
+) -> None:
+    """Do what the kernel has left to do after tokens of one cache, the first of which is at this position.
+
+    Args:
+        table: The table of the cache.
+        groups: The groups for which something is left.
+        observed: The states as they are rotated, and the probabilities if they were kept.
+        position: Position of the first token.
+        params: What the model's attention has in addition.
+        evict_here: Whether the kernel can evict, apart from methods with pooling.
+    """
+    rotated, probs = observed
+    num_tokens, due = rotated[1].shape[2], []
+    for group in groups:
+        _update_scores(group, rotated, probs, position, params)
+        if not evict_here or group.eviction.pooling > 1:
+            group.maybe_evict(num_tokens)
+        elif group.count_tokens(num_tokens):
+            due += table.addresses_of(group)
+    if due:
+        kernel().evict_layer(np.array(due), _lengths(groups[0].head_dim))
 
 
 def _update_scores(
     group: ScoredHeadGroup, rotated: Sequence[Tensor], probs: Tensor | None, position: int, params: AttentionParams
 ) -> None:
-    """Update the scores that the kernel does not update, by tokens the first of which is at this position."""
+    """Update the scores that the kernel does not update."""
     num_tokens = rotated[1].shape[2]
-    if probs is not None:
+    if probs is not None and _keeps_probs(group):
         query, own = rotated[0][:, group.index], probs[:, group.index, ..., : group.num_filled]
         group.observe_attention(query, own, position, params.scaling)
     elif group.eviction.query_sample.window == 0 and group.is_about_to_evict(num_tokens):
@@ -484,91 +401,3 @@ def _update_scores(
         at = torch.arange(position, position + num_tokens, device=query.device)[None]
         tokens = NewTokens(position, query, key, value, at, padded=False, teacher_forced=False)
         group.observe_entries(tokens, params)
-
-
-def _evict(groups: Sequence[ScoredHeadGroup], eviction: Eviction, head_dim: int) -> None:
-    """Evict entries of these groups in the compiled kernel."""
-    parts = [group.table.reshape(-1, columns.NUM_COLUMNS) for group in groups]
-    numbers = [
-        np.repeat(
-            np.array([[each.num_filled, each.num_retained, eviction.recent_window(each.budget.tokens)]]), len(part), 0
-        )
-        for each, part in zip(groups, parts, strict=True)
-    ]
-    tables = np.concatenate([np.empty((0, columns.NUM_COLUMNS), np.int64), *parts])
-    counts, retained, recent = np.concatenate([np.empty((0, 3), np.int64), *numbers]).T.copy()
-    power = np.float32(eviction.attention_power)
-    module = kernel()
-
-    def evict(rows: slice) -> None:
-        own = tables[rows], counts[rows], retained[rows], recent[rows]
-        module.evict_layer(*own, eviction.sinks, power, (0,) * head_dim)
-
-    _run_on_threads(evict, counts * EVICTION_WORK)
-    for group in groups:
-        group.note_eviction()
-
-
-def _group_table(group: HeadGroup) -> Table:
-    """Return the rows of a group: [batch, heads, columns]."""
-    if group.table is None:
-        group.table = _make_table(group)
-    elif CHECK_TABLES and not np.array_equal(group.table, _make_table(group)):
-        raise RuntimeError(f"entries of {group.budget} have moved, but their table was not made again")
-    return group.table
-
-
-def _make_table(group: HeadGroup) -> Table:
-    shape, head_dim = (len(group.keys.tensors[0]), len(group.budget.heads)), group.head_dim
-    table = np.zeros((*shape, columns.NUM_COLUMNS), np.int64)
-    if isinstance(group, ScoredHeadGroup):
-        table[..., columns.POSITIONS] = _addresses(group.positions)
-        table[..., columns.SCORES] = _addresses(group.scores)
-        if group.centroids is not None:
-            table[..., columns.CENTROIDS] = group.centroids.key.shape[2]
-            for column, tensor in enumerate(group.centroids.tensors, columns.CENTROID_KEY):
-                table[..., column] = _addresses(tensor)
-    if group.key_rotation is not None:
-        channels = group.budget.key_bit_split(head_dim)[0][0]
-        table[..., columns.KEY_BLOCK] = channels & -channels
-        if (order := group.key_rotation.order) is not None:
-            table[..., columns.CHANNEL_ORDER] = order.data_ptr() + np.arange(shape[1]) * head_dim * order.itemsize
-    if group.value_rotation is not None:
-        table[..., columns.VALUE_BLOCK] = head_dim & -head_dim
-    _fill_storage(table[..., columns.KEY : columns.VALUE], group.keys)
-    _fill_storage(table[..., columns.VALUE :], group.values)
-    return table
-
-
-def _fill_storage(table: Table, storage: Storage) -> None:
-    if isinstance(storage, SegmentedStorage):
-        segments = storage.segments
-    else:
-        assert isinstance(storage, SlotStorage)
-        segments = [Segment(0, columns.NO_SLOT, storage)]
-    table[..., columns.DENSE_BYTES] = 2
-    table[..., columns.QUANTIZED_START] = table[..., columns.QUANTIZED_STOP] = segments[0].stop
-    for segment in segments:
-        codec, encoded = segment.storage.codec, segment.storage.encoded
-        if isinstance(codec, DenseCodec):
-            table[..., columns.RECENT if segment.start else columns.SINKS] = _addresses(encoded[0])
-            table[..., columns.DENSE_BYTES] = encoded[0].itemsize
-            continue
-        table[..., columns.QUANTIZED_START], table[..., columns.QUANTIZED_STOP] = segment.start, segment.stop
-        parts = codec.codecs if isinstance(codec, MixedPrecisionCodec) else [codec]
-        table[..., columns.FIRST_CHANNELS] = parts[0].head_dim  # type: ignore[attr-defined]
-        for part, packed, scales, first in zip(
-            parts, encoded[::2], encoded[1::2], (columns.FIRST_BITS, columns.SECOND_BITS), strict=False
-        ):
-            assert isinstance(part, QuantizedCodec)
-            table[..., first] = part.bits
-            table[..., first + 1] = _addresses(packed)
-            table[..., first + 2] = _addresses(scales)
-            table[..., first + 3] = 0 if part.mean is None else _addresses(part.mean)
-
-
-def _addresses(tensor: Tensor) -> Table:
-    """Return the address of the first slot of each row and head: [batch, heads]; the slots follow one another."""
-    assert tensor.numel() == 0 or tensor[0, 0].is_contiguous()
-    rows, heads = (np.arange(size) * step for size, step in zip(tensor.shape[:2], tensor.stride()[:2], strict=True))
-    return tensor.data_ptr() + (rows[:, None] + heads) * tensor.itemsize

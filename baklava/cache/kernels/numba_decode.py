@@ -1,8 +1,8 @@
 """Decode steps of one layer as one compiled function: all sequences and KV heads, over entries where they lie.
 
-`decode_layer` stores the new tokens of each (sequence, KV head), attends, and updates the scores of heavy hitters.
-`evict_layer` evicts. Rotations, codes, scores and centroids are those of `baklava.cache.storage`, `baklava.eviction`
-and `baklava.cache.head_groups`, which are the reference in the tests.
+`decode_layer` stores the new tokens of each (sequence, KV head), attends, updates the scores of heavy hitters, and
+evicts. `evict_layer` evicts by the scores of other methods. Rotations, codes, scores and centroids are those of
+`baklava.cache.storage`, `baklava.eviction` and `baklava.cache.head_groups`, which are the reference in the tests.
 
 A code lies in planes of 4, 2 and 1 bits (`baklava.cache.storage.quantized_codec.pack`). LLVM makes vectors of a loop
 only if its length is a constant, if it is no shorter than a vector, and if few pointers may overlap. So numbers are the
@@ -25,7 +25,10 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from baklava.cache.kernels.table_columns import (
+from baklava.cache.storage.quantized_codec import NORMAL_STEP_SIZES, PLANE_WIDTHS
+from baklava.cache.table_columns import (
+    BY_MAX,
+    CAPACITY,
     CENTROID_ENTROPY,
     CENTROID_KEY,
     CENTROID_VALUE,
@@ -33,28 +36,42 @@ from baklava.cache.kernels.table_columns import (
     CENTROIDS,
     CHANNEL_ORDER,
     DENSE_BYTES,
+    DISTANCE,
+    EVICTS,
+    FILLED,
     FIRST_BITS,
     FIRST_CHANNELS,
     FIRST_CODES,
     FIRST_SCALES,
     HEAVY_HITTER,
+    INTERVAL,
     KEEP_PROBS,
     KEY,
     KEY_BLOCK,
+    LAST_POSITION,
+    NUM_COLUMNS,
     NUM_STORAGE_COLUMNS,
     POSITIONS,
+    POWER,
     QUANTIZED_START,
     QUANTIZED_STOP,
     RECENT,
+    RECENT_WINDOW,
+    RETAINED,
+    RING_LENGTH,
     SCORES,
     SECOND_BITS,
     SECOND_CODES,
     SECOND_SCALES,
+    SINCE_EVICTION,
+    SINK_TOKENS,
     SINKS,
+    SLOTS,
+    SQUARED,
+    UPDATE,
     VALUE,
     VALUE_BLOCK,
 )
-from baklava.cache.storage.quantized_codec import NORMAL_STEP_SIZES, PLANE_WIDTHS
 
 PLANES = np.array([(0, 0, 0), *((*PLANE_WIDTHS[bits], 0, 0)[:3] for bits in range(1, 9))], np.int64)
 STEP_SIZES = np.array([0, *(NORMAL_STEP_SIZES[bits] for bits in range(1, 9))], np.float32)
@@ -534,9 +551,10 @@ def _add_centroid_biases(table, count, logits):
 
 
 @compiled
-def _update_heavy_hitters(probs, table, count, position, distance, squared, by_max):
-    """Update running means of the attention that entries get from queries at least `distance` after them."""
-    group = probs.shape[0]
+def _update_heavy_hitters(probs, table, count, position):
+    """Update running means of the attention that entries get from queries at least DISTANCE after them."""
+    group, distance = probs.shape[0], table[DISTANCE]
+    squared, by_max = table[SQUARED] != 0, table[BY_MAX] != 0
     positions = carray(_pointer(table[POSITIONS]), count, np.int32)
     scores = carray(_pointer(table[SCORES]), count, np.float32)
     share = ONE / np.float32(group)
@@ -598,76 +616,6 @@ def _output(space, table, count, output, products, entry, channels, group):
     if table[VALUE_BLOCK] != 0:
         for g in range(len(group)):
             _hadamard(output[g], table[VALUE_BLOCK])
-
-
-@compiled
-def decode_layer(
-    tables,
-    slots,
-    counts,
-    positions,
-    query,
-    key,
-    value,
-    output,
-    sinks,
-    probs,
-    scaling,
-    softcap,
-    update,
-    distance,
-    squared,
-    by_max,
-    channels,
-    half,
-    group,
-):
-    """Store and attend to new tokens of each (sequence, KV head), one after another, in rows of all arguments.
-
-    Args:
-        tables: Addresses and formats, by `table_columns`.
-        slots: Slot of each new entry [rows, tokens].
-        counts: Entries with each new one [rows, tokens].
-        positions: Position of the first new token of each row.
-        query: float32 [rows, tokens, group, head_dim], which is changed.
-        key: float32 [rows, tokens, head_dim], which is changed.
-        value: float32 [rows, tokens, head_dim], which is changed.
-        output: float32 [rows, tokens, group, head_dim], which is written.
-        sinks: Learned sink logits [rows, group], or of size 0.
-        probs: float32 [rows, tokens, group, entries], which is written for KEEP_PROBS, or of size 0.
-        scaling: Factor of the logits.
-        softcap: Softcap of the logits, or 0.
-        update: What becomes of the probabilities: NO_UPDATE, HEAVY_HITTER, or KEEP_PROBS to write them to `probs`.
-        distance: As in HeavyHitter.
-        squared: Whether its power is 2.
-        by_max: Whether its reduction is "max".
-        channels: A tuple of as many elements as a head has channels.
-        half: A tuple of half as many.
-        group: A tuple of as many elements as a KV head has query heads.
-    """
-    size = 0
-    for row in range(tables.shape[0]):
-        for token in range(slots.shape[1]):
-            size = max(size, counts[row, token] + tables[row, CENTROIDS])
-    codes, entry = np.empty(len(channels), np.uint8), np.empty(len(channels), np.float32)
-    space, products = np.empty((len(group), size), np.float32), np.empty((len(group), size), np.float32)
-    for row in range(tables.shape[0]):
-        table = tables[row]
-        own_sinks = sinks[row] if sinks.size else sinks.ravel()
-        for token in range(slots.shape[1]):
-            count, own = counts[row, token], query[row, token]
-            for g in range(len(group)):
-                _rotate_key(own[g], table[KEY_BLOCK], table[CHANNEL_ORDER], entry)
-            position = positions[row] + token
-            _store(key[row, token], value[row, token], table, slots[row, token], position, codes, entry)
-            _probs(own, table, count, own_sinks, scaling, softcap, space, products, entry, channels, half, group)
-            _output(space, table, count, output[row, token], products, entry, channels, group)
-            if update == HEAVY_HITTER:
-                _update_heavy_hitters(space, table, count, position, distance, squared, by_max)
-            elif update == KEEP_PROBS:
-                for g in range(len(group)):
-                    for t in range(probs.shape[3]):
-                        probs[row, token, g, t] = space[g, t] if t < count else ZERO
 
 
 @compiled
@@ -821,8 +769,9 @@ def _place_centres(keys, weights, centres, offsets):
 
 
 @compiled
-def _gather_members(table, slots, positions, scores, power, centroids, entries, numbers, codes):
+def _gather_members(table, slots, positions, scores, centroids, entries, numbers, codes):
     """Write the entries, weights and entropies of the centroids, and then those of the evicted entries."""
+    power = _from_bits(np.int32(table[POWER]))
     weights = carray(_pointer(table[CENTROID_WEIGHT]), centroids, np.float32)
     entropies = carray(_pointer(table[CENTROID_ENTROPY]), centroids, np.float32)
     for index in range(centroids):
@@ -855,21 +804,19 @@ def _write_centroids(table, sums, totals):
 
 
 @compiled
-def _merge(table, entries, numbers, centres, offsets, sums, totals, channels):
+def _merge(table, entries, numbers, centroids, channels):
     """Merge new entries into the centroids, as `Centroids.merge` does in one iteration.
 
     Args:
         table: Row of the table.
         entries: Keys and values [2, members, channels] of the centroids, and then of the new entries.
         numbers: Their weights and entropies [2, members].
-        centres: Scratch memory [centroids, channels].
-        offsets: Scratch memory [centroids].
-        sums: Scratch memory [2, centroids, channels].
-        totals: Scratch memory [2, centroids].
+        centroids: How many there are.
         channels: A tuple of as many elements as a head has channels.
     """
+    centres, offsets = np.empty((centroids, len(channels)), np.float32), np.empty(centroids, np.float32)
     _place_centres(entries[0], numbers[0], centres, offsets)
-    sums[:], totals[:] = ZERO, ZERO
+    sums, totals = np.zeros((2, centroids, len(channels)), np.float32), np.zeros((2, centroids), np.float32)
     for member in range(numbers.shape[1]):
         nearest, highest = 0, LOWEST
         for index in range(len(centres)):
@@ -903,36 +850,122 @@ def _fill_holes(table, slots, retained, positions, scores, entry, codes, scratch
 
 
 @compiled
-def evict_layer(tables, counts, retained, recent, sinks, power, channels):
-    """Evict the lowest scores of each (sequence, KV head), and merge these entries into its centroids.
+def _evict_row(table, codes, entry, scratch, channels):
+    """Evict the lowest scores of a (sequence, KV head), and merge these entries into its centroids.
 
     The entries that remain fill the first slots.
+    """
+    count, retained, centroids = table[FILLED], table[RETAINED], table[CENTROIDS]
+    number, members = count - retained, centroids + count - retained
+    positions = carray(_pointer(table[POSITIONS]), count, np.int32)
+    scores = carray(_pointer(table[SCORES]), count, np.float32)
+    ranks, slots = np.empty(number, np.float32), np.empty(number, np.int64)
+    _find_lowest(positions, scores, table[SINK_TOKENS], table[RECENT_WINDOW], ranks, slots)
+    if centroids > 0:
+        entries, numbers = np.empty((2, members, len(channels)), np.float32), np.empty((2, members), np.float32)
+        _gather_members(table, slots, positions, scores, centroids, entries, numbers, codes)
+        _merge(table, entries, numbers, centroids, channels)
+    _fill_holes(table, slots, retained, positions, scores, entry, codes, scratch)
+    table[FILLED] = retained
+
+
+@compiled
+def evict_layer(addresses, channels):
+    """Evict the lowest scores of each (sequence, KV head), and merge these entries into its centroids.
 
     Args:
-        tables: Addresses and formats, by `table_columns`.
-        counts: Entries of each row.
-        retained: Entries of each row that remain, which are fewer.
-        recent: How many of the newest tokens each row keeps in any case.
-        sinks: How many of the first tokens all rows keep in any case.
-        power: The power of the mean attention that scores are, or 0 if they are something else.
+        addresses: Address of each row of a table.
         channels: A tuple of as many elements as a head has channels.
     """
-    width, most, centroids = len(channels), 0, 0
-    for row in range(tables.shape[0]):
-        most, centroids = max(most, counts[row] - retained[row]), max(centroids, tables[row, CENTROIDS])
-    ranks, evicted, codes = np.empty(most, np.float32), np.empty(most, np.int64), np.empty(width, np.uint8)
-    entry, scratch = np.empty(width, np.float32), np.empty(width, np.float32)
-    entries, numbers = np.empty((2, centroids + most, width), np.float32), np.empty((2, centroids + most), np.float32)
-    centres, offsets = np.empty((centroids, width), np.float32), np.empty(centroids, np.float32)
-    sums, totals = np.empty((2, centroids, width), np.float32), np.empty((2, centroids), np.float32)
-    for row in range(tables.shape[0]):
-        table, number = tables[row], counts[row] - retained[row]
-        positions = carray(_pointer(table[POSITIONS]), counts[row], np.int32)
-        scores = carray(_pointer(table[SCORES]), counts[row], np.float32)
-        slots = evicted[:number]
-        _find_lowest(positions, scores, sinks, recent[row], ranks[:number], slots)
-        if centroids > 0:
-            _gather_members(table, slots, positions, scores, power, centroids, entries, numbers, codes)
-            members = centroids + number
-            _merge(table, entries[:, :members], numbers[:, :members], centres, offsets, sums, totals, channels)
-        _fill_holes(table, slots, retained[row], positions, scores, entry, codes, scratch)
+    codes, entry = np.empty(len(channels), np.uint8), np.empty(len(channels), np.float32)
+    scratch = np.empty(len(channels), np.float32)
+    for row in range(len(addresses)):
+        table = carray(_pointer(addresses[row]), NUM_COLUMNS, np.int64)
+        _evict_row(table, codes, entry, scratch, channels)
+
+
+@compiled
+def _next_slot(table, position):
+    """Return the slot of the next entry and the number of entries with it; a slot of -1 if it has none."""
+    filled, length, sinks = table[FILLED], table[RING_LENGTH], table[SINK_TOKENS]
+    slot, count = filled, filled + 1
+    if length > 0:
+        slot = position if position < sinks else sinks + (position - sinks) % length
+        count = min(count, table[CAPACITY])
+    if filled < 0 or slot >= count or count > table[SLOTS]:
+        slot = -1
+    return slot, count
+
+
+@compiled
+def _keep_probs(space, count, probs):
+    for g in range(probs.shape[0]):
+        for t in range(probs.shape[1]):
+            probs[g, t] = space[g, t] if t < count else ZERO
+
+
+@compiled
+def _is_eviction_due(table):
+    """Count a token of a row that is evicted here, and return whether entries have to go now."""
+    if table[EVICTS] == 0:
+        return False
+    table[SINCE_EVICTION] += 1
+    if table[SINCE_EVICTION] < table[INTERVAL]:
+        return False
+    table[SINCE_EVICTION] = 0
+    return table[FILLED] > table[RETAINED]
+
+
+@compiled
+def decode_layer(
+    addresses, positions, query, key, value, output, sinks, probs, scaling, softcap, channels, half, group
+):
+    """Store and attend to new tokens of each (sequence, KV head), one after another, in rows of all arguments.
+
+    Args:
+        addresses: Address of each row of a table.
+        positions: Position of the first new token of each row.
+        query: float32 [rows, tokens, group, head_dim], which is changed.
+        key: float32 [rows, tokens, head_dim], which is changed.
+        value: float32 [rows, tokens, head_dim], which is changed.
+        output: float32 [rows, tokens, group, head_dim], which is written.
+        sinks: Learned sink logits [rows, group], or of size 0.
+        probs: float32 [rows, tokens, group, entries], which is written for KEEP_PROBS, or of size 0.
+        scaling: Factor of the logits.
+        softcap: Softcap of the logits, or 0.
+        channels: A tuple of as many elements as a head has channels.
+        half: A tuple of half as many.
+        group: A tuple of as many elements as a KV head has query heads.
+
+    Returns:
+        The number of rows that are not done, since the table has no slot for a token.
+    """
+    size, tokens, refused = 0, query.shape[1], 0
+    for row in range(len(addresses)):
+        table = carray(_pointer(addresses[row]), NUM_COLUMNS, np.int64)
+        size = max(size, min(table[FILLED] + tokens, table[SLOTS]) + table[CENTROIDS])
+    codes, entry = np.empty(len(channels), np.uint8), np.empty(len(channels), np.float32)
+    scratch = np.empty(len(channels), np.float32)
+    space, products = np.empty((len(group), size), np.float32), np.empty((len(group), size), np.float32)
+    for row in range(len(addresses)):
+        table = carray(_pointer(addresses[row]), NUM_COLUMNS, np.int64)
+        own_sinks = sinks[row] if sinks.size else sinks.ravel()
+        for token in range(tokens):
+            own, position = query[row, token], positions[row] + token
+            slot, count = _next_slot(table, position)
+            if slot < 0:
+                refused += 1
+                break
+            for g in range(len(group)):
+                _rotate_key(own[g], table[KEY_BLOCK], table[CHANNEL_ORDER], entry)
+            _store(key[row, token], value[row, token], table, slot, position, codes, entry)
+            table[FILLED], table[LAST_POSITION] = count, position
+            _probs(own, table, count, own_sinks, scaling, softcap, space, products, entry, channels, half, group)
+            _output(space, table, count, output[row, token], products, entry, channels, group)
+            if table[UPDATE] == HEAVY_HITTER:
+                _update_heavy_hitters(space, table, count, position)
+            elif table[UPDATE] == KEEP_PROBS:
+                _keep_probs(space, count, probs[row, token])
+            if _is_eviction_due(table):
+                _evict_row(table, codes, entry, scratch, channels)
+    return refused

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baklava.cache.kernels import table_columns as columns
+from baklava.cache import table_columns as columns
 from baklava.cache.storage.quantized_codec import NORMAL_STEP_SIZES
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from baklava.cache.kernels import table_columns as columns
+from baklava.cache import table_columns as columns
 
 POSITIONS = tl.constexpr(columns.POSITIONS)
 SCORES = tl.constexpr(columns.SCORES)

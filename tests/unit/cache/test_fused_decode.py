@@ -1,12 +1,12 @@
 """The compiled kernel decodes as the reference does, which is a step of each head group in PyTorch."""
 
-import copy
 import errno
 import importlib
 import logging
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from transformers import Gemma2Config, GptOssConfig
 from triton_step import Budget, Layer
 
 from baklava.cache import budgeted_layer
+from baklava.cache import table_columns as columns
 from baklava.cache.attention import AttentionParams
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.kernels import fused_decode, numba_decode
@@ -280,13 +281,19 @@ def test_copies_and_beams_have_entries_of_their_own(loaded: LoadedModel) -> None
     beams.check_integrity(output.shape[1] - 1)
 
 
-def test_what_is_copied_or_sent_has_no_addresses(loaded: LoadedModel) -> None:
+def test_a_copy_has_a_table_and_counters_of_its_own(loaded: LoadedModel) -> None:
     cache, _ = prefill(loaded, make_plan(loaded, [[20, 40], [28, 64]], FUSED[1]), random_ids(1, 90))
     stream(loaded, cache, random_ids(1, 1))
-    for group in cache.budgeted_layers[0].groups:
-        assert group.table is not None
-        assert group.__getstate__()["table"] is None
-        assert copy.copy(group).table is None
+    table = cache.budgeted_layers[0].table
+    copied = cache.copy().budgeted_layers[0].table
+    assert table is not None
+    assert copied is not None
+    assert (copied.rows[..., columns.COUNTERS] == table.rows[..., columns.COUNTERS]).all()
+    assert not (copied.rows[..., columns.SCORES] == table.rows[..., columns.SCORES]).any()
+    before = table.rows.copy()
+    copied.groups[0].num_filled += 1
+    assert (table.rows == before).all()
+    assert (copied.rows[..., columns.FILLED] != table.rows[..., columns.FILLED]).any()
 
 
 @pytest.mark.parametrize(("cached", "new"), [(1, 2), (2, 1), (2, 4)])
@@ -397,7 +404,8 @@ def test_compiling_is_announced_if_it_takes_long(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fused_decode, "NOTICE_SECONDS", 0.01)
-    monkeypatch.setattr(fused_decode, "_decode", lambda *arguments: time.sleep(0.5))
+    slow = SimpleNamespace(decode_layer=lambda *arguments: time.sleep(0.5), evict_layer=lambda *arguments: None)
+    monkeypatch.setattr(fused_decode, "kernel", lambda: slow)
     fused_decode.prepare.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
@@ -417,7 +425,8 @@ def test_one_process_compiles_at_a_time_if_a_lock_can_be_had(monkeypatch: pytest
         except Timeout:
             locked.append(True)
 
-    monkeypatch.setattr(fused_decode, "_decode", decode)
+    module = SimpleNamespace(decode_layer=decode, evict_layer=lambda *arguments: None)
+    monkeypatch.setattr(fused_decode, "kernel", lambda: module)
     for folder in (tmp_path, tmp_path / "file" / "below"):
         (tmp_path / "file").write_text("no folder")
         monkeypatch.setenv("BAKLAVA_CACHE", str(folder))

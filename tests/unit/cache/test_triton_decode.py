@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from baklava.cache.kernels import table_columns as columns
+from baklava.cache import table_columns as columns
 from baklava.cache.kernels import triton_decode
 
 triton = pytest.importorskip("triton", reason="Triton is not installed, so its kernels are not tested")
