@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 REGISTRY_SCHEME = "models:/"
 _PLAN_FILE = "plan.json"
 _MAX_NAMES_IN_ERROR = 20
+_REGISTER = "register one with baklava-search (in a clone: make search)"
 _MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # by default MLflow retries for minutes if the server is down
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -56,7 +57,10 @@ def download_plan(client: "MlflowClient", name: str, version: str) -> BudgetPlan
 def _load_registered(source: str) -> BudgetPlan:
     database = tracking_database()
     if database and not database.exists():  # MLflow would create an empty one under any name
-        raise UserError(f"there is no tracking database at {database}; run a search first or set MLFLOW_TRACKING_URI")
+        raise UserError(
+            f"no plan is registered, since there is no tracking database at {database}; {_REGISTER}, or set "
+            "MLFLOW_TRACKING_URI"
+        )
     check_temp_dir()
     for name, value in _MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -144,7 +148,9 @@ def _aliases(client: "MlflowClient", name: str) -> dict[str, str]:
 def _raise_unknown(kind: str, name: str, known: list[str], place: str) -> NoReturn:
     names = ", ".join(known[:_MAX_NAMES_IN_ERROR]) or "none"
     more = f" and {len(known) - _MAX_NAMES_IN_ERROR} more" if len(known) > _MAX_NAMES_IN_ERROR else ""
-    raise UserError(f"no {kind} is named {name!r}; the {place} has {names}{more}")
+    without_any = "write models:/NAME/VERSION" if kind == "alias" else _REGISTER
+    remedy = "choose one of them" if known else without_any
+    raise UserError(f"no {kind} is named {name!r}; the {place} has {names}{more}; {remedy}")
 
 
 _SQLITE = "sqlite:///"

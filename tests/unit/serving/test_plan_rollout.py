@@ -84,6 +84,13 @@ def edit(database, *statement):
         connection.execute(*statement)
 
 
+def test_an_empty_registry_names_the_command_that_fills_it(copied):
+    uri = f"sqlite:///{copied}"
+    MlflowClient(uri, uri).delete_registered_model("rivers")
+    with pytest.raises(UserError, match=r"has none; register one with baklava-search .*make search"):
+        load_plan("models:/rivers@champion")
+
+
 def test_a_registry_is_read_to_its_last_page(copied, plan):
     uri = f"sqlite:///{copied}"
     client = MlflowClient(uri, uri)
@@ -140,7 +147,7 @@ def test_a_tracking_server_that_is_down_is_an_error(monkeypatch):
 
 def test_no_empty_database_is_made(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    with pytest.raises(UserError, match="run a search first"):
+    with pytest.raises(UserError, match="register one with baklava-search"):
         load_plan("models:/rivers@champion")
     assert not list(tmp_path.iterdir())
 
