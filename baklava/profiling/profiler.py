@@ -92,7 +92,11 @@ def cached_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
         else:
             console.log(f"profile: read from {path}")
             return profile
-    profile = measure_profile(loaded, windows)
+    try:
+        profile = measure_profile(loaded, windows)
+    except KeyboardInterrupt:
+        console.log("stopped while profiling: nothing of the profile is kept; the same command starts it again")
+        raise
     write_to_cache(path, profile.write)
     return profile
 

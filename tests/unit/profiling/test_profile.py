@@ -175,6 +175,23 @@ def test_a_cache_that_cannot_be_used_costs_a_warning_and_no_profile(
     assert [expected in line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [True]
 
 
+def test_ctrl_c_while_profiling_says_that_nothing_is_kept(
+    tiny: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("BAKLAVA_CACHE", str(tmp_path))
+    loaded = tiny()
+    loaded.model.forward = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        cached_profile(loaded, windows(1))
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("stopped while profiling: nothing of the profile is kept")
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_profile_of_other_code_is_measured_again(
     tiny: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
