@@ -44,6 +44,13 @@ def plot_heat_map(plan: BudgetPlan) -> str:
         for number, panel in enumerate(panels)
     )
     height = max(_TOP + len(plan.layers) * _CELL_HEIGHT + 36, 150)
+    if plan.eviction.scored and max_tokens > plan.context_length:
+        note = (
+            f"{max_tokens:,} entries are the {plan.context_length:,} tokens of the plan's context and the "
+            f"{max_tokens - plan.context_length:,} that a head keeps until its next eviction"
+        )
+        parts += _text(_LEFT, height + 10, note)
+        height += 16
     label = "entries and bits per layer and KV head"
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">{parts}</svg>'
 
@@ -64,7 +71,7 @@ def _panel(name: str, rows: _Rows, opacity: Callable[[int], float], scale: set[i
         parts.append(_text(_LEFT + (head + 0.5) * width, bottom + 14, str(head), "middle"))
     for step, value in enumerate(sorted(scale, reverse=True)):
         parts.append(_cell(right + 12, _TOP + step * 16, 14, opacity(value), ""))
-        parts.append(_text(right + 30, _TOP + step * 16 + 10, str(value)))
+        parts.append(_text(right + 30, _TOP + step * 16 + 10, f"{value:,}"))
     return "".join(parts)
 
 

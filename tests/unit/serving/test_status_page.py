@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -7,7 +8,7 @@ from inprocess_replica import ask, byte_loaded, make_replica
 from plan_factory import make_plan
 
 from baklava.evaluation.heat_map import plot_heat_map
-from baklava.eviction import StreamingLLM
+from baklava.eviction import HeavyHitter, StreamingLLM
 from serve_app.api.routes import create_app
 from serve_app.api.status_page import format_bytes, render_page
 
@@ -59,6 +60,18 @@ def test_a_head_with_more_entries_has_a_stronger_colour(tiny):
     cells = re.findall(r'fill-opacity="([\d.]+)"><title>layer \d+, head \d+: (\d+)<', plot_heat_map(plan))
     opacities = {int(tokens): float(opacity) for opacity, tokens in cells}
     assert opacities[8] < opacities[16] == 1.0
+
+
+def test_more_entries_than_the_context_has_tokens_are_explained(tiny):
+    loaded = byte_loaded(tiny)
+    never_evicts, evicts = (
+        plot_heat_map(
+            make_plan(loaded, [[tokens, tokens]] * loaded.geometry.layers, HeavyHitter(), context_length=3584)
+        )
+        for tokens in (3616, 3584)
+    )
+    assert "3,616 entries are the 3,584 tokens of the plan's context and the 32 that" in unescape(never_evicts)
+    assert "the plan's context" not in unescape(evicts)
 
 
 def test_the_page_shows_what_is_reserved_allocated_and_cached(replica):
