@@ -113,6 +113,7 @@ class Checkpoint:
             UserError: the weights cannot be read, do not fit into memory, or are not those of the model.
         """
         model = self._read_weights(dtype, "auto" if device_map_auto else None, target)
+        self._check_causal(model)
         if not device_map_auto:
             model = self._call("it", lambda: model.to(target), target)
         self._check_finite(model)
@@ -124,12 +125,18 @@ class Checkpoint:
         Weights on the hub, which may have to be fetched first, and quantized ones, whose names depend on the device,
         are not looked at. Neither are any without accelerate, with which transformers chooses devices.
         """
-        if any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config(decoder=True))):
+        quantized = any(
+            getattr(part, "quantization_config", None) for part in (config, config.get_text_config(decoder=True))
+        )
+        if quantized:
             self._call("it", lambda: _check_quantizer_packages(config))
-        elif os.path.isdir(self.path) and transformers.utils.is_accelerate_available():
+        if os.path.isdir(self.path) and not quantized and transformers.utils.is_accelerate_available():
             with _quiet_transformers():
-                return self._read_weights("auto", "meta")
-        return self._call("it", lambda: _empty_model(config))
+                model = self._read_weights("auto", "meta")
+        else:
+            model = self._call("it", lambda: _empty_model(config))
+        self._check_causal(model)
+        return model
 
     def check_vocabulary(self, tokenizer: Any, model: Any) -> None:
         """Raise UserError if a token of the tokenizer's own vocabulary has no embedding; added ones may be unused."""
@@ -214,6 +221,14 @@ class Checkpoint:
                 f"its safetensors hold weights that {type(model).__name__} would leave out ({_first_of(unused)}; "
                 f"{len(unused):,} in all)",
                 remedy,
+            )
+
+    def _check_causal(self, model: Any) -> None:
+        """Raise UserError if no layer is causal, as in a BERT that its config does not make a decoder."""
+        layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
+        if layers and not any(layer.is_causal for layer in layers):
+            raise self._error(
+                f"every token of {type(model).__name__} attends to later ones too", "choose a causal language model"
             )
 
     def _check_finite(self, model: Any) -> None:

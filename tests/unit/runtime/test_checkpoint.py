@@ -308,6 +308,17 @@ def test_a_model_with_attention_of_its_own_is_refused_before_it_is_served(
         read(str(folder))
 
 
+def test_a_model_that_attends_to_later_tokens_is_refused_before_it_is_served(folder: Path) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    for is_decoder in (True, False):
+        config = transformers.BertConfig(**shape, vocab_size=257, is_decoder=is_decoder)
+        transformers.BertLMHeadModel(config).save_pretrained(folder)
+        if is_decoder:
+            assert load(str(folder)).geometry == load_config(str(folder))[1]
+        else:
+            refused(folder, "every token of BertLMHeadModel attends to later ones too")
+
+
 def test_a_tokenizer_of_more_tokens_than_embeddings_is_refused_with_one_of_them(tiny: Maker, folder: Path) -> None:
     tiny(vocab_size=100).model.save_pretrained(folder)
     refused(folder, "156 tokens, such as 'd', beyond the 100")
