@@ -26,10 +26,12 @@ from search_process import (
 
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import load
+from baklava.runtime.ray_session import ray_session
 from tuning.search.cli import main
 from tuning.study.journal import Journal
 from tuning.study.settings import SearchRecord
 from tuning.study.trial import TRIALS_FILE, TrialRecord
+from tuning.workers.cluster import OBJECT_STORE_BYTES
 
 TRIALS = 10
 
@@ -253,56 +255,78 @@ def test_the_champion_resolves_to_the_plan(finished: Finished, place: Place, mon
     assert {"model", "budget", "dnll", "ratio"} <= version.tags.keys()
 
 
-@pytest.mark.ray
-def test_a_killed_search_goes_on_and_neither_loses_nor_doubles_a_trial(place: Place) -> None:
+@pytest.fixture(scope="module")
+def session(place: Place) -> Iterator[None]:
+    """A cluster for the searches that run in this process, whose packages are loaded already."""
+    with ray_session(object_store_bytes=OBJECT_STORE_BYTES):
+        yield
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A search for the least bytes within a bound that was killed amid its trials, and then resumed."""
+
+    out: Path
+    before: list[str]
+
+    @property
+    def journal(self) -> list[Any]:
+        return Journal.open(self.out / TRIALS_FILE, TrialRecord.model_validate_json).records
+
+
+@pytest.fixture(scope="module")
+def resumed_search(place: Place, session: None) -> Resumed:
     out, log = place.root / "killed", place.root / "killed.log"
-    process = start_search(*place.half, "--replicas", 1, "--objective", "ppl", "--out", out, log=log)
+    process = start_search(*place.usual, "--max-dnll", 5, "--replicas", 1, "--out", out, log=log)
     wait_until(lambda: count_lines(out / "trials.jsonl") >= 3, process, log)
     kill(process.pid)
     process.wait()
     with (out / "trials.jsonl").open("a") as journal:
         journal.write('{"trial": 99, "par')  # what a kill amid a write leaves
     before = (out / "trials.jsonl").read_text().splitlines()[:-1]
-
-    again = start_search("--resume", out, log=log)
-    assert again.wait(timeout=300) == 0, log.read_text()
-    after = (out / "trials.jsonl").read_text().splitlines()
-    records = Journal.open(out / TRIALS_FILE, TrialRecord.model_validate_json).records
-    assert after[: len(before)] == before
-    assert [record.trial for record in records] == list(range(1, TRIALS + 1))
-    assert len({json.dumps(record.params, sort_keys=True) for record in records}) == TRIALS
-    assert BudgetPlan.read(out / "plan.json").ratio <= 0.5
-    assert "perplexity" in log.read_text()
+    assert main(["--resume", str(out)]) == 0
+    return Resumed(out, before)
 
 
 @pytest.mark.ray
-def test_a_front_is_a_plan_file_per_size_and_the_report_draws_it(place: Place) -> None:
-    out, log = place.root / "front", place.root / "front.log"
-    process = start_search(*place.usual, "--front", "--replicas", 1, "--out", out, log=log)
-    assert process.wait(timeout=300) == 0, log.read_text()
+def test_a_killed_search_goes_on_and_neither_loses_nor_doubles_a_trial(resumed_search: Resumed) -> None:
+    after = (resumed_search.out / "trials.jsonl").read_text().splitlines()
+    records = resumed_search.journal
+    assert after[: len(resumed_search.before)] == resumed_search.before
+    assert [record.trial for record in records] == list(range(1, TRIALS + 1))
+    assert len({json.dumps(record.params, sort_keys=True) for record in records}) == TRIALS
+
+
+@pytest.mark.ray
+def test_the_least_bytes_that_keep_a_bound_on_the_loss_are_found_or_it_is_said_that_none_do(
+    resumed_search: Resumed,
+) -> None:
+    plan = BudgetPlan.read(resumed_search.out / "plan.json")
+    records = resumed_search.journal
+    assert plan.provenance.scores["validation_dnll"] <= 5
+    assert plan.ratio <= min(record.metrics["ratio"] for record in records if record.status == "finished") * 1.01
+    refined = [record for record in records if record.parent_trial]
+    assert all(record.params["budget"] < records[record.parent_trial - 1].params["budget"] for record in refined)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("session")
+def test_a_front_is_a_plan_file_per_size_and_the_report_draws_it(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = place.root / "front"
+    assert main([*place.usual, "--front", "--objective", "ppl", "--replicas", "1", "--out", str(out)]) == 0
     points = json.loads((out / "front.json").read_text())["points"]
     plans = [BudgetPlan.read(out / point["plan"]) for point in points]
     assert [plan.ratio for plan in plans] == sorted({plan.ratio for plan in plans})
-    losses = [point["kl_geometric"] for point in points]
+    losses = [point["ppl"] for point in points]
     assert losses == sorted(losses, reverse=True)
     chosen = [plan for plan, point in zip(plans, points, strict=True) if point["chosen"]]
     assert chosen == [BudgetPlan.read(out / "plan.json")]
     assert "The line is the front of the validated plans" in (out / "report.html").read_text()
     records = Journal.open(out / TRIALS_FILE, TrialRecord.model_validate_json).records
     assert len({record.params["budget"] for record in records}) >= 4
-
-
-@pytest.mark.ray
-def test_the_least_bytes_that_keep_a_bound_on_the_loss_are_found_or_it_is_said_that_none_do(place: Place) -> None:
-    out, log = place.root / "bound", place.root / "bound.log"
-    process = start_search(*place.usual, "--max-dnll", 5, "--replicas", 1, "--out", out, log=log)
-    assert process.wait(timeout=300) == 0, log.read_text()
-    plan = BudgetPlan.read(out / "plan.json")
-    records = Journal.open(out / TRIALS_FILE, TrialRecord.model_validate_json).records
-    assert plan.provenance.scores["validation_dnll"] <= 5
-    assert plan.ratio <= min(record.metrics["ratio"] for record in records if record.status == "finished") * 1.01
-    refined = [record for record in records if record.parent_trial]
-    assert all(record.params["budget"] < records[record.parent_trial - 1].params["budget"] for record in refined)
+    assert "perplexity" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -401,7 +425,7 @@ def test_resuming_on_texts_that_changed_is_refused(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_process_group_ends_a_search_that_can_be_resumed(place: Place, number: signal.Signals) -> None:
     out, log = place.root / number.name, place.root / f"{number.name}.log"
     process = start_search(*place.half, "--replicas", 1, "--trials", 200, "--out", out, log=log)
