@@ -9,13 +9,14 @@ import subprocess
 import httpx
 import openai
 import pytest
+import torch
 from server_process import PATIENCE, command, serving
 
 from baklava.allocation import Baklava, allocate
-from baklava.data.windows import Window
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
-from baklava.profiling.profiler import measure_profile
+from baklava.profiling.cosine_importance import CosineImportance
+from baklava.profiling.profile import Profile
 from serve_app.cli import load_served_plan
 
 KEY = "a key of the test"
@@ -27,8 +28,18 @@ pytestmark = [pytest.mark.demo, pytest.mark.ray]
 @pytest.fixture(scope="module")
 def plan(demo):
     """A searched-like plan: BaKlaVa's allocation at 30 % of 256 tokens, so that a chat soon outgrows it."""
-    ids = tuple(demo.tokenizer("The rivers of Europe are long, and there are many of them. " * 20)["input_ids"][:192])
-    measured = measure_profile(demo, [Window("rivers", "rivers", ids, 128)])
+    ids = demo.tokenizer("The rivers of Europe are long, and there are many of them. " * 20)["input_ids"][:192]
+    importance = CosineImportance(demo)
+    with importance.measuring(), torch.inference_mode():
+        demo.model(demo.as_batch(ids), use_cache=False, logits_to_keep=1)
+    measured = Profile(
+        model=demo.identity,
+        geometry=demo.geometry,
+        windows="rivers",
+        # All that this allocation reads of a profile.
+        importance={source: (1 - similarity).tolist() for source, similarity in importance.head_similarity().items()},
+        layer_importance=(1 - importance.layer_similarity()).tolist(),
+    )
     return allocate(
         measured, budget=0.3, context_length=256, method=Baklava(), eviction=HeavyHitter(eviction_interval=8)
     )
