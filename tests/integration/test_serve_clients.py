@@ -270,18 +270,22 @@ def test_two_hundred_streams_that_are_left_leave_nothing_behind(server):
     assert server.post("/v1/completions", prompt="Once", max_tokens=1).status_code == 200
 
 
+async def reports(client):
+    """What every replica does now."""
+    return (await client.get("/v1/plan")).json()["replicas"]
+
+
 def test_what_is_kept_under_load_is_what_the_plan_says(server, plan):
     """A cache that was quietly dense would keep all that it saw."""
 
     async def scene():
-        body = {"prompt": "x" * 1000, "max_tokens": 400, "ignore_eos": True}
+        body = {"prompt": "x" * 1000, "max_tokens": 200, "ignore_eos": True}
         async with asking(server) as client:
             tasks = [asyncio.create_task(stream(client, body)) for _ in range(8)]
             states = []
             while not all(task.done() for task in tasks):
-                await asyncio.sleep(0.2)
-                reports = (await client.get("/v1/plan")).json()["replicas"]
-                states += [state for state in reports.values() if state["running"] == 8]
+                await asyncio.sleep(0.1)
+                states += [state for state in (await reports(client)).values() if state["running"] == 8]
             assert [whole(await task) for task in tasks] == [True] * 8
             return states
 
@@ -300,10 +304,11 @@ def test_a_swapped_plan_is_told_and_requests_under_way_end(server, plan, folder,
     other = small_plan(model, tokens=96)
 
     async def scene():
-        body = {"prompt": "Once", "max_tokens": 600, "ignore_eos": True}
+        body = {"prompt": "Once", "max_tokens": 300, "ignore_eos": True}
         async with asking(server) as client:
             tasks = [asyncio.create_task(stream(client, body)) for _ in range(6)]
-            await asyncio.sleep(0.5)
+            while sum(state["running"] for state in (await reports(client)).values()) < 6:
+                await asyncio.sleep(0.05)
             refused = await client.post("/v1/plan", json={"plan": other.model_dump(mode="json")})
             headers = {"Authorization": f"Bearer {ADMIN}"}
             swapped = await client.post("/v1/plan", json={"plan": other.model_dump(mode="json")}, headers=headers)
