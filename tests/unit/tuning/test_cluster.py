@@ -116,9 +116,9 @@ def test_the_log_of_a_job_can_be_read(head: Head, searched: subprocess.Completed
 
 @pytest.mark.ray
 def test_a_job_that_fails_says_so_to_who_submitted_it(head: Head, tmp_path: Path) -> None:
-    ended = head.job("jobs/search.py", "--model", "nobody/has-this", "--out", tmp_path / "none")
+    ended = head.job("jobs/search.py", "--json", "/nowhere/at/all.json", "--out", tmp_path / "none")
     assert ended.returncode != 0
-    assert "nobody/has-this" in ended.stdout + ended.stderr
+    assert "give a file in a folder that exists" in ended.stdout + ended.stderr
     assert not (tmp_path / "none").exists()
 
 
