@@ -18,6 +18,8 @@ from tuning.workers.scheduler import MAX_DEATHS_PER_TASK, WorkerScheduler, assig
 
 pytestmark = pytest.mark.ray
 
+SLOW_SECONDS = 0.4
+
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
 class FakeWorker:
@@ -47,7 +49,7 @@ class FakeWorker:
 
     def prefill(self, window: str) -> None:
         if window.startswith("slow"):
-            time.sleep(1)
+            time.sleep(SLOW_SECONDS)
         self.stored.append(window)
         self.events.append(f"{window} prefilled")
 
@@ -62,7 +64,7 @@ class FakeWorker:
         if plan.startswith("bug"):
             return {"error": "KeyError: 'x'", "traceback": "Traceback (most recent call last):\nKeyError: 'x'\n"}
         if plan.startswith("slow"):
-            time.sleep(1)
+            time.sleep(SLOW_SECONDS)
         self.scored.append(window)
         self.events.append(window)
         is_new = window not in self.stored
