@@ -410,29 +410,19 @@ def test_a_file_store_which_mlflow_no_longer_writes_is_refused(monkeypatch: pyte
         Tracker.connect("demo")
 
 
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+@pytest.fixture(scope="module")
+def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
     yield server
     server.stop()
 
 
-@pytest.mark.slow
-def test_a_server_that_goes_down_loses_nothing_of_a_search_and_warns_once(
-    server: MlflowServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tracker = Tracker.connect("demo")
-    tracker.start(SETTINGS, tmp_path)
-    tracker.log_trial(record(1, [0.1] * 4), plan(), 1.0)
-    assert len(children(tracker)) == 1
-    server.stop()
-    for number in (2, 3, 4):
-        tracker.log_trial(record(number, [0.1] * 4), plan(), 1.0)
-    assert tracker.register(plan(), {}, promote) is None
-    assert capsys.readouterr().err.count("cannot write") == 1
-    tracker.end({}, [])
-    assert "trials.jsonl and plan.json have all of it" in capsys.readouterr().err
+@pytest.fixture
+def server(running_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowServer:
+    if not running_server.up():
+        running_server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", running_server.uri)
+    return running_server
 
 
 @pytest.mark.slow
@@ -455,6 +445,23 @@ def test_a_server_that_comes_back_gets_what_it_missed_in_order(
     assert "mlflow: the server is back" in capsys.readouterr().err
     tracker.end({}, [])
     assert tracker.client.get_run(tracker.parent_run).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_down_loses_nothing_of_a_search_and_warns_once(
+    server: MlflowServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker.connect("demo")
+    tracker.start(SETTINGS, tmp_path)
+    tracker.log_trial(record(1, [0.1] * 4), plan(), 1.0)
+    assert len(children(tracker)) == 1
+    server.stop()
+    for number in (2, 3, 4):
+        tracker.log_trial(record(number, [0.1] * 4), plan(), 1.0)
+    assert tracker.register(plan(), {}, promote) is None
+    assert capsys.readouterr().err.count("cannot write") == 1
+    tracker.end({}, [])
+    assert "trials.jsonl and plan.json have all of it" in capsys.readouterr().err
 
 
 class Fails:
