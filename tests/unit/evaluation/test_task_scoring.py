@@ -214,9 +214,9 @@ def by_transformers(demo: LoadedModel, prompt: Prompt, question: Question) -> An
 @pytest.mark.demo
 @pytest.mark.parametrize("name", TASKS)
 def test_the_full_cache_scores_what_transformers_scores(demo: LoadedModel, filler: FillerText, name: str) -> None:
-    prompt = of_demo(demo, filler, name)
+    prompt = of_demo(demo, filler, name, tokens=256)
     asked = prompt.questions[: 2 if name == "kv_retrieval" else 1]
-    prompt = replace(prompt, questions=tuple(replace(q, max_new_tokens=min(q.max_new_tokens, 12)) for q in asked))
+    prompt = replace(prompt, questions=tuple(replace(q, max_new_tokens=min(q.max_new_tokens, 8)) for q in asked))
     context = prefill_context(demo, prompt, [])
     ours = answer_with_full_cache(demo, context, prompt)
     theirs = [by_transformers(demo, prompt, question) for question in prompt.questions]

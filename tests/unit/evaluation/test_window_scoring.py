@@ -124,7 +124,7 @@ def test_an_eviction_that_was_not_observed_is_rejected(tiny: Maker) -> None:
 @pytest.fixture(scope="module")
 def demo_profile(demo: LoadedModel) -> Profile:
     return cached_profile(
-        demo, cut_windows(load_documents(["botocore"]), demo.tokenizer, context=320, continuation=48)[:1]
+        demo, cut_windows(load_documents(["botocore"]), demo.tokenizer, context=160, continuation=32)[:1]
     )
 
 
@@ -133,8 +133,8 @@ def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_lose
     demo: LoadedModel, demo_profile: Profile
 ) -> None:
     documents = load_documents(["ifcraft"])
-    window = cut_windows(documents, demo.tokenizer, context=768, continuation=48)[0]
-    full = full_cache_plan(demo.identity, demo.geometry, 816)
+    window = cut_windows(documents, demo.tokenizer, context=512, continuation=48)[0]
+    full = full_cache_plan(demo.identity, demo.geometry, 560)
     whole = score_plan(demo, prefill_window(demo, window, ()), full)
     assert whole.kl < 1e-5
     assert abs(whole.dnll) < 4 * (2 * whole.kl / 48) ** 0.5  # four standard errors of a mean over 48 tokens
@@ -154,9 +154,9 @@ def test_the_demo_model_scores_fast_as_it_would_be_served_and_the_full_plan_lose
 def test_heavy_hitters_in_the_right_heads_beat_uniform_sinks_and_recent_on_unseen_text(
     demo: LoadedModel, demo_profile: Profile
 ) -> None:
-    test_windows = cut_windows(load_documents(["ifcraft"]), demo.tokenizer, context=640, continuation=128)[:3]
+    test_windows = cut_windows(load_documents(["ifcraft"]), demo.tokenizer, context=512, continuation=96)[:2]
     names = ("uniform:0.2", "baklava+heavy_hitter:0.2")
-    plans = [resolve_plan(name, demo, 768, lambda: demo_profile) for name in names]
+    plans = [resolve_plan(name, demo, 608, lambda: demo_profile) for name in names]
     evaluator = Evaluator(demo, [named.plan for named in plans])
     evaluations = aggregate_results(plans, [evaluator.evaluate_window(window) for window in test_windows], [])
     uniform, ours = (evaluation.mean("kl").mean for evaluation in evaluations)
