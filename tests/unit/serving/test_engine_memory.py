@@ -48,16 +48,16 @@ def test_every_allocation_is_within_what_is_reserved_at_that_moment(loaded, monk
         monkeypatch.setattr(slab, "allocate", looked)
         engine.pin_prefix(PREFIX)
         answers = []
-        for number in range(60):
+        for number in range(40):
             begin = PREFIX if source.random() < 0.3 else ()
             prompt = (*begin, *(source.randrange(32, 127) for _ in range(source.randrange(1, 120))))
-            tokens = source.randrange(1, 60)
+            tokens = source.randrange(1, 40)
             answers.append(ask(engine, prompt, tokens, n=source.choice([1, 1, 3])))
             if source.random() < 0.3:
                 source.choice(answers).cancel()
             if source.random() < 0.2:
                 answers[-1].handle.stop_sequence(0)
-            if number % 15 == 14:
+            if number % 10 == 9:
                 until(lambda: engine.state().waiting < 8)
                 engine.swap_plan(source.choice(active))
         until(lambda: not (engine.state().running or engine.state().waiting))
