@@ -1,10 +1,14 @@
 """Shared by all tests: checked shapes, no network, results apart from the user's, and models as fixtures."""
 
+import gc
 import os
 import signal
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+gc.disable()  # until all tests are imported, which makes much and leaves nothing to collect
 
 # Set before anything reads them, and inherited by every process that a test starts.
 os.environ |= {
@@ -56,6 +60,18 @@ from baklava.runtime.model_loader import LoadedModel, load
 # Explaining a failure traces every line of every example, which is 20 x slower on Python 3.11.
 settings.register_profile("baklava", deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
 settings.load_profile("baklava")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out modules without tests of Ray where only those are selected, since to import all takes seconds."""
+    if config.option.markexpr.startswith("ray and") and collection_path.name.startswith("test_"):
+        return "mark.ray" not in collection_path.read_text() or None
+    return None
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
