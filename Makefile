@@ -31,8 +31,8 @@ PIP_INSTALL := -m pip --disable-pip-version-check install --no-input --progress-
 PIP := $(PY) $(PIP_INSTALL)
 QUIETLY := quietly() { "$$@" 2> >(grep -vE '^(WARNING|DEPRECATION)|\[notice\]|^$$' >&2) | sed -nuE '$(FETCHED)'; }
 
-# Tests run in parallel, so each process gets one thread, which does not spin while it waits. Those with Ray wait much of
-# their time, so they run in one process, beside the others and before them when both could run.
+# Tests run in parallel, so each process gets one thread, which does not spin while it waits. Those with Ray start
+# processes of their own, so they run one by one, after the others.
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
 
 .PHONY: help setup assets test test-unit drill soak lint docs search serve bench fidelity windows peers ui clean
@@ -71,7 +71,7 @@ test: setup assets ## run all tests except the drills and the soak test (twelve 
 		$(PY) -m pytest -o cache_dir=".pytest_cache/$$1" --lfnf none -m "$$1 and not drill" "$${@:2}" $(ARGS) || \
 			{ code=$$?; [ $$code = 5 ] || exit $$code; none=$$((none + 1)); }; \
 	}; \
-	part 'not ray' -n 2; part ray; \
+	part 'not ray' -n 2 --dist worksteal; part ray; \
 	[ $$none -lt 2 ] || { echo 'no tests were selected' >&2; exit 5; }
 
 drill: setup assets ## run the drills: nodes, drivers, servers, disks and replicas fail during work (15 minutes)
