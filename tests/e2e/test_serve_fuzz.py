@@ -14,7 +14,7 @@ from serve_app.engine.engine import EngineConfig
 # schemathesis draws some of its strings with the random module
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 
-EXAMPLES = 30
+EXAMPLES = 24
 KEY = {"Authorization": "Bearer key"}
 
 

@@ -336,12 +336,12 @@ def test_a_stopped_sequence_ends_alone(engine):
 
 @pytest.mark.slow
 def test_many_cancelled_requests_leave_nothing(loaded, plan):
-    with engine_of(loaded, plan, max_waiting=1000, max_prefill_chunk_tokens=8) as engine:
+    with engine_of(loaded, plan, max_waiting=1000, max_prefill_chunk_tokens=16) as engine:
         answers = []
-        for place, prompt in enumerate(prompts(60)):
+        for place, prompt in enumerate(prompts(30)):
             answers.append(ask(engine, prompt, 100, n=1 + place % 2))
             if place % 3 == 0:
-                until(lambda own=answers[-1]: len(own.events) > 2 or engine.state().waiting > 20)
+                until(lambda own=answers[-1]: len(own.events) > 2 or engine.state().waiting > 10)
             for answer in answers[::2]:
                 answer.cancel()
         for answer in answers:
@@ -349,8 +349,8 @@ def test_many_cancelled_requests_leave_nothing(loaded, plan):
         idle(engine)
         state = engine.state()
         assert (state.running, state.waiting, state.reserved_bytes, state.allocated_bytes) == (0, 0, 0, 0)
-        assert state.counts.cancelled + state.counts.finished == 60
-        assert state.counts.cancelled > 27
+        assert state.counts.cancelled + state.counts.finished == 30
+        assert state.counts.cancelled > 13
         assert len(ask(engine, PROMPT, 5).tokens()) == 5
 
 
@@ -570,9 +570,9 @@ def test_warm_is_cold_token_for_token(tiny, bits, chunk):
         prompt = (*PROMPT, *suffix)
         with engine_of(loaded, plan) as engine:
             engine._scheduler.prefix_cache.pin(PROMPT)  # it has no entry yet
-            cold = ask(engine, prompt, 24, logprobs=0)
-            warm = ask(engine, prompt, 24, logprobs=0)
-            again = [ask(engine, prompt, 24) for _ in range(3)]
+            cold = ask(engine, prompt, 13, logprobs=0)
+            warm = ask(engine, prompt, 13, logprobs=0)
+            again = [ask(engine, prompt, 13) for _ in range(3)]
             assert cold.tokens() == warm.tokens() == again[2].tokens()
             assert warm.prefill_done.cached_tokens == again[0].prefill_done.cached_tokens == len(PROMPT)
             said = [[token.logprob.logprob for token in each.token_outputs()] for each in (cold, warm)]
