@@ -3,10 +3,12 @@
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from baklava.console import log, positive_float, positive_int, run_cli
 from baklava.errors import UserError
+from baklava.runtime.dtypes import DTYPE_HELP, DTYPES
 from baklava.serialization import atomic_write_text
 from tuning import configure_environment
 
@@ -52,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         timing = names.add_parser(name, parents=[shared], help=f"time {name}", description=TIMING_DESCRIPTION)
         timing.set_defaults(run=run_decode if name == "decode" else run_prefill)
         _add_timing_options(timing, rounds, batches)
+        timing.add_argument("--dtype", choices=DTYPES, help=DTYPE_HELP)
         if name == "decode":
             timing.add_argument(
                 "--plans", type=Path, nargs="*", default=[], metavar="FILE", help="plans to time instead of made ones"
@@ -73,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve = names.add_parser("serve", parents=[shared], help="serving over HTTP", description=SERVE_DESCRIPTION)
     serve.set_defaults(run=run_serve)
     serve.add_argument("--plan", default="plans/demo-12.5-16bit.json", metavar="PLAN.json", help="plan to measure")
+    serve.add_argument("--dtype", choices=DTYPES, help=f"{DTYPE_HELP}; of all servers")
     serve.add_argument("--texts", default="botocore", metavar="NAME|FOLDER", help="source of the prompts (botocore)")
     _add_part_options(
         serve,
@@ -121,7 +125,7 @@ def run_decode(args: argparse.Namespace) -> None:
     from benchmarks.kernels import benchmark_decode, plot, table
 
     _check_share(args.share)
-    loaded = load(args.model, threads=args.threads)
+    loaded = load(args.model, dtype=args.dtype, threads=args.threads)
     plans = {path.stem: BudgetPlan.read(path) for path in args.plans}
     for plan in plans.values():
         plan.validate_for(loaded.identity, loaded.geometry)
@@ -136,7 +140,7 @@ def run_prefill(args: argparse.Namespace) -> None:
     from benchmarks.kernels import benchmark_prefill, plot, table
 
     _check_share(args.share)
-    loaded = load(args.model, threads=args.threads)
+    loaded = load(args.model, dtype=args.dtype, threads=args.threads)
     results = benchmark_prefill(loaded, args.contexts, args.batches, args.share, args.rounds, not args.no_memory)
     plot(results, _write_json(args, json.dumps(results, indent=1) + "\n").with_suffix(".png"))
     print(table(results))
@@ -199,6 +203,7 @@ def run_serve(args: argparse.Namespace) -> None:
     if args.page:
         read_page(args.page, SECTION)
     config = (quick_config if args.quick else ServeBenchmarkConfig)(args.model, args.plan, args.texts)
+    config = replace(config, dtype=args.dtype)
     results = run_benchmark(config, tuple(args.parts or PARTS))
     path = _write_json(args, json.dumps(results, indent=1) + "\n")
     if "pool_capacity" in results:

@@ -16,6 +16,7 @@ from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.plan.registry import load_plan
 from baklava.runtime.cpu_threads import configure_threads
+from baklava.runtime.dtypes import DTYPES
 from baklava.runtime.ray_session import configure_ray_environment
 from serve_app.api.network import (
     PROXY_MIDDLEWARE_PATH,
@@ -60,6 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--plan", required=True, help="what bounds every KV cache, see below")
     add("--model", required=True, metavar="demo|DIR|HUB_ID", help="the model to serve")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="precision of the model's products (default: auto, the checkpoint's on a GPU, the fastest on a CPU)",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=port, default=8000, help="port to listen on (default: 8000)")
     add(
@@ -157,6 +164,7 @@ def _serve(options: argparse.Namespace) -> None:
     max_replicas = max(options.replicas, options.autoscale or 0)
     config = ReplicaConfig(
         model=options.model,
+        dtype=options.dtype,
         plan=plan,
         created=int(time.time()),
         pool=pool,
@@ -212,7 +220,7 @@ def _allocate(spec: str, model: str, calibration: Sequence[str]) -> BudgetPlan:
     from baklava.runtime.model_loader import load
 
     log(f"making plan {spec} for {model}")
-    loaded = load(model)
+    loaded = load(model, dtype=None)
     tokens = min(PROFILE_CONTEXT_TOKENS + PROFILE_CONTINUATION_TOKENS, loaded.max_length)
     continuation = min(PROFILE_CONTINUATION_TOKENS, tokens // 7)
 
@@ -261,7 +269,7 @@ def welcome(description: dict[str, Any], host: str, port: int, *, needs_key: boo
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "stream": true}}'
     return f"""
 baklava listens on {base}
-  model        {model}, up to {description["model"]["max_model_len"]:,} tokens
+  model        {model}, in {description["model"]["dtype"]}, up to {description["model"]["max_model_len"]:,} tokens
   plan         {plan["digest"]}, {plan["eviction"]["method"]} eviction
   memory       {per_sequence:,.1f} MiB per sequence; full cache of {tokens:,} tokens {full:,.1f} ({plan["ratio"]:.1%})
   pool         {description["pool_bytes"] / MEBIBYTE:,.0f} MiB of KV caches per replica

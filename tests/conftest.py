@@ -81,7 +81,7 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def demo() -> LoadedModel:
     """The real demo model, loaded once; tests must not change it."""
-    return load("demo")
+    return load("demo", dtype="float32")
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile
 from baklava.runtime.continuation_text import decode_continuation
 from baklava.runtime.decode import generate
+from baklava.runtime.dtypes import DType
 from baklava.runtime.logprobs import score_continuations, score_suffix
 from baklava.runtime.model_loader import LoadedModel, load
 from baklava.serialization import FrozenModel
@@ -44,6 +45,7 @@ class ModelArgs(FrozenModel):
         context_length: tokens for which METHOD:BUDGET states its bytes; a plan file has its own.
         calibration: the text that METHOD:BUDGET is profiled on.
         max_length: the most tokens that the model is fed.
+        dtype: precision of the model's products; by default float32 on a CPU.
         device: as of the harness, whose default is a GPU even on a machine without one.
         batch_size: 1 or auto.
         max_batch_size: ignored.
@@ -55,6 +57,7 @@ class ModelArgs(FrozenModel):
     calibration: str = "botocore"
     max_length: PositiveInt | None = None
     device: str | None = None
+    dtype: DType | None = None
     batch_size: int | str = 1
     max_batch_size: int | None = None
 
@@ -81,7 +84,7 @@ class ModelArgs(FrozenModel):
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             log(f"baklava: there is no {device} here, so the model runs on the CPU")
             device = "cpu"
-        return load(self.pretrained, device=device)
+        return load(self.pretrained, dtype=self.dtype, device=device)
 
     def checked_max_length(self, loaded: LoadedModel) -> int:
         """Return the most tokens to feed; raises UserError if the model does not take as many."""

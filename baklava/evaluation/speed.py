@@ -241,7 +241,7 @@ def measure_prefill_peak(loaded: LoadedModel, plan: BudgetPlan | None, context: 
         if plan is not None:
             plan.write(file)
         sizes = [str(context), str(batch), str(torch.get_num_threads())]
-        arguments = [loaded.identity.id, str(loaded.device), str(file), *sizes]
+        arguments = [loaded.identity.id, loaded.dtype, str(loaded.device), str(file), *sizes]
         command = [sys.executable, "-m", "baklava.evaluation.speed", *arguments]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     if ran.returncode:
@@ -267,8 +267,8 @@ def prefill_peak_over_floor(loaded: LoadedModel, plan: BudgetPlan | None, contex
     return (weight_bytes + peak) / (weight_bytes + layer_bytes + cache_bytes)
 
 
-def _measure(model: str, device: str, plan_file: Path, context: int, batch: int, threads: int) -> int:
-    loaded = load(model, device=device, threads=threads)
+def _measure(model: str, dtype: str, device: str, plan_file: Path, context: int, batch: int, threads: int) -> int:
+    loaded = load(model, dtype=dtype, device=device, threads=threads)
     ids = random_prompt(loaded, batch, context)
     baseline_prefill(loaded, ids[:, :WARMUP_TOKENS])  # loads the code and buffers that every prefill needs
     run: Callable[[], Any] = lambda: baseline_prefill(loaded, ids)  # noqa: E731
@@ -311,5 +311,5 @@ def _anonymous_bytes() -> int:
 
 
 if __name__ == "__main__":
-    model, device, file, context, batch, threads = sys.argv[1:]
-    print(_measure(model, device, Path(file), int(context), int(batch), int(threads)))
+    model, dtype, device, file, context, batch, threads = sys.argv[1:]
+    print(_measure(model, dtype, device, Path(file), int(context), int(batch), int(threads)))

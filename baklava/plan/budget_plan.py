@@ -145,6 +145,8 @@ class Provenance(FrozenModel):
     scores: dict[str, float] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     created: str | None = None
+    dtype: str | None = None
+    """Precision of the model's products while the plan was scored."""
 
 
 class BudgetPlan(FrozenModel):

@@ -1,7 +1,7 @@
 """Run the serving benchmark, one part after the other."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def run_benchmark(config: ServeBenchmarkConfig, parts: Sequence[str] = PARTS) ->
     """
     if unknown := [part for part in parts if part not in PARTS]:
         raise UserError(f"--parts {unknown[0]}: no such part; choose among {', '.join(PARTS)}")
-    loaded = load(config.model, threads=config.threads)
+    loaded = load(config.model, dtype=config.dtype, threads=config.threads)
+    config = replace(config, dtype=loaded.dtype)
     plan = _read_plan(loaded, config.plan)
     results: dict[str, Any] = {
         "benchmark": "serve",

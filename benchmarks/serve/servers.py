@@ -46,6 +46,7 @@ class ServeBenchmarkConfig:
         max_ttft: seconds to the first token that a request may take to count towards goodput.
         max_tpot: seconds per token after the first that it may take.
         threads: torch's threads in each server.
+        dtype: precision of the model's products in each server, as in `load`.
     """
 
     model: str = "demo"
@@ -70,6 +71,7 @@ class ServeBenchmarkConfig:
     max_tpot: float = 1.0
     seed: int = 0
     threads: int = 2
+    dtype: str | None = None
 
 
 def quick_config(
@@ -138,7 +140,11 @@ def running_server(name: str, config: ServeBenchmarkConfig, pinned_prefix: str =
     model = str(demo_model()) if name in PEERS and config.model == DEMO else config.model
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(config.threads)}
     with tempfile.TemporaryFile() as server_log, tempfile.TemporaryDirectory() as folder:
-        command = _transformers_command(name, model, port) if name in PEERS else _our_command(config, name, port)
+        command = (
+            _transformers_command(name, model, config.dtype or "float32", port)
+            if name in PEERS
+            else _our_command(config, name, port)
+        )
         if pinned_prefix:
             prefix_file = Path(folder, "prefix.json")
             prefix_file.write_text(json.dumps({"text": pinned_prefix}))
@@ -157,13 +163,14 @@ def running_server(name: str, config: ServeBenchmarkConfig, pinned_prefix: str =
 def _our_command(config: ServeBenchmarkConfig, name: str, port: int) -> list[str]:
     plan = config.plan if name == PLAN else "full"
     options = ["--plan", plan, "--model", config.model, "--port", str(port), "--pool", str(config.load_pool_bytes)]
+    options += ["--dtype", config.dtype or "float32"]
     return [sys.executable, str(SERVE_SCRIPT), *options, "--max-waiting", "256", "--timeout", "3600"]
 
 
-def _transformers_command(name: str, model: str, port: int) -> list[str]:
+def _transformers_command(name: str, model: str, dtype: str, port: int) -> list[str]:
     _, verb, *options = name.split()
     command = [str(Path(sys.executable).with_name("transformers")), verb, model, *options, "--device", "cpu"]
-    return [*command, "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    return [*command, "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port)]
 
 
 def _free_port() -> int:

@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from baklava.cache.kernels.fused_decode import prepare
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
+from baklava.runtime.dtypes import DType
 from baklava.runtime.model_loader import LoadedModel, load
 from serve_app.api.metrics import Metrics
 from serve_app.api.network import NO_KEYS, ApiKeys
@@ -45,6 +46,7 @@ class ReplicaConfig:
         timeout_seconds: limit of a request, including its wait.
         host: where Serve listens.
         threads: of torch; its default if None.
+        dtype: precision of the model's products, as in `load`.
     """
 
     model: str
@@ -57,6 +59,7 @@ class ReplicaConfig:
     timeout_seconds: float = DEFAULT_REQUEST_TIMEOUT_SECONDS
     host: str = "localhost"
     threads: int | None = None
+    dtype: DType = "auto"
     prefill_decode_ratio: float = DEFAULT_PREFILL_DECODE_RATIO
 
 
@@ -91,7 +94,7 @@ class BaklavaReplica:
     def __init__(self, config: ReplicaConfig, coordinator: Any) -> None:
         disable_progress_bar()
         self._config = config
-        self._loaded = loaded = load(config.model, threads=config.threads)
+        self._loaded = loaded = load(config.model, dtype=config.dtype, threads=config.threads)
         if loaded.device.type == "cpu":
             prepare(loaded.geometry.head_dim, loaded.geometry.query_group)
         group = RayReplicaGroup(coordinator)
@@ -136,7 +139,7 @@ class BaklavaReplica:
         """Return the model, the plan, the pool and how many sequences it holds, for the welcome of the server."""
         pool_bytes = self._engine.config.pool_bytes
         return {
-            "model": self._handlers.model_card,
+            "model": self._handlers.model_card | {"dtype": self._loaded.dtype},
             "plan": self._handlers.plan_info,
             "pool_bytes": pool_bytes,
             "capacity": capacity_table(self._loaded, self._engine.plan, pool_bytes),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from baklava.console import log, positive_int, reject_settings_on_resume, replica_count, run_cli
 from baklava.errors import UserError
+from baklava.runtime.dtypes import DTYPE_HELP, DTYPES
 from tuning import configure_environment
 from tuning.study.journal import check_json_file, new_run_dir
 
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--plan", action="append", dest="plans", metavar="PLAN", help="a plan to compare; repeat for several")
     add("--model", metavar="demo|DIR|HUB_ID", help="the model of the plans (default demo)")
+    add("--dtype", choices=DTYPES, help=DTYPE_HELP)
     add("--texts", nargs="+", metavar="NAME|FILE", help="texts of the windows and tasks (default ifcraft)")
     add("--windows", metavar="FILE", help="a JSON file of token windows, instead of those of --texts")
     add("--context", type=positive_int, metavar="TOKENS", help="tokens prefilled per window (default 3072)")

@@ -15,6 +15,7 @@ from baklava.evaluation.evaluator import PromptResult, WindowResult
 from baklava.evaluation.speed import Speed
 from baklava.evaluation.tasks import TASKS, Prompt
 from baklava.plan.budget_plan import BudgetPlan
+from baklava.runtime.dtypes import DTYPES, DType
 from baklava.runtime.model_loader import LoadedModel
 from baklava.serialization import FrozenModel, atomic_write_text
 from tuning.study.journal import Journal
@@ -27,6 +28,7 @@ DEFAULT_MAX_WINDOWS = 12
 
 _RULES = {
     "replicas": "--replicas is auto or a number, at least 1",
+    "dtype": f"--dtype is one of {', '.join(DTYPES)}",
     "seed": "--seed is a number, at least 0",
     "plans": "--plan is given at least once",
     "texts": "--texts names at least one text",
@@ -42,6 +44,7 @@ class EvaluationSettings(FrozenModel):
     """
 
     model: str = "demo"
+    dtype: DType | None = None
     plans: Names
     texts: Names = ("ifcraft",)
     calibration: Names = ("botocore",)

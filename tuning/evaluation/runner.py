@@ -68,7 +68,7 @@ def evaluate(settings: EvaluationSettings, out: Path) -> EvaluationResult:
     for spec in settings.plans:
         check_plan(spec, *model)
     connect(f"baklava/{settings.model_name}")  # fail now if the server is down, not after half an hour
-    loaded = load(settings.model, threads=settings.threads)
+    loaded = load(settings.model, dtype=settings.dtype, threads=settings.threads)
     inputs = prepare_inputs(settings, loaded)
     run_dir = EvaluationDir(out)
     record = EvaluationRecord(settings=settings, weights=loaded.weights_digest, started_ms=started_ms)
@@ -85,7 +85,7 @@ def resume(out: Path) -> EvaluationResult:
     """
     run_dir = EvaluationDir(out)
     record = run_dir.read_record()
-    loaded = load(record.settings.model, threads=record.settings.threads)
+    loaded = load(record.settings.model, dtype=record.settings.dtype, threads=record.settings.threads)
     record.check_unchanged(loaded)
     inputs = run_dir.read_inputs(record.settings, loaded.num_embeddings)
     return _run(run_dir, record, loaded, inputs)
@@ -171,6 +171,7 @@ def evaluate_items(
             layout,
             EvaluationWorker,
             loaded.identity.id,
+            dtype=loaded.dtype,
             plans=[plan.model_dump_json() for plan in plans],
             weights_digest=loaded.weights_digest,
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from baklava.console import reject_settings_on_resume, replica_count, run_cli, share
 from baklava.evaluation.intervals import format_share
+from baklava.runtime.dtypes import DTYPE_HELP, DTYPES
 from tuning import configure_environment
 from tuning.study.journal import check_json_file, new_run_dir
 from tuning.study.objective import Objective
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", metavar="demo|DIR|HUB_ID", help="model to search plans for (default demo)")
+    add("--dtype", choices=DTYPES, help=DTYPE_HELP)
     add(
         "--texts", nargs="+", metavar="NAME|FILE", help="demo texts, files, folders or hub data sets (default botocore)"
     )

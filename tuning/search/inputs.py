@@ -28,6 +28,7 @@ class SearchInputs:
     profile: Profile
     corpora: dict[str, str]
     weights_digest: str
+    dtype: str
 
 
 def prepare_inputs(settings: SearchSettings) -> SearchInputs:
@@ -41,7 +42,8 @@ def prepare_inputs(settings: SearchSettings) -> SearchInputs:
     log(f"texts: loading {', '.join(settings.texts)}")
     texts = {name: load_documents([name]) for name in settings.texts}
     log(f"model: loading {settings.model}")
-    loaded = load(settings.model, device_map_auto=settings.gpus_per_replica > 1)
+    loaded = load(settings.model, dtype=settings.dtype, device_map_auto=settings.gpus_per_replica > 1)
+    log(f"model: its linear layers compute in {loaded.dtype}")
     splits = make_splits(
         [document for documents in texts.values() for document in documents],
         loaded.tokenizer,
@@ -60,6 +62,7 @@ def prepare_inputs(settings: SearchSettings) -> SearchInputs:
         profile=cached_profile(loaded, splits.calibration),
         corpora={name: documents_digest(documents) for name, documents in texts.items()},
         weights_digest=loaded.weights_digest,
+        dtype=loaded.dtype,
     )
     del loaded
     gc.collect()

@@ -97,7 +97,9 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
     with ray_session(object_store_bytes=OBJECT_STORE_BYTES):
         layout = cluster_layout(settings.replicas, settings.gpus_per_replica)
         windows = splits.search + splits.validation
-        group = WorkerGroup.for_search(settings.model, layout, windows, task, settings.memory, inputs.weights_digest)
+        group = WorkerGroup.for_search(
+            settings.model, layout, windows, task, settings.memory, inputs.dtype, inputs.weights_digest
+        )
         group.wait_until_ready()
         # The first file is written only here, after everything that a user can get wrong.
         journal = _open_journal(settings, out, tracker, inputs, earlier, warm_start)
@@ -220,5 +222,6 @@ def _with_provenance(run: SearchRun, entry: ValidatedPlan) -> BudgetPlan:
         },
         versions={package: version(package) for package in PROVENANCE_PACKAGES},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        dtype=run.inputs.dtype,
     )
     return entry.candidate.plan.model_copy(update={"provenance": provenance})

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from baklava.errors import UserError
 from baklava.plan.geometry import ModelIdentity
+from baklava.runtime.dtypes import DTYPES, DType
 from baklava.serialization import FrozenModel, atomic_write_text
 from tuning.study.objective import Goal, Objective
 
@@ -27,6 +28,7 @@ SamplerName = Literal["tpe", "cmaes", "nsga2", "random", "qmc"]
 Replicas = Literal["auto"] | Annotated[int, Field(ge=1)]
 
 _RULES = {
+    "dtype": f"--dtype is one of {', '.join(DTYPES)}",
     "budget": "--budget is a fraction of the full cache's bytes, above 0 and at most 1, such as 0.30",
     "max_dnll": "--max-dnll is a loss in nats per token above the full cache's, above 0, such as 0.01",
     "refine": "--refine is a number of trials, at least 0",
@@ -48,12 +50,14 @@ class SearchSettings(FrozenModel):
     """The arguments of a search. `budget` is a fraction of the 16-bit full cache's bytes at `context_length` tokens.
 
     A search is for a `budget`, for the fewest bytes that lose at most `max_dnll`, or for a `front` of both, of which
-    `budget` may choose a point. The last `refine` trials refine the best of the others, a third of all if None.
-    `warm_start` is the folder of an earlier search. A replica spans `gpus_per_replica` GPUs if there are any, and
-    stores at most `memory` GiB of prefilled windows next to the model. `concurrent` trials run at a time.
+    `budget` may choose a point. The last `refine` trials refine the best of the others, a third of all if None. `dtype`
+    is the precision of `load`, by default the same on all CPUs. `warm_start` is the folder of an earlier search. A
+    replica spans `gpus_per_replica` GPUs if there are any, and stores at most `memory` GiB of prefilled windows next to
+    the model. `concurrent` trials run at a time.
     """
 
     model: str
+    dtype: DType | None = None
     texts: Annotated[tuple[str, ...], Field(min_length=1)]
     budget: Annotated[float, Field(gt=0, le=1)] | None = None
     max_dnll: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

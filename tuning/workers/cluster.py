@@ -144,6 +144,7 @@ class WorkerGroup:
         windows: Sequence[Window],
         task: SearchTask,
         memory: float | None = None,
+        dtype: str | None = None,
         weights_digest: str | None = None,
     ) -> Self:
         """Start the workers of a search, each with at most `memory` GiB of windows next to the model."""
@@ -156,6 +157,7 @@ class WorkerGroup:
             memory=memory,
             host_share=layout.host_share,
             timed=task.goal.latency,
+            dtype=dtype,
             weights_digest=weights_digest,
         )
 

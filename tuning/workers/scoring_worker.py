@@ -144,6 +144,7 @@ class ModelWorker:
     Args:
         model: Name of the model.
         threads: Torch's threads.
+        dtype: Precision of the model's products, as in `load`.
         device_map_auto: Whether to spread the model over all GPUs that the actor has.
         weights_digest: Digest that the weights must have on this worker's machine; not checked if None.
 
@@ -152,9 +153,15 @@ class ModelWorker:
     """
 
     def __init__(
-        self, model: str, threads: int, *, device_map_auto: bool = False, weights_digest: str | None = None
+        self,
+        model: str,
+        threads: int,
+        *,
+        dtype: str | None = None,
+        device_map_auto: bool = False,
+        weights_digest: str | None = None,
     ) -> None:
-        self.loaded = load(model, threads=threads, device_map_auto=device_map_auto)
+        self.loaded = load(model, dtype=dtype, threads=threads, device_map_auto=device_map_auto)
         if weights_digest not in (None, self.loaded.weights_digest):
             raise UserError(f"{model} has other weights on {gethostname()} than here; give every machine the same ones")
 
@@ -169,6 +176,7 @@ class ScoringWorker(ModelWorker):
     Args:
         model: Name of the model.
         threads: Torch's threads.
+        dtype: Precision of the model's products, as in `load`.
         device_map_auto: Whether to spread the model over all GPUs that the actor has.
         memory: GiB of prefilled windows on the model's device; no limit if None.
         host_share: Share of the host's memory for windows that do not fit on the device.
@@ -181,13 +189,14 @@ class ScoringWorker(ModelWorker):
         model: str,
         threads: int,
         *,
+        dtype: str | None = None,
         device_map_auto: bool = False,
         memory: float | None = None,
         host_share: float = 0,
         timed: bool = False,
         weights_digest: str | None = None,
     ) -> None:
-        super().__init__(model, threads, device_map_auto=device_map_auto, weights_digest=weights_digest)
+        super().__init__(model, threads, dtype=dtype, device_map_auto=device_map_auto, weights_digest=weights_digest)
         self.timed = timed
         max_device_bytes = None if memory is None else int(memory * GIB)
         # On a CPU, the device's memory is the host's.

@@ -1,0 +1,92 @@
+from typing import Any
+
+import pytest
+import torch
+from model_families import SHAPE, tiny_model
+from plan_factory import make_plan, random_ids
+from transformers import LlamaConfig
+
+from baklava.errors import UserError
+from baklava.eviction import HeavyHitter
+from baklava.runtime import precision
+from baklava.runtime.decode import decode_step
+from baklava.runtime.model_loader import LoadedModel, load
+from baklava.runtime.precision import HalfPrecisionLinear, round_linear_layers, weights_dtype
+from baklava.runtime.prefill import prefill
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _probe_again() -> Any:
+    precision.fastest_cpu_dtype.cache_clear()
+    yield
+    precision.fastest_cpu_dtype.cache_clear()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_linear_layers_are_rounded_and_nothing_else_is(tied: bool) -> None:
+    model = tiny_model(LlamaConfig(**SHAPE, tie_word_embeddings=tied, attention_bias=True))
+    exact = model(random_ids(1, 40)).logits
+    round_linear_layers(model, torch.bfloat16)
+    loaded = LoadedModel.of(model)
+    assert loaded.dtype == "bfloat16"
+    assert model.dtype == torch.float32
+    layer = model.model.layers[0]
+    assert isinstance(layer.mlp.up_proj, HalfPrecisionLinear)
+    assert layer.self_attn.q_proj.bias.dtype == layer.self_attn.q_proj.weight.dtype == torch.bfloat16
+    others = [model.lm_head, model.model.embed_tokens, layer.input_layernorm]
+    assert {other.weight.dtype for other in others} == {torch.float32}
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    rounded = model(random_ids(1, 40)).logits
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@torch.inference_mode()
+def test_caches_and_kernels_get_float32_from_rounded_layers() -> None:
+    model = tiny_model(LlamaConfig(**SHAPE | {"head_dim": 32}))
+    round_linear_layers(model, torch.bfloat16)
+    loaded = LoadedModel.of(model)
+    plan = make_plan(loaded, [[20, 40], [28, 64]] * 2, HeavyHitter(sinks=2, eviction_interval=4))
+    cache, _ = prefill(loaded, plan, random_ids(1, 90))
+    assert cache.budgeted_layers[0].groups[0].keys.read(1).dtype == torch.float32
+    for token in range(6):
+        assert decode_step(loaded, [cache], [token]).dtype == torch.float32
+    cache.check_integrity(96)
+
+
+@pytest.mark.parametrize(("speedup", "chosen"), [(4.0, torch.bfloat16), (1.0, torch.float32), (0.2, torch.float32)])
+def test_auto_is_whatever_this_cpu_does_faster(
+    monkeypatch: pytest.MonkeyPatch, speedup: float, chosen: torch.dtype
+) -> None:
+    monkeypatch.setattr(precision, "bfloat16_speedup", lambda: speedup)
+    assert weights_dtype("auto", CPU) == chosen
+    assert weights_dtype("auto", GPU) is None
+
+
+def test_the_probe_measures_and_leaves_the_threads_as_they_were() -> None:
+    threads = torch.get_num_threads()
+    assert precision.bfloat16_speedup() > 0
+    assert torch.get_num_threads() == threads
+
+
+def test_scores_are_made_in_float32_on_every_cpu_unless_something_else_is_asked_for() -> None:
+    assert weights_dtype(None, CPU) == torch.float32
+    assert weights_dtype(None, GPU) is None
+    assert weights_dtype("float16", CPU) == weights_dtype("float16", GPU) == torch.float16
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(UserError, match="'int8' is none of auto, float32, bfloat16, float16; choose one of them"):
+        load("demo", dtype="int8")
+
+
+@pytest.mark.demo
+@torch.inference_mode()
+def test_the_demo_model_loses_little_in_bfloat16(demo: LoadedModel) -> None:
+    rounded = load("demo", dtype="bfloat16")
+    ids = torch.tensor([demo.tokenizer.encode("A cache keeps what will be needed again. " * 12)])
+    exact, other = (loaded.model(ids).logits[0].log_softmax(-1) for loaded in (demo, rounded))
+    assert 0 < float((exact.exp() * (exact - other)).sum(-1).mean()) < 2e-3
+    assert rounded.weights_digest != demo.weights_digest
