@@ -4,11 +4,13 @@ import errno
 import importlib
 import logging
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock, Timeout
@@ -260,6 +262,50 @@ def test_sequences_of_several_plans_and_lengths_decode_together_as_they_do_alone
         for ours, theirs in zip(positions(together[row]), positions(alone), strict=True):
             assert len(ours - theirs) == len(theirs - ours) <= 1
         together[row].check_integrity(len(starts[row][1][0]) + 80)
+
+
+@torch.inference_mode()
+def test_several_threads_decode_what_one_does(monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel) -> None:
+    plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], FUSED[2]), [(5, 4), (3, 3)])
+    caches = [prefill(loaded, plan, random_ids(1, 30 + 20 * place, seed=place))[0] for place in range(4)]
+    copies = [cache.copy() for cache in caches]
+    steps = random_ids(12, 4, seed=9).tolist()
+    alone = torch.stack([decode_step(loaded, caches, tokens) for tokens in steps])
+    monkeypatch.setattr(fused_decode, "MIN_THREAD_SLOTS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    together = torch.stack([decode_step(loaded, copies, tokens) for tokens in steps])
+    assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    for cache, copied in zip(caches, copies, strict=True):
+        assert positions(cache) == positions(copied)
+    assert any(thread.name.startswith("decode-kernel") for thread in threading.enumerate())
+
+
+@given(st.lists(st.integers(0, 50), max_size=12), st.integers(1, 5))
+@settings(derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_each_row_runs_on_one_thread(monkeypatch: pytest.MonkeyPatch, work: list[int], threads: int) -> None:
+    done: list[int] = []
+
+    def run(rows: slice) -> int:
+        done.extend(range(len(work))[rows])
+        return len(range(len(work))[rows])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_decode, "MIN_THREAD_SLOTS", 10)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        assert fused_decode._run_on_threads(run, np.array(work, np.int64)) == len(work)
+    assert sorted(done) == list(range(len(work)))
+
+
+def test_what_a_thread_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(rows: slice) -> int:
+        if rows.start:
+            raise ValueError("in the second half")
+        return 0
+
+    monkeypatch.setattr(fused_decode, "MIN_THREAD_SLOTS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(ValueError, match="second half"):
+        fused_decode._run_on_threads(run, np.array([5, 5]))
 
 
 def test_copies_and_beams_have_entries_of_their_own(loaded: LoadedModel) -> None:
