@@ -18,8 +18,6 @@ from tuning.workers.scheduler import MAX_DEATHS_PER_TASK, WorkerScheduler, assig
 
 pytestmark = pytest.mark.ray
 
-SLOW_SECONDS = 0.4
-
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
 class FakeWorker:
@@ -49,7 +47,7 @@ class FakeWorker:
 
     def prefill(self, window: str) -> None:
         if window.startswith("slow"):
-            time.sleep(SLOW_SECONDS)
+            time.sleep(1)
         self.stored.append(window)
         self.events.append(f"{window} prefilled")
 
@@ -64,7 +62,7 @@ class FakeWorker:
         if plan.startswith("bug"):
             return {"error": "KeyError: 'x'", "traceback": "Traceback (most recent call last):\nKeyError: 'x'\n"}
         if plan.startswith("slow"):
-            time.sleep(SLOW_SECONDS)
+            time.sleep(1 if plan == "slower" else 0.4)
         self.scored.append(window)
         self.events.append(window)
         is_new = window not in self.stored
@@ -156,7 +154,9 @@ def test_a_score_waits_for_its_own_window_and_not_for_all_prefills(
     ray.get(harness.scheduler.assign.remote([]))
     pairs = ray.get(harness.scheduler.assign.remote(list(harness.windows)))
     assert [window for _, window in pairs] == list(harness.windows)
-    prefills = [harness.scheduler.prefill.remote(*pair) for pair in pairs]
+    prefills = [harness.scheduler.prefill.remote(*pairs[0])]
+    harness.events()  # an answer, so that the first one has begun: calls that are sent at once may swap places
+    prefills += [harness.scheduler.prefill.remote(*pair) for pair in pairs[1:]]
     harness.score(("plan", "slow a"))
     ray.get(prefills)
     assert ray.get(harness.workers[0].event_log.remote())[-3:] == ["slow a prefilled", "slow a", "slow c prefilled"]
@@ -178,7 +178,7 @@ def test_a_dead_replica_costs_no_score_and_comes_back_with_its_windows(start: Ca
 
 def test_the_work_of_a_killed_replica_is_done_again(start: Callable[..., SchedulerHarness]) -> None:
     harness = start(workers=1, windows="a")
-    running = harness.scheduler.score.remote("slow", "a")
+    running = harness.scheduler.score.remote("slower", "a")
     time.sleep(0.3)
     kill(harness.pids()[0])
     assert ray.get(running, timeout=120)["window"] == "a"
