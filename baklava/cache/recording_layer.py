@@ -12,17 +12,13 @@ from typing_extensions import override
 
 from baklava.cache import attention
 from baklava.cache.attention import (
-    QUERY_BLOCK_SIZE,
     AttentionParams,
     BudgetedLayerBase,
     GroupedQueries,
     KVStates,
     QueryStates,
-    attend_values,
-    attention_probs,
     merge_gqa_groups,
     split_gqa_groups,
-    visibility_mask,
 )
 from baklava.cache.head_groups import AttentionInputs, ScoreAccumulator, first_sampled_query, update_scores
 from baklava.cache.storage import count_bytes
@@ -79,26 +75,12 @@ class RecordingLayer(BudgetedLayerBase):
         observes_all_queries = {eviction.query_sample for eviction in self.evictions} == {QuerySample()}
         # Fused attention to a whole prompt needs no mask, and gives the output of a prefill to the last bit.
         is_whole_prompt = query.shape[2] == self.prompt_tokens
-        if observes_all_queries and not is_whole_prompt:
-            return merge_gqa_groups(self._attend_and_score(queries, start, params))
         inputs = self._inputs(queries, params, self.cumulative_length)
+        if observes_all_queries and not is_whole_prompt:
+            return merge_gqa_groups(inputs.attend_and_observe(self._accumulators(QuerySample())))
         output = inputs.attend(masked=start > 0)
         self._update_scores(inputs, start)
         return merge_gqa_groups(output)
-
-    def _attend_and_score(self, queries: GroupedQueries, start: int, params: AttentionParams) -> GroupedQueries:
-        """Compute the probabilities of a step once, for its output and for the scores, which observe every query."""
-        outputs, accumulators = [], self._accumulators(QuerySample())
-        for first in range(0, queries.shape[3], QUERY_BLOCK_SIZE):
-            block = queries[:, :, :, first : first + QUERY_BLOCK_SIZE]
-            inputs = self._inputs(block, params, start + first + block.shape[3])
-            positions = inputs.query_positions
-            probs = attention_probs(block, inputs.key, visibility_mask(positions, positions[:, None]), params)
-            outputs.append(attend_values(probs, inputs.value))
-            observation = inputs.observation(slice(0, block.shape[3]), inputs.key.shape[2], probs)
-            for accumulator in accumulators:
-                accumulator.update(observation)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)
 
     def _inputs(self, queries: GroupedQueries, params: AttentionParams, tokens: int) -> AttentionInputs:
         """Return the attention of the last of the first `tokens` tokens, whose queries these are, to all of them."""

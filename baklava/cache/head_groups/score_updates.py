@@ -61,9 +61,38 @@ class AttentionInputs:
             self.query, self.key, self.value, *positions, self.params, masked=masked, centroids=self.centroids
         )
 
+    def attend_and_observe(self, accumulators: Sequence["ScoreAccumulator"]) -> GroupedQueries:
+        """Return the output of all queries, and update scores that observe every one of them.
+
+        The probabilities are computed once for both, block by block.
+        """
+        outputs, queries = [], self.query.shape[3]
+        for start in range(0, queries, QUERY_BLOCK_SIZE):
+            block = self._narrow(start, min(start + QUERY_BLOCK_SIZE, queries))
+            output, probs = block.attend_with_probs(masked=True)
+            outputs.append(output)
+            observation = block.observation(slice(0, None), block.key.shape[2], probs)
+            for accumulator in accumulators:
+                accumulator.update(observation)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)
+
+    def _narrow(self, start: int, stop: int) -> "AttentionInputs":
+        """Return some of the queries, over the entries up to the last of them."""
+        reach = self.key.shape[2] - self.query.shape[3] + stop
+        return replace(
+            self,
+            query=self.query[:, :, :, start:stop],
+            key=self.key[:, :, :reach],
+            value=self.value[:, :, :reach],
+            query_positions=self.query_positions[:, start:stop],
+            key_positions=self.key_positions[..., :reach],
+        )
+
     def attend_with_probs(self, masked: bool) -> tuple[GroupedQueries, AttentionProbs]:
         """Return output and probabilities of a few queries."""
-        visible = visibility_mask(self.query_positions, self.key_positions) if masked else None
+        visible = None
+        if masked:
+            visible = visibility_mask(self.query_positions, self.key_positions[..., self._num_visible :])
         probs = attention_probs(self.query, self.key, visible, self.params, self.centroids)
         return attend_values(probs, self.value, self.centroids), self._without_centroids(probs)
 
@@ -71,8 +100,7 @@ class AttentionInputs:
         """Return these queries over the first `reach` entries; probabilities that are not given are computed on use."""
         query, queries = self.query[:, :, :, rows], self.query_positions[:, rows]
         key, entries = self.key[:, :, :reach], self.key_positions[..., :reach]
-        # Without padding all entries before the first of these queries are visible to every one of them.
-        num_visible = 0 if self.padded else self.key.shape[2] - self.query.shape[3] + rows.start
+        num_visible = 0 if self.padded else self._num_visible + rows.start
 
         def compute_attention() -> AttentionProbs:
             attention = probs
@@ -93,6 +121,11 @@ class AttentionInputs:
             stride=rows.step or 1,
             decoding=self.decoding,
         )
+
+    @property
+    def _num_visible(self) -> int:
+        """Number of entries before the queries' own; without padding all of them are visible to every query."""
+        return 0 if self.padded else self.key.shape[2] - self.query.shape[3]
 
     def _without_centroids(self, probs: Tensor) -> AttentionProbs:
         return probs if self.centroids is None else probs[..., self.centroids.key.shape[2] :]

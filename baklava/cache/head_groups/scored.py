@@ -186,8 +186,12 @@ class ScoredHeadGroup(HeadGroup):
         inputs = AttentionInputs(
             tokens.query, key, value, tokens.positions, key_positions, params, tokens.padded, centroids=centroids
         )
-        output = inputs.attend(masked=bool(self.num_filled or tokens.padded))
-        update_scores(inputs, self._prompt_sample(), [ScoreAccumulator(self.eviction, scores)])
+        sample, accumulators = self._prompt_sample(), [ScoreAccumulator(self.eviction, scores)]
+        if self.num_filled and sample == QuerySample():
+            output = inputs.attend_and_observe(accumulators)
+        else:
+            output = inputs.attend(masked=bool(self.num_filled or tokens.padded))
+            update_scores(inputs, sample, accumulators)
         self._retain(tokens.key, tokens.value, scores, positions)
         return output
 
