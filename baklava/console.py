@@ -169,6 +169,12 @@ def positive_float(text: str) -> float:
     return value
 
 
+PREFILL_CHUNK_HELP = (
+    "prefill prompts in chunks of this many tokens, each compressed before the next one: no full cache is ever held, "
+    "and a little is lost (default: whole prompts, or as the plan says)"
+)
+
+
 def share(text: str) -> float:
     """Parse an argument that is a share, as a number such as 0.25 or as 25%; its range is for the caller to check."""
     number, percent, rest = text.strip().partition("%")

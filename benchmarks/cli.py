@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from baklava.console import log, positive_float, positive_int, run_cli
+from baklava.console import PREFILL_CHUNK_HELP, log, positive_float, positive_int, run_cli
 from baklava.errors import UserError
 from baklava.runtime.dtypes import DTYPE_HELP, DTYPES
 from baklava.serialization import atomic_write_text
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve = names.add_parser("serve", parents=[shared], help="serving over HTTP", description=SERVE_DESCRIPTION)
     serve.set_defaults(run=run_serve)
     serve.add_argument("--plan", default="plans/demo-12.5-16bit.json", metavar="PLAN.json", help="plan to measure")
+    serve.add_argument("--prefill-chunk", type=positive_int, metavar="TOKENS", help=PREFILL_CHUNK_HELP)
     serve.add_argument("--dtype", choices=DTYPES, help=f"{DTYPE_HELP}; of all servers")
     serve.add_argument("--texts", default="botocore", metavar="NAME|FOLDER", help="source of the prompts (botocore)")
     _add_part_options(
@@ -203,7 +204,7 @@ def run_serve(args: argparse.Namespace) -> None:
     if args.page:
         read_page(args.page, SECTION)
     config = (quick_config if args.quick else ServeBenchmarkConfig)(args.model, args.plan, args.texts)
-    config = replace(config, dtype=args.dtype)
+    config = replace(config, dtype=args.dtype, prefill_chunk=args.prefill_chunk)
     results = run_benchmark(config, tuple(args.parts or PARTS))
     path = _write_json(args, json.dumps(results, indent=1) + "\n")
     if "pool_capacity" in results:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from baklava.console import log, port, positive_float, positive_int, run_cli
+from baklava.console import PREFILL_CHUNK_HELP, log, port, positive_float, positive_int, run_cli
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.plan.registry import load_plan
@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="time of a step's prefill relative to its decode batch: a higher one admits prompts sooner, a lower one "
         "delays running requests less (default: %(default)s)",
     )
+    add("--prefill-chunk", type=positive_int, metavar="TOKENS", help=PREFILL_CHUNK_HELP)
     add("--replicas", type=positive_int, default=1, metavar="N", help="copies of the model (default: 1)")
     add(
         "--autoscale",
@@ -157,7 +158,7 @@ def _serve(options: argparse.Namespace) -> None:
 
     pool = PoolSize.parse(options.pool)
     prefixes = tuple(PinnedPrefix.read(path) for path in options.pinned_prefix)
-    plan = load_served_plan(options.plan, options.model, options.calibration)
+    plan = load_served_plan(options.plan, options.model, options.calibration, options.prefill_chunk)
     from serve_app.deployment.app import ScalingConfig, run_server, serving_session
     from serve_app.deployment.replica import ReplicaConfig
 
@@ -187,8 +188,12 @@ def _serve(options: argparse.Namespace) -> None:
         _wait_for_end(hangups, lambda: reload_plan(options, server.group))
 
 
-def load_served_plan(source: str, model: str, calibration: Sequence[str]) -> BudgetPlan | None:
+def load_served_plan(
+    source: str, model: str, calibration: Sequence[str], prefill_chunk: int | None = None
+) -> BudgetPlan | None:
     """Return the plan that `--plan` names, if it fits the model; None for the full cache.
+
+    With a `prefill_chunk`, it processes prompts in chunks of so many tokens, whatever the plan says.
 
     Raises:
         UserError: there is no such plan or model, the plan is invalid, or it was made for another model.
@@ -198,12 +203,14 @@ def load_served_plan(source: str, model: str, calibration: Sequence[str]) -> Bud
     from baklava.runtime.model_loader import load_config
 
     if source == "full":
+        if prefill_chunk is not None:
+            raise UserError(f"--prefill-chunk {prefill_chunk} compresses, and --plan full does not; leave one out")
         load_config(model)  # raises if there is no such model, before Ray starts
         return None
     if is_plan_spec(source):
         parse_spec(source)  # raises if it is misspelt, before the weights are read
-        return _allocate(source, model, calibration)
-    plan = load_plan(source)
+        return _allocate(source, model, calibration).with_prefill_chunk(prefill_chunk)
+    plan = load_plan(source).with_prefill_chunk(prefill_chunk)
     plan.validate_for(*load_config(model))
     build_eviction(plan.eviction)
     return plan
@@ -251,7 +258,7 @@ def reload_plan(options: argparse.Namespace, group: Any) -> None:
         log(f"the plan stays as it is: --plan {options.plan} has nothing to read again")
         return
     try:
-        plan = load_served_plan(options.plan, options.model, options.calibration)
+        plan = load_served_plan(options.plan, options.model, options.calibration, options.prefill_chunk)
     except UserError as error:
         log(f"the plan stays as it is: {error}")
     else:

@@ -21,7 +21,14 @@ from baklava.allocation.perturbed import Perturbed, shuffled
 from baklava.allocation.score_thresholds import AdaKV, DuoAttention, HeavyHitterCounts, ReconstructionCounts
 from baklava.errors import UserError
 from baklava.eviction import Eviction
-from baklava.plan.budget_plan import AllocationConfig, BudgetPlan, EvictionConfig, LayerBudget, Provenance
+from baklava.plan.budget_plan import (
+    AllocationConfig,
+    BudgetPlan,
+    EvictionConfig,
+    LayerBudget,
+    PrefillConfig,
+    Provenance,
+)
 from baklava.plan.geometry import FULL_BITS, CacheGeometry, full_cache_bytes, sliding_window_bytes
 from baklava.profiling.profile import Profile
 
@@ -111,6 +118,7 @@ def allocate(
     eviction: Eviction,
     bits: BitPair = (16, 16),
     step: int = CAPACITY_STEP_ENTRIES,
+    prefill: PrefillConfig | None = None,
     provenance: Provenance | None = None,
 ) -> BudgetPlan:
     """Return the plan that spends `budget` times the bytes of the full 16-bit cache.
@@ -123,6 +131,7 @@ def allocate(
         eviction: which entries stay.
         bits: bits of keys and values, for methods that do not choose them.
         step: capacities are multiples of this many entries, except for heads with the minimum or maximum capacity.
+        prefill: how prompts are processed; densely by default.
         provenance: recorded in the plan; the profile's digest by default.
 
     Raises:
@@ -137,6 +146,7 @@ def allocate(
         context_length=context_length,
         eviction=eviction.config,
         allocation=AllocationConfig(method=method.name, budget=budget, params=method.params),
+        prefill=prefill or PrefillConfig(),
         provenance=provenance or Provenance(profile=profile.digest),
         layers=layer_budgets(profile.geometry, round_to_steps(result, limits, step), result),
         key_channels=profile.key_channels,

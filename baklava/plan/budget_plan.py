@@ -135,6 +135,11 @@ class PrefillConfig(FrozenModel):
             raise ValueError("chunked prefill needs a chunk_size in tokens; dense prefill takes none")
         return self
 
+    @classmethod
+    def in_chunks(cls, tokens: int | None) -> "PrefillConfig":
+        """Return prefill in chunks of this many tokens, or dense prefill if None."""
+        return cls() if tokens is None else cls(mode="chunked", chunk_size=tokens)
+
 
 class Provenance(FrozenModel):
     """Where a plan comes from. Nothing in it changes what the cache does."""
@@ -206,6 +211,19 @@ class BudgetPlan(FrozenModel):
                 )
         _check_key_channels(self)
         return self
+
+    def with_prefill_chunk(self, tokens: int | None) -> "BudgetPlan":
+        """Return this plan with prompts in chunks of this many tokens; as it is if None.
+
+        Raises:
+            UserError: the chunk is no longer than the eviction interval.
+        """
+        if tokens is None:
+            return self
+        try:
+            return BudgetPlan.model_validate(self.model_dump() | {"prefill": PrefillConfig.in_chunks(tokens)})
+        except ValidationError as error:
+            raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
     @property
     def tokens(self) -> list[list[int]]:

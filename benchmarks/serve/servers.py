@@ -47,6 +47,7 @@ class ServeBenchmarkConfig:
         max_tpot: seconds per token after the first that it may take.
         threads: torch's threads in each server.
         dtype: precision of the model's products in each server, as in `load`.
+        prefill_chunk: tokens of a chunk of a prompt under the plan; as the plan says if None.
     """
 
     model: str = "demo"
@@ -72,6 +73,7 @@ class ServeBenchmarkConfig:
     seed: int = 0
     threads: int = 2
     dtype: str | None = None
+    prefill_chunk: int | None = None
 
 
 def quick_config(
@@ -164,6 +166,8 @@ def _our_command(config: ServeBenchmarkConfig, name: str, port: int) -> list[str
     plan = config.plan if name == PLAN else "full"
     options = ["--plan", plan, "--model", config.model, "--port", str(port), "--pool", str(config.load_pool_bytes)]
     options += ["--dtype", config.dtype or "float32"]
+    if name == PLAN and config.prefill_chunk:
+        options += ["--prefill-chunk", str(config.prefill_chunk)]
     return [sys.executable, str(SERVE_SCRIPT), *options, "--max-waiting", "256", "--timeout", "3600"]
 
 

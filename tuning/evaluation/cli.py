@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from baklava.console import log, positive_int, reject_settings_on_resume, replica_count, run_cli
+from baklava.console import PREFILL_CHUNK_HELP, log, positive_int, reject_settings_on_resume, replica_count, run_cli
 from baklava.errors import UserError
 from baklava.runtime.dtypes import DTYPE_HELP, DTYPES
 from tuning import configure_environment
@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens per prompt (default: those of a window)",
     )
     add("--prompts", type=positive_int, metavar="N", help="prompts of each task and length (default 3)")
+    add("--prefill-chunk", type=positive_int, metavar="TOKENS", help=PREFILL_CHUNK_HELP)
     add("--calibration", nargs="+", metavar="NAME|FILE", help="texts to profile the model on (default botocore)")
     add("--no-speed", dest="speed", action="store_false", help="do not measure speed and peak memory")
     add("--replicas", type=replica_count, metavar="auto|N", help="copies of the model, on Ray (default auto)")

@@ -49,10 +49,11 @@ def prepare_inputs(settings: EvaluationSettings, loaded: LoadedModel) -> Evaluat
         splits = make_splits(documents, loaded.tokenizer, **tokens, seed=0, seen=windows)
         return cached_profile(loaded, splits.calibration)
 
-    plans = [
+    resolved = [
         resolve_plan(spec, loaded, max_tokens if spec == "full" else window_tokens, load_profile)
         for spec in settings.plans
     ]
+    plans = [replace(named, plan=named.plan.with_prefill_chunk(settings.prefill_chunk)) for named in resolved]
     _check_recordable(loaded, plans, max_tokens)
     return EvaluationInputs(tuple(plans), tuple(windows), tuple(prompts))
 

@@ -56,6 +56,7 @@ class EvaluationSettings(FrozenModel):
     lengths: tuple[PositiveInt, ...] = ()
     prompts: PositiveInt = 3
     speed: bool = True
+    prefill_chunk: PositiveInt | None = None
     replicas: Replicas = "auto"
     threads: PositiveInt | None = None
     seed: Annotated[int, Field(ge=0)] = 0

@@ -6,7 +6,7 @@ import numpy as np
 
 from baklava.allocation import Allocation, Baklava, BitPair, Blended, Greedy, ReconstructionCounts, Uniform, allocate
 from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
-from baklava.plan.budget_plan import BudgetPlan
+from baklava.plan.budget_plan import BudgetPlan, PrefillConfig
 from baklava.profiling.profile import Profile
 from tuning.study.search_space import BIT_PAIRS, CURVES, Params, SearchSpace
 from tuning.study.settings import BitsName
@@ -37,7 +37,9 @@ class BaselineMethod:
         bits = "any bits" if any_bits else f"{keys} bits" if keys == values else f"{keys} and {values} bits"
         return f"{self.allocation.name} + {self.eviction.name}, {bits}"
 
-    def plan(self, profile: Profile, budget: float, context_length: int) -> BudgetPlan:
+    def plan(
+        self, profile: Profile, budget: float, context_length: int, prefill: PrefillConfig | None = None
+    ) -> BudgetPlan:
         """Return its plan for a budget; raise UserError if the budget is too small."""
         return allocate(
             profile,
@@ -46,6 +48,7 @@ class BaselineMethod:
             method=self.allocation,
             eviction=self.eviction,
             bits=self.bits,
+            prefill=prefill,
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from baklava.console import reject_settings_on_resume, replica_count, run_cli, share
+from baklava.console import PREFILL_CHUNK_HELP, reject_settings_on_resume, replica_count, run_cli, share
 from baklava.evaluation.intervals import format_share
 from baklava.runtime.dtypes import DTYPE_HELP, DTYPES
 from tuning import configure_environment
@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"bits of keys and values, some of {bits} (default all)",
     )
     add("--objective", choices=get_args(Objective), help="KL to the full cache, or perplexity (default kl)")
+    add("--prefill-chunk", type=int, metavar="TOKENS", help=PREFILL_CHUNK_HELP)
     add("--replicas", type=replica_count, metavar="auto|N", help="copies of the model (default auto)")
     add("--gpus-per-replica", type=int, metavar="K", help="GPUs of each replica (default: 1 if there are any)")
     add("--memory", type=float, metavar="GIB", help="maximum GiB of prefilled windows per replica (default: no limit)")

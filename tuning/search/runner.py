@@ -13,7 +13,7 @@ from baklava.console import log
 from baklava.errors import UserError
 from baklava.eviction import StreamingLLM
 from baklava.paths import UNWRITABLE_ERRORS
-from baklava.plan.budget_plan import BudgetPlan, Provenance
+from baklava.plan.budget_plan import BudgetPlan, PrefillConfig, Provenance
 from baklava.profiling.profile import uniform_profile
 from baklava.runtime.model_loader import load_config
 from baklava.runtime.ray_session import ray_session
@@ -92,7 +92,8 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
     search_windows, validation_windows = (
         tuple(window.name for window in windows) for windows in (splits.search, splits.validation)
     )
-    task = SearchTask(inputs.profile, settings.goal, settings.context_length, search_windows, settings.bits)
+    prefill = PrefillConfig.in_chunks(settings.prefill_chunk)
+    task = SearchTask(inputs.profile, settings.goal, settings.context_length, search_windows, settings.bits, prefill)
     warm_start = WarmStart.read(out) if earlier else load_warm_start(settings, inputs, task)
     with ray_session(object_store_bytes=OBJECT_STORE_BYTES):
         layout = cluster_layout(settings.replicas, settings.gpus_per_replica)

@@ -160,7 +160,8 @@ def baseline_candidates(task: SearchTask, budget: float) -> list[Candidate]:
     candidates = []
     for method in baseline_methods(task.space):
         try:
-            candidates.append(Candidate(method.name, method.plan(task.profile, budget, task.context_length)))
+            plan = method.plan(task.profile, budget, task.context_length, task.prefill)
+            candidates.append(Candidate(method.name, plan))
         except UserError as error:
             log(f"{method.name} cannot win, {error}")
     return candidates

@@ -8,11 +8,11 @@ import optuna
 from baklava.allocation import Allocation, BitPair, Blended, Greedy, Perturbed, allocate
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
-from baklava.plan.budget_plan import BudgetPlan, head_bytes
+from baklava.plan.budget_plan import BudgetPlan, PrefillConfig, head_bytes
 from baklava.plan.geometry import FULL_BITS, CacheGeometry, full_cache_bytes, sliding_window_bytes
 from baklava.profiling.profile import Profile
 from tuning.study.objective import Goal
-from tuning.study.settings import ALL_BITS, CENTROID_CHOICES, BitsName
+from tuning.study.settings import ALL_BITS, CENTROID_CHOICES, INTERVAL_CHOICES, BitsName
 
 Params = dict[str, Any]
 
@@ -112,7 +112,7 @@ class SearchSpace:
         trial.suggest_categorical("sinks", [1, 4])
         if trial.suggest_categorical("eviction", [HeavyHitter.name, StreamingLLM.name]) == HeavyHitter.name:
             trial.suggest_float("recent", 0.2, 0.8)
-            trial.suggest_categorical("interval", [8, 16, 32])
+            trial.suggest_categorical("interval", list(INTERVAL_CHOICES))
             trial.suggest_categorical("group_reduction", list(GROUP_REDUCTIONS))
             trial.suggest_categorical("centroids", list(CENTROID_CHOICES))
             if bits != "16":
@@ -164,7 +164,7 @@ def eviction_from_params(params: Params) -> Eviction:
 class SearchTask:
     """How parameters become a plan, and what plans are scored on.
 
-    `windows` are names, in the order of scoring; plans store in one of `bits`.
+    `windows` are names, in the order of scoring; plans store in one of `bits`, and process prompts as `prefill` says.
     """
 
     profile: Profile
@@ -172,6 +172,7 @@ class SearchTask:
     context_length: int
     windows: tuple[str, ...]
     bits: tuple[BitsName, ...] = ALL_BITS
+    prefill: PrefillConfig | None = None
 
     @property
     def space(self) -> SearchSpace:
@@ -196,4 +197,5 @@ class SearchTask:
             eviction=eviction_from_params(params),
             bits=BIT_PAIRS[params["bits"]],
             step=params["rounding"],
+            prefill=self.prefill,
         )

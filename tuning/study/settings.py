@@ -19,6 +19,11 @@ BitsName = Literal["16", "8", "k8v4", "k6v5", "k6v4", "k5v4", "4", "k4v3", "k4v2
 ALL_BITS: tuple[BitsName, ...] = get_args(BitsName)
 """Bits of keys and values that plans may store in; "curves" gives each head its own by its loss curves."""
 
+INTERVAL_CHOICES = (8, 16, 32)
+"""Eviction intervals that trials sample."""
+
+LARGEST_INTERVAL = max(INTERVAL_CHOICES)
+
 CENTROID_CHOICES = (0, 4, 8, 16)
 """Centroids per head that trials sample."""
 
@@ -42,6 +47,7 @@ _RULES = {
     "sampler": f"--sampler is one of {', '.join(get_args(SamplerName))}",
     "concurrent": "--concurrent is a number of trials, at least 1",
     "gpus_per_replica": "--gpus-per-replica is a number of GPUs, at least 1",
+    "prefill_chunk": f"--prefill-chunk is a number of tokens above {LARGEST_INTERVAL}, the largest eviction interval",
     "memory": "--memory is a number of GiB, above 0",
 }
 
@@ -76,6 +82,7 @@ class SearchSettings(FrozenModel):
     concurrent: PositiveInt | None = None
     gpus_per_replica: PositiveInt = 1
     memory: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    prefill_chunk: Annotated[int, Field(gt=LARGEST_INTERVAL)] | None = None
 
     @model_validator(mode="after")
     def _check_goal(self) -> "SearchSettings":

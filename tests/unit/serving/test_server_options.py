@@ -19,7 +19,7 @@ from server_process import small_model
 
 from baklava.errors import UserError
 from baklava.eviction import StreamingLLM
-from baklava.plan.budget_plan import full_cache_plan
+from baklava.plan.budget_plan import PrefillConfig, full_cache_plan
 from baklava.plan.geometry import full_cache_bytes
 from baklava.runtime import host_memory as memory
 from baklava.runtime.model_loader import load_config
@@ -236,6 +236,18 @@ def test_a_method_with_a_profile_measures_it_on_the_calibration_texts_and_says_s
     assert plan.allocation.method == "baklava"
     assert plan.context_length == 128
     assert "profiling" in capsys.readouterr().err
+
+
+def test_a_server_may_prefill_in_chunks_whatever_the_plan_says(model, tmp_path):
+    assert load_served_plan("uniform:0.3", model, [], 64).prefill == PrefillConfig(mode="chunked", chunk_size=64)
+    file = tmp_path / "plan.json"
+    load_served_plan("uniform+heavy_hitter:0.3", model, []).write(file)
+    assert load_served_plan(str(file), model, []).prefill.mode == "dense"
+    assert load_served_plan(str(file), model, [], 64).prefill.chunk_size == 64
+    with pytest.raises(UserError, match=r"chunk_size is 32 tokens, .* make chunks longer than the eviction interval"):
+        load_served_plan(str(file), model, [], 32)
+    with pytest.raises(UserError, match="--prefill-chunk 64 compresses, and --plan full does not; leave one out"):
+        load_served_plan("full", model, [], 64)
 
 
 def test_a_server_refuses_a_checkpoint_without_all_weights_before_it_starts_replicas(model, tmp_path):

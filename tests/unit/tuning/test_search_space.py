@@ -1,5 +1,7 @@
 """Facts about the search space, the proposals, and the rule that stops trials early."""
 
+from dataclasses import replace
+
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -7,9 +9,11 @@ from ray.tune.schedulers import TrialScheduler
 from search_factory import SPACE, WINDOWS, profile, record, report, task
 
 from baklava.allocation import Blended, Perturbed
+from baklava.plan.budget_plan import PrefillConfig
 from baklava.profiling.profile import LossCurves
 from tuning.optimizers.baselines import BEST_HEAVY_HITTER, DEFAULT_BLEND, baseline_methods, initial_params
 from tuning.optimizers.optuna_search import MAX_LOSS_RATIO, PlanOptunaSearch, RelativeLossPruner, SamplerConfig
+from tuning.selection.validation import baseline_candidates
 from tuning.study.interrupt import StopFlag
 from tuning.study.objective import Goal
 from tuning.study.search_space import (
@@ -104,6 +108,14 @@ def test_the_smallest_size_that_is_drawn_holds_whatever_else_is_drawn() -> None:
     assert 0.02 < least < most <= 1
     for params in draws(small.space, 50):
         assert small.plan({**params, "budget": least}).ratio <= least
+
+
+def test_all_plans_of_a_search_prefill_as_it_says() -> None:
+    chunked = replace(task(), prefill=PrefillConfig.in_chunks(64))
+    plans = [chunked.plan(params) for params in draws(chunked.space, 5)]
+    plans += [candidate.plan for candidate in baseline_candidates(chunked, 0.3)]
+    assert {plan.prefill.chunk_size for plan in plans} == {64}
+    assert {task().plan(params).prefill.mode for params in draws(SPACE, 5)} == {"dense"}
 
 
 def test_what_the_profile_did_not_measure_is_not_drawn() -> None:
