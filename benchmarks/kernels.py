@@ -102,16 +102,21 @@ def _benchmark_decode_pair(
 ) -> list[DecodeRow]:
     stop = context + WARMUP_STEPS + rounds
     static = StaticCache(loaded.model.config, max_cache_len=stop)
+    filled = {BASELINE: DynamicCache(), STATIC: static}
     steps: dict[str, Callable[[], Any]] = {
-        name: make_decode_step(loaded, cache and fill_cache(loaded, cache, batch, context), batch)
-        for name, cache in {BASELINE: DynamicCache(), STATIC: static, NO_CACHE: None}.items()
+        name: make_decode_step(loaded, fill_cache(loaded, cache, batch, context), batch)
+        for name, cache in filled.items()
     }
+    steps[NO_CACHE] = make_decode_step(loaded, None, batch)
     caches = {
         name: [fill_cache(loaded, BudgetedCache(plan, stop), 1, context) for _ in range(batch)]
         for name, plan in plans.items()
     }
     steps |= {name: partial(decode_step, loaded, own, [1] * batch) for name, own in caches.items()}
     timings = time_interleaved(steps, rounds, WARMUP_STEPS)
+    for name, cache in filled.items():
+        if int(cache.get_seq_length()) != stop:
+            raise RuntimeError(f"{name} has seen {cache.get_seq_length()} tokens of {stop}")
     rows = []
     for name, timing in timings.items():
         own = caches.get(name, [])
