@@ -351,7 +351,7 @@ def test_a_budget_that_holds_nothing_is_refused(refused: Callable[..., str]) -> 
     assert "budget 0.001 leaves 0 entries per head" in refused("--budget", 0.001)
 
 
-@pytest.mark.parametrize("budget", [0, -1, 1.5, "nan"])
+@pytest.mark.parametrize("budget", [0, -1, 1.5])
 def test_a_budget_outside_its_range_is_refused(refused: Callable[..., str], budget: object) -> None:
     assert "above 0 and at most 1" in refused("--budget", budget)
 

@@ -359,7 +359,8 @@ def test_invalid_arguments_are_rejected_in_one_sentence(loaded_model: LoadedMode
     good = {"pretrained": "demo", "plan": "uniform:0.3"}
     for wrong, said in [
         ({"batch_size": 4}, "one sequence at a time"),
-        ({"dtype": "float16"}, "dtype: Extra inputs"),
+        ({"dtype": "int8"}, "dtype: Input should be .auto., .float32., .bfloat16. or .float16."),
+        ({"trust": True}, "trust: Extra inputs"),
         ({"context_length": 0}, "context_length: Input should be greater than 0"),
         ({"plan": None}, "plan: Input should be a valid string"),
     ]:
