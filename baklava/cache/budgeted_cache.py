@@ -54,13 +54,13 @@ class BudgetedCache(Cache):
 
     def copy(self, max_tokens: int | None = None) -> "BudgetedCache":
         """Return an independent cache that continues from here, for a sequence of at most `max_tokens` tokens."""
-        slabs = [layer.slab for layer in self.budgeted_layers if layer.slab]
-        entries = [tensor for slab in slabs for tensor in slab.tensors]  # copied below, into slabs of another size
-        memo = {id(shared): shared for shared in (self.plan, self.eviction, *slabs, *entries)}
+        memo: dict[int, Any] = {id(shared): shared for shared in (self.plan, self.eviction)}
         copied = BudgetedCache(self.plan, max_tokens)
-        copied._last_updated, copied.layers = self._last_updated, [copy.deepcopy(layer, memo) for layer in self.layers]
-        for layer in copied.budgeted_layers:
-            layer.move_to_new_slab(max_tokens)
+        copied._last_updated = self._last_updated
+        copied.layers = [
+            layer.copy(max_tokens, memo) if isinstance(layer, BudgetedLayer) else copy.deepcopy(layer, memo)
+            for layer in self.layers
+        ]
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BudgetedCache":

@@ -1,5 +1,6 @@
 """A cache layer whose KV heads have budgets, and the left padding that all layers of a cache share."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -138,6 +139,29 @@ class BudgetedLayer(BudgetedLayerBase):
         self.slab = Slab([spec for group in self.groups for spec in group.specs()], batch, device)
         self.table = LayerTable(self.groups, batch, iter(self.slab.tensors))
 
+    def copy(self, max_tokens: int | None, memo: dict[int, Any] | None = None) -> "BudgetedLayer":
+        """Return an independent layer with a slab of its own, for sequences of at most `max_tokens` tokens.
+
+        Args:
+            max_tokens: As in the class.
+            memo: What the copies of several layers share, as in `copy.deepcopy`.
+        """
+        memo = {} if memo is None else memo
+        shared = (
+            [] if self.slab is None else [self.slab, *self.slab.tensors]
+        )  # copied below, into a slab of another size
+        memo.update({id(one): one for one in (self.eviction, *shared)})
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        copied.table = None
+        copied.__dict__ = {name: copy.deepcopy(value, memo) for name, value in copied.__dict__.items()}
+        copied.move_to_new_slab(max_tokens)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BudgetedLayer":
+        """Return `copy` for sequences of the same length: kernels write where the table says."""
+        return self.copy(self.max_tokens, memo)
+
     def move_to_new_slab(self, max_tokens: int | None, rows: Int[Tensor, " rows"] | None = None) -> None:
         """Copy the entries into a slab of their own, for sequences of at most `max_tokens` tokens.
 
@@ -150,6 +174,7 @@ class BudgetedLayer(BudgetedLayerBase):
             return
         before = self.slab
         for group in self.groups:
+            group.drop_dequantized()
             group.set_max_tokens(max_tokens)
         first = before.tensors[0]
         self._allocate(len(first) if rows is None else len(rows), first.device)
@@ -291,6 +316,8 @@ class BudgetedLayer(BudgetedLayerBase):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.slab is None:
             return
+        for group in self.groups:
+            group.drop_dequantized()
         if len(indices) == self.batch_size:
             for tensor in self.slab.tensors:
                 tensor.copy_(tensor.index_select(0, indices.to(tensor.device)))

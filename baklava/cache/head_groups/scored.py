@@ -56,11 +56,11 @@ class ScoredHeadGroup(HeadGroup):
     @override
     def _describe_state(self, rows: Rows) -> None:
         eviction = self.eviction
-        if isinstance(eviction, HeavyHitter):
-            rows[..., columns.UPDATE], rows[..., columns.DISTANCE] = columns.HEAVY_HITTER, eviction.distance
+        rows[..., columns.UPDATE] = self.score_update
+        if self.score_update == columns.HEAVY_HITTER:
+            assert isinstance(eviction, HeavyHitter)
+            rows[..., columns.DISTANCE] = eviction.distance
             rows[..., columns.SQUARED], rows[..., columns.BY_MAX] = eviction.power == 2, eviction.reduction == "max"
-        elif eviction.query_sample.window != 0:
-            rows[..., columns.UPDATE] = columns.KEEP_PROBS
         rows[..., columns.EVICTS] = not self.needs_pytorch
         rows[..., columns.INTERVAL], rows[..., columns.RETAINED] = eviction.eviction_interval, self.num_retained
         rows[..., columns.RECENT_WINDOW] = eviction.recent_window(self.budget.tokens)
@@ -72,9 +72,16 @@ class ScoredHeadGroup(HeadGroup):
                 rows[..., column] = addresses(tensor)
 
     @property
+    def score_update(self) -> int:
+        """What a kernel does with the probabilities of a decoded token: it knows HeavyHitter, and no subclass."""
+        if type(self.eviction) is HeavyHitter:
+            return columns.HEAVY_HITTER
+        return columns.NO_UPDATE if self.eviction.query_sample.window == 0 else columns.KEEP_PROBS
+
+    @property
     def needs_pytorch(self) -> bool:
-        """Whether kernels leave new scores and evictions to PyTorch: they know heavy hitters only."""
-        return not isinstance(self.eviction, HeavyHitter) or self.eviction.pooling > 1
+        """Whether kernels leave new scores or evictions to PyTorch."""
+        return self.score_update != columns.HEAVY_HITTER or self.eviction.pooling > 1
 
     @property
     def tokens_since_eviction(self) -> int:

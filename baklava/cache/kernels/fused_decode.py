@@ -32,7 +32,6 @@ from baklava.cache.head_groups import HeadGroup, LayerTable, NewTokens, ScoredHe
 from baklava.cache.kernels import triton_decode
 from baklava.cache.storage import stored_dtype
 from baklava.errors import UserError
-from baklava.eviction import HeavyHitter
 from baklava.paths import cache_dir
 from baklava.plan.geometry import FULL_BITS
 
@@ -75,7 +74,9 @@ def kernel() -> Any:
     if "x86_64" in binding.get_default_triple() and not binding.get_host_cpu_features().get("f16c"):
         logger.warning("this CPU has no instructions for float16 (F16C), so sequences are decoded one by one")
         return None
-    return import_module("baklava.cache.kernels.numba_decode")
+    module = import_module("baklava.cache.kernels.numba_decode")
+    module.drop_stale_code()
+    return module
 
 
 def can_fuse(groups: Sequence[HeadGroup], states: Tensor) -> bool:
@@ -149,7 +150,7 @@ def fused_steps(table: LayerTable, states: States, position: int, params: Attent
 def _tokens_per_step(table: LayerTable) -> int:
     """Return how many tokens a kernel may get before PyTorch has to update scores, or to evict."""
     groups = table.pytorch_groups
-    limit = QUERY_BLOCK_SIZE if any(map(_keeps_probs, groups)) else sys.maxsize
+    limit = QUERY_BLOCK_SIZE if any(group.score_update == columns.KEEP_PROBS for group in groups) else sys.maxsize
     return min([limit, *(group.tokens_until_eviction for group in groups)])
 
 
@@ -214,7 +215,12 @@ def _run_numba(
     prepare(head_dim, group_size)
     module, options = kernel(), _options(params, head_dim, group_size)
     slots = np.concatenate([table.slots for table in tables])
-    refused = _run_on_threads(lambda part: module.decode_layer(*inputs.narrow(part), *options), slots * num_tokens)
+
+    def decode(part: slice, tables: Sequence[LayerTable] = tables) -> int:  # a thread keeps what it writes to alive
+        refused: int = module.decode_layer(*inputs.narrow(part), *options)
+        return refused
+
+    refused = _run_on_threads(decode, slots * num_tokens)
     if refused:
         filled = [int(table.rows[..., columns.FILLED].max()) for table in tables]
         raise RuntimeError(f"{refused} rows have no slot for a token after {filled}: drop the cache after an error")
@@ -225,12 +231,9 @@ def _run_numba(
 
 def _longest_probs(tables: Sequence[LayerTable], num_tokens: int) -> int:
     """Return the largest number of entries whose probabilities are kept; 0 if none are."""
-    groups = (group for table in tables for group in table.scored_groups if _keeps_probs(group))
-    return max((group.num_filled + num_tokens for group in groups), default=0)
-
-
-def _keeps_probs(group: ScoredHeadGroup) -> bool:
-    return not isinstance(group.eviction, HeavyHitter) and group.eviction.query_sample.window != 0
+    groups = (group for table in tables for group in table.scored_groups)
+    keeping = (group for group in groups if group.score_update == columns.KEEP_PROBS)
+    return max((group.num_filled + num_tokens for group in keeping), default=0)
 
 
 def _run_triton(
@@ -341,8 +344,10 @@ def _run_on_threads(run: Callable[[slice], int], work: np.ndarray) -> int:
     shares = np.arange(1, threads) * (total / threads)
     stops = [0, *np.searchsorted(ends - work / 2, shares).tolist(), len(work)]
     first, *others = [slice(start, stop) for start, stop in pairwise(stops)]
-    running = [_thread_pool(threads - 1).submit(run, rows) for rows in others]
+    pool, running = _thread_pool(torch.get_num_threads() - 1), []
     try:
+        for rows in others:
+            running.append(pool.submit(run, rows))
         number = run(first)
     finally:
         wait(running)
@@ -393,7 +398,7 @@ def _update_scores(
 ) -> None:
     """Update the scores that the kernel does not update."""
     num_tokens = rotated[1].shape[2]
-    if probs is not None and _keeps_probs(group):
+    if probs is not None and group.score_update == columns.KEEP_PROBS:
         query, own = rotated[0][:, group.index], probs[:, group.index, ..., : group.num_filled]
         group.observe_attention(query, own, position, params.scaling)
     elif group.eviction.query_sample.window == 0 and group.is_about_to_evict(num_tokens):

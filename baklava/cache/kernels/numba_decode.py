@@ -10,13 +10,15 @@ lengths of tuples, which are constants of a compiled function, and the loop over
 per plane and query head. It takes 8 to 25 ns per entry, where general loops take 50 to 100 ns.
 
 All of it is in one file, since numba compiles again only if the file of a function has changed. What is imported of
-`quantized_codec` and `table_columns` is an exception: after a change there, remove `__pycache__` here. A function is
-compiled again in each one that calls it, so few calls and few levels save seconds of compilation.
+`quantized_codec` and `table_columns` is an exception, for which `drop_stale_code` looks. A function is compiled again
+in each one that calls it, so few calls and few levels save seconds of compilation.
 """
 
 import inspect
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from baklava.cache import table_columns
 from baklava.cache.storage.quantized_codec import NORMAL_STEP_SIZES, PLANE_WIDTHS
 from baklava.cache.table_columns import (
     BY_MAX,
@@ -243,6 +246,24 @@ def _from_bits(typing_context, number):
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.int32), generate
+
+
+_COLUMNS = {name: value for name, value in vars(table_columns).items() if name.isupper()}
+LAYOUT = zlib.crc32(repr((_COLUMNS, PLANE_WIDTHS, NORMAL_STEP_SIZES)).encode())
+"""What is imported of other files, of which the compiled code has a copy."""
+
+
+@compiled
+def layout():
+    """Return `LAYOUT` as it was when the code on disk was compiled."""
+    return LAYOUT
+
+
+def drop_stale_code() -> None:
+    """Remove code on disk that was compiled for other columns: it would write to wrong addresses."""
+    if layout() != LAYOUT:
+        for file in Path(layout._cache.cache_path).glob("numba_decode.*"):
+            file.unlink(missing_ok=True)
 
 
 @compiled

@@ -1,5 +1,6 @@
 """The compiled kernel decodes as the reference does, which is a step of each head group in PyTorch."""
 
+import copy
 import errno
 import importlib
 import logging
@@ -340,6 +341,70 @@ def test_a_copy_has_a_table_and_counters_of_its_own(loaded: LoadedModel) -> None
     copied.groups[0].num_filled += 1
     assert (table.rows == before).all()
     assert (copied.rows[..., columns.FILLED] != table.rows[..., columns.FILLED]).any()
+
+
+@torch.inference_mode()
+def test_a_layer_that_is_copied_alone_writes_to_memory_of_its_own(loaded: LoadedModel) -> None:
+    cache, _ = prefill(loaded, make_plan(loaded, [[20, 40], [28, 64]], FUSED[1]), random_ids(1, 90))
+    stream(loaded, cache, random_ids(1, 1))
+    layer = cache.budgeted_layers[0]
+    before = [tensor.clone() for tensor in layer.slab.tensors], layer.table.rows.copy()
+    copied = copy.deepcopy(layer)
+    states = torch.randn(1, 2, 1, 64)
+    keys, values = copied.update(states, states)
+    copied.attend(torch.randn(1, 6, 1, 64), keys, values, None, AttentionParams(0.125))
+    assert copied.cumulative_length == layer.cumulative_length + 1
+    assert all(map(torch.equal, layer.slab.tensors, before[0]))
+    assert (layer.table.rows == before[1]).all()
+
+
+class NewestHitter(HeavyHitter):
+    """A method of a plug-in, which is no heavy hitter although it inherits from it."""
+
+    def score(self, observation: Any) -> torch.Tensor:
+        return observation.reduce_group("max")[:, :, -1].float()
+
+
+@torch.inference_mode()
+def test_a_method_that_inherits_from_heavy_hitters_keeps_its_own_scores(
+    monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel
+) -> None:
+    layer = Layer([Budget(40, 16, 16)], NewestHitter(sinks=2, eviction_interval=5), group=3, head_dim=64, prompt=60)
+    for _ in range(12):
+        layer.step(AttentionParams(0.125))
+
+
+@torch.inference_mode()
+def test_copies_and_rows_of_a_cache_that_is_teacher_forced_go_on(
+    monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel
+) -> None:
+    plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], FUSED[1]), [(5, 4), (3, 3)])
+    cache, _ = prefill(loaded, plan, random_ids(2, 90))
+    monkeypatch.setattr(budgeted_layer, "can_fuse", lambda *arguments: False)
+    rest = random_ids(2, 8, seed=4)
+    with cache.teacher_forcing():
+        loaded.model(random_ids(2, 5), past_key_values=cache)
+        copied = cache.copy()
+        cache.batch_select_indices(torch.tensor([1, 1]))
+        logits = loaded.model(rest[1:].expand(2, -1), past_key_values=cache).logits
+        expected = loaded.model(rest, past_key_values=copied).logits
+    assert_close(logits[0], logits[1])
+    assert_close(logits[0], expected[1], atol=1e-4, rtol=1e-4)
+
+
+def test_code_on_disk_that_was_compiled_for_other_columns_is_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stale, other = tmp_path / "numba_decode.decode_layer.nbc", tmp_path / "other.nbc"
+    stale.touch()
+    other.touch()
+    monkeypatch.setattr(numba_decode.layout._cache, "_cache_path", str(tmp_path))
+    numba_decode.drop_stale_code()
+    assert stale.exists()
+    monkeypatch.setattr(numba_decode, "LAYOUT", 1)
+    numba_decode.drop_stale_code()
+    assert not stale.exists()
+    assert other.exists()
 
 
 @pytest.mark.parametrize(("cached", "new"), [(1, 2), (2, 1), (2, 4)])
