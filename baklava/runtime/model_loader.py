@@ -54,16 +54,17 @@ class LoadedModel:
 
     @cached_property
     def weights_digest(self) -> str:
-        """Hash of a sample of every weight, by which checkpoints of the same name differ.
+        """Hash of a sample of every weight and of `dtype`, by which checkpoints of the same name and precisions differ.
 
-        It depends on the dtype of the weights, but not on their devices. They are read with one transfer.
+        It does not depend on the devices of the weights. They are read with one transfer.
         """
         samples = []
         for weight in self.model.parameters():
             last, count = weight.numel() - 1, min(weight.numel(), DIGEST_SAMPLES_PER_WEIGHT)
             index = torch.linspace(0, last, count, dtype=torch.float64).long().to(weight.device)
             samples.append(weight.detach().flatten()[index].float().to(self.device))
-        return hashlib.sha256(torch.cat(samples).cpu().numpy().tobytes()).hexdigest()[:16]
+        sample = torch.cat(samples).cpu().numpy().tobytes()
+        return hashlib.sha256(sample + self.dtype.encode()).hexdigest()[:16]
 
     @property
     def num_embeddings(self) -> int:
@@ -139,7 +140,7 @@ class LoadedModel:
 def load(
     name: str,
     *,
-    dtype: str | None = "auto",
+    dtype: str | None = None,
     device: str | None = None,
     threads: int | None = None,
     device_map_auto: bool = False,
@@ -150,14 +151,14 @@ def load(
         name: `demo`, a directory, or the id of a hub model.
         dtype: The precision of its products: `float32`, `bfloat16`, `float16` or `auto`, which is the checkpoint's own
             on a GPU, and on a CPU bfloat16 if that is faster, else float32. None is the same, but float32 on every
-            CPU, for scores that compare. On a CPU, only linear layers compute in half precision, without the output
-            layer.
+            CPU, so that scores compare. On a CPU, only linear layers compute in bfloat16, without the output layer;
+            their weights are frozen.
         device: A device of PyTorch, such as `cpu`, `cuda:1` or `mps`; by default `cuda` if available, else `cpu`.
         threads: Threads of PyTorch, for the whole process.
         device_map_auto: Distribute the layers over all visible devices, for a model that is larger than one of them.
 
     Raises:
-        UserError: nothing loadable has this name, there is no such dtype, weights are missing or damaged, the model
+        UserError: nothing loadable has this name, the dtype cannot be had, weights are missing or damaged, the model
             does not fit into memory, its cache cannot be budgeted, or the device is not available, or is given
             together with `device_map_auto`.
     """
@@ -172,8 +173,8 @@ def load(
     tokenizer = checkpoint.read_tokenizer()
     states = torch.float32 if target.type == "cpu" else products
     model = checkpoint.read_model(states or "auto", target, device_map_auto=device_map_auto)
-    if products != states and products is not None:
-        round_linear_layers(model, products)
+    if products is not None and products != states and not round_linear_layers(model, products) and dtype != "auto":
+        raise UserError(f"dtype {dtype} changes nothing in {name}, which has no plain linear layers; choose float32")
     checkpoint.check_vocabulary(tokenizer, model)
     revision = DEMO_SHA256 if name == DEMO else getattr(model.config, "_commit_hash", None)
     return LoadedModel.of(model, tokenizer, id=name, revision=revision)

@@ -1,13 +1,18 @@
 """The precision in which a model computes its products, and what is fastest on this CPU."""
 
+import ctypes
 import functools
+import logging
 import time
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from baklava.errors import UserError
 from baklava.runtime.dtypes import DTYPES
+
+logger = logging.getLogger(__name__)
 
 PROBE_SHAPE = (576, 1536)
 PROBE_TOKENS = 256
@@ -39,8 +44,17 @@ def weights_dtype(dtype: str | None, device: torch.device) -> torch.dtype | None
         return fastest_cpu_dtype() if device.type == "cpu" else None
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}; choose one of them")
+    if dtype == "float16" and device.type == "cpu":
+        raise UserError("dtype float16 overflows in the linear layers of a CPU; choose bfloat16 or float32")
     named: torch.dtype = getattr(torch, dtype)
     return named
+
+
+def resolve_dtype(dtype: str | None) -> str | None:
+    """Return what `auto` stands for on this machine's CPU, so that it is recorded and all workers do the same."""
+    if dtype != "auto" or torch.cuda.is_available():
+        return dtype
+    return str(fastest_cpu_dtype()).removeprefix("torch.")
 
 
 @functools.cache
@@ -73,16 +87,36 @@ def _seconds(states: Tensor, weight: Tensor) -> float:
     return min(seconds)
 
 
-def round_linear_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give the linear layers weights of this dtype, except for the output layer, whose rounding would be seen.
+def round_linear_layers(model: nn.Module, dtype: torch.dtype) -> int:
+    """Give plain linear layers weights of this dtype, except for the output layer, and return how many there are.
 
-    Everything else stays as it is, attention and its cache included: they take little of the time, and kernels for
-    float32. Logits in bfloat16 would have 8 bits, and tripled the loss (KL to float32 .0007 instead of .0002).
+    Everything else stays as it is: attention and its cache, whose kernels are for float32, experts in one tensor, and
+    layers that multiply in their own way. Logits in bfloat16 would have 8 bits, and tripled the loss (KL to float32
+    .0007 instead of .0002).
     """
     output = model.get_output_embeddings()  # type: ignore[operator]
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    rounded, others = [], 0
     for module in model.modules():
-        if type(module) is nn.Linear and module is not output:
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(dtype)
-                parameter.requires_grad_(False)
-            module.__class__ = HalfPrecisionLinear
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter is not embedding]
+        if type(module) is not nn.Linear or module is output or not module.weight.is_floating_point():
+            others += 0 if module is output else sum(parameter.numel() for parameter in own)
+            continue
+        for parameter in own:
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(False)
+        rounded.append(module)
+        module.__class__ = HalfPrecisionLinear
+    numbers = sum(module.weight.numel() for module in rounded)
+    if rounded and numbers < others:
+        share = numbers / (numbers + others)
+        name = str(dtype).removeprefix("torch.")
+        logger.warning("only %.0f %% of the weights are in linear layers, which compute in %s", 100 * share, name)
+    _return_freed_memory()
+    return len(rounded)
+
+
+def _return_freed_memory() -> None:
+    """Return what the wider weights took to the system: GNU's allocator keeps pieces of this size."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

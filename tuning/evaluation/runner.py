@@ -20,6 +20,7 @@ from baklava.evaluation.speed import Speed, measure_speeds
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.plan.registry import error_summary
 from baklava.runtime.model_loader import LoadedModel, load, load_config
+from baklava.runtime.precision import resolve_dtype
 from baklava.runtime.ray_session import ray_session, starts_cluster
 from baklava.serialization import atomic_write_text
 from tuning.evaluation.inputs import prepare_inputs
@@ -64,6 +65,7 @@ def evaluate(settings: EvaluationSettings, out: Path) -> EvaluationResult:
     """
     started_ms = now_ms()
     check_new_run_dir(out, "evaluation")
+    settings = settings.model_copy(update={"dtype": resolve_dtype(settings.dtype)})
     model = load_config(settings.model)
     for spec in settings.plans:
         check_plan(spec, *model)
@@ -124,7 +126,7 @@ def _evaluate_missing(
     counts = f"{len(inputs.windows)} windows and {len(inputs.prompts)} prompts"
     log(f"evaluating {len(inputs.plans)} plans on {counts}, {len(done)} of them done before")
     with progress_bar(len(missing), "evaluating", "items") as progress:
-        for result in evaluate_items(loaded, inputs, missing, settings.replicas):
+        for result in evaluate_items(loaded, inputs, missing, settings.replicas, settings.dtype):
             journal.append(result)
             progress.set_postfix_str(result.name)
             progress.update(1)
@@ -145,12 +147,16 @@ def _speeds(run_dir: EvaluationDir, loaded: LoadedModel, inputs: EvaluationInput
 
 
 def evaluate_items(
-    loaded: LoadedModel, inputs: EvaluationInputs, items: Sequence[Item], replicas: int | str
+    loaded: LoadedModel,
+    inputs: EvaluationInputs,
+    items: Sequence[Item],
+    replicas: int | str,
+    dtype: str | None = None,
 ) -> Iterator[WindowResult | PromptResult]:
     """Yield the results of all items as they come, in any order.
 
     With `replicas` "auto" there is one worker per GPU of the cluster at `$RAY_ADDRESS`, or of this machine if it has
-    several, and otherwise only this process.
+    several, and otherwise only this process. Workers load the model with this `dtype`.
     """
     if not items:
         return
@@ -171,7 +177,7 @@ def evaluate_items(
             layout,
             EvaluationWorker,
             loaded.identity.id,
-            dtype=loaded.dtype,
+            dtype=dtype,
             plans=[plan.model_dump_json() for plan in plans],
             weights_digest=loaded.weights_digest,
         )

@@ -16,6 +16,7 @@ from baklava.paths import UNWRITABLE_ERRORS
 from baklava.plan.budget_plan import BudgetPlan, PrefillConfig, Provenance
 from baklava.profiling.profile import uniform_profile
 from baklava.runtime.model_loader import load_config
+from baklava.runtime.precision import resolve_dtype
 from baklava.runtime.ray_session import ray_session
 from tuning.optimizers.baselines import BaselineMethod
 from tuning.optimizers.optuna_search import check_sampler
@@ -57,6 +58,7 @@ def search(settings: SearchSettings, out: Path) -> SearchResult:
     check_new_run_dir(out, "search")
     check_sampler(settings.sampler, settings.front)
     check_budget(settings)
+    settings = settings.model_copy(update={"dtype": resolve_dtype(settings.dtype)})
     return _run(settings, out, Tracker.connect(settings.model_name), None)
 
 
@@ -99,7 +101,7 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
         layout = cluster_layout(settings.replicas, settings.gpus_per_replica)
         windows = splits.search + splits.validation
         group = WorkerGroup.for_search(
-            settings.model, layout, windows, task, settings.memory, inputs.dtype, inputs.weights_digest
+            settings.model, layout, windows, task, settings.memory, settings.dtype, inputs.weights_digest
         )
         group.wait_until_ready()
         # The first file is written only here, after everything that a user can get wrong.

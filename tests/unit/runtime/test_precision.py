@@ -1,17 +1,19 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from byte_model import byte_tokenizer
 from model_families import SHAPE, tiny_model
 from plan_factory import make_plan, random_ids
-from transformers import LlamaConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
 
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
 from baklava.runtime import precision
 from baklava.runtime.decode import decode_step
 from baklava.runtime.model_loader import LoadedModel, load
-from baklava.runtime.precision import HalfPrecisionLinear, round_linear_layers, weights_dtype
+from baklava.runtime.precision import HalfPrecisionLinear, resolve_dtype, round_linear_layers, weights_dtype
 from baklava.runtime.prefill import prefill
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -74,7 +76,45 @@ def test_the_probe_measures_and_leaves_the_threads_as_they_were() -> None:
 def test_scores_are_made_in_float32_on_every_cpu_unless_something_else_is_asked_for() -> None:
     assert weights_dtype(None, CPU) == torch.float32
     assert weights_dtype(None, GPU) is None
-    assert weights_dtype("float16", CPU) == weights_dtype("float16", GPU) == torch.float16
+    assert weights_dtype("bfloat16", CPU) == weights_dtype("bfloat16", GPU) == torch.bfloat16
+
+
+def test_what_auto_stands_for_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "bfloat16_speedup", lambda: 3.0)
+    assert resolve_dtype("auto") == "bfloat16"
+    assert resolve_dtype("float32") == "float32"
+    assert resolve_dtype(None) is None
+
+
+def test_float16_is_refused_on_a_cpu() -> None:
+    with pytest.raises(UserError, match=r"float16 overflows in the linear layers of a CPU; choose bfloat16 or float32"):
+        weights_dtype("float16", CPU)
+
+
+def test_a_model_without_plain_linear_layers_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 256, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load(str(tmp_path), dtype="float32").dtype == "float32"
+    with pytest.raises(UserError, match=r"dtype bfloat16 changes nothing in .*, which has no plain linear layers"):
+        load(str(tmp_path), dtype="bfloat16")
+
+
+def test_a_model_that_is_hardly_rounded_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 1}
+    model = tiny_model(MixtralConfig(**SHAPE, **experts))
+    assert round_linear_layers(model, torch.bfloat16) > 0
+    assert "% of the weights are in linear layers, which compute in bfloat16" in caplog.text
+
+
+def test_the_digest_tells_precisions_apart_even_if_the_weights_are_the_same() -> None:
+    model = tiny_model(LlamaConfig(**SHAPE))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())
+    exact = LoadedModel.of(model).weights_digest
+    round_linear_layers(model, torch.bfloat16)
+    assert LoadedModel.of(model).weights_digest != exact
 
 
 def test_an_unknown_precision_is_refused() -> None:
