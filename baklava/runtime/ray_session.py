@@ -93,7 +93,7 @@ def ray_session(*, object_store_bytes: int, num_cpus: int | None = None, log_to_
         options = {"runtime_env": {"env_vars": variables}}
         log(f"ray: connecting to {address}")
     try:
-        with _own_signals():
+        with _deferred_interrupt(), _own_signals():
             # Without "local", Ray would join any cluster that was started on this machine.
             ray.init(address, log_to_driver=log_to_driver, logging_level="ERROR", **options)
     except (OSError, ValueError, RuntimeError, RayError) as error:
@@ -159,6 +159,23 @@ def _provide_token() -> None:
             check_writable(stored.parent)
     except OSError:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[None]:
+    """Let Ctrl-C take effect after the block: in a hook of a fork its exception is lost, and a lock stays held."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    pending: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

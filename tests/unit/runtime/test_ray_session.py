@@ -13,6 +13,7 @@ from baklava.errors import UserError
 from baklava.runtime import ray_session
 from baklava.runtime.ray_session import (
     MAX_TEMP_DIR_BYTES,
+    _deferred_interrupt,
     _local_temp_dir,
     _own_signals,
     _provide_token,
@@ -26,6 +27,33 @@ LONG = "/tmp/" + "x" * 94
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TMPDIR", "RAY_TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
+
+
+def test_ctrl_c_while_ray_starts_takes_effect_when_it_has_started() -> None:
+    handler, done = signal.signal(signal.SIGINT, signal.default_int_handler), []
+
+    def start() -> None:
+        with _deferred_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            done.append("started")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert done == ["started"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored() -> None:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with _deferred_interrupt():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_the_longest_folder_leaves_space_for_the_name_of_a_socket() -> None:
