@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
+from threading import Lock
 from time import monotonic
 from typing import Self
 
@@ -60,6 +61,7 @@ class Tracker:
         self.pending: deque[FinishedTrial] = deque()
         self.failed_at: float | None = None
         self.writer = ThreadPoolExecutor(1, "mlflow")
+        self.writing = Lock()  # an interrupt while the executor starts its thread lets it start a second one
 
     @classmethod
     def connect(cls, model_name: str) -> Self:
@@ -178,8 +180,9 @@ class Tracker:
         """Write pending trials in order; if `throttled`, leave a server alone that failed a moment ago."""
         if throttled and self.failed_at is not None and monotonic() - self.failed_at < RETRY_INTERVAL_SECONDS:
             return
-        while self.pending and self._attempt(lambda: self._write(self.pending[0])):
-            self.pending.popleft()
+        with self.writing:
+            while self.pending and self._attempt(lambda: self._write(self.pending[0])):
+                self.pending.popleft()
 
     def _write(self, trial: FinishedTrial) -> None:
         try:
