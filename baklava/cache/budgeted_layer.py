@@ -147,9 +147,8 @@ class BudgetedLayer(BudgetedLayerBase):
             memo: What the copies of several layers share, as in `copy.deepcopy`.
         """
         memo = {} if memo is None else memo
-        shared = (
-            [] if self.slab is None else [self.slab, *self.slab.tensors]
-        )  # copied below, into a slab of another size
+        # Entries are copied only once, into a slab of another size.
+        shared = [] if self.slab is None else [self.slab, *self.slab.tensors]
         memo.update({id(one): one for one in (self.eviction, *shared)})
         copied = copy.copy(self)
         memo[id(self)] = copied

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -221,17 +221,21 @@ def _run_numba(
         return refused
 
     refused = _run_on_threads(decode, slots * num_tokens)
-    if refused:
-        filled = [int(table.rows[..., columns.FILLED].max()) for table in tables]
-        raise RuntimeError(f"{refused} rows have no slot for a token after {filled}: drop the cache after an error")
+    _check_all_done(refused, tables)
     rotated = torch.from_numpy(query).transpose(2, 3), torch.from_numpy(key), torch.from_numpy(value)
     observed = torch.from_numpy(probs).unflatten(0, (rows, heads)).transpose(2, 3) if probs.size else None
     return torch.from_numpy(inputs.output).unflatten(0, (rows, heads)).transpose(2, 3), rotated, observed
 
 
+def _check_all_done(refused: int, tables: Sequence[LayerTable]) -> None:
+    if refused:
+        filled = [int(table.rows[..., columns.FILLED].max()) for table in tables]
+        raise RuntimeError(f"{refused} rows have no slot for a token after {filled}: drop the cache after an error")
+
+
 def _longest_probs(tables: Sequence[LayerTable], num_tokens: int) -> int:
     """Return the largest number of entries whose probabilities are kept; 0 if none are."""
-    groups = (group for table in tables for group in table.scored_groups)
+    groups = (group for table in tables for group in table.pytorch_groups)
     keeping = (group for group in groups if group.score_update == columns.KEEP_PROBS)
     return max((group.num_filled + num_tokens for group in keeping), default=0)
 
@@ -252,9 +256,7 @@ def _run_triton(
     around = sink_tokens + (positions - sink_tokens) % np.maximum(ring, 1)
     slots = np.where(ring > 0, np.where(positions < sink_tokens, positions, around), filled)
     counts = np.where(ring > 0, np.minimum(filled + 1, table[:, columns.CAPACITY]), filled + 1)
-    refused = int(((slots >= counts) | (counts > table[:, columns.SLOTS])).sum())
-    if refused:
-        raise RuntimeError(f"{refused} rows have no slot for a token after {filled}: drop the cache after an error")
+    _check_all_done(int(((slots >= counts) | (counts > table[:, columns.SLOTS])).sum()), tables)
     update, hitter = int(table[:, columns.UPDATE].max()), table[table[:, columns.UPDATE].argmax()]
     longest = int(counts.max())
     on_device = {"tables": table, "slots": slots, "counts": counts, "positions": positions}
@@ -306,7 +308,7 @@ class KernelInputs:
 
     def narrow(self, rows: slice) -> list[np.ndarray]:
         """Return some rows of each array, in order."""
-        return [getattr(self, field.name)[rows] for field in fields(self)]
+        return [array[rows] for array in vars(self).values()]
 
 
 def _options(params: AttentionParams, head_dim: int, group_size: int) -> tuple[Any, ...]:
