@@ -227,7 +227,7 @@ def _allocate(spec: str, model: str, calibration: Sequence[str]) -> BudgetPlan:
     from baklava.runtime.model_loader import load
 
     log(f"making plan {spec} for {model}")
-    loaded = load(model, dtype=None)
+    loaded = load(model)
     tokens = min(PROFILE_CONTEXT_TOKENS + PROFILE_CONTINUATION_TOKENS, loaded.max_length)
     continuation = min(PROFILE_CONTINUATION_TOKENS, tokens // 7)
 

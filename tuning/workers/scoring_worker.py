@@ -176,12 +176,10 @@ class ScoringWorker(ModelWorker):
     Args:
         model: Name of the model.
         threads: Torch's threads.
-        dtype: Precision of the model's products, as in `load`.
-        device_map_auto: Whether to spread the model over all GPUs that the actor has.
         memory: GiB of prefilled windows on the model's device; no limit if None.
         host_share: Share of the host's memory for windows that do not fit on the device.
         timed: Whether to time decode steps, too.
-        weights_digest: See `ModelWorker`.
+        options: Those of `ModelWorker`.
     """
 
     def __init__(
@@ -189,14 +187,12 @@ class ScoringWorker(ModelWorker):
         model: str,
         threads: int,
         *,
-        dtype: str | None = None,
-        device_map_auto: bool = False,
         memory: float | None = None,
         host_share: float = 0,
         timed: bool = False,
-        weights_digest: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(model, threads, dtype=dtype, device_map_auto=device_map_auto, weights_digest=weights_digest)
+        super().__init__(model, threads, **options)
         self.timed = timed
         max_device_bytes = None if memory is None else int(memory * GIB)
         # On a CPU, the device's memory is the host's.
