@@ -281,14 +281,17 @@ def test_what_is_kept_under_load_is_what_the_plan_says(server, plan):
     """A cache that was quietly dense would keep all that it saw."""
 
     async def scene():
-        body = {"prompt": "x" * 1000, "max_tokens": 200, "ignore_eos": True}
+        # Long enough that the first has not ended when the last enters, however fast the machine is.
+        body = {"prompt": "x" * 1000, "max_tokens": 1500, "ignore_eos": True}
         async with asking(server) as client:
             tasks = [asyncio.create_task(stream(client, body)) for _ in range(8)]
             states = []
-            while not all(task.done() for task in tasks):
+            while len(states) < 5 and not any(task.done() for task in tasks):
                 await asyncio.sleep(0.1)
                 states += [state for state in (await reports(client)).values() if state["running"] == 8]
-            assert [whole(await task) for task in tasks] == [True] * 8
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             return states
 
     states = asyncio.run(scene())
@@ -306,7 +309,7 @@ def test_a_swapped_plan_is_told_and_requests_under_way_end(server, plan, folder,
     other = small_plan(model, tokens=96)
 
     async def scene():
-        body = {"prompt": "Once", "max_tokens": 300, "ignore_eos": True}
+        body = {"prompt": "Once", "max_tokens": 600, "ignore_eos": True}
         async with asking(server) as client:
             tasks = [asyncio.create_task(stream(client, body)) for _ in range(6)]
             while sum(state["running"] for state in (await reports(client)).values()) < 6:
