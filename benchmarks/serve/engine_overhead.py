@@ -17,7 +17,7 @@ from benchmarks.serve.servers import ServeBenchmarkConfig
 from serve_app.engine import model_runner
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.memory import max_sequences, prefill_workspace
-from serve_app.engine.sampler import SamplingParams
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.types import EngineOutput, EngineRequest, TokenOutput
 
 

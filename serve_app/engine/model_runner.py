@@ -11,8 +11,8 @@ from baklava.runtime.logprobs import PromptLogprobsTask
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import ChunkedPrefill, PrefillResult, PrefillTask, make_prefill_task
 from serve_app.engine.prefix_cache import Prefix, PrefixCacheEntry
-from serve_app.engine.sampler import Sampler
-from serve_app.engine.sequence import Request, Sequence
+from serve_app.engine.sampler import SamplingState
+from serve_app.engine.sequence import Request, Sequence, sample_batch
 from serve_app.engine.types import Logprob, TokenOutput
 
 
@@ -118,12 +118,16 @@ class ModelRunner:
             return []
         end_ids = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self._loaded.eos_token_ids
         caches = [cache, *(cache.copy(request.max_tokens) for _ in range(request.params.n - 1))]
-        argmax = int(logits[0].argmax())
+        prompt, num_logprobs = request.params.prompt, request.params.logprobs
+        batch = [
+            Sequence(request, index, own, SamplingState(params, prompt, end_ids, index, num_logprobs), end_ids)
+            for index, own in enumerate(caches)
+        ]
         started = []
-        for index, own in enumerate(caches):
-            sampler = Sampler(params, request.params.prompt, end_ids, self._loaded.device, index)
-            sequence = Sequence(request, index, own, sampler, end_ids)
-            started.append((sequence, sequence.sample(logits[0], argmax)))
+        for sequence, output in zip(batch, sample_batch(logits.expand(len(batch), -1), batch), strict=True):
+            if isinstance(output, Exception):
+                raise output
+            started.append((sequence, output))
         return started
 
     @torch.inference_mode()
@@ -136,13 +140,6 @@ class ModelRunner:
             logits = decode_step(
                 self._loaded, [sequence.cache for sequence in batch], [sequence.last_token for sequence in batch]
             )
-            argmax = logits.argmax(-1).tolist()
+            return sample_batch(logits, batch)
         except Exception as error:
             return [error] * len(batch)
-        outputs: list[TokenOutput | Exception] = []
-        for row, sequence in enumerate(batch):
-            try:
-                outputs.append(sequence.sample(logits[row], argmax[row]))
-            except Exception as error:
-                outputs.append(error)
-        return outputs

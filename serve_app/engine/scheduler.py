@@ -39,7 +39,7 @@ from serve_app.engine.memory import (
 )
 from serve_app.engine.model_runner import PrefillJob
 from serve_app.engine.prefix_cache import Prefix, PrefixCache
-from serve_app.engine.sampler import SamplingParams
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.sequence import Request, Sequence
 from serve_app.engine.types import (
     DeadlineError,

@@ -2,14 +2,15 @@
 
 import threading
 import time
+from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.runtime.logprobs import token_logprobs
-from serve_app.engine.sampler import Sampler
+from serve_app.engine.sampler import SampledToken, SamplingState, sample_tokens
 from serve_app.engine.types import EngineOutput, EngineRequest, FinishReason, Logprob, OutputCallback, TokenOutput
 
 
@@ -72,26 +73,30 @@ class Sequence:
     request: Request
     index: int
     cache: BudgetedCache
-    sampler: Sampler
+    sampling: SamplingState
     end_ids: frozenset[int]
     num_generated: int = 0
     last_token: int = -1
     finish_reason: FinishReason | None = None
 
-    def sample(self, logits: Tensor, argmax: int) -> TokenOutput:
-        """Sample the next token from its logits [vocabulary]; `argmax` is known from the whole batch."""
-        if self.sampler.is_greedy:
-            self.last_token = argmax
-            self.sampler.append(argmax)
-        else:
-            self.last_token = self.sampler.sample(logits)
+    def append(self, token: SampledToken) -> TokenOutput:
+        """Continue with a sampled token, which may finish the sequence."""
+        self.sampling.append(token.id)
+        self.last_token = token.id
         self.num_generated += 1
         if self.last_token in self.end_ids:
             self.finish_reason = "stop"
         elif self.num_generated >= self.request.params.sampling_params.max_tokens:
             self.finish_reason = "length"
-        logprob = None
-        if (alternatives := self.request.params.logprobs) is not None:
-            (scored,) = token_logprobs(logits[None], [self.last_token], alternatives)
-            logprob = Logprob(scored.id, scored.logprob, scored.top)
+        scored = token.logprob
+        logprob = None if scored is None else Logprob(scored.id, scored.logprob, scored.top)
         return TokenOutput(self.last_token, self.index, self.finish_reason, logprob)
+
+
+def sample_batch(logits: Float[Tensor, "rows vocabulary"], batch: Sequences[Sequence]) -> list[TokenOutput | Exception]:
+    """Sample the next token of each sequence from its row and append it; an exception for one that this fails for."""
+    sampled = sample_tokens(logits, [sequence.sampling for sequence in batch])
+    return [
+        token if isinstance(token, Exception) else sequence.append(token)
+        for sequence, token in zip(batch, sampled, strict=True)
+    ]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from serve_app.engine.sampler import SamplingParams
+from serve_app.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length"]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.engine.sampler import SamplingParams
+from serve_app.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger("ray.serve")
 

@@ -9,7 +9,7 @@ from typing import Any
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
 from serve_app.engine.engine import Engine, EngineConfig
-from serve_app.engine.sampler import SamplingParams
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.types import EngineOutput, EngineRequest, PrefillDone, RequestHandle, TokenOutput
 
 TIMEOUT = 60.0

@@ -22,7 +22,6 @@ from baklava.runtime.prefill import CONTINUATION_CHUNK_TOKENS, PrefillTask, pref
 from serve_app.engine import scheduler
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.memory import ReservationExceededError
-from serve_app.engine.sequence import Sequence
 from serve_app.engine.types import DeadlineError, DrainingError, QueueFullError, TokenOutput, TooLargeError
 
 PROMPT = tuple(b"A river is a line of water that goes down to the sea.")
@@ -358,10 +357,6 @@ def boom(*args, **kwargs):
     raise MemoryError("no room")
 
 
-def break_sampler(sequence: Sequence):
-    sequence.sampler.sample = boom
-
-
 @pytest.mark.slow
 def test_a_request_whose_sampling_fails_harms_nobody(loaded, plan):
     with engine_of(loaded, plan) as engine:
@@ -369,12 +364,12 @@ def test_a_request_whose_sampling_fails_harms_nobody(loaded, plan):
         def at_the_tenth(_):
             if len(victim[0].events) == 10:
                 for each in engine._scheduler.running:
-                    if each.sampler._params.seed == 99:
-                        break_sampler(each)
+                    if each.sampling.params.seed == 99:
+                        each.sampling.build_logit_processors = boom
 
         victim = []
         others = [ask(engine, prompt, 24) for prompt in prompts(3)]
-        victim.append(ask(engine, PROMPT, 100, temperature=1.0, seed=99, take=at_the_tenth))
+        victim.append(ask(engine, PROMPT, 100, temperature=1.0, seed=99, logit_bias={65: 1.0}, take=at_the_tenth))
         more = [ask(engine, prompt, 24) for prompt in prompts(3, seed=1)]
         assert isinstance(victim[0].error, MemoryError)
         wanted = [*prompts(3), *prompts(3, seed=1)]
@@ -405,7 +400,7 @@ def test_a_prompt_that_fails_and_a_client_that_fails_harm_nobody(loaded, plan):
 
 
 def work_of(prompt, tokens):
-    from serve_app.engine.sampler import SamplingParams
+    from serve_app.engine.sampling_params import SamplingParams
     from serve_app.engine.types import EngineRequest
 
     return EngineRequest(tuple(prompt), SamplingParams(tokens, temperature=0))

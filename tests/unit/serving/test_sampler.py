@@ -13,10 +13,10 @@ from plan_factory import make_plan
 from baklava.eviction import HeavyHitter
 from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.decode import generate
-from serve_app.engine.sampler import Sampler, SamplingParams
+from serve_app.engine.sampler import SamplingState, sample_tokens
+from serve_app.engine.sampling_params import SamplingParams
 
 PROMPT = tuple(b"A river is a line of water.")
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,13 @@ def test_logprobs_are_those_of_the_raw_logits(loaded, engine):
 
 
 def sample(params, logits, draws=1, prompt=(), ends=frozenset()):
-    sampler = Sampler(SamplingParams(100, **params), prompt, ends, CPU)
-    return [sampler.sample(logits) for _ in range(draws)]
+    state = SamplingState(SamplingParams(100, **params), prompt, ends)
+    made = []
+    for _ in range(draws):
+        (token,) = sample_tokens(logits[None], [state])
+        state.append(token.id)
+        made.append(token.id)
+    return made
 
 
 def test_penalties_are_subtracted_as_openai_says():
