@@ -20,9 +20,6 @@ Scores = Float[Tensor, "rows vocabulary"]
 Probabilities = Float[Tensor, "rows vocabulary"]
 Column = Float[Tensor, "rows 1"]
 
-CPU_BATCH_SCORES = 2**19
-"""Scores that are processed together on a CPU. More leave its cache and are allocated anew at every step."""
-
 UNDRAWN = -1
 """In place of a token of a row whose probabilities are not numbers."""
 
@@ -78,7 +75,7 @@ class SamplingState:
         return self._penalized.tensors if self._penalized else None
 
     def build_logit_processors(self, vocabulary: int, device: torch.device) -> None:
-        """Build the tensors that `bias`, `penalties` and `masked_ids` return; only the first call does."""
+        """Build what `bias`, `penalties` and `masked_ids` return, once."""
         params = self.params
         if params.logit_bias and self.bias is None:
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float, device=device)
@@ -141,20 +138,12 @@ def sample_tokens(logits: Scores, states: Sequence[SamplingState]) -> list[Sampl
     """
     if not any(state.needs_scores for state in states):
         return [SampledToken(token) for token in logits.argmax(-1).tolist()]
-    num_rows = len(states)
-    if logits.device.type == "cpu":
-        num_rows = max(1, CPU_BATCH_SCORES // logits.shape[-1])
-    parts = [slice(start, start + num_rows) for start in range(0, len(states), num_rows)]
-    return [token for part in parts for token in _sample_isolated(logits[part], states[part])]
-
-
-def _sample_isolated(logits: Scores, states: Sequence[SamplingState]) -> list[SampledToken | Exception]:
     try:
         return _sample_batch(logits, states)
     except Exception as error:
         if len(states) == 1:
             return [error]
-    return [_sample_isolated(logits[row : row + 1], [state])[0] for row, state in enumerate(states)]
+    return [sample_tokens(logits[row : row + 1], [state])[0] for row, state in enumerate(states)]
 
 
 def _sample_batch(logits: Scores, states: Sequence[SamplingState]) -> list[SampledToken | Exception]:

@@ -9,6 +9,7 @@ from engine_client import ask, engine_of
 from hypothesis import given
 from hypothesis import strategies as st
 from plan_factory import make_plan
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from baklava.eviction import HeavyHitter
 from baklava.plan.budget_plan import full_cache_plan
@@ -137,14 +138,17 @@ def test_logprobs_are_those_of_the_raw_logits(loaded, engine):
     assert all(token.logprob is None for token in ask(engine, PROMPT, 3).token_outputs())
 
 
-def sample(params, logits, draws=1, prompt=(), ends=frozenset()):
-    state = SamplingState(SamplingParams(100, **params), prompt, ends)
-    made = []
-    for _ in range(draws):
-        (token,) = sample_tokens(logits[None], [state])
+def step(logits, states):
+    """Sample a token of each row and append it."""
+    made = sample_tokens(logits, states)
+    for state, token in zip(states, made, strict=True):
         state.append(token.id)
-        made.append(token.id)
     return made
+
+
+def sample(params, logits, draws=1, prompt=()):
+    state = SamplingState(SamplingParams(100, **params), prompt, frozenset())
+    return [step(logits[None], [state])[0].id for _ in range(draws)]
 
 
 def test_penalties_are_subtracted_as_openai_says():
@@ -158,11 +162,6 @@ def test_penalties_are_subtracted_as_openai_says():
 def test_a_repetition_penalty_divides_what_is_positive_and_multiplies_what_is_not():
     assert sample({"temperature": 0, "repetition_penalty": 2.0}, torch.tensor([3.0, 2.0, -1.0]), prompt=[0]) == [1]
     assert sample({"temperature": 0, "repetition_penalty": 2.0}, torch.tensor([-1.0, -1.5, -9.0]), prompt=[0]) == [1]
-
-
-def shares(params, logits, draws=4000):
-    made = torch.tensor(sample({"seed": 1} | params, logits, draws))
-    return torch.bincount(made, minlength=len(logits)) / draws
 
 
 @given(st.floats(0.05, 0.999), st.integers(0, 6), st.floats(0, 0.9), st.integers(0, 20))
@@ -182,15 +181,179 @@ def test_only_tokens_that_truncation_leaves_are_drawn_and_all_of_them_may_be(top
     assert found <= kept | slack
 
 
-@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"temperature": 0.5}])
-def test_draws_come_as_often_as_they_should(params):
-    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -2.0])
-    scaled = logits / params.get("temperature", 1.0)
-    left = scaled.softmax(-1)
-    if "top_p" in params:
-        left = torch.where(left.cumsum(0) - left < 0.9, left, 0)
-    if "top_k" in params:
-        left = torch.where(torch.arange(5) < 3, left, 0)
-    if "min_p" in params:
-        left = torch.where(left >= 0.1 * left.max(), left, 0)
-    assert (shares(params, logits) - left / left.sum()).abs().max() < 0.03
+def kept_probabilities(scores, params):
+    """Probabilities after temperature, with 0 for what is left out."""
+    probabilities = (scores / params.temperature).double().softmax(-1)
+    ordered = probabilities.sort(descending=True).values[: params.top_k or None]
+    share_before = (ordered.cumsum(0) - ordered) / ordered.sum()
+    nucleus = ordered if params.top_p >= 1 else ordered[share_before < params.top_p]
+    left_out = (probabilities < nucleus[-1]) | (probabilities < params.min_p * probabilities.max())
+    return probabilities.masked_fill(left_out, 0)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"top_p": 0.9},
+        {"top_k": 3},
+        {"min_p": 0.1},
+        {"temperature": 0.5},
+        {"temperature": 2.0, "top_k": 4, "top_p": 0.8},
+        {"top_p": 0.97, "min_p": 0.05},
+    ],
+)
+@pytest.mark.parametrize("vocabulary", [5, 200])  # fewer tokens, and more, than those among which top-p is tried first
+def test_draws_come_as_often_as_they_should(params, vocabulary):
+    logits = torch.linspace(2, -2, vocabulary)[torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))]
+    states = [SamplingState(SamplingParams(100, seed=seed, **params), (), frozenset()) for seed in range(200)]
+    made = [token.id for _ in range(100) for token in step(logits.expand(200, -1), states)]
+    found = torch.bincount(torch.tensor(made), minlength=vocabulary) / len(made)
+    expected = kept_probabilities(logits, SamplingParams(100, **params))
+    expected /= expected.sum()
+    assert not found[expected == 0].any()
+    assert ((found - expected).abs() <= 5 * (expected / len(made)).sqrt()).all()
+
+
+VOCABULARY = 300
+ENDS = frozenset([3, 200])
+TOKEN_IDS = st.integers(0, VOCABULARY - 1)
+PENALTIES = st.sampled_from([0.0, 0.0, 0.7, -1.0])
+PARAMS = st.builds(
+    SamplingParams,
+    st.just(100),
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 1.7]),
+    top_p=st.one_of(st.just(1.0), st.floats(0.05, 0.99)),
+    top_k=st.one_of(st.just(0), st.integers(1, VOCABULARY + 5)),
+    min_p=st.one_of(st.just(0.0), st.floats(0.01, 0.5)),
+    seed=st.integers(-5, 2**63),
+    min_tokens=st.integers(0, 3),
+    presence_penalty=PENALTIES,
+    frequency_penalty=PENALTIES,
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3, 0.8]),
+    logit_bias=st.dictionaries(TOKEN_IDS, st.sampled_from([-100.0, -1.5, 3.0]), max_size=4),
+)
+ROWS = st.lists(
+    st.tuples(PARAMS, st.lists(TOKEN_IDS, max_size=8), st.sampled_from([None, 0, 1, 5])), min_size=1, max_size=6
+)
+
+
+def states_of(rows):
+    return [SamplingState(params, tuple(prompt), ENDS, num_logprobs=top) for params, prompt, top in rows]
+
+
+def random_logits(rows, seed, steps=4):
+    """Logits of several steps, of which many are equal."""
+    return (torch.randn(steps, rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2).bfloat16().float()
+
+
+def tokens_within_rounding(logits, params, prompt, made, uniform):
+    """What one row may get, computed without a batch; more than one token only if rounding decides."""
+    scores = logits.clone()
+    for token, bias in params.logit_bias.items():
+        scores[token] += bias
+    for token in {*made, *(prompt if params.repetition_penalty != 1 else ())}:
+        penalty = params.repetition_penalty
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    for token in set(made):
+        scores[token] -= params.frequency_penalty * made.count(token) + params.presence_penalty
+    if len(made) < params.min_tokens:
+        scores[list(ENDS)] = -torch.inf
+    if params.temperature == 0:
+        return {int(scores.argmax())}
+    tokens = set()
+    for error in (-1e-5, 1e-5):
+        kept = kept_probabilities(scores, replace(params, top_p=params.top_p + error if params.top_p < 1 else 1.0))
+        points = torch.tensor([uniform - 1e-5, uniform + 1e-5]).clamp(0, 1 - 1e-9).double() * kept.sum()
+        tokens |= set(torch.searchsorted(kept.cumsum(0), points, right=True).tolist())
+    return tokens
+
+
+@given(ROWS, st.integers(0, 1000))
+def test_a_batch_gives_each_row_what_a_plain_loop_gives_it(rows, seed):
+    states = states_of(rows)
+    made = [[] for _ in rows]
+    for logits in random_logits(len(rows), seed):
+        uniforms = [state.uniform for state in states]
+        for row, token in enumerate(step(logits, states)):
+            params, prompt, top = rows[row]
+            assert token.id in tokens_within_rounding(logits[row], params, prompt, made[row], uniforms[row])
+            made[row].append(token.id)
+            if top is None:
+                assert token.logprob is None
+                continue
+            expected = logits[row].log_softmax(-1)
+            assert token.logprob.id == token.id
+            assert token.logprob.logprob == pytest.approx(float(expected[token.id]), abs=1e-5)
+            assert [value for _, value in token.logprob.top] == pytest.approx(
+                expected.topk(top).values.tolist(), abs=1e-5
+            )
+            assert all(value == pytest.approx(float(expected[id]), abs=1e-5) for id, value in token.logprob.top)
+
+
+@given(ROWS, st.integers(0, 1000), st.randoms(use_true_random=False))
+def test_no_row_depends_on_the_others_or_on_its_place(rows, seed, shuffler):
+    steps = random_logits(len(rows), seed)
+    alone, together = states_of(rows), states_of(rows)
+    order = list(range(len(rows)))
+    for logits in steps:
+        shuffler.shuffle(order)
+        batch = dict(zip(order, step(logits[order], [together[row] for row in order]), strict=True))
+        for row, state in enumerate(alone):
+            (token,) = step(logits[row : row + 1], [state])
+            assert batch[row].id == token.id
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"frequency_penalty": 1.0}])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_without_probabilities_fails_alone(params, broken):
+    logits = random_logits(3, 0, steps=1)[0]
+    states = [SamplingState(SamplingParams(100, seed=seed, **params), (), ENDS, num_logprobs=2) for seed in range(3)]
+    expected = sample_tokens(logits, states)
+    logits[1] = broken
+    first, failed, last = sample_tokens(logits, states)
+    assert [first.id, last.id] == [expected[0].id, expected[2].id]
+    assert isinstance(failed, ValueError)
+
+
+def test_a_row_that_raises_fails_alone_and_the_others_get_what_they_would_have_got():
+    logits = random_logits(3, 0, steps=1)[0]
+    states = states_of([(SamplingParams(100, seed=seed), (), 2) for seed in range(3)])
+    expected = sample_tokens(logits, states)
+    states[1] = SamplingState(SamplingParams(100, logit_bias={VOCABULARY: 1.0}), (), ENDS)
+    first, failed, last = sample_tokens(logits, states)
+    assert (first, last) == (expected[0], expected[2])
+    assert isinstance(failed, IndexError)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_greedy_batch_costs_one_argmax():
+    states = states_of([(SamplingParams(100, temperature=0), (), None)] * 4)
+    logits = random_logits(4, 0, steps=1)[0]
+    with Operations() as operations:
+        made = step(logits, states)
+    assert [token.id for token in made] == logits.argmax(-1).tolist()
+    assert operations.names == ["argmax"]
+
+
+def test_penalties_read_the_prompt_once():
+    reads = []
+
+    class Prompt(tuple):
+        def __iter__(self):
+            reads.append(self)
+            return super().__iter__()
+
+    state = SamplingState(SamplingParams(100, repetition_penalty=2.0), Prompt(range(50)), ENDS)
+    for logits in random_logits(1, 0):
+        step(logits, [state])
+    assert len(reads) == 1
