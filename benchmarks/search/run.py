@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import ray
 
@@ -14,6 +14,7 @@ from baklava.console import log
 from baklava.errors import UserError
 from baklava.evaluation.intervals import pluralize
 from baklava.evaluation.speed import machine_info
+from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.ray_session import ray_session
 from benchmarks.markdown_page import markdown_table
 from benchmarks.search.baseline import compare_with_baseline
@@ -24,7 +25,6 @@ from tuning.study.journal import Journal
 from tuning.study.search_space import SearchTask
 from tuning.study.settings import SearchSettings
 from tuning.study.trial import TrialRecord
-from tuning.tracking.tracker import Tracker
 from tuning.workers.cluster import OBJECT_STORE_BYTES, WorkerGroup, WorkerLayout
 
 PARTS = ("overhead", "baseline", "scaling", "dispatch")
@@ -100,7 +100,7 @@ class SleepingWorker:
 class NullTracker:
     """A tracker that records nothing."""
 
-    def trial(self, record: TrialRecord, plan: Any, seconds: float) -> None:
+    def log_trial(self, record: TrialRecord, plan: BudgetPlan | None, seconds: float) -> None:
         """Do nothing."""
 
 
@@ -150,7 +150,7 @@ def _run_search(workers: WorkerGroup, settings: SearchSettings, task: SearchTask
     workers.prefill(task.windows)
     with TemporaryDirectory(prefix="baklava-scaling-") as folder:
         journal: Journal[TrialRecord] = Journal(Path(folder) / "trials.jsonl")
-        recorder = TrialRecorder(journal, cast(Tracker, NullTracker()), workers, task, settings.trials)
+        recorder = TrialRecorder(journal, NullTracker(), workers, task, settings.trials)
         started = time.perf_counter()
         TrialLoop(settings, task, journal, workers, recorder, WarmStart()).run()
         seconds = time.perf_counter() - started

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from ray import tune
 from ray.exceptions import RayError
@@ -20,6 +20,7 @@ from ray.tune.search import Searcher
 
 from baklava.console import log
 from baklava.errors import UserError
+from baklava.plan.budget_plan import BudgetPlan
 from baklava.serialization import FrozenModel, atomic_write_text
 from tuning.optimizers.local_search import LocalSearch, PairedPruner
 from tuning.optimizers.optuna_search import PlanOptunaSearch, RelativeLossPruner, SamplerConfig, in_space
@@ -31,7 +32,6 @@ from tuning.study.search_space import SearchTask
 from tuning.study.settings import SearchRecord, SearchSettings
 from tuning.study.trainable import trainable
 from tuning.study.trial import TRIALS_FILE, TrialRecord, TrialStatus, best_trials, finished_trials
-from tuning.tracking.tracker import Tracker
 from tuning.workers.cluster import TRIAL_CPUS, WorkerGroup
 
 NUM_ENQUEUED = 4
@@ -147,6 +147,13 @@ MIN_TRIALS_PER_SLOT = 4
 """Minimum number of trials that run one after another in a slot: a sampler learns only from trials that ended."""
 
 
+class TrialLog(Protocol):
+    """Where trials are recorded besides the journal."""
+
+    def log_trial(self, record: TrialRecord, plan: BudgetPlan | None, seconds: float) -> None:
+        """Record a trial that just ended."""
+
+
 class TrialRecorder(tune.Callback):
     """Records every trial that ends: in the journal first, then in MLflow and in the log.
 
@@ -155,7 +162,7 @@ class TrialRecorder(tune.Callback):
     """
 
     def __init__(
-        self, journal: Journal[TrialRecord], tracker: Tracker, group: WorkerGroup, task: SearchTask, num_trials: int
+        self, journal: Journal[TrialRecord], tracker: TrialLog, group: WorkerGroup, task: SearchTask, num_trials: int
     ) -> None:
         self.journal, self.tracker, self.group, self.task, self.num_trials = journal, tracker, group, task, num_trials
         self.stop = StopFlag()
