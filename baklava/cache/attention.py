@@ -7,7 +7,7 @@ are never repeated. Positions decide what is visible: an entry is visible to the
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,11 +40,15 @@ _attention_hooks: list[Callable[..., None]] = []
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """What a model's attention has in addition to the softmax of q·k: scale, logit softcap, learned sink logits."""
+    """What a model's attention has in addition to the softmax of q·k: scale, logit softcap, learned sink logits.
+
+    `fp32_precision` "bf16" rounds the factors of products in 32 bits if there are many tokens, as PyTorch calls it.
+    """
 
     scaling: float
     softcap: float | None = None
     sink_logits: Float[Tensor, " query_heads"] | None = None
+    fp32_precision: str | None = None
 
     @property
     def is_plain_softmax(self) -> bool:
@@ -59,7 +63,7 @@ class AttentionParams:
         """Return the parameters for some KV heads, each with `group` query heads."""
         if self.sink_logits is None:
             return self
-        return AttentionParams(self.scaling, self.softcap, self.sink_logits.view(-1, group)[heads].flatten())
+        return replace(self, sink_logits=self.sink_logits.view(-1, group)[heads].flatten())
 
 
 class BudgetedLayerBase(CacheLayerMixin):
@@ -132,7 +136,9 @@ def _forward(
     **options: Any,
 ) -> tuple[Tensor, None]:
     layer: BudgetedLayerBase | None = getattr(key, "budgeted_layer", None)
-    params = AttentionParams(options["scaling"], options.get("softcap"), options.get("s_aux"))
+    params = AttentionParams(
+        options["scaling"], options.get("softcap"), options.get("s_aux"), _fp32_precision(module, query)
+    )
     if layer is None:
         output = _attend_dense(module, query, key, value, attention_mask, params, options)
     else:
@@ -142,6 +148,14 @@ def _forward(
     for hook in _attention_hooks:
         hook(module, query, key, value, output, params)
     return output, None
+
+
+def _fp32_precision(module: torch.nn.Module, query: QueryStates) -> str | None:
+    """Return "bf16" if this is a prompt and the weights of the projections have that precision."""
+    if query.dtype != torch.float32 or query.shape[2] == 1:
+        return None
+    weights = next(module.parameters(), query)
+    return "bf16" if weights.dtype == torch.bfloat16 else None
 
 
 def _check_continues(

@@ -72,14 +72,10 @@ class RecordingLayer(BudgetedLayerBase):
         """Attend to the prompt so far and update its scores."""
         queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
         start = self.cumulative_length - query.shape[2]
-        observes_all_queries = {eviction.query_sample for eviction in self.evictions} == {QuerySample()}
-        # Fused attention to a whole prompt needs no mask, and gives the output of a prefill to the last bit.
-        is_whole_prompt = query.shape[2] == self.prompt_tokens
         inputs = self._inputs(queries, params, self.cumulative_length)
-        if observes_all_queries and not is_whole_prompt:
-            return merge_gqa_groups(inputs.attend_and_observe(self._accumulators(QuerySample())))
-        output = inputs.attend(masked=start > 0)
-        self._update_scores(inputs, start)
+        accumulators = [each for each in self._accumulators() if not each.sample.single_block]
+        output = inputs.attend_and_observe(accumulators, start > 0, start, self.prompt_tokens)
+        self._observe_in_one_block(inputs, start)
         return merge_gqa_groups(output)
 
     def _inputs(self, queries: GroupedQueries, params: AttentionParams, tokens: int) -> AttentionInputs:
@@ -90,25 +86,24 @@ class RecordingLayer(BudgetedLayerBase):
             queries, self.keys[:, :, :tokens], self.values[:, :, :tokens], own, positions[:, None], params
         )
 
-    def _update_scores(self, inputs: AttentionInputs, start: int) -> None:
-        for sample in dict.fromkeys(eviction.query_sample for eviction in self.evictions):
-            if not sample.single_block:
-                update_scores(inputs, sample, self._accumulators(sample), start, self.prompt_tokens)
-                continue
-            # Queries that are observed in one block wait for the last of them.
+    def _observe_in_one_block(self, inputs: AttentionInputs, start: int) -> None:
+        """Update scores by queries that are observed in one block: they wait for the last of them."""
+        accumulators = [each for each in self._accumulators() if each.sample.single_block]
+        for sample in dict.fromkeys(each.sample for each in accumulators):
             pending = self._pending_queries.setdefault(sample, [])
             first = max(0, first_sampled_query(self.prompt_tokens, sample) - start)
             if first < inputs.query.shape[3]:
                 pending.append(inputs.query[:, :, :, first:].clone())
             if self.cumulative_length == self.prompt_tokens:
                 block = self._inputs(torch.cat(pending, 3), inputs.params, self.prompt_tokens)
-                update_scores(block, sample, self._accumulators(sample))
+                update_scores(block, sample, [each for each in accumulators if each.sample == sample])
                 pending.clear()
 
-    def _accumulators(self, sample: QuerySample) -> list[ScoreAccumulator]:
-        """Return what updates the scores of the methods that observe the same queries."""
-        observing = [eviction for eviction in self.evictions if eviction.query_sample == sample]
-        return [ScoreAccumulator(eviction, self.scores[eviction.score_key]) for eviction in observing]
+    def _accumulators(self) -> list[ScoreAccumulator]:
+        return [
+            ScoreAccumulator(eviction, self.scores[eviction.score_key], eviction.query_sample)
+            for eviction in self.evictions
+        ]
 
     @property
     def nbytes(self) -> int:

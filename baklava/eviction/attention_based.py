@@ -68,17 +68,31 @@ class HeavyHitter(Eviction):
         if self.distance:
             distances = observation.query_positions[:, None, :, None] - observation.key_positions[:, :, None, :]
             attention = torch.where(distances >= self.distance, attention, 0)
-        before = self._num_queries(observation.first_query_position - observation.stride, observation)
-        after = self._num_queries(observation.last_query_position, observation)
-        return (observation.previous_scores * before + attention.sum(2)) / after.clamp(min=1)
+        positions = observation.first_query_position, observation.last_query_position, observation.key_positions
+        return self.running_mean(observation.previous_scores, attention.sum(2), *positions, observation.stride)
 
-    def _num_queries(self, last: Tensor, observation: Observation) -> Tensor:
+    def running_mean(
+        self, before: Tensor, sums: Tensor, first: Tensor, last: Tensor, key_positions: Tensor, stride: int = 1
+    ) -> Float[Tensor, "batch heads entries"]:
+        """Return the scores of entries after some queries.
+
+        Args:
+            before: Their scores before these queries.
+            sums: The attention from these queries, reduced over the group, to the power, without those that are near.
+            first: Position of the first of the queries.
+            last: Position of the last of the queries.
+            key_positions: Positions of the entries.
+            stride: Distance between two of the queries.
+        """
+        num_before = self._num_queries(first - stride, key_positions, stride)
+        num_after = self._num_queries(last, key_positions, stride)
+        return (before * num_before + sums) / num_after.clamp(min=1)
+
+    def _num_queries(self, last: Tensor, key_positions: Tensor, stride: int) -> Tensor:
         """Return how many of the queries up to position `last` count for each entry."""
-        since = last - observation.key_positions
-        if self.distance:
-            since = since - self.distance
-        if observation.stride > 1:
-            since = since.div(observation.stride, rounding_mode="floor")
+        since = last - key_positions - self.distance
+        if stride > 1:
+            since = since.div(stride, rounding_mode="floor")
         return (since + 1).clamp(min=0)
 
 

@@ -109,6 +109,6 @@ class RepeatingLayer(BudgetedLayerBase):
             params,
         )
         scores = torch.cat([self.scores, self.scores.new_zeros(key.shape[:3])], 2)
-        update_scores(forward, QuerySample(), [ScoreAccumulator(KVzip(), scores)])
+        update_scores(forward, QuerySample(), [ScoreAccumulator(KVzip(), scores, QuerySample())])
         self.scores = scores[..., :prompt].clone()
         return merge_gqa_groups(forward.attend(masked=True))

@@ -18,6 +18,7 @@ from baklava.cache.attention import (
     visibility_mask,
 )
 from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
+from baklava.cache.head_groups.score_updates import AttentionInputs
 from baklava.cache.head_groups.table import Rows
 from baklava.cache.storage import EMPTY, TensorSpec
 from baklava.eviction import Eviction
@@ -99,7 +100,11 @@ class RingBufferHeadGroup(HeadGroup):
         )
         window = self.window if tokens.teacher_forced else None
         masked = bool(self.num_filled or tokens.padded or window)
-        output = attend(tokens.query, key, value, tokens.positions, positions, params, masked=masked, window=window)
+        entries = key, value, tokens.positions, positions
+        if window is None:
+            output = AttentionInputs(tokens.query, *entries, params, tokens.padded).attend(masked)
+        else:
+            output = attend(tokens.query, *entries, params, window=window)
         self._retain(tokens.key, tokens.value, tokens.positions, tokens.num_before, tokens.padded)
         return output
 

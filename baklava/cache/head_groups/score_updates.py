@@ -20,15 +20,17 @@ from baklava.cache.attention import (
     attention_probs,
     visibility_mask,
 )
-from baklava.eviction import Eviction, Observation, QuerySample
+from baklava.cache.kernels.prompt_attention import ScoreSum, attend_prompt, can_attend_prompt
+from baklava.eviction import Eviction, HeavyHitter, Observation, QuerySample
 
 
 @dataclass(frozen=True)
 class ScoreAccumulator:
-    """An eviction method and the scores that it updates in place."""
+    """An eviction method, the scores that it updates in place, and the queries of a prompt that it observes."""
 
     eviction: Eviction
     scores: Float[Tensor, "batch heads entries"]
+    sample: QuerySample
 
     def update(self, observation: Observation) -> None:
         """Update the scores by one block of queries; methods that get the same block share what it computes."""
@@ -56,16 +58,74 @@ class AttentionInputs:
 
     def attend(self, masked: bool) -> GroupedQueries:
         """Return the output of all queries; `masked` is as in `attention.attend`."""
+        is_prompt = self.query.shape[3] > 1 and (masked or self.params.fp32_precision is not None)
+        if is_prompt and self._is_compiled:
+            return attend_prompt(self.query, self.key, self.value, self.params, self.centroids)
         positions = self.query_positions, self.key_positions
         return attend(
             self.query, self.key, self.value, *positions, self.params, masked=masked, centroids=self.centroids
         )
 
-    def attend_and_observe(self, accumulators: Sequence["ScoreAccumulator"]) -> GroupedQueries:
-        """Return the output of all queries, and update scores that observe every one of them.
+    def attend_and_observe(
+        self, accumulators: Sequence[ScoreAccumulator], masked: bool, start: int = 0, prompt_tokens: int | None = None
+    ) -> GroupedQueries:
+        """Return the output of all queries, and update scores by those in the samples of the methods.
 
-        The probabilities are computed once for both, block by block.
+        Where it can be, the attention is computed once for both.
+
+        Args:
+            accumulators: The methods and their scores.
+            masked: As in `attention.attend`.
+            start: Position of the first query in its prompt.
+            prompt_tokens: Length of the prompt; by default, the queries are all of it.
         """
+        if self._is_compiled:
+            shared = [each for each in accumulators if type(each.eviction) is HeavyHitter]
+            output = self._attend_and_sum(shared, start, prompt_tokens) if shared else self.attend(masked)
+        else:
+            shared = [each for each in accumulators if each.sample == QuerySample()]
+            output = self._attend_in_blocks(shared) if shared else self.attend(masked)
+        others = [each for each in accumulators if each not in shared]
+        for sample in dict.fromkeys(each.sample for each in others):
+            own = [each for each in others if each.sample == sample]
+            update_scores(self, sample, own, start, prompt_tokens)
+        return output
+
+    @property
+    def _is_compiled(self) -> bool:
+        return not self.padded and can_attend_prompt(self.query, self.key)
+
+    def _attend_and_sum(
+        self, accumulators: Sequence[ScoreAccumulator], start: int, prompt_tokens: int | None
+    ) -> GroupedQueries:
+        """Return the output of all queries, and update the scores of heavy hitters."""
+        num_queries, observed = self.query.shape[3], []
+        for each in accumulators:
+            sampled = _sampled_queries(start, start + num_queries, prompt_tokens or num_queries, each.sample)
+            if len(sampled):
+                observed.append((each, self.query_positions[0, sampled], self._score_sum(each.eviction, sampled)))
+        scores = [score for _, _, score in observed]
+        output = attend_prompt(self.query, self.key, self.value, self.params, self.centroids, scores)
+        for each, positions, score in observed:
+            before = each.scores[..., : self.key.shape[2]]
+            ends = positions[0], positions[-1], self.key_positions
+            assert isinstance(each.eviction, HeavyHitter)
+            new = score.sums.view_as(before)
+            before.copy_(each.eviction.running_mean(before, new, *ends, each.sample.stride))
+        return output
+
+    def _score_sum(self, eviction: Eviction, sampled: range) -> ScoreSum:
+        """Return the sums of a heavy hitter, before any query, over those that it observes."""
+        assert isinstance(eviction, HeavyHitter)
+        queries, sums = self.query_positions[0].int(), torch.zeros(self.key.shape[:3]).flatten(0, 1)
+        weights = torch.zeros(len(queries))
+        weights[sampled.start :: sampled.step] = 1
+        entries = self.key_positions.expand(self.key.shape[:3]).reshape(sums.shape).int()
+        rule = eviction.distance, eviction.power == 2, eviction.reduction == "max"
+        return ScoreSum(weights, *rule, sums, queries, entries)
+
+    def _attend_in_blocks(self, accumulators: Sequence[ScoreAccumulator]) -> GroupedQueries:
+        """Return the output of all queries, and update scores that observe every one of them, block by block."""
         outputs, queries = [], self.query.shape[3]
         for start in range(0, queries, QUERY_BLOCK_SIZE):
             block = self._narrow(start, min(start + QUERY_BLOCK_SIZE, queries))
@@ -189,11 +249,17 @@ def first_sampled_query(prompt_tokens: int, sample: QuerySample) -> int:
     return prompt_tokens - window + (window - 1) % sample.stride
 
 
-def _sampled_blocks(start: int, stop: int, prompt_tokens: int, sample: QuerySample) -> Iterator[slice]:
-    """Yield the sampled queries from `start` to `stop` of a prompt in blocks, counted from `start`."""
+def _sampled_queries(start: int, stop: int, prompt_tokens: int, sample: QuerySample) -> range:
+    """Return the sampled queries from `start` to `stop` of a prompt, counted from `start`."""
     first = first_sampled_query(prompt_tokens, sample)
     first = max(first, start + (first - start) % sample.stride)
-    step = sample.stride * (stop - start if sample.single_block else QUERY_BLOCK_SIZE)
-    for begin in range(first - start, stop - start, step):
-        last = min(begin + step - sample.stride, stop - start - 1)
-        yield slice(begin, last + 1, sample.stride)
+    return range(first - start, stop - start, sample.stride)
+
+
+def _sampled_blocks(start: int, stop: int, prompt_tokens: int, sample: QuerySample) -> Iterator[slice]:
+    """Yield the sampled queries from `start` to `stop` of a prompt in blocks, counted from `start`."""
+    sampled = _sampled_queries(start, stop, prompt_tokens, sample)
+    size = len(sampled) if sample.single_block else QUERY_BLOCK_SIZE
+    for begin in range(0, len(sampled), max(1, size)):
+        block = sampled[begin : begin + size]
+        yield slice(block[0], block[-1] + 1, sample.stride)

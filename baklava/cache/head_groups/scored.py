@@ -193,12 +193,8 @@ class ScoredHeadGroup(HeadGroup):
         inputs = AttentionInputs(
             tokens.query, key, value, tokens.positions, key_positions, params, tokens.padded, centroids=centroids
         )
-        sample, accumulators = self._prompt_sample(), [ScoreAccumulator(self.eviction, scores)]
-        if self.num_filled and sample == QuerySample():
-            output = inputs.attend_and_observe(accumulators)
-        else:
-            output = inputs.attend(masked=bool(self.num_filled or tokens.padded))
-            update_scores(inputs, sample, accumulators)
+        masked = bool(self.num_filled or tokens.padded)
+        output = inputs.attend_and_observe([ScoreAccumulator(self.eviction, scores, self._prompt_sample())], masked)
         self._retain(tokens.key, tokens.value, scores, positions)
         return output
 
@@ -261,7 +257,7 @@ class ScoredHeadGroup(HeadGroup):
         return mean_attention(scores, self.eviction).masked_fill(positions < 0, 0)
 
     def _accumulator(self) -> ScoreAccumulator:
-        return ScoreAccumulator(self.eviction, self.scores[..., : self.num_filled])
+        return ScoreAccumulator(self.eviction, self.scores[..., : self.num_filled], self.eviction.query_sample)
 
     def _rank(self, scores: Tensor, positions: Tensor) -> Tensor:
         last = positions.amax(2, keepdim=True)

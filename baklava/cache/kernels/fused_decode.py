@@ -8,34 +8,23 @@ does.
 """
 
 import functools
-import logging
-import os
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from baklava.cache import table_columns as columns
 from baklava.cache.attention import QUERY_BLOCK_SIZE, AttentionParams, GroupedQueries
 from baklava.cache.head_groups import HeadGroup, LayerTable, NewTokens, ScoredHeadGroup
 from baklava.cache.kernels import triton_decode
+from baklava.cache.kernels.numba_runtime import compiling, is_available, run_on_threads
 from baklava.cache.storage import stored_dtype
-from baklava.errors import UserError
-from baklava.paths import cache_dir
 from baklava.plan.geometry import FULL_BITS
-
-logger = logging.getLogger(__name__)
 
 CHANNEL_MULTIPLE = 32
 """Heads of other dimensions are not for the kernel, since planes of their codes do not fill words of 32 bits."""
@@ -46,9 +35,6 @@ MIN_THREAD_SLOTS = 4096
 States = tuple[Tensor, Tensor, Tensor]
 """Queries [rows, heads, group, tokens, head_dim], keys and values [rows, heads, tokens, head_dim] of new tokens."""
 
-NOTICE_SECONDS = 2.0
-"""Compilation that takes longer is announced."""
-
 CHECK_TABLES = False
 """Whether every address is computed at every step, and compared with the table. Tests set it."""
 
@@ -56,23 +42,7 @@ CHECK_TABLES = False
 @functools.cache
 def kernel() -> Any:
     """Return the module of the kernel, or None if numba does not work or the CPU lacks its instructions."""
-    if find_spec("numba") is None:
-        logger.warning(
-            "numba is not installed, so sequences are decoded one by one, which takes several times as long: "
-            "pip install numba"
-        )
-        return None
-    try:
-        import numba  # noqa: F401
-        from llvmlite import binding
-    except (ImportError, OSError) as error:  # numba refuses a numpy that is too new, llvmlite may miss a library
-        logger.warning(
-            "numba cannot be imported (%s), so sequences are decoded one by one, which takes several times as long",
-            error,
-        )
-        return None
-    if "x86_64" in binding.get_default_triple() and not binding.get_host_cpu_features().get("f16c"):
-        logger.warning("this CPU has no instructions for float16 (F16C), so sequences are decoded one by one")
+    if not is_available():
         return None
     module = import_module("baklava.cache.kernels.numba_decode")
     module.drop_stale_code()
@@ -109,30 +79,9 @@ def prepare(head_dim: int, query_group: int) -> None:
     module = None if head_dim % CHANNEL_MULTIPLE else kernel()
     if module is None:
         return
-    notice = threading.Timer(
-        NOTICE_SECONDS, logger.warning, ["compiling the decode kernel for this CPU, once; it takes half a minute"]
-    )
-    notice.daemon = True
-    notice.start()
-    try:
-        with _alone():
-            module.decode_layer(*_no_rows(head_dim, query_group))
-            module.evict_layer(np.empty(0, np.int64), _lengths(head_dim))
-    finally:
-        notice.cancel()
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Let one process of the user compile at a time, so that the others find the code on disk.
-
-    numba itself may give the code of two kernels the same name if two processes save them at once.
-    """
-    with ExitStack() as stack:
-        with suppress(OSError, UserError):  # no folder that takes a lock
-            cache_dir().mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(cache_dir() / "kernel.lock"))
-        yield
+    with compiling():
+        module.decode_layer(*_no_rows(head_dim, query_group))
+        module.evict_layer(np.empty(0, np.int64), _lengths(head_dim))
 
 
 def fused_steps(table: LayerTable, states: States, position: int, params: AttentionParams) -> GroupedQueries:
@@ -220,7 +169,7 @@ def _run_numba(
         refused: int = module.decode_layer(*inputs.narrow(part), *options)
         return refused
 
-    refused = _run_on_threads(decode, slots * num_tokens)
+    refused = run_on_threads(decode, slots * num_tokens, MIN_THREAD_SLOTS)
     _check_all_done(refused, tables)
     rotated = torch.from_numpy(query).transpose(2, 3), torch.from_numpy(key), torch.from_numpy(value)
     observed = torch.from_numpy(probs).unflatten(0, (rows, heads)).transpose(2, 3) if probs.size else None
@@ -327,41 +276,6 @@ def _no_rows(head_dim: int, group_size: int) -> tuple[Any, ...]:
     probs = np.empty((0, 0, 0, 0), np.float32)
     inputs = KernelInputs(numbers, numbers, queries, states, states, queries, none, probs)
     return (*inputs.narrow(slice(None)), *_options(AttentionParams(1.0), head_dim, group_size))
-
-
-def _run_on_threads(run: Callable[[slice], int], work: np.ndarray) -> int:
-    """Run a function on all rows, on as many threads as PyTorch uses if that is worth it, and return its total.
-
-    The threads sleep while they wait, and the function must not hold Python's lock.
-
-    Args:
-        run: Takes adjacent rows, and returns a number.
-        work: Slots that each row may read, over all of its tokens.
-    """
-    ends = work.cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    threads = min(torch.get_num_threads(), total // MIN_THREAD_SLOTS)
-    if threads < 2:
-        return run(slice(None))
-    shares = np.arange(1, threads) * (total / threads)
-    stops = [0, *np.searchsorted(ends - work / 2, shares).tolist(), len(work)]
-    first, *others = [slice(start, stop) for start, stop in pairwise(stops)]
-    pool, running = _thread_pool(torch.get_num_threads() - 1), []
-    try:
-        for rows in others:
-            running.append(pool.submit(run, rows))
-        number = run(first)
-    finally:
-        wait(running)
-    return number + sum(each.result() for each in running)
-
-
-@functools.cache
-def _thread_pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "decode-kernel")
-
-
-os.register_at_fork(after_in_child=_thread_pool.cache_clear)
 
 
 def _update_scores_and_evict(

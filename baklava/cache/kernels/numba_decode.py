@@ -267,7 +267,7 @@ def drop_stale_code() -> None:
 
 
 @compiled
-def _exp(x):
+def exp(x):
     """Return e to the power of x, for x of at most 0; LLVM makes vectors of it, as it does not of the library's."""
     x = max(x, np.float32(-87.0))
     n = np.floor(x * np.float32(1.44269504) + HALF)
@@ -548,7 +548,7 @@ def _softmax(logits, count, sink, has_sink):
         largest = max(largest, sink)
     total = ZERO
     for t in range(count):
-        logits[t] = _exp(logits[t] - largest)
+        logits[t] = exp(logits[t] - largest)
         total += logits[t]
     if has_sink:
         total += np.exp(sink - largest)

@@ -27,7 +27,7 @@ from baklava.cache import budgeted_layer
 from baklava.cache import table_columns as columns
 from baklava.cache.attention import AttentionParams
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.kernels import fused_decode, numba_decode
+from baklava.cache.kernels import fused_decode, numba_decode, numba_runtime
 from baklava.errors import UserError
 from baklava.eviction import METHODS, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import full_cache_plan
@@ -291,9 +291,8 @@ def test_each_row_runs_on_one_thread(monkeypatch: pytest.MonkeyPatch, work: list
         return len(range(len(work))[rows])
 
     with monkeypatch.context() as patch:
-        patch.setattr(fused_decode, "MIN_THREAD_SLOTS", 10)
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        assert fused_decode._run_on_threads(run, np.array(work, np.int64)) == len(work)
+        assert numba_runtime.run_on_threads(run, np.array(work, np.int64), 10) == len(work)
     assert sorted(done) == list(range(len(work)))
 
 
@@ -303,10 +302,9 @@ def test_what_a_thread_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
             raise ValueError("in the second half")
         return 0
 
-    monkeypatch.setattr(fused_decode, "MIN_THREAD_SLOTS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(ValueError, match="second half"):
-        fused_decode._run_on_threads(run, np.array([5, 5]))
+        numba_runtime.run_on_threads(run, np.array([5, 5]), 1)
 
 
 def test_copies_and_beams_have_entries_of_their_own(loaded: LoadedModel) -> None:
@@ -464,11 +462,16 @@ def test_a_table_that_is_out_of_date_is_a_fault(loaded: LoadedModel) -> None:
         stream(loaded, cache, random_ids(1, 1))
 
 
+def forget_numba() -> None:
+    fused_decode.kernel.cache_clear()
+    numba_runtime.is_available.cache_clear()
+
+
 def test_without_numba_sequences_are_decoded_one_by_one_after_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, loaded: LoadedModel
 ) -> None:
-    monkeypatch.setattr(fused_decode, "find_spec", lambda name: None)
-    fused_decode.kernel.cache_clear()
+    monkeypatch.setattr(numba_runtime, "find_spec", lambda name: None)
+    forget_numba()
     try:
         with caplog.at_level(logging.WARNING):
             cache, _ = prefill(loaded, full_cache_plan(loaded.identity, loaded.geometry, 60), random_ids(1, 20))
@@ -477,20 +480,20 @@ def test_without_numba_sequences_are_decoded_one_by_one_after_a_warning(
         assert sum("numba" in record.message for record in caplog.records) == 1
         cache.check_integrity(25)
     finally:
-        fused_decode.kernel.cache_clear()
+        forget_numba()
 
 
 def test_with_numba_that_cannot_be_imported_sequences_are_decoded_one_by_one_after_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "llvmlite", None)
-    fused_decode.kernel.cache_clear()
+    forget_numba()
     try:
         with caplog.at_level(logging.WARNING):
             assert fused_decode.kernel() is None
         assert "numba cannot be imported (import of llvmlite halted" in caplog.text
     finally:
-        fused_decode.kernel.cache_clear()
+        forget_numba()
 
 
 def test_the_kernel_compiles_without_a_folder_for_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,14 +517,14 @@ def test_the_kernel_compiles_with_a_full_disk(monkeypatch: pytest.MonkeyPatch) -
 def test_compiling_is_announced_if_it_takes_long(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fused_decode, "NOTICE_SECONDS", 0.01)
+    monkeypatch.setattr(numba_runtime, "NOTICE_SECONDS", 0.01)
     slow = SimpleNamespace(decode_layer=lambda *arguments: time.sleep(0.5), evict_layer=lambda *arguments: None)
     monkeypatch.setattr(fused_decode, "kernel", lambda: slow)
     fused_decode.prepare.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             fused_decode.prepare(64, 3)
-        assert "compiling the decode kernel" in caplog.text
+        assert "compiling kernels" in caplog.text
     finally:
         fused_decode.prepare.cache_clear()
 
