@@ -28,8 +28,8 @@ from baklava.evaluation.speed import (
 )
 from baklava.eviction import METHODS, Eviction, HeavyHitter, KVzip, StreamingLLM
 from baklava.plan.budget_plan import AllocationConfig, Bits, BudgetPlan, LayerBudget, PrefillConfig, full_cache_plan
+from baklava.runtime.batched_forward import decode_step
 from baklava.runtime.context_reconstruction import REPEAT_OVERHEAD_TOKENS
-from baklava.runtime.decode import decode_step
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
 

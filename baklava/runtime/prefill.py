@@ -100,11 +100,30 @@ def prefill(
     return make_prefill_task(loaded, plan, ids, max_tokens, attention_mask).run()
 
 
+@dataclass(frozen=True, eq=False)
+class TokenChunk:
+    """New tokens of one sequence, and the cache that they continue."""
+
+    cache: BudgetedCache | RecordingCache
+    ids: Int[Tensor, " tokens"]
+
+
 class PrefillTask(ABC):
     """A prompt that is processed step by step."""
 
     _cache: BudgetedCache
     _num_processed = 0
+
+    def next_chunk(self, tokens: int) -> TokenChunk | None:
+        """Return about `tokens` more tokens to process in a forward together with others, after which `process` is due.
+
+        None if this task has nothing for such a forward; then `step` does what is next.
+        """
+        return None
+
+    def process(self, logits: Logits) -> PrefillResult | None:
+        """Take the logits after the last token of `next_chunk`, and return the result once the prompt is complete."""
+        raise NotImplementedError
 
     @abstractmethod
     def step(self, tokens: int) -> PrefillResult | None:
@@ -267,18 +286,37 @@ class ChunkedPrefill(PrefillTask):
         self._allowance = 0
 
     @override
+    def next_chunk(self, tokens: int) -> TokenChunk | None:
+        can_share = self._attention_mask is None and len(self._ids) == 1
+        chunk = self._take(tokens) if can_share else None
+        return chunk and TokenChunk(self._cache, self._ids[0, chunk])
+
+    @override
+    def process(self, logits: Logits) -> PrefillResult | None:
+        self._logits = logits
+        self._num_processed = min(self._num_processed + self._chunk_tokens, self._ids.shape[1])
+        return self._result()
+
+    @override
     @torch.inference_mode()
     def step(self, tokens: int) -> PrefillResult | None:
+        if not (chunk := self._take(tokens)):
+            return self._result()
+        padding = _padding(self._attention_mask, chunk.start, chunk.stop)
+        return self.process(_forward(self._loaded, self._ids[:, chunk], self._cache, **padding))
+
+    def _take(self, tokens: int) -> slice | None:
+        """Return the next chunk if it is allowed for; what is allowed accumulates until then."""
         start, total = self._num_processed, self._ids.shape[1]
         stop = min(start + self._chunk_tokens, total)
         self._allowance += tokens
-        if self._allowance < stop - start:
+        if start == stop or self._allowance < stop - start:
             return None
-        if start < stop:
-            padding = _padding(self._attention_mask, start, stop)
-            self._logits = _forward(self._loaded, self._ids[:, start:stop], self._cache, **padding)
-            self._num_processed, self._allowance = stop, 0
-        if stop < total:
+        self._allowance = 0
+        return slice(start, stop)
+
+    def _result(self) -> PrefillResult | None:
+        if self._num_processed < self._ids.shape[1]:
             return None
         if self._logits is None:
             raise UserError("there are no tokens to continue with; give at least one")
@@ -296,25 +334,49 @@ class DensePrefill(PrefillTask):
         self._loaded, self._ids = loaded, ids
         self._cache = BudgetedCache(plan, max_tokens)
         self._full = RecordingCache(loaded.geometry, (self._cache.eviction,), ids.shape[1])
-        self._num_forwarded = self._num_compressed = 0
+        self._num_forwarded = self._num_compressed = self._allowance = 0
+        self._fits = False  # whether the step under way is all of it
         self._logits: Logits | None = None
+
+    @override
+    def next_chunk(self, tokens: int) -> TokenChunk | None:
+        taken = self._take(tokens) if len(self._ids) == 1 else None
+        return taken and TokenChunk(taken[0], self._ids[0, taken[1]])
+
+    @override
+    def process(self, logits: Logits) -> PrefillResult | None:
+        self._logits = logits
+        if self._fits:
+            self._num_forwarded, self._num_compressed = self._ids.shape[1], len(self._full.layers)
+            return self._cache, logits
+        before, length = self._num_forwarded, self._ids.shape[1]
+        self._num_forwarded = min(before + self._allowance, length)
+        self._allowance -= self._num_forwarded - before
+        return self._compress() if self._num_forwarded == length else None
 
     @override
     @torch.inference_mode()
     def step(self, tokens: int) -> PrefillResult | None:
-        length, layers = self._ids.shape[1], len(self._full.layers)
-        if not self._num_forwarded and tokens >= length + layers * COMPRESS_LAYER_COST_TOKENS:
-            self._num_forwarded, self._num_compressed = length, layers
-            return self._cache, _forward(self._loaded, self._ids, self._cache)
-        start, stop = self._num_forwarded, min(self._num_forwarded + max(1, tokens), length)
-        if start < stop:
-            self._logits = _forward(self._loaded, self._ids[:, start:stop], self._full)
-            self._num_forwarded = stop
-        if stop < length:
-            return None
+        if not (taken := self._take(tokens)):
+            return self._compress()
+        cache, chunk = taken
+        return self.process(_forward(self._loaded, self._ids[:, chunk], cache))
+
+    def _take(self, tokens: int) -> tuple[BudgetedCache | RecordingCache, slice] | None:
+        """Return what this step processes in a forward, and the cache for it; None if all has been."""
+        length, start = self._ids.shape[1], self._num_forwarded
+        self._allowance = max(1, tokens)
+        self._fits = not start and tokens >= length + len(self._full.layers) * COMPRESS_LAYER_COST_TOKENS
+        if self._fits:
+            return self._cache, slice(0, length)
+        return (self._full, slice(start, start + self._allowance)) if start < length else None
+
+    def _compress(self) -> PrefillResult | None:
+        """Compress as many layers as the rest of a step allows for, at least one."""
         assert self._logits is not None
-        self._compress_layers(max(1, (tokens - (stop - start)) // COMPRESS_LAYER_COST_TOKENS))
-        return (self._cache, self._logits) if self._num_compressed == layers else None
+        self._compress_layers(max(1, self._allowance // COMPRESS_LAYER_COST_TOKENS))
+        done = self._num_compressed == len(self._full.layers)
+        return (self._cache, self._logits) if done else None
 
     def _compress_layers(self, count: int) -> None:
         observation = self._cache.eviction.score_key

@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.runtime.decode import decode_step
+from baklava.runtime.batched_forward import batched_forward
 from baklava.runtime.model_loader import LoadedModel
 from benchmarks.serve.load_generator import percentiles
 from benchmarks.serve.servers import ServeBenchmarkConfig
@@ -67,15 +67,15 @@ def engine_overhead(
     pool_bytes = 2 * (config.batch_size + 1) * plan.bytes_per_sequence + workspace
     forward_times: list[float] = []
 
-    def timed_decode_step(*arguments: Any) -> Any:
+    def timed_forward(*arguments: Any) -> Any:
         started = time.perf_counter()
-        result = decode_step(*arguments)
+        result = batched_forward(*arguments)
         forward_times.append(time.perf_counter() - started)
         return result
 
     with (
         running_engine(loaded, plan, pool_bytes) as engine,
-        patch.object(model_runner, "decode_step", timed_decode_step),
+        patch.object(model_runner, "batched_forward", timed_forward),
     ):
         engine.pin_prefix(prompt)  # so that all sequences decode together from their first token on
         observers = [

@@ -3,14 +3,17 @@
 import math
 import time
 
+DEFAULT_MAX_BATCHED_TOKENS = 512
+"""Default prompt tokens of a step that also decodes."""
+
 DEFAULT_PREFILL_DECODE_RATIO = 1.3
 """Default ratio of prefill time to decode time within one step. Running sequences wait this much longer."""
 
 MIN_PREFILL_CHUNK_TOKENS = 16
-"""A smaller chunk takes as long: the model's weights are read for one token as for many."""
+"""A prompt goes on at least at this pace."""
 
 LARGE_CHUNK_TOKENS = 256
-"""From this size on, reading the weights is a small part of a chunk's time."""
+"""From this size on, a chunk's own time is most of a step's."""
 
 IDLE_PREFILL_CHUNK_TOKENS = 512
 """Chunk while nothing decodes; a request that arrives waits for one such chunk at most."""
@@ -31,41 +34,49 @@ class MovingAverage:
 
 
 class ChunkSizePolicy:
-    """Chooses the prefill chunk so that a step's prefill takes `prefill_decode_ratio` times as long as its decode.
+    """Chooses how many prompt tokens a step takes in addition to its decode batch, in the same forward.
 
-    A chunk's time is that of reading the weights plus a time per token. Large chunks measure the time per token, small
-    ones the time of the weights.
+    A step's time is that of its decode batch plus a time per prompt token. Large chunks measure the latter, and steps
+    with few or no prompt tokens the former.
+
+    Args:
+        max_batched_tokens: Prompt tokens of a step that also decodes.
+        prefill_decode_ratio: Time that the prompt tokens of a step may take, as a multiple of its decode batch's.
+        tpot_target: Seconds that a step which also decodes may take, instead of the ratio; None for none.
     """
 
-    def __init__(self, max_chunk_tokens: int, prefill_decode_ratio: float = DEFAULT_PREFILL_DECODE_RATIO) -> None:
-        self._max_chunk_tokens, self._ratio = max_chunk_tokens, prefill_decode_ratio
-        self._decode_seconds, self._weights_seconds = MovingAverage(), MovingAverage()
-        self._seconds_per_token = MovingAverage()
+    def __init__(
+        self,
+        max_batched_tokens: int,
+        prefill_decode_ratio: float = DEFAULT_PREFILL_DECODE_RATIO,
+        tpot_target: float | None = None,
+    ) -> None:
+        self._max_tokens, self._ratio, self._tpot_target = max_batched_tokens, prefill_decode_ratio, tpot_target
+        self._decode_seconds, self._seconds_per_token = MovingAverage(), MovingAverage()
         self._seconds_between_finishes = MovingAverage()
         self._finished_at: float | None = None
 
-    def observe_decode(self, seconds: float) -> None:
-        """Record the duration of a decode batch."""
-        self._decode_seconds.add(seconds)
-
-    def observe_prefill(self, tokens: int, seconds: float) -> None:
-        """Record the duration of a chunk; a step without a forward is not measured."""
-        if not tokens:
-            return
-        if tokens >= LARGE_CHUNK_TOKENS or not self._seconds_per_token.value:
-            self._seconds_per_token.add(seconds / tokens)
-        else:
-            self._weights_seconds.add(max(0.0, seconds - tokens * self._seconds_per_token.value))
+    def observe_step(self, decoding: bool, prompt_tokens: int, seconds: float) -> None:
+        """Record the duration of a forward with a decode batch or without, and these prompt tokens."""
+        per_token = self._seconds_per_token.value
+        if not decoding:
+            if prompt_tokens >= LARGE_CHUNK_TOKENS or not per_token:
+                self._seconds_per_token.add(seconds / max(1, prompt_tokens))
+        elif prompt_tokens < LARGE_CHUNK_TOKENS:
+            self._decode_seconds.add(max(0.0, seconds - prompt_tokens * per_token))
+        elif self._decode_seconds.value:
+            self._seconds_per_token.add(max(0.0, seconds - self._decode_seconds.value) / prompt_tokens)
 
     def chunk_tokens(self, decoding: bool) -> int:
-        """Return the prompt tokens to prefill in the next step, which may also decode a batch."""
+        """Return the prompt tokens of the next step, which may also decode a batch."""
         if not decoding:
-            return max(IDLE_PREFILL_CHUNK_TOKENS, self._max_chunk_tokens)
+            return max(IDLE_PREFILL_CHUNK_TOKENS, self._max_tokens)
         if not self._seconds_per_token.value:
-            return min(MIN_PREFILL_CHUNK_TOKENS, self._max_chunk_tokens)
-        seconds = self._ratio * self._decode_seconds.value - self._weights_seconds.value
+            return min(MIN_PREFILL_CHUNK_TOKENS, self._max_tokens)
+        decode_seconds = self._decode_seconds.value
+        seconds = self._ratio * decode_seconds if self._tpot_target is None else self._tpot_target - decode_seconds
         tokens = int(seconds / self._seconds_per_token.value)
-        return max(1, min(max(MIN_PREFILL_CHUNK_TOKENS, tokens), self._max_chunk_tokens))
+        return max(1, min(max(MIN_PREFILL_CHUNK_TOKENS, tokens), self._max_tokens))
 
     def on_finished(self) -> None:
         """Record that a request finished now."""

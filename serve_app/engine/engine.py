@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
-from serve_app.engine.chunk_size import DEFAULT_PREFILL_DECODE_RATIO, ChunkSizePolicy
-from serve_app.engine.model_runner import ModelRunner, PrefillJob
+from serve_app.engine.chunk_size import DEFAULT_MAX_BATCHED_TOKENS, DEFAULT_PREFILL_DECODE_RATIO, ChunkSizePolicy
+from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Request
 from serve_app.engine.types import DrainingError, EngineRequest, EngineState, OutputCallback, RequestHandle
@@ -28,14 +28,16 @@ class EngineConfig:
     Args:
         pool_bytes: for KV caches.
         max_waiting: requests that may wait in the queue.
-        max_prefill_chunk_tokens: prompt tokens of a step that also decodes.
-        prefill_decode_ratio: time of a step's prefill chunk relative to its decode batch.
+        max_batched_tokens: prompt tokens of a step that also decodes.
+        prefill_decode_ratio: time of a step's prompt tokens relative to its decode batch.
+        tpot_target: seconds that a step which also decodes may take, instead of the ratio.
     """
 
     pool_bytes: int
     max_waiting: int = 64
-    max_prefill_chunk_tokens: int = 512
+    max_batched_tokens: int = DEFAULT_MAX_BATCHED_TOKENS
     prefill_decode_ratio: float = DEFAULT_PREFILL_DECODE_RATIO
+    tpot_target: float | None = None
 
 
 class Engine:
@@ -49,7 +51,7 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, plan: BudgetPlan, config: EngineConfig) -> None:
         self.config = config
-        chunk_size = ChunkSizePolicy(config.max_prefill_chunk_tokens, config.prefill_decode_ratio)
+        chunk_size = ChunkSizePolicy(config.max_batched_tokens, config.prefill_decode_ratio, config.tpot_target)
         self._scheduler = Scheduler(loaded, plan, config.pool_bytes, config.max_waiting, chunk_size)
         self._runner = ModelRunner(loaded)
         self._changed = threading.Condition()  # the lock of the scheduler and of the two flags
@@ -129,40 +131,23 @@ class Engine:
             return not self._closed
 
     def _step(self) -> None:
-        """Generate a token of every running sequence, and prefill a chunk of one prompt."""
-        self._decode()
-        with self._changed:
-            job, chunk_tokens = self._scheduler.schedule_prefill()
+        """Generate a token of every running sequence, and prefill a chunk of one prompt, in one forward."""
+        self._compute()
         self._deliver_outputs()
-        if job is not None:
-            self._prefill(job, chunk_tokens)
-            self._deliver_outputs()
         measurement = self._scheduler.measure()
         with self._changed:
             self._scheduler.process_measurement(measurement)
         self._deliver_outputs()
 
-    def _decode(self) -> None:
-        """Decode a token of every running sequence. Nothing refers to those that end once this returns."""
+    def _compute(self) -> None:
+        """Run the forward of a step. Nothing refers to the sequences that end once this returns."""
         with self._changed:
-            batch = self._scheduler.schedule_decode()
-        if not batch:
-            return
+            scheduled = self._scheduler.schedule()
+        self._deliver_outputs()  # of requests that ended before they ran
         started_at = time.perf_counter()
-        outputs = self._runner.decode(batch)
+        output = self._runner.step(scheduled.batch, scheduled.job, scheduled.prompt_tokens)
         with self._changed:
-            self._scheduler.process_decode(batch, outputs, time.perf_counter() - started_at)
-
-    def _prefill(self, job: PrefillJob, chunk_tokens: int) -> None:
-        num_processed, started_at = job.num_processed, time.perf_counter()
-        try:
-            started = self._runner.prefill(job, chunk_tokens)
-            seconds = time.perf_counter() - started_at
-            with self._changed:
-                self._scheduler.process_prefill(job, started, job.num_processed - num_processed, seconds)
-        except Exception as error:
-            with self._changed:
-                self._scheduler.fail(job.request, error)
+            self._scheduler.process(scheduled, output, time.perf_counter() - started_at)
 
     def _deliver_outputs(self) -> None:
         """Call the callbacks without the lock. One that raises fails its request, which gets no other output."""

@@ -1,15 +1,23 @@
-"""Runs the model: one prefill chunk, or one decode batch with the sampling of its tokens. Keeps no queue."""
+"""Runs the model: in one forward a decode batch and a chunk of a prompt, and samples their tokens. Keeps no queue."""
 
 import time
 from collections.abc import Sequence as Sequences
+from dataclasses import dataclass
 
 import torch
 
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.runtime.decode import decode_step
+from baklava.runtime.batched_forward import batched_forward
 from baklava.runtime.logprobs import PromptLogprobsTask
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import ChunkedPrefill, PrefillResult, PrefillTask, make_prefill_task
+from baklava.runtime.prefill import (
+    ChunkedPrefill,
+    Logits,
+    PrefillResult,
+    PrefillTask,
+    TokenChunk,
+    make_prefill_task,
+)
 from serve_app.engine.prefix_cache import Prefix, PrefixCacheEntry
 from serve_app.engine.sampler import SamplingState
 from serve_app.engine.sequence import Request, Sequence, sample_batch
@@ -40,13 +48,27 @@ class PrefillJob:
         self._fills_prefix_cache = prefix is not None and entry is None
         self._prefix_tokens = 0  # processed by an earlier task
 
-    def step(self, loaded: LoadedModel, tokens: int) -> PrefillResult | None:
-        """Process about `tokens` more. Return the cache with the whole prompt and its last logits once it is done."""
+    def next_chunk(self, loaded: LoadedModel, tokens: int) -> TokenChunk | None:
+        """Return about `tokens` more to process in the forward of a step; None if `step` does what is next."""
         if self._task is None:
             self._task = self._first_task(loaded)
-        result = self._task.step(tokens)
+        return self._task.next_chunk(tokens)
+
+    def process(self, loaded: LoadedModel, logits: Logits) -> PrefillResult | None:
+        """Take the logits after `next_chunk`. Return the cache with the whole prompt and its last logits once done."""
+        assert self._task is not None
+        return self._end_prefix(loaded, self._task.process(logits))
+
+    def step(self, loaded: LoadedModel, tokens: int) -> PrefillResult | None:
+        """Do about as much as `tokens` more would take, in forwards of its own. Return the same as `process`."""
+        assert self._task is not None
+        return self._end_prefix(loaded, self._task.step(tokens))
+
+    def _end_prefix(self, loaded: LoadedModel, result: PrefillResult | None) -> PrefillResult | None:
+        """Go on with the rest of the prompt after its prefix, of which this is the result."""
         if result is None or not self._fills_prefix_cache:
             return result
+        assert self._task is not None
         self.new_entry, self._fills_prefix_cache = PrefixCacheEntry(*result), False
         params = self.request.params
         if self.prefix == params.prompt and not params.sampling_params.max_tokens:
@@ -95,6 +117,24 @@ class PrefillJob:
         return self._task.nbytes if self._task else 0
 
 
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step computed.
+
+    Args:
+        tokens: Of each sequence of the decode batch, its next token or the exception that it failed with.
+        started: The sequences of a prompt that is done, with their first tokens; none of them if no token was to be
+            generated. None while a prompt is not done.
+        prefill_error: What the prompt failed with.
+        prompt_tokens: Prompt tokens in the forward; None if something else was done for the prompt.
+    """
+
+    tokens: Sequences[TokenOutput | Exception]
+    started: Sequences[tuple[Sequence, TokenOutput]] | None = None
+    prefill_error: Exception | None = None
+    prompt_tokens: int | None = 0
+
+
 class ModelRunner:
     """Runs the forwards of an engine, on its thread."""
 
@@ -102,14 +142,47 @@ class ModelRunner:
         self._loaded = loaded
 
     @torch.inference_mode()
-    def prefill(self, job: PrefillJob, tokens: int) -> list[tuple[Sequence, TokenOutput]] | None:
-        """Run one prefill chunk of about `tokens`.
+    def step(self, batch: Sequences[Sequence], job: PrefillJob | None, tokens: int) -> StepOutput:
+        """Feed each sequence's last token and about `tokens` of a prompt in one forward, and sample the next tokens.
 
-        Returns:
-            None while the prompt is not done; then the request's sequences with their first tokens, none of them if
-            no token was to be generated.
+        If the forward fails, all of them get the exception. If attention to the prompt or sampling fails, only the
+        prompt or the sequence that it failed for does.
         """
-        result = job.step(self._loaded, tokens)
+        try:
+            chunk = None if job is None else job.next_chunk(self._loaded, tokens)
+        except Exception as raised:
+            return StepOutput(self._forward(batch, None)[0], prefill_error=raised)
+        outputs, logits, error = self._forward(batch, chunk)
+        if job is None:
+            return StepOutput(outputs)
+        prompt_tokens = None if chunk is None else len(chunk.ids)
+        if error is not None:
+            return StepOutput(outputs, prefill_error=error, prompt_tokens=prompt_tokens)
+        try:
+            result = job.step(self._loaded, tokens) if logits is None else job.process(self._loaded, logits)
+            return StepOutput(outputs, self._start(job, result), prompt_tokens=prompt_tokens)
+        except Exception as raised:
+            return StepOutput(outputs, prefill_error=raised, prompt_tokens=prompt_tokens)
+
+    def _forward(
+        self, batch: Sequences[Sequence], chunk: TokenChunk | None
+    ) -> tuple[Sequences[TokenOutput | Exception], Logits | None, Exception | None]:
+        """Return the batch's next tokens, and the logits after the chunk, if there is one, or its exception."""
+        last_tokens = torch.tensor([sequence.last_token for sequence in batch], device=self._loaded.device).split(1)
+        chunks = [TokenChunk(sequence.cache, token) for sequence, token in zip(batch, last_tokens, strict=False)]
+        if chunk is not None:
+            chunks.append(chunk)
+        if not chunks:
+            return [], None, None
+        try:
+            logits, errors = batched_forward(self._loaded, chunks)
+            outputs = sample_batch(logits[: len(batch)], batch) if batch else []
+        except Exception as error:
+            return [error] * len(batch), None, error if chunk is not None else None
+        return outputs, None if chunk is None else logits[len(batch) :], errors.get(len(batch))
+
+    def _start(self, job: PrefillJob, result: PrefillResult | None) -> list[tuple[Sequence, TokenOutput]] | None:
+        """Return the sequences of a prompt that is done, with their first tokens."""
         if result is None:
             return None
         request, (cache, logits) = job.request, result
@@ -129,17 +202,3 @@ class ModelRunner:
                 raise output
             started.append((sequence, output))
         return started
-
-    @torch.inference_mode()
-    def decode(self, batch: Sequences[Sequence]) -> list[TokenOutput | Exception]:
-        """Feed each sequence's last token in one forward and sample its next token.
-
-        If the forward fails, every sequence gets the exception; if sampling fails, the sequence that it failed for.
-        """
-        try:
-            logits = decode_step(
-                self._loaded, [sequence.cache for sequence in batch], [sequence.last_token for sequence in batch]
-            )
-            return sample_batch(logits, batch)
-        except Exception as error:
-            return [error] * len(batch)

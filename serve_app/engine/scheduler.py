@@ -11,10 +11,9 @@ The life of a request:
 the queue to prefilling as soon as its memory can be reserved. So nothing is preempted, and nothing runs out of memory.
 A request ends early if its client cancels it, its deadline passes, or its forward fails.
 
-In every step the engine's thread calls `schedule_decode` and `process_decode`, `schedule_prefill` and
-`process_prefill`, `measure` and `process_measurement`, with the forwards of the model runner in between. The outputs
-for the requests accumulate until it takes them with `take_outputs`. All callers hold the engine's lock, except for
-`measure`.
+In every step the engine's thread calls `schedule`, then `process` with what the model runner computed, then `measure`
+and `process_measurement`. The outputs for the requests accumulate until it takes them with `take_outputs`. All callers
+hold the engine's lock, except for `measure`.
 """
 
 import logging
@@ -37,7 +36,7 @@ from serve_app.engine.memory import (
     memory_required,
     prefill_workspace,
 )
-from serve_app.engine.model_runner import PrefillJob
+from serve_app.engine.model_runner import PrefillJob, StepOutput
 from serve_app.engine.prefix_cache import Prefix, PrefixCache
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.sequence import Request, Sequence
@@ -69,6 +68,15 @@ class Measurement:
     allocated_bytes: dict[Sequence, int]
     prefill_bytes: int
     peak_bytes: int
+
+
+@dataclass(frozen=True)
+class ScheduledStep:
+    """What one step is to compute: a token of each sequence of the batch, and about this many tokens of a prompt."""
+
+    batch: tuple[Sequence, ...]
+    job: PrefillJob | None
+    prompt_tokens: int
 
 
 class Scheduler:
@@ -151,16 +159,31 @@ class Scheduler:
 
     # One step
 
-    def schedule_decode(self) -> Sequences[Sequence]:
-        """End what was cancelled or stopped or is late, and return the sequences to decode."""
+    def schedule(self) -> ScheduledStep:
+        """End what was cancelled or stopped or is late, admit the next request if it fits, and return the next step."""
         self._reap()
-        return tuple(self.running)
+        self._admit()
+        tokens = self._chunk_size.chunk_tokens(decoding=bool(self.running))
+        return ScheduledStep(tuple(self.running), self.prefilling, tokens)
 
-    def process_decode(
-        self, batch: Sequences[Sequence], outputs: Sequences[TokenOutput | Exception], seconds: float
-    ) -> None:
-        """Record the tokens of a decode batch, and end the requests that failed."""
-        self._chunk_size.observe_decode(seconds)
+    def process(self, scheduled: ScheduledStep, output: StepOutput, seconds: float) -> None:
+        """Record what a step computed: tokens, a prompt that is done, and the requests that failed."""
+        if output.prompt_tokens is not None and (scheduled.batch or output.prompt_tokens):
+            self._chunk_size.observe_step(bool(scheduled.batch), output.prompt_tokens, seconds)
+        self._process_tokens(scheduled.batch, output.tokens)
+        if (job := scheduled.job) is None:
+            return
+        if output.prefill_error is None:
+            try:
+                self._process_prefill(job, output.started)
+            except Exception as error:
+                self.fail(job.request, error)
+        elif not any(output.prefill_error is failed for failed in output.tokens):
+            self.fail(job.request, output.prefill_error)
+        else:  # with the whole forward, which is in the log
+            self._finish(job.request, output.prefill_error)
+
+    def _process_tokens(self, batch: Sequences[Sequence], outputs: Sequences[TokenOutput | Exception]) -> None:
         # A forward that fails does so with one exception for all requests of its batch.
         errors = {id(output): output for output in outputs if isinstance(output, Exception)}
         for error in errors.values():
@@ -173,16 +196,8 @@ class Scheduler:
             else:
                 self._emit(sequence, output)
 
-    def schedule_prefill(self) -> tuple[PrefillJob | None, int]:
-        """Admit the next request if it fits; return the prompt to prefill, and about how many of its tokens."""
-        self._admit()
-        return self.prefilling, self._chunk_size.chunk_tokens(decoding=bool(self.running))
-
-    def process_prefill(
-        self, job: PrefillJob, started: Sequences[tuple[Sequence, TokenOutput]] | None, tokens: int, seconds: float
-    ) -> None:
+    def _process_prefill(self, job: PrefillJob, started: Sequences[tuple[Sequence, TokenOutput]] | None) -> None:
         """Keep a new prefix cache entry; once the prompt is done (`started`), its sequences run."""
-        self._chunk_size.observe_prefill(tokens, seconds)
         if job.new_entry and job.prefix:
             self.prefix_cache.put(job.prefix, job.new_entry)
             job.new_entry = None

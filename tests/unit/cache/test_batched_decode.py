@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 from model_families import FAMILIES, model_pair
-from plan_factory import EVICTIONS, make_plan, random_ids, with_bits
+from plan_factory import EVICTIONS, make_plan, random_ids, with_bits, with_chunked_prefill
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.storage import allocated_bytes
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, StreamingLLM, build_eviction
 from baklava.plan.budget_plan import full_cache_plan
-from baklava.runtime.decode import decode_step
-from baklava.runtime.prefill import prefill
+from baklava.runtime.batched_forward import batched_forward, decode_step
+from baklava.runtime.prefill import TokenChunk, make_prefill_task, prefill
 
 GRID = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
@@ -178,3 +178,77 @@ def test_a_step_needs_one_token_per_sequence(tiny):
     for caches, tokens in [([], []), ([BudgetedCache(plan)], [1, 2])]:
         with pytest.raises(UserError, match="one new token for each"):
             decode_step(loaded, caches, tokens)
+
+
+def advance_together(loaded, task, caches, rows, tokens):
+    """Prefill a prompt in chunks of about so many tokens, each in one forward with a token of every cache."""
+    logits, done, step = [], None, 0
+    while done is None:
+        own = [TokenChunk(cache, row[step : step + 1]) for cache, row in zip(caches, rows, strict=True)]
+        chunk = task.next_chunk(tokens)
+        results, errors = batched_forward(loaded, own if chunk is None else [*own, chunk])
+        assert errors == {}
+        done = task.step(tokens) if chunk is None else task.process(results[len(own) :])
+        logits.append(results[: len(own)])
+        step += 1
+    return torch.stack(logits), done
+
+
+@torch.inference_mode()
+def check_mixed(loaded, plan, tokens, tolerance):
+    """Check that decoding sequences and a prompt in the same forwards get what they get alone."""
+    prompts, rows = [random_ids(1, 20 + 30 * place, seed=place) for place in range(3)], random_ids(2, 60, seed=9)
+    caches = [prefill(loaded, plan, prompt, max_tokens=200)[0] for prompt in prompts[:2]]
+    copies = [cache.copy(200) for cache in caches]
+    task = make_prefill_task(loaded, plan, prompts[2], 200)
+    logits, (cache, last) = advance_together(loaded, task, caches, rows, tokens)
+    assert len(logits) > 1
+    alone, expected = prefill(loaded, plan, prompts[2], max_tokens=200)
+    torch.testing.assert_close(last, expected, **tolerance)
+    assert_same_positions(cache, alone)
+    for number, row in enumerate(rows):
+        for step in range(len(logits)):
+            own = decode_step(loaded, [copies[number]], [int(row[step])])
+            torch.testing.assert_close(logits[step, number], own[0], **tolerance)
+        assert_same_positions(caches[number], copies[number])
+
+
+def assert_same_positions(one, other):
+    for layer in range(len(one.layers)):
+        if one.plan.layers[layer] is not None:
+            for head in range(one.plan.geometry.kv_heads):
+                assert one.cached_positions(layer, head).tolist() == other.cached_positions(layer, head).tolist()
+
+
+@pytest.mark.parametrize("chunk", [None, 40], ids=["dense", "chunked"])
+@pytest.mark.parametrize("eviction", [StreamingLLM(), *(each for each in EVICTIONS if each.name != "kvzip")])
+def test_a_prompt_and_decoding_sequences_share_their_forwards(tiny, eviction, chunk):
+    loaded = tiny(head_dim=32)
+    plan = with_bits(make_plan(loaded, [[50, 40], [48, 64]], eviction), [(16, 16), (32, 32)])
+    plan = with_chunked_prefill(plan, chunk) if chunk else plan
+    check_mixed(loaded, plan, 17, {"atol": 2e-3, "rtol": 2e-3})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_of_every_family_shares_forwards_with_decoding_sequences(family):
+    loaded, _ = model_pair(family)
+    plan = with_chunked_prefill(full_cache_plan(loaded.identity, loaded.geometry, 200, bits=32), 33)
+    check_mixed(loaded, plan, 33, {"atol": 2e-3, "rtol": 2e-3})
+
+
+@torch.inference_mode()
+def test_a_chunk_that_fails_leaves_the_other_sequences_as_they_are_alone(tiny, monkeypatch):
+    loaded = tiny()
+    plan = make_plan(loaded, [[20, 40], [28, 64]], HeavyHitter(eviction_interval=4, distance=0))
+    cache, _ = prefill(loaded, plan, random_ids(1, 30))
+    copied, task = cache.copy(), make_prefill_task(loaded, plan, random_ids(1, 50))
+    chunk = task.next_chunk(20)
+
+    def explode(*args):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(chunk.cache.layers[1], "attend", explode)
+    logits, errors = batched_forward(loaded, [TokenChunk(cache, torch.tensor([5])), chunk])
+    assert (list(errors), str(errors[1])) == ([1], "no memory")
+    torch.testing.assert_close(logits[:1], decode_step(loaded, [copied], [5]), atol=1e-4, rtol=1e-4)

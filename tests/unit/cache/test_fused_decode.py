@@ -31,7 +31,7 @@ from baklava.cache.kernels import fused_decode, numba_decode, numba_runtime
 from baklava.errors import UserError
 from baklava.eviction import METHODS, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import full_cache_plan
-from baklava.runtime.decode import decode_step
+from baklava.runtime.batched_forward import decode_step
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
 

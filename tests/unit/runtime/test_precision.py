@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
 from baklava.runtime import precision
-from baklava.runtime.decode import decode_step
+from baklava.runtime.batched_forward import decode_step
 from baklava.runtime.model_loader import LoadedModel, load
 from baklava.runtime.precision import HalfPrecisionLinear, resolve_dtype, round_linear_layers, weights_dtype
 from baklava.runtime.prefill import prefill

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, Phi3Config, PhimoeConfig
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.plan.budget_plan import full_cache_plan
-from baklava.runtime.decode import decode_step, generate
+from baklava.runtime.batched_forward import decode_step
+from baklava.runtime.decode import generate
 from baklava.runtime.logprobs import score_suffix
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import make_prefill_task, prefill

@@ -1,39 +1,52 @@
-"""How much of a prompt a step prefills while others decode."""
+"""How much of a prompt a step takes while others decode."""
 
 from serve_app.engine.chunk_size import MIN_PREFILL_CHUNK_TOKENS, ChunkSizePolicy
 
 
-def seconds_of(tokens, weights=0.05, per_token=0.001):
-    return weights + per_token * tokens
+def seconds_of(tokens, decode=0.1, per_token=0.001):
+    return decode + per_token * tokens
 
 
-def observe_prefill(policy, tokens):
-    policy.observe_prefill(tokens, seconds_of(tokens))
+def observe(policy, tokens, decode=0.1):
+    policy.observe_step(True, tokens, seconds_of(tokens, decode))
 
 
-def test_a_chunk_takes_what_a_decode_batch_allows_weights_and_tokens_measured_apart():
-    """A mean per token would take small chunks for slow ones, and make them smaller still."""
-    policy = ChunkSizePolicy(128)
-    observe_prefill(policy, 512)
+def policy_with_a_prompt_seen(**options):
+    policy = ChunkSizePolicy(128, **options)
+    policy.observe_step(False, 512, seconds_of(512, decode=0.0))
+    return policy
+
+
+def test_a_chunk_takes_what_a_decode_batch_allows_which_is_measured_with_and_without_a_chunk():
+    policy = policy_with_a_prompt_seen()
     for _ in range(50):
-        policy.observe_decode(0.1)
-        observe_prefill(policy, policy.chunk_tokens(decoding=True))
-    chunk = policy.chunk_tokens(decoding=True)
-    assert 0.11 < seconds_of(chunk) < 0.13 + 0.001
+        observe(policy, 0)
+        observe(policy, policy.chunk_tokens(decoding=True))
+    assert policy.chunk_tokens(decoding=True) == 128  # 1.3 of .1 s are 130 tokens
     for _ in range(31):
-        policy.observe_decode(0.01)
+        observe(policy, policy.chunk_tokens(decoding=True), decode=0.05)
+    assert 0.06 < seconds_of(policy.chunk_tokens(decoding=True), decode=0.0) <= 0.066
+    for _ in range(31):
+        observe(policy, policy.chunk_tokens(decoding=True), decode=0.001)
     assert policy.chunk_tokens(decoding=True) == MIN_PREFILL_CHUNK_TOKENS
+
+
+def test_a_tpot_target_narrows_a_step_that_also_decodes():
+    policy = policy_with_a_prompt_seen(tpot_target=0.15)
     for _ in range(30):
-        policy.observe_decode(10.0)
-    assert policy.chunk_tokens(decoding=True) == 128
-
-
-def test_a_step_that_processed_no_tokens_is_not_measured():
-    policy = ChunkSizePolicy(128)
-    assert policy.chunk_tokens(decoding=True) == MIN_PREFILL_CHUNK_TOKENS
-    policy.observe_prefill(0, 5.0)
-    observe_prefill(policy, 512)
-    for _ in range(20):
-        policy.observe_decode(0.1)
-    assert policy.chunk_tokens(decoding=True) > MIN_PREFILL_CHUNK_TOKENS
+        observe(policy, policy.chunk_tokens(decoding=True))
+    assert 45 <= policy.chunk_tokens(decoding=True) <= 50
     assert policy.chunk_tokens(decoding=False) == 512
+    for _ in range(30):
+        observe(policy, policy.chunk_tokens(decoding=True), decode=0.2)  # above the target: a prompt goes on slowly
+    assert policy.chunk_tokens(decoding=True) == MIN_PREFILL_CHUNK_TOKENS
+
+
+def test_large_chunks_measure_the_time_per_token_while_others_decode():
+    policy = ChunkSizePolicy(10_000)
+    assert policy.chunk_tokens(decoding=True) == MIN_PREFILL_CHUNK_TOKENS
+    policy.observe_step(False, 512, 5.12)
+    for _ in range(30):
+        observe(policy, 0)
+        observe(policy, 512)
+    assert 125 <= policy.chunk_tokens(decoding=True) <= 130

@@ -13,15 +13,18 @@ from engine_client import Answer, ask, engine_of, idle, until
 from plan_factory import make_plan, with_bits, with_chunked_prefill
 
 from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.cache.budgeted_layer import BudgetedLayer
+from baklava.cache.recording_layer import RecordingLayer
 from baklava.cache.storage import DequantizedView
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.logprobs import PromptLogprobsTask, prompt_logprobs_workspace_bytes, score_suffix
-from baklava.runtime.prefill import CONTINUATION_CHUNK_TOKENS, PrefillTask, prefill, prefill_workspace_bytes
+from baklava.runtime.prefill import CONTINUATION_CHUNK_TOKENS, prefill, prefill_workspace_bytes
 from serve_app.engine import scheduler
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.memory import ReservationExceededError
+from serve_app.engine.model_runner import PrefillJob
 from serve_app.engine.types import DeadlineError, DrainingError, QueueFullError, TokenOutput, TooLargeError
 
 PROMPT = tuple(b"A river is a line of water that goes down to the sea.")
@@ -80,7 +83,7 @@ EVERY_PLAN = {
 def test_requests_in_a_batch_get_the_tokens_that_they_get_alone(loaded, kind):
     plan = EVERY_PLAN[kind](loaded)
     wanted = [*prompts(4), *prompts(3, 20, seed=1), *prompts(2, 130, seed=2)]
-    with engine_of(loaded, plan, max_prefill_chunk_tokens=7) as engine:
+    with engine_of(loaded, plan, max_batched_tokens=7) as engine:
         answers = [ask(engine, prompt, 16) for prompt in wanted]
         for prompt, answer in zip(wanted, answers, strict=True):
             assert answer.tokens() == alone(loaded, plan, prompt, 16)
@@ -335,7 +338,7 @@ def test_a_stopped_sequence_ends_alone(engine):
 
 @pytest.mark.slow
 def test_many_cancelled_requests_leave_nothing(loaded, plan):
-    with engine_of(loaded, plan, max_waiting=1000, max_prefill_chunk_tokens=16) as engine:
+    with engine_of(loaded, plan, max_waiting=1000, max_batched_tokens=16) as engine:
         answers = []
         for place, prompt in enumerate(prompts(30)):
             answers.append(ask(engine, prompt, 100, n=1 + place % 2))
@@ -449,23 +452,27 @@ def test_a_slow_callback_delays_no_other_thread(loaded, plan):
         assert slow.tokens() == other.tokens()
 
 
-def test_a_request_that_arrives_during_a_decode_is_prefilled_in_the_same_step(loaded, plan, monkeypatch):
-    calls, late = [], []
-    with engine_of(loaded, plan) as engine:
-        runner = engine._runner
-        decode, prefill = runner.decode, runner.prefill
+def test_a_request_that_arrives_during_a_step_shares_the_forward_of_the_next(loaded, plan, monkeypatch):
+    steps, forwards, late = [], [], []
+    hook = loaded.model.register_forward_hook(lambda *args: forwards.append(len(steps)))
+    try:
+        with engine_of(loaded, plan) as engine:
+            step = engine._runner.step
 
-        def decode_while_another_arrives(batch):
-            calls.append("decode")
-            if len(calls) == 5:
-                late.append(ask(engine, PROMPT, 3))
-            return decode(batch)
+            def step_while_another_arrives(batch, job, tokens):
+                steps.append((len(batch), job is not None))
+                if len(steps) == 5:
+                    late.append(ask(engine, PROMPT, 3))
+                return step(batch, job, tokens)
 
-        monkeypatch.setattr(runner, "decode", decode_while_another_arrives)
-        monkeypatch.setattr(runner, "prefill", lambda *args: calls.append("prefill") or prefill(*args))
-        ask(engine, PROMPT, 40).wait()
-        late[0].wait()
-    assert calls[:6] == ["prefill", *["decode"] * 4, "prefill"]
+            monkeypatch.setattr(engine._runner, "step", step_while_another_arrives)
+            first = ask(engine, PROMPT, 40)
+            assert first.tokens() == alone(loaded, plan, PROMPT, 40)
+            assert late[0].tokens() == first.tokens()[:3]
+    finally:
+        hook.remove()
+    assert steps[:6] == [(0, True), *[(1, False)] * 4, (1, True)]
+    assert [forwards.count(number) for number in range(1, 7)] == [1] * 6
 
 
 @pytest.mark.parametrize("broken", ["reserve", "_release_unused"])
@@ -501,7 +508,7 @@ def test_a_draining_engine_finishes_its_requests_and_takes_no_more(loaded, plan)
 
 
 def test_a_request_waits_or_runs_at_every_moment_until_its_end(loaded, plan):
-    with engine_of(loaded, plan, max_prefill_chunk_tokens=8) as engine:
+    with engine_of(loaded, plan, max_batched_tokens=8) as engine:
         answer, looks = ask(engine, prompts(1, 200)[0], 20), 0
         while not answer.ended.is_set():
             state = engine.state()
@@ -619,7 +626,7 @@ def test_prefix_cache_entries_count_in_the_pool_and_the_longest_match_wins(loade
 def test_a_plan_swap_drops_no_request_and_fills_the_prefix_cache_again(loaded, plan):
     other = make_plan(loaded, [[40, 40], [40, 40]], StreamingLLM(), bits=32, context_length=256)
     prompt, tight = (*PROMPT, *b" And so on."), prompts(1, seed=3)[0]
-    with engine_of(loaded, plan, max_prefill_chunk_tokens=8) as engine:
+    with engine_of(loaded, plan, max_batched_tokens=8) as engine:
         engine.pin_prefix(PROMPT)
         before = ask(engine, tight, 60)
         until(lambda: before.events)
@@ -653,18 +660,40 @@ def test_a_cache_that_allocates_more_than_it_reserved_fails_alone(loaded, plan, 
         assert len(answers[0].tokens()) == 60
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_attention_to_a_prompt_that_fails_fails_the_prompt_alone(loaded, plan, monkeypatch, chunked):
+    """The running sequences are in the same forward."""
+    plan = with_chunked_prefill(plan, 48) if chunked else plan
+    owner = BudgetedLayer if chunked else RecordingLayer
+    attend, steps = owner.attend, []
+
+    def fail_late(self, query, *args):
+        if query.shape[2] > 8:
+            steps.append(self)
+            if len(steps) > 5:
+                raise MemoryError("no room")
+        return attend(self, query, *args)
+
+    with engine_of(loaded, plan, max_batched_tokens=64) as engine:
+        first = ask(engine, PROMPT, 200)
+        until(lambda: first.events)
+        monkeypatch.setattr(owner, "attend", fail_late)
+        assert isinstance(ask(engine, prompts(1, 400)[0]).error, MemoryError)
+        monkeypatch.undo()
+        assert first.tokens() == alone(loaded, plan, PROMPT, 200)
+        idle(engine)
+        assert (engine.state().counts.failed, engine.state().reserved_bytes) == (1, 0)
+
+
 def test_while_others_decode_a_prompt_is_prefilled_in_small_chunks(loaded, plan, monkeypatch):
-    asked = []
-    step = PrefillTask.__subclasses__()
-    for kind in step:
-        plain = kind.step
+    asked, next_chunk = [], PrefillJob.next_chunk
 
-        def noted(self, tokens, plain=plain):
-            asked.append(tokens)
-            return plain(self, tokens)
+    def noted(self, loaded, tokens):
+        asked.append(tokens)
+        return next_chunk(self, loaded, tokens)
 
-        monkeypatch.setattr(kind, "step", noted)
-    with engine_of(loaded, plan, max_prefill_chunk_tokens=24) as engine:
+    monkeypatch.setattr(PrefillJob, "next_chunk", noted)
+    with engine_of(loaded, plan, max_batched_tokens=24) as engine:
         first = ask(engine, PROMPT, 200)
         until(lambda: first.events)
         ask(engine, prompts(1, 200)[0], 5).wait()

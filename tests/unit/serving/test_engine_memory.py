@@ -36,7 +36,7 @@ def test_every_allocation_is_within_what_is_reserved_at_that_moment(loaded, monk
     source, active = random.Random(seed), plans(loaded)
     longest = max(plan.bytes_for(256) + prefill_workspace_bytes(plan, 256, 4) for plan in active)
     allocate, looks = slab.allocate, []
-    with engine_of(loaded, active[0], 3 * longest, max_prefill_chunk_tokens=16, max_waiting=100) as engine:
+    with engine_of(loaded, active[0], 3 * longest, max_batched_tokens=16, max_waiting=100) as engine:
         budget = engine._scheduler.budget
 
         def looked(nbytes, device):

@@ -1,0 +1,163 @@
+"""One forward for the new tokens of many sequences, one or more of each: decode rows and chunks of prompts alike.
+
+The tokens are one row. So embeddings, linear layers and norms read the weights once for all of them, and attention goes
+from sequence to sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from baklava.cache import attention
+from baklava.cache.attention import (
+    AttentionParams,
+    BudgetedLayerBase,
+    KVStates,
+    QueryStates,
+    RingWindow,
+    attend,
+    merge_gqa_groups,
+    split_gqa_groups,
+)
+from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.cache.budgeted_layer import BudgetedLayer, decode_rows
+from baklava.cache.sliding_layer import SlidingLayer
+from baklava.errors import UserError
+from baklava.runtime.model_loader import LoadedModel
+from baklava.runtime.prefill import Logits, TokenChunk, check_progress
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """The chunks of a forward, where their tokens begin, and the errors of those that failed."""
+
+    chunks: Sequence[TokenChunk]
+    starts: Sequence[int]
+    errors: dict[int, Exception] = field(default_factory=dict)
+
+
+class BatchedLayer(BudgetedLayerBase):
+    """The same layer of the caches of several sequences.
+
+    Sequences differ in their lengths, so `get_seq_length` is 0 and the positions must be passed to the model.
+    """
+
+    def __init__(self, index: int, batch: _Batch) -> None:
+        super().__init__()
+        self._index, self._batch = index, batch
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Attach this layer to the new keys; every cache stores its own when it attends."""
+        return attention.attach_layer(key_states, self), value_states
+
+    def attend(
+        self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
+    ) -> QueryStates:
+        """Return the output of all new tokens, each over the entries of its own sequence."""
+        output, rows = torch.empty_like(query), []
+        for number, chunk in enumerate(self._batch.chunks):
+            layer, start = chunk.cache.layers[self._index], self._batch.starts[number]
+            own = slice(start, start + len(chunk.ids))
+            if len(chunk.ids) == 1 and isinstance(layer, BudgetedLayer):
+                rows.append((layer, start))
+            else:
+                output[:, :, own] = self._attend(number, query[:, :, own], key[:, :, own], value[:, :, own], params)
+        if rows:
+            layers, columns = zip(*rows, strict=True)
+            at = torch.tensor(columns, device=query.device)
+            tokens = (states[0].index_select(1, at).transpose(0, 1)[:, :, None] for states in (query, key, value))
+            own_query, own_key, own_value = tokens
+            decoded = decode_rows(layers, own_query, own_key, own_value, params)
+            output[0].index_copy_(1, at, decoded[:, :, 0].transpose(0, 1))
+        return output
+
+    def _attend(
+        self, number: int, query: QueryStates, key: KVStates, value: KVStates, params: AttentionParams
+    ) -> QueryStates | float:
+        """Return the output of one chunk, or 0 if it fails: the other sequences of the forward go on."""
+        if number in self._batch.errors:
+            return 0
+        cache = self._batch.chunks[number].cache
+        try:
+            key, value = cache.update(key, value, self._index)
+            layer = cache.layers[self._index]
+            if isinstance(layer, BudgetedLayerBase):
+                return layer.attend(query, key, value, None, params)
+            assert isinstance(layer, SlidingLayer)
+            return _attend_window(layer, query, key, value, params)
+        except Exception as error:
+            self._batch.errors[number] = error
+            return 0
+
+
+def _attend_window(
+    layer: SlidingLayer, query: QueryStates, key: KVStates, value: KVStates, params: AttentionParams
+) -> QueryStates:
+    """Return the output over the entries of a sliding layer, of which the last are the queries' own."""
+    entries, queries = key.shape[2], query.shape[2]
+    positions = torch.arange(entries, device=key.device)[None]
+    grouped, own = split_gqa_groups(query, query.shape[1] // key.shape[1]), positions[:, entries - queries :]
+    # One new token attends to all that is left: the layer has cut its entries to the window already.
+    window = RingWindow(0, layer.sliding_window) if queries > 1 else None
+    output = attend(grouped, key, value, own, positions[:, None], params, masked=queries > 1, window=window)
+    return merge_gqa_groups(output)
+
+
+class BatchedCache(Cache):
+    """The caches of several sequences, for one forward.
+
+    Nothing here refers to itself, so a cache is freed as soon as its sequence ends.
+    """
+
+    def __init__(self, batch: _Batch) -> None:
+        num_layers = len(batch.chunks[0].cache.layers)
+        super().__init__(layers=[BatchedLayer(index, batch) for index in range(num_layers)])
+
+
+@torch.inference_mode()
+def batched_forward(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[Logits, dict[int, Exception]]:
+    """Process the new tokens of all chunks in one forward.
+
+    The caches may differ in plan and length. No chunk depends on the others, beyond rounding. After an error a cache is
+    in an undefined state and must be dropped.
+
+    Returns:
+        The logits after the last token of each chunk, and the exceptions of chunks of several tokens that failed. One
+        that does not belong to such a chunk is raised.
+    """
+    device = loaded.device
+    counts, lengths = [len(chunk.ids) for chunk in chunks], [chunk.cache.get_seq_length() for chunk in chunks]
+    ends = torch.tensor(counts).cumsum(0)
+    batch = _Batch(chunks, (ends - torch.tensor(counts)).tolist())
+    positions = [torch.arange(length, length + count) for length, count in zip(lengths, counts, strict=True)]
+    output = loaded.model(
+        input_ids=torch.cat([chunk.ids for chunk in chunks])[None],
+        position_ids=torch.cat(positions).to(device)[None],
+        past_key_values=BatchedCache(batch),
+        use_cache=True,
+        logits_to_keep=(ends - 1).to(device),
+    )
+    for number, chunk in enumerate(chunks):
+        if number not in batch.errors:
+            check_progress(chunk.cache, lengths[number] + counts[number])
+    return output.logits[0], batch.errors
+
+
+@torch.inference_mode()
+def decode_step(loaded: LoadedModel, caches: Sequence[BudgetedCache], tokens: Sequence[int]) -> Logits:
+    """Return the logits after one new token of each sequence, one row each. After an error all caches must be dropped.
+
+    Raises:
+        UserError: there is no sequence, or not one token for each.
+    """
+    if not caches or len(caches) != len(tokens):
+        raise UserError(f"{len(tokens)} tokens for {len(caches)} caches; give one new token for each of at least one")
+    ids = torch.tensor(tokens, device=loaded.device).split(1)
+    logits, errors = batched_forward(loaded, [TokenChunk(cache, own) for cache, own in zip(caches, ids, strict=True)])
+    for error in errors.values():
+        raise error
+    return logits
