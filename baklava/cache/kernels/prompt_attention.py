@@ -5,6 +5,7 @@ nothing then, while fused attention would keep them to itself.
 """
 
 import functools
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from baklava.cache.kernels.numba_runtime import compiling, is_available, run_on_
 BLOCK_LOGITS = 1 << 21
 """Logits of a block; in 8 MiB they stay in the processor's cache."""
 
-MIN_BLOCK_QUERIES = 16
+MIN_BLOCK_QUERIES, MAX_BLOCK_QUERIES = 16, 256
+"""Of the logits of many queries to themselves, half are of no use."""
 
 MIN_THREAD_LOGITS = 1 << 16
 """Logits for which a thread is woken."""
@@ -127,8 +129,10 @@ def attend_prompt(
     return output
 
 
-def _block_queries(rows: int, entries: int) -> int:
-    return max(MIN_BLOCK_QUERIES, BLOCK_LOGITS // (rows * (entries + MIN_BLOCK_QUERIES)))
+def _block_queries(rows: int, num_before: int) -> int:
+    """Return how many queries have as many logits as a block, over the entries before them and their own."""
+    queries = int((math.sqrt(num_before**2 + 4 * BLOCK_LOGITS / rows) - num_before) / 2)
+    return min(max(MIN_BLOCK_QUERIES, queries), MAX_BLOCK_QUERIES)
 
 
 def _sinks(params: AttentionParams, batch: int, heads: int) -> np.ndarray:
