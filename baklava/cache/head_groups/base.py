@@ -1,8 +1,10 @@
 """KV heads of one layer that share a budget: their entries, and how they attend, store tokens and evict."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor
 from baklava.cache import table_columns as columns
 from baklava.cache.attention import AttentionParams, GroupedQueries, KVStates
 from baklava.cache.head_groups.table import Rows, describe_storage, new_rows
-from baklava.cache.storage import DequantizedView, StorageLayout, TensorSpec, storage_for
+from baklava.cache.kernels.compiled_entries import can_compile_entries, read_entries, select_entries
+from baklava.cache.storage import DequantizedView, Storage, StorageLayout, TensorSpec, storage_for
 from baklava.cache.storage.hadamard import HadamardRotation
 from baklava.eviction import Eviction
 from baklava.plan.geometry import FULL_BITS, BitSplit, bit_split
@@ -114,6 +117,16 @@ class HeadGroup(ABC):
         self.head_dim = template.shape[3]
         self.is_dequantized = False
         self.rows = new_rows(1, budget.heads[-1] + 1)
+        self.addresses: Int[np.ndarray, " rows"] = np.empty(0, np.int64)
+        """Addresses of the rows of its heads."""
+        self._can_compile = can_compile_entries(template)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HeadGroup":
+        """Return a copy that no kernel may touch until it is bound: the table's addresses are those of the original."""
+        copied = memo[id(self)] = copy.copy(self)
+        copied.__dict__ = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
+        copied.addresses = np.empty(0, np.int64)
+        return copied
 
     def set_max_tokens(self, max_tokens: int | None) -> None:
         """Need no more slots than a sequence of `max_tokens` tokens can fill; `bind` must follow."""
@@ -130,6 +143,8 @@ class HeadGroup(ABC):
         self.values.bind(tensors)
         self._bind_state(tensors)
         self.rows = rows
+        places = np.arange(len(rows))[:, None] * rows.strides[0] + np.array(self.budget.heads) * rows.strides[1]
+        self.addresses = (rows.ctypes.data + places).ravel()
         described = self.describe()
         described[..., columns.COUNTERS] = counters
         rows[:, list(self.budget.heads)] = described
@@ -206,6 +221,24 @@ class HeadGroup(ABC):
         )
         self.is_dequantized = False
 
+    def read(self) -> tuple[KVStates, KVStates]:
+        """Return the keys and values of all entries, in the channels of the storage."""
+        keys, values = (self._read(part, storage) for part, storage in enumerate((self.keys, self.values)))
+        return keys, values
+
+    def _read(self, part: int, storage: Storage) -> KVStates:
+        if not self._is_compiled(part):
+            return storage.read(self.num_filled)
+        return read_entries(
+            self.addresses, part, (len(self.rows), len(self.budget.heads), self.num_filled, self.head_dim)
+        )
+
+    def _is_compiled(self, part: int) -> bool:
+        """Whether the keys (0) or values (1) are read and replaced in compiled loops; dense ones gain nothing."""
+        is_quantized = (self.budget.key_bits, self.budget.value_bits)[part] < FULL_BITS
+        has_table = len(self.addresses) > 0
+        return is_quantized and self._can_compile and has_table and not (self.is_dequantized or torch.is_grad_enabled())
+
     @abstractmethod
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         """Do what `attend` does, with tokens in the channels of the storage."""
@@ -239,8 +272,12 @@ class HeadGroup(ABC):
     def _replace(self, key: KVStates, value: KVStates, slots: Int[Tensor, "#batch #heads retained"]) -> None:
         """Retain the entries at `slots`, which index the old entries followed by the new ones."""
         num_old, self.num_filled = self.num_filled, slots.shape[2]
-        for storage, new in ((self.keys, key), (self.values, value)):
-            storage.select(slots, num_old, new)
+        for part, (storage, new) in enumerate(((self.keys, key), (self.values, value))):
+            if num_old and self._is_compiled(part):  # the first entries fit the codec
+                heads = slots.expand(len(self.rows), len(self.budget.heads), -1)
+                select_entries(self.addresses, part, heads, num_old, new)
+            else:
+                storage.select(slots, num_old, new)
 
 
 def _rotation(

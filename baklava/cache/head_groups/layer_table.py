@@ -41,11 +41,6 @@ class LayerTable:
         scoring: tuple[int, ...] = tuple(self.rows[0, 0, columns.UPDATE : columns.EVICTS].tolist())
         return scoring
 
-    def addresses_of(self, group: HeadGroup) -> list[int]:
-        """Return the addresses of the rows of a group."""
-        own: list[int] = self.addresses.reshape(self.rows.shape[:2])[:, list(group.budget.heads)].ravel().tolist()
-        return own
-
     def check(self) -> None:
         """Raise RuntimeError if entries have moved and the table was not made again."""
         for group in self.groups:

@@ -74,7 +74,7 @@ class RingBufferHeadGroup(HeadGroup):
             visible = visibility_mask(tokens.positions, positions) if tokens.padded else None
             keys, values = self.keys.iter_blocks(self.num_filled), self.values.iter_blocks(self.num_filled)
             return attend_blockwise(tokens.query, keys, values, visible, params)
-        key, value = self.keys.read(self.num_filled), self.values.read(self.num_filled)
+        key, value = self.read()
         return attend(tokens.query, key, value, tokens.positions, positions, params, masked=tokens.padded)
 
     def _write(self, tokens: NewTokens) -> None:
@@ -93,8 +93,9 @@ class RingBufferHeadGroup(HeadGroup):
         if tokens.teacher_forced:  # one by one they would be read as they are stored
             slots = self._slots(tokens.positions.clamp(min=0))[:, None]
             new = self.keys.round_trip(tokens.key, slots), self.values.round_trip(tokens.value, slots)
-        key = torch.cat([self.keys.read(self.num_filled), new[0]], 2)
-        value = torch.cat([self.values.read(self.num_filled), new[1]], 2)
+        key, value = new
+        if self.num_filled:
+            key, value = (torch.cat(pair, 2) for pair in zip(self.read(), new, strict=True))
         positions = torch.cat(
             [self.cached_positions().expand(len(tokens.positions), -1, -1), tokens.positions[:, None]], 2
         )

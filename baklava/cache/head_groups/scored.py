@@ -173,7 +173,7 @@ class ScoredHeadGroup(HeadGroup):
         self.scores.scatter_(2, slots, 0.0)
 
     def _inputs(self, tokens: NewTokens, params: AttentionParams) -> AttentionInputs:
-        key, value = self.keys.read(self.num_filled), self.values.read(self.num_filled)
+        key, value = self.read()
         entries = (key, value, tokens.positions, self.cached_positions(), params, tokens.padded)
         return AttentionInputs(tokens.query, *entries, decoding=True, centroids=self._centroid_entries(tokens))
 
@@ -183,8 +183,9 @@ class ScoredHeadGroup(HeadGroup):
     def _block(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         """Attend with more tokens than fit: they attend to all entries and each other, then all entries compete."""
         shape = (*tokens.key.shape[:2], tokens.num_tokens)
-        key = torch.cat([self.keys.read(self.num_filled), tokens.key], 2)
-        value = torch.cat([self.values.read(self.num_filled), tokens.value], 2)
+        key, value = tokens.key, tokens.value
+        if self.num_filled:
+            key, value = (torch.cat(pair, 2) for pair in zip(self.read(), (key, value), strict=True))
         positions = torch.cat([self.cached_positions(), tokens.positions[:, None].expand(shape).int()], 2)
         scores = torch.cat([self.scores[..., : self.num_filled], self.scores.new_zeros(shape)], 2)
         # The positions of a first prompt are the same for all heads, and so is their mask.

@@ -11,7 +11,6 @@ import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,10 @@ from baklava.cache import table_columns as columns
 from baklava.cache.attention import QUERY_BLOCK_SIZE, AttentionParams, GroupedQueries
 from baklava.cache.head_groups import HeadGroup, LayerTable, NewTokens, ScoredHeadGroup
 from baklava.cache.kernels import triton_decode
-from baklava.cache.kernels.numba_runtime import compiling, is_available, run_on_threads
+from baklava.cache.kernels.compiled_entries import CHANNEL_MULTIPLE
+from baklava.cache.kernels.numba_runtime import compiling, kernel, run_on_threads
 from baklava.cache.storage import stored_dtype
 from baklava.plan.geometry import FULL_BITS
-
-CHANNEL_MULTIPLE = 32
-"""Heads of other dimensions are not for the kernel, since planes of their codes do not fill words of 32 bits."""
 
 MIN_THREAD_SLOTS = 4096
 """Slots of the rows that a thread gets at least; fewer take no longer than to wake it."""
@@ -37,16 +34,6 @@ States = tuple[Tensor, Tensor, Tensor]
 
 CHECK_TABLES = False
 """Whether every address is computed at every step, and compared with the table. Tests set it."""
-
-
-@functools.cache
-def kernel() -> Any:
-    """Return the module of the kernel, or None if numba does not work or the CPU lacks its instructions."""
-    if not is_available():
-        return None
-    module = import_module("baklava.cache.kernels.numba_decode")
-    module.drop_stale_code()
-    return module
 
 
 def can_fuse(groups: Sequence[HeadGroup], states: Tensor) -> bool:
@@ -304,7 +291,7 @@ def _update_scores_and_evict(
         if not evict_here or group.eviction.pooling > 1:
             group.maybe_evict(num_tokens)
         elif group.count_tokens(num_tokens):
-            due += table.addresses_of(group)
+            due += group.addresses.tolist()
     if due:
         kernel().evict_layer(np.array(due), _lengths(groups[0].head_dim))
 

@@ -719,6 +719,46 @@ def _move(table, source, target, x, codes, scratch):
 
 
 @compiled
+def read_entries(addresses, part, entries):
+    """Read the first entries of each (sequence, KV head), in rotated channels.
+
+    Args:
+        addresses: Address of each row of a table.
+        part: 0 for keys, 1 for values.
+        entries: float32 [rows, entries, head_dim], which is written.
+    """
+    codes = np.empty(entries.shape[2], np.uint8)
+    for row in range(len(addresses)):
+        storage = _storage(carray(_pointer(addresses[row]), NUM_COLUMNS, np.int64), part)
+        for slot in range(entries.shape[1]):
+            _read(entries[row, slot], storage, slot, codes)
+
+
+@compiled
+def select_entries(addresses, part, sources, num_old, new):
+    """Fill the first slots of each (sequence, KV head) with some of its entries and new ones.
+
+    Args:
+        addresses: Address of each row of a table.
+        part: 0 for keys, 1 for values.
+        sources: The entry for each slot [rows, slots]: an old one, which is at this slot or after it, or a new one,
+            counted from `num_old` on. A slot with a negative one stays as it is.
+        num_old: How many old ones there are.
+        new: New entries in rotated channels, float32 [rows, new, head_dim].
+    """
+    channels = new.shape[2]
+    codes, entry, scratch = np.empty(channels, np.uint8), np.empty(channels, np.float32), np.empty(channels, np.float32)
+    for row in range(len(addresses)):
+        storage = _storage(carray(_pointer(addresses[row]), NUM_COLUMNS, np.int64), part)
+        for slot in range(sources.shape[1]):
+            source = sources[row, slot]
+            if source >= num_old:
+                _write(new[row, source - num_old], storage, slot, codes, scratch)
+            elif source >= 0 and source != slot:
+                _move(storage, source, slot, entry, codes, scratch)
+
+
+@compiled
 def _replace_highest(ranks, slots, rank, slot):
     """Put an entry in the place of the highest rank, which is the first of this heap; its slot is after all others."""
     place, child = 0, 1

@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +47,16 @@ def is_available() -> bool:
         logger.warning("this CPU has no instructions for float16 (F16C), so sequences are decoded one by one")
         return False
     return True
+
+
+@functools.cache
+def kernel() -> Any:
+    """Return the module of the kernels that work on a table, or None if numba is not available."""
+    if not is_available():
+        return None
+    module = import_module("baklava.cache.kernels.numba_decode")
+    module.drop_stale_code()
+    return module
 
 
 @contextmanager

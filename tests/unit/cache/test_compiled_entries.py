@@ -1,0 +1,67 @@
+"""Chunks of a prompt leave the same entries whether compiled loops or PyTorch's operations read and replace them."""
+
+import pytest
+import torch
+from plan_factory import make_plan, random_ids, with_bits, with_chunked_prefill
+
+from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.cache.head_groups import base
+from baklava.cache.kernels import compiled_entries
+from baklava.eviction import HeavyHitter, SnapKV, StreamingLLM
+from baklava.runtime.prefill import prefill
+
+BITS = [[(4, 4), (3, 2)], [(8, 5), (6, 16)], [(16, 4), (5, 3)]]
+METHODS = [
+    StreamingLLM(sinks=3),
+    HeavyHitter(sinks=2, eviction_interval=5, distance=8, full_precision_recent=True, centroids=3),
+    SnapKV(sinks=0, eviction_interval=5),
+]
+
+
+def entries_of(cache: BudgetedCache) -> torch.Tensor:
+    return torch.cat(
+        [states.flatten() for layer in cache.budgeted_layers for group in layer.groups for states in group.read()]
+    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("eviction", METHODS)
+@torch.inference_mode()
+def test_chunks_leave_the_entries_that_pytorch_leaves(tiny, monkeypatch, eviction, bits):
+    loaded = tiny(head_dim=32)
+    plan = with_chunked_prefill(with_bits(make_plan(loaded, [[20, 40], [28, 64]], eviction), bits), 30)
+    ids, calls = random_ids(2, 130), []
+    prepare = compiled_entries.prepare
+    monkeypatch.setattr(compiled_entries, "prepare", lambda: calls.append(1) or prepare())
+    compiled, logits = prefill(loaded, plan, ids)
+    assert calls
+    entries = entries_of(compiled)
+    monkeypatch.setattr(base, "can_compile_entries", lambda states: False)
+    plain, expected = prefill(loaded, plan, ids)
+    for layer, head, row in [(layer, head, row) for layer in (0, 1) for head in (0, 1) for row in (0, 1)]:
+        assert compiled.cached_positions(layer, head, row).tolist() == plain.cached_positions(layer, head, row).tolist()
+    # A number between two codes may be rounded to either.
+    assert ((entries - entries_of(plain)).abs() > 1e-3).float().mean() < 0.01
+    torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.05)
+    compiled.check_integrity(130)
+
+
+@torch.inference_mode()
+def test_rows_with_padding_keep_their_own_entries(tiny):
+    loaded = tiny(head_dim=32)
+    plan = make_plan(loaded, [[20, 40], [28, 64]], HeavyHitter(sinks=2, eviction_interval=5, distance=0))
+    plan = with_chunked_prefill(with_bits(plan, [(4, 4), (8, 6)]), 30)
+    ids, mask = random_ids(2, 100), torch.ones(2, 100, dtype=torch.long)
+    mask[0, :37] = 0
+    together, logits = prefill(loaded, plan, ids, mask)
+    alone, expected = prefill(loaded, plan, ids[1:])
+    torch.testing.assert_close(logits[1:], expected, atol=0.05, rtol=0.05)
+    for layer, head in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        assert together.cached_positions(layer, head, 1).tolist() == alone.cached_positions(layer, head).tolist()
+
+
+def test_other_devices_dtypes_and_dimensions_are_left_to_pytorch() -> None:
+    assert compiled_entries.can_compile_entries(torch.zeros(1, 2, 4, 32))
+    assert not compiled_entries.can_compile_entries(torch.zeros(1, 2, 4, 32, dtype=torch.bfloat16))
+    assert not compiled_entries.can_compile_entries(torch.zeros(1, 2, 4, 24))
+    assert not compiled_entries.can_compile_entries(torch.zeros(1, 2, 4, 32, device="meta"))
