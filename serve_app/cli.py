@@ -25,7 +25,7 @@ from serve_app.api.network import (
     check_listen_address,
     read_api_keys,
 )
-from serve_app.engine.chunk_size import DEFAULT_PREFILL_DECODE_RATIO
+from serve_app.engine.chunk_size import DEFAULT_MAX_BATCHED_TOKENS, DEFAULT_PREFILL_DECODE_RATIO
 
 EXAMPLES = """A plan is a plan.json, models:/NAME@ALIAS or models:/NAME/VERSION in MLflow's registry, `full` to keep
 every entry, or METHOD[+EVICTION][@BITS]:BUDGET as in `baklava-evaluate --help`; some methods profile the model first.
@@ -90,6 +90,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="time of a step's prefill relative to its decode batch: a higher one admits prompts sooner, a lower one "
         "delays running requests less (default: %(default)s)",
+    )
+    add(
+        "--tpot-target",
+        type=positive_float,
+        metavar="SECONDS",
+        help="time that a step which also decodes may take, instead of the ratio; a prompt goes on with what is left "
+        "of it (default: as the ratio says)",
+    )
+    add(
+        "--max-batched-tokens",
+        type=positive_int,
+        default=DEFAULT_MAX_BATCHED_TOKENS,
+        metavar="TOKENS",
+        help="most prompt tokens of a step that also decodes (default: %(default)s)",
     )
     add("--prefill-chunk", type=positive_int, metavar="TOKENS", help=PREFILL_CHUNK_HELP)
     add("--replicas", type=positive_int, default=1, metavar="N", help="copies of the model (default: 1)")
@@ -175,6 +189,8 @@ def _serve(options: argparse.Namespace) -> None:
         timeout_seconds=float(options.timeout),
         host=options.host,
         prefill_decode_ratio=options.prefill_decode_ratio,
+        tpot_target=options.tpot_target,
+        max_batched_tokens=options.max_batched_tokens,
     )
     scaling = ScalingConfig(
         options.replicas, max_replicas, str(Path(options.logs).absolute()) if options.logs else None

@@ -20,7 +20,7 @@ from serve_app.api.metrics import Metrics
 from serve_app.api.network import NO_KEYS, ApiKeys
 from serve_app.api.routes import DEFAULT_REQUEST_TIMEOUT_SECONDS, RequestHandlers, create_app
 from serve_app.deployment.autoscaling import LOAD_METRIC, pool_load
-from serve_app.engine.chunk_size import DEFAULT_PREFILL_DECODE_RATIO
+from serve_app.engine.chunk_size import DEFAULT_MAX_BATCHED_TOKENS, DEFAULT_PREFILL_DECODE_RATIO
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.memory import PoolSize, capacity_table, free_memory_bytes
 from serve_app.openai.tokenization import PinnedPrefix, PromptEncoder
@@ -61,6 +61,8 @@ class ReplicaConfig:
     threads: int | None = None
     dtype: DType = "auto"
     prefill_decode_ratio: float = DEFAULT_PREFILL_DECODE_RATIO
+    tpot_target: float | None = None
+    max_batched_tokens: int = DEFAULT_MAX_BATCHED_TOKENS
 
 
 class RayReplicaGroup:
@@ -149,7 +151,9 @@ class BaklavaReplica:
 def _start_engine(loaded: LoadedModel, config: ReplicaConfig, desired: DesiredState) -> tuple[Engine, DesiredState]:
     """Return an engine under the active plan, and the state that this applies."""
     pool_bytes = config.pool.resolve(free_memory_bytes(loaded.device.type == "cuda"))
-    limits = EngineConfig(pool_bytes, config.max_waiting, prefill_decode_ratio=config.prefill_decode_ratio)
+    limits = EngineConfig(
+        pool_bytes, config.max_waiting, config.max_batched_tokens, config.prefill_decode_ratio, config.tpot_target
+    )
     if desired.version:
         try:
             engine = Engine(loaded, BudgetPlan.model_validate_json(desired.plan), limits)
