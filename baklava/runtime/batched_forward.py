@@ -62,7 +62,7 @@ class BatchedLayer(BudgetedLayerBase):
         for number, chunk in enumerate(self._batch.chunks):
             layer, start = chunk.cache.layers[self._index], self._batch.starts[number]
             own = slice(start, start + len(chunk.ids))
-            if len(chunk.ids) == 1 and isinstance(layer, BudgetedLayer):
+            if len(chunk.ids) == 1 and isinstance(layer, BudgetedLayer) and layer.is_initialized:
                 rows.append((layer, start))
             else:
                 output[:, :, own] = self._attend(number, query[:, :, own], key[:, :, own], value[:, :, own], params)
@@ -126,8 +126,8 @@ def batched_forward(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[
     in an undefined state and must be dropped.
 
     Returns:
-        The logits after the last token of each chunk, and the exceptions of chunks of several tokens that failed. One
-        that does not belong to such a chunk is raised.
+        The logits after the last token of each chunk, and the exceptions of the chunks whose attention failed by
+        itself, by their place. Decode rows attend together in layers with a budget, so an exception there is raised.
     """
     device = loaded.device
     counts, lengths = [len(chunk.ids) for chunk in chunks], [chunk.cache.get_seq_length() for chunk in chunks]

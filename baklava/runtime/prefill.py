@@ -301,16 +301,16 @@ class ChunkedPrefill(PrefillTask):
     @torch.inference_mode()
     def step(self, tokens: int) -> PrefillResult | None:
         if not (chunk := self._take(tokens)):
+            self._allowance += tokens
             return self._result()
         padding = _padding(self._attention_mask, chunk.start, chunk.stop)
         return self.process(_forward(self._loaded, self._ids[:, chunk], self._cache, **padding))
 
     def _take(self, tokens: int) -> slice | None:
-        """Return the next chunk if it is allowed for; what is allowed accumulates until then."""
+        """Return the next chunk if it is allowed for, by what has accumulated and these tokens."""
         start, total = self._num_processed, self._ids.shape[1]
         stop = min(start + self._chunk_tokens, total)
-        self._allowance += tokens
-        if start == stop or self._allowance < stop - start:
+        if start == stop or self._allowance + tokens < stop - start:
             return None
         self._allowance = 0
         return slice(start, stop)

@@ -69,7 +69,9 @@ class PrefillJob:
         if result is None or not self._fills_prefix_cache:
             return result
         assert self._task is not None
-        self.new_entry, self._fills_prefix_cache = PrefixCacheEntry(*result), False
+        cache, logits = result
+        # A copy, since a view would keep the logits of the whole step
+        self.new_entry, self._fills_prefix_cache = PrefixCacheEntry(cache, logits.clone()), False
         params = self.request.params
         if self.prefix == params.prompt and not params.sampling_params.max_tokens:
             return result
@@ -145,9 +147,10 @@ class ModelRunner:
     def step(self, batch: Sequences[Sequence], job: PrefillJob | None, tokens: int) -> StepOutput:
         """Feed each sequence's last token and about `tokens` of a prompt in one forward, and sample the next tokens.
 
-        If the forward fails, all of them get the exception. If attention to the prompt or sampling fails, only the
-        prompt or the sequence that it failed for does.
+        If the forward fails, all of them get the exception. If attention to the prompt, a sliding layer's attention or
+        sampling fails, only the prompt or the sequence that it failed for does.
         """
+        num_processed = 0 if job is None else job.num_processed
         try:
             chunk = None if job is None else job.next_chunk(self._loaded, tokens)
         except Exception as raised:
@@ -160,6 +163,8 @@ class ModelRunner:
             return StepOutput(outputs, prefill_error=error, prompt_tokens=prompt_tokens)
         try:
             result = job.step(self._loaded, tokens) if logits is None else job.process(self._loaded, logits)
+            if job.num_processed == num_processed:  # no chunk was due yet
+                prompt_tokens = 0
             return StepOutput(outputs, self._start(job, result), prompt_tokens=prompt_tokens)
         except Exception as raised:
             return StepOutput(outputs, prefill_error=raised, prompt_tokens=prompt_tokens)
@@ -179,6 +184,7 @@ class ModelRunner:
             outputs = sample_batch(logits[: len(batch)], batch) if batch else []
         except Exception as error:
             return [error] * len(batch), None, error if chunk is not None else None
+        outputs = [errors.get(row, output) for row, output in enumerate(outputs)]
         return outputs, None if chunk is None else logits[len(batch) :], errors.get(len(batch))
 
     def _start(self, job: PrefillJob, result: PrefillResult | None) -> list[tuple[Sequence, TokenOutput]] | None:

@@ -70,6 +70,18 @@ def test_a_chunk_is_processed_once_the_allowances_cover_it(tiny, eviction, allow
     ]
 
 
+@torch.inference_mode()
+def test_an_allowance_counts_once_if_there_is_no_chunk_for_it_yet(tiny):
+    loaded = tiny()
+    plan = with_chunked_prefill(make_plan(loaded, [[20, 40], [28, 64]], StreamingLLM()), 16)
+    task = make_prefill_task(loaded, plan, random_ids(1, 100))
+    for _ in range(3):
+        assert task.next_chunk(5) is None
+        assert task.step(5) is None
+    assert task.num_processed == 0
+    assert len(task.next_chunk(5).ids) == 16
+
+
 @every_method
 def test_a_prefill_allocates_its_workspace_to_the_byte_and_then_the_plan(tiny, eviction):
     loaded, ids = tiny(), random_ids(1, 90)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from byte_model import byte_model
 from engine_client import Answer, ask, engine_of, idle, until
-from plan_factory import make_plan, with_bits, with_chunked_prefill
+from model_families import model_pair
+from plan_factory import make_plan, random_ids, with_bits, with_chunked_prefill
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.budgeted_layer import BudgetedLayer
 from baklava.cache.recording_layer import RecordingLayer
+from baklava.cache.sliding_layer import SlidingLayer
 from baklava.cache.storage import DequantizedView
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, StreamingLLM
@@ -22,6 +24,7 @@ from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.logprobs import PromptLogprobsTask, prompt_logprobs_workspace_bytes, score_suffix
 from baklava.runtime.prefill import CONTINUATION_CHUNK_TOKENS, prefill, prefill_workspace_bytes
 from serve_app.engine import scheduler
+from serve_app.engine.chunk_size import ChunkSizePolicy
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.memory import ReservationExceededError
 from serve_app.engine.model_runner import PrefillJob
@@ -600,6 +603,17 @@ def test_a_pinned_prefix_is_a_chunk_boundary_and_nothing_else(loaded, plan):
         assert ask(engine, prompt, prompt_logprobs=0).prefill_done.cached_tokens == 0
 
 
+def test_a_prefix_cache_entry_that_is_filled_alongside_others_keeps_no_logits_of_theirs(loaded, plan):
+    with engine_of(loaded, plan) as engine:
+        others = [ask(engine, prompt, 200) for prompt in prompts(3)]
+        until(lambda: len(caches(engine)) == 3)
+        engine.pin_prefix(PROMPT)
+        until(lambda: engine.state().prefix_cache_bytes)
+        logits = engine._scheduler.prefix_cache.get(PROMPT).logits
+        assert logits.untyped_storage().nbytes() == logits.nbytes
+        assert all(len(other.tokens()) == 200 for other in others)
+
+
 def test_prefix_cache_entries_count_in_the_pool_and_the_longest_match_wins(loaded, plan):
     with engine_of(loaded, plan) as engine:
         engine.pin_prefix(PROMPT[:20])
@@ -660,6 +674,17 @@ def test_a_cache_that_allocates_more_than_it_reserved_fails_alone(loaded, plan, 
         assert len(answers[0].tokens()) == 60
 
 
+@pytest.mark.parametrize("kind", EVERY_PLAN)
+def test_a_prompt_of_one_token_begins_a_cache_alone_and_alongside_others(loaded, kind):
+    plan = EVERY_PLAN[kind](loaded)
+    with engine_of(loaded, plan) as engine:
+        assert ask(engine, PROMPT[:1]).tokens() == alone(loaded, plan, PROMPT[:1], 20)
+        first = ask(engine, PROMPT, 100)
+        until(lambda: first.events)
+        assert ask(engine, PROMPT[:1]).tokens() == alone(loaded, plan, PROMPT[:1], 20)
+        assert first.tokens() == alone(loaded, plan, PROMPT, 100)
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_attention_to_a_prompt_that_fails_fails_the_prompt_alone(loaded, plan, monkeypatch, chunked):
     """The running sequences are in the same forward."""
@@ -683,6 +708,44 @@ def test_attention_to_a_prompt_that_fails_fails_the_prompt_alone(loaded, plan, m
         assert first.tokens() == alone(loaded, plan, PROMPT, 200)
         idle(engine)
         assert (engine.state().counts.failed, engine.state().reserved_bytes) == (1, 0)
+
+
+def test_a_sequence_whose_sliding_layer_fails_while_it_decodes_fails_alone(monkeypatch):
+    loaded, _ = model_pair("gemma2")
+    plan = full_cache_plan(loaded.identity, loaded.geometry, 256, bits=32)
+    wanted = [tuple(ids) for ids in random_ids(2, 20).tolist()]
+    update, failing = SlidingLayer.update, []
+
+    def fail(self, *args, **kwargs):
+        if any(self is layer for layer in failing):
+            raise MemoryError("no room")
+        return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(SlidingLayer, "update", fail)
+    with engine_of(loaded, plan) as engine:
+        victim, other = [ask(engine, prompt, 200) for prompt in wanted]
+        until(lambda: len(caches(engine)) == 2)
+        failing += caches(engine)[0].layers
+        assert isinstance(victim.error, MemoryError)
+        assert other.tokens() == alone(loaded, plan, wanted[1], 200)
+        idle(engine)
+        assert (engine.state().counts.failed, engine.state().reserved_bytes) == (1, 0)
+
+
+def test_a_chunk_of_a_plan_waits_for_its_allowance_and_steps_without_it_measure_decoding(loaded, plan, monkeypatch):
+    observed, observe_step = [], ChunkSizePolicy.observe_step
+
+    def noted(self, decoding, prompt_tokens, seconds):
+        observed.append(prompt_tokens)
+        observe_step(self, decoding, prompt_tokens, seconds)
+
+    with engine_of(loaded, with_chunked_prefill(plan, 48), max_batched_tokens=16) as engine:
+        first = ask(engine, PROMPT, 200)
+        until(lambda: first.events)
+        monkeypatch.setattr(ChunkSizePolicy, "observe_step", noted)
+        ask(engine, prompts(1, 3 * 48)[0], 5).wait()
+        assert not first.ended.is_set()
+    assert observed[observed.index(48) - 2 :][:9] == [0, 0, 48] * 3
 
 
 def test_while_others_decode_a_prompt_is_prefilled_in_small_chunks(loaded, plan, monkeypatch):
