@@ -88,8 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive_float,
         default=DEFAULT_PREFILL_DECODE_RATIO,
         metavar="X",
-        help="time of a step's prefill relative to its decode batch: a higher one admits prompts sooner, a lower one "
-        "delays running requests less (default: %(default)s)",
+        help="time that a prompt adds to a step, relative to its decode batch: a higher one admits prompts sooner, a "
+        "lower one delays running requests less (default: %(default)s)",
     )
     add(
         "--tpot-target",

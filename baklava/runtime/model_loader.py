@@ -151,8 +151,8 @@ def load(
         name: `demo`, a directory, or the id of a hub model.
         dtype: The precision of its products: `float32`, `bfloat16`, `float16` or `auto`, which is the checkpoint's own
             on a GPU, and on a CPU bfloat16 if that is faster, else float32. None is the same, but float32 on every
-            CPU, so that scores compare. On a CPU, only linear layers compute in bfloat16, without the output layer;
-            their weights are frozen.
+            CPU, so that scores compare. On a CPU, only linear layers, without the output layer, and attention to
+            prompts multiply in bfloat16; the weights of these layers are frozen.
         device: A device of PyTorch, such as `cpu`, `cuda:1` or `mps`; by default `cuda` if available, else `cpu`.
         threads: Threads of PyTorch, for the whole process.
         device_map_auto: Distribute the layers over all visible devices, for a model that is larger than one of them.

@@ -90,9 +90,10 @@ def _seconds(states: Tensor, weight: Tensor) -> float:
 def round_linear_layers(model: nn.Module, dtype: torch.dtype) -> int:
     """Give plain linear layers weights of this dtype, except for the output layer, and return how many there are.
 
-    Everything else stays as it is: attention and its cache, whose kernels are for float32, experts in one tensor, and
-    layers that multiply in their own way. Logits in bfloat16 would have 8 bits, and tripled the loss (KL to float32
-    .0007 instead of .0002).
+    Everything else stays as it is: the cache and decoding, whose kernels are for float32, experts in one tensor, and
+    layers that multiply in their own way. Attention to prompts rounds the factors of its products alike.
+
+    Logits in bfloat16 would have 8 bits, and tripled the loss (KL to float32 .0007 instead of .0002).
     """
     output = model.get_output_embeddings()  # type: ignore[operator]
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
