@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from ray import serve
 from transformers.utils.logging import disable_progress_bar
 
-from baklava.cache.kernels.fused_decode import prepare
+from baklava.cache.kernels.warmup import prepare_kernels
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.runtime.dtypes import DType
@@ -98,7 +98,7 @@ class BaklavaReplica:
         self._config = config
         self._loaded = loaded = load(config.model, dtype=config.dtype, threads=config.threads)
         if loaded.device.type == "cpu":
-            prepare(loaded.geometry.head_dim, loaded.geometry.query_group)
+            prepare_kernels(loaded.geometry.head_dim, loaded.geometry.query_group)
         group = RayReplicaGroup(coordinator)
         self._engine, applied = _start_engine(loaded, config, group.sync(INITIAL_STATE))
         encoder = PromptEncoder.from_model(loaded)

@@ -83,7 +83,8 @@ class AttentionInputs:
             shared = [each for each in accumulators if type(each.eviction) is HeavyHitter]
             output = self._attend_and_sum(shared, start, prompt_tokens) if shared else self.attend(masked)
         else:
-            shared = [each for each in accumulators if each.sample == QuerySample()]
+            # Fused attention is more exact in 16 bits, but it needs a mask unless this is a whole prompt.
+            shared = [each for each in accumulators if masked and each.sample == QuerySample()]
             output = self._attend_in_blocks(shared) if shared else self.attend(masked)
         others = [each for each in accumulators if each not in shared]
         for sample in dict.fromkeys(each.sample for each in others):

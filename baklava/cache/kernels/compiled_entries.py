@@ -50,5 +50,6 @@ def select_entries(
     addresses: Addresses, part: int, slots: Int[Tensor, "batch heads slots"], num_old: int, new: Float[Tensor, "..."]
 ) -> None:
     """Fill the first slots with the entries at `slots`, which index the old entries followed by the new ones."""
-    sources, entries = slots.flatten(0, 1).contiguous().numpy(), new.detach().flatten(0, 1).contiguous().numpy()
+    # Under autocast values have 16 bits.
+    sources, entries = slots.flatten(0, 1).contiguous().numpy(), new.float().flatten(0, 1).contiguous().numpy()
     prepare().select_entries(addresses, part, sources, num_old, entries)

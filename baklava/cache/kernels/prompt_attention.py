@@ -152,18 +152,33 @@ def _workspace(numbers: int) -> Tensor:
     return torch.from_numpy(kept[:numbers])
 
 
-@contextmanager
-def _fp32_precision(precision: str | None) -> Iterator[None]:
-    """Let PyTorch round the factors of float32 products, if they are to be rounded; results are not."""
-    if precision is None:
-        yield
-        return
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, matmul.fp32_precision = matmul.fp32_precision, precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+class _Rounding:
+    """Counts the threads that let PyTorch round the factors of float32 products, which is a setting of the process."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = threading.Lock(), 0, "none"
+
+    @contextmanager
+    def __call__(self, precision: str | None) -> Iterator[None]:
+        """Round them in this context, unless the precision is None; results are not rounded."""
+        if precision is None:
+            yield
+            return
+        matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        with self._lock:
+            if not self._users:
+                self._before, matmul.fp32_precision = matmul.fp32_precision, precision
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    matmul.fp32_precision = self._before
+
+
+_fp32_precision = _Rounding()
 
 
 def _softmax(module: Any, logits: np.ndarray, num_visible: int, options: tuple[Any, ...]) -> np.ndarray:

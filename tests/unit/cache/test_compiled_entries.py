@@ -65,3 +65,15 @@ def test_other_devices_dtypes_and_dimensions_are_left_to_pytorch() -> None:
     assert not compiled_entries.can_compile_entries(torch.zeros(1, 2, 4, 32, dtype=torch.bfloat16))
     assert not compiled_entries.can_compile_entries(torch.zeros(1, 2, 4, 24))
     assert not compiled_entries.can_compile_entries(torch.zeros(1, 2, 4, 32, device="meta"))
+
+
+@torch.inference_mode()
+def test_chunks_under_autocast_are_stored(tiny):
+    """Values have 16 bits there."""
+    loaded = tiny(head_dim=32)
+    plan = make_plan(loaded, [[20, 40], [28, 64]], HeavyHitter(sinks=2, eviction_interval=5))
+    cache = BudgetedCache(with_bits(plan, [(4, 4), (4, 4)]))
+    with torch.autocast("cpu", torch.bfloat16):
+        for turn in range(3):
+            loaded.model(random_ids(1, 30, seed=turn), past_key_values=cache)
+    cache.check_integrity(90)

@@ -122,3 +122,15 @@ def test_gradients_and_other_dtypes_are_left_to_pytorch() -> None:
         assert not prompt_attention.can_attend_prompt(states.bfloat16(), states.bfloat16())
         with torch.autocast("cpu", torch.bfloat16):
             assert not prompt_attention.can_attend_prompt(states, states)
+
+
+def test_two_threads_that_round_leave_the_setting_as_it_was() -> None:
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    first, second = prompt_attention._fp32_precision("bf16"), prompt_attention._fp32_precision("bf16")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert matmul.fp32_precision == "bf16"
+    second.__exit__(None, None, None)
+    assert matmul.fp32_precision == before
