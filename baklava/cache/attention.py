@@ -154,8 +154,8 @@ def _fp32_precision(module: torch.nn.Module, query: QueryStates) -> str | None:
     """Return "bf16" if this is a prompt and the weights of the projections have that precision."""
     if query.dtype != torch.float32 or query.shape[2] == 1:
         return None
-    weights = next(module.parameters(), query)
-    return "bf16" if weights.dtype == torch.bfloat16 else None
+    dtypes = (child.weight.dtype for child in module.children() if isinstance(child, torch.nn.Linear))
+    return "bf16" if next(dtypes, None) == torch.bfloat16 else None
 
 
 def _check_continues(

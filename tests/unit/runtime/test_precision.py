@@ -1,13 +1,15 @@
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from byte_model import byte_tokenizer
-from model_families import SHAPE, tiny_model
+from model_families import SHAPE, full_cache, model_pair, tiny_model
 from plan_factory import make_plan, random_ids
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
 
+from baklava.cache.attention import attention_hook
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
 from baklava.runtime import precision
@@ -56,6 +58,21 @@ def test_caches_and_kernels_get_float32_from_rounded_layers() -> None:
     for token in range(6):
         assert decode_step(loaded, [cache], [token]).dtype == torch.float32
     cache.check_integrity(96)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+@torch.inference_mode()
+def test_the_attention_of_prompts_rounds_its_factors_where_the_projections_are_rounded(family: str) -> None:
+    pair = model_pair(family)
+    models = [pair[0].model, copy.deepcopy(pair[0].model)]
+    round_linear_layers(models[1], torch.bfloat16)
+    seen: list[tuple[int, str | None]] = []
+    for model in models:
+        cache = full_cache(pair[0])
+        with attention_hook(lambda _, query, *rest: seen.append((query.shape[2], rest[-1].fp32_precision))):
+            for tokens in (20, 1):
+                model(random_ids(1, tokens), past_key_values=cache)
+    assert set(seen) == {(20, None), (1, None), (20, "bf16")}
 
 
 @pytest.mark.parametrize(("speedup", "chosen"), [(4.0, torch.bfloat16), (1.0, torch.float32), (0.2, torch.float32)])
