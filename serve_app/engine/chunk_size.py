@@ -15,6 +15,9 @@ MIN_PREFILL_CHUNK_TOKENS = 16
 LARGE_CHUNK_TOKENS = 256
 """From this size on, a chunk's own time is most of a step's."""
 
+PROBE_CHUNK_TOKENS = 64
+"""Chunk of a step that also decodes if the time of a token is not known yet."""
+
 IDLE_PREFILL_CHUNK_TOKENS = 512
 """Chunk while nothing decodes; a request that arrives waits for one such chunk at most."""
 
@@ -58,22 +61,24 @@ class ChunkSizePolicy:
 
     def observe_step(self, decoding: bool, prompt_tokens: int, seconds: float) -> None:
         """Record the duration of a forward with a decode batch or without, and these prompt tokens."""
-        per_token = self._seconds_per_token.value
-        if not decoding:
-            if prompt_tokens >= LARGE_CHUNK_TOKENS or not per_token:
-                self._seconds_per_token.add(seconds / max(1, prompt_tokens))
-        elif prompt_tokens < LARGE_CHUNK_TOKENS:
-            self._decode_seconds.add(max(0.0, seconds - prompt_tokens * per_token))
-        elif self._decode_seconds.value:
-            self._seconds_per_token.add(max(0.0, seconds - self._decode_seconds.value) / prompt_tokens)
+        decode_seconds = self._decode_seconds.value
+        is_probe = decoding and not self._seconds_per_token.value
+        large = PROBE_CHUNK_TOKENS if is_probe else LARGE_CHUNK_TOKENS
+        if prompt_tokens >= large and (decode_seconds or not decoding):
+            own_seconds = seconds - decode_seconds if decoding else seconds
+            self._seconds_per_token.add(max(0.0, own_seconds) / prompt_tokens)
+        elif decoding:
+            self._decode_seconds.add(max(0.0, seconds - prompt_tokens * self._seconds_per_token.value))
 
     def chunk_tokens(self, decoding: bool) -> int:
         """Return the prompt tokens of the next step, which may also decode a batch."""
         if not decoding:
             return max(IDLE_PREFILL_CHUNK_TOKENS, self._max_tokens)
-        if not self._seconds_per_token.value:
-            return min(MIN_PREFILL_CHUNK_TOKENS, self._max_tokens)
         decode_seconds = self._decode_seconds.value
+        if not decode_seconds:
+            return min(MIN_PREFILL_CHUNK_TOKENS, self._max_tokens)
+        if not self._seconds_per_token.value:
+            return min(PROBE_CHUNK_TOKENS, self._max_tokens)
         seconds = self._ratio * decode_seconds if self._tpot_target is None else self._tpot_target - decode_seconds
         tokens = int(seconds / self._seconds_per_token.value)
         return max(1, min(max(MIN_PREFILL_CHUNK_TOKENS, tokens), self._max_tokens))

@@ -1,6 +1,6 @@
 """How much of a prompt a step takes while others decode."""
 
-from serve_app.engine.chunk_size import MIN_PREFILL_CHUNK_TOKENS, ChunkSizePolicy
+from serve_app.engine.chunk_size import MIN_PREFILL_CHUNK_TOKENS, PROBE_CHUNK_TOKENS, ChunkSizePolicy
 
 
 def seconds_of(tokens, decode=0.1, per_token=0.001):
@@ -50,3 +50,13 @@ def test_large_chunks_measure_the_time_per_token_while_others_decode():
         observe(policy, 0)
         observe(policy, 512)
     assert 125 <= policy.chunk_tokens(decoding=True) <= 130
+
+
+def test_a_short_first_prompt_does_not_make_later_ones_slow():
+    policy = ChunkSizePolicy(512)
+    policy.observe_step(False, 10, 0.05)  # most of which is the time of the weights
+    assert policy.chunk_tokens(decoding=True) == MIN_PREFILL_CHUNK_TOKENS
+    observe(policy, 0)
+    assert policy.chunk_tokens(decoding=True) == PROBE_CHUNK_TOKENS
+    observe(policy, PROBE_CHUNK_TOKENS)
+    assert policy.chunk_tokens(decoding=True) in (129, 130)
