@@ -13,7 +13,7 @@ from torch import Tensor
 
 from baklava.cache import table_columns as columns
 from baklava.cache.attention import AttentionParams, GroupedQueries, KVStates
-from baklava.cache.head_groups.table import Rows, describe_storage, new_rows
+from baklava.cache.head_groups.table import Rows, describe_storage, new_rows, row_addresses
 from baklava.cache.kernels.compiled_entries import can_compile_entries, read_entries, select_entries
 from baklava.cache.storage import DequantizedView, Storage, StorageLayout, TensorSpec, storage_for
 from baklava.cache.storage.hadamard import HadamardRotation
@@ -143,8 +143,7 @@ class HeadGroup(ABC):
         self.values.bind(tensors)
         self._bind_state(tensors)
         self.rows = rows
-        places = np.arange(len(rows))[:, None] * rows.strides[0] + np.array(self.budget.heads) * rows.strides[1]
-        self.addresses = (rows.ctypes.data + places).ravel()
+        self.addresses = row_addresses(rows)[:, list(self.budget.heads)].ravel()
         described = self.describe()
         described[..., columns.COUNTERS] = counters
         rows[:, list(self.budget.heads)] = described

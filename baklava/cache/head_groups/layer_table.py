@@ -9,7 +9,7 @@ from torch import Tensor
 from baklava.cache import table_columns as columns
 from baklava.cache.head_groups.base import HeadGroup
 from baklava.cache.head_groups.scored import ScoredHeadGroup
-from baklava.cache.head_groups.table import new_rows
+from baklava.cache.head_groups.table import new_rows, row_addresses
 
 
 class LayerTable:
@@ -30,9 +30,7 @@ class LayerTable:
         self.pytorch_groups = [group for group in self.scored_groups if group.needs_pytorch]
         self.slots = self.rows[..., columns.SLOTS].ravel()
         """Slots of each row."""
-        self.addresses: Int[np.ndarray, " rows"] = (
-            self.rows.ctypes.data + np.arange(batch * heads) * self.rows.strides[1]
-        )
+        self.addresses: Int[np.ndarray, " rows"] = row_addresses(self.rows).ravel()
         """Address of each row."""
 
     @property

@@ -27,6 +27,12 @@ def new_rows(batch: int, heads: int) -> Rows:
     return rows
 
 
+def row_addresses(rows: Rows) -> Int[np.ndarray, "batch heads"]:
+    """Return the address of each row of a table."""
+    batch, heads = (np.arange(size) * step for size, step in zip(rows.shape[:2], rows.strides[:2], strict=True))
+    return rows.ctypes.data + (batch[:, None] + heads)
+
+
 def addresses(tensor: Tensor) -> Int[np.ndarray, "batch heads"]:
     """Return the address of the first slot of each row and head; the slots follow one another."""
     assert tensor.numel() == 0 or tensor[0, 0].is_contiguous()
