@@ -234,9 +234,13 @@ class HeadGroup(ABC):
 
     def _is_compiled(self, part: int) -> bool:
         """Whether the keys (0) or values (1) are read and replaced in compiled loops; dense ones gain nothing."""
-        is_quantized = (self.budget.key_bits, self.budget.value_bits)[part] < FULL_BITS
+        return (self.budget.key_bits, self.budget.value_bits)[part] < FULL_BITS and self._runs_compiled
+
+    @property
+    def _runs_compiled(self) -> bool:
+        """Whether compiled loops may work on the entries."""
         has_table = len(self.addresses) > 0
-        return is_quantized and self._can_compile and has_table and not (self.is_dequantized or torch.is_grad_enabled())
+        return self._can_compile and has_table and not (self.is_dequantized or torch.is_grad_enabled())
 
     @abstractmethod
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:

@@ -20,6 +20,7 @@ from baklava.cache.head_groups.score_updates import (
     update_scores,
 )
 from baklava.cache.head_groups.table import Rows, addresses
+from baklava.cache.kernels.compiled_entries import merge_entries
 from baklava.cache.storage import EMPTY, TensorSpec
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, QuerySample
@@ -220,16 +221,22 @@ class ScoredHeadGroup(HeadGroup):
         """Retain the best of the old entries and these new ones, in their order."""
         retained = self._topk(scores, positions)
         if self.centroids is not None and retained.shape[2] < positions.shape[2]:
-            keys, values = (
-                torch.cat([storage.read(self.num_filled), new], 2) if self.num_filled else new
-                for storage, new in ((self.keys, key), (self.values, value))
-            )
-            weights = self._weights(scores, positions).scatter(2, retained, 0.0)
-            self.centroids.copy_(self.centroids.merge(keys, values, weights, PROMPT_KMEANS_ITERATIONS))
+            self._merge(self.centroids, key, value, self._weights(scores, positions).scatter(2, retained, 0.0))
         scores, positions = scores.gather(2, retained), positions.gather(2, retained)
         self._replace(key, value, torch.where(positions < 0, EMPTY, retained))
         self.positions[..., : self.num_filled], self.scores[..., : self.num_filled] = positions, scores
         self.tokens_since_eviction = 0
+
+    def _merge(self, centroids: Centroids, key: KVStates, value: KVStates, weights: Tensor) -> None:
+        """Merge those of the old entries and these new ones that have a weight into the centroids."""
+        if self._runs_compiled:
+            merge_entries(self.addresses, weights, self.num_filled, key, value, PROMPT_KMEANS_ITERATIONS)
+            return
+        keys, values = (
+            torch.cat([storage.read(self.num_filled), new], 2) if self.num_filled else new
+            for storage, new in ((self.keys, key), (self.values, value))
+        )
+        centroids.copy_(centroids.merge(keys, values, weights, PROMPT_KMEANS_ITERATIONS))
 
     def _topk(self, scores: Tensor, positions: Tensor) -> Tensor:
         entries = positions.shape[2]

@@ -1,4 +1,4 @@
-"""Quantized entries, read and replaced in compiled loops: each takes dozens of PyTorch's operations."""
+"""Entries that are read, replaced or merged in compiled loops: each takes dozens of PyTorch's operations."""
 
 import functools
 from typing import Any
@@ -8,10 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from baklava.cache.kernels.numba_runtime import compiling, kernel
+from baklava.cache.kernels.numba_runtime import compiling, kernel, run_on_threads
 
 CHANNEL_MULTIPLE = 32
 """Heads of other dimensions are not for the kernels, since planes of their codes do not fill words of 32 bits."""
+
+MIN_THREAD_ENTRIES = 256
+"""Entries to merge for which a thread is woken."""
 
 Addresses = Int[np.ndarray, " rows"]
 
@@ -53,3 +56,41 @@ def select_entries(
     # Under autocast values have 16 bits.
     sources, entries = slots.flatten(0, 1).contiguous().numpy(), new.float().flatten(0, 1).contiguous().numpy()
     prepare().select_entries(addresses, part, sources, num_old, entries)
+
+
+@functools.cache
+def prepare_merge(head_dim: int) -> Any:
+    """Return the kernel that merges entries of heads of this dimension, compiled unless numba has it on disk."""
+    merge, none = kernel().merge_entries, np.empty(0, np.int64)
+    entries = np.empty((0, 0, head_dim), np.float32)
+    with compiling():
+        merge(none, np.empty((0, 0), np.float32), 0, entries, entries, 0, (0,) * head_dim)
+    return merge
+
+
+def merge_entries(
+    addresses: Addresses,
+    weights: Float[Tensor, "batch heads entries"],
+    num_old: int,
+    key: Float[Tensor, "batch heads new head_dim"],
+    value: Float[Tensor, "batch heads new head_dim"],
+    iterations: int,
+) -> None:
+    """Merge entries into the centroids of their heads, as `Centroids.merge` does.
+
+    Args:
+        addresses: Addresses of the rows of the table.
+        weights: Of the old entries and then of the new ones; those of weight 0 take no part.
+        num_old: How many old ones there are.
+        key: New keys, in the channels of the storage.
+        value: New values, likewise.
+        iterations: Of k-means.
+    """
+    merge, channels = prepare_merge(key.shape[3]), (0,) * key.shape[3]
+    masses, keys, values = (tensor.float().flatten(0, 1).contiguous().numpy() for tensor in (weights, key, value))
+
+    def run(rows: slice) -> int:
+        merge(addresses[rows], masses[rows], num_old, keys[rows], values[rows], iterations, channels)
+        return 0
+
+    run_on_threads(run, np.count_nonzero(masses, axis=1), MIN_THREAD_ENTRIES)

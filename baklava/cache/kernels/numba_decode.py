@@ -830,15 +830,20 @@ def _place_centres(keys, weights, centres, offsets):
 
 
 @compiled
-def _gather_members(table, slots, positions, scores, centroids, entries, numbers, codes):
-    """Write the entries, weights and entropies of the centroids, and then those of the evicted entries."""
-    power = _from_bits(np.int32(table[POWER]))
+def _gather_centroids(table, centroids, entries, numbers):
+    """Write the entries, weights and entropies of the centroids."""
     weights = carray(_pointer(table[CENTROID_WEIGHT]), centroids, np.float32)
     entropies = carray(_pointer(table[CENTROID_ENTROPY]), centroids, np.float32)
     for index in range(centroids):
         numbers[0, index], numbers[1, index] = weights[index], entropies[index]
         for part in range(2):
             _read_dense(entries[part, index], table[CENTROID_KEY + part], 2, index)
+
+
+@compiled
+def _gather_evicted(table, slots, positions, scores, centroids, entries, numbers, codes):
+    """Write the entries, weights and entropies of evicted entries, after those of the centroids."""
+    power = _from_bits(np.int32(table[POWER]))
     for place in range(len(slots)):
         slot, member = slots[place], centroids + place
         mass = max(scores[slot], MIN_WEIGHT) ** (ONE / power) if power > ZERO else ONE
@@ -865,32 +870,97 @@ def _write_centroids(table, sums, totals):
 
 
 @compiled
-def _merge(table, entries, numbers, centroids, channels):
-    """Merge new entries into the centroids, as `Centroids.merge` does in one iteration.
+def _nearest(key, centres, offsets, channels):
+    nearest, highest = 0, LOWEST
+    for index in range(len(centres)):
+        closeness = -offsets[index]
+        for j in range(len(channels)):
+            closeness += key[j] * centres[index, j]
+        if closeness > highest:
+            nearest, highest = index, closeness
+    return nearest
+
+
+@compiled
+def _move_centres(keys, weights, centres, offsets, channels):
+    """Move each centre to the weighted mean of the keys that are nearest to it, if there are any."""
+    sums, totals = np.zeros((len(centres), len(channels)), np.float32), np.zeros(len(centres), np.float32)
+    for member in range(len(weights)):
+        nearest = _nearest(keys[member], centres, offsets, channels)
+        totals[nearest] += weights[member]
+        for j in range(len(channels)):
+            sums[nearest, j] += weights[member] * keys[member, j]
+    for index in range(len(centres)):
+        if totals[index] > ZERO:
+            square, mass = ZERO, max(totals[index], MIN_WEIGHT)
+            for j in range(len(channels)):
+                centres[index, j] = sums[index, j] / mass
+                square += centres[index, j] * centres[index, j]
+            offsets[index] = square * HALF
+
+
+@compiled
+def _merge(table, entries, numbers, centroids, iterations, channels):
+    """Merge new entries into the centroids, as `Centroids.merge` does.
 
     Args:
         table: Row of the table.
         entries: Keys and values [2, members, channels] of the centroids, and then of the new entries.
         numbers: Their weights and entropies [2, members].
         centroids: How many there are.
+        iterations: Of k-means.
         channels: A tuple of as many elements as a head has channels.
     """
     centres, offsets = np.empty((centroids, len(channels)), np.float32), np.empty(centroids, np.float32)
     _place_centres(entries[0], numbers[0], centres, offsets)
+    for _ in range(iterations - 1):
+        _move_centres(entries[0], numbers[0], centres, offsets, channels)
     sums, totals = np.zeros((2, centroids, len(channels)), np.float32), np.zeros((2, centroids), np.float32)
     for member in range(numbers.shape[1]):
-        nearest, highest = 0, LOWEST
-        for index in range(len(centres)):
-            closeness = -offsets[index]
-            for j in range(len(channels)):
-                closeness += entries[0, member, j] * centres[index, j]
-            if closeness > highest:
-                nearest, highest = index, closeness
+        nearest = _nearest(entries[0, member], centres, offsets, channels)
         for part in range(2):
             totals[part, nearest] += numbers[part, member]
             for j in range(len(channels)):
                 sums[part, nearest, j] += numbers[0, member] * entries[part, member, j]
     _write_centroids(table, sums, totals)
+
+
+@compiled
+def merge_entries(addresses, weights, num_old, keys, values, iterations, channels):
+    """Merge entries of each (sequence, KV head) into its centroids: old ones, and new ones that have no slot.
+
+    Args:
+        addresses: Address of each row of a table.
+        weights: Weights of the old entries and then of the new ones, float32 [rows, entries]; those of weight 0 take
+            no part.
+        num_old: How many old ones there are.
+        keys: New keys in rotated channels, float32 [rows, new, head_dim].
+        values: New values likewise.
+        iterations: Of k-means.
+        channels: A tuple of as many elements as a head has channels.
+    """
+    codes = np.empty(len(channels), np.uint8)
+    for row in range(len(addresses)):
+        table = carray(_pointer(addresses[row]), NUM_COLUMNS, np.int64)
+        centroids, members = table[CENTROIDS], table[CENTROIDS]
+        for source in range(weights.shape[1]):
+            members += weights[row, source] > ZERO
+        entries, numbers = np.empty((2, members, len(channels)), np.float32), np.empty((2, members), np.float32)
+        _gather_centroids(table, centroids, entries, numbers)
+        member = centroids
+        for source in range(weights.shape[1]):
+            weight = weights[row, source]
+            if weight <= ZERO:
+                continue
+            numbers[0, member], numbers[1, member] = weight, weight * np.log(max(weight, MIN_WEIGHT))
+            if source < num_old:
+                for part in range(2):
+                    _read(entries[part, member], _storage(table, part), source, codes)
+            else:
+                entries[0, member, :] = keys[row, source - num_old]
+                entries[1, member, :] = values[row, source - num_old]
+            member += 1
+        _merge(table, entries, numbers, centroids, iterations, channels)
 
 
 @compiled
@@ -924,8 +994,9 @@ def _evict_row(table, codes, entry, scratch, channels):
     _find_lowest(positions, scores, table[SINK_TOKENS], table[RECENT_WINDOW], ranks, slots)
     if centroids > 0:
         entries, numbers = np.empty((2, members, len(channels)), np.float32), np.empty((2, members), np.float32)
-        _gather_members(table, slots, positions, scores, centroids, entries, numbers, codes)
-        _merge(table, entries, numbers, centroids, channels)
+        _gather_centroids(table, centroids, entries, numbers)
+        _gather_evicted(table, slots, positions, scores, centroids, entries, numbers, codes)
+        _merge(table, entries, numbers, centroids, 1, channels)
     _fill_holes(table, slots, retained, positions, scores, entry, codes, scratch)
     table[FILLED] = retained
 

@@ -15,3 +15,4 @@ def prepare_kernels(head_dim: int, query_group: int) -> None:
     fused_decode.prepare(head_dim, query_group)
     if head_dim % compiled_entries.CHANNEL_MULTIPLE == 0:
         compiled_entries.prepare()
+        compiled_entries.prepare_merge(head_dim)

@@ -24,6 +24,13 @@ def entries_of(cache: BudgetedCache) -> torch.Tensor:
     )
 
 
+def centroids_of(cache: BudgetedCache) -> list[torch.Tensor]:
+    """Return the keys, values, weights and entropies of all centroids."""
+    groups = [group for layer in cache.budgeted_layers for group in layer.groups]
+    found = [group.centroids.tensors for group in groups if getattr(group, "centroids", None)]
+    return [torch.cat([part.float().flatten() for part in parts]) for parts in zip(*found, strict=True)]
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("eviction", METHODS)
 @torch.inference_mode()
@@ -43,7 +50,32 @@ def test_chunks_leave_the_entries_that_pytorch_leaves(tiny, monkeypatch, evictio
     # A number between two codes may be rounded to either.
     assert ((entries - entries_of(plain)).abs() > 1e-3).float().mean() < 0.01
     torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.05)
+    assert len(centroids_of(compiled)) == (4 if eviction.centroids else 0)
+    for own, others in zip(centroids_of(compiled), centroids_of(plain), strict=True):
+        assert ((own - others).abs() > 1e-2).float().mean() < 0.01
     compiled.check_integrity(130)
+
+
+@pytest.mark.parametrize("tokens", [30, 200])
+@pytest.mark.parametrize("bits", [(16, 16), (4, 3)])
+@torch.inference_mode()
+def test_prompts_leave_the_centroids_that_pytorch_leaves(tiny, monkeypatch, tokens, bits):
+    """A whole prompt, and then chunks after it that are merged with old entries."""
+    loaded = tiny(head_dim=32)
+    eviction = HeavyHitter(sinks=2, eviction_interval=5, distance=8, centroids=3)
+    plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], eviction), [bits, bits])
+    caches = []
+    for is_compiled in (True, False):
+        if not is_compiled:
+            monkeypatch.setattr(base, "can_compile_entries", lambda states: False)
+        cache = BudgetedCache(plan)
+        for turn, size in enumerate((tokens, 25)):
+            loaded.model(random_ids(1, size, seed=turn), past_key_values=cache)
+        caches.append(cache)
+    weights = centroids_of(caches[0])[2]
+    assert (weights > 0).float().mean() > 0.5
+    for own, others in zip(*map(centroids_of, caches), strict=True):
+        torch.testing.assert_close(own, others, atol=2e-2, rtol=2e-2)
 
 
 @torch.inference_mode()
