@@ -5,9 +5,13 @@ Beside another busy process that loop takes the core from the thread that it wai
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 WAIT_POLICY = {
     "OMP_WAIT_POLICY": "passive",
@@ -39,6 +43,17 @@ def configure_threads() -> None:
     cpus = available_cpus()
     if cpus < _allowed_cores():  # OpenMP itself starts a thread for each core that the process may run on
         os.environ.setdefault("OMP_NUM_THREADS", str(cpus))
+
+
+def run_on_ending_thread(call: Callable[[], Result]) -> Result:
+    """Return what a call returns on a thread that ends with it.
+
+    GNU's OpenMP keeps threads for each thread that computes. If all of them are more than the cores, none spins while
+    it waits, and a prompt takes 1.5 times as long. So a process that computes on a thread of its own, such as a server,
+    loads the model on one that is gone by then.
+    """
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(call).result()
 
 
 def openmp_environment() -> dict[str, str]:

@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from baklava.cache.kernels.warmup import prepare_kernels
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
+from baklava.runtime.cpu_threads import run_on_ending_thread
 from baklava.runtime.dtypes import DType
 from baklava.runtime.model_loader import LoadedModel, load
 from serve_app.api.metrics import Metrics
@@ -96,9 +97,7 @@ class BaklavaReplica:
     def __init__(self, config: ReplicaConfig, coordinator: Any) -> None:
         disable_progress_bar()
         self._config = config
-        self._loaded = loaded = load(config.model, dtype=config.dtype, threads=config.threads)
-        if loaded.device.type == "cpu":
-            prepare_kernels(loaded.geometry.head_dim, loaded.geometry.query_group)
+        self._loaded = loaded = run_on_ending_thread(lambda: _load(config))
         group = RayReplicaGroup(coordinator)
         self._engine, applied = _start_engine(loaded, config, group.sync(INITIAL_STATE))
         encoder = PromptEncoder.from_model(loaded)
@@ -146,6 +145,13 @@ class BaklavaReplica:
             "pool_bytes": pool_bytes,
             "capacity": capacity_table(self._loaded, self._engine.plan, pool_bytes),
         }
+
+
+def _load(config: ReplicaConfig) -> LoadedModel:
+    loaded = load(config.model, dtype=config.dtype, threads=config.threads)
+    if loaded.device.type == "cpu":
+        prepare_kernels(loaded.geometry.head_dim, loaded.geometry.query_group)
+    return loaded
 
 
 def _start_engine(loaded: LoadedModel, config: ReplicaConfig, desired: DesiredState) -> tuple[Engine, DesiredState]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -155,3 +156,11 @@ def test_the_driver_of_a_job_is_not_left_with_the_one_thread_that_ray_gives_it(
         monkeypatch.setenv(ray_session.JOB_CONFIG_VARIABLE, json.dumps(config))
     ray_session.configure_ray_environment()
     assert os.environ.get("OMP_NUM_THREADS") == kept
+
+
+def test_a_call_on_an_ending_thread_returns_or_raises() -> None:
+    thread = cpu_threads.run_on_ending_thread(threading.current_thread)
+    assert thread is not threading.current_thread()
+    assert not thread.is_alive()
+    with pytest.raises(ZeroDivisionError):
+        cpu_threads.run_on_ending_thread(lambda: 1 / 0)
