@@ -4,7 +4,7 @@ The tokens are one row. So embeddings, linear layers and norms read the weights 
 from sequence to sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +33,11 @@ from baklava.runtime.prefill import Logits, TokenChunk, check_progress
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """The chunks of a forward, where their tokens begin, and the errors of those that failed."""
+    """The chunks of a forward, where their tokens begin, what to call after a layer, and errors by chunk."""
 
     chunks: Sequence[TokenChunk]
     starts: Sequence[int]
+    after_layer: Callable[[], None] | None = None
     errors: dict[int, Exception] = field(default_factory=dict)
 
 
@@ -73,6 +74,8 @@ class BatchedLayer(BudgetedLayerBase):
             own_query, own_key, own_value = tokens
             decoded = decode_rows(layers, own_query, own_key, own_value, params)
             output[0].index_copy_(1, at, decoded[:, :, 0].transpose(0, 1))
+        if self._batch.after_layer is not None:
+            self._batch.after_layer()
         return output
 
     def _attend(
@@ -129,10 +132,20 @@ def batched_forward(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[
         The logits after the last token of each chunk, and the exceptions of the chunks whose attention failed by
         itself, by their place. Decode rows attend together in layers with a budget, so an exception there is raised.
     """
+    return forward_chunks(loaded, chunks)
+
+
+def forward_chunks(
+    loaded: LoadedModel, chunks: Sequence[TokenChunk], after_layer: Callable[[], None] | None = None
+) -> tuple[Logits, dict[int, Exception]]:
+    """Do what `batched_forward` does, in the caller's inference mode, and call something after each layer's attention.
+
+    The call may pause the forward, as long as nothing else uses these caches meanwhile.
+    """
     device = loaded.device
     counts, lengths = [len(chunk.ids) for chunk in chunks], [chunk.cache.get_seq_length() for chunk in chunks]
     ends = torch.tensor(counts).cumsum(0)
-    batch = _Batch(chunks, (ends - torch.tensor(counts)).tolist())
+    batch = _Batch(chunks, (ends - torch.tensor(counts)).tolist(), after_layer)
     positions = [torch.arange(length, length + count) for length, count in zip(lengths, counts, strict=True)]
     output = loaded.model(
         input_ids=torch.cat([chunk.ids for chunk in chunks])[None],

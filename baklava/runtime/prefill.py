@@ -117,7 +117,8 @@ class PrefillTask(ABC):
     def next_chunk(self, tokens: int) -> TokenChunk | None:
         """Return about `tokens` more tokens to process in a forward together with others, after which `process` is due.
 
-        None if this task has nothing for such a forward; then `step` does what is next.
+        They are more if the plan's chunks are. None if this task has nothing for such a forward; then `step` does what
+        is next.
         """
         return None
 
@@ -260,7 +261,7 @@ class OneShotPrefill(PrefillTask):
 class ChunkedPrefill(PrefillTask):
     """Tokens for a cache, new or not, in forwards of a fixed size, on which the entries that stay depend.
 
-    If a step's allowance is smaller than a chunk, it accumulates until the chunk fits.
+    Each step processes a chunk, whatever it is asked for.
 
     Args:
         loaded: The model.
@@ -283,12 +284,10 @@ class ChunkedPrefill(PrefillTask):
         self._loaded, self._cache, self._logits, self._chunk_tokens = loaded, cache, logits, chunk_tokens
         self._ids = ids if isinstance(ids, Tensor) else loaded.as_batch(ids)
         self._attention_mask = attention_mask
-        self._allowance = 0
 
     @override
     def next_chunk(self, tokens: int) -> TokenChunk | None:
-        can_share = self._attention_mask is None and len(self._ids) == 1
-        chunk = self._take(tokens) if can_share else None
+        chunk = self._next() if self._attention_mask is None and len(self._ids) == 1 else None
         return chunk and TokenChunk(self._cache, self._ids[0, chunk])
 
     @override
@@ -300,20 +299,14 @@ class ChunkedPrefill(PrefillTask):
     @override
     @torch.inference_mode()
     def step(self, tokens: int) -> PrefillResult | None:
-        if not (chunk := self._take(tokens)):
-            self._allowance += tokens
+        if not (chunk := self._next()):
             return self._result()
         padding = _padding(self._attention_mask, chunk.start, chunk.stop)
         return self.process(_forward(self._loaded, self._ids[:, chunk], self._cache, **padding))
 
-    def _take(self, tokens: int) -> slice | None:
-        """Return the next chunk if it is allowed for, by what has accumulated and these tokens."""
+    def _next(self) -> slice | None:
         start, total = self._num_processed, self._ids.shape[1]
-        stop = min(start + self._chunk_tokens, total)
-        if start == stop or self._allowance + tokens < stop - start:
-            return None
-        self._allowance = 0
-        return slice(start, stop)
+        return slice(start, min(start + self._chunk_tokens, total)) if start < total else None
 
     def _result(self) -> PrefillResult | None:
         if self._num_processed < self._ids.shape[1]:

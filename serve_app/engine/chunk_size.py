@@ -37,10 +37,10 @@ class MovingAverage:
 
 
 class ChunkSizePolicy:
-    """Chooses how many prompt tokens a step takes in addition to its decode batch, in the same forward.
+    """Chooses how many prompt tokens a step takes in addition to its decode batch.
 
-    A step's time is that of its decode batch plus a time per prompt token. Large chunks measure the latter, and steps
-    with few or no prompt tokens the former.
+    A step's time is that of its decode batch plus a time per prompt token. If they share a forward, large chunks
+    measure the latter, and steps with few or no prompt tokens the former.
 
     Args:
         max_batched_tokens: Prompt tokens of a step that also decodes.
@@ -59,8 +59,23 @@ class ChunkSizePolicy:
         self._seconds_between_finishes = MovingAverage()
         self._finished_at: float | None = None
 
-    def observe_step(self, decoding: bool, prompt_tokens: int, seconds: float) -> None:
-        """Record the duration of a forward with a decode batch or without, and these prompt tokens."""
+    def observe_step(
+        self, decoding: bool, prompt_tokens: int, seconds: float, prompt_seconds: float | None = None
+    ) -> None:
+        """Record the duration of a step with a decode batch or without.
+
+        Args:
+            decoding: Whether there was a decode batch.
+            prompt_tokens: Prompt tokens of the step.
+            seconds: Its duration.
+            prompt_seconds: Seconds of it that were for the prompt alone; None if both shared a forward.
+        """
+        if prompt_seconds is not None:
+            if prompt_tokens:
+                self._seconds_per_token.add(prompt_seconds / prompt_tokens)
+            if decoding:
+                self._decode_seconds.add(seconds - prompt_seconds)
+            return
         decode_seconds = self._decode_seconds.value
         is_probe = decoding and not self._seconds_per_token.value
         large = PROBE_CHUNK_TOKENS if is_probe else LARGE_CHUNK_TOKENS

@@ -18,6 +18,7 @@ from baklava.runtime.prefill import (
     TokenChunk,
     make_prefill_task,
 )
+from serve_app.engine.layerwise_forward import LayerwiseForward
 from serve_app.engine.prefix_cache import Prefix, PrefixCacheEntry
 from serve_app.engine.sampler import SamplingState
 from serve_app.engine.sequence import Request, Sequence, sample_batch
@@ -45,14 +46,19 @@ class PrefillJob:
         self.new_entry: PrefixCacheEntry | None = None
         self._entry = entry
         self._task: PrefillTask | None = None
+        self._forward: LayerwiseForward | None = None
         self._fills_prefix_cache = prefix is not None and entry is None
         self._prefix_tokens = 0  # processed by an earlier task
 
     def next_chunk(self, loaded: LoadedModel, tokens: int) -> TokenChunk | None:
-        """Return about `tokens` more to process in the forward of a step; None if `step` does what is next."""
+        """Return at most `tokens` more to process in the forward of a step; None if `step` does what is next."""
         if self._task is None:
             self._task = self._first_task(loaded)
-        return self._task.next_chunk(tokens)
+        chunk = None if self._forward else self._task.next_chunk(tokens)
+        if chunk is None or len(chunk.ids) <= tokens:
+            return chunk
+        self._forward = LayerwiseForward(loaded, chunk)
+        return None
 
     def process(self, loaded: LoadedModel, logits: Logits) -> PrefillResult | None:
         """Take the logits after `next_chunk`. Return the cache with the whole prompt and its last logits once done."""
@@ -62,7 +68,18 @@ class PrefillJob:
     def step(self, loaded: LoadedModel, tokens: int) -> PrefillResult | None:
         """Do about as much as `tokens` more would take, in forwards of its own. Return the same as `process`."""
         assert self._task is not None
-        return self._end_prefix(loaded, self._task.step(tokens))
+        if self._forward is None:
+            return self._end_prefix(loaded, self._task.step(tokens))
+        logits = self._forward.run(tokens)
+        if logits is None:
+            return None
+        self._forward = None
+        return self.process(loaded, logits)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether a forward of its own is under way, of which `step` runs some layers."""
+        return self._forward is not None
 
     def _end_prefix(self, loaded: LoadedModel, result: PrefillResult | None) -> PrefillResult | None:
         """Go on with the rest of the prompt after its prefix, of which this is the result."""
@@ -111,7 +128,7 @@ class PrefillJob:
     @property
     def num_processed(self) -> int:
         """Tokens processed so far; other work is counted as the tokens that take as long."""
-        return self._prefix_tokens + (self._task.num_processed if self._task else 0)
+        return self._prefix_tokens + sum(part.num_processed for part in (self._task, self._forward) if part)
 
     @property
     def nbytes(self) -> int:
@@ -128,13 +145,15 @@ class StepOutput:
         started: The sequences of a prompt that is done, with their first tokens; none of them if no token was to be
             generated. None while a prompt is not done.
         prefill_error: What the prompt failed with.
-        prompt_tokens: Prompt tokens in the forward; None if something else was done for the prompt.
+        prompt_tokens: Prompt tokens that were processed, of layers a share; None if something else was done.
+        prompt_seconds: Seconds that they took by themselves; None if they shared the decode batch's forward.
     """
 
     tokens: Sequences[TokenOutput | Exception]
     started: Sequences[tuple[Sequence, TokenOutput]] | None = None
     prefill_error: Exception | None = None
     prompt_tokens: int | None = 0
+    prompt_seconds: float | None = None
 
 
 class ModelRunner:
@@ -158,14 +177,18 @@ class ModelRunner:
         outputs, logits, error = self._forward(batch, chunk)
         if job is None:
             return StepOutput(outputs)
-        prompt_tokens = None if chunk is None else len(chunk.ids)
+        prompt_tokens, is_paused = None if chunk is None else len(chunk.ids), job.is_paused
         if error is not None:
             return StepOutput(outputs, prefill_error=error, prompt_tokens=prompt_tokens)
         try:
+            started_at = time.perf_counter()
             result = job.step(self._loaded, tokens) if logits is None else job.process(self._loaded, logits)
-            if job.num_processed == num_processed:  # no chunk was due yet
-                prompt_tokens = 0
-            return StepOutput(outputs, self._start(job, result), prompt_tokens=prompt_tokens)
+            if not is_paused:
+                return StepOutput(outputs, self._start(job, result), prompt_tokens=prompt_tokens)
+            if self._loaded.device.type == "cuda":
+                torch.cuda.synchronize()  # else the next decode batch would wait for these layers
+            seconds, prompt_tokens = time.perf_counter() - started_at, job.num_processed - num_processed
+            return StepOutput(outputs, self._start(job, result), prompt_tokens=prompt_tokens, prompt_seconds=seconds)
         except Exception as raised:
             return StepOutput(outputs, prefill_error=raised, prompt_tokens=prompt_tokens)
 

@@ -170,7 +170,8 @@ class Scheduler:
         """Record what a step computed: tokens, a prompt that is done, and the requests that failed."""
         has_failed = output.prefill_error is not None or any(isinstance(each, Exception) for each in output.tokens)
         if output.prompt_tokens is not None and (scheduled.batch or output.prompt_tokens) and not has_failed:
-            self._chunk_size.observe_step(bool(scheduled.batch), output.prompt_tokens, seconds)
+            decoding = bool(scheduled.batch)
+            self._chunk_size.observe_step(decoding, output.prompt_tokens, seconds, output.prompt_seconds)
         self._process_tokens(scheduled.batch, output.tokens)
         if (job := scheduled.job) is None:
             return

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from plan_factory import EVICTIONS, make_plan, random_ids, with_bits, with_chunked_prefill
+from plan_factory import EVICTIONS, make_plan, random_ids, with_bits
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.errors import UserError
@@ -50,36 +50,6 @@ def test_steps_of_any_size_give_what_one_forward_gives(tiny, eviction, sizes):
         pair = [loaded.model(token[None], past_key_values=own).logits for own in (cache, whole)]
         torch.testing.assert_close(*pair, atol=2e-3, rtol=2e-3)
     assert cache.nbytes == whole.nbytes <= cache.reserved_bytes == plan.bytes_for(130)
-
-
-@pytest.mark.slow
-@every_method
-@torch.inference_mode()
-@pytest.mark.parametrize(("allowed", "steps"), [(16, 7), (3, 38)])
-def test_a_chunk_is_processed_once_the_allowances_cover_it(tiny, eviction, allowed, steps):
-    loaded, ids = tiny(), random_ids(1, 100)
-    if eviction.name == "kvzip":
-        return
-    plan = with_chunked_prefill(make_plan(loaded, [[20, 40], [28, 64]], eviction), 16)
-    cache, logits, num_steps = prefill_in_steps(loaded, plan, ids, [allowed], max_tokens=101)
-    whole, expected = prefill(loaded, plan, ids, max_tokens=101)
-    assert num_steps == steps
-    assert torch.equal(logits, expected)
-    assert [cache.cached_positions(*place).tolist() for place in GRID] == [
-        whole.cached_positions(*place).tolist() for place in GRID
-    ]
-
-
-@torch.inference_mode()
-def test_an_allowance_counts_once_if_there_is_no_chunk_for_it_yet(tiny):
-    loaded = tiny()
-    plan = with_chunked_prefill(make_plan(loaded, [[20, 40], [28, 64]], StreamingLLM()), 16)
-    task = make_prefill_task(loaded, plan, random_ids(1, 100))
-    for _ in range(3):
-        assert task.next_chunk(5) is None
-        assert task.step(5) is None
-    assert task.num_processed == 0
-    assert len(task.next_chunk(5).ids) == 16
 
 
 @every_method
@@ -132,9 +102,9 @@ def test_a_continuation_gives_what_plain_forwards_give(tiny, eviction):
     cache, logits = prefill(loaded, plan, ids)
     plain = cache.copy()
     task, steps = ChunkedPrefill(loaded, cache, logits, more[0].tolist()), 1
-    while not (result := task.step(CONTINUATION_CHUNK_TOKENS // 2)):  # two steps per chunk
+    while not (result := task.step(CONTINUATION_CHUNK_TOKENS)):
         steps += 1
-    assert (steps, task.num_processed) == (5, more.shape[1])
+    assert (steps, task.num_processed) == (3, more.shape[1])
     for start in range(0, more.shape[1], CONTINUATION_CHUNK_TOKENS):
         output = loaded.model(more[:, start : start + CONTINUATION_CHUNK_TOKENS], past_key_values=plain)
     torch.testing.assert_close(result[1], output.logits[:, -1], atol=1e-4, rtol=1e-4)

@@ -60,3 +60,14 @@ def test_a_short_first_prompt_does_not_make_later_ones_slow():
     assert policy.chunk_tokens(decoding=True) == PROBE_CHUNK_TOKENS
     observe(policy, PROBE_CHUNK_TOKENS)
     assert policy.chunk_tokens(decoding=True) in (129, 130)
+
+
+def test_prompt_tokens_outside_the_decode_forward_are_measured_by_themselves():
+    policy = ChunkSizePolicy(512)
+    policy.observe_step(False, 512, 0.1)  # an estimate that is five times too low
+    for _ in range(30):
+        tokens = policy.chunk_tokens(decoding=True)
+        policy.observe_step(True, tokens, seconds_of(tokens), prompt_seconds=0.001 * tokens)
+    assert policy.chunk_tokens(decoding=True) in (129, 130)
+    policy.observe_step(True, 0, 0.1, prompt_seconds=0.0)
+    assert policy.chunk_tokens(decoding=True) in (129, 130)

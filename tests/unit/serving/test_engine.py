@@ -732,20 +732,37 @@ def test_a_sequence_whose_sliding_layer_fails_while_it_decodes_fails_alone(monke
         assert (engine.state().counts.failed, engine.state().reserved_bytes) == (1, 0)
 
 
-def test_a_chunk_of_a_plan_waits_for_its_allowance_and_steps_without_it_measure_decoding(loaded, plan, monkeypatch):
+def test_a_chunk_of_a_plan_that_is_longer_than_a_step_is_processed_layer_by_layer(loaded, plan, monkeypatch):
     observed, observe_step = [], ChunkSizePolicy.observe_step
 
-    def noted(self, decoding, prompt_tokens, seconds):
+    def noted(self, decoding, prompt_tokens, *seconds):
         observed.append(prompt_tokens)
-        observe_step(self, decoding, prompt_tokens, seconds)
+        observe_step(self, decoding, prompt_tokens, *seconds)
 
     with engine_of(loaded, with_chunked_prefill(plan, 48), max_batched_tokens=16) as engine:
         first = ask(engine, PROMPT, 200)
         until(lambda: first.events)
         monkeypatch.setattr(ChunkSizePolicy, "observe_step", noted)
-        ask(engine, prompts(1, 3 * 48)[0], 5).wait()
+        second = ask(engine, prompts(1, 3 * 48)[0], 5)
+        second.wait()
         assert not first.ended.is_set()
-    assert observed[observed.index(48) - 2 :][:9] == [0, 0, 48] * 3
+        assert second.tokens() == alone(loaded, with_chunked_prefill(plan, 48), prompts(1, 3 * 48)[0], 5)
+    assert [tokens for tokens in observed if tokens] == [24] * 6  # a layer of two
+    assert observed[observed.index(24) - 1 :][:9] == [0, 24, 24] * 3
+
+
+def test_a_prompt_that_is_cancelled_between_two_layers_harms_nobody(loaded, plan):
+    chunked = with_chunked_prefill(plan, 48)
+    with engine_of(loaded, chunked, max_batched_tokens=1) as engine:
+        first = ask(engine, PROMPT, 200)
+        until(lambda: first.events)
+        second = ask(engine, prompts(1, 3 * 48)[0], 5)
+        until(lambda: (job := engine._scheduler.prefilling) is not None and job.is_paused and job.num_processed)
+        second.cancel()
+        assert first.tokens() == alone(loaded, chunked, PROMPT, 200)
+        idle(engine)
+        state = engine.state()
+        assert (state.counts.cancelled, state.reserved_bytes, state.allocated_bytes) == (1, 0, 0)
 
 
 def test_while_others_decode_a_prompt_is_prefilled_in_small_chunks(loaded, plan, monkeypatch):
