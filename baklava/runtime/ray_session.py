@@ -38,6 +38,8 @@ def configure_ray_environment() -> None:
         # A cluster of this machine's own stays on the loopback address. Ray would look for another one by connecting to
         # an address on the internet.
         defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Ray's default is 15. Beside any busy process, the client of a server included, workers would hardly run.
+        defaults["RAY_worker_niceness"] = "0"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     # A job's driver inherits OMP_NUM_THREADS=1 from the actor that starts it. Users set it in the job's environment.
