@@ -9,10 +9,9 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
-PEERS := benchmarks/kvpress
-PEERS_PY := $(PEERS)/.venv/bin/python
 MODEL := demo
 WINDOWS :=
+PEERS := $(if $(WINDOWS),kvpress,kvpress openvino)
 TRIALS := 24
 BUDGET := 0.3
 ARGS :=
@@ -98,27 +97,31 @@ bench: setup assets ## time decode and prefill against transformers' own cache (
 fidelity: setup assets ## score every method at every budget on unseen text, into docs/benchmarks (an hour)
 	@$(PY) jobs/benchmark.py fidelity --json docs/benchmarks/fidelity.json --page docs/benchmarks/fidelity.md $(ARGS)
 
-# kvpress requires an older transformers, so it has its own environment. Its torch is the version in .venv.
-$(PEERS)/.venv/ready: $(PEERS)/requirements.txt | $(READY)
-	@echo "creating $(PEERS)/.venv"; $(PY) -m venv --clear $(PEERS)/.venv
+# Peers require an older transformers, so each has its own environment. Its torch is the version in .venv.
+benchmarks/%/.venv/ready: benchmarks/%/requirements.txt | $(READY)
+	@echo "creating $(@D)"; $(PY) -m venv --clear $(@D)
 	@$(QUIETLY); \
 	echo 'installing torch'; \
-	quietly $(PEERS_PY) $(PIP_INSTALL) "$$(grep '^torch==' $<)"; \
-	echo 'installing kvpress and its dependencies'; \
-	quietly $(PEERS_PY) $(PIP_INSTALL) -r $<
+	quietly $(@D)/bin/python $(PIP_INSTALL) "$$(grep '^torch==' $<)"; \
+	echo 'installing $* and its dependencies'; \
+	quietly $(@D)/bin/python $(PIP_INSTALL) $(PEER_OPTIONS) -r $<
 	@touch $@
 
+# Its requirements are complete without what only the export of other models needs.
+benchmarks/openvino/.venv/ready: PEER_OPTIONS := --no-deps
+
 windows: # checked before anything is installed
-	@if [ ! -f '$(WINDOWS)' ]; then \
-		echo "WINDOWS='$(WINDOWS)' is not a file; give token windows: make peers WINDOWS=FILE.json (see $(PEERS)/README.md)" >&2; \
-		exit 2; \
+	@if [ -n '$(WINDOWS)' ] && [ ! -f '$(WINDOWS)' ]; then \
+		echo "WINDOWS='$(WINDOWS)' is not a file; give token windows (see benchmarks/kvpress/README.md)" >&2; exit 2; \
 	fi
 
-peers: windows setup assets $(PEERS)/.venv/ready ## score the presses of kvpress on token windows (WINDOWS=FILE.json, MODEL=)
-	@model='$(MODEL)'; if [ "$$model" = demo ]; then \
+peers: windows setup assets $(PEERS:%=benchmarks/%/.venv/ready) ## create the peers' environments (PEERS=); with WINDOWS=FILE.json score kvpress (MODEL=)
+	@if [ -z '$(WINDOWS)' ]; then exit; fi; \
+	model='$(MODEL)'; if [ "$$model" = demo ]; then \
 		model=$$($(PY) -c 'from baklava.data.demo_assets import demo_model; print(demo_model())'); \
 	fi; \
-	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(PEERS_PY) -m benchmarks.kvpress.cli --model "$$model" --windows '$(WINDOWS)' $(ARGS)
+	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 benchmarks/kvpress/.venv/bin/python -m benchmarks.kvpress.cli --model "$$model" \
+		--windows '$(WINDOWS)' $(ARGS)
 
 ui: setup ## open MLflow with all searches, at http://127.0.0.1:5000
 	@data=$$($(PY) -c 'from baklava.paths import data_dir; print(data_dir())'); mkdir -p "$$data"; \
@@ -127,5 +130,5 @@ ui: setup ## open MLflow with all searches, at http://127.0.0.1:5000
 		--artifacts-destination "$$data/mlartifacts" --host 127.0.0.1 --port 5000 --workers 1 $(ARGS)
 
 clean: ## remove the environments, builds and tool caches; downloads and results stay
-	rm -rf $(VENV) $(PEERS)/.venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) benchmarks/*/.venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -33,8 +33,9 @@ seen. Rows go to a journal in --out: after a kill, the same command continues an
 SEARCH_DESCRIPTION = """Measure the time that a search takes besides its scoring: as a script, compared with one process
 per trial, with two workers compared with one, and with workers that only sleep. Run it on an otherwise idle machine;
 it takes about an hour."""
-SERVE_DESCRIPTION = """Measure serving over HTTP: our server under a plan and with the full cache, and transformers
-serve, all with the same prompts. Run it on an otherwise idle machine; it takes some hours."""
+SERVE_DESCRIPTION = """Measure serving over HTTP: our server under a plan and with the full cache, transformers serve,
+and in the closed loop OpenVINO GenAI if `make peers` has installed it, all with the same prompts. Run it on an
+otherwise idle machine; it takes some hours."""
 
 
 def build_parser() -> argparse.ArgumentParser:

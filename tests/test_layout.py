@@ -20,6 +20,7 @@ FORBIDDEN = {
     "tuning": {"serve_app", "fastapi", "benchmarks"},
     "serve_app": {"tuning", "optuna", "mlflow", "benchmarks"},
     "benchmarks/kvpress": {"baklava", "tuning", "serve_app", "jobs"},  # they are not in its environment
+    "benchmarks/openvino": {"baklava", "tuning", "serve_app", "jobs"},
 }
 
 # what one module may import nevertheless, inside its functions only, so that importing the library stays light

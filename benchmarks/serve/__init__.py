@@ -1,1 +1,1 @@
-"""Serving under a plan, compared over HTTP with the full cache and with transformers' own server."""
+"""Serving under a plan, compared over HTTP with the full cache, transformers' own server and OpenVINO GenAI."""

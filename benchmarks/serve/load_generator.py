@@ -236,6 +236,12 @@ def summarize(load: LoadResult, max_ttft: float, max_tpot: float) -> dict[str, A
     }
 
 
+def failed_load(reason: str, num_requests: int) -> dict[str, Any]:
+    """Return the summary of a server that took none of the requests."""
+    requests = tuple(RequestResult(0.0, 0, (), 0.0, 0) for _ in range(num_requests))
+    return summarize(LoadResult(requests, inf, {}), inf, inf) | {"seconds": None, "error": reason}
+
+
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:
     """Return the median, 90th and 99th percentile, or None if there are no values."""
     if len(values) < 2:

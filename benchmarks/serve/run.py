@@ -16,14 +16,22 @@ from benchmarks.serve.engine_overhead import (
     engine_overhead,
     pool_capacity,
 )
-from benchmarks.serve.load_generator import Prompt, PromptSampler, run_closed_loop, run_open_loop, summarize
+from benchmarks.serve.load_generator import (
+    Prompt,
+    PromptSampler,
+    failed_load,
+    run_closed_loop,
+    run_open_loop,
+    summarize,
+)
 from benchmarks.serve.servers import (
     FULL,
+    PEERS,
     PLAN,
     TRANSFORMERS,
-    TRANSFORMERS_BATCHING,
     RunningServer,
     ServeBenchmarkConfig,
+    last_lines,
     running_server,
 )
 
@@ -46,7 +54,7 @@ def run_benchmark(config: ServeBenchmarkConfig, parts: Sequence[str] = PARTS) ->
     """Return the results of these parts; the open loop includes the closed one, from which it takes its rate.
 
     Raises:
-        UserError: a part is unknown, the plan is for another model, or a server does not start.
+        UserError: a part is unknown, the plan is for another model, or one of our servers does not start.
     """
     if unknown := [part for part in parts if part not in PARTS]:
         raise UserError(f"--parts {unknown[0]}: no such part; choose among {', '.join(PARTS)}")
@@ -66,15 +74,10 @@ def run_benchmark(config: ServeBenchmarkConfig, parts: Sequence[str] = PARTS) ->
         sampler = _sampler(loaded, config)
         prompts = [sampler.sample(config.prompt_tokens) for _ in range(config.closed_loop_requests)]
         warmup = [sampler.sample(min(64, config.prompt_tokens))]
-        closed_loop: dict[str, Any] = {}
-        for name in (PLAN, FULL, TRANSFORMERS, TRANSFORMERS_BATCHING):
-            with running_server(name, config) as server:
-                log(f"closed loop: {name}")
-                closed_loop[name] = _measure_closed_loop(server, config, warmup, prompts)
+        closed_loop = measure_closed_loops(config, warmup, prompts)
         results["closed_loop"] = closed_loop
         if "open_loop" in parts:
-            rate = closed_loop[PLAN]["requests_per_second"]
-            results["open_loop"] = _measure_open_loop(sampler, config, rate, warmup)
+            results["open_loop"] = _measure_open_loop(sampler, config, closed_loop, warmup)
     return results
 
 
@@ -141,6 +144,28 @@ def _measure_pinned_prefix(sampler: PromptSampler, config: ServeBenchmarkConfig)
     return results
 
 
+def measure_closed_loops(
+    config: ServeBenchmarkConfig, warmup: Sequence[Prompt], prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """Send all servers the same prompts, one server after the other; a peer that does not start has failed.
+
+    Raises:
+        UserError: one of our servers does not start.
+    """
+    results: dict[str, Any] = {}
+    for name in (PLAN, FULL, *PEERS):
+        log(f"closed loop: {name}")
+        try:
+            with running_server(name, config) as server:
+                results[name] = _measure_closed_loop(server, config, warmup, prompts)
+        except UserError as error:
+            if name not in PEERS:
+                raise
+            log(f"failed: {error}")
+            results[name] = failed_load(str(error), len(prompts))
+    return results
+
+
 def _measure_closed_loop(
     server: RunningServer, config: ServeBenchmarkConfig, warmup: Sequence[Prompt], prompts: Sequence[Prompt]
 ) -> dict[str, Any]:
@@ -156,21 +181,26 @@ def _measure_closed_loop(
         config.closed_loop_seconds,
     )
     summary = summarize(load_result, config.max_ttft, config.max_tpot)
+    if server.has_ended:
+        summary["error"] = f"the server ended: {last_lines(server.log_file)}"
+    elif not summary["completed"]:
+        summary["error"] = f"no answer was complete after {load_result.seconds:.0f} s"
     return summary | {"rss_bytes_before": rss_before, "rss_bytes_after": server.rss_bytes}
 
 
 def _measure_open_loop(
-    sampler: PromptSampler, config: ServeBenchmarkConfig, closed_loop_rate: float, warmup: Sequence[Prompt]
+    sampler: PromptSampler, config: ServeBenchmarkConfig, closed_loop: dict[str, Any], warmup: Sequence[Prompt]
 ) -> list[dict[str, Any]]:
-    """Send every server the same prompts at the same times."""
+    """Send every server that did not fail in the closed loop the same prompts at the same times."""
     prompts = [sampler.sample_between(*config.prompt_token_range) for _ in range(config.open_loop_requests)]
     rows = []
-    for name in (PLAN, FULL, TRANSFORMERS):  # with continuous batching, transformers would take an hour
+    servers = (PLAN, FULL, TRANSFORMERS)  # with continuous batching, transformers would take an hour
+    for name in (name for name in servers if "error" not in closed_loop[name]):
         with running_server(name, config) as server:
             run_closed_loop(server.address, server.model, warmup, 4, 1, TOKEN_TIMEOUT_SECONDS)
             for multiple in config.open_loop_rates:
                 log(f"open loop at {multiple:g} of the plan's rate in the closed loop: {name}")
-                rate = multiple * closed_loop_rate
+                rate = multiple * closed_loop[PLAN]["requests_per_second"]
                 load_result = run_open_loop(
                     server.address,
                     server.model,

@@ -1,5 +1,6 @@
-"""Sizes of the serving benchmark, and its servers: ours under a plan or with the full cache, and transformers' own."""
+"""Sizes of the serving benchmark, and its servers: ours under a plan or with the full cache, and the peers."""
 
+import hashlib
 import json
 import os
 import signal
@@ -17,8 +18,10 @@ from typing import IO
 import httpx
 import psutil
 
+from baklava.console import log
 from baklava.data.demo_assets import demo_model
 from baklava.errors import UserError
+from baklava.paths import cache_dir
 from baklava.runtime.model_loader import DEMO
 
 
@@ -48,6 +51,8 @@ class ServeBenchmarkConfig:
         threads: torch's threads in each server.
         dtype: precision of the model's products in each server, as in `load`.
         prefill_chunk: tokens of a chunk of a prompt under the plan; as the plan says if None.
+        openvino_kept_tokens: tokens of a sequence that OpenVINO GenAI's cache eviction keeps, in blocks of 32; 512 of
+            4,096 + 64 are 12.3 %.
     """
 
     model: str = "demo"
@@ -74,6 +79,7 @@ class ServeBenchmarkConfig:
     threads: int = 2
     dtype: str | None = None
     prefill_chunk: int | None = None
+    openvino_kept_tokens: int = 512
 
 
 def quick_config(
@@ -98,26 +104,33 @@ def quick_config(
         batch_size=2,
         decode_steps=6,
         long_prompt_tokens=512,
+        openvino_kept_tokens=128,
     )
 
 
-SERVE_SCRIPT = Path(__file__).parents[2] / "jobs/serve.py"
+ROOT = Path(__file__).parents[2]
+SERVE_SCRIPT = ROOT / "jobs/serve.py"
+OPENVINO_ENVIRONMENT = ROOT / "benchmarks/openvino/.venv"
+SPARE_TOKENS = 64
+"""Room in OpenVINO's pool for prompts that have a few tokens more than asked for."""
 STARTUP_TIMEOUT_SECONDS = 300.0
 SHUTDOWN_TIMEOUT_SECONDS = 90.0
 
 PLAN, FULL = "baklava, 12.5 % plan", "baklava, full plan"
 TRANSFORMERS = "transformers serve"
 TRANSFORMERS_BATCHING = "transformers serve --continuous-batching"
-PEERS = (TRANSFORMERS, TRANSFORMERS_BATCHING)
+OPENVINO, OPENVINO_EVICTION = "OpenVINO GenAI", "OpenVINO GenAI, cache eviction"
+PEERS = (TRANSFORMERS, TRANSFORMERS_BATCHING, OPENVINO, OPENVINO_EVICTION)
 
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server's address, its name for the model, and its process."""
+    """A server's address, its name for the model, its process, and its log."""
 
     address: str
     model: str
     process: psutil.Process
+    log_file: IO[bytes]
 
     @property
     def rss_bytes(self) -> int:
@@ -130,23 +143,26 @@ class RunningServer:
                 continue
         return total
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process has ended by itself."""
+        return self.process.status() == psutil.STATUS_ZOMBIE  # until its parent, which we are, waits for it
+
 
 @contextmanager
 def running_server(name: str, config: ServeBenchmarkConfig, pinned_prefix: str = "") -> Iterator[RunningServer]:
     """Run one of the servers until the block ends; only ours takes a `pinned_prefix`.
 
     Raises:
-        UserError: the server did not start; the message has the last lines of its log.
+        UserError: the server is not installed or did not start; the message has the last lines of its log.
     """
     port = _free_port()
     model = str(demo_model()) if name in PEERS and config.model == DEMO else config.model
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(config.threads)}
+    if name in (OPENVINO, OPENVINO_EVICTION):
+        environment |= {"PYTHONPATH": str(ROOT)}  # its environment has no baklava
     with tempfile.TemporaryFile() as server_log, tempfile.TemporaryDirectory() as folder:
-        command = (
-            _transformers_command(name, model, config.dtype or "float32", port)
-            if name in PEERS
-            else _our_command(config, name, port)
-        )
+        command = server_command(name, model, config, port)
         if pinned_prefix:
             prefix_file = Path(folder, "prefix.json")
             prefix_file.write_text(json.dumps({"text": pinned_prefix}))
@@ -157,15 +173,31 @@ def running_server(name: str, config: ServeBenchmarkConfig, pinned_prefix: str =
         try:
             address = f"http://127.0.0.1:{port}"
             _wait_until_ready(address, process, server_log)
-            yield RunningServer(address, model, psutil.Process(process.pid))
+            yield RunningServer(address, model, psutil.Process(process.pid), server_log)
         finally:
             _stop(process)
 
 
-def _our_command(config: ServeBenchmarkConfig, name: str, port: int) -> list[str]:
+def server_command(name: str, model: str, config: ServeBenchmarkConfig, port: int) -> list[str]:
+    """Return the command of a server.
+
+    Raises:
+        UserError: OpenVINO GenAI is not installed, or cannot read the model.
+    """
+    dtype = config.dtype or "float32"
+    if name in (TRANSFORMERS, TRANSFORMERS_BATCHING):
+        return _transformers_command(name, model, dtype, port)
+    if name in (OPENVINO, OPENVINO_EVICTION):
+        if not (OPENVINO_ENVIRONMENT / "ready").is_file():
+            raise UserError("it is not installed in benchmarks/openvino/.venv; run `make peers`")
+        return _openvino_command(name, _export_for_openvino(Path(model).absolute()), config, dtype, port)
+    return _our_command(config, name, dtype, port)
+
+
+def _our_command(config: ServeBenchmarkConfig, name: str, dtype: str, port: int) -> list[str]:
     plan = config.plan if name == PLAN else "full"
     options = ["--plan", plan, "--model", config.model, "--port", str(port), "--pool", str(config.load_pool_bytes)]
-    options += ["--dtype", config.dtype or "float32"]
+    options += ["--dtype", dtype]
     if name == PLAN and config.prefill_chunk:
         options += ["--prefill-chunk", str(config.prefill_chunk)]
     return [sys.executable, str(SERVE_SCRIPT), *options, "--max-waiting", "256", "--timeout", "3600"]
@@ -175,6 +207,33 @@ def _transformers_command(name: str, model: str, dtype: str, port: int) -> list[
     _, verb, *options = name.split()
     command = [str(Path(sys.executable).with_name("transformers")), verb, model, *options, "--device", "cpu"]
     return [*command, "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port)]
+
+
+def _openvino_command(name: str, exported: Path, config: ServeBenchmarkConfig, dtype: str, port: int) -> list[str]:
+    max_tokens = config.prompt_tokens + config.output_tokens + SPARE_TOKENS
+    options = ["--model", str(exported), "--port", str(port), "--dtype", dtype, "--threads", str(config.threads)]
+    options += ["--sequences", str(config.concurrency), "--max-tokens", str(max_tokens)]
+    if name == OPENVINO_EVICTION:
+        options += ["--kept-tokens", str(config.openvino_kept_tokens)]
+    return [str(OPENVINO_ENVIRONMENT / "bin/python"), "-m", "benchmarks.openvino.server", *options]
+
+
+def _export_for_openvino(model: Path) -> Path:
+    """Return the folder of a model in OpenVINO's format, after exporting it (a minute) if the cache has it not yet."""
+    if not (model / "config.json").is_file():
+        raise UserError(f"{model} is not the folder of a model, and the export reads nothing else; give a folder")
+    files = [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in sorted(model.iterdir())]
+    key = json.dumps([files, (OPENVINO_ENVIRONMENT.parent / "requirements.txt").read_text()])
+    target = cache_dir() / "openvino" / f"{model.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not target.is_dir():
+        log(f"exporting {model.name} to {target}")
+        python = OPENVINO_ENVIRONMENT / "bin/python"
+        command = [str(python), "-m", "benchmarks.openvino.export", str(model), str(target)]
+        with tempfile.TemporaryFile() as export_log:
+            ended = subprocess.run(command, cwd=ROOT, stdout=export_log, stderr=export_log, check=False)
+            if ended.returncode:
+                raise UserError(f"the model was not exported: {last_lines(export_log)}")
+    return target
 
 
 def _free_port() -> int:
@@ -191,9 +250,14 @@ def _wait_until_ready(address: str, process: "subprocess.Popen[bytes]", server_l
                 return
         except httpx.HTTPError:
             time.sleep(0.5)
-    server_log.seek(0)
-    last_lines = server_log.read().decode(errors="replace").strip().splitlines()[-3:]
-    raise UserError(f"the server did not start: {' / '.join(last_lines) or 'it logged nothing'}")
+    raise UserError(f"the server did not start: {last_lines(server_log)}")
+
+
+def last_lines(log_file: IO[bytes]) -> str:
+    """Return the last three lines of a log as one."""
+    log_file.seek(0)
+    lines = [line for line in log_file.read().decode(errors="replace").splitlines() if line.strip()]
+    return " / ".join(lines[-3:]) or "it logged nothing"
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

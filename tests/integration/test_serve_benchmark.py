@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import uvicorn
 from byte_model import byte_model
@@ -20,6 +24,8 @@ from plan_factory import make_plan
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter
 from baklava.plan.budget_plan import full_cache_plan
+from benchmarks.openvino.server import parse_args
+from benchmarks.serve import servers
 from benchmarks.serve.engine_overhead import (
     concurrent_sequences,
     decode_alongside_prefill,
@@ -31,14 +37,27 @@ from benchmarks.serve.load_generator import (
     Prompt,
     PromptSampler,
     RequestResult,
+    failed_load,
     percentiles,
     run_closed_loop,
     run_open_loop,
     summarize,
 )
 from benchmarks.serve.report import format_tables, plot
-from benchmarks.serve.run import run_benchmark
-from benchmarks.serve.servers import FULL, PLAN, TRANSFORMERS, TRANSFORMERS_BATCHING, ServeBenchmarkConfig, quick_config
+from benchmarks.serve.run import measure_closed_loops, run_benchmark
+from benchmarks.serve.servers import (
+    FULL,
+    OPENVINO,
+    OPENVINO_EVICTION,
+    PEERS,
+    PLAN,
+    TRANSFORMERS,
+    TRANSFORMERS_BATCHING,
+    RunningServer,
+    ServeBenchmarkConfig,
+    quick_config,
+    server_command,
+)
 
 PROMPTS = [Prompt(f"p{index}", 1) for index in range(6)]
 
@@ -205,8 +224,15 @@ def test_more_sequences_run_together_under_a_plan(loaded, plan) -> None:
 def example_results() -> dict[str, Any]:
     loads = {
         name: summarize(LoadResult((request_result(1, gap),) * 2, 4 * gap, {"kv_allocated_bytes": 2.0**20}), 60, 60)
-        for name, gap in ((PLAN, 0.1), (FULL, 0.2), (TRANSFORMERS, 0.05), (TRANSFORMERS_BATCHING, 1.0))
+        for name, gap in (
+            (PLAN, 0.1),
+            (FULL, 0.2),
+            (TRANSFORMERS, 0.05),
+            (TRANSFORMERS_BATCHING, 1.0),
+            (OPENVINO, 0.4),
+        )
     }
+    loads[OPENVINO_EVICTION] = failed_load("it is not installed", 8)
     rows = [{"server": name, "rate": 0.25} | load for name, load in loads.items()]
     count = {"submitted": 70, "peak_bytes": 1, "pool_bytes": 2, "failed": 0}
     return {
@@ -248,7 +274,8 @@ def test_the_tables_have_every_measurement_with_its_aim(tmp_path: Path) -> None:
     assert "10.0 % of 100 ms" in text
     assert "| 1.5 × | ≤ 2.5 × |" in text
     assert "| 3.0 × |  |" in text
-    assert text.count("1 MiB") == 10
+    assert "| 0.25 × |  |" in text
+    assert text.count("1 MiB") == 12
     assert "| transformers serve | 0.250 |" in text
     plot(results, tmp_path / "serve.svg")
     assert "<svg" in (tmp_path / "serve.svg").read_text()
@@ -269,7 +296,133 @@ def test_a_server_that_completed_nothing_is_failed_and_has_no_ratio() -> None:
             line for line in page.splitlines() if line.startswith(f"| {measure} over") and TRANSFORMERS_BATCHING in line
         )
         assert row.split(" | ")[1] == "failed"
-    assert f"| {TRANSFORMERS_BATCHING} | failed | failed | failed | failed | failed | 0 | 8 |" in page
+    assert f"| {TRANSFORMERS_BATCHING} | failed | failed | failed | failed | failed | 0 | 0 | 8 |" in page
+
+
+@pytest.mark.parametrize("completed", [0, 7])
+def test_a_peer_that_failed_has_no_figures_but_a_reason(completed: int) -> None:
+    results = example_results()
+    results["closed_loop"][OPENVINO] |= {"completed": completed, "failed": 8 - completed, "error": "the server ended"}
+    lines = format_tables(results).splitlines()
+    rows = [line for line in lines if f"`{OPENVINO}`" in line or f"`{OPENVINO_EVICTION}`" in line]
+    assert [row.split(" | ")[1] for row in rows] == ["failed"] * 6
+    assert (
+        f"| {OPENVINO} | failed | failed | failed | failed | failed | {completed} | 0 | {8 - completed} | 1 MiB |"
+        in lines
+    )
+    assert f"{OPENVINO} failed: the server ended" in lines
+    assert f"{OPENVINO_EVICTION} failed: it is not installed" in lines
+
+
+@contextmanager
+def fake_running_server(name: str, config: ServeBenchmarkConfig) -> Iterator[RunningServer]:
+    if name in (TRANSFORMERS_BATCHING, OPENVINO_EVICTION):
+        raise UserError(f"{name} is not installed")
+    script = "raise SystemExit('no memory')" if name == OPENVINO else "import time; time.sleep(600)"
+    with tempfile.TemporaryFile() as log_file, serving(FakeServer()) as address:
+        process = subprocess.Popen([sys.executable, "-c", script], stderr=log_file)
+        try:
+            server = RunningServer(address, "m", psutil.Process(process.pid), log_file)
+            while name == OPENVINO and not server.has_ended:
+                time.sleep(0.01)
+            yield server
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_peer_that_does_not_start_or_ends_leaves_the_others_their_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.serve.run.running_server", fake_running_server)
+    loads = measure_closed_loops(quick_config(), PROMPTS[:1], PROMPTS[1:])
+    assert list(loads) == [PLAN, FULL, *PEERS]
+    errors = {name: load["error"] for name, load in loads.items() if "error" in load}
+    assert errors == {
+        TRANSFORMERS_BATCHING: f"{TRANSFORMERS_BATCHING} is not installed",
+        OPENVINO: "the server ended: no memory",
+        OPENVINO_EVICTION: f"{OPENVINO_EVICTION} is not installed",
+    }
+    assert {name: load["failed"] for name, load in loads.items()} == {
+        PLAN: 0,
+        FULL: 0,
+        TRANSFORMERS: 0,
+        TRANSFORMERS_BATCHING: 5,
+        OPENVINO: 0,
+        OPENVINO_EVICTION: 5,
+    }
+    json.dumps(loads, allow_nan=False)
+
+
+def test_a_server_of_ours_that_does_not_start_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def not_starting(name: str, config: ServeBenchmarkConfig) -> Iterator[RunningServer]:
+        raise UserError(f"{name} did not start")
+        yield
+
+    monkeypatch.setattr("benchmarks.serve.run.running_server", not_starting)
+    with pytest.raises(UserError, match=f"{PLAN} did not start"):
+        measure_closed_loops(quick_config(), PROMPTS[:1], PROMPTS)
+
+
+@pytest.fixture
+def openvino_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed environment whose Python copies the model as if it exported it, or fails for a broken one."""
+    environment = tmp_path / "openvino/.venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "ready").touch()
+    environment.with_name("requirements.txt").write_text("openvino==1\n")
+    python = environment / "bin/python"
+    python.write_text('#!/bin/sh\ngrep -q broken "$3"/config.json && echo "no such layer" && exit 1\nmkdir -p "$4"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(servers, "OPENVINO_ENVIRONMENT", environment)
+    monkeypatch.setenv("BAKLAVA_CACHE", str(tmp_path / "cache"))
+    return environment
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    return tmp_path / "model"
+
+
+def test_openvino_serves_the_exported_model_in_the_same_precision_on_as_many_threads(
+    openvino_environment: Path, model_folder: Path
+) -> None:
+    config = replace(ServeBenchmarkConfig(), dtype="bfloat16", threads=3)
+    python, *module, _option, exported = server_command(OPENVINO, str(model_folder), config, 8001)[:5]
+    assert (python, module) == (str(openvino_environment / "bin/python"), ["-m", "benchmarks.openvino.server"])
+    assert Path(exported).is_dir()
+    full, evicting = (
+        parse_args(server_command(name, str(model_folder), config, 8001)[3:]) for name in (OPENVINO, OPENVINO_EVICTION)
+    )
+    assert (full.model, full.port, full.dtype, full.threads, full.sequences) == (Path(exported), 8001, "bfloat16", 3, 8)
+    assert full.max_tokens >= 4096 + 64
+    assert (full.kept_tokens, evicting.kept_tokens) == (None, 512)
+
+
+def test_a_changed_model_is_exported_again_and_the_same_one_is_not(
+    openvino_environment: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = server_command(OPENVINO, str(model_folder), quick_config(), 8001)
+    (model_folder / "config.json").write_text('{"a": 1}')
+    changed = server_command(OPENVINO, str(model_folder), quick_config(), 8001)
+    assert changed[4] != first[4]
+    (openvino_environment / "bin/python").unlink()
+    monkeypatch.chdir(model_folder.parent)
+    assert server_command(OPENVINO, "model", quick_config(), 8001) == changed
+
+
+def test_openvino_without_its_environment_or_a_readable_model_says_why(
+    openvino_environment: Path, model_folder: Path
+) -> None:
+    with pytest.raises(UserError, match="is not the folder of a model"):
+        server_command(OPENVINO, "org/name", quick_config(), 8001)
+    (model_folder / "config.json").write_text("broken")
+    with pytest.raises(UserError, match="was not exported: no such layer"):
+        server_command(OPENVINO, str(model_folder), quick_config(), 8001)
+    (openvino_environment / "ready").unlink()
+    with pytest.raises(UserError, match="run `make peers`"):
+        server_command(OPENVINO_EVICTION, str(model_folder), quick_config(), 8001)
 
 
 def test_an_unknown_part_is_refused() -> None:
