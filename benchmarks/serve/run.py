@@ -9,6 +9,7 @@ from baklava.console import log
 from baklava.errors import UserError
 from baklava.evaluation.speed import machine_info
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
+from baklava.runtime.cpu_threads import run_on_ending_thread
 from baklava.runtime.model_loader import LoadedModel, load
 from benchmarks.serve.engine_overhead import (
     concurrent_sequences,
@@ -58,9 +59,11 @@ def run_benchmark(config: ServeBenchmarkConfig, parts: Sequence[str] = PARTS) ->
     """
     if unknown := [part for part in parts if part not in PARTS]:
         raise UserError(f"--parts {unknown[0]}: no such part; choose among {', '.join(PARTS)}")
-    loaded = load(config.model, dtype=config.dtype, threads=config.threads)
+    loaded = run_on_ending_thread(lambda: load(config.model, dtype=config.dtype, threads=config.threads))
     config = replace(config, dtype=loaded.dtype)
     plan = _read_plan(loaded, config.plan)
+    if config.prefill_chunk:
+        plan = plan.with_prefill_chunk(config.prefill_chunk)
     results: dict[str, Any] = {
         "benchmark": "serve",
         "config": asdict(config),

@@ -13,7 +13,10 @@ MIN_PREFILL_CHUNK_TOKENS = 16
 """A prompt goes on at least at this pace."""
 
 LARGE_CHUNK_TOKENS = 256
-"""From this size on, a chunk's own time is most of a step's."""
+"""From this size on, a chunk's time is that of its tokens."""
+
+SHARED_STEPS = 16
+"""Steps that prompt tokens and a decode batch share until the batch is measured by itself again."""
 
 PROBE_CHUNK_TOKENS = 64
 """Chunk of a step that also decodes if the time of a token is not known yet."""
@@ -28,7 +31,7 @@ MAX_RETRY_AFTER_SECONDS = 120
 class MovingAverage:
     """An exponential moving average."""
 
-    def __init__(self, weight: float = 0.3) -> None:
+    def __init__(self, weight: float = 0.5) -> None:
         self._weight, self.value = weight, 0.0
 
     def add(self, value: float) -> None:
@@ -39,8 +42,8 @@ class MovingAverage:
 class ChunkSizePolicy:
     """Chooses how many prompt tokens a step takes in addition to its decode batch.
 
-    A step's time is that of its decode batch plus a time per prompt token. If they share a forward, large chunks
-    measure the latter, and steps with few or no prompt tokens the former.
+    A step's time is that of its decode batch plus a time per prompt token. If they share a forward, only the sum is
+    known. So the decode batch has some steps for itself, and what the others take longer is the time of their tokens.
 
     Args:
         max_batched_tokens: Prompt tokens of a step that also decodes.
@@ -56,6 +59,7 @@ class ChunkSizePolicy:
     ) -> None:
         self._max_tokens, self._ratio, self._tpot_target = max_batched_tokens, prefill_decode_ratio, tpot_target
         self._decode_seconds, self._seconds_per_token = MovingAverage(), MovingAverage()
+        self._num_shared = 0  # forwards since a decode batch was measured
         self._seconds_between_finishes = MovingAverage()
         self._finished_at: float | None = None
 
@@ -70,28 +74,24 @@ class ChunkSizePolicy:
             seconds: Its duration.
             prompt_seconds: Seconds of it that were for the prompt alone; None if both shared a forward.
         """
-        if prompt_seconds is not None:
-            if prompt_tokens:
-                self._seconds_per_token.add(prompt_seconds / prompt_tokens)
-            if decoding:
-                self._decode_seconds.add(seconds - prompt_seconds)
-            return
-        decode_seconds = self._decode_seconds.value
-        is_probe = decoding and not self._seconds_per_token.value
-        large = PROBE_CHUNK_TOKENS if is_probe else LARGE_CHUNK_TOKENS
-        if prompt_tokens >= large and (decode_seconds or not decoding):
-            own_seconds = seconds - decode_seconds if decoding else seconds
-            self._seconds_per_token.add(max(0.0, own_seconds) / prompt_tokens)
+        if decoding and prompt_tokens and prompt_seconds is None:
+            self._num_shared += 1
+            prompt_seconds = max(0.0, seconds - self._decode_seconds.value)
         elif decoding:
-            self._decode_seconds.add(max(0.0, seconds - prompt_tokens * self._seconds_per_token.value))
+            self._num_shared = 0
+            self._decode_seconds.add(seconds - (prompt_seconds or 0))
+        elif prompt_tokens >= LARGE_CHUNK_TOKENS:  # of a smaller one, most is the time of the weights
+            prompt_seconds = seconds
+        if prompt_tokens and prompt_seconds is not None:
+            self._seconds_per_token.add(prompt_seconds / prompt_tokens)
 
     def chunk_tokens(self, decoding: bool) -> int:
-        """Return the prompt tokens of the next step, which may also decode a batch."""
+        """Return the prompt tokens of the next step; 0 if it has a decode batch that is to be measured by itself."""
         if not decoding:
             return max(IDLE_PREFILL_CHUNK_TOKENS, self._max_tokens)
         decode_seconds = self._decode_seconds.value
-        if not decode_seconds:
-            return min(MIN_PREFILL_CHUNK_TOKENS, self._max_tokens)
+        if not decode_seconds or self._num_shared >= SHARED_STEPS:
+            return 0
         if not self._seconds_per_token.value:
             return min(PROBE_CHUNK_TOKENS, self._max_tokens)
         seconds = self._ratio * decode_seconds if self._tpot_target is None else self._tpot_target - decode_seconds

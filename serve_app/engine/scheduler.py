@@ -164,7 +164,7 @@ class Scheduler:
         self._reap()
         self._admit()
         tokens = self._chunk_size.chunk_tokens(decoding=bool(self.running))
-        return ScheduledStep(tuple(self.running), self.prefilling, tokens)
+        return ScheduledStep(tuple(self.running), self.prefilling if tokens else None, tokens)
 
     def process(self, scheduled: ScheduledStep, output: StepOutput, seconds: float) -> None:
         """Record what a step computed: tokens, a prompt that is done, and the requests that failed."""
