@@ -1,5 +1,6 @@
 """Allocation: where the bytes go. `METHODS` maps names to classes; `allocate` makes the plan."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -173,18 +174,30 @@ def budget_limits(
         UserError: the budget is not in (0, 1], or leaves less than the minimum capacity of a head.
     """
     check_budget(budget)
+    full_bytes = full_cache_bytes(geometry, context_length)
     # Sliding layers keep their window whatever the plan says; only the rest can be spent.
-    budget_bytes = int(budget * full_cache_bytes(geometry, context_length)) - sliding_window_bytes(geometry, FULL_BITS)
+    windows = sliding_window_bytes(geometry, FULL_BITS, context_length)
+    budget_bytes = int(budget * full_bytes) - windows
     # A scored head needs the tokens of one interval on top of the text to never evict; a ring buffer does not.
     max_tokens = context_length + (eviction.eviction_interval if eviction.scored else 0)
     min_tokens = eviction.min_tokens
     limits = Limits(geometry, eviction, max(0, budget_bytes), min_tokens, max_tokens, bits, mixed_precision)
+    # Rounded up to four digits
+    smallest = math.ceil((windows + limits.min_bytes) / full_bytes * 1e4) / 1e4
+    raise_it = (
+        f"raise it to at least {smallest:g}" if smallest <= 1 else f"no budget suffices for {context_length} tokens"
+    )
+    if budget_bytes < 0:
+        raise UserError(
+            f"budget {budget:g} is {int(budget * full_bytes):,} bytes, but the sliding windows alone take {windows:,}, "
+            f"which no plan changes; {raise_it}"
+        )
     entries_per_head = limits.total_entries // limits.num_heads
     if entries_per_head < min_tokens:
         centroids = f" and {eviction.centroids} centroids" if eviction.centroids else ""
         raise UserError(
             f"budget {budget:g} leaves {entries_per_head} entries per head{centroids}, but {eviction.sinks} "
-            f"sinks and an eviction every {eviction.eviction_interval} tokens need {min_tokens}; raise the budget or "
+            f"sinks and an eviction every {eviction.eviction_interval} tokens need {min_tokens}; {raise_it}, or "
             f"lower the eviction interval{' or the centroids' if centroids else ''}"
         )
     return limits
@@ -199,4 +212,4 @@ def layer_budgets(
         LayerBudget(tokens=tuple(row), key_bits=tuple(keys), value_bits=tuple(values))
         for row, keys, values in zip(*grids, strict=True)
     )
-    return tuple(next(budgets) if window is None else None for window in geometry.windows)
+    return geometry.spread(budgets, None)

@@ -55,6 +55,11 @@ class Limits:
         fixed = self.fixed_bytes(self.bits)
         return max(0, self.budget_bytes - self.num_heads * fixed) // self.entry_bytes(self.bits)
 
+    @property
+    def min_bytes(self) -> int:
+        """Bytes of all heads together if each has the minimum capacity in `bits`."""
+        return self.num_heads * self._head_bytes(self.min_tokens, self.bits)
+
     def bounds(self, floor: float, cap: float = 1.0) -> tuple[float, float]:
         """Return the minimum and maximum entries of a head.
 
@@ -136,9 +141,7 @@ def _plain_data(value: Any) -> Any:
 def missing_profile_error(profile: Profile, missing: str) -> UserError:
     """Return the error of a method that needs something that the profile lacks."""
     remedy = "profile the model again"
-    if len(profile.geometry.full_attention_layers) < profile.geometry.layers:
-        remedy = "choose another method, since some of its layers slide"
-    elif profile.rankings:
+    if profile.rankings:
         remedy = "choose another method, or a lower --context, so that the model's positions suffice to repeat it"
     return UserError(f"the profile of {profile.model.id} has no {missing}, which this method needs; {remedy}")
 

@@ -83,6 +83,8 @@ class BudgetedCache(Cache):
                 "the plan prefills in chunks, so its cache cannot be made from a dense recording; prefill with the plan"
             )
         cache = cls(plan, max_tokens)
+        for index, snapshot in recording.sliding.items():
+            cache.layers[index].load(snapshot)
         layers = zip(cache.budgeted_layers, recording.keys, recording.values, recording.scores, strict=True)
         for layer, key, value, scores in layers:
             if cache.eviction.scored and cache.eviction.score_key not in scores:
@@ -108,7 +110,7 @@ class BudgetedCache(Cache):
     def teacher_forcing(self) -> Iterator[None]:
         """Let all tokens of a forward within this context attend to exactly what they would attend to one by one."""
         with ExitStack() as stack:
-            for layer in self.budgeted_layers:
+            for layer in self.layers:
                 stack.enter_context(layer.teacher_forcing())
             yield
 

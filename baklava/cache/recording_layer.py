@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from typing_extensions import override
 
 from baklava.cache import attention
@@ -21,10 +21,14 @@ from baklava.cache.attention import (
     split_gqa_groups,
 )
 from baklava.cache.head_groups import AttentionInputs, ScoreAccumulator, first_sampled_query, update_scores
+from baklava.cache.sliding_layer import LayerSnapshot, SlidingLayer
 from baklava.cache.storage import count_bytes
-from baklava.errors import UserError
 from baklava.eviction import Eviction, QuerySample
 from baklava.plan.geometry import CacheGeometry
+
+
+UNROUNDED_BITS = 32
+"""Bits of the entries of sliding layers while a prompt is recorded: those of the model, if it computes in fewer."""
 
 
 class RecordingLayer(BudgetedLayerBase):
@@ -63,7 +67,6 @@ class RecordingLayer(BudgetedLayerBase):
         keys, values = self.keys[:, :, new], self.values[:, :, new]
         keys.copy_(key_states)
         values.copy_(value_states)
-        self.cumulative_length = new.stop
         return attention.attach_layer(keys, self), values
 
     def attend(
@@ -71,7 +74,8 @@ class RecordingLayer(BudgetedLayerBase):
     ) -> QueryStates:
         """Attend to the prompt so far and update its scores."""
         queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
-        start = self.cumulative_length - query.shape[2]
+        start = self.cumulative_length
+        self.cumulative_length += query.shape[2]
         inputs = self._inputs(queries, params, self.cumulative_length)
         accumulators = [each for each in self._accumulators() if not each.sample.single_block]
         output = inputs.attend_and_observe(accumulators, start > 0, start, self.prompt_tokens)
@@ -123,19 +127,37 @@ class RecordingLayer(BudgetedLayerBase):
 
 @dataclass(frozen=True)
 class Recording:
-    """A prompt's full cache, layer by layer: keys, values and the scores of each recorded observation."""
+    """A prompt's full cache.
 
+    Attributes:
+        geometry: shape of the model's cache.
+        keys: keys of every layer with full attention.
+        values: their values.
+        scores: their scores of each recorded observation.
+        sliding: the other layers by index, which keep their window as transformers does.
+    """
+
+    geometry: CacheGeometry
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     scores: tuple[dict[Any, Tensor], ...]
+    sliding: dict[int, LayerSnapshot]
 
     def to_dynamic_cache(self) -> Cache:
         """Return transformers' own cache with all of the prompt; updating it does not change the recording."""
-        cache = Cache(layers=[DynamicLayer() for _ in self.keys])
-        for layer, key, value in zip(cache.layers, self.keys, self.values, strict=True):
+        layers = [DynamicLayer() for _ in self.keys]
+        for layer, key, value in zip(layers, self.keys, self.values, strict=True):
             layer.lazy_initialization(key, value)
             layer.keys, layer.values = key, value
-        return cache
+        return self.to_cache(layers)
+
+    def to_cache(self, full_attention_layers: Sequence[CacheLayerMixin]) -> Cache:
+        """Return a cache of these layers, and of copies of the sliding ones, in the order of the model."""
+        layers = list(self.geometry.spread(full_attention_layers, None))
+        for index, snapshot in self.sliding.items():
+            layers[index] = SlidingLayer(self.geometry.windows[index], UNROUNDED_BITS)
+            layers[index].load(snapshot)
+        return Cache(layers=layers)
 
 
 class RecordingCache(Cache):
@@ -145,35 +167,30 @@ class RecordingCache(Cache):
         geometry: The shape of the model's cache.
         evictions: Methods to score the prompt for; those that score nothing, or a repetition of it, are skipped.
         prompt_tokens: Length of the prompt.
-
-    Raises:
-        UserError: the model has sliding layers, which are not recorded.
     """
 
     def __init__(self, geometry: CacheGeometry, evictions: Sequence[Eviction], prompt_tokens: int) -> None:
-        check_recordable(geometry)
         attention.register()
+        self.geometry = geometry
         scoring = [eviction for eviction in evictions if eviction.scored and not eviction.query_sample.uses_repetition]
         distinct = list({eviction.score_key: eviction for eviction in scoring}.values())
-        self.recording_layers = [RecordingLayer(prompt_tokens, distinct) for _ in range(geometry.layers)]
-        super().__init__(layers=list(self.recording_layers))
+        super().__init__(
+            layers=[
+                RecordingLayer(prompt_tokens, distinct) if window is None else SlidingLayer(window, UNROUNDED_BITS)
+                for window in geometry.windows
+            ]
+        )
 
     def to_recording(self) -> Recording:
         """Return the keys, values and scores of the prompt, after all of it has been processed."""
-        layers = self.recording_layers
+        layers = [layer for layer in self.layers if isinstance(layer, RecordingLayer)]
         keys, values = (tuple(getattr(layer, name) for layer in layers) for name in ("keys", "values"))
-        return Recording(keys, values, tuple(layer.scores for layer in layers))
+        sliding = {
+            index: layer.snapshot() for index, layer in enumerate(self.layers) if isinstance(layer, SlidingLayer)
+        }
+        return Recording(self.geometry, keys, values, tuple(layer.scores for layer in layers), sliding)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, over the whole batch."""
-        return sum(layer.nbytes for layer in self.recording_layers)
-
-
-def check_recordable(geometry: CacheGeometry) -> None:
-    """Raise UserError if the model has sliding layers, which are not recorded."""
-    if sliding := geometry.layers - len(geometry.full_attention_layers):
-        raise UserError(
-            f"{sliding} of the model's {geometry.layers} layers have a sliding window, but a prompt is recorded only "
-            "if none has; choose another model, or generate with a method other than kvzip"
-        )
+        return sum(layer.nbytes for layer in self.layers)

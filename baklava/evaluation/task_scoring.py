@@ -83,7 +83,11 @@ def answer_with_full_cache(loaded: LoadedModel, context: PrefilledPrompt, prompt
 @torch.inference_mode()
 def answer_closed_book(loaded: LoadedModel, prompt: Prompt) -> tuple[Answer, ...]:
     """Answer the questions without the context: the measured level of chance."""
-    runner = _QuestionRunner(loaded, prompt, DynamicCache, bos_tokens(loaded.tokenizer))
+
+    def make_cache() -> Cache:
+        return DynamicCache(config=loaded.model.config)
+
+    runner = _QuestionRunner(loaded, prompt, make_cache, bos_tokens(loaded.tokenizer))
     return tuple(runner.answer(question) for question in prompt.questions)
 
 

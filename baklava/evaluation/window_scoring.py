@@ -60,7 +60,7 @@ def prefill_window(loaded: LoadedModel, window: Window, evictions: Sequence[Evic
     """Prefill a window with the full cache, and score its context for these eviction methods.
 
     Raises:
-        UserError: the model has sliding layers, or the window is longer than the model's positions.
+        UserError: the window is longer than the model's positions.
     """
     loaded.check_length(len(window.ids))
     ids = loaded.as_batch(window.ids)

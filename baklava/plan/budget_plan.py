@@ -253,8 +253,11 @@ class BudgetPlan(FrozenModel):
 
     @property
     def ratio(self) -> float:
-        """`bytes_per_sequence` over `full_bytes_per_sequence`; lower is smaller."""
-        return self.bytes_per_sequence / self.full_bytes_per_sequence
+        """Bytes over `full_bytes_per_sequence`, with sliding windows as full as they are at `context_length`."""
+        windows, at_context = (
+            sliding_window_bytes(self.geometry, self.sliding_bits, tokens) for tokens in (None, self.context_length)
+        )
+        return (self.bytes_per_sequence - windows + at_context) / self.full_bytes_per_sequence
 
     @property
     def max_lossless_tokens(self) -> int:

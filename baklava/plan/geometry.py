@@ -2,10 +2,13 @@
 
 import hashlib
 import json
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, TypeVar
 
 from baklava.errors import UserError
 from baklava.serialization import FrozenModel
+
+Value = TypeVar("Value")
 
 _SHAPING_FIELDS = (
     "model_type",
@@ -68,6 +71,11 @@ class CacheGeometry(FrozenModel):
     def full_attention_layers(self) -> tuple[int, ...]:
         """Indices of the layers with full attention."""
         return tuple(layer for layer, window in enumerate(self.windows) if window is None)
+
+    def spread(self, values: Iterable[Value], other: Value) -> tuple[Value, ...]:
+        """Return a value per layer: those of the layers with full attention, in order, and `other` for the rest."""
+        given = iter(values)
+        return tuple(next(given) if window is None else other for window in self.windows)
 
     @classmethod
     def from_config(cls, config: Any) -> "CacheGeometry":
@@ -189,7 +197,7 @@ def tensor_bytes(tokens: int, split: BitSplit, dense: int) -> int:
 
 
 def full_cache_bytes(geometry: CacheGeometry, context_length: int) -> int:
-    """Return the bytes of the full 16-bit cache of one sequence; sliding layers count the tokens in their window."""
+    """Return the bytes of transformers' own cache of one sequence in 16 bits; sliding layers count their window."""
     entries = len(geometry.full_attention_layers) * geometry.kv_heads * context_length
     payload = entries * 2 * geometry.head_dim * FULL_BITS // 8
     return payload + sliding_window_bytes(geometry, FULL_BITS, context_length)

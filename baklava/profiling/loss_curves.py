@@ -9,7 +9,7 @@ added. The gradient needs a backward pass through the continuation alone; the co
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,10 +38,12 @@ class AttentionWeights:
     Attributes:
         unnormalized: exp(logit - max_logit) per entry.
         max_logit: the largest logit of each query.
+        sink: what a learned sink adds to the sum; 0 without one.
     """
 
     unnormalized: Float[Tensor, "group queries entries"]
     max_logit: Float[Tensor, "group queries 1"]
+    sink: Float[Tensor, "group queries 1"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ class LayerTrace:
         logits = self._logits(head, key, stride)
         is_future = torch.arange(key.shape[0], device=key.device) > self.query_positions(stride)[:, None]
         max_logit = logits.masked_fill_(is_future, -torch.inf).amax(-1, keepdim=True)
-        return AttentionWeights(logits.sub_(max_logit).exp_(), max_logit)
+        sink = torch.zeros_like(max_logit)
+        if self.params.sink_logits is not None:
+            sink = (self.params.sink_logits.view(len(self.query), -1, 1, 1)[head] - max_logit).exp()
+        return AttentionWeights(logits.sub_(max_logit).exp_(), max_logit, sink)
 
     def centroid_weights(
         self, head: int, centroids: CentroidEntries, stride: int, max_logit: Float[Tensor, "group queries 1"]
@@ -83,12 +88,18 @@ class LayerTrace:
 def trace_layers(
     loaded: LoadedModel, recording: Recording, ids: Int[Tensor, "1 tokens"], seed: int
 ) -> list[LayerTrace]:
-    """Run one forward and `NUM_DRAWS` backward passes of a continuation after a recorded context."""
+    """Run one forward and `NUM_DRAWS` backward passes of a continuation after a recorded context.
+
+    Return what the layers with full attention did.
+    """
     calls: list[AttentionCall] = []
+    budgeted = loaded.geometry.full_attention_layers
 
     def on_attention(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, params: AttentionParams
     ) -> None:
+        if module.layer_idx not in budgeted:
+            return
         output.retain_grad()
         calls.append((query, key, value, output, params))
 
@@ -100,7 +111,7 @@ def trace_layers(
     ):
         # Copies: tensors made in inference mode cannot take part in a backward pass.
         keys, values = (tuple(layer.clone() for layer in side) for side in (recording.keys, recording.values))
-        cache = Recording(keys, values, scores=()).to_dynamic_cache()
+        cache = replace(recording, keys=keys, values=values).to_dynamic_cache()
         embedded = loaded.model.get_input_embeddings()(ids.clone()).detach().requires_grad_()
         logits = loaded.model(inputs_embeds=embedded, past_key_values=cache).logits[0].float()
         outputs = [output for _, _, _, output, _ in calls]
@@ -213,7 +224,7 @@ def _head_losses(
     retained_sets = [retention.retain(capacity, layer.key[head], layer.value[head]) for capacity in grid.entries]
     weights = [layer.weights(head, key[head], QUERY_STRIDE) for key in keys]
     exact_weights = weights[0].unnormalized
-    exact = exact_weights @ layer.value[head] / exact_weights.sum(-1, keepdim=True)
+    exact = exact_weights @ layer.value[head] / (exact_weights.sum(-1, keepdim=True) + weights[0].sink)
     gradient = layer.gradient[:, head, :, ::QUERY_STRIDE]
     by_keys = [
         [
@@ -288,7 +299,7 @@ def attention_output(
 ) -> Float[Tensor, "group queries channels"]:
     """Return attention over the retained entries; `value` may have the channels of several values side by side."""
     retained_weights = weights.unnormalized * retained.mask
-    total, output = retained_weights.sum(-1, keepdim=True), retained_weights @ value
+    total, output = retained_weights.sum(-1, keepdim=True) + weights.sink, retained_weights @ value
     if retained.centroids is not None:
         extra = layer.centroid_weights(head, retained.centroids, QUERY_STRIDE, weights.max_logit)
         means = retained.centroids.value[0, 0].repeat(1, value.shape[1] // retained.centroids.value.shape[3])

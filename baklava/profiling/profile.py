@@ -65,7 +65,7 @@ class LossCurves(FrozenModel):
 class Profile(FrozenModel):
     """What the calibration windows say of every head.
 
-    Rankings and curves exist if all layers have full attention; what needs a repetition of the context exists if the
+    Rankings and curves are of the layers with full attention; what needs a repetition of the context exists if the
     model's positions suffice for it.
 
     Attributes:
@@ -120,27 +120,28 @@ class Profile(FrozenModel):
 def uniform_profile(model: ModelIdentity, geometry: CacheGeometry) -> Profile:
     """Return a profile in which all heads are equal, to check budgets and for methods that need no profile."""
     heads = ((1.0,) * geometry.query_heads,) * geometry.layers
-    has_full_attention = len(geometry.full_attention_layers) == geometry.layers
     return Profile(
         model=model,
         geometry=geometry,
         windows="none",
         importance=dict.fromkeys(get_args(ImportanceSource), heads),
         layer_importance=(1.0,) * geometry.layers,
-        rankings=dict.fromkeys(get_args(RankingName), _uniform_ranking(geometry)) if has_full_attention else {},
-        curves=_uniform_curves(geometry) if has_full_attention else None,
+        rankings=dict.fromkeys(get_args(RankingName), _uniform_ranking(geometry)),
+        curves=_uniform_curves(geometry),
     )
 
 
 def _uniform_ranking(geometry: CacheGeometry) -> Ranking:
     ranks = (1, 16, 256, 4096)
     head = tuple(-math.log(rank) for rank in ranks)
-    return Ranking(tokens=ranks[-1], ranks=ranks, scores=(((head,) * geometry.kv_heads,) * geometry.layers,))
+    layers = geometry.spread([(head,) * geometry.kv_heads] * len(geometry.full_attention_layers), ())
+    return Ranking(tokens=ranks[-1], ranks=ranks, scores=(layers,))
 
 
 def _uniform_curves(geometry: CacheGeometry) -> LossCurves:
     """Return curves of every pair of bits that lose more in fewer bits and with fewer entries."""
     entries, bits = (1, 16, 256, 4096), tuple(product(get_args(Bits), repeat=2))
     head = tuple(tuple(2.0**-keys + 2.0**-values + 1 / count for count in entries) for keys, values in bits)
-    losses = dict.fromkeys(get_args(LossMeasure), ((head,) * geometry.kv_heads,) * geometry.layers)
+    layers = geometry.spread([(head,) * geometry.kv_heads] * len(geometry.full_attention_layers), ())
+    losses = dict.fromkeys(get_args(LossMeasure), layers)
     return LossCurves(eviction=EvictionConfig(method="streaming_llm"), entries=entries, bits=bits, losses=losses)

@@ -17,7 +17,7 @@ from baklava.data.windows import Window
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, KVzip
 from baklava.paths import cache_dir, write_to_cache
-from baklava.plan.geometry import supports_mixed_precision
+from baklava.plan.geometry import CacheGeometry, supports_mixed_precision
 from baklava.profiling.cosine_importance import CosineImportance
 from baklava.profiling.loss_curves import (
     CurveGrid,
@@ -57,7 +57,7 @@ REPETITION_TOKENS = 256
 
 @dataclass(frozen=True)
 class WindowMeasurements:
-    """What one window says, per layer.
+    """What one window says, per layer with full attention.
 
     Attributes:
         scores: `[kv heads, context]` per ranking.
@@ -105,7 +105,7 @@ def cached_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
 def measure_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
     """Measure every head on these windows.
 
-    Importance takes a forward per window. If all layers have full attention, rankings and curves take an observed
+    Importance takes a forward per window. Rankings and curves, of the layers with full attention, take an observed
     prefill, a repeated one, and a backward pass through the continuation: about eight prefills together. If the model's
     positions do not suffice to repeat a context, measurements of the repetition are left out.
 
@@ -120,7 +120,6 @@ def measure_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
             "nothing to rank after them; raise --context"
         )
     geometry = loaded.geometry
-    has_full_attention = len(geometry.full_attention_layers) == geometry.layers
     tokens = min(len(window.ids) for window in windows)
     grid = CurveGrid(
         DEFAULT_EVICTION,
@@ -135,33 +134,30 @@ def measure_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
         for number, window in enumerate(windows):
             with importance.measuring():
                 loaded.model(loaded.as_batch(window.ids), use_cache=False, logits_to_keep=1)
-            if has_full_attention:
-                measured.append(_measure_window(loaded, window, grid, names, number))
+            measured.append(_measure_window(loaded, window, grid, names, number))
             progress.update(1)
-    rankings: dict[RankingName, Ranking] = {}
-    curves = key_channels = None
-    if has_full_attention:
-        for name in names:
-            rankings[name] = build_ranking([window.scores[name] for window in measured], DEFAULT_EVICTION.sinks)
-        curves = _mean_curves(measured, grid)
-        key_channels = _channel_orders(measured) if supports_mixed_precision(geometry.head_dim) else None
     return Profile(
         model=loaded.identity,
         geometry=geometry,
         windows=windows_digest(windows),
         importance={source: (1 - similarity).tolist() for source, similarity in importance.head_similarity().items()},
         layer_importance=tuple((1 - importance.layer_similarity()).tolist()),
-        rankings=rankings,
-        curves=curves,
-        key_channels=key_channels,
+        rankings={
+            name: build_ranking([window.scores[name] for window in measured], DEFAULT_EVICTION.sinks, geometry)
+            for name in names
+        },
+        curves=_mean_curves(measured, grid, geometry),
+        key_channels=_channel_orders(measured, geometry) if supports_mixed_precision(geometry.head_dim) else None,
     )
 
 
-def build_ranking(contexts: list[list[Float[Tensor, "heads entries"]]], sinks: int) -> Ranking:
-    """Return the ranking of every head, from the scores of each context and layer; sinks are not ranked."""
+def build_ranking(contexts: list[list[Float[Tensor, "heads entries"]]], sinks: int, geometry: CacheGeometry) -> Ranking:
+    """Return the ranking of every head, from the scores of each context and full-attention layer; sinks are not ranked."""
     entries = min(layers[0].shape[1] for layers in contexts) - sinks
     ranks = tuple(sorted({round(float(rank)) for rank in np.geomspace(1, entries, MAX_RANKS)}))
-    scores = tuple(tuple(_log_scores_at_ranks(layer[:, sinks:], ranks) for layer in layers) for layers in contexts)
+    scores = tuple(
+        geometry.spread((_log_scores_at_ranks(layer[:, sinks:], ranks) for layer in layers), ()) for layers in contexts
+    )
     return Ranking(tokens=entries, ranks=ranks, scores=scores)
 
 
@@ -200,22 +196,25 @@ def _measure_window(
     return WindowMeasurements(scores, losses, sizes)
 
 
-def _mean_curves(measured: Sequence[WindowMeasurements], grid: CurveGrid) -> LossCurves:
+def _mean_curves(measured: Sequence[WindowMeasurements], grid: CurveGrid, geometry: CacheGeometry) -> LossCurves:
     """Return the mean over the windows, to four digits: more would be noise."""
     losses = {}
     for measure in get_args(LossMeasure):
         if measure in measured[0].losses:
             by_layer = zip(*(window.losses[measure] for window in measured), strict=True)
             means = [torch.stack(layers).mean(0).tolist() for layers in by_layer]
-            losses[measure] = tuple(
+            rounded = (
                 tuple(tuple(tuple(float(f"{loss:.4g}") for loss in row) for row in head) for head in layer)
                 for layer in means
             )
+            losses[measure] = geometry.spread(rounded, ())
     return LossCurves(eviction=DEFAULT_EVICTION.config, entries=grid.entries, bits=grid.bits, losses=losses)
 
 
-def _channel_orders(measured: Sequence[WindowMeasurements]) -> tuple[tuple[str, ...], ...]:
+def _channel_orders(
+    measured: Sequence[WindowMeasurements], geometry: CacheGeometry
+) -> tuple[tuple[str, ...] | None, ...]:
     """Return the channels of every head by their size, the geometric mean over windows, in a plan's notation."""
     sizes = torch.stack([torch.stack(window.channel_sizes) for window in measured])
     orders = sizes.clamp(min=1e-12).log().mean(0).argsort(stable=True, dim=-1, descending=True)
-    return tuple(tuple(bytes(head).hex() for head in layer) for layer in orders.tolist())
+    return geometry.spread((tuple(bytes(head).hex() for head in layer) for layer in orders.tolist()), None)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache
 from typing_extensions import override
 
 from baklava.cache import attention
@@ -49,10 +48,11 @@ def add_reconstruction_scores(loaded: LoadedModel, ids: Int[Tensor, "batch token
             f"a prompt of {ids.shape[1]} tokens and {min(REPEAT_CHUNK_TOKENS, ids.shape[1])} that repeat it exceed the "
             f"{loaded.max_length} positions of {loaded.identity.id}; shorten it or choose another eviction method"
         )
-    cache = Cache(layers=[RepeatingLayer(*pair) for pair in zip(recording.keys, recording.values, strict=True)])
+    layers = [RepeatingLayer(*pair) for pair in zip(recording.keys, recording.values, strict=True)]
     for chunk in _chunks(loaded, ids):
-        loaded.model(chunk, past_key_values=cache, logits_to_keep=1)
-    repeated = [{KVzip().score_key: layer.scores} for layer in cache.layers]
+        # Sliding layers go on from the end of the prompt each time, as the others do.
+        loaded.model(chunk, past_key_values=recording.to_cache(layers), logits_to_keep=1)
+    repeated = [{KVzip().score_key: layer.scores} for layer in layers]
     scores = tuple(own | new for own, new in zip(recording.scores, repeated, strict=True))
     return replace(recording, scores=scores)
 

@@ -12,10 +12,11 @@ from transformers import Cache
 from typing_extensions import override
 
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.recording_layer import Recording, RecordingCache
+from baklava.cache.recording_layer import Recording, RecordingCache, RecordingLayer
 from baklava.errors import UserError
 from baklava.eviction import Eviction, build_eviction
 from baklava.plan.budget_plan import BudgetPlan
+from baklava.plan.geometry import sliding_window_bytes
 from baklava.runtime.context_reconstruction import add_reconstruction_scores
 from baklava.runtime.model_loader import LoadedModel
 
@@ -48,8 +49,7 @@ def prefill_and_record(loaded: LoadedModel, ids: Ids, evictions: Sequence[Evicti
     """Prefill a prompt with the full cache, and score it for these eviction methods.
 
     Raises:
-        UserError: the model has sliding layers, or a method repeats the prompt and the model's positions do not allow
-            it.
+        UserError: a method repeats the prompt and the model's positions do not allow it.
     """
     cache = RecordingCache(loaded.geometry, evictions, ids.shape[1])
     logits = _forward(loaded, ids, cache)
@@ -161,7 +161,7 @@ def make_prefill_task(
     """Return the task that processes prompts as their plan says.
 
     A chunked plan's prompts are processed in its chunks, and a dense plan's in steps of any size. The latter take one
-    step only if the method repeats them, if the model has sliding layers, or if there is an attention mask.
+    step only if the method repeats them, or if there is an attention mask.
 
     Raises:
         UserError: the plan is for another model, or the prompt is empty.
@@ -194,15 +194,12 @@ def prefill_workspace_bytes(plan: BudgetPlan, tokens: int, itemsize: int) -> int
     per_entry = 2 * geometry.head_dim * itemsize + (SCORE_BYTES if plan.eviction.scored else 0)
     queries = min(tokens, sample.window or 0) if sample.single_block else 0
     per_layer = tokens * geometry.kv_heads * per_entry + queries * geometry.query_heads * geometry.head_dim * itemsize
-    return geometry.layers * per_layer
+    return len(geometry.full_attention_layers) * per_layer + sliding_window_bytes(geometry, 8 * itemsize, tokens)
 
 
 def _can_step(plan: BudgetPlan) -> bool:
-    """Whether a dense prompt can be processed in steps: it is not repeated, and no layer has a sliding window."""
-    return (
-        not build_eviction(plan.eviction).query_sample.uses_repetition
-        and len(plan.geometry.full_attention_layers) == plan.geometry.layers
-    )
+    """Whether a dense prompt can be processed in steps: it is not repeated."""
+    return not build_eviction(plan.eviction).query_sample.uses_repetition
 
 
 def _forward(loaded: LoadedModel, ids: Ids, cache: Cache, **padding: Tensor) -> Logits:
@@ -372,10 +369,13 @@ class DensePrefill(PrefillTask):
         return (self._cache, self._logits) if done else None
 
     def _compress_layers(self, count: int) -> None:
-        observation = self._cache.eviction.score_key
-        pairs = list(zip(self._cache.budgeted_layers, self._full.recording_layers, strict=True))
-        for budgeted, full in pairs[self._num_compressed :][:count]:
-            budgeted.load_prompt(full.keys, full.values, full.scores.get(observation))
+        observation, layers = self._cache.eviction.score_key, self._cache.layers
+        for index in range(self._num_compressed, min(self._num_compressed + count, len(layers))):
+            full = self._full.layers[index]
+            if isinstance(full, RecordingLayer):
+                layers[index].load_prompt(full.keys, full.values, full.scores.get(observation))
+            else:
+                layers[index].load(full.snapshot())
             full.release()  # so that the peak is the prompt and one layer of the plan
             self._num_compressed += 1
 

@@ -60,15 +60,14 @@ def profile_with(
     rankings = {name: Ranking(tokens=RANKS[-1], ranks=RANKS, scores=nested(values)) for name, values in named_scores}
     measured = dict.fromkeys(get_args(LossMeasure), nested(losses))
     curves = LossCurves(eviction=EvictionConfig(method="streaming_llm"), entries=ENTRIES, bits=BITS, losses=measured)
-    has_full_attention = not any(windows)
     return Profile(
         model=ModelIdentity(id="tiny", config_hash="abc"),
         geometry=geometry_of(windows),
         windows="none",
         importance={"value": grid, "key": grid},
         layer_importance=layer_importance,
-        rankings=rankings if has_full_attention else {},
-        curves=curves if has_full_attention else None,
+        rankings=rankings,
+        curves=curves,
     )
 
 

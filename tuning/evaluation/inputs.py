@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import cache
 
 from baklava.allocation.plan_spec import ResolvedPlan, resolve_plan
-from baklava.cache.recording_layer import check_recordable
 from baklava.data.documents import load_documents
 from baklava.data.windows import Window, bos_tokens, cut_windows, make_splits, read_windows
 from baklava.errors import UserError, first_duplicate
@@ -54,13 +53,12 @@ def prepare_inputs(settings: EvaluationSettings, loaded: LoadedModel) -> Evaluat
         for spec in settings.plans
     ]
     plans = [replace(named, plan=named.plan.with_prefill_chunk(settings.prefill_chunk)) for named in resolved]
-    _check_recordable(loaded, plans, max_tokens)
+    _check_repeatable(loaded, plans, max_tokens)
     return EvaluationInputs(tuple(plans), tuple(windows), tuple(prompts))
 
 
-def _check_recordable(loaded: LoadedModel, plans: Sequence[ResolvedPlan], max_tokens: int) -> None:
-    """Raise UserError if prefills of this length cannot be recorded for the plans."""
-    check_recordable(loaded.geometry)
+def _check_repeatable(loaded: LoadedModel, plans: Sequence[ResolvedPlan], max_tokens: int) -> None:
+    """Raise UserError if a plan repeats what it prefills and the model's positions do not suffice for that."""
     for resolved in plans:
         uses_repetition = build_eviction(resolved.plan.eviction).query_sample.uses_repetition
         if uses_repetition and max_tokens + REPEAT_OVERHEAD_TOKENS > loaded.max_length:

@@ -60,8 +60,8 @@ def budget_range_for(geometry: CacheGeometry, context_length: int) -> tuple[floa
     eviction = HeavyHitter(centroids=max(CENTROID_CHOICES)).config
     heads = len(geometry.full_attention_layers) * geometry.kv_heads
     min_bytes = heads * head_bytes(geometry, eviction.min_tokens, FULL_BITS, FULL_BITS, eviction)
-    min_bytes += sliding_window_bytes(geometry, FULL_BITS)
-    smallest = MIN_BUDGET_SLACK * min_bytes / full_cache_bytes(geometry, context_length)
+    windows = sliding_window_bytes(geometry, FULL_BITS, context_length)
+    smallest = (windows + MIN_BUDGET_SLACK * min_bytes) / full_cache_bytes(geometry, context_length)
     smallest = min(1.0, max(MIN_BUDGET, smallest))
     return smallest, min(1.0, max(MAX_BUDGET, 2 * smallest))
 

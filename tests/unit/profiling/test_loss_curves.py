@@ -4,12 +4,24 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from model_families import model_pair
 from plan_factory import random_ids
 from torch import Tensor
 
+from baklava.cache.attention import attend_values, attention_probs
 from baklava.data.windows import Window
 from baklava.eviction import HeavyHitter
-from baklava.profiling.loss_curves import CurveGrid, LayerTrace, RetentionModel, layer_losses, trace_layers
+from baklava.plan.geometry import CacheGeometry
+from baklava.profiling.loss_curves import (
+    QUERY_STRIDE,
+    CurveGrid,
+    LayerTrace,
+    RetainedSet,
+    RetentionModel,
+    attention_output,
+    layer_losses,
+    trace_layers,
+)
 from baklava.profiling.profiler import build_ranking, measure_profile
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill_and_record
@@ -128,7 +140,8 @@ def test_the_predicted_loss_is_the_kl_that_a_small_error_makes(tiny: Maker) -> N
 def test_a_ranking_omits_the_sinks_and_falls_with_the_rank() -> None:
     scores = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
     scores[:, :4] = 9.0
-    found = build_ranking([[scores]], sinks=4)
+    geometry = CacheGeometry(layers=1, kv_heads=2, query_group=1, head_dim=8, windows=(None,))
+    found = build_ranking([[scores]], 4, geometry)
     assert found.tokens == 46
     assert found.ranks[0] == 1
     assert found.ranks[-1] == 46
@@ -137,7 +150,25 @@ def test_a_ranking_omits_the_sinks_and_falls_with_the_rank() -> None:
     assert list(head) == sorted(head, reverse=True)
 
 
-def test_a_model_with_sliding_layers_has_importance_only(tiny: Maker) -> None:
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_softcaps_and_learned_sinks_are_part_of_the_attention_that_is_measured(family: str) -> None:
+    loaded, _ = model_pair(family)
+    layers = traces_of(loaded, random_ids(1, CONTEXT + CONTINUATION))
+    assert len(layers) == len(loaded.geometry.full_attention_layers)
+    for layer in layers:
+        at = torch.arange(CONTEXT, CONTEXT + CONTINUATION)[::QUERY_STRIDE]
+        visible = at[:, None] >= torch.arange(CONTEXT + CONTINUATION)
+        probs = attention_probs(
+            layer.query[None, :, :, ::QUERY_STRIDE], layer.key[None], visible[None, None], layer.params
+        )
+        expected = attend_values(probs, layer.value[None])[0]
+        for head in range(2):
+            weights = layer.weights(head, layer.key[head], QUERY_STRIDE)
+            found = attention_output(layer, head, weights, layer.value[head], RetainedSet(visible, None))
+            torch.testing.assert_close(found, expected[head], atol=1e-5, rtol=1e-4)
+
+
+def test_layers_that_slide_have_importance_only() -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -154,6 +185,7 @@ def test_a_model_with_sliding_layers_has_importance_only(tiny: Maker) -> None:
     loaded = LoadedModel.of(Qwen2ForCausalLM(config).eval(), tokenizer=None, id="sliding")
     ids = tuple(random_ids(1, 40)[0].tolist())
     measured = measure_profile(loaded, [Window("w", "d", ids, 30)])
-    assert measured.rankings == {}
-    assert measured.curves is None
+    assert measured.curves is not None
+    for layers in (*measured.curves.losses.values(), *(ranking.scores[0] for ranking in measured.rankings.values())):
+        assert [len(layer) for layer in layers] == [2, 0]
     assert len(measured.importance["value"]) == 2

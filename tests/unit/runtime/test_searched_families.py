@@ -1,0 +1,218 @@
+"""Models whose layers are not all of one kind are profiled, scored, searched and served as those with full attention."""
+
+from typing import Any
+
+import pytest
+import torch
+from model_families import FAMILIES, model_pair
+from plan_factory import random_ids, with_chunked_prefill
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+from torch.testing import assert_close
+from transformers import DynamicCache
+
+from baklava.allocation import METHODS, allocate
+from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.data.windows import Window
+from baklava.evaluation.window_scoring import prefill_window, score_plan
+from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KVzip, StreamingLLM
+from baklava.plan.budget_plan import AllocationConfig, BudgetPlan, LayerBudget, full_cache_plan
+from baklava.profiling.profiler import measure_profile
+from baklava.runtime.batched_forward import TokenChunk, batched_forward, decode_step
+from baklava.runtime.logprobs import score_continuations
+from baklava.runtime.model_loader import LoadedModel
+from baklava.runtime.prefill import DensePrefill, compress, prefill, prefill_and_record, prefill_workspace_bytes
+
+CONTEXT, CONTINUATION = 70, 30
+MIXED_FAMILIES = [
+    name for name in FAMILIES if any(window is not None for window in model_pair(name)[0].geometry.windows)
+]
+EVICTIONS = [
+    StreamingLLM(sinks=2),
+    HeavyHitter(sinks=2, eviction_interval=4, distance=0, centroids=2),
+    KVzip(sinks=2, eviction_interval=4),
+    ExpectedAttention(sinks=2, eviction_interval=4, window=20),
+]
+
+every_mixed_family = pytest.mark.parametrize("family", MIXED_FAMILIES)
+every_eviction = pytest.mark.parametrize("eviction", EVICTIONS, ids=lambda eviction: eviction.name)
+
+
+def tight_plan(loaded: LoadedModel, eviction: Eviction, bits: Any = 32) -> BudgetPlan:
+    """Return a plan of 14 to 33 entries per head."""
+    geometry = loaded.geometry
+    same = (bits,) * geometry.kv_heads
+    capacities = [tuple(14 + (7 * layer + 5 * head) % 20 for head in range(geometry.kv_heads)) for layer in range(9)]
+    layers = [LayerBudget(tokens=row, key_bits=same, value_bits=same) for row in capacities]
+    return BudgetPlan(
+        model=loaded.identity,
+        geometry=geometry,
+        context_length=CONTEXT + CONTINUATION,
+        eviction=eviction.config,
+        allocation=AllocationConfig(method="by hand", budget=1.0),
+        layers=geometry.spread(layers, None),
+        sliding_bits=max(16, bits),
+    )
+
+
+def text() -> Window:
+    return Window("w", "d", tuple(random_ids(1, CONTEXT + CONTINUATION)[0].tolist()), CONTEXT)
+
+
+@torch.inference_mode()
+def decoded_logits(loaded: LoadedModel, cache: BudgetedCache, tokens: Tensor) -> Tensor:
+    """Logits after each token, one by one."""
+    steps = [loaded.model(token[None, None], past_key_values=cache).logits[0] for token in tokens]
+    return torch.cat(steps)
+
+
+@torch.inference_mode()
+def slow_score(loaded: LoadedModel, window: Window, plan: BudgetPlan) -> tuple[float, float]:
+    """(NLL, KL to transformers' own cache) of the continuation, one token per forward as a server decodes."""
+    ids = torch.tensor([window.ids])
+    context, rest = ids[:, :CONTEXT], ids[0, CONTEXT:]
+    full, (budgeted, first) = DynamicCache(config=loaded.model.config), prefill(loaded, plan, context)
+    expected = [loaded.model(context, past_key_values=full).logits[0, -1:]]
+    expected += [loaded.model(token[None, None], past_key_values=full).logits[0] for token in rest[:-1]]
+    theirs = torch.cat(expected).log_softmax(-1)
+    ours = torch.cat([first, decoded_logits(loaded, budgeted, rest[:-1])]).log_softmax(-1)
+    assert budgeted.nbytes <= plan.bytes_per_sequence
+    kl = kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    return float(cross_entropy(ours, rest)), float(kl)
+
+
+@every_mixed_family
+@every_eviction
+@pytest.mark.parametrize("bits", [32, 16])
+def test_the_fast_score_is_that_of_the_cache_as_it_is_served(family: str, eviction: Eviction, bits: int) -> None:
+    loaded, _ = model_pair(family)
+    plan = tight_plan(loaded, eviction, bits)
+    fast = score_plan(loaded, prefill_window(loaded, text(), [eviction]), plan)
+    nll, kl = slow_score(loaded, text(), plan)
+    assert fast.nll == pytest.approx(nll, abs=1e-4 if bits == 32 else 1e-3)
+    assert fast.kl == pytest.approx(kl, abs=2e-3)
+    assert fast.kl > 1e-3
+    assert fast.allocated_bytes <= plan.bytes_per_sequence
+
+
+@every_mixed_family
+def test_a_plan_that_covers_the_text_loses_nothing(family: str) -> None:
+    loaded, _ = model_pair(family)
+    plan = full_cache_plan(loaded.identity, loaded.geometry, CONTEXT + CONTINUATION, bits=32)
+    score = score_plan(loaded, prefill_window(loaded, text(), ()), plan)
+    assert score.kl < 1e-6
+    assert score.dnll == pytest.approx(0, abs=1e-4)
+    nll, _ = slow_score(loaded, text(), plan)
+    assert score.nll_full == pytest.approx(nll, abs=1e-4)
+
+
+@torch.inference_mode()
+@every_mixed_family
+@every_eviction
+def test_a_recorded_prompt_continues_as_a_prefilled_one(family: str, eviction: Eviction) -> None:
+    loaded, _ = model_pair(family)
+    plan, ids, rest = tight_plan(loaded, eviction), random_ids(2, CONTEXT), random_ids(1, 20, seed=7)[0]
+    recorded = prefill_and_record(loaded, ids, [eviction])
+    (first, logits), (second, expected) = compress(loaded, recorded, plan), prefill(loaded, plan, ids)
+    assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    for token in rest:
+        step = token.expand(2, 1)
+        ours, theirs = (loaded.model(step, past_key_values=cache).logits for cache in (first, second))
+        assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    again, _ = compress(loaded, recorded, plan)  # the recording is as it was
+    fresh, _ = prefill(loaded, plan, ids)
+    ours, theirs = (loaded.model(ids[:, :1], past_key_values=cache).logits for cache in (again, fresh))
+    assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+@every_mixed_family
+@pytest.mark.parametrize("eviction", [*EVICTIONS[:2], EVICTIONS[3]], ids=lambda eviction: eviction.name)
+def test_a_prompt_in_steps_is_cached_as_in_one(family: str, eviction: Eviction) -> None:
+    loaded, _ = model_pair(family)
+    plan, ids, rest = tight_plan(loaded, eviction, 16), random_ids(1, CONTEXT), random_ids(1, 20, seed=7)[0]
+    whole, expected = prefill(loaded, plan, ids)
+    task = DensePrefill(loaded, plan, ids, None)
+    promised = plan.bytes_per_sequence + prefill_workspace_bytes(plan, CONTEXT, 4)
+    while (result := task.step(17)) is None:
+        assert task.nbytes <= promised
+    assert_close(result[1], expected, atol=1e-4, rtol=1e-4)
+    assert_close(decoded_logits(loaded, result[0], rest), decoded_logits(loaded, whole, rest), atol=2e-3, rtol=1e-3)
+    result[0].check_integrity(CONTEXT + len(rest))
+
+
+@torch.inference_mode()
+@every_mixed_family
+@pytest.mark.parametrize("chunk", [9, 33])
+def test_a_prompt_in_chunks_that_the_budget_covers_changes_nothing(family: str, chunk: int) -> None:
+    loaded, eager = model_pair(family)
+    ids, mask = random_ids(2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[0, :13] = 0
+    plan = with_chunked_prefill(full_cache_plan(loaded.identity, loaded.geometry, 90, bits=32), chunk)
+    cache, logits = prefill(loaded, plan, ids, mask)
+    assert_close(logits, eager(ids, attention_mask=mask, use_cache=False).logits[:, -1], atol=1e-4, rtol=1e-4)
+    assert cache.get_seq_length() == 60
+
+
+@torch.inference_mode()
+@every_mixed_family
+@every_eviction
+def test_sequences_decode_together_and_from_copies_as_alone(family: str, eviction: Eviction) -> None:
+    loaded, _ = model_pair(family)
+    plan, prompts = tight_plan(loaded, eviction), [random_ids(1, n, seed=n) for n in (25, 40, 61)]
+    caches = [prefill(loaded, plan, ids)[0] for ids in prompts]
+    kept = [cache.copy() for cache in caches]
+    rest = random_ids(3, 12, seed=5)
+    alone = torch.stack([decoded_logits(loaded, own, row) for own, row in zip(caches, rest, strict=True)], 1)
+    together = torch.stack([decode_step(loaded, kept, tokens.tolist()) for tokens in rest.T])
+    assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    chunk = random_ids(1, 21, seed=9)[0]
+    copied, whole = kept[1].copy(), kept[1].copy()
+    expected = loaded.model(chunk[None], past_key_values=whole).logits[:, -1]
+    chunks = [TokenChunk(kept[0], chunk[:1]), TokenChunk(copied, chunk)]
+    logits, errors = batched_forward(loaded, chunks)
+    assert errors == {}
+    assert_close(logits[1:], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+@every_mixed_family
+def test_rows_take_what_every_layer_holds_along(family: str) -> None:
+    loaded, _ = model_pair(family)
+    plan, ids, rows = tight_plan(loaded, EVICTIONS[1]), random_ids(3, CONTEXT), torch.tensor([2, 0, 0, 1])
+    token = random_ids(4, 1, seed=3)
+    cache, _ = prefill(loaded, plan, ids)
+    cache.batch_select_indices(rows)
+    expected, _ = prefill(loaded, plan, ids[rows])
+    ours, theirs = (loaded.model(token, past_key_values=each).logits for each in (cache, expected))
+    assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    cache.reorder_cache(torch.tensor([3, 2, 1, 0]))
+    expected.reset()
+    text_of = torch.cat([ids[rows], token], 1)[[3, 2, 1, 0]]
+    loaded.model(text_of[:, :-1], past_key_values=expected)
+    loaded.model(text_of[:, -1:], past_key_values=expected)
+    ours, theirs = (loaded.model(token, past_key_values=each).logits for each in (cache, expected))
+    assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert cache.nbytes <= 4 * plan.bytes_per_sequence
+
+
+@every_mixed_family
+def test_every_allocation_finds_a_plan_in_the_profile_and_stays_within_its_bytes(family: str) -> None:
+    loaded, _ = model_pair(family)
+    profile = measure_profile(loaded, [text()])
+    tokens = CONTEXT + CONTINUATION
+    prefilled = prefill_window(loaded, text(), [HeavyHitter()])
+    for name in METHODS:
+        eviction = HeavyHitter(eviction_interval=4)
+        plan = allocate(profile, budget=0.8, context_length=tokens, method=METHODS[name](), eviction=eviction)
+        assert plan.ratio <= 0.8
+        assert score_plan(loaded, prefilled, plan).allocated_bytes <= plan.bytes_per_sequence
+
+
+@every_mixed_family
+def test_continuations_are_scored_as_they_decode(family: str) -> None:
+    loaded, _ = model_pair(family)
+    plan, window = tight_plan(loaded, EVICTIONS[1]), text()
+    scored = score_continuations(loaded, plan, window.ids[:CONTEXT], [window.ids[CONTEXT:], window.ids[:3]])
+    nll, _ = slow_score(loaded, window, plan)
+    assert scored[0].log_prob == pytest.approx(-nll * CONTINUATION, abs=2e-3)
