@@ -30,7 +30,7 @@ from baklava.plan.budget_plan import (
     PrefillConfig,
     Provenance,
 )
-from baklava.plan.geometry import FULL_BITS, CacheGeometry, full_cache_bytes, sliding_window_bytes
+from baklava.plan.geometry import FULL_BITS, CacheGeometry, full_cache_bytes, unbudgeted_bytes
 from baklava.profiling.profile import Profile
 
 _METHODS: tuple[type[Allocation], ...] = (
@@ -175,22 +175,22 @@ def budget_limits(
     """
     check_budget(budget)
     full_bytes = full_cache_bytes(geometry, context_length)
-    # Sliding layers keep their window whatever the plan says; only the rest can be spent.
-    windows = sliding_window_bytes(geometry, FULL_BITS, context_length)
-    budget_bytes = int(budget * full_bytes) - windows
+    # Sliding windows and states stay whatever the plan says; only the rest can be spent.
+    fixed = unbudgeted_bytes(geometry, FULL_BITS, context_length)
+    budget_bytes = int(budget * full_bytes) - fixed
     # A scored head needs the tokens of one interval on top of the text to never evict; a ring buffer does not.
     max_tokens = context_length + (eviction.eviction_interval if eviction.scored else 0)
     min_tokens = eviction.min_tokens
     limits = Limits(geometry, eviction, max(0, budget_bytes), min_tokens, max_tokens, bits, mixed_precision)
     # Rounded up to four digits
-    smallest = math.ceil((windows + limits.min_bytes) / full_bytes * 1e4) / 1e4
+    smallest = math.ceil((fixed + limits.min_bytes) / full_bytes * 1e4) / 1e4
     raise_it = (
         f"raise it to at least {smallest:g}" if smallest <= 1 else f"no budget suffices for {context_length} tokens"
     )
     if budget_bytes < 0:
         raise UserError(
-            f"budget {budget:g} is {int(budget * full_bytes):,} bytes, but the sliding windows alone take {windows:,}, "
-            f"which no plan changes; {raise_it}"
+            f"budget {budget:g} is {int(budget * full_bytes):,} bytes, but the {geometry.unbudgeted} alone take "
+            f"{fixed:,}, which no plan changes; {raise_it}"
         )
     entries_per_head = limits.total_entries // limits.num_heads
     if entries_per_head < min_tokens:

@@ -156,7 +156,7 @@ def head_importance(profile: Profile, source: ImportanceSource = "value", reduct
             f"the profile of {profile.model.id} has no source {source!r}; choose one of {', '.join(profile.importance)}"
         )
     geometry = profile.geometry
-    importance = np.array(profile.importance[source])[list(geometry.full_attention_layers)]
+    importance = np.array([profile.importance[source][layer] for layer in geometry.full_attention_layers])
     grouped = importance.reshape(-1, geometry.kv_heads, geometry.query_group)
     return np.maximum(REDUCTIONS[reduction](grouped, axis=2), 0)
 

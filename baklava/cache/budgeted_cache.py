@@ -7,20 +7,19 @@ from typing import Any, SupportsIndex
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
 from baklava.cache import attention
 from baklava.cache.budgeted_layer import BudgetedLayer, Padding
 from baklava.cache.recording_layer import Recording
 from baklava.cache.sliding_layer import SlidingLayer
+from baklava.cache.state_layer import NoAttentionLayer, StatefulCache, new_states, unbudgeted_layer
 from baklava.errors import UserError
 from baklava.eviction import build_eviction
 from baklava.plan.budget_plan import BudgetPlan
 
 
-class BudgetedCache(Cache):
+class BudgetedCache(StatefulCache):
     """A KV cache with a budget for every (layer, KV head), for models with attn_implementation="baklava".
 
     Each layer attends to its whole prompt and then compresses it to its budget, so memory peaks at the plan plus one
@@ -43,12 +42,13 @@ class BudgetedCache(Cache):
             )
         self._last_updated = 0
         padding = Padding()
-        super().__init__(layers=[self._layer(index, padding) for index in range(len(plan.layers))])
+        layers = [self._layer(index, padding) for index in range(len(plan.layers))]
+        super().__init__(layers, new_states(plan.geometry))
 
-    def _layer(self, index: int, padding: Padding) -> CacheLayerMixin:
+    def _layer(self, index: int, padding: Padding) -> BudgetedLayer | SlidingLayer | NoAttentionLayer:
         plan = self.plan
         if (budget := plan.layers[index]) is None:
-            return SlidingLayer(plan.geometry.windows[index], plan.sliding_bits)
+            return unbudgeted_layer(plan.geometry.windows[index] or 0, plan.sliding_bits)
         channels = plan.key_channels[index] if plan.key_channels else None
         return BudgetedLayer(budget, self.eviction, plan.prefill.chunk_size, padding, channels, self.max_tokens)
 
@@ -61,6 +61,8 @@ class BudgetedCache(Cache):
             layer.copy(max_tokens, memo) if isinstance(layer, BudgetedLayer) else copy.deepcopy(layer, memo)
             for layer in self.layers
         ]
+        for index, state in self.states.items():
+            copied.states[index].load(state.snapshot())
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BudgetedCache":
@@ -83,8 +85,7 @@ class BudgetedCache(Cache):
                 "the plan prefills in chunks, so its cache cannot be made from a dense recording; prefill with the plan"
             )
         cache = cls(plan, max_tokens)
-        for index, snapshot in recording.sliding.items():
-            cache.layers[index].load(snapshot)
+        recording.load_unbudgeted(cache)
         layers = zip(cache.budgeted_layers, recording.keys, recording.values, recording.scores, strict=True)
         for layer, key, value, scores in layers:
             if cache.eviction.scored and cache.eviction.score_key not in scores:
@@ -116,13 +117,8 @@ class BudgetedCache(Cache):
 
     @property
     def budgeted_layers(self) -> list[BudgetedLayer]:
-        """The layers with a budget, in order; sliding layers have none."""
+        """The layers with a budget, in order: those with full attention."""
         return [layer for layer in self.layers if isinstance(layer, BudgetedLayer)]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the whole batch has allocated, as the allocator counts them."""
-        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def reserved_bytes(self) -> int:
@@ -138,7 +134,7 @@ class BudgetedCache(Cache):
         """Return the positions that a KV head caches for a row, ascending, counted from the row's first real token."""
         budgeted = self.layers[layer]
         if not isinstance(budgeted, BudgetedLayer):
-            raise UserError(f"layer {layer} is a sliding layer and has no budget; choose a full-attention layer")
+            raise UserError(f"layer {layer} has no budget; choose a layer with full attention")
         return budgeted.cached_positions(head, row)
 
     def check_integrity(self, num_tokens: int) -> None:
@@ -155,11 +151,13 @@ class BudgetedCache(Cache):
         """
         for index, layer in enumerate(self.layers):
             self._check_attended(index)
-            if layer.get_seq_length() != num_tokens:
+            if not isinstance(layer, NoAttentionLayer) and layer.get_seq_length() != num_tokens:
                 raise RuntimeError(
                     f"layer {index} of the cache has seen {layer.get_seq_length()} tokens of {num_tokens}, so the plan "
                     "was not applied"
                 )
+        if unseen := [index for index in self.states if not self.has_previous_state(index)]:
+            raise RuntimeError(f"the states of the layers {unseen} have seen no token")
         for index, layer in enumerate(self.budgeted_layers):
             for group in layer.groups:
                 positions = group.cached_positions()

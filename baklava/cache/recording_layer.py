@@ -22,10 +22,10 @@ from baklava.cache.attention import (
 )
 from baklava.cache.head_groups import AttentionInputs, ScoreAccumulator, first_sampled_query, update_scores
 from baklava.cache.sliding_layer import LayerSnapshot, SlidingLayer
+from baklava.cache.state_layer import StatefulCache, new_states, unbudgeted_layer
 from baklava.cache.storage import count_bytes
 from baklava.eviction import Eviction, QuerySample
 from baklava.plan.geometry import CacheGeometry
-
 
 UNROUNDED_BITS = 32
 """Bits of the entries of sliding layers while a prompt is recorded: those of the model, if it computes in fewer."""
@@ -134,7 +134,8 @@ class Recording:
         keys: keys of every layer with full attention.
         values: their values.
         scores: their scores of each recorded observation.
-        sliding: the other layers by index, which keep their window as transformers does.
+        sliding: the layers with a sliding window by index, which keep it as transformers does.
+        states: the states of the layers that have one.
     """
 
     geometry: CacheGeometry
@@ -142,6 +143,7 @@ class Recording:
     values: tuple[Tensor, ...]
     scores: tuple[dict[Any, Tensor], ...]
     sliding: dict[int, LayerSnapshot]
+    states: dict[int, LayerSnapshot]
 
     def to_dynamic_cache(self) -> Cache:
         """Return transformers' own cache with all of the prompt; updating it does not change the recording."""
@@ -152,15 +154,25 @@ class Recording:
         return self.to_cache(layers)
 
     def to_cache(self, full_attention_layers: Sequence[CacheLayerMixin]) -> Cache:
-        """Return a cache of these layers, and of copies of the sliding ones, in the order of the model."""
-        layers = list(self.geometry.spread(full_attention_layers, None))
+        """Return a cache of these layers, and of copies of all that the others hold, in the order of the model."""
+        full = iter(full_attention_layers)
+        layers = [
+            next(full) if window is None else unbudgeted_layer(window, UNROUNDED_BITS)
+            for window in self.geometry.windows
+        ]
+        cache = StatefulCache(layers, new_states(self.geometry))
+        self.load_unbudgeted(cache)
+        return cache
+
+    def load_unbudgeted(self, cache: StatefulCache) -> None:
+        """Let the layers of a cache that have no budget continue from here, with tensors of their own."""
         for index, snapshot in self.sliding.items():
-            layers[index] = SlidingLayer(self.geometry.windows[index], UNROUNDED_BITS)
-            layers[index].load(snapshot)
-        return Cache(layers=layers)
+            cache.layers[index].load(snapshot)
+        for index, snapshot in self.states.items():
+            cache.states[index].load(snapshot)
 
 
-class RecordingCache(Cache):
+class RecordingCache(StatefulCache):
     """The full cache of one prompt, from which budgeted caches are made.
 
     Args:
@@ -175,10 +187,11 @@ class RecordingCache(Cache):
         scoring = [eviction for eviction in evictions if eviction.scored and not eviction.query_sample.uses_repetition]
         distinct = list({eviction.score_key: eviction for eviction in scoring}.values())
         super().__init__(
-            layers=[
-                RecordingLayer(prompt_tokens, distinct) if window is None else SlidingLayer(window, UNROUNDED_BITS)
+            [
+                RecordingLayer(prompt_tokens, distinct) if window is None else unbudgeted_layer(window, UNROUNDED_BITS)
                 for window in geometry.windows
-            ]
+            ],
+            new_states(geometry),
         )
 
     def to_recording(self) -> Recording:
@@ -188,9 +201,5 @@ class RecordingCache(Cache):
         sliding = {
             index: layer.snapshot() for index, layer in enumerate(self.layers) if isinstance(layer, SlidingLayer)
         }
-        return Recording(self.geometry, keys, values, tuple(layer.scores for layer in layers), sliding)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated, over the whole batch."""
-        return sum(layer.nbytes for layer in self.layers)
+        states = {index: state.snapshot() for index, state in self.states.items()}
+        return Recording(self.geometry, keys, values, tuple(layer.scores for layer in layers), sliding, states)

@@ -16,8 +16,8 @@ from baklava.cache.storage import stored_dtype
 class LayerSnapshot:
     """What a layer without a budget holds after some tokens of a prompt."""
 
-    tensors: tuple[Tensor, ...]
-    num_tokens: int
+    tensors: dict[str, Tensor]
+    num_tokens: int = 0
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):
@@ -61,11 +61,11 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         """Return what the layer holds after some tokens."""
         assert self.keys is not None
         assert self.values is not None
-        return LayerSnapshot((self.keys, self.values), self.cumulative_length)
+        return LayerSnapshot({"keys": self.keys, "values": self.values}, self.cumulative_length)
 
     def load(self, snapshot: LayerSnapshot) -> None:
         """Continue from a snapshot, with tensors of its own."""
-        key, value = snapshot.tensors
+        key, value = snapshot.tensors["keys"], snapshot.tensors["values"]
         self.lazy_initialization(key, value)
         dtype = stored_dtype(key.dtype, self.bits)
         self.keys, self.values = key.to(dtype, copy=True), value.to(dtype, copy=True)

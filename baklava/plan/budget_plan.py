@@ -19,6 +19,7 @@ from baklava.plan.geometry import (
     full_cache_bytes,
     sliding_window_bytes,
     tensor_bytes,
+    unbudgeted_bytes,
 )
 from baklava.serialization import FrozenModel, atomic_write_text
 
@@ -159,7 +160,7 @@ class BudgetPlan(FrozenModel):
 
     Attributes:
         context_length: tokens at which `ratio` is stated.
-        layers: budgets of each layer; None for a sliding layer, which keeps its window of tokens.
+        layers: budgets of each layer with full attention; None for the others.
         key_channels: per layer and KV head, its channels in descending order of importance to the attention, as two
             hexadecimal digits each. The first half takes more of the bits of a quantized key (see `bit_split`).
         sliding_bits: bits of the entries of sliding layers.
@@ -227,7 +228,7 @@ class BudgetPlan(FrozenModel):
 
     @property
     def tokens(self) -> list[list[int]]:
-        """Capacity in entries per layer and KV head; an empty row for a sliding layer."""
+        """Capacity in entries per layer and KV head; an empty row for a layer without a budget."""
         return [list(layer.tokens) if layer else [] for layer in self.layers]
 
     @property
@@ -244,7 +245,7 @@ class BudgetPlan(FrozenModel):
             if layer
             for head in zip(layer.tokens, layer.key_bits, layer.value_bits, strict=True)
         )
-        return budgeted + sliding_window_bytes(self.geometry, self.sliding_bits, max_tokens)
+        return budgeted + unbudgeted_bytes(self.geometry, self.sliding_bits, max_tokens)
 
     @property
     def full_bytes_per_sequence(self) -> int:
@@ -321,7 +322,7 @@ def full_cache_plan(
         context_length=context_length,
         eviction=EvictionConfig(method="streaming_llm", sinks=sinks),
         allocation=AllocationConfig(method="full", budget=bits / FULL_BITS),
-        layers=tuple(layer if window is None else None for window in geometry.windows),
+        layers=geometry.spread([layer] * len(geometry.full_attention_layers), None),
         sliding_bits=bits,
     )
 

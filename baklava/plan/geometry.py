@@ -1,5 +1,6 @@
 """The shape of a model's KV cache, and the bytes that caches of this shape take."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable
@@ -52,8 +53,10 @@ class CacheGeometry(FrozenModel):
 
     Attributes:
         query_group: number of query heads that share one KV head.
-        windows: per layer, None for full attention, or the tokens of a sliding window. Only layers with full attention
-            get a budget; transformers bounds the others itself.
+        windows: per layer, None for full attention, the tokens of a sliding window, or 0 for a layer without attention.
+            Only layers with full attention get a budget; transformers bounds the others itself.
+        states: per layer, the numbers of each of its states: those of a recurrence or a convolution, which do not grow
+            with the text. Empty if no layer has one.
     """
 
     layers: int
@@ -61,6 +64,7 @@ class CacheGeometry(FrozenModel):
     query_group: int
     head_dim: int
     windows: tuple[int | None, ...]
+    states: tuple[tuple[int, ...], ...] = ()
 
     @property
     def query_heads(self) -> int:
@@ -71,6 +75,12 @@ class CacheGeometry(FrozenModel):
     def full_attention_layers(self) -> tuple[int, ...]:
         """Indices of the layers with full attention."""
         return tuple(layer for layer, window in enumerate(self.windows) if window is None)
+
+    @property
+    def unbudgeted(self) -> str:
+        """What the model keeps beside the layers with full attention, in words."""
+        kinds = {"sliding windows": any(self.windows), "recurrent states": bool(self.states)}
+        return " and ".join(kind for kind, exists in kinds.items() if exists)
 
     def spread(self, values: Iterable[Value], other: Value) -> tuple[Value, ...]:
         """Return a value per layer: those of the layers with full attention, in order, and `other` for the rest."""
@@ -85,19 +95,26 @@ class CacheGeometry(FrozenModel):
             UserError: no layer has full attention, layers differ in shape, or a layer has no KV cache to budget.
         """
         config = config.get_text_config(decoder=True)
-        heads, kv_heads, head_dim = _heads(config)
+        kinds, windows = _layer_kinds(config)
+        if None not in windows:
+            present = sorted({kind.replace("_", " ") for kind in kinds} - {"dummy"})
+            raise UserError(
+                f"{config.model_type} has {len(windows)} layers of {' and '.join(present)} and none with full "
+                "attention, so there is nothing to budget; choose a model with full-attention layers"
+            )
+        if _STATEFUL & set(kinds):
+            heads, kv_heads, head_dim, states = _probe_states(config, windows)
+        else:
+            heads, kv_heads, head_dim = _heads(config)
+            states = ()
         geometry = cls(
-            layers=config.num_hidden_layers,
+            layers=len(windows),
             kv_heads=kv_heads,
             query_group=heads // kv_heads,
             head_dim=head_dim,
-            windows=_windows(config),
+            windows=windows,
+            states=states,
         )
-        if not geometry.full_attention_layers:
-            raise UserError(
-                f"{config.model_type} has {geometry.layers} sliding layers and none with full attention, so there is "
-                "nothing to budget; choose a model with full-attention layers"
-            )
         return geometry
 
 
@@ -106,11 +123,7 @@ def _heads(config: Any) -> tuple[int, int, int]:
     if None in shapes:
         raise UserError(f"{config.model_type} has no attention heads, so no KV cache to budget; choose another model")
     if len(shapes) > 1 or _field(config, "kv_lora_rank"):
-        grids = sorted(shape[1:] for shape in shapes if shape)
-        raise UserError(
-            f"{config.model_type} has KV heads of different shapes {grids} or a latent cache; baklava budgets models "
-            "whose layers share one (KV heads, head_dim); choose another model"
-        )
+        raise _uneven(config, sorted(shape[1:] for shape in shapes if shape))
     return next(shape for shape in shapes if shape)
 
 
@@ -131,24 +144,91 @@ def _field(config: Any, name: str) -> Any:
         return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
-def _windows(config: Any) -> tuple[int | None, ...]:
-    # transformers owns the rule for which layer slides; it is imported here so that light processes never load it.
+_STATEFUL = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+"""Types of layers with a state; the hybrid ones attend as well."""
+
+_LAYER_TYPES = {"full_attention", "sliding_attention", "dummy"} | _STATEFUL
+
+
+def _layer_kinds(config: Any) -> tuple[list[str], tuple[int | None, ...]]:
+    """Return what each layer is, as transformers calls it, and its window."""
+    # transformers owns the rule for what a layer is; it is imported here so that light processes never load it.
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     types, kwargs = get_layer_types_and_kwargs(config)
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-    if unknown:
+    if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise UserError(
-            f"{config.model_type} has layers of type {', '.join(unknown)}; baklava serves full_attention and "
-            "sliding_attention layers; choose another model"
+            f"{config.model_type} has layers that share the keys of others, which are evicted before these read them; "
+            "choose another model"
         )
-    return tuple(layer.get("sliding_window") for layer in kwargs)
+    if unknown := sorted(set(types) - _LAYER_TYPES):
+        raise UserError(
+            f"{config.model_type} has layers of type {', '.join(unknown)}, but baklava serves only full, sliding and "
+            "linear attention and convolutions; choose another model"
+        )
+    without_attention = ("linear_attention", "conv", "dummy")
+    windows = [
+        0 if kind in without_attention else layer.get("sliding_window")
+        for kind, layer in zip(types, kwargs, strict=True)
+    ]
+    return types, tuple(windows)
+
+
+def _probe_states(config: Any, windows: tuple[int | None, ...]) -> tuple[int, int, int, tuple[tuple[int, ...], ...]]:
+    """Return query heads, KV heads, head_dim, and the sizes of the states: what a forward without weights caches."""
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    config = copy.deepcopy(config)  # a model writes into its config
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
+            cache = DynamicCache(config=config)
+            model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    except ValueError as error:
+        raise UserError(
+            f"{config.model_type} keeps its states in no cache that can be replaced ({error}); choose another model"
+        ) from None
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{config.model_type} does not run on shapes alone ({str(error).splitlines()[0]}), so the size of its "
+            "states is unknown; choose another model"
+        ) from None
+    states, shapes = [], set()
+    for index, (layer, window) in enumerate(zip(cache.layers, windows, strict=True)):
+        conv, recurrent = (getattr(layer, name, {}) for name in ("conv_states", "recurrent_states"))
+        sizes = [sum(part.numel() for part in (conv[number], recurrent[number]) if part is not None) for number in conv]
+        if conv and not all(sizes):
+            raise UserError(
+                f"layer {index} of {config.model_type} keeps its state outside of the cache, where rows, copies and "
+                "prefixes cannot take it along; choose another model"
+            )
+        states.append(tuple(sizes))
+        if window != 0:
+            shapes.add((layer.keys.shape[1], layer.keys.shape[3]))
+            shapes.add((layer.values.shape[1], layer.values.shape[3]))
+    if not shapes:
+        raise UserError(f"{config.model_type} has no attention heads, so no KV cache to budget; choose another model")
+    if len(shapes) > 1:
+        raise _uneven(config, sorted(shapes))
+    ((kv_heads, head_dim),) = shapes
+    return config.num_attention_heads, kv_heads, head_dim, tuple(states)
+
+
+def _uneven(config: Any, shapes: Iterable[tuple[int, ...]]) -> UserError:
+    return UserError(
+        f"{config.model_type} has KV heads of different shapes {list(shapes)} or a latent cache; baklava budgets "
+        "models whose layers share one (KV heads, head_dim); choose another model"
+    )
 
 
 BitSplit = tuple[tuple[int, int], ...]
 """How the channels of a key or value are stored: pairs of (number of channels, bits), the most important first."""
 
 DenseBits = Literal[32, 16]
+
+STATE_BYTES = 4
+"""Bytes of a number of a state: models keep them in float32, whatever else they compute in."""
 
 FULL_BITS = 16
 """Bits of an element of the full cache that a ratio refers to."""
@@ -197,10 +277,22 @@ def tensor_bytes(tokens: int, split: BitSplit, dense: int) -> int:
 
 
 def full_cache_bytes(geometry: CacheGeometry, context_length: int) -> int:
-    """Return the bytes of transformers' own cache of one sequence in 16 bits; sliding layers count their window."""
+    """Return the bytes of transformers' own cache of one sequence in 16 bits; states count 32."""
     entries = len(geometry.full_attention_layers) * geometry.kv_heads * context_length
     payload = entries * 2 * geometry.head_dim * FULL_BITS // 8
-    return payload + sliding_window_bytes(geometry, FULL_BITS, context_length)
+    return payload + unbudgeted_bytes(geometry, FULL_BITS, context_length)
+
+
+def unbudgeted_bytes(geometry: CacheGeometry, bits: int, max_tokens: int | None = None) -> int:
+    """Return the bytes of all that has no budget: sliding windows with entries in `bits`, and states.
+
+    Args:
+        geometry: the model's cache.
+        bits: bits of the entries of sliding layers.
+        max_tokens: length that the sequence cannot exceed (None: any).
+    """
+    states = STATE_BYTES * sum(sum(sizes) for sizes in geometry.states)
+    return sliding_window_bytes(geometry, bits, max_tokens) + states
 
 
 def sliding_window_bytes(geometry: CacheGeometry, bits: int, max_tokens: int | None = None) -> int:

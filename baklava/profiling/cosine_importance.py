@@ -7,10 +7,10 @@ from typing import Any, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Module, ModuleList
 from torch.nn.functional import cosine_similarity
 
 from baklava.cache import attention
-from baklava.errors import UserError
 from baklava.profiling.profile import ImportanceSource
 from baklava.runtime.model_loader import LoadedModel
 
@@ -25,47 +25,69 @@ class CosineImportance:
             source: [[] for _ in layers] for source in get_args(ImportanceSource)
         }
         self._by_layer: list[list[Tensor]] = [[] for _ in layers]
-        self._hidden: dict[int, Tensor] = {}
+        self._inputs: dict[int, Tensor] = {}
+        self._attended: set[int] = set()
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Measure the forwards in this context; hooks are removed at its end."""
-        hooks = [
-            hook for index, layer in enumerate(_decoder_layers(self.loaded)) for hook in self._add_hooks(index, layer)
-        ]
+        hooks = [hook for block, attends in _attention_modules(self.loaded) for hook in self._add_hooks(block, attends)]
         try:
             with attention.attention_hook(self._on_attention):
                 yield
         finally:
             for hook in hooks:
                 hook.remove()
+            self._inputs.clear()
 
-    def head_similarity(self) -> dict[ImportanceSource, Float[Tensor, "layers query_heads"]]:
-        """Return the mean similarity per source, layer and query head."""
-        measured = {source: layers for source, layers in self._by_head.items() if layers[0]}
-        return {source: torch.stack([_mean(layer) for layer in layers]) for source, layers in measured.items()}
+    def head_similarity(self) -> dict[ImportanceSource, list[Float[Tensor, " query_heads"]]]:
+        """Return the mean similarity per source, layer and query head; empty if a layer does not attend."""
+        measured = {source: layers for source, layers in self._by_head.items() if any(layers)}
+        return {
+            source: [_mean(layer) if layer else torch.empty(0) for layer in layers]
+            for source, layers in measured.items()
+        }
 
     def layer_similarity(self) -> Float[Tensor, " layers"]:
-        """Return the mean similarity of the hidden state before and after attention, per layer."""
-        return torch.stack([_mean(layer) for layer in self._by_layer])
+        """Return the mean similarity of the hidden state before and after attention, per layer; 0 if it is unknown."""
+        return torch.stack(
+            [_mean(layer) if layer else torch.zeros((), dtype=torch.float64) for layer in self._by_layer]
+        )
 
-    def _add_hooks(self, index: int, layer: Any) -> list[Any]:
+    def _add_hooks(self, block: Module, attends: Module) -> list[Any]:
+        """Measure a module that may attend, within the block that adds its output to the hidden state."""
         residual: dict[str, Tensor] = {}
+        index = int(attends.layer_idx)  # type: ignore[arg-type]
 
-        def before_layer(module: Any, args: Any, kwargs: Any) -> None:
+        def before_block(module: Any, args: Any, kwargs: Any) -> None:
             residual["before"] = args[0] if args else kwargs["hidden_states"]
 
         def before_attention(module: Any, args: Any, kwargs: Any) -> None:
-            self._hidden[index] = args[0] if args else kwargs["hidden_states"]
+            self._attended.discard(id(attends))
+            if args or "hidden_states" in kwargs:
+                self._inputs[id(attends)] = args[0] if args else kwargs["hidden_states"]
 
-        def after_attention(module: Any, args: Any) -> None:
-            self._by_layer[index].append(cosine_similarity(residual["before"], args[0], dim=-1).flatten().double())
+        def measure(after: Tensor) -> None:
+            if id(attends) in self._attended and after.shape == residual["before"].shape:
+                self._by_layer[index].append(cosine_similarity(residual["before"], after, dim=-1).flatten().double())
 
-        return [
-            layer.register_forward_pre_hook(before_layer, with_kwargs=True),
-            layer.self_attn.register_forward_pre_hook(before_attention, with_kwargs=True),
-            _norm_after_attention(layer).register_forward_pre_hook(after_attention),
+        hooks = [
+            block.register_forward_pre_hook(before_block, with_kwargs=True),
+            attends.register_forward_pre_hook(before_attention, with_kwargs=True),
         ]
+        norm = _norm_after_attention(block)
+
+        def after_attention(module: Any, args: Any, output: Any) -> None:
+            residual["sum"] = residual["before"] + (output[0] if isinstance(output, tuple) else output)
+            if norm is None:
+                measure(residual["sum"])
+
+        def before_norm(module: Any, args: Any) -> None:
+            # In a parallel block, the norm reads what attention reads.
+            measure(residual["sum"] if args[0] is residual["before"] else args[0])
+
+        hooks.append(attends.register_forward_hook(after_attention))
+        return hooks if norm is None else [*hooks, norm.register_forward_pre_hook(before_norm)]
 
     def _on_attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, output: Tensor, params: attention.AttentionParams
@@ -76,38 +98,32 @@ class CosineImportance:
             "key": key.repeat_interleave(group, 1),
             "query": query,
         }
-        hidden = self._hidden[module.layer_idx]
-        if hidden.shape[-1] == heads * output.shape[3]:
+        self._attended.add(id(module))
+        hidden = self._inputs.get(id(module))
+        if hidden is not None and hidden.shape[-1] == heads * output.shape[3]:
             inputs["hidden"] = hidden.view(*hidden.shape[:2], heads, -1).transpose(1, 2)
         for source, head_input in inputs.items():
             similarity = cosine_similarity(head_input, output.transpose(1, 2), dim=-1)
             self._by_head[source][module.layer_idx].append(similarity.transpose(0, 1).flatten(1).double())
 
 
-def _decoder_layers(loaded: LoadedModel) -> list[Any]:
-    layers = [module for module in loaded.model.modules() if hasattr(module, "self_attn")]
-    if len(layers) != loaded.geometry.layers or not all(hasattr(layer.self_attn, "layer_idx") for layer in layers):
-        raise UserError(
-            f"{loaded.identity.id} has {len(layers)} layers with self_attn, not {loaded.geometry.layers}, so it "
-            "cannot be profiled; choose a Llama-type decoder"
-        )
-    return layers
+def _attention_modules(loaded: LoadedModel) -> list[tuple[Module, Module]]:
+    """Return the modules of the decoder that know their layer's index, each after the block that contains it."""
+    named = [(name, module) for name, module in loaded.model.named_modules() if hasattr(module, "layer_idx")]
+    pairs = [(loaded.model.get_submodule(name.rpartition(".")[0]), module) for name, module in named]
+    return [(block, module) for block, module in pairs if not isinstance(block, ModuleList)]
 
 
-def _norm_after_attention(layer: Any) -> Any:
-    """Return the first module that reads the residual stream after attention.
+def _norm_after_attention(block: Any) -> Any:
+    """Return the first module that reads the residual stream after attention, or None if it has another name.
 
-    Raises:
-        UserError: there is none; Olmo2's `post_attention_layernorm` reads the attention output before it is added.
+    Olmo2's `post_attention_layernorm` reads the attention output before it is added.
     """
-    if hasattr(layer, "pre_feedforward_layernorm"):
-        return layer.pre_feedforward_layernorm
-    if hasattr(layer, "post_attention_layernorm") and not hasattr(layer, "post_feedforward_layernorm"):
-        return layer.post_attention_layernorm
-    raise UserError(
-        f"{type(layer).__name__} has no norm of the hidden state after attention, so layer importance cannot be "
-        "measured; choose a Llama-type decoder"
-    )
+    if hasattr(block, "pre_feedforward_layernorm"):
+        return block.pre_feedforward_layernorm
+    if hasattr(block, "post_attention_layernorm") and not hasattr(block, "post_feedforward_layernorm"):
+        return block.post_attention_layernorm
+    return None
 
 
 def _mean(parts: list[Tensor]) -> Tensor:

@@ -25,7 +25,7 @@ RankingName = Literal["heavy_hitter", "reconstruction"]
 LossMeasure = Literal["text", "repetition", "error"]
 
 QueryHeadGrid = tuple[tuple[float, ...], ...]
-"""A number per layer and query head."""
+"""A number per layer and query head; none for a layer that does not attend."""
 
 
 class Ranking(FrozenModel):

@@ -140,7 +140,10 @@ def measure_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
         model=loaded.identity,
         geometry=geometry,
         windows=windows_digest(windows),
-        importance={source: (1 - similarity).tolist() for source, similarity in importance.head_similarity().items()},
+        importance={
+            source: tuple(tuple((1 - layer).tolist()) for layer in layers)
+            for source, layers in importance.head_similarity().items()
+        },
         layer_importance=tuple((1 - importance.layer_similarity()).tolist()),
         rankings={
             name: build_ranking([window.scores[name] for window in measured], DEFAULT_EVICTION.sinks, geometry)
@@ -152,7 +155,7 @@ def measure_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
 
 
 def build_ranking(contexts: list[list[Float[Tensor, "heads entries"]]], sinks: int, geometry: CacheGeometry) -> Ranking:
-    """Return the ranking of every head, from the scores of each context and full-attention layer; sinks are not ranked."""
+    """Return the ranking of every head from the scores of each context, layer by layer; sinks are not ranked."""
     entries = min(layers[0].shape[1] for layers in contexts) - sinks
     ranks = tuple(sorted({round(float(rank)) for rank in np.geomspace(1, entries, MAX_RANKS)}))
     scores = tuple(

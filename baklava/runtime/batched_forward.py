@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from baklava.cache import attention
 from baklava.cache.attention import (
@@ -26,6 +25,7 @@ from baklava.cache.attention import (
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.budgeted_layer import BudgetedLayer, decode_rows
 from baklava.cache.sliding_layer import SlidingLayer
+from baklava.cache.state_layer import NoAttentionLayer, StatefulCache, stack_states, unstack_states
 from baklava.errors import UserError
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import Logits, TokenChunk, check_progress
@@ -58,7 +58,14 @@ class BatchedLayer(BudgetedLayerBase):
     def attend(
         self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
     ) -> QueryStates:
-        """Return the output of all new tokens, each over the entries of its own sequence."""
+        """Return the output of all new tokens, each over the entries of its own sequence.
+
+        They are one row, or a row each.
+        """
+        if len(query) > 1:
+            one_row = (states.transpose(0, 2) for states in (query, key, value))
+            own_query, own_key, own_value = one_row
+            return self.attend(own_query, own_key, own_value, padding, params).transpose(0, 2)
         output, rows = torch.empty_like(query), []
         for number, chunk in enumerate(self._batch.chunks):
             layer, start = chunk.cache.layers[self._index], self._batch.starts[number]
@@ -110,15 +117,22 @@ def _attend_window(
     return merge_gqa_groups(output)
 
 
-class BatchedCache(Cache):
+class BatchedCache(StatefulCache):
     """The caches of several sequences, for one forward.
 
     Nothing here refers to itself, so a cache is freed as soon as its sequence ends.
     """
 
     def __init__(self, batch: _Batch) -> None:
-        num_layers = len(batch.chunks[0].cache.layers)
-        super().__init__(layers=[BatchedLayer(index, batch) for index in range(num_layers)])
+        caches = [chunk.cache for chunk in batch.chunks]
+        layers = [
+            NoAttentionLayer() if isinstance(layer, NoAttentionLayer) else BatchedLayer(index, batch)
+            for index, layer in enumerate(caches[0].layers)
+        ]
+        states = caches[0].states
+        if len(caches) > 1:
+            states = {index: stack_states([cache.states[index] for cache in caches]) for index in states}
+        super().__init__(layers, states)
 
 
 @torch.inference_mode()
@@ -142,6 +156,13 @@ def forward_chunks(
 
     The call may pause the forward, as long as nothing else uses these caches meanwhile.
     """
+    run = _forward_one_row if len(chunks) == 1 or not loaded.geometry.states else _forward_apart
+    return run(loaded, chunks, after_layer)
+
+
+def _forward_one_row(
+    loaded: LoadedModel, chunks: Sequence[TokenChunk], after_layer: Callable[[], None] | None
+) -> tuple[Logits, dict[int, Exception]]:
     device = loaded.device
     counts, lengths = [len(chunk.ids) for chunk in chunks], [chunk.cache.get_seq_length() for chunk in chunks]
     ends = torch.tensor(counts).cumsum(0)
@@ -158,6 +179,46 @@ def forward_chunks(
         if number not in batch.errors:
             check_progress(chunk.cache, lengths[number] + counts[number])
     return output.logits[0], batch.errors
+
+
+def _forward_apart(
+    loaded: LoadedModel, chunks: Sequence[TokenChunk], after_layer: Callable[[], None] | None
+) -> tuple[Logits, dict[int, Exception]]:
+    """Process single tokens as the rows of one forward, and longer chunks in forwards of their own.
+
+    States run along a row, so that a row can have only one sequence.
+    """
+    logits: dict[int, Tensor] = {}
+    errors: dict[int, Exception] = {}
+    decoding = [number for number, chunk in enumerate(chunks) if len(chunk.ids) == 1 and chunk.cache.get_seq_length()]
+    for number in sorted(set(range(len(chunks))) - set(decoding)):
+        try:
+            own_logits, own_errors = _forward_one_row(loaded, [chunks[number]], after_layer)
+            logits[number] = own_logits[0]
+            errors |= {number: error for error in own_errors.values()}
+        except Exception as error:
+            errors[number] = error
+    if decoding:
+        batch = _Batch([chunks[number] for number in decoding], range(len(decoding)), after_layer)
+        lengths = [chunk.cache.get_seq_length() for chunk in batch.chunks]
+        stacked = BatchedCache(batch)
+        output = loaded.model(
+            input_ids=torch.cat([chunk.ids for chunk in batch.chunks])[:, None],
+            position_ids=torch.tensor(lengths, device=loaded.device)[:, None],
+            past_key_values=stacked,
+            use_cache=True,
+        )
+        for index, states in stacked.states.items():
+            if len(decoding) > 1:
+                unstack_states(states, [chunk.cache.states[index] for chunk in batch.chunks])
+        for row, number in enumerate(decoding):
+            logits[number] = output.logits[row, -1]
+            if row in batch.errors:
+                errors[number] = batch.errors[row]
+            else:
+                check_progress(batch.chunks[row].cache, lengths[row] + 1)
+    some = next(iter(logits.values()), torch.empty(0))
+    return torch.stack([logits.get(number, torch.zeros_like(some)) for number in range(len(chunks))]), errors
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn import Module
-from transformers import GenerationMixin
+from transformers import DynamicCache, GenerationMixin
 
 from baklava.cache import attention
 from baklava.data.demo_assets import DEMO_SHA256, demo_model
@@ -132,9 +132,48 @@ class LoadedModel:
         identity = ModelIdentity.from_config(model.config, id, revision)
         loaded = cls(model.eval(), tokenizer, identity, CacheGeometry.from_config(model.config))
         fix_rope_frequencies(model, loaded.max_length)
+        if loaded.geometry.states:
+            model.register_forward_pre_hook(_count_positions, with_kwargs=True)
+            _check_states_continue(loaded)
         if loaded.eos_token_ids:
             model.generation_config.eos_token_id = sorted(loaded.eos_token_ids)
         return loaded
+
+
+def _count_positions(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Count the positions of new tokens from those that the cache has seen: Bamba counts them from 0."""
+    cache, new = kwargs.get("past_key_values"), args[0] if args else kwargs.get("input_ids")
+    new = kwargs.get("inputs_embeds") if new is None else new
+    if cache is None or new is None or kwargs.get("position_ids") is not None:
+        return None
+    seen = cache.get_seq_length()
+    return args, kwargs | {"position_ids": torch.arange(seen, seen + new.shape[1], device=new.device)[None]}
+
+
+CONTINUATION_CHECK_TOKENS = 16
+"""Tokens of the text by which a model with states is checked."""
+
+MAX_CONTINUATION_ERROR = 0.1
+"""Largest difference of its logits, as a share of the largest one; rounding in 16 bits stays far below."""
+
+
+@torch.inference_mode()
+def _check_states_continue(loaded: LoadedModel) -> None:
+    """Raise UserError if several tokens cannot continue a text in transformers' own cache."""
+    if loaded.device.type == "meta":
+        return
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(loaded.num_embeddings, (1, CONTINUATION_CHECK_TOKENS), generator=draw).to(loaded.device)
+    whole = loaded.model(ids, use_cache=False, logits_to_keep=1).logits.float()
+    cache = DynamicCache(config=loaded.model.config)
+    for part in ids.chunk(2, 1):
+        logits = loaded.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.float()
+    if float((logits - whole).abs().max()) > MAX_CONTINUATION_ERROR * float(whole.abs().max()):
+        raise UserError(
+            f"the recurrent layers of {loaded.model.config.model_type} forget the text before if several tokens "
+            "continue it, in transformers' own cache as well, so it can be neither scored nor asked twice; choose "
+            "another model"
+        )
 
 
 def load(

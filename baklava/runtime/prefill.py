@@ -9,14 +9,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.recording_layer import Recording, RecordingCache, RecordingLayer
+from baklava.cache.sliding_layer import SlidingLayer
 from baklava.errors import UserError
 from baklava.eviction import Eviction, build_eviction
 from baklava.plan.budget_plan import BudgetPlan
-from baklava.plan.geometry import sliding_window_bytes
+from baklava.plan.geometry import unbudgeted_bytes
 from baklava.runtime.context_reconstruction import add_reconstruction_scores
 from baklava.runtime.model_loader import LoadedModel
 
@@ -194,7 +196,7 @@ def prefill_workspace_bytes(plan: BudgetPlan, tokens: int, itemsize: int) -> int
     per_entry = 2 * geometry.head_dim * itemsize + (SCORE_BYTES if plan.eviction.scored else 0)
     queries = min(tokens, sample.window or 0) if sample.single_block else 0
     per_layer = tokens * geometry.kv_heads * per_entry + queries * geometry.query_heads * geometry.head_dim * itemsize
-    return len(geometry.full_attention_layers) * per_layer + sliding_window_bytes(geometry, 8 * itemsize, tokens)
+    return len(geometry.full_attention_layers) * per_layer + unbudgeted_bytes(geometry, 8 * itemsize, tokens)
 
 
 def _can_step(plan: BudgetPlan) -> bool:
@@ -211,7 +213,7 @@ def _forward(loaded: LoadedModel, ids: Ids, cache: Cache, **padding: Tensor) -> 
 
 def check_progress(cache: Cache, num_tokens: int) -> None:
     """Raise RuntimeError unless every layer has seen this many tokens: a model may pass its cache over."""
-    seen = [layer.get_seq_length() for layer in cache.layers]
+    seen = [layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
     if any(length != num_tokens for length in seen):
         raise RuntimeError(f"the layers of the cache have seen {seen} tokens of {num_tokens}; the plan was not applied")
 
@@ -372,11 +374,16 @@ class DensePrefill(PrefillTask):
         observation, layers = self._cache.eviction.score_key, self._cache.layers
         for index in range(self._num_compressed, min(self._num_compressed + count, len(layers))):
             full = self._full.layers[index]
+            # Each is released, so that the peak is the prompt and one layer of the plan.
             if isinstance(full, RecordingLayer):
                 layers[index].load_prompt(full.keys, full.values, full.scores.get(observation))
-            else:
+                full.release()
+            elif isinstance(full, SlidingLayer):
                 layers[index].load(full.snapshot())
-            full.release()  # so that the peak is the prompt and one layer of the plan
+                full.release()
+            if (state := self._full.states.get(index)) is not None:
+                self._cache.states[index].load(state.snapshot())
+                state.release()
             self._num_compressed += 1
 
     @override

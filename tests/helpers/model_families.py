@@ -7,14 +7,27 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
+    Cohere2Config,
+    Exaone4Config,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
+    NemotronHConfig,
+    Olmo3Config,
+    OlmoHybridConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3NextConfig,
+    SmolLM3Config,
 )
 
 from baklava.cache.budgeted_cache import BudgetedCache
@@ -22,6 +35,35 @@ from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.model_loader import LoadedModel
 
 MIXED = ["sliding_attention", "full_attention"] * 2
+
+
+LINEAR = ["linear_attention", "full_attention"] * 2
+GATED_DELTA = {
+    "layer_types": LINEAR,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "head_dim": 8,
+}
+EXPERTS = {
+    "num_experts": 2,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+NEMOTRON = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "full_attention"],
+    "head_dim": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 1,
+    "chunk_size": 16,
+}
 
 
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -33,7 +75,20 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "gemma2": (Gemma2Config, {"head_dim": 8, "sliding_window": 16, "attn_logit_softcapping": 2.0}),
     "gemma3": (Gemma3TextConfig, {"head_dim": 8, "sliding_window": 16, "layer_types": MIXED}),
     "phi3": (Phi3Config, {}),
+    "ministral": (MinistralConfig, {"head_dim": 8, "sliding_window": 16, "layer_types": MIXED}),
+    "smollm3": (SmolLM3Config, {"use_sliding_window": True, "sliding_window": 16, "layer_types": MIXED}),
+    "cohere2": (Cohere2Config, {"sliding_window": 16, "layer_types": MIXED}),
+    "exaone4": (Exaone4Config, {"head_dim": 8, "sliding_window": 16, "layer_types": MIXED}),
+    "olmo3": (Olmo3Config, {"sliding_window": 16, "layer_types": MIXED}),
     "gpt_oss": (GptOssConfig, {"head_dim": 8, "sliding_window": 16, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "qwen3_next": (Qwen3NextConfig, GATED_DELTA | EXPERTS),
+    "qwen3_5": (Qwen3_5TextConfig, GATED_DELTA),
+    "lfm2": (Lfm2Config, {"layer_types": ["conv", "full_attention"] * 2}),
+    "granite hybrid": (GraniteMoeHybridConfig, MAMBA | EXPERTS | {"layer_types": LINEAR}),
+    "bamba": (BambaConfig, MAMBA | {"attn_layer_indices": [1, 3]}),
+    "falcon_h1": (FalconH1Config, MAMBA | {"head_dim": 8, "mamba_d_ssm": 64}),
+    "olmo hybrid": (OlmoHybridConfig, GATED_DELTA),
+    "nemotron_h": (NemotronHConfig, NEMOTRON),
 }
 
 

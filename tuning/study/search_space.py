@@ -9,7 +9,7 @@ from baklava.allocation import Allocation, BitPair, Blended, Greedy, Perturbed, 
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, PrefillConfig, head_bytes
-from baklava.plan.geometry import FULL_BITS, CacheGeometry, full_cache_bytes, sliding_window_bytes
+from baklava.plan.geometry import FULL_BITS, CacheGeometry, full_cache_bytes, unbudgeted_bytes
 from baklava.profiling.profile import Profile
 from tuning.study.objective import Goal
 from tuning.study.settings import ALL_BITS, CENTROID_CHOICES, INTERVAL_CHOICES, BitsName
@@ -60,8 +60,8 @@ def budget_range_for(geometry: CacheGeometry, context_length: int) -> tuple[floa
     eviction = HeavyHitter(centroids=max(CENTROID_CHOICES)).config
     heads = len(geometry.full_attention_layers) * geometry.kv_heads
     min_bytes = heads * head_bytes(geometry, eviction.min_tokens, FULL_BITS, FULL_BITS, eviction)
-    windows = sliding_window_bytes(geometry, FULL_BITS, context_length)
-    smallest = (windows + MIN_BUDGET_SLACK * min_bytes) / full_cache_bytes(geometry, context_length)
+    fixed = unbudgeted_bytes(geometry, FULL_BITS, context_length)
+    smallest = (fixed + MIN_BUDGET_SLACK * min_bytes) / full_cache_bytes(geometry, context_length)
     smallest = min(1.0, max(MIN_BUDGET, smallest))
     return smallest, min(1.0, max(MAX_BUDGET, 2 * smallest))
 

@@ -1,9 +1,12 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from model_families import SHAPE, tiny_model
 from torch.nn.functional import cosine_similarity
+from transformers import Cohere2Config, GPTNeoXConfig, Olmo2Config
 
 from baklava.allocation import Allocation, Blended, allocate
 from baklava.data.windows import Window
@@ -98,13 +101,12 @@ def test_a_model_of_one_query_head_is_profiled(tiny: Maker) -> None:
     assert [len(row) for row in measured.importance["value"]] == [1, 1]
 
 
-def test_a_model_that_norms_the_attention_output_is_refused() -> None:
-    from transformers import Olmo2Config, Olmo2ForCausalLM
-
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    loaded = LoadedModel.of(Olmo2ForCausalLM(Olmo2Config(**shape, num_attention_heads=2)))
-    with pytest.raises(UserError, match="Olmo2DecoderLayer has no norm of the hidden state after attention"):
-        measure_profile(loaded, windows(1))
+@pytest.mark.parametrize("config", [Olmo2Config, Cohere2Config, GPTNeoXConfig])
+def test_a_model_of_other_norms_has_the_layer_importance_of_its_sum(config: Any) -> None:
+    loaded = LoadedModel.of(tiny_model(config(**SHAPE)))
+    measured = measure_profile(loaded, windows(1))
+    assert len(measured.layer_importance) == 4
+    assert all(0 < importance < 2 for importance in measured.layer_importance)
 
 
 def test_profiling_removes_its_hooks_even_if_it_fails(tiny: Maker, monkeypatch: pytest.MonkeyPatch) -> None:

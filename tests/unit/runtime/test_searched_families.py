@@ -1,4 +1,4 @@
-"""Models whose layers are not all of one kind are profiled, scored, searched and served as those with full attention."""
+"""Models whose layers are not all of one kind are profiled, scored, searched and served as others are."""
 
 from typing import Any
 
@@ -24,9 +24,8 @@ from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import DensePrefill, compress, prefill, prefill_and_record, prefill_workspace_bytes
 
 CONTEXT, CONTINUATION = 70, 30
-MIXED_FAMILIES = [
-    name for name in FAMILIES if any(window is not None for window in model_pair(name)[0].geometry.windows)
-]
+PLAIN = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+MIXED_FAMILIES = [name for name in FAMILIES if name not in PLAIN]
 EVICTIONS = [
     StreamingLLM(sinks=2),
     HeavyHitter(sinks=2, eviction_interval=4, distance=0, centroids=2),
@@ -91,7 +90,7 @@ def test_the_fast_score_is_that_of_the_cache_as_it_is_served(family: str, evicti
     nll, kl = slow_score(loaded, text(), plan)
     assert fast.nll == pytest.approx(nll, abs=1e-4 if bits == 32 else 1e-3)
     assert fast.kl == pytest.approx(kl, abs=2e-3)
-    assert fast.kl > 1e-3
+    assert fast.kl > 1e-4
     assert fast.allocated_bytes <= plan.bytes_per_sequence
 
 
