@@ -102,7 +102,7 @@ def _benchmark_decode_pair(
 ) -> list[DecodeRow]:
     stop = context + WARMUP_STEPS + rounds
     static = StaticCache(loaded.model.config, max_cache_len=stop)
-    filled = {BASELINE: DynamicCache(), STATIC: static}
+    filled = {BASELINE: DynamicCache(config=loaded.model.config), STATIC: static}
     steps: dict[str, Callable[[], Any]] = {
         name: make_decode_step(loaded, fill_cache(loaded, cache, batch, context), batch)
         for name, cache in filled.items()

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from baklava.allocation.plan_spec import ResolvedPlan
 from baklava.cache import attention
 from baklava.cache.budgeted_cache import BudgetedCache
+from baklava.cache.budgeted_layer import BudgetedLayer
 from baklava.console import log, progress_bar
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel, load
@@ -116,7 +117,7 @@ def random_prompt(loaded: LoadedModel, batch: int, tokens: int) -> Int[Tensor, "
 def baseline_prefill(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> None:
     """Prefill with transformers' own cache and attention."""
     with transformers_attention(loaded):
-        loaded.model(ids, past_key_values=DynamicCache(), logits_to_keep=1)
+        loaded.model(ids, past_key_values=DynamicCache(config=loaded.model.config), logits_to_keep=1)
 
 
 @torch.inference_mode()
@@ -129,11 +130,14 @@ def fill_cache(loaded: LoadedModel, cache: Any, batch: int, context: int) -> Any
     shape = (batch, geometry.kv_heads, context, geometry.head_dim)
     entries = torch.randn(shape, generator=generator, device=loaded.device, dtype=loaded.model.dtype)
     scores = torch.rand(shape[:3], generator=generator, device=loaded.device)
-    for index in range(geometry.layers):
-        if not isinstance(cache, BudgetedCache):
+    for index, window in enumerate(geometry.windows):
+        layer = cache.layers[index] if isinstance(cache, BudgetedCache) else None
+        if isinstance(layer, BudgetedLayer):
+            layer.load_prompt(entries, entries, scores)
+        elif layer is not None and window:
+            layer.update(entries, entries)
+        elif window != 0:
             cache.update(entries.clone(), entries.clone(), index)
-        else:
-            cache.budgeted_layers[index].load_prompt(entries, entries, scores)
     return cache
 
 
@@ -207,7 +211,7 @@ def measure_speeds(loaded: LoadedModel, plans: Sequence[ResolvedPlan]) -> dict[s
 @torch.inference_mode()
 def _time_decoding(loaded: LoadedModel, plans: Mapping[str, ResolvedPlan], context: int) -> dict[str, Timing]:
     caches: dict[str, Any] = {name: BudgetedCache(named.plan) for name, named in plans.items()}
-    caches[BASELINE] = DynamicCache()
+    caches[BASELINE] = DynamicCache(config=loaded.model.config)
     steps = {name: make_decode_step(loaded, fill_cache(loaded, cache, 1, context), 1) for name, cache in caches.items()}
     return time_interleaved(steps, DECODE_STEPS, WARMUP_STEPS)
 

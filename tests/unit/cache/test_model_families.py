@@ -34,6 +34,7 @@ from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.budgeted_layer import BudgetedLayer
 from baklava.cache.sliding_layer import SlidingLayer
 from baklava.errors import UserError
+from baklava.plan import geometry
 from baklava.plan.budget_plan import full_cache_plan
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
 from baklava.runtime.model_loader import LoadedModel
@@ -211,8 +212,8 @@ def test_a_latent_cache_is_refused_by_its_config(config: Any) -> None:
 def test_keys_that_a_model_changes_after_the_cache_are_refused_in_the_first_forward(config: Any) -> None:
     latent = config(**(SHAPE | LATENT))
     # What such a model hands to its cache: one head of latents.
-    geometry = CacheGeometry(layers=4, kv_heads=1, query_group=4, head_dim=8, windows=(None,) * 4)
-    cache = BudgetedCache(full_cache_plan(ModelIdentity.from_config(latent, id="latent"), geometry, 50))
+    shape = CacheGeometry(layers=4, kv_heads=1, query_group=4, head_dim=8, windows=(None,) * 4)
+    cache = BudgetedCache(full_cache_plan(ModelIdentity.from_config(latent, id="latent"), shape, 50))
     model = tiny_model(latent)
     model.set_attn_implementation(attention.ATTN_IMPLEMENTATION)
     with pytest.raises(UserError, match="never reached baklava's attention"):
@@ -286,7 +287,7 @@ def test_values_of_another_dimension_than_keys_are_refused() -> None:
     ("config", "reason"),
     [
         (JambaConfig(**SHAPE, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8), "forget the text before"),
-        (RecurrentGemmaConfig(**SHAPE, attention_window_size=16), "keeps its state outside of the cache"),
+        (RecurrentGemmaConfig(**SHAPE, attention_window_size=16), "none with full attention"),
         (MiniMaxConfig(**SHAPE, head_dim=8), "keeps its states in no cache that can be replaced"),
         (
             Mamba2Config(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16),
@@ -298,6 +299,13 @@ def test_values_of_another_dimension_than_keys_are_refused() -> None:
 def test_states_that_cannot_be_taken_along_are_refused(config: Any, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         LoadedModel.of(tiny_model(config))
+
+
+def test_states_in_the_modules_of_a_model_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
+    monkeypatch.setattr(geometry, "_layer_kinds", lambda config: (kinds, (0, 0, None, 0)))
+    with pytest.raises(UserError, match="layer 0 of recurrent_gemma keeps its state outside of the cache"):
+        CacheGeometry.from_config(RecurrentGemmaConfig(**SHAPE, attention_window_size=16))
 
 
 @torch.inference_mode()

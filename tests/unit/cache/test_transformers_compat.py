@@ -290,7 +290,7 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_wi
 @pytest.mark.parametrize("config", [Gemma3nTextConfig, Gemma4TextConfig])
 def test_layers_that_share_their_entries_with_others_are_refused(config: Any) -> None:
     sharing = config(**SHAPE, **MIXED, global_head_dim=8, num_kv_shared_layers=2)
-    with pytest.raises(UserError, match="layers of type dummy"):
+    with pytest.raises(UserError, match="share the keys of others"):
         CacheGeometry.from_config(sharing)
 
 

@@ -732,6 +732,23 @@ def test_a_sequence_whose_sliding_layer_fails_while_it_decodes_fails_alone(monke
         assert (engine.state().counts.failed, engine.state().reserved_bytes) == (1, 0)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_next", "lfm2", "falcon_h1"])
+def test_models_with_windows_and_states_answer_several_requests_and_prefixes_as_alone(family):
+    loaded, _ = model_pair(family)
+    plan = full_cache_plan(loaded.identity, loaded.geometry, 200, bits=32)
+    wanted = [tuple(ids) for ids in random_ids(3, 40).tolist()]
+    with engine_of(loaded, plan, max_batched_tokens=16) as engine:
+        engine.pin_prefix(wanted[0])
+        answers = [ask(engine, prompt, 60) for prompt in wanted]
+        pinned = [ask(engine, wanted[0] + wanted[1][:length], 20) for length in (5, 9)]
+        for prompt, answer in zip(wanted, answers, strict=True):
+            assert answer.tokens() == alone(loaded, plan, prompt, 60)
+        assert [len(answer.tokens()) for answer in pinned] == [20, 20]
+        assert pinned[0].tokens() == alone(loaded, plan, wanted[0] + wanted[1][:5], 20)
+        idle(engine)
+        assert engine.state().counts.failed == 0
+
+
 def test_a_chunk_of_a_plan_that_is_longer_than_a_step_is_processed_layer_by_layer(loaded, plan, monkeypatch):
     observed, observe_step = [], ChunkSizePolicy.observe_step
 
