@@ -95,6 +95,11 @@ class CacheGeometry(FrozenModel):
             UserError: no layer has full attention, layers differ in shape, or a layer has no KV cache to budget.
         """
         config = config.get_text_config(decoder=True)
+        if _field(config, "kv_lora_rank"):
+            raise UserError(
+                f"{config.model_type} has a latent cache, from which it makes its keys anew, so there are no KV heads "
+                "to budget; choose another model"
+            )
         kinds, windows = _layer_kinds(config)
         if None not in windows:
             present = sorted({kind.replace("_", " ") for kind in kinds} - {"dummy"})
@@ -122,7 +127,7 @@ def _heads(config: Any) -> tuple[int, int, int]:
     shapes = {_layer_heads(layer) for layer in config.per_layer_config}
     if None in shapes:
         raise UserError(f"{config.model_type} has no attention heads, so no KV cache to budget; choose another model")
-    if len(shapes) > 1 or _field(config, "kv_lora_rank"):
+    if len(shapes) > 1:
         raise _uneven(config, sorted(shape[1:] for shape in shapes if shape))
     return next(shape for shape in shapes if shape)
 
@@ -217,8 +222,8 @@ def _probe_states(config: Any, windows: tuple[int | None, ...]) -> tuple[int, in
 
 def _uneven(config: Any, shapes: Iterable[tuple[int, ...]]) -> UserError:
     return UserError(
-        f"{config.model_type} has KV heads of different shapes {list(shapes)} or a latent cache; baklava budgets "
-        "models whose layers share one (KV heads, head_dim); choose another model"
+        f"{config.model_type} has KV heads of different shapes {list(shapes)}; baklava budgets models whose layers "
+        "share one (KV heads, head_dim); choose another model"
     )
 
 

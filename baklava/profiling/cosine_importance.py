@@ -11,6 +11,7 @@ from torch.nn import Module, ModuleList
 from torch.nn.functional import cosine_similarity
 
 from baklava.cache import attention
+from baklava.errors import UserError
 from baklava.profiling.profile import ImportanceSource
 from baklava.runtime.model_loader import LoadedModel
 
@@ -25,7 +26,7 @@ class CosineImportance:
             source: [[] for _ in layers] for source in get_args(ImportanceSource)
         }
         self._by_layer: list[list[Tensor]] = [[] for _ in layers]
-        self._inputs: dict[int, Tensor] = {}
+        self._inputs: dict[int, Tensor | None] = {}
         self._attended: set[int] = set()
 
     @contextmanager
@@ -64,8 +65,7 @@ class CosineImportance:
 
         def before_attention(module: Any, args: Any, kwargs: Any) -> None:
             self._attended.discard(id(attends))
-            if args or "hidden_states" in kwargs:
-                self._inputs[id(attends)] = args[0] if args else kwargs["hidden_states"]
+            self._inputs[id(attends)] = args[0] if args else kwargs.get("hidden_states")
 
         def measure(after: Tensor) -> None:
             if id(attends) in self._attended and after.shape == residual["before"].shape:
@@ -78,7 +78,9 @@ class CosineImportance:
         norm = _norm_after_attention(block)
 
         def after_attention(module: Any, args: Any, output: Any) -> None:
-            residual["sum"] = residual["before"] + (output[0] if isinstance(output, tuple) else output)
+            residual["sum"] = residual["before"]
+            if id(attends) in self._attended:
+                residual["sum"] = residual["before"] + (output[0] if isinstance(output, tuple) else output)
             if norm is None:
                 measure(residual["sum"])
 
@@ -92,6 +94,12 @@ class CosineImportance:
     def _on_attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, output: Tensor, params: attention.AttentionParams
     ) -> None:
+        index = getattr(module, "layer_idx", None)
+        if index is None:
+            raise UserError(
+                f"several layers of {self.loaded.identity.id} share {type(module).__name__}, which does not know in "
+                "which it is, so they cannot be profiled; choose a plan that needs no profile"
+            )
         heads, group = output.shape[2], output.shape[2] // key.shape[1]
         inputs: dict[ImportanceSource, Tensor] = {
             "value": value.repeat_interleave(group, 1),
@@ -103,13 +111,19 @@ class CosineImportance:
         if hidden is not None and hidden.shape[-1] == heads * output.shape[3]:
             inputs["hidden"] = hidden.view(*hidden.shape[:2], heads, -1).transpose(1, 2)
         for source, head_input in inputs.items():
+            if head_input.shape != output.transpose(1, 2).shape:
+                continue
             similarity = cosine_similarity(head_input, output.transpose(1, 2), dim=-1)
-            self._by_head[source][module.layer_idx].append(similarity.transpose(0, 1).flatten(1).double())
+            self._by_head[source][index].append(similarity.transpose(0, 1).flatten(1).double())
 
 
 def _attention_modules(loaded: LoadedModel) -> list[tuple[Module, Module]]:
     """Return the modules of the decoder that know their layer's index, each after the block that contains it."""
-    named = [(name, module) for name, module in loaded.model.named_modules() if hasattr(module, "layer_idx")]
+    named = [
+        (name, module)
+        for name, module in loaded.model.named_modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+    ]
     pairs = [(loaded.model.get_submodule(name.rpartition(".")[0]), module) for name, module in named]
     return [(block, module) for block, module in pairs if not isinstance(block, ModuleList)]
 

@@ -20,6 +20,7 @@ from baklava.cache.attention import AttentionParams, CentroidEntries, split_gqa_
 from baklava.cache.head_groups.centroids import PROMPT_KMEANS_ITERATIONS, Centroids, mean_attention
 from baklava.cache.recording_layer import Recording
 from baklava.cache.storage.fake_quantize import fake_quantize
+from baklava.errors import UserError
 from baklava.eviction import Eviction
 from baklava.plan.geometry import FULL_BITS
 from baklava.runtime.model_loader import LoadedModel
@@ -100,6 +101,11 @@ def trace_layers(
     ) -> None:
         if module.layer_idx not in budgeted:
             return
+        if not output.requires_grad:
+            raise UserError(
+                f"{loaded.identity.id} runs some layers without gradients, so their losses cannot be measured; "
+                "choose a plan that needs no profile"
+            )
         output.retain_grad()
         calls.append((query, key, value, output, params))
 
@@ -113,7 +119,8 @@ def trace_layers(
         keys, values = (tuple(layer.clone() for layer in side) for side in (recording.keys, recording.values))
         cache = replace(recording, keys=keys, values=values).to_dynamic_cache()
         embedded = loaded.model.get_input_embeddings()(ids.clone()).detach().requires_grad_()
-        logits = loaded.model(inputs_embeds=embedded, past_key_values=cache).logits[0].float()
+        # A copy, since some models change it.
+        logits = loaded.model(inputs_embeds=embedded.clone(), past_key_values=cache).logits[0].float()
         outputs = [output for _, _, _, output, _ in calls]
         draws = [_sampled_gradients(logits, outputs, seed + draw) for draw in range(NUM_DRAWS)]
     return [_layer_trace(call, [gradients[index] for gradients in draws]) for index, call in enumerate(calls)]

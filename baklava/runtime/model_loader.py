@@ -150,11 +150,11 @@ def _count_positions(module: Module, args: tuple[Any, ...], kwargs: dict[str, An
     return args, kwargs | {"position_ids": torch.arange(seen, seen + new.shape[1], device=new.device)[None]}
 
 
-CONTINUATION_CHECK_TOKENS = 16
+CONTINUATION_CHECK_TOKENS = 32
 """Tokens of the text by which a model with states is checked."""
 
-MAX_CONTINUATION_ERROR = 0.1
-"""Largest difference of its logits, as a share of the largest one; rounding in 16 bits stays far below."""
+MAX_CONTINUATION_ERROR = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.03}
+"""Largest difference of its logits by rounding, as a share of the largest one."""
 
 
 @torch.inference_mode()
@@ -168,7 +168,7 @@ def _check_states_continue(loaded: LoadedModel) -> None:
     cache = DynamicCache(config=loaded.model.config)
     for part in ids.chunk(2, 1):
         logits = loaded.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.float()
-    if float((logits - whole).abs().max()) > MAX_CONTINUATION_ERROR * float(whole.abs().max()):
+    if float((logits - whole).abs().max()) > MAX_CONTINUATION_ERROR[loaded.dtype] * float(whole.abs().max()):
         raise UserError(
             f"the recurrent layers of {loaded.model.config.model_type} forget the text before if several tokens "
             "continue it, in transformers' own cache as well, so it can be neither scored nor asked twice; choose "

@@ -9,20 +9,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [f"w{number}" for number in range(60)]
 SMALL_SEARCH_OPTIONS = ["--context", "160", "--continuation", "32", "--bits", "16"]
 
 
-def make_model(folder: Path, **fields: int) -> Path:
-    """Write a random Llama of 3 layers x 2 KV heads, or of other fields, with a tokenizer of 60 words."""
+def make_model(folder: Path, config_class: Any = LlamaConfig, **fields: Any) -> Path:
+    """Write a random Llama of 3 layers x 2 KV heads, or another model, with a tokenizer of 60 words."""
     vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -31,10 +32,10 @@ def make_model(folder: Path, **fields: int) -> Path:
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     ends = {"bos_token_id": None, "eos_token_id": 1, "initializer_range": 0.25}
-    config = LlamaConfig(vocab_size=len(vocabulary), **(shape | heads | ends | fields))
+    config = config_class(vocab_size=len(vocabulary), **(shape | heads | ends | fields))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

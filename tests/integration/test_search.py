@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from model_families import FAMILIES
 from search_process import (
     SMALL_SEARCH_OPTIONS,
     count_lines,
@@ -327,6 +328,23 @@ def test_a_front_is_a_plan_file_per_size_and_the_report_draws_it(
     records = Journal.open(out / TRIALS_FILE, TrialRecord.model_validate_json).records
     assert len({record.params["budget"] for record in records}) >= 4
     assert "perplexity" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("session")
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+def test_a_model_with_windows_or_states_is_searched(place: Place, tmp_path: Path, family: str) -> None:
+    config, fields = FAMILIES[family]
+    make_model(tmp_path / "model", config, **(fields | {"num_hidden_layers": 4}))
+    options = ["--texts", str(place.root / "texts"), *SMALL_SEARCH_OPTIONS, "--trials", "4", "--replicas", "1"]
+    command = ["--model", str(tmp_path / "model"), *options, "--out", str(tmp_path / "run")]
+    assert main([*command, "--budget", "0.7"]) == 0
+    loaded, plan = load(str(tmp_path / "model")), BudgetPlan.read(tmp_path / "run" / "plan.json")
+    plan.validate_for(loaded.identity, loaded.geometry)
+    assert [layer is not None for layer in plan.layers] == [window is None for window in loaded.geometry.windows]
+    assert plan.ratio <= 0.7
+    records = Journal.open(tmp_path / "run" / TRIALS_FILE, TrialRecord.model_validate_json).records
+    assert {record.status for record in records} <= {"finished", "pruned"}
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_families import FAMILIES, model_pair
+from byte_model import byte_tokenizer
+from model_families import FAMILIES, SHAPE, model_pair, tiny_model
 from plan_factory import random_ids, with_chunked_prefill
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
@@ -14,6 +15,8 @@ from transformers import DynamicCache
 from baklava.allocation import METHODS, allocate
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.data.windows import Window
+from baklava.evaluation.evaluator import Evaluator
+from baklava.evaluation.tasks import Prompt, Question
 from baklava.evaluation.window_scoring import prefill_window, score_plan
 from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KVzip, StreamingLLM
 from baklava.plan.budget_plan import AllocationConfig, BudgetPlan, LayerBudget, full_cache_plan
@@ -206,6 +209,22 @@ def test_every_allocation_finds_a_plan_in_the_profile_and_stays_within_its_bytes
         plan = allocate(profile, budget=0.8, context_length=tokens, method=METHODS[name](), eviction=eviction)
         assert plan.ratio <= 0.8
         assert score_plan(loaded, prefilled, plan).allocated_bytes <= plan.bytes_per_sequence
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "qwen3_next", "lfm2"])
+def test_a_plan_that_covers_the_text_answers_as_the_full_cache_does(family: str) -> None:
+    config, fields = FAMILIES[family]
+    loaded = LoadedModel.of(tiny_model(config(**(SHAPE | fields | {"vocab_size": 128}))), byte_tokenizer())
+    questions = (Question(" What is first?", " one!"), Question(" What is last?", " twelve!"))
+    prompt = Prompt(
+        "p", "a list: one two three four five six seven eight nine ten eleven twelve, and so on.", questions
+    )
+    plan = full_cache_plan(loaded.identity, loaded.geometry, 130, bits=32)
+    result = Evaluator(loaded, [plan]).evaluate_prompt("task", prompt)
+    for ours, theirs in zip(result.plans[0].answers, result.full, strict=True):
+        assert ours.nll == pytest.approx(theirs.nll, abs=1e-4)
+    assert result.plans[0].allocated_bytes <= plan.bytes_per_sequence
+    assert len(result.closed_book) == 2
 
 
 @every_mixed_family
