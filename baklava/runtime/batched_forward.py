@@ -195,7 +195,8 @@ def _forward_apart(
         try:
             own_logits, own_errors = _forward_one_row(loaded, [chunks[number]], after_layer)
             logits[number] = own_logits[0]
-            errors |= {number: error for error in own_errors.values()}
+            if own_errors:
+                errors[number] = own_errors[0]
         except Exception as error:
             errors[number] = error
     if decoding:
