@@ -34,6 +34,14 @@ def test_bytes_count_payload_state_and_sliding_layers() -> None:
     assert plan().full_bytes_per_sequence == 2 * 2 * 100 * 8 * 4 + sliding
 
 
+def test_a_number_of_a_state_counts_four_bytes_on_both_sides_of_the_ratio() -> None:
+    geometry = GEOMETRY.model_copy(update={"windows": (None, 0, None), "states": ((30,), (7, 5), ())})
+    with_states, without = plan(geometry=geometry), plan(geometry=geometry.model_copy(update={"states": ()}))
+    for name in ("bytes_per_sequence", "full_bytes_per_sequence"):
+        assert getattr(with_states, name) == getattr(without, name) + 4 * 42
+    assert with_states.bytes_for(1) == without.bytes_for(1) + 4 * 42
+
+
 CHANNELS = ("0001020304050607", "0706050403020100")
 
 

@@ -1,5 +1,7 @@
 """Models whose layers are not all of one kind are profiled, scored, searched and served as others are."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ from plan_factory import random_ids, with_chunked_prefill
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from torch.testing import assert_close
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import eager_mask
 
 from baklava.allocation import METHODS, allocate
 from baklava.cache.budgeted_cache import BudgetedCache
@@ -95,6 +98,57 @@ def test_the_fast_score_is_that_of_the_cache_as_it_is_served(family: str, evicti
     assert fast.kl == pytest.approx(kl, abs=2e-3)
     assert fast.kl > 1e-4
     assert fast.allocated_bytes <= plan.bytes_per_sequence
+
+
+def ring_reference(plan: BudgetPlan) -> Callable[..., tuple[Tensor, None]]:
+    """Return dense attention over a whole text, in which each head sees after the context what its ring would hold."""
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Any:
+        group, tokens = query.shape[1] // key.shape[1], query.shape[2]
+        logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * options["scaling"]
+        if softcap := options.get("softcap"):
+            logits = torch.tanh(logits / softcap) * softcap
+        logits = logits + mask
+        if budget := plan.layers[module.layer_idx]:
+            capacity = torch.tensor(budget.tokens).repeat_interleave(group)[:, None, None]
+            rows, entries = torch.arange(tokens)[:, None], torch.arange(tokens)
+            sinks = plan.eviction.sinks
+            visible = (rows < CONTEXT) | (entries < sinks) | (entries > rows - (capacity - sinks))
+            logits = logits.masked_fill(~visible, -torch.inf)
+        if (learned := options.get("s_aux")) is not None:
+            logits = torch.cat([logits, learned.view(1, -1, 1, 1).expand(len(query), -1, tokens, 1)], -1)
+        probs = logits.softmax(-1)[..., :tokens]
+        return (probs @ value.repeat_interleave(group, 1)).transpose(1, 2), None
+
+    return attend
+
+
+@torch.inference_mode()
+@every_mixed_family
+def test_budgets_do_what_masks_over_the_whole_text_would(family: str) -> None:
+    loaded, eager = model_pair(family)
+    plan, ids = tight_plan(loaded, EVICTIONS[0]), torch.tensor([text().ids])
+    cache, first = prefill(loaded, plan, ids[:, :CONTEXT])
+    found = torch.cat([first, decoded_logits(loaded, cache, ids[0, CONTEXT:])])
+    AttentionInterface.register("ring_reference", ring_reference(plan))
+    AttentionMaskInterface.register("ring_reference", eager_mask)
+    reference = copy.deepcopy(eager)
+    reference.set_attn_implementation("ring_reference")
+    expected = reference(ids, use_cache=False).logits[0, CONTEXT - 1 :]
+    assert_close(found, expected, atol=3e-4, rtol=1e-3)
+    full = eager(ids, use_cache=False).logits[0, CONTEXT - 1 :]
+    assert (found - full).abs().max() > 0.01
+
+
+@torch.inference_mode()
+@every_mixed_family
+def test_the_bytes_of_a_full_cache_are_those_that_its_plan_promises(family: str) -> None:
+    loaded, _ = model_pair(family)
+    plan, geometry = tight_plan(loaded, EVICTIONS[0]), loaded.geometry
+    cache, _ = prefill(loaded, plan, random_ids(1, CONTEXT))
+    # Between two forwards transformers keeps a window without the token that the next one brings.
+    windows = sum(1 for window in geometry.windows if window)
+    assert cache.nbytes == plan.bytes_per_sequence - windows * geometry.kv_heads * 2 * geometry.head_dim * 4
 
 
 @every_mixed_family
