@@ -114,6 +114,7 @@ def tiny_model(config: Any) -> Any:
 
 
 @once
+@torch.inference_mode(mode=False)  # whatever the first test runs in, others need gradients
 def model_pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[LoadedModel, Any]:
     """A tiny random model that attends through baklava, and its copy that attends as transformers does eagerly."""
     config, fields = FAMILIES[family]
