@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from typing_extensions import override
 
+from baklava.cache.rotary_shift import RotaryShift
 from baklava.errors import UserError
 
 ATTN_IMPLEMENTATION = "baklava"
@@ -36,6 +38,7 @@ Positions = Int[Tensor, "#batch #heads entries"]
 AttentionProbs = Float[Tensor, "batch heads group queries entries"]
 
 _attention_hooks: list[Callable[..., None]] = []
+_rotary_shifts: WeakKeyDictionary[torch.nn.Module, RotaryShift] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,14 @@ class AttentionParams:
     """What a model's attention has in addition to the softmax of q·k: scale, logit softcap, learned sink logits.
 
     `fp32_precision` "bf16" rounds the factors of products in 32 bits if there are many tokens, as PyTorch calls it.
+    `rotary_shift` moves queries to other positions; None if the layer's RoPE is not known.
     """
 
     scaling: float
     softcap: float | None = None
     sink_logits: Float[Tensor, " query_heads"] | None = None
     fp32_precision: str | None = None
+    rotary_shift: RotaryShift | None = None
 
     @property
     def is_plain_softmax(self) -> bool:
@@ -107,6 +112,11 @@ def register() -> None:
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, _make_mask)
 
 
+def register_rotary_shift(module: torch.nn.Module, shift: RotaryShift) -> None:
+    """Let the attention of a layer know its RoPE."""
+    _rotary_shifts[module] = shift
+
+
 def attach_layer(key: KVStates, layer: BudgetedLayerBase) -> KVStates:
     """Return the keys with their layer as an attribute.
 
@@ -137,7 +147,11 @@ def _forward(
 ) -> tuple[Tensor, None]:
     layer: BudgetedLayerBase | None = getattr(key, "budgeted_layer", None)
     params = AttentionParams(
-        options["scaling"], options.get("softcap"), options.get("s_aux"), _fp32_precision(module, query)
+        options["scaling"],
+        options.get("softcap"),
+        options.get("s_aux"),
+        _fp32_precision(module, query),
+        _rotary_shifts.get(module),
     )
     if layer is None:
         output = _attend_dense(module, query, key, value, attention_mask, params, options)

@@ -86,11 +86,14 @@ class BudgetedCache(StatefulCache):
             )
         cache = cls(plan, max_tokens)
         recording.load_unbudgeted(cache)
-        layers = zip(cache.budgeted_layers, recording.keys, recording.values, recording.scores, strict=True)
-        for layer, key, value, scores in layers:
-            if cache.eviction.scored and cache.eviction.score_key not in scores:
-                raise UserError(f"{cache.eviction} was not observed in the prefill; prefill with this eviction method")
-            layer.load_prompt(key, value, scores.get(cache.eviction.score_key))
+        eviction = cache.eviction
+        references = recording.references or ({},) * len(recording.keys)
+        layers = zip(cache.budgeted_layers, recording.keys, recording.values, recording.scores, references, strict=True)
+        for layer, key, value, scores, by_count in layers:
+            is_missing = eviction.num_references and eviction.num_references not in by_count
+            if eviction.scored and (is_missing or eviction.score_key not in scores):
+                raise UserError(f"{eviction} was not observed in the prefill; prefill with this eviction method")
+            layer.load_prompt(key, value, scores.get(eviction.score_key), by_count.get(eviction.num_references))
         return cache
 
     @override

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import ref
 
@@ -21,7 +22,15 @@ from baklava.cache.attention import (
     merge_gqa_groups,
     split_gqa_groups,
 )
-from baklava.cache.head_groups import GroupBudget, HeadGroup, LayerTable, NewTokens, head_group
+from baklava.cache.head_groups import (
+    GroupBudget,
+    HeadGroup,
+    LayerTable,
+    NewTokens,
+    ReferenceQueries,
+    References,
+    head_group,
+)
 from baklava.cache.kernels.fused_decode import can_fuse, fused_step, fused_steps
 from baklava.cache.storage import Slab
 from baklava.errors import UserError
@@ -237,6 +246,9 @@ class BudgetedLayer(BudgetedLayerBase):
                 group.drop_dequantized()
 
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
+        if (count := self.eviction.num_references) and self.groups[0].is_prompt(tokens):
+            references = ReferenceQueries.draw(tokens.query, tokens.positions, count, params)
+            tokens = replace(tokens, references=references)
         if tokens.teacher_forced:
             for group in self.groups:
                 if group.num_filled:
@@ -258,14 +270,17 @@ class BudgetedLayer(BudgetedLayerBase):
             )
         self.cumulative_length += num_new
 
-    def load_prompt(self, key: KVStates, value: KVStates, score: Tensor | None) -> None:
+    def load_prompt(
+        self, key: KVStates, value: KVStates, score: Tensor | None, references: References | None = None
+    ) -> None:
         """Compress the keys and values of a prompt that a full cache has attended to."""
         self.advance(key.shape[2])
         self.lazy_initialization(key, value)
         positions = torch.arange(key.shape[2], device=key.device)[None]
         for group in self.groups:
             scores = None if score is None else score[:, group.index]
-            group.load_prompt(key[:, group.index], value[:, group.index], scores, positions)
+            own = references and references.for_heads(group.index)
+            group.load_prompt(key[:, group.index], value[:, group.index], scores, positions, own)
 
     def can_fuse(self, states: Tensor) -> bool:
         """Return whether the kernel can decode the next token, for queries, keys and values like these."""

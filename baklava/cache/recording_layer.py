@@ -1,7 +1,7 @@
 """The full cache of a prompt, recorded once so that budgeted caches can be made from it by any number of plans."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,17 @@ from baklava.cache.attention import (
     merge_gqa_groups,
     split_gqa_groups,
 )
-from baklava.cache.head_groups import AttentionInputs, ScoreAccumulator, first_sampled_query, update_scores
+from baklava.cache.head_groups import (
+    AttentionInputs,
+    PromptEntries,
+    ReferenceQueries,
+    References,
+    ReferenceSample,
+    ScoreAccumulator,
+    first_sampled_query,
+    observe_references,
+    update_scores,
+)
 from baklava.cache.sliding_layer import LayerSnapshot, SlidingLayer
 from baklava.cache.state_layer import StatefulCache, new_states, unbudgeted_layer
 from baklava.cache.storage import count_bytes
@@ -43,14 +53,15 @@ class RecordingLayer(BudgetedLayerBase):
         super().__init__()
         self.prompt_tokens, self.evictions = prompt_tokens, tuple(evictions)
         self.scores: dict[Hashable, Tensor] = {}
-        self._pending_queries: dict[QuerySample, list[GroupedQueries]] = {}
+        self.references: dict[int, References] = {}
+        self._pending_queries: dict[QuerySample | int, list[GroupedQueries]] = {}
 
     @override
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, head_dim = key_states.shape
         self.keys = key_states.new_empty(batch, heads, self.prompt_tokens, head_dim)
         self.values = value_states.new_empty(batch, heads, self.prompt_tokens, value_states.shape[3])
-        for eviction in self.evictions:
+        for eviction in self._scoring:
             self.scores[eviction.score_key] = torch.zeros(self.keys.shape[:3], device=key_states.device)
         for tensor in (self.keys, self.values, *self.scores.values()):
             count_bytes(tensor, tensor.nbytes)
@@ -80,6 +91,7 @@ class RecordingLayer(BudgetedLayerBase):
         accumulators = [each for each in self._accumulators() if not each.sample.single_block]
         output = inputs.attend_and_observe(accumulators, start > 0, start, self.prompt_tokens)
         self._observe_in_one_block(inputs, start)
+        self._observe_references(inputs, start)
         return merge_gqa_groups(output)
 
     def _inputs(self, queries: GroupedQueries, params: AttentionParams, tokens: int) -> AttentionInputs:
@@ -103,10 +115,38 @@ class RecordingLayer(BudgetedLayerBase):
                 update_scores(block, sample, [each for each in accumulators if each.sample == sample])
                 pending.clear()
 
+    def _observe_references(self, inputs: AttentionInputs, start: int) -> None:
+        """Keep the reference queries of these tokens; after the last of them, keep what the prompt answers them."""
+        for count in {each.num_references for each in self.evictions} - {0}:
+            sample, stop = ReferenceSample.spread(count, self.prompt_tokens), self.cumulative_length
+            pending = self._pending_queries.setdefault(count, [])
+            here = [token - start for token in sample.tokens if start <= token < stop]
+            pending.append(inputs.query[:, :, :, here])
+            if stop == self.prompt_tokens:
+                queries = ReferenceQueries.of(torch.cat(pending, 3), (sample,), stop, inputs.params)
+                entries = PromptEntries(inputs.key, inputs.value, inputs.key_positions)
+                methods = [
+                    (each, self.scores[each.score_key])
+                    for each in self._scoring
+                    if each.query_sample.references == count
+                ]
+                self.references[count] = observe_references(queries, entries, stop, inputs.params, methods)
+                pending.clear()
+
+    @property
+    def _scoring(self) -> list[Eviction]:
+        return [eviction for eviction in self.evictions if not eviction.query_sample.uses_repetition]
+
     def _accumulators(self) -> list[ScoreAccumulator]:
+        """Return the methods, once each, as they observe queries where they stand."""
+        methods = {eviction.score_key: eviction for eviction in self._scoring}.values()
         return [
-            ScoreAccumulator(eviction, self.scores[eviction.score_key], eviction.query_sample)
-            for eviction in self.evictions
+            ScoreAccumulator(
+                eviction.decoding if eviction.query_sample.references else eviction,
+                self.scores[eviction.score_key],
+                replace(eviction.query_sample, references=0),
+            )
+            for eviction in methods
         ]
 
     @property
@@ -115,13 +155,14 @@ class RecordingLayer(BudgetedLayerBase):
         if not self.is_initialized:
             return 0
         pending = [queries for block in self._pending_queries.values() for queries in block]
-        tensors = (self.keys, self.values, *self.scores.values(), *pending)
+        references = [tensor for each in self.references.values() for tensor in each.tensors]
+        tensors = (self.keys, self.values, *self.scores.values(), *pending, *references)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     def release(self) -> None:
         """Free all tensors."""
         self.keys = self.values = None  # type: ignore[assignment]
-        self.scores = {}
+        self.scores, self.references = {}, {}
         self._pending_queries.clear()
 
 
@@ -144,6 +185,7 @@ class Recording:
     scores: tuple[dict[Any, Tensor], ...]
     sliding: dict[int, LayerSnapshot]
     states: dict[int, LayerSnapshot]
+    references: tuple[dict[int, References], ...] = ()
 
     def to_dynamic_cache(self) -> Cache:
         """Return transformers' own cache with all of the prompt; updating it does not change the recording."""
@@ -184,8 +226,12 @@ class RecordingCache(StatefulCache):
     def __init__(self, geometry: CacheGeometry, evictions: Sequence[Eviction], prompt_tokens: int) -> None:
         attention.register()
         self.geometry = geometry
-        scoring = [eviction for eviction in evictions if eviction.scored and not eviction.query_sample.uses_repetition]
-        distinct = list({eviction.score_key: eviction for eviction in scoring}.values())
+        recorded = [
+            eviction
+            for eviction in evictions
+            if eviction.scored and not (eviction.query_sample.uses_repetition and not eviction.num_references)
+        ]
+        distinct = list({(eviction.score_key, eviction.num_references): eviction for eviction in recorded}.values())
         super().__init__(
             [
                 RecordingLayer(prompt_tokens, distinct) if window is None else unbudgeted_layer(window, UNROUNDED_BITS)
@@ -202,4 +248,5 @@ class RecordingCache(StatefulCache):
             index: layer.snapshot() for index, layer in enumerate(self.layers) if isinstance(layer, SlidingLayer)
         }
         states = {index: state.snapshot() for index, state in self.states.items()}
-        return Recording(self.geometry, keys, values, tuple(layer.scores for layer in layers), sliding, states)
+        scores, references = tuple(layer.scores for layer in layers), tuple(layer.references for layer in layers)
+        return Recording(self.geometry, keys, values, scores, sliding, states, references)

@@ -4,17 +4,35 @@ from functools import lru_cache
 from typing import Any
 
 from baklava.errors import UserError
-from baklava.eviction.attention_based import TOVA, ExpectedAttention, HeavyHitter, KVzip, SnapKV
+from baklava.eviction.attention_based import (
+    TOVA,
+    AttentionMatching,
+    ExpectedAttention,
+    HeavyHitter,
+    KVzip,
+    SnapKV,
+)
 from baklava.eviction.attention_free import KeyDiff, KeyNorm, StreamingLLM
 from baklava.eviction.base import SHARED_PARAMS, Eviction, Observation, QuerySample
 from baklava.plan.budget_plan import EvictionConfig
 
-_METHODS = (StreamingLLM, HeavyHitter, TOVA, SnapKV, KeyNorm, KeyDiff, ExpectedAttention, KVzip)
+_METHODS = (
+    StreamingLLM,
+    HeavyHitter,
+    TOVA,
+    SnapKV,
+    KeyNorm,
+    KeyDiff,
+    ExpectedAttention,
+    KVzip,
+    AttentionMatching,
+)
 METHODS: dict[str, type[Eviction]] = {method.name: method for method in _METHODS}
 
 __all__ = [
     "METHODS",
     "TOVA",
+    "AttentionMatching",
     "Eviction",
     "ExpectedAttention",
     "HeavyHitter",

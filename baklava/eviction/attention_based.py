@@ -5,9 +5,11 @@
 - `SnapKV`: from the last queries of the prompt.
 - `ExpectedAttention`: from the queries that are expected to follow.
 - `KVzip`: from the queries with which the model repeats the prompt.
+- `AttentionMatching`: those that change the output of the prompt's own queries most, moved to the place after it.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.eviction.base import Eviction, Observation, QuerySample
+from baklava.eviction.base import SHARED_PARAMS, Eviction, Observation, QuerySample
 
 
 @dataclass(frozen=True)
@@ -239,3 +241,83 @@ class KVzip(Eviction):
     @override
     def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
         return torch.maximum(observation.previous_scores, observation.reduce_group("max").amax(2))
+
+
+@dataclass(frozen=True)
+class AttentionMatching(Eviction):
+    """Keep the entries without which the outputs of reference queries would change most (after arXiv 2602.16284).
+
+    Attention matching compacts a cache so that reference queries get the outputs that the full cache gives them. Its
+    references cost more passes over the prompt. Here they are the prompt's own queries, moved by RoPE to the place
+    after the prompt, where the next ones will stand (`baklava.cache.head_groups.references`).
+
+    Without an entry that has the share a of its attention, a query whose output is o loses a² |v - o|² of squared
+    error. That is the match of an entry, the largest of the query group, averaged over the references and rescaled to
+    the sum of a². The score of an entry is the geometric mean of its match and of its score as a heavy hitter: what
+    counts must matter both to the queries where they stand and after the prompt. Matches alone are better on most
+    texts and much worse on some (docs/lab-notes.md). Decoding continues as with heavy hitters.
+
+    Attributes:
+        references: number of queries of a prompt, or of a chunk of it, that are moved. They are spread evenly.
+        reduction: how the query group of a KV head is reduced for heavy hitters.
+        distance: for heavy hitters, only queries at least this many tokens after an entry count.
+
+    Cost: that of `HeavyHitter`, and the attention of `references` queries to the whole prompt. In PyTorch their
+    probabilities are materialised, for one KV head at a time.
+    """
+
+    name: ClassVar[str] = "attention_matching"
+
+    references: int = 256
+    reduction: Literal["mean", "max"] = "max"
+    distance: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.references >= 1, "references must be at least 1")
+        _ = self.decoding  # checks the others
+
+    @override
+    @cached_property
+    def decoding(self) -> HeavyHitter:
+        shared = {name: getattr(self, name) for name in SHARED_PARAMS}
+        return HeavyHitter(**shared, reduction=self.reduction, distance=self.distance)
+
+    @override
+    @property
+    def query_sample(self) -> QuerySample:
+        return QuerySample(references=self.references)
+
+    @override
+    @property
+    def attention_power(self) -> float:
+        return self.decoding.power
+
+    @override
+    def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
+        if observation.output is None:
+            return self.decoding.score(observation)
+        squares = observation.attention.float().square()
+        value, output = observation.value.float()[:, :, None], observation.output.float()
+        distances = value.square().sum(-1)[..., None, :] + output.square().sum(-1)[..., None]
+        distances = (distances - 2 * output @ value.transpose(3, 4)).clamp(min=0)
+        errors, mass = (squares * distances).amax(2).sum(2), squares.amax(2).sum((2, 3))
+        return self.blend(observation.previous_scores, errors, mass, output.shape[3])
+
+    @staticmethod
+    def blend(
+        hits: Float[Tensor, "batch heads entries"],
+        errors: Float[Tensor, "batch heads entries"],
+        mass: Float[Tensor, "batch heads"],
+        num_references: int,
+    ) -> Float[Tensor, "batch heads entries"]:
+        """Return the scores of entries after a prompt or a chunk of it.
+
+        Args:
+            hits: Scores as heavy hitters.
+            errors: Squared errors that entries would leave, summed over the references.
+            mass: Sum of squared attention over references and entries.
+            num_references: Number of the references.
+        """
+        scale = mass[..., None] / errors.sum(2, keepdim=True).clamp(min=torch.finfo(errors.dtype).tiny)
+        return (hits * errors * (scale / num_references)).sqrt()

@@ -33,12 +33,18 @@ class StreamingLLM(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fixed = (self.recent_ratio, self.eviction_interval, self.pooling, self.full_precision_recent, self.centroids)
-        if fixed != (1.0, 1, 1, False, 0):
+        fixed = {
+            "recent_ratio": 1.0,
+            "eviction_interval": 1,
+            "pooling": 1,
+            "full_precision_recent": False,
+            "fit_references": 0,
+            "centroids": 0,
+        }
+        if any(getattr(self, name) != value for name, value in fixed.items()):
+            found = ", ".join(f"{name} {getattr(self, name)}" for name in fixed)
             raise UserError(
-                f"{self.name} with recent_ratio {self.recent_ratio}, eviction_interval {self.eviction_interval}, "
-                f"pooling {self.pooling}, full_precision_recent {self.full_precision_recent}, centroids "
-                f"{self.centroids}: a ring buffer replaces its oldest token by the newest; set sinks only"
+                f"{self.name} with {found}: a ring buffer replaces its oldest token by the newest; set sinks only"
             )
 
     @override

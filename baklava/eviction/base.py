@@ -11,7 +11,16 @@ from torch import Tensor
 from baklava.errors import UserError
 from baklava.plan.budget_plan import EvictionConfig, ParamValue
 
-SHARED_PARAMS = ("sinks", "recent_ratio", "eviction_interval", "pooling", "full_precision_recent", "centroids")
+SHARED_PARAMS = (
+    "sinks",
+    "recent_ratio",
+    "eviction_interval",
+    "pooling",
+    "full_precision_recent",
+    "centroids",
+    "fit_references",
+    "fit_ridge",
+)
 """Parameters that every method has."""
 
 
@@ -25,12 +34,15 @@ class QuerySample:
         stride: only every `stride`-th query of the prompt.
         single_block: observe all queries in one block. For methods that need no attention probabilities of a prompt.
         uses_repetition: observe the queries of a repetition of the prompt instead of the prompt's own.
+        references: once all queries of a prompt have been observed by the method's rule of decoding, observe this many
+            of them again as reference queries; see `baklava.cache.head_groups.references`.
     """
 
     window: int | None = None
     stride: int = 1
     single_block: bool = False
     uses_repetition: bool = False
+    references: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Observation:
         compute_attention: returns the attention probabilities; see `attention`.
         stride: distance between two observed queries.
         decoding: whether the queries were decoded rather than part of a prompt.
+        output: output of reference queries, in the channels of the values; None for other queries.
     """
 
     query: Float[Tensor, "batch heads group queries head_dim"]
@@ -60,6 +73,7 @@ class Observation:
     compute_attention: Callable[[], Tensor]
     stride: int = 1
     decoding: bool = False
+    output: Float[Tensor, "batch heads group queries head_dim"] | None = None
     _computed: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -103,6 +117,8 @@ class Eviction(ABC):
     pooling: int = 1
     full_precision_recent: bool = False
     centroids: int = 0
+    fit_references: int = 0
+    fit_ridge: float = 10.0
 
     def __post_init__(self) -> None:
         is_odd = self.pooling > 0 and self.pooling % 2 == 1
@@ -112,6 +128,11 @@ class Eviction(ABC):
                 f"{self.name} with sinks {self.sinks}, recent_ratio {self.recent_ratio}, eviction_interval "
                 f"{self.eviction_interval}, pooling {self.pooling}, centroids {self.centroids}: sinks and centroids "
                 "must be at least 0, recent_ratio between 0 and 1, eviction_interval at least 1, pooling odd"
+            )
+        if self.fit_references < 0 or not 0 < self.fit_ridge < float("inf"):
+            raise UserError(
+                f"{self.name} with fit_references {self.fit_references}, fit_ridge {self.fit_ridge}: fit_references "
+                "must be at least 0, which is no fit, and fit_ridge a positive number"
             )
 
     @abstractmethod
@@ -138,6 +159,16 @@ class Eviction(ABC):
         """The config that a plan holds of this method."""
         shared = {name: getattr(self, name) for name in SHARED_PARAMS}
         return EvictionConfig(method=self.name, scored=self.scored, params=self.params, **shared)
+
+    @property
+    def decoding(self) -> "Eviction":
+        """The method whose rule scores decoded tokens; kernels may know it."""
+        return self
+
+    @property
+    def num_references(self) -> int:
+        """Reference queries of a prompt that are needed, to score or to fit."""
+        return self.query_sample.references or self.fit_references
 
     @property
     def attention_power(self) -> float:

@@ -73,6 +73,8 @@ class EvictionConfig(FrozenModel):
         full_precision_recent: whether a full head keeps its tokens since the last eviction in 16 bits if it is
             quantized. A ring buffer quantizes each token at once.
         centroids: per head, the number of 16-bit centroids that evicted entries are merged into; 0 drops them.
+        fit_references: number of reference queries of a prompt to which the values that stay are fitted; 0 for none.
+        fit_ridge: strength of the ridge that holds fitted values where they were.
         scored: whether the method keeps a position and a score per entry. The other methods are ring buffers.
         params: the method's own parameters.
     """
@@ -84,6 +86,8 @@ class EvictionConfig(FrozenModel):
     pooling: PositiveInt = 1
     full_precision_recent: bool = False
     centroids: Annotated[int, Field(ge=0)] = 0
+    fit_references: Annotated[int, Field(ge=0)] = 0
+    fit_ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     scored: bool = False
     params: dict[str, ParamValue] = Field(default_factory=dict)
 

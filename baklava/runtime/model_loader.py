@@ -19,6 +19,7 @@ from baklava.errors import UserError
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
 from baklava.runtime.checkpoint import Checkpoint, first_line
 from baklava.runtime.precision import HalfPrecisionLinear, round_linear_layers, weights_dtype
+from baklava.runtime.rotary_probe import probe_rotary_shifts
 
 DEMO = "demo"
 
@@ -135,6 +136,7 @@ class LoadedModel:
         if loaded.geometry.states:
             model.register_forward_pre_hook(_count_positions, with_kwargs=True)
             _check_states_continue(loaded)
+        probe_rotary_shifts(model, loaded.num_embeddings // 2)
         if loaded.eos_token_ids:
             model.generation_config.eos_token_id = sorted(loaded.eos_token_ids)
         return loaded

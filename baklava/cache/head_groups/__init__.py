@@ -3,6 +3,14 @@
 from baklava.cache.attention import KVStates
 from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
 from baklava.cache.head_groups.layer_table import LayerTable
+from baklava.cache.head_groups.references import (
+    PromptEntries,
+    ReferenceQueries,
+    References,
+    ReferenceSample,
+    observe_references,
+    reference_bytes,
+)
 from baklava.cache.head_groups.ring_buffer import RingBufferHeadGroup
 from baklava.cache.head_groups.score_updates import (
     AttentionInputs,
@@ -19,11 +27,17 @@ __all__ = [
     "HeadGroup",
     "LayerTable",
     "NewTokens",
+    "PromptEntries",
+    "ReferenceQueries",
+    "ReferenceSample",
+    "References",
     "RingBufferHeadGroup",
     "ScoreAccumulator",
     "ScoredHeadGroup",
     "first_sampled_query",
     "head_group",
+    "observe_references",
+    "reference_bytes",
     "update_scores",
 ]
 

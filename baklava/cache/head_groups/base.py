@@ -13,6 +13,7 @@ from torch import Tensor
 
 from baklava.cache import table_columns as columns
 from baklava.cache.attention import AttentionParams, GroupedQueries, KVStates
+from baklava.cache.head_groups.references import ReferenceQueries, References
 from baklava.cache.head_groups.table import Rows, describe_storage, new_rows, row_addresses
 from baklava.cache.kernels.compiled_entries import can_compile_entries, read_entries, select_entries
 from baklava.cache.storage import DequantizedView, Storage, StorageLayout, TensorSpec, storage_for
@@ -54,7 +55,8 @@ class NewTokens:
     """New tokens of a forward, for the heads of one group. Positions are negative for padding.
 
     `num_before` counts the tokens before them in a row, padding included. `padded` says that some row has padding,
-    `teacher_forced` that the tokens attend to exactly what they would attend to one by one.
+    `teacher_forced` that the tokens attend to exactly what they would attend to one by one. `references` are the
+    reference queries of a prompt, if its entries are scored or fitted by such.
     """
 
     num_before: int
@@ -64,6 +66,7 @@ class NewTokens:
     positions: Int[Tensor, "#batch tokens"]
     padded: bool
     teacher_forced: bool
+    references: ReferenceQueries | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +75,9 @@ class NewTokens:
 
     def for_heads(self, heads: slice | Int[Tensor, " heads"]) -> "NewTokens":
         """Return the tokens for some of the KV heads."""
-        return replace(self, query=self.query[:, heads], key=self.key[:, heads], value=self.value[:, heads])
+        references = self.references and self.references.for_heads(heads)
+        states = {name: getattr(self, name)[:, heads] for name in ("query", "key", "value")}
+        return replace(self, references=references, **states)
 
     def narrow(self, start: int, stop: int) -> "NewTokens":
         """Return the tokens from `start` to `stop`."""
@@ -189,20 +194,41 @@ class HeadGroup(ABC):
             return torch.cat([self.attend(part, params) for part in parts if part.num_tokens], 3)
         return self.rotate_back(self._attend(self.rotate(tokens), params))
 
+    def is_prompt(self, tokens: NewTokens) -> bool:
+        """Return whether these tokens attend together and are compressed then, and not one by one."""
+        is_long = not self.num_filled or tokens.num_tokens > self.eviction.eviction_interval
+        return is_long and not tokens.teacher_forced
+
     def rotate(self, tokens: NewTokens) -> NewTokens:
         """Return the tokens with their channels as entries are stored."""
         query, key = (_rotate(self.key_rotation, states) for states in (tokens.query, tokens.key))
-        return replace(tokens, query=query, key=key, value=_rotate(self.value_rotation, tokens.value))
+        references = tokens.references
+        if references is not None:
+            standing, shifted = (_rotate(self.key_rotation, each) for each in (references.query, references.shifted))
+            references = ReferenceQueries(standing, shifted, references.samples)
+        value = _rotate(self.value_rotation, tokens.value)
+        return replace(tokens, query=query, key=key, value=value, references=references)
 
     def rotate_back(self, output: GroupedQueries) -> GroupedQueries:
         """Return outputs of stored values in the model's own channels."""
         return output if self.value_rotation is None else self.value_rotation.inverse_rotate(output)
 
     def load_prompt(
-        self, key: KVStates, value: KVStates, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]
+        self,
+        key: KVStates,
+        value: KVStates,
+        score: Tensor | None,
+        positions: Int[Tensor, "#batch tokens"],
+        references: References | None = None,
     ) -> None:
         """Compress the keys and values of a prompt, which a full cache has attended to, to the budget."""
-        self._load_prompt(_rotate(self.key_rotation, key), _rotate(self.value_rotation, value), score, positions)
+        if references is not None:
+            outputs = (references.output, references.own_output)
+            output, own_output = (_rotate(self.value_rotation, states) for states in outputs)
+            query = _rotate(self.key_rotation, references.query)
+            references = replace(references, query=query, output=output, own_output=own_output)
+        key, value = _rotate(self.key_rotation, key), _rotate(self.value_rotation, value)
+        self._load_prompt(key, value, score, positions, references)
 
     def dequantize(self) -> None:
         """Read entries from a copy, until `drop_dequantized`, if reading converts them."""
@@ -248,7 +274,12 @@ class HeadGroup(ABC):
 
     @abstractmethod
     def _load_prompt(
-        self, key: KVStates, value: KVStates, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]
+        self,
+        key: KVStates,
+        value: KVStates,
+        score: Tensor | None,
+        positions: Int[Tensor, "#batch tokens"],
+        references: References | None,
     ) -> None:
         """Do what `load_prompt` does, with a prompt in the channels of the storage."""
 

@@ -18,6 +18,7 @@ from baklava.cache.attention import (
     visibility_mask,
 )
 from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
+from baklava.cache.head_groups.references import References
 from baklava.cache.head_groups.score_updates import AttentionInputs
 from baklava.cache.head_groups.table import Rows
 from baklava.cache.storage import EMPTY, TensorSpec
@@ -111,7 +112,12 @@ class RingBufferHeadGroup(HeadGroup):
 
     @override
     def _load_prompt(
-        self, key: KVStates, value: KVStates, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]
+        self,
+        key: KVStates,
+        value: KVStates,
+        score: Tensor | None,
+        positions: Int[Tensor, "#batch tokens"],
+        references: References | None,
     ) -> None:
         self._retain(key, value, positions, 0, padded=False)
 

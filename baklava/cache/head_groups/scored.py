@@ -1,6 +1,7 @@
 """Entries that compete by score."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from baklava.cache import table_columns as columns
 from baklava.cache.attention import AttentionParams, AttentionProbs, CentroidEntries, GroupedQueries, KVStates
 from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
 from baklava.cache.head_groups.centroids import PROMPT_KMEANS_ITERATIONS, Centroids, mean_attention
+from baklava.cache.head_groups.references import PromptEntries, References, observe_references
 from baklava.cache.head_groups.score_updates import (
     AttentionInputs,
     ScoreAccumulator,
@@ -20,10 +22,15 @@ from baklava.cache.head_groups.score_updates import (
     update_scores,
 )
 from baklava.cache.head_groups.table import Rows, addresses
+from baklava.cache.head_groups.value_fit import fit_values
 from baklava.cache.kernels.compiled_entries import merge_entries
 from baklava.cache.storage import EMPTY, TensorSpec
+from baklava.cache.storage.base import gather_new
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, QuerySample
+
+MAX_FITTED_SHARE = 0.9
+"""Values are not fitted if more of the entries stay: there is little to gain."""
 
 
 class ScoredHeadGroup(HeadGroup):
@@ -59,9 +66,10 @@ class ScoredHeadGroup(HeadGroup):
         eviction = self.eviction
         rows[..., columns.UPDATE] = self.score_update
         if self.score_update == columns.HEAVY_HITTER:
-            assert isinstance(eviction, HeavyHitter)
-            rows[..., columns.DISTANCE] = eviction.distance
-            rows[..., columns.SQUARED], rows[..., columns.BY_MAX] = eviction.power == 2, eviction.reduction == "max"
+            hitter = eviction.decoding
+            assert isinstance(hitter, HeavyHitter)
+            rows[..., columns.DISTANCE] = hitter.distance
+            rows[..., columns.SQUARED], rows[..., columns.BY_MAX] = hitter.power == 2, hitter.reduction == "max"
         rows[..., columns.EVICTS] = not self.needs_pytorch
         rows[..., columns.INTERVAL], rows[..., columns.RETAINED] = eviction.eviction_interval, self.num_retained
         rows[..., columns.RECENT_WINDOW] = eviction.recent_window(self.budget.tokens)
@@ -75,7 +83,7 @@ class ScoredHeadGroup(HeadGroup):
     @property
     def score_update(self) -> int:
         """What a kernel does with the probabilities of a decoded token: it knows HeavyHitter, and no subclass."""
-        if type(self.eviction) is HeavyHitter:
+        if type(self.eviction.decoding) is HeavyHitter:
             return columns.HEAVY_HITTER
         return columns.NO_UPDATE if self.eviction.query_sample.window == 0 else columns.KEEP_PROBS
 
@@ -95,7 +103,7 @@ class ScoredHeadGroup(HeadGroup):
 
     @override
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
-        if not tokens.teacher_forced and (not self.num_filled or tokens.num_tokens > self.eviction.eviction_interval):
+        if self.is_prompt(tokens):
             return self._block(tokens, params)
         if tokens.num_tokens == 1:
             return self._step(tokens, params)
@@ -196,8 +204,14 @@ class ScoredHeadGroup(HeadGroup):
             tokens.query, key, value, tokens.positions, key_positions, params, tokens.padded, centroids=centroids
         )
         masked = bool(self.num_filled or tokens.padded)
-        output = inputs.attend_and_observe([ScoreAccumulator(self.eviction, scores, self._prompt_sample())], masked)
-        self._retain(tokens.key, tokens.value, scores, positions)
+        sample, references = self._prompt_sample(), None
+        observer = self.eviction.decoding if sample.references else self.eviction
+        output = inputs.attend_and_observe([ScoreAccumulator(observer, scores, replace(sample, references=0))], masked)
+        if tokens.references is not None:
+            prompt = PromptEntries(key, value, key_positions, tokens.padded, centroids)
+            methods = [(self.eviction, scores)] if sample.references else []
+            references = observe_references(tokens.references, prompt, tokens.num_tokens, params, methods)
+        self._retain(tokens.key, tokens.value, scores, positions, references)
         return output
 
     def _prompt_sample(self) -> QuerySample:
@@ -211,14 +225,22 @@ class ScoredHeadGroup(HeadGroup):
 
     @override
     def _load_prompt(
-        self, key: KVStates, value: KVStates, score: Tensor | None, positions: Int[Tensor, "#batch tokens"]
+        self,
+        key: KVStates,
+        value: KVStates,
+        score: Tensor | None,
+        positions: Int[Tensor, "#batch tokens"],
+        references: References | None,
     ) -> None:
         if score is None:
             raise ValueError(f"{self.eviction.name} needs the scores of the prompt, and none were recorded")
-        self._retain(key, value, score, positions[:, None].expand(score.shape).int())
+        self._retain(key, value, score, positions[:, None].expand(score.shape).int(), references)
 
-    def _retain(self, key: KVStates, value: KVStates, scores: Tensor, positions: Tensor) -> None:
-        """Retain the best of the old entries and these new ones, in their order."""
+    def _retain(
+        self, key: KVStates, value: KVStates, scores: Tensor, positions: Tensor, references: References | None
+    ) -> None:
+        """Retain the best of the old entries and these new ones, in their order, and fit their values."""
+        num_old = self.num_filled
         retained = self._topk(scores, positions)
         if self.centroids is not None and retained.shape[2] < positions.shape[2]:
             self._merge(self.centroids, key, value, self._weights(scores, positions).scatter(2, retained, 0.0))
@@ -226,6 +248,45 @@ class ScoredHeadGroup(HeadGroup):
         self._replace(key, value, torch.where(positions < 0, EMPTY, retained))
         self.positions[..., : self.num_filled], self.scores[..., : self.num_filled] = positions, scores
         self.tokens_since_eviction = 0
+        num_entries = num_old + key.shape[2]
+        if references is not None and self.eviction.fit_references and self._is_worth_fitting(num_entries):
+            self._fit(value, retained, num_old, references.thinned(self.eviction.fit_references))
+
+    def _is_worth_fitting(self, num_entries: int) -> bool:
+        """Return whether so much of these entries has been evicted that the values of the others can make up for it."""
+        return self.num_filled < MAX_FITTED_SHARE * num_entries
+
+    def _fit(self, value: KVStates, retained: Tensor, num_old: int, references: References) -> None:
+        """Fit the values of the centroids and of those entries that are not recent to references.
+
+        Args:
+            value: Values of the new entries.
+            retained: Index of the entries into the `num_old` ones before and the new ones.
+            num_old: As above.
+            references: Queries and the outputs that they should get.
+        """
+        (keys, values), positions, first = self.read(), self.cached_positions(), self.eviction.centroids
+        origin = torch.where((retained >= num_old)[..., None], gather_new(retained, num_old, value), values).float()
+        last, recent_window = positions.amax(2, keepdim=True), self.eviction.recent_window(self.budget.tokens)
+        is_fitted = (positions >= 0) & (positions <= last - recent_window)
+        centroids = None
+        if self.centroids is not None:
+            centroids = self.centroids.entries(torch.float32)
+            origin = torch.cat([centroids.value, origin], 2)
+            is_fitted = torch.cat([self.centroids.weight > 0, is_fitted], 2)
+        kept = PromptEntries(keys, values, positions, bool((positions < 0).any()), centroids)
+        slots = torch.arange(self.num_filled, device=keys.device)[None, None]
+
+        def store(columns: Tensor) -> Tensor:
+            entries = self.values.round_trip(columns[:, :, first:].to(values.dtype), slots).float()
+            return torch.cat([columns[:, :, :first].half().float(), entries], 2)
+
+        fitted, gains = fit_values(references, kept, origin, is_fitted, self.eviction.fit_ridge, store)
+        is_fitted = is_fitted & gains[..., None]
+        self.values.replace(fitted[:, :, first:].to(values.dtype), is_fitted[..., first:])
+        if self.centroids is not None:
+            means = self.centroids.value
+            means.copy_(torch.where(is_fitted[..., :first, None], fitted[:, :, :first].half(), means))
 
     def _merge(self, centroids: Centroids, key: KVStates, value: KVStates, weights: Tensor) -> None:
         """Merge those of the old entries and these new ones that have a weight into the centroids."""

@@ -13,7 +13,8 @@ LANES = 64
 
 
 @compiled
-def _largest(row, lanes):
+def largest_of(row, lanes):
+    """Return the largest number of a row; `lanes` is memory of that many numbers."""
     largest, whole = LOWEST, len(row) // LANES * LANES
     for j in range(LANES):
         lanes[j] = LOWEST
@@ -56,7 +57,7 @@ def softmax_rows(logits, totals, bias, sinks, num_visible, scaling, softcap, fir
                     factor = ONE
                 for t in range(bias.shape[1]):
                     visible[t] += bias[h, t] / factor
-                largest, total = _largest(visible, lanes), ZERO
+                largest, total = largest_of(visible, lanes), ZERO
                 if sinks.size:
                     largest = max(largest, sinks[h, g] / factor)
                     total = exp(sinks[h, g] - largest * factor)

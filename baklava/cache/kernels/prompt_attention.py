@@ -115,13 +115,13 @@ def attend_prompt(
         stop = min(start + _block_queries(rows * group, num_before + start), queries)
         reach, block = num_before + stop, grouped[:, :, start:stop].flatten(1, 2)
         logits = _workspace(rows * block.shape[1] * reach).view(rows, block.shape[1], reach)
-        with _fp32_precision(params.fp32_precision):
+        with fp32_precision(params.fp32_precision):
             torch.bmm(block, key[:, :reach].transpose(1, 2), out=logits)
         probs = logits.view(rows, group, stop - start, reach).numpy()
         totals = _softmax(module, probs, num_before + start + 1, softmax_options)
         for score in scores:
             _add_scores(module, probs, totals, score.arrays(start, stop), num_centroids)
-        with _fp32_precision(params.fp32_precision):
+        with fp32_precision(params.fp32_precision):
             sums = torch.bmm(logits, value[:, :reach])
         own = output.flatten(0, 1)[:, :, start:stop]
         torch.div(sums.view(own.shape), torch.from_numpy(totals)[..., None], out=own)
@@ -178,7 +178,7 @@ class _Rounding:
                     matmul.fp32_precision = self._before
 
 
-_fp32_precision = _Rounding()
+fp32_precision = _Rounding()
 
 
 def _softmax(module: Any, logits: np.ndarray, num_visible: int, options: tuple[Any, ...]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Compile all kernels for CPUs before they are needed."""
 
-from baklava.cache.kernels import compiled_entries, fused_decode, prompt_attention
+from baklava.cache.kernels import compiled_entries, fused_decode, prompt_attention, reference_attention
 from baklava.cache.kernels.numba_runtime import is_available
 
 
@@ -12,6 +12,7 @@ def prepare_kernels(head_dim: int, query_group: int) -> None:
     if not is_available():
         return
     prompt_attention.prepare()
+    reference_attention.prepare()
     fused_decode.prepare(head_dim, query_group)
     if head_dim % compiled_entries.CHANNEL_MULTIPLE == 0:
         compiled_entries.prepare()

@@ -85,6 +85,10 @@ class Storage(ABC):
         """Return entries as they would be read from the given slots, without storing them."""
 
     @abstractmethod
+    def replace(self, entries: Entries, where: Bool[Tensor, "batch heads tokens"]) -> None:
+        """Write these entries into the first slots where the mask says so; the others are not encoded again."""
+
+    @abstractmethod
     def iter_blocks(self, slots: int) -> Iterator[Float[Tensor, "batch heads block head_dim"]]:
         """Yield what `read` returns: in blocks if it must be copied, else as one block."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
@@ -67,6 +67,11 @@ class DequantizedView(Storage):
     @override
     def round_trip(self, entries: Entries, slots: Index) -> Entries:
         return self.storage.round_trip(entries, slots)
+
+    @override
+    def replace(self, entries: Entries, where: Bool[Tensor, "batch heads tokens"]) -> None:
+        self.storage.replace(entries, where)
+        self.entries[:, :, : entries.shape[2]] = self.storage.read(entries.shape[2])
 
     @override
     def iter_blocks(self, slots: int) -> Iterator[Float[Tensor, "batch heads block head_dim"]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
@@ -102,6 +102,12 @@ class SegmentedStorage(Storage):
         for segment, other in zip(self.segments[1:], stored[1:], strict=True):
             result = torch.where((slots >= segment.start)[..., None], other, result)
         return result
+
+    @override
+    def replace(self, entries: Entries, where: Bool[Tensor, "batch heads tokens"]) -> None:
+        for segment in self._segments_of(entries.shape[2]):
+            here = slice(segment.start, min(segment.stop, entries.shape[2]))
+            segment.storage.replace(entries[:, :, here], where[:, :, here])
 
     @override
     def iter_blocks(self, slots: int) -> Iterator[Float[Tensor, "batch heads block head_dim"]]:

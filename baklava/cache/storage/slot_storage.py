@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
@@ -88,6 +88,12 @@ class SlotStorage(Storage):
         encoded = self.codec.encode(fresh) if is_first else self._encode_selected(source, fresh)
         for stored, new in zip(self.encoded, encoded, strict=True):
             stored[:, :, : new.shape[2]] = new
+
+    @override
+    def replace(self, entries: Entries, where: Bool[Tensor, "batch heads tokens"]) -> None:
+        for stored, new in zip(self.encoded, self.codec.encode(entries), strict=True):
+            first = stored[:, :, : entries.shape[2]]
+            first.copy_(torch.where(where[..., None], new, first))
 
     @override
     def read(self, slots: int) -> Float[Tensor, "batch heads slots head_dim"]:

@@ -109,7 +109,7 @@ def test_products_are_rounded_only_while_they_are_computed() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     assert_close(rounded.attend(masked=True), inputs.attend(masked=True), atol=0.05, rtol=0.05)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
-    with pytest.raises(RuntimeError, match="in the middle"), prompt_attention._fp32_precision("bf16"):
+    with pytest.raises(RuntimeError, match="in the middle"), prompt_attention.fp32_precision("bf16"):
         raise RuntimeError("in the middle")
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
@@ -127,7 +127,7 @@ def test_gradients_and_other_dtypes_are_left_to_pytorch() -> None:
 def test_two_threads_that_round_leave_the_setting_as_it_was() -> None:
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    first, second = prompt_attention._fp32_precision("bf16"), prompt_attention._fp32_precision("bf16")
+    first, second = prompt_attention.fp32_precision("bf16"), prompt_attention.fp32_precision("bf16")
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)

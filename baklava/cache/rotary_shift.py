@@ -1,0 +1,40 @@
+"""Move queries to other positions: rotations by RoPE add up, so a rotated query needs only the rest of its rotation."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RotaryShift:
+    """The RoPE of a layer, by which states are moved from one position to another.
+
+    Attributes:
+        frequencies: Angle per position of each pair of channels, in 64 bits; empty if the layer rotates nothing. The
+            first channels are rotated, as many as there are in the pairs.
+        interleaved: Whether pairs are adjacent channels; else a pair is channels of the first and of the second half.
+    """
+
+    frequencies: Float[Tensor, " pairs"]
+    interleaved: bool = False
+
+    def shift(self, states: Tensor, distances: Int[Tensor, "#batch tokens"]) -> Tensor:
+        """Return states [batch, ..., tokens, head_dim] moved by these distances, in float32."""
+        states, pairs = states.float(), len(self.frequencies)
+        if not pairs:
+            return states
+        # The product with a position of 100,000 needs more than 32 bits.
+        angles = distances.double()[..., None] * self.frequencies.to(distances.device)
+        angles = angles.view(len(distances), *(1,) * (states.dim() - 3), *angles.shape[1:])
+        cos, sin = angles.cos().float(), angles.sin().float()
+        rotated, rest = states[..., : 2 * pairs], states[..., 2 * pairs :]
+        if self.interleaved:
+            first, second = rotated[..., ::2], rotated[..., 1::2]
+        else:
+            first, second = rotated[..., :pairs], rotated[..., pairs:]
+        turned = first * cos - second * sin, second * cos + first * sin
+        if self.interleaved:
+            return torch.cat([torch.stack(turned, -1).flatten(-2), rest], -1)
+        return torch.cat([*turned, rest], -1)
