@@ -38,7 +38,7 @@ Positions = Int[Tensor, "#batch #heads entries"]
 AttentionProbs = Float[Tensor, "batch heads group queries entries"]
 
 _attention_hooks: list[Callable[..., None]] = []
-_rotary_shifts: WeakKeyDictionary[torch.nn.Module, RotaryShift] = WeakKeyDictionary()
+_rotary_shifts: WeakKeyDictionary[torch.nn.Module, RotaryShift | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,14 @@ def register() -> None:
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, _make_mask)
 
 
-def register_rotary_shift(module: torch.nn.Module, shift: RotaryShift) -> None:
-    """Let the attention of a layer know its RoPE."""
+def register_rotary_shift(module: torch.nn.Module, shift: RotaryShift | None) -> None:
+    """Let the attention of a layer know its RoPE; None if it is not understood."""
     _rotary_shifts[module] = shift
+
+
+def rotary_shift_of(module: torch.nn.Module) -> RotaryShift | None:
+    """Return the RoPE of an attention layer, or None if it is not known."""
+    return _rotary_shifts.get(module)
 
 
 def attach_layer(key: KVStates, layer: BudgetedLayerBase) -> KVStates:
@@ -151,7 +156,7 @@ def _forward(
         options.get("softcap"),
         options.get("s_aux"),
         _fp32_precision(module, query),
-        _rotary_shifts.get(module),
+        rotary_shift_of(module),
     )
     if layer is None:
         output = _attend_dense(module, query, key, value, attention_mask, params, options)

@@ -24,7 +24,7 @@ from baklava.cache.kernels.prompt_attention import ScoreSum, attend_prompt, can_
 from baklava.eviction import Eviction, HeavyHitter, Observation, QuerySample
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScoreAccumulator:
     """An eviction method, the scores that it updates in place, and the queries of a prompt that it observes."""
 

@@ -99,7 +99,9 @@ def _regression(references: References, kept: PromptEntries) -> tuple[Weights, O
     return weights, target, value
 
 
-def _select(weights: Weights, is_fitted: Tensor, index: Tensor | None, count: int) -> Weights:
+def _select(
+    weights: Weights, is_fitted: Tensor, index: Tensor | None, count: int
+) -> Float[Tensor, "batch heads rows {count}"]:
     """Return the columns that are fitted; rows and heads that have fewer get zeros."""
     if index is None:
         return weights[..., :count]
