@@ -57,6 +57,7 @@ class ReferenceHead:
         self, query: Tensor, attention: Tensor, new: Tensor, cached: Tensor, scaling: float, is_prompt: bool
     ) -> None:
         sample = self.eviction.query_sample if is_prompt else QuerySample()
+        method = self.eviction.decoding if sample.references else self.eviction
         rows = [
             row
             for row in range(len(new))
@@ -76,7 +77,24 @@ class ReferenceHead:
             stride=sample.stride,
             decoding=not is_prompt,
         )
-        self.scores = dict(zip(self.cached, self.eviction.score(observation)[0, 0].tolist(), strict=True))
+        scores = method.score(observation)[0, 0]
+        if sample.references:
+            scores = (scores * self._match(query, scaling, min(sample.references, len(new)))).sqrt()
+        self.scores = dict(zip(self.cached, scores.tolist(), strict=True))
+
+    def _match(self, query: Tensor, scaling: float, count: int) -> Tensor:
+        """Return how much entries of a prompt of one block matter to references, which see their own block twice."""
+        tokens = query.shape[1]
+        errors, squares = torch.zeros(2, count, query.shape[0], tokens)
+        for place in range(count):
+            token = place * tokens // count
+            keys, values = (torch.cat([of[:tokens], of[: token + 1]]) for of in (self.keys, self.values))
+            attention = (query[:, token] @ keys.T * scaling).softmax(-1)
+            output = attention @ values
+            squares[place] = attention[:, :tokens].square()
+            errors[place] = squares[place] * (self.values[:tokens] - output[:, None]).square().sum(-1)
+        errors = errors.amax(1).sum(0)
+        return errors * squares.amax(1).sum() / errors.sum().clamp(min=1e-30) / count
 
     def _compress(self) -> None:
         """Retain sinks, the recent window, and the best of the rest."""

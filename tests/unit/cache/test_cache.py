@@ -14,9 +14,20 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from baklava.cache.attention import AttentionParams
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.budgeted_layer import BudgetedLayer
+from baklava.cache.rotary_shift import RotaryShift
 from baklava.cache.storage import Slab, TensorSpec
 from baklava.errors import UserError
-from baklava.eviction import TOVA, Eviction, ExpectedAttention, HeavyHitter, KeyDiff, KeyNorm, SnapKV, StreamingLLM
+from baklava.eviction import (
+    TOVA,
+    AttentionMatching,
+    Eviction,
+    ExpectedAttention,
+    HeavyHitter,
+    KeyDiff,
+    KeyNorm,
+    SnapKV,
+    StreamingLLM,
+)
 from baklava.plan.budget_plan import LayerBudget, full_cache_plan
 from baklava.runtime.model_loader import LoadedModel
 
@@ -29,6 +40,7 @@ EVICTIONS = [
     HeavyHitter(sinks=2, eviction_interval=1, recent_ratio=0.25, stride=3, distance=0),
     HeavyHitter(sinks=0, eviction_interval=6, reduction="max", power=2, distance=1),
     HeavyHitter(sinks=0, eviction_interval=4, pooling=5, distance=0),
+    AttentionMatching(sinks=1, eviction_interval=3, references=7, distance=2),
     TOVA(sinks=1, eviction_interval=3),
     SnapKV(sinks=2, eviction_interval=4, window=3),
     KeyNorm(sinks=2, eviction_interval=5),
@@ -46,7 +58,8 @@ def test_a_layer_equals_dense_attention_with_explicit_positions(
     eviction: Eviction, capacities: tuple[int, int], prompt: int, seed: int
 ) -> None:
     heads, group, dim, steps = 2, 2, 4, 40
-    kernel, draw = AttentionParams(0.5), torch.Generator().manual_seed(seed)
+    kernel = AttentionParams(0.5, rotary_shift=RotaryShift(torch.empty(0)))
+    draw = torch.Generator().manual_seed(seed)
     query = torch.randn(1, heads * group, prompt + steps, dim, generator=draw)
     key, value = (torch.randn(1, heads, prompt + steps, dim, generator=draw) for _ in range(2))
     layer = BudgetedLayer(LayerBudget(tokens=capacities, key_bits=(32, 32), value_bits=(32, 32)), eviction)
