@@ -54,7 +54,9 @@ class RecordingLayer(BudgetedLayerBase):
         self.prompt_tokens, self.evictions = prompt_tokens, tuple(evictions)
         self.scores: dict[Hashable, Tensor] = {}
         self.references: dict[int, References] = {}
-        self._pending_queries: dict[QuerySample | int, list[GroupedQueries]] = {}
+        self._pending_queries: dict[QuerySample, list[GroupedQueries]] = {}
+        self._reference_queries: dict[int, list[GroupedQueries]] = {}
+        self._params: AttentionParams | None = None
 
     @override
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -91,7 +93,7 @@ class RecordingLayer(BudgetedLayerBase):
         accumulators = [each for each in self._accumulators() if not each.sample.single_block]
         output = inputs.attend_and_observe(accumulators, start > 0, start, self.prompt_tokens)
         self._observe_in_one_block(inputs, start)
-        self._observe_references(inputs, start)
+        self._keep_references(inputs, start)
         return merge_gqa_groups(output)
 
     def _inputs(self, queries: GroupedQueries, params: AttentionParams, tokens: int) -> AttentionInputs:
@@ -115,23 +117,32 @@ class RecordingLayer(BudgetedLayerBase):
                 update_scores(block, sample, [each for each in accumulators if each.sample == sample])
                 pending.clear()
 
-    def _observe_references(self, inputs: AttentionInputs, start: int) -> None:
-        """Keep the reference queries of these tokens; after the last of them, keep what the prompt answers them."""
+    def _keep_references(self, inputs: AttentionInputs, start: int) -> None:
+        """Keep the reference queries among these tokens until `observe_references`."""
+        self._params = inputs.params
         for count in {each.num_references for each in self.evictions} - {0}:
-            sample, stop = ReferenceSample.spread(count, self.prompt_tokens), self.cumulative_length
-            pending = self._pending_queries.setdefault(count, [])
-            here = [token - start for token in sample.tokens if start <= token < stop]
-            pending.append(inputs.query[:, :, :, here])
-            if stop == self.prompt_tokens:
-                queries = ReferenceQueries.of(torch.cat(pending, 3), (sample,), stop, inputs.params)
-                entries = PromptEntries(inputs.key, inputs.value, inputs.key_positions)
-                methods = [
+            tokens = ReferenceSample.spread(count, self.prompt_tokens).tokens
+            here = [token - start for token in tokens if start <= token < self.cumulative_length]
+            self._reference_queries.setdefault(count, []).append(inputs.query[:, :, :, here])
+
+    def observe_references(self) -> None:
+        """Find what the whole prompt answers its reference queries, and update the scores of methods that match it."""
+        while self._reference_queries:
+            assert self._params is not None
+            count, queries = self._reference_queries.popitem()
+            sample = ReferenceSample.spread(count, self.prompt_tokens)
+            positions = torch.arange(self.prompt_tokens, device=self.keys.device)[None, None]
+            self.references[count] = observe_references(
+                ReferenceQueries.of(torch.cat(queries, 3), (sample,), self.prompt_tokens, self._params),
+                PromptEntries(self.keys, self.values, positions),
+                self.prompt_tokens,
+                self._params,
+                [
                     (each, self.scores[each.score_key])
                     for each in self._scoring
                     if each.query_sample.references == count
-                ]
-                self.references[count] = observe_references(queries, entries, stop, inputs.params, methods)
-                pending.clear()
+                ],
+            )
 
     @property
     def _scoring(self) -> list[Eviction]:
@@ -154,7 +165,8 @@ class RecordingLayer(BudgetedLayerBase):
         """Bytes allocated, over the whole batch."""
         if not self.is_initialized:
             return 0
-        pending = [queries for block in self._pending_queries.values() for queries in block]
+        waiting = (*self._pending_queries.values(), *self._reference_queries.values())
+        pending = [queries for block in waiting for queries in block]
         references = [tensor for each in self.references.values() for tensor in each.tensors]
         tensors = (self.keys, self.values, *self.scores.values(), *pending, *references)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
@@ -164,6 +176,7 @@ class RecordingLayer(BudgetedLayerBase):
         self.keys = self.values = None  # type: ignore[assignment]
         self.scores, self.references = {}, {}
         self._pending_queries.clear()
+        self._reference_queries.clear()
 
 
 @dataclass(frozen=True)
@@ -243,6 +256,8 @@ class RecordingCache(StatefulCache):
     def to_recording(self) -> Recording:
         """Return the keys, values and scores of the prompt, after all of it has been processed."""
         layers = [layer for layer in self.layers if isinstance(layer, RecordingLayer)]
+        for layer in layers:
+            layer.observe_references()
         keys, values = (tuple(getattr(layer, name) for layer in layers) for name in ("keys", "values"))
         sliding = {
             index: layer.snapshot() for index, layer in enumerate(self.layers) if isinstance(layer, SlidingLayer)

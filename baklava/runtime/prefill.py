@@ -13,7 +13,6 @@ from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.head_groups import reference_bytes
 from baklava.cache.recording_layer import Recording, RecordingCache, RecordingLayer
 from baklava.cache.sliding_layer import SlidingLayer
 from baklava.errors import UserError
@@ -196,10 +195,8 @@ def prefill_workspace_bytes(plan: BudgetPlan, tokens: int, itemsize: int) -> int
     if plan.prefill.chunk_size is not None or not (_can_step(plan) or sample.uses_repetition):
         return 0
     per_entry = 2 * geometry.head_dim * itemsize + (SCORE_BYTES if plan.eviction.scored else 0)
-    queries = min(tokens, sample.window or 0) if sample.single_block else 0
+    queries = min(tokens, sample.window or 0) if sample.single_block else min(tokens, eviction.num_references)
     per_layer = tokens * geometry.kv_heads * per_entry + queries * geometry.query_heads * geometry.head_dim * itemsize
-    if references := min(tokens, eviction.num_references):
-        per_layer += reference_bytes(references, geometry.query_heads, geometry.head_dim)
     return len(geometry.full_attention_layers) * per_layer + unbudgeted_bytes(geometry, 8 * itemsize, tokens)
 
 
@@ -380,6 +377,7 @@ class DensePrefill(PrefillTask):
             full = self._full.layers[index]
             # Each is released, so that the peak is the prompt and one layer of the plan.
             if isinstance(full, RecordingLayer):
+                full.observe_references()
                 scores, references = full.scores.get(eviction.score_key), full.references.get(eviction.num_references)
                 layers[index].load_prompt(full.keys, full.values, scores, references)
                 full.release()

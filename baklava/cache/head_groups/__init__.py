@@ -9,7 +9,6 @@ from baklava.cache.head_groups.references import (
     References,
     ReferenceSample,
     observe_references,
-    reference_bytes,
 )
 from baklava.cache.head_groups.ring_buffer import RingBufferHeadGroup
 from baklava.cache.head_groups.score_updates import (
@@ -37,7 +36,6 @@ __all__ = [
     "first_sampled_query",
     "head_group",
     "observe_references",
-    "reference_bytes",
     "update_scores",
 ]
 

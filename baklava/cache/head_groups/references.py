@@ -169,11 +169,6 @@ class References:
         )
 
 
-def reference_bytes(count: int, query_heads: int, head_dim: int) -> int:
-    """Return the bytes of this many references of one layer: three vectors and a number per query head, and a flag."""
-    return count * (query_heads * (3 * head_dim + 1) * 4 + 1)
-
-
 @dataclass(frozen=True, eq=False)
 class PromptEntries:
     """The entries that references look at: those from before, and the new tokens as the last ones.

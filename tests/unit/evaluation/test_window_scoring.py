@@ -14,7 +14,17 @@ from baklava.errors import UserError
 from baklava.evaluation.evaluator import Evaluator
 from baklava.evaluation.results import aggregate_results
 from baklava.evaluation.window_scoring import prefill_window, score_plan
-from baklava.eviction import TOVA, Eviction, ExpectedAttention, HeavyHitter, KeyDiff, KVzip, SnapKV, StreamingLLM
+from baklava.eviction import (
+    TOVA,
+    AttentionMatching,
+    Eviction,
+    ExpectedAttention,
+    HeavyHitter,
+    KeyDiff,
+    KVzip,
+    SnapKV,
+    StreamingLLM,
+)
 from baklava.plan.budget_plan import BudgetPlan, full_cache_plan
 from baklava.profiling.profile import Profile
 from baklava.profiling.profiler import cached_profile
@@ -23,6 +33,7 @@ from baklava.runtime.prefill import prefill
 
 Maker = Callable[..., LoadedModel]
 
+FITTING = AttentionMatching(eviction_interval=4, references=30, fit_references=30, centroids=2)
 EVICTIONS = [
     StreamingLLM(),
     HeavyHitter(eviction_interval=8, distance=0),
@@ -32,6 +43,8 @@ EVICTIONS = [
     KeyDiff(eviction_interval=4),
     ExpectedAttention(eviction_interval=8, window=12),
     KVzip(eviction_interval=8),
+    FITTING,
+    HeavyHitter(eviction_interval=4, distance=0, fit_references=12),
 ]
 
 
@@ -78,7 +91,9 @@ def test_the_fast_score_rounds_to_16_bits_as_a_server_does(tiny: Maker, eviction
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("eviction", [*EVICTIONS[:2], TOVA(eviction_interval=4, full_precision_recent=True)], ids=str)
+@pytest.mark.parametrize(
+    "eviction", [*EVICTIONS[:2], FITTING, TOVA(eviction_interval=4, full_precision_recent=True)], ids=str
+)
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_the_fast_score_packs_as_a_server_does(tiny: Maker, eviction: Eviction, bits: int) -> None:
     loaded = tiny()
@@ -88,7 +103,7 @@ def test_the_fast_score_packs_as_a_server_does(tiny: Maker, eviction: Eviction, 
     assert score_plan(loaded, prefill_window(loaded, window, [eviction]), plan).nll == pytest.approx(nll, abs=1e-4)
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS[:2], ids=str)
+@pytest.mark.parametrize("eviction", [*EVICTIONS[:2], FITTING], ids=str)
 def test_a_chunked_plan_is_scored_as_it_prefills(tiny: Maker, eviction: Eviction) -> None:
     loaded = tiny()
     window = Window("w", "d", tuple(random_ids(1, 140)[0].tolist()), 100)
