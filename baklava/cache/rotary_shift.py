@@ -25,10 +25,10 @@ class RotaryShift:
         states, pairs = states.float(), len(self.frequencies)
         if not pairs:
             return states
-        # The product with a position of 100,000 needs more than 32 bits.
-        angles = distances.double()[..., None] * self.frequencies.to(distances.device)
+        # The product with a position of 100,000 needs more than 32 bits, which not every device has.
+        angles = distances.cpu().double()[..., None] * self.frequencies
         angles = angles.view(len(distances), *(1,) * (states.dim() - 3), *angles.shape[1:])
-        cos, sin = angles.cos().float(), angles.sin().float()
+        cos, sin = (each.float().to(states.device) for each in (angles.cos(), angles.sin()))
         rotated, rest = states[..., : 2 * pairs], states[..., 2 * pairs :]
         if self.interleaved:
             first, second = rotated[..., ::2], rotated[..., 1::2]

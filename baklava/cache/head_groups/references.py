@@ -7,6 +7,7 @@ to its own block is what it gave before.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +30,13 @@ from baklava.eviction import AttentionMatching, Eviction, Observation
 
 BLOCK_TOKENS = 512
 """Tokens of a prompt that are moved together."""
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Compute in 32 bits, under autocast too, and without gradients."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +93,9 @@ class ReferenceQueries:
                 "be moved to the end of a prompt; load the model with baklava.load, or choose a plan with another "
                 "eviction method and without a fit"
             )
-        distances = torch.zeros(len(samples), query.shape[3], dtype=torch.long, device=query.device)
+        distances = torch.zeros(len(samples), query.shape[3], dtype=torch.long)
         for row, sample in enumerate(samples):
-            distances[row, : len(sample.starts)] = num_tokens - torch.tensor(sample.starts, device=query.device)
+            distances[row, : len(sample.starts)] = num_tokens - torch.tensor(sample.starts, dtype=torch.long)
         shifted = params.rotary_shift.shift(query, distances)
         return cls(query.float(), shifted, samples)
 
@@ -252,8 +260,9 @@ def _observe(
         own = own_output[:, :, :, :count], own_log_sum[:, :, :, :count]
         new = entries.positions[:, :1, entries.key.shape[2] - num_new :].flatten(1)
         observed = _Observed(queries.shifted[:, :, :, :count], *own, entries, new[:, list(sample.tokens)], params)
-        is_known = all(type(method) is AttentionMatching for method, _ in methods)
-        is_compiled = is_known and not entries.padded and can_attend_prompt(queries.shifted, entries.key)
+        is_known = all(type(method) is AttentionMatching for method, _ in methods) and not entries.padded
+        is_float32 = entries.value.dtype == torch.float32  # autocast gives values 16 bits
+        is_compiled = is_known and is_float32 and can_attend_prompt(queries.shifted, entries.key)
         answer = observed.answer_compiled if is_compiled else observed.answer
         output[:, :, :, :count] = answer(methods)
     is_real = torch.arange(queries.query.shape[3], device=output.device) < count

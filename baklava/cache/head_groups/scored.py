@@ -14,7 +14,7 @@ from baklava.cache import table_columns as columns
 from baklava.cache.attention import AttentionParams, AttentionProbs, CentroidEntries, GroupedQueries, KVStates
 from baklava.cache.head_groups.base import GroupBudget, HeadGroup, NewTokens
 from baklava.cache.head_groups.centroids import PROMPT_KMEANS_ITERATIONS, Centroids, mean_attention
-from baklava.cache.head_groups.references import PromptEntries, References, observe_references
+from baklava.cache.head_groups.references import PromptEntries, References, exactly, observe_references
 from baklava.cache.head_groups.score_updates import (
     AttentionInputs,
     ScoreAccumulator,
@@ -210,7 +210,8 @@ class ScoredHeadGroup(HeadGroup):
         if tokens.references is not None:
             prompt = PromptEntries(key, value, key_positions, tokens.padded, centroids)
             methods = [(self.eviction, scores)] if sample.references else []
-            references = observe_references(tokens.references, prompt, tokens.num_tokens, params, methods)
+            with exactly(key.device):
+                references = observe_references(tokens.references, prompt, tokens.num_tokens, params, methods)
         self._retain(tokens.key, tokens.value, scores, positions, references)
         return output
 
@@ -250,7 +251,8 @@ class ScoredHeadGroup(HeadGroup):
         self.tokens_since_eviction = 0
         num_entries = num_old + key.shape[2]
         if references is not None and self.eviction.fit_references and self._is_worth_fitting(num_entries):
-            self._fit(value, retained, num_old, references.thinned(self.eviction.fit_references))
+            with exactly(key.device):
+                self._fit(value, retained, num_old, references.thinned(self.eviction.fit_references))
 
     def _is_worth_fitting(self, num_entries: int) -> bool:
         """Return whether so much of these entries has been evicted that the values of the others can make up for it."""

@@ -119,10 +119,11 @@ def _ridge_solution(weights: Weights, residual: Outputs, ridge: Float[Tensor, "b
     rows, columns = weights.shape[2:]
     across = weights.transpose(2, 3)
     gram = weights @ across if rows < columns else across @ weights
-    gram = gram.double()
+    # Not every device has 64 bits.
+    gram = gram.to("cpu" if gram.device.type == "mps" else gram.device, torch.float64)
     # A head without residual has no ridge.
-    gram.diagonal(dim1=-2, dim2=-1).add_(ridge.double()[..., None].clamp(min=1e-12))
+    gram.diagonal(dim1=-2, dim2=-1).add_(ridge.to(gram)[..., None].clamp(min=1e-12))
     factor, _ = torch.linalg.cholesky_ex(gram)
-    if rows < columns:
-        return across @ torch.cholesky_solve(residual.double(), factor).to(weights.dtype)
-    return torch.cholesky_solve((across @ residual).double(), factor).to(weights.dtype)
+    right = residual if rows < columns else across @ residual
+    solution = torch.cholesky_solve(right.to(gram), factor).to(weights)
+    return across @ solution if rows < columns else solution

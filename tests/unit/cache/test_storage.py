@@ -92,6 +92,21 @@ def test_what_is_written_scattered_and_stored_reads_back_alike(
     assert torch.equal(storage.read(TOKENS)[1, :, 23:], storage.round_trip(new[:, :, :1], slots(23))[1])
 
 
+@every_storage
+def test_what_is_replaced_is_encoded_and_the_rest_keeps_its_codes(
+    coded: BitSplit, layout: StorageLayout, centred: bool
+) -> None:
+    storage, new = filled(coded, layout, centred), draw(22, seed=2)
+    before, codes = storage.read(TOKENS), [tensor.clone() for tensor in storage.tensors]
+    where = torch.rand(BATCH, HEADS, 22, generator=torch.Generator().manual_seed(3)) < 0.5
+    stored = storage.round_trip(new, torch.arange(22)[None, None])
+    storage.replace(new, torch.zeros_like(where))
+    assert all(torch.equal(*pair) for pair in zip(storage.tensors, codes, strict=True))
+    storage.replace(new, where)
+    expected = torch.cat([torch.where(where[..., None], stored, before[:, :, :22]), before[:, :, 22:]], 2)
+    assert torch.equal(storage.read(TOKENS), expected)
+
+
 @pytest.mark.slow
 @every_storage
 def test_moves_copy_codes_and_encode_recent_entries_once(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
