@@ -204,7 +204,8 @@ class HeadGroup(ABC):
         query, key = (_rotate(self.key_rotation, states) for states in (tokens.query, tokens.key))
         references = tokens.references
         if references is not None:
-            standing, shifted = (_rotate(self.key_rotation, each) for each in (references.query, references.shifted))
+            queries = references.query, references.shifted
+            standing, shifted = (_rotate(self.key_rotation, each).float() for each in queries)
             references = ReferenceQueries(standing, shifted, references.samples)
         value = _rotate(self.value_rotation, tokens.value)
         return replace(tokens, query=query, key=key, value=value, references=references)
@@ -224,8 +225,8 @@ class HeadGroup(ABC):
         """Compress the keys and values of a prompt, which a full cache has attended to, to the budget."""
         if references is not None:
             outputs = (references.output, references.own_output)
-            output, own_output = (_rotate(self.value_rotation, states) for states in outputs)
-            query = _rotate(self.key_rotation, references.query)
+            output, own_output = (_rotate(self.value_rotation, states).float() for states in outputs)
+            query = _rotate(self.key_rotation, references.query).float()
             references = replace(references, query=query, output=output, own_output=own_output)
         key, value = _rotate(self.key_rotation, key), _rotate(self.value_rotation, value)
         self._load_prompt(key, value, score, positions, references)

@@ -8,6 +8,7 @@ from plan_factory import quantized_plan, random_ids, with_chunked_prefill
 from torch import Tensor
 
 from baklava.cache.attention import AttentionParams, CentroidEntries
+from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.head_groups import references as reference_queries
 from baklava.cache.head_groups import value_fit
 from baklava.cache.head_groups.references import PromptEntries, ReferenceQueries, References, observe_references
@@ -252,3 +253,19 @@ def test_a_copy_goes_on_with_the_fitted_values(tiny) -> None:
     copied, token = cache.copy(200), random_ids(1, 1, seed=3)
     first = loaded.model(token, past_key_values=cache).logits
     torch.testing.assert_close(loaded.model(token, past_key_values=copied).logits, first)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_plain_forward_with_gradients_or_under_autocast_is_fitted_too(tiny, autocast: bool) -> None:
+    loaded, ids = tiny(), random_ids(1, 61)
+    expected = BudgetedCache(quantized_plan(loaded, FITTING))
+    with torch.no_grad():
+        loaded.model(ids[:, :60], past_key_values=expected)
+    cache = BudgetedCache(expected.plan)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loaded.model(ids[:, :60], past_key_values=cache)
+        step = loaded.model(ids[:, 60:], past_key_values=cache).logits
+    own, other = (each.budgeted_layers[0].groups[0].values.read(10) for each in (cache, expected))
+    assert step.isfinite().all()
+    if not autocast:
+        torch.testing.assert_close(own, other)
