@@ -82,6 +82,8 @@ class BatchedLayer(BudgetedLayerBase):
             decoded = decode_rows(layers, own_query, own_key, own_value, params)
             output[0].index_copy_(1, at, decoded[:, :, 0].transpose(0, 1))
         if self._batch.after_layer is not None:
+            if len(self._batch.errors) == len(self._batch.chunks):
+                raise next(iter(self._batch.errors.values()))
             self._batch.after_layer()
         return output
 
@@ -135,6 +137,11 @@ class BatchedCache(StatefulCache):
         super().__init__(layers, states)
 
 
+def num_attending_layers(cache: StatefulCache) -> int:
+    """Return how many layers of a cache attend; the others only have states."""
+    return sum(not isinstance(layer, NoAttentionLayer) for layer in cache.layers)
+
+
 @torch.inference_mode()
 def batched_forward(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[Logits, dict[int, Exception]]:
     """Process the new tokens of all chunks in one forward.
@@ -154,7 +161,8 @@ def forward_chunks(
 ) -> tuple[Logits, dict[int, Exception]]:
     """Do what `batched_forward` does, in the caller's inference mode, and call something after each layer's attention.
 
-    The call may pause the forward, as long as nothing else uses these caches meanwhile.
+    The call may pause the forward, as long as nothing else uses these caches meanwhile. With such a call, the exception
+    is raised as soon as all chunks have failed.
     """
     run = _forward_one_row if len(chunks) == 1 or not loaded.geometry.states else _forward_apart
     return run(loaded, chunks, after_layer)

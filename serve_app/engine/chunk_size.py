@@ -43,7 +43,8 @@ class ChunkSizePolicy:
     """Chooses how many prompt tokens a step takes in addition to its decode batch.
 
     A step's time is that of its decode batch plus a time per prompt token. If they share a forward, only the sum is
-    known. So the decode batch has some steps for itself, and what the others take longer is the time of their tokens.
+    known. So a decode batch has its first step for itself, and one in a while; what the others take longer is the time
+    of their tokens.
 
     Args:
         max_batched_tokens: Prompt tokens of a step that also decodes.
@@ -59,25 +60,27 @@ class ChunkSizePolicy:
     ) -> None:
         self._max_tokens, self._ratio, self._tpot_target = max_batched_tokens, prefill_decode_ratio, tpot_target
         self._decode_seconds, self._seconds_per_token = MovingAverage(), MovingAverage()
-        self._num_shared = 0  # forwards since a decode batch was measured
+        self._batch_size = self._num_shared = 0  # of the batch that was measured, and forwards since
         self._seconds_between_finishes = MovingAverage()
         self._finished_at: float | None = None
 
     def observe_step(
-        self, decoding: bool, prompt_tokens: int, seconds: float, prompt_seconds: float | None = None
+        self, batch_size: int, prompt_tokens: int, seconds: float, prompt_seconds: float | None = None
     ) -> None:
         """Record the duration of a step with a decode batch or without.
 
         Args:
-            decoding: Whether there was a decode batch.
+            batch_size: Sequences of the decode batch; 0 if there was none.
             prompt_tokens: Prompt tokens of the step.
             seconds: Its duration.
             prompt_seconds: Seconds of it that were for the prompt alone; None if both shared a forward.
         """
-        if decoding and prompt_tokens and prompt_seconds is None:
+        if batch_size and prompt_tokens and prompt_seconds is None:
             self._num_shared += 1
             prompt_seconds = max(0.0, seconds - self._decode_seconds.value)
-        elif decoding:
+        elif batch_size:
+            if batch_size != self._batch_size:
+                self._batch_size, self._decode_seconds = batch_size, MovingAverage()
             self._num_shared = 0
             self._decode_seconds.add(seconds - (prompt_seconds or 0))
         elif prompt_tokens >= LARGE_CHUNK_TOKENS:  # of a smaller one, most is the time of the weights
@@ -85,12 +88,12 @@ class ChunkSizePolicy:
         if prompt_tokens and prompt_seconds is not None:
             self._seconds_per_token.add(prompt_seconds / prompt_tokens)
 
-    def chunk_tokens(self, decoding: bool) -> int:
-        """Return the prompt tokens of the next step; 0 if it has a decode batch that is to be measured by itself."""
-        if not decoding:
+    def chunk_tokens(self, batch_size: int) -> int:
+        """Return the prompt tokens of the next step; 0 if its decode batch is to be measured by itself."""
+        if not batch_size:
             return max(IDLE_PREFILL_CHUNK_TOKENS, self._max_tokens)
         decode_seconds = self._decode_seconds.value
-        if not decode_seconds or self._num_shared >= SHARED_STEPS:
+        if batch_size != self._batch_size or self._num_shared >= SHARED_STEPS:
             return 0
         if not self._seconds_per_token.value:
             return min(PROBE_CHUNK_TOKENS, self._max_tokens)

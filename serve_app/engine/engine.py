@@ -131,7 +131,7 @@ class Engine:
             return not self._closed
 
     def _step(self) -> None:
-        """Generate a token of every running sequence, and prefill a chunk of one prompt, in one forward."""
+        """Generate a token of every running sequence, and prefill a part of one prompt."""
         self._compute()
         self._deliver_outputs()
         measurement = self._scheduler.measure()

@@ -1,25 +1,25 @@
 """A forward that pauses between layers, so that running sequences decode while a long chunk of a prompt is under way.
 
 A chunk in smaller pieces would be slower, would leave other entries, or would need its full cache until its end. Paused
-after a layer, it needs nothing but its hidden states: each layer of its cache is compressed before the next one begins.
+in a layer, it needs the activations of that layer: each layer of its cache is compressed before the next one begins.
 (Layered prefill, arXiv 2510.08055.)
 """
 
 from greenlet import getcurrent, greenlet
 
-from baklava.runtime.batched_forward import forward_chunks
+from baklava.runtime.batched_forward import forward_chunks, num_attending_layers
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import Logits, TokenChunk
 
 
 class LayerwiseForward:
-    """The forward of one chunk, some layers at a time.
+    """The forward of one chunk, some layers at a time. Those that do not attend run with the one before them.
 
     It runs on the thread that made it, on a stack of its own. If it is dropped before its end, that stack is unwound.
     """
 
     def __init__(self, loaded: LoadedModel, chunk: TokenChunk) -> None:
-        self._num_tokens, self._num_layers = len(chunk.ids), len(chunk.cache.layers)
+        self._num_tokens, self._num_layers = len(chunk.ids), num_attending_layers(chunk.cache)
         self._allowance = self._layers_done = 0
         # No reference to self: a stack that refers to its owner would never be freed.
         self._stack = greenlet(_forward)
@@ -48,7 +48,7 @@ class LayerwiseForward:
 
 def _forward(loaded: LoadedModel, chunk: TokenChunk, layers: int) -> Logits:
     """Return the logits after the chunk. Each pause ends with the number of layers until the next one."""
-    layers_left = len(chunk.cache.layers)
+    layers_left = num_attending_layers(chunk.cache)
 
     def after_layer() -> None:
         nonlocal layers, layers_left

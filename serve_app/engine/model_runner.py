@@ -1,4 +1,4 @@
-"""Runs the model: in one forward a decode batch and a chunk of a prompt, and samples their tokens. Keeps no queue."""
+"""Runs the model: a decode batch and a part of a prompt, and samples their tokens. Keeps no queue."""
 
 import time
 from collections.abc import Sequence as Sequences
@@ -164,7 +164,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def step(self, batch: Sequences[Sequence], job: PrefillJob | None, tokens: int) -> StepOutput:
-        """Feed each sequence's last token and about `tokens` of a prompt in one forward, and sample the next tokens.
+        """Feed each sequence's last token and about `tokens` of a prompt, and sample the next tokens.
+
+        All of it is one forward, unless the next chunk of the prompt is longer.
 
         If the forward fails, all of them get the exception. If attention to the prompt, a sliding layer's attention or
         sampling fails, only the prompt or the sequence that it failed for does.

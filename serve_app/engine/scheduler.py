@@ -163,15 +163,15 @@ class Scheduler:
         """End what was cancelled or stopped or is late, admit the next request if it fits, and return the next step."""
         self._reap()
         self._admit()
-        tokens = self._chunk_size.chunk_tokens(decoding=bool(self.running))
+        tokens = self._chunk_size.chunk_tokens(len(self.running))
         return ScheduledStep(tuple(self.running), self.prefilling if tokens else None, tokens)
 
     def process(self, scheduled: ScheduledStep, output: StepOutput, seconds: float) -> None:
         """Record what a step computed: tokens, a prompt that is done, and the requests that failed."""
         has_failed = output.prefill_error is not None or any(isinstance(each, Exception) for each in output.tokens)
         if output.prompt_tokens is not None and (scheduled.batch or output.prompt_tokens) and not has_failed:
-            decoding = bool(scheduled.batch)
-            self._chunk_size.observe_step(decoding, output.prompt_tokens, seconds, output.prompt_seconds)
+            size = len(scheduled.batch)
+            self._chunk_size.observe_step(size, output.prompt_tokens, seconds, output.prompt_seconds)
         self._process_tokens(scheduled.batch, output.tokens)
         if (job := scheduled.job) is None:
             return

@@ -87,10 +87,14 @@ def merge_entries(
         iterations: Of k-means.
     """
     merge, channels = prepare_merge(key.shape[3]), (0,) * key.shape[3]
-    masses, keys, values = (tensor.float().flatten(0, 1).contiguous().numpy() for tensor in (weights, key, value))
+    masses = weights.float().flatten(0, 1).contiguous().numpy()
+    keys, values = (states.float().flatten(0, 1).numpy() for states in (key, value))
 
     def run(rows: slice) -> int:
-        merge(addresses[rows], masses[rows], num_old, keys[rows], values[rows], iterations, channels)
+        for row in range(*rows.indices(len(masses))):
+            one = slice(row, row + 1)  # a whole prompt is not copied at once
+            own_key, own_value = np.ascontiguousarray(keys[one]), np.ascontiguousarray(values[one])
+            merge(addresses[one], masses[one], num_old, own_key, own_value, iterations, channels)
         return 0
 
     run_on_threads(run, np.count_nonzero(masses, axis=1), MIN_THREAD_ENTRIES)

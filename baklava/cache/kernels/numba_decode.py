@@ -950,7 +950,7 @@ def merge_entries(addresses, weights, num_old, keys, values, iterations, channel
         member = centroids
         for source in range(weights.shape[1]):
             weight = weights[row, source]
-            if weight <= ZERO:
+            if not weight > ZERO:  # NaN included, which was not counted either
                 continue
             numbers[0, member], numbers[1, member] = weight, weight * np.log(max(weight, MIN_WEIGHT))
             if source < num_old:

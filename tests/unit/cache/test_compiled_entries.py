@@ -5,7 +5,7 @@ import torch
 from plan_factory import make_plan, random_ids, with_bits, with_chunked_prefill
 
 from baklava.cache.budgeted_cache import BudgetedCache
-from baklava.cache.head_groups import base
+from baklava.cache.head_groups import base, scored
 from baklava.cache.kernels import compiled_entries
 from baklava.eviction import HeavyHitter, SnapKV, StreamingLLM
 from baklava.runtime.prefill import prefill
@@ -64,18 +64,39 @@ def test_prompts_leave_the_centroids_that_pytorch_leaves(tiny, monkeypatch, toke
     loaded = tiny(head_dim=32)
     eviction = HeavyHitter(sinks=2, eviction_interval=5, distance=8, centroids=3)
     plan = with_bits(make_plan(loaded, [[20, 40], [28, 64]], eviction), [bits, bits])
-    caches = []
+    caches, calls, merge = [], [], scored.merge_entries
+    monkeypatch.setattr(scored, "merge_entries", lambda *arguments: calls.append(1) or merge(*arguments))
     for is_compiled in (True, False):
         if not is_compiled:
+            assert calls
+            calls.clear()
             monkeypatch.setattr(base, "can_compile_entries", lambda states: False)
         cache = BudgetedCache(plan)
         for turn, size in enumerate((tokens, 25)):
             loaded.model(random_ids(1, size, seed=turn), past_key_values=cache)
         caches.append(cache)
+    assert not calls
     weights = centroids_of(caches[0])[2]
     assert (weights > 0).float().mean() > 0.5
     for own, others in zip(*map(centroids_of, caches), strict=True):
         torch.testing.assert_close(own, others, atol=2e-2, rtol=2e-2)
+
+
+def test_weights_that_are_no_numbers_take_no_part(tiny):
+    """A model whose states overflow must not write where nothing is."""
+    loaded = tiny(head_dim=32)
+    cache = BudgetedCache(
+        make_plan(loaded, [[20, 40], [28, 64]], HeavyHitter(sinks=2, eviction_interval=5, centroids=3))
+    )
+    with torch.inference_mode():
+        loaded.model(random_ids(1, 100), past_key_values=cache)
+    group = cache.layers[0].groups[0]
+    before = [part.clone() for part in group.centroids.tensors]
+    rows = len(group.addresses)
+    entries, weights = torch.ones(1, rows, 5000, 32), torch.full((1, rows, 5000), torch.nan)
+    compiled_entries.merge_entries(group.addresses, weights, 0, entries, entries, 4)
+    for part, own in zip(before, group.centroids.tensors, strict=True):
+        torch.testing.assert_close(own, part, atol=1e-2, rtol=1e-2)
 
 
 @torch.inference_mode()

@@ -2,23 +2,25 @@
 
 from serve_app.engine.chunk_size import MIN_PREFILL_CHUNK_TOKENS, PROBE_CHUNK_TOKENS, ChunkSizePolicy
 
+BATCH = 8
+
 
 def seconds_of(tokens, decode=0.1, per_token=0.001):
     return decode + per_token * tokens
 
 
-def run(policy, steps, decode=0.1, per_token=0.001):
+def run(policy, steps, decode=0.1, per_token=0.001, batch=BATCH):
     """Run steps that decode, each with as many prompt tokens as the policy wants, and return these."""
     chosen = []
     for _ in range(steps):
-        chosen.append(policy.chunk_tokens(decoding=True))
-        policy.observe_step(True, chosen[-1], seconds_of(chosen[-1], decode, per_token))
+        chosen.append(policy.chunk_tokens(batch))
+        policy.observe_step(batch, chosen[-1], seconds_of(chosen[-1], decode, per_token))
     return chosen
 
 
 def policy_with_a_prompt_seen(**options):
     policy = ChunkSizePolicy(512, **options)
-    policy.observe_step(False, 512, seconds_of(512, decode=0.0))
+    policy.observe_step(0, 512, seconds_of(512, decode=0.0))
     return policy
 
 
@@ -35,7 +37,7 @@ def test_a_chunk_takes_what_a_decode_batch_allows_which_is_measured_by_itself_fr
 def test_a_wrong_estimate_of_a_token_corrects_itself():
     """Such as that of a prompt whose tokens take longer the more there are before them."""
     policy = ChunkSizePolicy(512)
-    policy.observe_step(False, 512, 0.1)  # five times too low
+    policy.observe_step(0, 512, 0.1)  # five times too low
     chosen = run(policy, 12)
     assert chosen[1] == 512
     assert all(tokens <= 260 for tokens in chosen[2:])
@@ -45,23 +47,30 @@ def test_a_wrong_estimate_of_a_token_corrects_itself():
 def test_a_tpot_target_narrows_a_step_that_also_decodes():
     policy = policy_with_a_prompt_seen(tpot_target=0.15)
     assert 45 <= run(policy, 30)[-1] <= 50
-    assert policy.chunk_tokens(decoding=False) == 512
+    assert policy.chunk_tokens(0) == 512
     assert run(policy, 150, decode=0.2)[-1] == MIN_PREFILL_CHUNK_TOKENS  # above the target: a prompt goes on slowly
 
 
 def test_a_short_first_prompt_does_not_make_later_ones_slow():
     policy = ChunkSizePolicy(512)
-    policy.observe_step(False, 10, 0.05)  # most of which is the time of the weights
+    policy.observe_step(0, 10, 0.05)  # most of which is the time of the weights
     assert run(policy, 3) == [0, PROBE_CHUNK_TOKENS, 130]
 
 
 def test_prompt_tokens_outside_the_decode_forward_are_measured_by_themselves():
     policy = ChunkSizePolicy(512)
-    policy.observe_step(False, 512, 0.1)  # five times too low
-    policy.observe_step(True, 0, 0.1)
+    policy.observe_step(0, 512, 0.1)  # five times too low
+    policy.observe_step(BATCH, 0, 0.1)
     for _ in range(30):
-        tokens = policy.chunk_tokens(decoding=True)
-        policy.observe_step(True, tokens, seconds_of(tokens), prompt_seconds=0.001 * tokens)
-    assert policy.chunk_tokens(decoding=True) in (129, 130)
-    policy.observe_step(True, 0, 0.1, prompt_seconds=0.0)
-    assert policy.chunk_tokens(decoding=True) in (129, 130)
+        tokens = policy.chunk_tokens(BATCH)
+        policy.observe_step(BATCH, tokens, seconds_of(tokens), prompt_seconds=0.001 * tokens)
+    assert policy.chunk_tokens(BATCH) in (129, 130)
+    policy.observe_step(BATCH, 0, 0.1, prompt_seconds=0.0)
+    assert policy.chunk_tokens(BATCH) in (129, 130)
+
+
+def test_a_batch_of_another_size_is_measured_before_tokens_are_chosen_for_it():
+    policy = policy_with_a_prompt_seen()
+    run(policy, 20)
+    assert run(policy, 4, decode=0.02, batch=1) == [0, 26, 26, 26]  # 1.3 of .02 s
+    assert run(policy, 3) == [0, 130, 130]

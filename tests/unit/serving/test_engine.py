@@ -752,9 +752,9 @@ def test_models_with_windows_and_states_answer_several_requests_and_prefixes_as_
 def test_a_chunk_of_a_plan_that_is_longer_than_a_step_is_processed_layer_by_layer(loaded, plan, monkeypatch):
     observed, observe_step = [], ChunkSizePolicy.observe_step
 
-    def noted(self, decoding, prompt_tokens, *seconds):
+    def noted(self, batch_size, prompt_tokens, *seconds):
         observed.append(prompt_tokens)
-        observe_step(self, decoding, prompt_tokens, *seconds)
+        observe_step(self, batch_size, prompt_tokens, *seconds)
 
     with engine_of(loaded, with_chunked_prefill(plan, 48), max_batched_tokens=16) as engine:
         first = ask(engine, PROMPT, 200)

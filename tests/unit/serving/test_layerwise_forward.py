@@ -4,10 +4,12 @@ import weakref
 
 import pytest
 import torch
-from plan_factory import make_plan, random_ids
+from model_families import model_pair
+from plan_factory import make_plan, random_ids, with_chunked_prefill
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.eviction import HeavyHitter
+from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.batched_forward import decode_step
 from baklava.runtime.prefill import TokenChunk, prefill
 from serve_app.engine.layerwise_forward import LayerwiseForward
@@ -71,4 +73,18 @@ def test_an_error_in_a_later_layer_reaches_the_step_that_runs_it(loaded, plan, m
     forward = LayerwiseForward(loaded, TokenChunk(cache, random_ids(1, 100)[0]))
     assert forward.run(50) is None
     with pytest.raises(MemoryError, match="no memory"):
-        forward.run(100)
+        forward.run(25)  # the third layer of four
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "gemma3"])
+@torch.inference_mode()
+def test_layers_that_do_not_attend_do_not_count(family):
+    loaded, _ = model_pair(family)
+    plan = with_chunked_prefill(full_cache_plan(loaded.identity, loaded.geometry, 200, bits=32), 60)
+    attending = sum(window != 0 for window in loaded.geometry.windows)
+    paused, ids = BudgetedCache(plan), random_ids(1, 60)[0]
+    expected = prefill(loaded, plan, ids[None])[1]
+    forward = LayerwiseForward(loaded, TokenChunk(paused, ids))
+    for _ in range(attending - 1):
+        assert forward.run(-(-60 // attending)) is None
+    torch.testing.assert_close(forward.run(60), expected, atol=1e-4, rtol=1e-4)
