@@ -5,6 +5,7 @@ and say so in different places. One token alone attends to itself, so its positi
 """
 
 import inspect
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from baklava.cache.rotary_shift import RotaryShift
 
 PROBE_POSITION = 48
 """A position at which the usual frequencies differ; models have more positions than that."""
+
+logger = logging.getLogger(__name__)
 
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Relative error that is rounding, by the dtype of queries."""
@@ -40,9 +43,13 @@ def probe_rotary_shifts(model: Any, token: int) -> None:
     def keep_query(module: Module, query: Tensor, *_: Any) -> None:
         seen[module] = query[:, :, 0].float().cpu()
 
-    ids = torch.tensor([[token], [token]], device=device)
-    with attention_hook(keep_query):
-        model(input_ids=ids, position_ids=torch.tensor([[0], [PROBE_POSITION]], device=device), use_cache=False)
+    ids, positions = torch.tensor([[token], [token]], device=device), torch.tensor([[0], [PROBE_POSITION]])
+    try:
+        with attention_hook(keep_query):
+            model(input_ids=ids, position_ids=positions.to(device), use_cache=False)
+    except Exception:  # of a model that cannot be budgeted; its first forward says why
+        logger.debug("the model does not run on one token without a cache", exc_info=True)
+        return
     candidates = list(_candidates(model))
     tolerance = TOLERANCES.get(model.dtype, TOLERANCE_16_BITS)
     for module, (start, moved) in seen.items():
