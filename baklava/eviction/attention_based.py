@@ -319,5 +319,6 @@ class AttentionMatching(Eviction):
             mass: Sum of squared attention over references and entries.
             num_references: Number of the references.
         """
-        scale = mass[..., None] / errors.sum(2, keepdim=True).clamp(min=torch.finfo(errors.dtype).tiny)
+        total = errors.sum(2, keepdim=True)
+        scale = torch.where(total > 0, mass[..., None] / total, 0)  # of equal values, none is missed
         return (hits * errors * (scale / num_references)).sqrt()

@@ -173,7 +173,7 @@ def test_a_method_without_a_plan_is_skipped_with_the_reason(home: Path) -> None:
     planned, skipped = plan_methods(candidates, (0.5, 0.001), 192, make)
     assert [(one.method.name, one.budget) for one in planned] == [("uniform", 0.5), (SEARCHED, 0.5)]
     reasons = [one.reason for one in skipped]
-    expected = ("raise the budget", "unknown allocation", "unknown allocation", "cannot read plan")
+    expected = ("raise it to at least", "unknown allocation", "unknown allocation", "cannot read plan")
     assert all(word in reason for word, reason in zip(expected, reasons, strict=True))
     assert "made for 192 tokens" in plan_methods(candidates[2:], (0.5,), 200, make)[1][0].reason
     too_large = SearchedPlans(

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 EXAMPLES = """A plan is a plan.json, models:/NAME@ALIAS or models:/NAME/VERSION in MLflow's registry, `full`, or
 METHOD[+EVICTION][@BITS]:BUDGET with METHOD one of uniform, baklava, pyramidkv, squeeze_attention, duo_attention, adakv,
 heavy_hitter_counts, reconstruction_counts, greedy and blended, EVICTION one of streaming_llm (sinks + recent, the
-default), heavy_hitter, tova, snapkv, key_norm, keydiff, expected_attention and kvzip, BITS 16 (the default), 8, 6, 5,
-4, 3, 2, or keys and values apart such as k5v4, and BUDGET a share of the full cache's 16-bit bytes. Methods take
-parameters: greedy(bits=any)+heavy_hitter(sinks=1,centroids=4):0.125.
+default), heavy_hitter, attention_matching, tova, snapkv, key_norm, keydiff, expected_attention and kvzip, BITS 16 (the
+default), 8, 6, 5, 4, 3, 2, or keys and values apart such as k5v4, and BUDGET a share of the full cache's 16-bit bytes.
+Methods take parameters: greedy(bits=any)+heavy_hitter(sinks=1,centroids=4):0.125.
 
 A task is `all`, or one of passkey, needle, multi_needle, kv_retrieval, multi_value, multi_query, variable_tracking,
 common_words, frequent_words, copy and few_shot, which are made from --texts; or a published benchmark:

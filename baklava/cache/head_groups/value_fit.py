@@ -123,7 +123,7 @@ def _ridge_solution(weights: Weights, residual: Outputs, ridge: Float[Tensor, "b
     gram = gram.to("cpu" if gram.device.type == "mps" else gram.device, torch.float64)
     # A head without residual has no ridge.
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge.to(gram)[..., None].clamp(min=1e-12))
-    factor, _ = torch.linalg.cholesky_ex(gram)
+    factor, failed = torch.linalg.cholesky_ex(gram)
     right = residual if rows < columns else across @ residual
-    solution = torch.cholesky_solve(right.to(gram), factor).to(weights)
+    solution = torch.cholesky_solve(right.to(gram), factor).masked_fill(failed[..., None, None] != 0, 0).to(weights)
     return across @ solution if rows < columns else solution

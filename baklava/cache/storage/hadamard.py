@@ -41,7 +41,8 @@ class HadamardRotation:
 
     def _rotate(self, entries: Tensor) -> Tensor:
         # Signs are exact in any dtype; rounded numbers of an orthogonal matrix would change the scale.
-        return (entries * self.scale) @ self.hadamard
+        scaled = entries * self.scale
+        return scaled @ self.hadamard.to(scaled.dtype)  # references have 32 bits beside entries of 16
 
     @staticmethod
     def _expand(order: Tensor, entries: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from model_families import SHAPE, tiny_model
 from plan_factory import quantized_plan, random_ids, with_chunked_prefill
 from torch import Tensor
+from transformers import LlamaConfig
 
 from baklava.cache.attention import AttentionParams, CentroidEntries
 from baklava.cache.budgeted_cache import BudgetedCache
@@ -16,6 +18,7 @@ from baklava.cache.head_groups.value_fit import fit_values
 from baklava.cache.rotary_shift import RotaryShift
 from baklava.errors import UserError
 from baklava.eviction import AttentionMatching, HeavyHitter, StreamingLLM
+from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill
 
 HEADS, GROUP, DIM, OLD, NEW, CENTROIDS = 2, 3, 8, 5, 53, 2
@@ -253,6 +256,15 @@ def test_a_copy_goes_on_with_the_fitted_values(tiny) -> None:
     copied, token = cache.copy(200), random_ids(1, 1, seed=3)
     first = loaded.model(token, past_key_values=cache).logits
     torch.testing.assert_close(loaded.model(token, past_key_values=copied).logits, first)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("eviction", [FITTING, AttentionMatching(sinks=2, eviction_interval=4)])
+def test_a_model_in_16_bits_is_observed_and_fitted_in_32(eviction) -> None:
+    loaded = LoadedModel.of(tiny_model(LlamaConfig(**(SHAPE | {"num_hidden_layers": 2}))).bfloat16())
+    cache, logits = prefill(loaded, quantized_plan(loaded, eviction), random_ids(1, 60))
+    assert logits.isfinite().all()
+    cache.check_integrity(60)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
