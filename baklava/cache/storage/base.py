@@ -25,7 +25,7 @@ class Storage(ABC):
     """Slots for the keys or the values of KV heads that share a capacity, `[batch, heads, slots, head_dim]`.
 
     Entries are read in the dtype that the model computes in, whatever form they are stored in. An entry that is
-    retained is never encoded again, so it does not drift.
+    retained is never encoded again, so it does not drift, unless its value is fitted anew.
 
     A storage says which tensors it needs (`specs`), and is used once it has them (`bind`). The first entries come by
     `select`.
