@@ -1,7 +1,7 @@
 """The full cache of a prompt, recorded once so that budgeted caches can be made from it by any number of plans."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -152,11 +152,7 @@ class RecordingLayer(BudgetedLayerBase):
         """Return the methods, once each, as they observe queries where they stand."""
         methods = {eviction.score_key: eviction for eviction in self._scoring}.values()
         return [
-            ScoreAccumulator(
-                eviction.decoding if eviction.query_sample.references else eviction,
-                self.scores[eviction.score_key],
-                replace(eviction.query_sample, references=0),
-            )
+            ScoreAccumulator.of_prompt(eviction, self.scores[eviction.score_key], eviction.query_sample)
             for eviction in methods
         ]
 

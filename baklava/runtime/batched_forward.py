@@ -153,24 +153,19 @@ def batched_forward(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[
         The logits after the last token of each chunk, and the exceptions of the chunks whose attention failed by
         itself, by their place. Decode rows attend together in layers with a budget, so an exception there is raised.
     """
-    return forward_chunks(loaded, chunks)
+    run = forward_one_row if len(chunks) == 1 or not loaded.geometry.states else _forward_apart
+    return run(loaded, chunks)
 
 
-def forward_chunks(
+def forward_one_row(
     loaded: LoadedModel, chunks: Sequence[TokenChunk], after_layer: Callable[[], None] | None = None
 ) -> tuple[Logits, dict[int, Exception]]:
     """Do what `batched_forward` does, in the caller's inference mode, and call something after each layer's attention.
 
-    The call may pause the forward, as long as nothing else uses these caches meanwhile. With such a call, the exception
-    is raised as soon as all chunks have failed.
+    The tokens of all chunks are one row, so a model with states takes one chunk. The call may pause the forward, as
+    long as nothing else uses these caches meanwhile. With such a call, the exception is raised as soon as all chunks
+    have failed.
     """
-    run = _forward_one_row if len(chunks) == 1 or not loaded.geometry.states else _forward_apart
-    return run(loaded, chunks, after_layer)
-
-
-def _forward_one_row(
-    loaded: LoadedModel, chunks: Sequence[TokenChunk], after_layer: Callable[[], None] | None
-) -> tuple[Logits, dict[int, Exception]]:
     device = loaded.device
     counts, lengths = [len(chunk.ids) for chunk in chunks], [chunk.cache.get_seq_length() for chunk in chunks]
     ends = torch.tensor(counts).cumsum(0)
@@ -189,9 +184,7 @@ def _forward_one_row(
     return output.logits[0], batch.errors
 
 
-def _forward_apart(
-    loaded: LoadedModel, chunks: Sequence[TokenChunk], after_layer: Callable[[], None] | None
-) -> tuple[Logits, dict[int, Exception]]:
+def _forward_apart(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[Logits, dict[int, Exception]]:
     """Process single tokens as the rows of one forward, and longer chunks in forwards of their own.
 
     States run along a row, so that a row can have only one sequence.
@@ -201,14 +194,14 @@ def _forward_apart(
     decoding = [number for number, chunk in enumerate(chunks) if len(chunk.ids) == 1 and chunk.cache.get_seq_length()]
     for number in sorted(set(range(len(chunks))) - set(decoding)):
         try:
-            own_logits, own_errors = _forward_one_row(loaded, [chunks[number]], after_layer)
+            own_logits, own_errors = forward_one_row(loaded, [chunks[number]])
             logits[number] = own_logits[0]
             if own_errors:
                 errors[number] = own_errors[0]
         except Exception as error:
             errors[number] = error
     if decoding:
-        batch = _Batch([chunks[number] for number in decoding], range(len(decoding)), after_layer)
+        batch = _Batch([chunks[number] for number in decoding], range(len(decoding)))
         lengths = [chunk.cache.get_seq_length() for chunk in batch.chunks]
         stacked = BatchedCache(batch)
         output = loaded.model(

@@ -7,7 +7,7 @@ in a layer, it needs the activations of that layer: each layer of its cache is c
 
 from greenlet import getcurrent, greenlet
 
-from baklava.runtime.batched_forward import forward_chunks, num_attending_layers
+from baklava.runtime.batched_forward import forward_one_row, num_attending_layers
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import Logits, TokenChunk
 
@@ -56,7 +56,5 @@ def _forward(loaded: LoadedModel, chunk: TokenChunk, layers: int) -> Logits:
         if not layers and layers_left:
             layers = getcurrent().parent.switch(None)
 
-    logits, errors = forward_chunks(loaded, [chunk], after_layer)
-    for error in errors.values():
-        raise error
+    logits, _ = forward_one_row(loaded, [chunk], after_layer)
     return logits

@@ -197,19 +197,20 @@ class PromptEntries:
 
     def row(self, row: int) -> "PromptEntries":
         """Return the entries of one row."""
-        centroids = self.centroids and CentroidEntries(
-            self.centroids.key[row : row + 1], self.centroids.value[row : row + 1], self.centroids.bias[row : row + 1]
-        )
-        positions = self.positions[row : row + 1] if len(self.positions) > 1 else self.positions
-        return PromptEntries(self.key[row : row + 1], self.value[row : row + 1], positions, self.padded, centroids)
+        return self._narrow(0, slice(row, row + 1))
 
     def for_heads(self, heads: slice) -> "PromptEntries":
         """Return the entries of some of the KV heads."""
+        return self._narrow(1, heads)
+
+    def _narrow(self, dim: int, part: slice) -> "PromptEntries":
+        """Return a part of the rows (0) or of the heads (1); positions may be the same for all."""
+        index = (slice(None),) * dim + (part,)
         centroids = self.centroids and CentroidEntries(
-            self.centroids.key[:, heads], self.centroids.value[:, heads], self.centroids.bias[:, heads]
+            self.centroids.key[index], self.centroids.value[index], self.centroids.bias[index]
         )
-        positions = self.positions[:, heads] if self.positions.shape[1] > 1 else self.positions
-        return PromptEntries(self.key[:, heads], self.value[:, heads], positions, self.padded, centroids)
+        positions = self.positions[index] if self.positions.shape[dim] > 1 else self.positions
+        return PromptEntries(self.key[index], self.value[index], positions, self.padded, centroids)
 
 
 def observe_references(

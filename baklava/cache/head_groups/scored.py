@@ -1,7 +1,6 @@
 """Entries that compete by score."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -205,8 +204,7 @@ class ScoredHeadGroup(HeadGroup):
         )
         masked = bool(self.num_filled or tokens.padded)
         sample, references = self._prompt_sample(), None
-        observer = self.eviction.decoding if sample.references else self.eviction
-        output = inputs.attend_and_observe([ScoreAccumulator(observer, scores, replace(sample, references=0))], masked)
+        output = inputs.attend_and_observe([ScoreAccumulator.of_prompt(self.eviction, scores, sample)], masked)
         if tokens.references is not None:
             prompt = PromptEntries(key, value, key_positions, tokens.padded, centroids)
             methods = [(self.eviction, scores)] if sample.references else []

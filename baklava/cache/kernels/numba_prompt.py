@@ -29,6 +29,30 @@ def largest_of(row, lanes):
 
 
 @compiled
+def cap_and_bias(row, bias, scaling, softcap):
+    """Apply the softcap and the bias of the first entries to the logits of a query; return the scale that is left."""
+    factor = scaling
+    if softcap > ZERO:
+        for t in range(len(row)):
+            row[t] = np.tanh(row[t] * scaling / softcap) * softcap
+        factor = ONE
+    for t in range(len(bias)):
+        row[t] += bias[t] / factor
+    return factor
+
+
+@compiled
+def exponentiate(row, largest, factor):
+    """Replace the logits of a query by their exponentials, of which the largest is 1, and return the sum."""
+    total = ZERO
+    for t in range(len(row)):
+        power = exp((row[t] - largest) * factor)
+        row[t] = power
+        total += power
+    return total
+
+
+@compiled
 def softmax_rows(logits, totals, bias, sinks, num_visible, scaling, softcap, first, stop):
     """Replace logits by probabilities without their common factor, for some of the queries.
 
@@ -49,23 +73,14 @@ def softmax_rows(logits, totals, bias, sinks, num_visible, scaling, softcap, fir
     for h in range(logits.shape[0]):
         for g in range(logits.shape[1]):
             for q in range(first, stop):
-                row, factor = logits[h, g, q], scaling
+                row = logits[h, g, q]
                 visible = row[: num_visible + q]
-                if softcap > ZERO:
-                    for t in range(len(visible)):
-                        visible[t] = np.tanh(visible[t] * scaling / softcap) * softcap
-                    factor = ONE
-                for t in range(bias.shape[1]):
-                    visible[t] += bias[h, t] / factor
+                factor = cap_and_bias(visible, bias[h], scaling, softcap)
                 largest, total = largest_of(visible, lanes), ZERO
                 if sinks.size:
                     largest = max(largest, sinks[h, g] / factor)
                     total = exp(sinks[h, g] - largest * factor)
-                for t in range(len(visible)):
-                    power = exp((visible[t] - largest) * factor)
-                    visible[t] = power
-                    total += power
-                totals[h, g, q] = total
+                totals[h, g, q] = total + exponentiate(visible, largest, factor)
                 for t in range(len(visible), len(row)):
                     row[t] = ZERO
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from baklava.cache.kernels.numba_decode import ONE, ZERO, compiled, exp
-from baklava.cache.kernels.numba_prompt import LANES, largest_of
+from baklava.cache.kernels.numba_prompt import LANES, cap_and_bias, exponentiate, largest_of
 
 
 @compiled
@@ -23,20 +23,10 @@ def softmax_with_rest(logits, rest, totals, bias, scaling, softcap, first, stop)
     lanes = np.empty(LANES, np.float32)
     for h in range(logits.shape[0]):
         for q in range(first, stop):
-            row, factor = logits[h, q], scaling
-            if softcap > ZERO:
-                for t in range(len(row)):
-                    row[t] = np.tanh(row[t] * scaling / softcap) * softcap
-                factor = ONE
-            for t in range(bias.shape[1]):
-                row[t] += bias[h, t] / factor
+            row = logits[h, q]
+            factor = cap_and_bias(row, bias[h], scaling, softcap)
             largest = max(largest_of(row, lanes), rest[h, q] / factor)
-            total = exp(rest[h, q] - largest * factor)
-            for t in range(len(row)):
-                power = exp((row[t] - largest) * factor)
-                row[t] = power
-                total += power
-            totals[h, q] = total
+            totals[h, q] = exp(rest[h, q] - largest * factor) + exponentiate(row, largest, factor)
 
 
 @compiled
