@@ -37,7 +37,10 @@ def plan(demo):
         geometry=demo.geometry,
         windows="rivers",
         # All that this allocation reads of a profile.
-        importance={source: (1 - similarity).tolist() for source, similarity in importance.head_similarity().items()},
+        importance={
+            source: [(1 - layer).tolist() for layer in layers]
+            for source, layers in importance.head_similarity().items()
+        },
         layer_importance=(1 - importance.layer_similarity()).tolist(),
     )
     return allocate(
