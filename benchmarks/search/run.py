@@ -114,8 +114,8 @@ def measure_scaling(
         log(f"scaling: workers: {num_workers}, threads of each: {THREADS_PER_WORKER}")
         with ray_session(object_store_bytes=OBJECT_STORE_BYTES):
             layout = WorkerLayout(num_workers, THREADS_PER_WORKER)
-            workers = WorkerGroup.for_search(settings.model, layout, inputs.splits.search, task)
-            _, rates[num_workers] = _run_search(workers, settings, task)
+            with WorkerGroup.for_search(settings.model, layout, inputs.splits.search, task) as workers:
+                _, rates[num_workers] = _run_search(workers, settings, task)
     return {"threads": THREADS_PER_WORKER, "one": rates[1], "two": rates[2], "speedup": rates[2] / rates[1]}
 
 
@@ -130,7 +130,8 @@ def measure_dispatch(
         with ray_session(object_store_bytes=OBJECT_STORE_BYTES):
             actor = ray.remote(SleepingWorker).options(num_cpus=0)
             actors = [actor.remote(config.sleep_seconds) for _ in range(num_workers)]
-            rate, _ = _run_search(WorkerGroup(actors, inputs.splits.search, task), settings, task)
+            with WorkerGroup(actors, inputs.splits.search, task) as workers:
+                rate, _ = _run_search(workers, settings, task)
         results.append(
             {
                 "workers": num_workers,

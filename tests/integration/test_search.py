@@ -331,7 +331,6 @@ def test_a_front_is_a_plan_file_per_size_and_the_report_draws_it(
 
 
 @pytest.mark.ray
-@pytest.mark.drill
 @pytest.mark.usefixtures("session")
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
 def test_a_model_with_windows_or_states_is_searched(place: Place, tmp_path: Path, family: str) -> None:

@@ -173,7 +173,7 @@ def evaluate_items(
     with ray_session(object_store_bytes=OBJECT_STORE_BYTES):
         layout = cluster_layout(replicas)
         log(f"evaluating on {layout.replicas} replicas with {layout.threads} threads each")
-        group = WorkerGroup.launch(
+        workers = WorkerGroup.launch(
             layout,
             EvaluationWorker,
             loaded.identity.id,
@@ -181,9 +181,10 @@ def evaluate_items(
             plans=[plan.model_dump_json() for plan in plans],
             weights_digest=loaded.weights_digest,
         )
-        group.wait_until_ready()
-        for result in group.map_unordered("evaluate", items):
-            yield RESULT.validate_json(result)
+        with workers:
+            workers.wait_until_ready()
+            for result in workers.map_unordered("evaluate", items):
+                yield RESULT.validate_json(result)
 
 
 def evaluate_item(evaluator: Evaluator, item: Item) -> WindowResult | PromptResult:

@@ -100,22 +100,22 @@ def _run(settings: SearchSettings, out: Path, tracker: Tracker, earlier: SearchR
     with ray_session(object_store_bytes=OBJECT_STORE_BYTES):
         layout = cluster_layout(settings.replicas, settings.gpus_per_replica)
         windows = splits.search + splits.validation
-        group = WorkerGroup.for_search(
+        with WorkerGroup.for_search(
             settings.model, layout, windows, task, settings.memory, settings.dtype, inputs.weights_digest
-        )
-        group.wait_until_ready()
-        # The first file is written only here, after everything that a user can get wrong.
-        journal = _open_journal(settings, out, tracker, inputs, earlier, warm_start)
-        run = SearchRun(settings, out, tracker, inputs, task, journal)
-        with _tracked(tracker, out):
-            tracker.replay(journal.records, task.plan)
-            recorder = TrialRecorder(journal, tracker, group, task, settings.trials)
-            group.preload_scores((*warm_start.scored_trials, *journal.records))
-            with group.prefilling(search_windows, recorder.abort):
-                TrialLoop(settings, task, journal, group, recorder, warm_start).run()
-            recorder.stop.raise_if_requested()
-            group.prefill(validation_windows)
-            return _finish(run, group, validation_windows)
+        ) as group:
+            group.wait_until_ready()
+            # The first file is written only here, after everything that a user can get wrong.
+            journal = _open_journal(settings, out, tracker, inputs, earlier, warm_start)
+            run = SearchRun(settings, out, tracker, inputs, task, journal)
+            with _tracked(tracker, out):
+                tracker.replay(journal.records, task.plan)
+                recorder = TrialRecorder(journal, tracker, group, task, settings.trials)
+                group.preload_scores((*warm_start.scored_trials, *journal.records))
+                with group.prefilling(search_windows, recorder.abort):
+                    TrialLoop(settings, task, journal, group, recorder, warm_start).run()
+                recorder.stop.raise_if_requested()
+                group.prefill(validation_windows)
+                return _finish(run, group, validation_windows)
 
 
 def _open_journal(

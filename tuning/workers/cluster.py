@@ -1,7 +1,7 @@
 """A group of workers on a Ray cluster, each with a replica of the model; the search and the evaluation use it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from threading import Event, Thread
@@ -103,7 +103,7 @@ def cluster_layout(replicas: int | str, gpus_per_replica: int = 1) -> WorkerLayo
 
 
 class WorkerGroup:
-    """Workers and their scheduler.
+    """Workers and their scheduler, which end with a `with` block, so that others find their CPUs and GPUs free.
 
     Args:
         actors: The workers' actor handles.
@@ -118,6 +118,14 @@ class WorkerGroup:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         remote_class = ray.remote(WorkerScheduler).options(num_cpus=0, scheduling_strategy=here)
         self.scheduler = remote_class.remote(self.actors, references, task)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for actor in (self.scheduler, *self.actors):
+            with suppress(RayError):  # the cluster is gone, and the actors with it
+                ray.kill(actor)
 
     @classmethod
     def launch(
