@@ -38,6 +38,8 @@ def test_linear_layers_are_rounded_and_nothing_else_is(tied: bool) -> None:
     assert model.dtype == torch.float32
     layer = model.model.layers[0]
     assert isinstance(layer.mlp.up_proj, HalfPrecisionLinear)
+    outputs = [each.output_dtype for each in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)]
+    assert outputs == [torch.bfloat16, torch.bfloat16, torch.float32]
     assert layer.self_attn.q_proj.bias.dtype == layer.self_attn.q_proj.weight.dtype == torch.bfloat16
     others = [model.lm_head, model.model.embed_tokens, layer.input_layernorm]
     assert {other.weight.dtype for other in others} == {torch.float32}
