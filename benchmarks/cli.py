@@ -130,7 +130,7 @@ def run_decode(args: argparse.Namespace) -> None:
     loaded = load(args.model, dtype=args.dtype, threads=args.threads)
     plans = {path.stem: BudgetPlan.read(path) for path in args.plans}
     for plan in plans.values():
-        plan.validate_for(loaded.identity, loaded.geometry)
+        loaded.check_plan(plan)
     results = benchmark_decode(loaded, args.contexts, args.batches, args.share, args.rounds, plans)
     plot(results, _write_json(args, json.dumps(results, indent=1) + "\n").with_suffix(".png"))
     print(table(results))

@@ -38,6 +38,12 @@ Positions = Int[Tensor, "#batch #heads entries"]
 AttentionProbs = Float[Tensor, "batch heads group queries entries"]
 
 _attention_hooks: list[Callable[..., None]] = []
+UNKNOWN_ROTATION = (
+    "an attention layer of the model rotates queries in a way that baklava does not know, so they cannot be moved to "
+    "the end of a prompt; load the model with baklava.load, or choose a plan with another eviction method and without "
+    "a fit"
+)
+
 _rotary_shifts: WeakKeyDictionary[torch.nn.Module, RotaryShift | None] = WeakKeyDictionary()
 
 
@@ -120,6 +126,11 @@ def register_rotary_shift(module: torch.nn.Module, shift: RotaryShift | None) ->
 def rotary_shift_of(module: torch.nn.Module) -> RotaryShift | None:
     """Return the RoPE of an attention layer, or None if it is not known."""
     return _rotary_shifts.get(module)
+
+
+def moves_all_queries(model: torch.nn.Module) -> bool:
+    """Return whether the RoPE of every layer that was looked at is known."""
+    return all(_rotary_shifts.get(module, True) is not None for module in model.modules())
 
 
 def attach_layer(key: KVStates, layer: BudgetedLayerBase) -> KVStates:

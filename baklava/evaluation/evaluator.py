@@ -72,7 +72,7 @@ class Evaluator:
 
     def __init__(self, loaded: LoadedModel, plans: Sequence[BudgetPlan]) -> None:
         for plan in plans:
-            plan.validate_for(loaded.identity, loaded.geometry)
+            loaded.check_plan(plan)
         self.loaded, self.plans = loaded, tuple(plans)
         self.evictions = tuple(build_eviction(plan.eviction) for plan in plans)
 

@@ -194,7 +194,7 @@ class BaklavaLM(TemplateLM):
 
     def __init__(self, loaded: LoadedModel, plan: BudgetPlan, max_length: int | None = None) -> None:
         super().__init__()
-        plan.validate_for(loaded.identity, loaded.geometry)
+        loaded.check_plan(plan)
         self.loaded, self.plan, self.tokenizer = loaded, plan, loaded.tokenizer
         self.max_length = max_length or loaded.max_length
         self.coverages: list[PlanCoverage] = []

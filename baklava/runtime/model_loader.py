@@ -16,6 +16,8 @@ from transformers import DynamicCache, GenerationMixin
 from baklava.cache import attention
 from baklava.data.demo_assets import DEMO_SHA256, demo_model
 from baklava.errors import UserError
+from baklava.eviction import build_eviction
+from baklava.plan.budget_plan import BudgetPlan
 from baklava.plan.geometry import CacheGeometry, ModelIdentity
 from baklava.runtime.checkpoint import Checkpoint, first_line
 from baklava.runtime.precision import HalfPrecisionLinear, round_linear_layers, weights_dtype
@@ -101,6 +103,12 @@ class LoadedModel:
                 f"token {outside} ({token}) has no embedding in {self.identity.id}, which has {self.num_embeddings:,}; "
                 "leave it out of the texts, or give a checkpoint whose embeddings were resized for its tokenizer"
             )
+
+    def check_plan(self, plan: BudgetPlan) -> None:
+        """Raise UserError if a plan is for another model, or needs queries to be moved that cannot be."""
+        plan.validate_for(self.identity, self.geometry)
+        if build_eviction(plan.eviction).num_references and not attention.moves_all_queries(self.model):
+            raise UserError(attention.UNKNOWN_ROTATION)
 
     def check_length(
         self, tokens: int, what: str = "a window", remedy: str = "lower --context or --continuation"

@@ -70,7 +70,7 @@ def compress(
     Raises:
         UserError: the plan is for another model, or its eviction method was not recorded.
     """
-    plan.validate_for(loaded.identity, loaded.geometry)
+    loaded.check_plan(plan)
     if plan.prefill.mode == "dense":
         return BudgetedCache.from_recording(plan, prompt.recording, max_tokens), prompt.logits
     # The keys of a chunk depend on what the chunks before it left in the cache, so such a plan prefills by itself.
@@ -168,7 +168,7 @@ def make_prefill_task(
     Raises:
         UserError: the plan is for another model, or the prompt is empty.
     """
-    plan.validate_for(loaded.identity, loaded.geometry)
+    loaded.check_plan(plan)
     ids = ids if isinstance(ids, Tensor) else loaded.as_batch(ids)
     if ids.shape[1] == 0:
         raise UserError("a prompt of 0 tokens has no next token; give at least one token")
@@ -195,7 +195,7 @@ def prefill_workspace_bytes(plan: BudgetPlan, tokens: int, itemsize: int) -> int
     if plan.prefill.chunk_size is not None or not (_can_step(plan) or sample.uses_repetition):
         return 0
     per_entry = 2 * geometry.head_dim * itemsize + (SCORE_BYTES if plan.eviction.scored else 0)
-    queries = min(tokens, sample.window or 0) if sample.single_block else min(tokens, eviction.num_references)
+    queries = min(tokens, eviction.num_references) + (min(tokens, sample.window or 0) if sample.single_block else 0)
     per_layer = tokens * geometry.kv_heads * per_entry + queries * geometry.query_heads * geometry.head_dim * itemsize
     return len(geometry.full_attention_layers) * per_layer + unbudgeted_bytes(geometry, 8 * itemsize, tokens)
 

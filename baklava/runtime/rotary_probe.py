@@ -55,8 +55,7 @@ def probe_rotary_shifts(model: Any, token: int) -> None:
     for module, (start, moved) in seen.items():
         errors = [_error(shift, start, moved) for shift in candidates]
         best = min(range(len(errors)), key=errors.__getitem__)
-        if errors[best] <= tolerance:
-            register_rotary_shift(module, candidates[best])
+        register_rotary_shift(module, candidates[best] if errors[best] <= tolerance else None)
 
 
 def _candidates(model: Any) -> Iterator[RotaryShift]:

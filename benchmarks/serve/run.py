@@ -90,7 +90,7 @@ def _sampler(loaded: LoadedModel, config: ServeBenchmarkConfig) -> PromptSampler
 
 def _read_plan(loaded: LoadedModel, path: str) -> BudgetPlan:
     plan = BudgetPlan.read(path)
-    plan.validate_for(loaded.identity, loaded.geometry)
+    loaded.check_plan(plan)
     return plan
 
 

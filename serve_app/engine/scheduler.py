@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 
 from baklava.cache.storage import allocated_bytes
 from baklava.errors import UserError
-from baklava.eviction import build_eviction
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
 from serve_app.engine.chunk_size import ChunkSizePolicy
@@ -328,8 +327,7 @@ class Scheduler:
 
     def _check_plan(self, plan: BudgetPlan, pinned: Sequences[Prefix]) -> None:
         loaded = self._loaded
-        plan.validate_for(loaded.identity, loaded.geometry)
-        build_eviction(plan.eviction)
+        loaded.check_plan(plan)
         workspace = prefill_workspace(loaded, plan, max(map(len, pinned), default=0))
         required = plan.bytes_for(loaded.max_length) + self._prefix_bytes(plan, pinned) + workspace
         if required > self.budget.total_bytes:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from baklava.cache.attention import (
+    UNKNOWN_ROTATION,
     AttentionParams,
     AttentionProbs,
     CentroidEntries,
@@ -88,11 +89,7 @@ class ReferenceQueries:
             UserError: how the layer rotates its queries is not known.
         """
         if params.rotary_shift is None:
-            raise UserError(
-                "an attention layer of the model rotates queries in a way that baklava does not know, so they cannot "
-                "be moved to the end of a prompt; load the model with baklava.load, or choose a plan with another "
-                "eviction method and without a fit"
-            )
+            raise UserError(UNKNOWN_ROTATION)
         distances = torch.zeros(len(samples), query.shape[3], dtype=torch.long)
         for row, sample in enumerate(samples):
             distances[row, : len(sample.starts)] = num_tokens - torch.tensor(sample.starts, dtype=torch.long)
@@ -229,19 +226,20 @@ def observe_references(
         params: What the model's attention has in addition.
         methods: Eviction methods and the scores of the entries.
     """
-    if len(queries.samples) == 1:
-        return _observe(queries, queries.samples[0], entries, num_new, params, methods)
-    rows = [
-        _observe(
-            replace(queries, query=queries.query[row : row + 1], shifted=queries.shifted[row : row + 1]),
-            sample,
-            entries.row(row),
-            num_new,
-            params,
-            [(method, scores[row : row + 1]) for method, scores in methods],
-        )
-        for row, sample in enumerate(queries.samples)
-    ]
+    with exactly(entries.key.device):
+        if len(queries.samples) == 1:
+            return _observe(queries, queries.samples[0], entries, num_new, params, methods)
+        rows = [
+            _observe(
+                replace(queries, query=queries.query[row : row + 1], shifted=queries.shifted[row : row + 1]),
+                sample,
+                entries.row(row),
+                num_new,
+                params,
+                [(method, scores[row : row + 1]) for method, scores in methods],
+            )
+            for row, sample in enumerate(queries.samples)
+        ]
     return References(rows[0].params, *(torch.cat(own) for own in zip(*(row.tensors for row in rows), strict=True)))
 
 

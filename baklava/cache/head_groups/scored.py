@@ -208,8 +208,7 @@ class ScoredHeadGroup(HeadGroup):
         if tokens.references is not None:
             prompt = PromptEntries(key, value, key_positions, tokens.padded, centroids)
             methods = [(self.eviction, scores)] if sample.references else []
-            with exactly(key.device):
-                references = observe_references(tokens.references, prompt, tokens.num_tokens, params, methods)
+            references = observe_references(tokens.references, prompt, tokens.num_tokens, params, methods)
         self._retain(tokens.key, tokens.value, scores, positions, references)
         return output
 

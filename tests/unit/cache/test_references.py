@@ -267,6 +267,16 @@ def test_a_model_in_16_bits_is_observed_and_fitted_in_32(eviction) -> None:
     cache.check_integrity(60)
 
 
+@torch.inference_mode()
+def test_references_are_observed_in_32_bits_under_autocast() -> None:
+    case, scores = Case.random(None, False, True), torch.ones(2, 1, HEADS, OLD + NEW)
+    expected = observe(case, 20, scores[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = observe(case, 20, scores[1])
+    for own, other in zip((*found.tensors, scores[1]), (*expected.tensors, scores[0]), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_plain_forward_with_gradients_or_under_autocast_is_fitted_too(tiny, autocast: bool) -> None:
     loaded, ids = tiny(), random_ids(1, 61)

@@ -70,9 +70,13 @@ def test_a_model_whose_rotation_is_not_known_is_refused_only_if_queries_must_be_
     attention.register_rotary_shift(loaded.model.model.layers[1].self_attn, None)
     sizes = [[20, 24]] * 4
     for eviction in (AttentionMatching(eviction_interval=4), HeavyHitter(eviction_interval=4, fit_references=8)):
-        with pytest.raises(UserError, match=r"rotates queries in a way .* choose a plan with another eviction method"):
-            loaded.model(random_ids(1, 40), past_key_values=BudgetedCache(make_plan(loaded, sizes, eviction)))
+        plan, refused = make_plan(loaded, sizes, eviction), r"rotates queries in a way .* choose a plan with another"
+        with pytest.raises(UserError, match=refused):
+            loaded.check_plan(plan)
+        with pytest.raises(UserError, match=refused):
+            loaded.model(random_ids(1, 40), past_key_values=BudgetedCache(plan))
     plan = make_plan(loaded, sizes, HeavyHitter(eviction_interval=4))
+    loaded.check_plan(plan)
     assert loaded.model(random_ids(1, 40), past_key_values=BudgetedCache(plan)).logits.isfinite().all()
 
 
