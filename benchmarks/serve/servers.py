@@ -117,6 +117,9 @@ STARTUP_TIMEOUT_SECONDS = 300.0
 SHUTDOWN_TIMEOUT_SECONDS = 90.0
 
 PLAN, FULL = "baklava, 12.5 % plan", "baklava, full plan"
+STREAMS_RATIO = "0.5"
+PLAN_STREAMS = f"{PLAN}, --prefill-decode-ratio {STREAMS_RATIO}"
+OURS = (PLAN, PLAN_STREAMS, FULL)
 TRANSFORMERS = "transformers serve"
 TRANSFORMERS_BATCHING = "transformers serve --continuous-batching"
 OPENVINO, OPENVINO_EVICTION = "OpenVINO GenAI", "OpenVINO GenAI, cache eviction"
@@ -195,11 +198,13 @@ def server_command(name: str, model: str, config: ServeBenchmarkConfig, port: in
 
 
 def _our_command(config: ServeBenchmarkConfig, name: str, dtype: str, port: int) -> list[str]:
-    plan = config.plan if name == PLAN else "full"
+    plan = "full" if name == FULL else config.plan
     options = ["--plan", plan, "--model", config.model, "--port", str(port), "--pool", str(config.load_pool_bytes)]
     options += ["--dtype", dtype]
-    if name == PLAN and config.prefill_chunk:
+    if name != FULL and config.prefill_chunk:
         options += ["--prefill-chunk", str(config.prefill_chunk)]
+    if name == PLAN_STREAMS:
+        options += ["--prefill-decode-ratio", STREAMS_RATIO]
     return [sys.executable, str(SERVE_SCRIPT), *options, "--max-waiting", "256", "--timeout", "3600"]
 
 

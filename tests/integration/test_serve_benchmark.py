@@ -49,8 +49,10 @@ from benchmarks.serve.servers import (
     FULL,
     OPENVINO,
     OPENVINO_EVICTION,
+    OURS,
     PEERS,
     PLAN,
+    PLAN_STREAMS,
     TRANSFORMERS,
     TRANSFORMERS_BATCHING,
     RunningServer,
@@ -226,12 +228,14 @@ def example_results() -> dict[str, Any]:
         name: summarize(LoadResult((request_result(1, gap),) * 2, 4 * gap, {"kv_allocated_bytes": 2.0**20}), 60, 60)
         for name, gap in (
             (PLAN, 0.1),
+            (PLAN_STREAMS, 0.05),
             (FULL, 0.2),
             (TRANSFORMERS, 0.05),
             (TRANSFORMERS_BATCHING, 1.0),
             (OPENVINO, 0.4),
         )
     }
+    loads[PLAN] |= {"prompts_per_second": loads[PLAN]["requests_per_second"] / 0.7}
     loads[OPENVINO_EVICTION] = failed_load("it is not installed", 8)
     rows = [{"server": name, "rate": 0.25} | load for name, load in loads.items()]
     count = {"submitted": 70, "peak_bytes": 1, "pool_bytes": 2, "failed": 0}
@@ -266,16 +270,17 @@ def test_the_tables_have_every_measurement_with_its_aim(tmp_path: Path) -> None:
     results = example_results()
     text = format_tables(results)
     assert "| 60 / 5 = 12.0 ×, 0 failed | ≥ 6 ×, none failed |" in text
-    assert "| 0.10 × | ≤ 0.20 × |" in text
-    assert "| 0.50 × | ≤ 0.67 × |" in text
-    assert "| 2.00 × |  |" in text
-    assert "| 0.5 × | ≥ 2 × |" in text
-    assert "| 10.0 × | ≥ 2 × |" in text
-    assert "10.0 % of 100 ms" in text
-    assert "| 1.5 × | ≤ 2.5 × |" in text
-    assert "| 3.0 × |  |" in text
+    assert "| 0.50 × | ≥ 1.3 × |" in text
+    assert "| 1.00 × | ≤ 0.8 × |" in text
+    assert "| 2.00 × | ≤ 1.5 × |" in text
+    assert "with --prefill-decode-ratio 0.5 | 1.00 × | ≤ 1.0 × |" in text
+    assert "| 0.70 × | ≥ 0.85 × |" in text
+    assert "| 2.00 × | ≥ 3 × |" in text
+    assert "| 10.0 % of 100 ms | ≤ 3 % |" in text
+    assert "| 3.0 × | ≤ 2.5 × |" in text
+    assert "| 1.5 × |  |" in text
     assert "| 0.25 × |  |" in text
-    assert text.count("1 MiB") == 12
+    assert text.count("1 MiB") == 14
     assert "| transformers serve | 0.250 |" in text
     plot(results, tmp_path / "serve.svg")
     assert "<svg" in (tmp_path / "serve.svg").read_text()
@@ -291,7 +296,7 @@ def test_a_server_that_completed_nothing_is_failed_and_has_no_ratio() -> None:
         "ttft": None,
     }
     page = format_tables(results)
-    for measure in ("median TPOT", "requests per second", "median end-to-end latency"):
+    for measure in ("median TPOT", "requests per second", "median TTFT"):
         row = next(
             line for line in page.splitlines() if line.startswith(f"| {measure} over") and TRANSFORMERS_BATCHING in line
         )
@@ -334,7 +339,8 @@ def fake_running_server(name: str, config: ServeBenchmarkConfig) -> Iterator[Run
 def test_a_peer_that_does_not_start_or_ends_leaves_the_others_their_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.serve.run.running_server", fake_running_server)
     loads = measure_closed_loops(quick_config(), PROMPTS[:1], PROMPTS[1:])
-    assert list(loads) == [PLAN, FULL, *PEERS]
+    assert list(loads) == [*OURS, *PEERS]
+    assert loads[PLAN]["prompts_per_second"] > 0
     errors = {name: load["error"] for name, load in loads.items() if "error" in load}
     assert errors == {
         TRANSFORMERS_BATCHING: f"{TRANSFORMERS_BATCHING} is not installed",
@@ -343,6 +349,7 @@ def test_a_peer_that_does_not_start_or_ends_leaves_the_others_their_figures(monk
     }
     assert {name: load["failed"] for name, load in loads.items()} == {
         PLAN: 0,
+        PLAN_STREAMS: 0,
         FULL: 0,
         TRANSFORMERS: 0,
         TRANSFORMERS_BATCHING: 5,
