@@ -151,7 +151,8 @@ def batched_forward(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[
 
     Returns:
         The logits after the last token of each chunk, and the exceptions of the chunks whose attention failed by
-        itself, by their place. Decode rows attend together in layers with a budget, so an exception there is raised.
+        itself, by their place. Decode rows attend together in layers with a budget, so an exception there is raised,
+        or given to all of them if the others have forwards of their own.
     """
     run = forward_one_row if len(chunks) == 1 or not loaded.geometry.states else _forward_apart
     return run(loaded, chunks)
@@ -189,38 +190,42 @@ def _forward_apart(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[L
 
     States run along a row, so that a row can have only one sequence.
     """
+    decoding = [number for number, chunk in enumerate(chunks) if len(chunk.ids) == 1 and chunk.cache.get_seq_length()]
+    alone = sorted(set(range(len(chunks))) - set(decoding))
     logits: dict[int, Tensor] = {}
     errors: dict[int, Exception] = {}
-    decoding = [number for number, chunk in enumerate(chunks) if len(chunk.ids) == 1 and chunk.cache.get_seq_length()]
-    for number in sorted(set(range(len(chunks))) - set(decoding)):
+    for numbers, forward in [(decoding, _forward_rows), *(([number], forward_one_row) for number in alone)]:
+        if not numbers:
+            continue
         try:
-            own_logits, own_errors = forward_one_row(loaded, [chunks[number]])
-            logits[number] = own_logits[0]
-            if own_errors:
-                errors[number] = own_errors[0]
+            own_logits, own_errors = forward(loaded, [chunks[number] for number in numbers])
         except Exception as error:
-            errors[number] = error
-    if decoding:
-        batch = _Batch([chunks[number] for number in decoding], range(len(decoding)))
-        lengths = [chunk.cache.get_seq_length() for chunk in batch.chunks]
-        stacked = BatchedCache(batch)
-        output = loaded.model(
-            input_ids=torch.cat([chunk.ids for chunk in batch.chunks])[:, None],
-            position_ids=torch.tensor(lengths, device=loaded.device)[:, None],
-            past_key_values=stacked,
-            use_cache=True,
-        )
-        for index, states in stacked.states.items():
-            if len(decoding) > 1:
-                unstack_states(states, [chunk.cache.states[index] for chunk in batch.chunks])
-        for row, number in enumerate(decoding):
-            logits[number] = output.logits[row, -1]
-            if row in batch.errors:
-                errors[number] = batch.errors[row]
-            else:
-                check_progress(batch.chunks[row].cache, lengths[row] + 1)
+            errors |= dict.fromkeys(numbers, error)
+        else:
+            logits |= dict(zip(numbers, own_logits, strict=True))
+            errors |= {numbers[place]: error for place, error in own_errors.items()}
     some = next(iter(logits.values()), torch.empty(0))
     return torch.stack([logits.get(number, torch.zeros_like(some)) for number in range(len(chunks))]), errors
+
+
+def _forward_rows(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[Logits, dict[int, Exception]]:
+    """Process one token of each sequence, which is a row of its own."""
+    batch = _Batch(chunks, range(len(chunks)))
+    lengths = [chunk.cache.get_seq_length() for chunk in chunks]
+    stacked = BatchedCache(batch)
+    output = loaded.model(
+        input_ids=torch.cat([chunk.ids for chunk in chunks])[:, None],
+        position_ids=torch.tensor(lengths, device=loaded.device)[:, None],
+        past_key_values=stacked,
+        use_cache=True,
+    )
+    if len(chunks) > 1:
+        for index, states in stacked.states.items():
+            unstack_states(states, [chunk.cache.states[index] for chunk in chunks])
+    for row, chunk in enumerate(chunks):
+        if row not in batch.errors:
+            check_progress(chunk.cache, lengths[row] + 1)
+    return output.logits[:, -1], batch.errors
 
 
 @torch.inference_mode()

@@ -232,6 +232,25 @@ def test_sequences_decode_together_and_from_copies_as_alone(family: str, evictio
 
 
 @torch.inference_mode()
+def test_a_decode_step_of_a_model_with_states_that_fails_leaves_the_prompt_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded, _ = model_pair("qwen3_5")
+    plan, ids = tight_plan(loaded, EVICTIONS[1]), random_ids(1, 21, seed=9)[0]
+    caches = [prefill(loaded, plan, random_ids(1, 25 + tokens, seed=tokens))[0] for tokens in range(3)]
+    expected = loaded.model(ids[None], past_key_values=caches[2].copy()).logits[:, -1]
+
+    def explode(*args: object) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(caches[1].budgeted_layers[0].groups[0], "maybe_evict", explode)
+    chunks = [TokenChunk(caches[0], ids[:1]), TokenChunk(caches[2], ids), TokenChunk(caches[1], ids[:1])]
+    logits, errors = batched_forward(loaded, chunks)
+    assert [type(errors.get(number)) for number in range(3)] == [MemoryError, type(None), MemoryError]
+    assert_close(logits[1:2], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
 @every_mixed_family
 def test_rows_take_what_every_layer_holds_along(family: str) -> None:
     loaded, _ = model_pair(family)
