@@ -96,7 +96,7 @@ def _seconds(states: Tensor, weight: Tensor) -> float:
 def round_linear_layers(model: nn.Module, dtype: torch.dtype) -> int:
     """Give plain linear layers weights of this dtype, except for the output layer, and return how many there are.
 
-    Between the linear layers of an MLP, states have this dtype, too: converting them and back took a tenth of a prompt.
+    Between the linear layers of a gated MLP, states have this dtype, too: converting them took a tenth of a prompt.
     Everything else stays as it is: the cache and decoding, whose kernels are for float32, experts in one tensor, and
     layers that multiply in their own way. Attention to prompts rounds the factors of its products alike.
 
@@ -104,19 +104,19 @@ def round_linear_layers(model: nn.Module, dtype: torch.dtype) -> int:
     """
     output = model.get_output_embeddings()  # type: ignore[operator]
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    own_dtypes = {module: module.weight.dtype for module in model.modules() if type(module) is nn.Linear}
     rounded, others = [], 0
     for module in model.modules():
         own = [parameter for parameter in module.parameters(recurse=False) if parameter is not embedding]
         if type(module) is not nn.Linear or module is output or not module.weight.is_floating_point():
             others += 0 if module is output else sum(parameter.numel() for parameter in own)
             continue
-        output_dtype = module.weight.dtype
         for parameter in own:
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(False)
         module.__class__ = HalfPrecisionLinear
         assert isinstance(module, HalfPrecisionLinear)
-        module.output_dtype = output_dtype
+        module.output_dtype = own_dtypes[module]  # several layers may share weights, which are rounded by now
         rounded.append(module)
     for module in model.modules():
         gate, up, down = (getattr(module, name, None) for name in GATED_MLP)

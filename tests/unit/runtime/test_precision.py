@@ -50,6 +50,24 @@ def test_linear_layers_are_rounded_and_nothing_else_is(tied: bool) -> None:
 
 
 @torch.inference_mode()
+def test_layers_that_share_weights_are_rounded_alike() -> None:
+    model = tiny_model(LlamaConfig(**SHAPE))
+    layers = model.model.layers
+    for first, other in ((layers[0].self_attn, layers[2].self_attn), (layers[0].mlp, layers[2].mlp)):
+        for name, linear in first.named_children():
+            if isinstance(linear, torch.nn.Linear):
+                getattr(other, name).weight = linear.weight
+    exact = model(random_ids(1, 40)).logits
+    round_linear_layers(model, torch.bfloat16)
+    assert layers[0].self_attn.v_proj.output_dtype == layers[2].self_attn.v_proj.output_dtype == torch.float32
+    loaded = LoadedModel.of(model)
+    plan = make_plan(loaded, [[40, 40]] * 4, HeavyHitter(eviction_interval=4))
+    cache, _ = prefill(loaded, plan, random_ids(1, 30))
+    assert decode_step(loaded, [cache], [1]).dtype == torch.float32
+    assert 0 < (model(random_ids(1, 40)).logits - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@torch.inference_mode()
 def test_caches_and_kernels_get_float32_from_rounded_layers() -> None:
     model = tiny_model(LlamaConfig(**SHAPE | {"head_dim": 32}))
     round_linear_layers(model, torch.bfloat16)
