@@ -41,6 +41,12 @@ UNROUNDED_BITS = 32
 """Bits of the entries of sliding layers while a prompt is recorded: those of the model, if it computes in fewer."""
 
 
+def _counted(tensor: Tensor) -> Tensor:
+    """Return a tensor after counting its bytes, which it owns alone."""
+    count_bytes(tensor, tensor.untyped_storage().nbytes())
+    return tensor
+
+
 class RecordingLayer(BudgetedLayerBase):
     """A layer that keeps a whole prompt and scores it for eviction methods, in one forward or in several.
 
@@ -111,7 +117,7 @@ class RecordingLayer(BudgetedLayerBase):
             pending = self._pending_queries.setdefault(sample, [])
             first = max(0, first_sampled_query(self.prompt_tokens, sample) - start)
             if first < inputs.query.shape[3]:
-                pending.append(inputs.query[:, :, :, first:].clone())
+                pending.append(_counted(inputs.query[:, :, :, first:].clone()))
             if self.cumulative_length == self.prompt_tokens:
                 block = self._inputs(torch.cat(pending, 3), inputs.params, self.prompt_tokens)
                 update_scores(block, sample, [each for each in accumulators if each.sample == sample])
@@ -123,7 +129,7 @@ class RecordingLayer(BudgetedLayerBase):
         for count in {each.num_references for each in self.evictions} - {0}:
             tokens = ReferenceSample.spread(count, self.prompt_tokens).tokens
             here = [token - start for token in tokens if start <= token < self.cumulative_length]
-            self._reference_queries.setdefault(count, []).append(inputs.query[:, :, :, here])
+            self._reference_queries.setdefault(count, []).append(_counted(inputs.query[:, :, :, here]))
 
     def observe_references(self) -> None:
         """Find what the whole prompt answers its reference queries, and update the scores of methods that match it."""
@@ -143,6 +149,8 @@ class RecordingLayer(BudgetedLayerBase):
                     if each.query_sample.references == count
                 ],
             )
+            for tensor in self.references[count].tensors:
+                _counted(tensor)
 
     @property
     def _scoring(self) -> list[Eviction]:

@@ -52,7 +52,7 @@ EVICTIONS = [
     METHODS["attention_matching"](sinks=2, eviction_interval=4, references=9, distance=3),
     METHODS["attention_matching"](sinks=2, eviction_interval=4, references=16, fit_references=8, centroids=2),
     HeavyHitter(sinks=2, eviction_interval=4, distance=0, fit_references=12),
-    METHODS["snapkv"](sinks=2, eviction_interval=4, window=5),
+    METHODS["snapkv"](sinks=2, eviction_interval=4, window=5, fit_references=12),
     METHODS["expected_attention"](sinks=2, eviction_interval=4, window=20),
     *(METHODS[name](sinks=2, eviction_interval=4) for name in ("tova", "key_norm", "keydiff", "kvzip")),
 ]

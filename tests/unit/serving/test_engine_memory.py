@@ -9,7 +9,7 @@ from engine_client import ask, engine_of, idle, until
 from plan_factory import make_plan, with_bits, with_chunked_prefill
 
 from baklava.cache.storage import allocated_bytes, slab
-from baklava.eviction import HeavyHitter, StreamingLLM
+from baklava.eviction import AttentionMatching, ExpectedAttention, HeavyHitter, SnapKV, StreamingLLM
 from baklava.runtime.prefill import make_prefill_task, prefill_workspace_bytes
 
 BUDGETS = [[12, 24], [16, 20]]
@@ -87,12 +87,24 @@ def test_a_slab_is_counted_until_its_end(loaded):
 
 
 @torch.inference_mode()
-def test_a_recorded_prompt_is_counted_until_it_is_compressed(loaded):
-    plan, before = plans(loaded)[0], allocated_bytes().current
+@pytest.mark.parametrize(
+    "eviction",
+    [
+        HeavyHitter(eviction_interval=4, distance=0),
+        AttentionMatching(eviction_interval=4, references=16, fit_references=24),
+        SnapKV(eviction_interval=4, window=5, fit_references=12),
+        ExpectedAttention(eviction_interval=4, window=20, fit_references=12),
+    ],
+    ids=str,
+)
+def test_a_recorded_prompt_is_counted_until_it_is_compressed(loaded, eviction):
+    plan = make_plan(loaded, BUDGETS, eviction, bits=16, context_length=256)
+    before = allocated_bytes().current
     task = make_prefill_task(loaded, plan, PREFIX, 64)
     counted = []
     while task.step(8) is None:
         counted.append(allocated_bytes().current - before)
         assert counted[-1] == task.nbytes
-    assert max(counted) >= prefill_workspace_bytes(plan, len(PREFIX), 4)
+    workspace = prefill_workspace_bytes(plan, len(PREFIX), 4)
+    assert workspace - 2 * len(PREFIX) * 4 * 32 * 4 <= max(counted) <= workspace + plan.bytes_for(64)
     assert allocated_bytes().current - before == task.nbytes == plan.bytes_for(64)
