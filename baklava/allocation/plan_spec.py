@@ -135,7 +135,7 @@ def check_plan(spec: str, identity: ModelIdentity, geometry: CacheGeometry) -> N
     if is_plan_spec(spec):
         parse_spec(spec)
     elif spec != "full":
-        _load(spec, identity, geometry)
+        load_plan(spec).validate_for(identity, geometry)
 
 
 def resolve_plan(
@@ -154,13 +154,15 @@ def resolve_plan(
         load_profile: called only if the spec needs a profile.
 
     Raises:
-        UserError: the spec is invalid or needs a profile that is not given, the file is not a plan, or the plan was
-            made for another model.
+        UserError: the spec is invalid or needs a profile that is not given, the file is not a plan, or the plan does
+            not suit the model.
     """
     if spec == "full":
         return ResolvedPlan(spec, full_cache_plan(loaded.identity, loaded.geometry, context_length))
     if not is_plan_spec(spec):
-        return ResolvedPlan(spec, _load(spec, loaded.identity, loaded.geometry))
+        plan = load_plan(spec)
+        loaded.check_plan(plan)
+        return ResolvedPlan(spec, plan)
     parsed = parse_spec(spec)
     # The profile orders the channels of quantized keys, whatever spreads the bytes.
     needs_profile = parsed.allocation.needs_profile or parsed.bits[0] < MIXED_PRECISION_BELOW_BITS
@@ -174,10 +176,5 @@ def resolve_plan(
         eviction=parsed.eviction,
         bits=parsed.bits,
     )
+    loaded.check_plan(plan)
     return ResolvedPlan(spec, plan)
-
-
-def _load(source: str, identity: ModelIdentity, geometry: CacheGeometry) -> BudgetPlan:
-    plan = load_plan(source)
-    plan.validate_for(identity, geometry)
-    return plan

@@ -5,6 +5,7 @@ import pytest
 
 from baklava.allocation import Baklava, Blended, DuoAttention, PyramidKV, Uniform
 from baklava.allocation.plan_spec import PlanSpec, check_plan, parse_spec, resolve_plan
+from baklava.cache import attention
 from baklava.errors import UserError
 from baklava.eviction import HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import full_cache_plan
@@ -107,3 +108,14 @@ def test_a_misspelt_plan_is_refused_without_the_model(
         check_plan(right, loaded.identity, loaded.geometry)
     with pytest.raises(UserError, match=said):
         check_plan(spec, loaded.identity, loaded.geometry)
+
+
+def test_a_plan_that_does_not_suit_the_model_is_refused_before_it_is_used(
+    tiny: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    loaded, spec = tiny(), "uniform+attention_matching(eviction_interval=4)@16:0.5"
+    resolve_plan(spec, loaded, 200).plan.write(tmp_path / "plan.json")
+    attention.register_rotary_shift(loaded.model.model.layers[0].self_attn, None)
+    for name in (spec, str(tmp_path / "plan.json")):
+        with pytest.raises(UserError, match="another eviction method"):
+            resolve_plan(name, loaded, 200)

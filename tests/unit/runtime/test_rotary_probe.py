@@ -8,7 +8,7 @@ from model_families import FAMILIES, SHAPE, tiny_model
 from plan_factory import make_plan, random_ids
 from torch import Tensor
 from torch.nn import Module
-from transformers import CohereConfig, GlmConfig, GptOssConfig, LlamaConfig, Phi3Config, SmolLM3Config, StableLmConfig
+from transformers import CohereConfig, GlmConfig, LlamaConfig, Phi3Config, SmolLM3Config, StableLmConfig
 
 from baklava.cache import attention
 from baklava.cache.budgeted_cache import BudgetedCache
@@ -70,7 +70,10 @@ def test_a_model_whose_rotation_is_not_known_is_refused_only_if_queries_must_be_
     attention.register_rotary_shift(loaded.model.model.layers[1].self_attn, None)
     sizes = [[20, 24]] * 4
     for eviction in (AttentionMatching(eviction_interval=4), HeavyHitter(eviction_interval=4, fit_references=8)):
-        plan, refused = make_plan(loaded, sizes, eviction), r"rotates queries in a way .* choose a plan with another"
+        plan, refused = (
+            make_plan(loaded, sizes, eviction),
+            r"gives queries their positions in a way .* another eviction",
+        )
         with pytest.raises(UserError, match=refused):
             loaded.check_plan(plan)
         with pytest.raises(UserError, match=refused):
@@ -82,7 +85,9 @@ def test_a_model_whose_rotation_is_not_known_is_refused_only_if_queries_must_be_
 
 @torch.inference_mode()
 def test_a_rotation_that_is_none_of_the_models_frequencies_is_not_known() -> None:
-    model = tiny_model(GptOssConfig(**(SHAPE | FAMILIES["gpt_oss"][1])))
+    model = tiny_model(LlamaConfig(**SHAPE))
     model.model.rotary_emb.register_forward_hook(lambda module, args, output: tuple(part.flip(-1) for part in output))
     loaded = LoadedModel.of(model)
+    with pytest.raises(UserError, match="gives queries their positions"):
+        loaded.check_plan(make_plan(loaded, [[20, 24]] * 4, AttentionMatching(eviction_interval=4)))
     assert [attention.rotary_shift_of(layer.self_attn) for layer in loaded.model.model.layers] == [None] * 4
