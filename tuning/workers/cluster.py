@@ -124,7 +124,7 @@ class WorkerGroup:
 
     def __exit__(self, *exception: object) -> None:
         for actor in (self.scheduler, *self.actors):
-            with suppress(RayError):  # the cluster is gone, and the actors with it
+            with suppress(Exception):  # the cluster is gone, and the actors with it; how the block ended matters more
                 ray.kill(actor)
 
     @classmethod

@@ -3,11 +3,13 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 from search_factory import SPACE, record, task
 from search_process import kill
 
@@ -213,6 +215,18 @@ def test_any_method_runs_on_any_idle_replica(start: Callable[..., SchedulerHarne
     failed = ray.get(harness.scheduler.run.remote("double", [ray.put(0)]))
     assert failed == {"error": "ZeroDivisionError: a bug"}
     assert 'raise ZeroDivisionError("a bug")' in harness.events()
+
+
+@pytest.mark.parametrize("error", [None, KeyError("x")])
+def test_workers_end_with_their_block(start: Callable[..., SchedulerHarness], error: Exception | None) -> None:
+    group = WorkerGroup(start(workers=2, windows="").workers)
+    with suppress(KeyError), group:
+        assert list(group.map_unordered("double", [4])) == [8]
+        if error:
+            raise error
+    for actor, call in [*((worker, "double") for worker in group.actors), (group.scheduler, "take_events")]:
+        with pytest.raises(RayActorError):
+            ray.get(getattr(actor, call).remote(*(1,) if call == "double" else ()), timeout=60)
 
 
 def test_items_are_submitted_only_as_results_come(start: Callable[..., SchedulerHarness]) -> None:
