@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -100,6 +101,16 @@ EXTRAS = {
     "baklava-benchmark": "bench",
 }
 """The extra of the package that each command needs."""
+
+
+def shell_command(name: str) -> str:
+    """Return how a shell in this folder runs one of our commands: by its name if the PATH leads to this environment."""
+    script = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if not script.exists() or (found and Path(found).absolute() == script):
+        return name
+    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
+
 
 OWN_PACKAGES = ("baklava", "tuning", "serve_app", "benchmarks")
 

@@ -6,6 +6,7 @@ import gc
 import os
 import queue
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -201,6 +202,8 @@ def _serve(options: argparse.Namespace) -> None:
         run_server(config, options.host, options.port, scaling) as server,
     ):
         print(welcome(server.description, options.host, options.port, needs_key=keys.required), flush=True)
+        if plan and (warning := plan.length_warning(server.description["model"]["max_model_len"])):
+            log(f"{warning}; for longer texts, search with --context")
         _wait_for_end(hangups, lambda: reload_plan(options, server.group))
 
 
@@ -287,6 +290,8 @@ def welcome(description: dict[str, Any], host: str, port: int, *, needs_key: boo
     plan, model = description["plan"], description["model"]["id"]
     tokens = plan["context_length"]
     per_sequence, full = plan["bytes_per_sequence"] / MEBIBYTE, plan["full_bytes_per_sequence"] / MEBIBYTE
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
     base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = '-H "Authorization: Bearer $KEY" ' if needs_key else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "stream": true}}'

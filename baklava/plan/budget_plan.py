@@ -35,6 +35,9 @@ ENTRY_STATE_BYTES = 8
 CENTROID_STATE_BYTES = 8
 """Bytes of a centroid in addition to its key and value: its weight and the entropy of its members (both float32)."""
 
+LENGTH_MISMATCH = 4
+"""A plan is not made for texts that are so many times as long, or as short."""
+
 
 class LayerBudget(FrozenModel):
     """Budgets of one layer, one number per KV head.
@@ -275,6 +278,15 @@ class BudgetPlan(FrozenModel):
         """Hash of everything that changes what the cache does; equal plans have equal digests."""
         content = self.model_dump(mode="json", exclude={"provenance", "allocation"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def length_warning(self, tokens: int) -> str | None:
+        """Return what users should know if texts have this many tokens and the plan was made for far fewer or more."""
+        made_for = f"the plan was made for texts of {self.context_length:,} tokens, and these may have {tokens:,}"
+        if tokens >= LENGTH_MISMATCH * self.context_length:
+            return f"{made_for}: heads keep no more entries there, so it loses more than its search has measured"
+        if self.context_length >= LENGTH_MISMATCH * tokens:
+            return f"{made_for}: most heads keep all of their entries there, so it saves and loses little"
+        return None
 
     def validate_for(self, identity: ModelIdentity, geometry: CacheGeometry) -> None:
         """Raise UserError if this plan was made for another model."""

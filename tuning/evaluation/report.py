@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from baklava.console import shell_command
 from baklava.evaluation.intervals import (
     format_bounds,
     format_interval,
@@ -155,9 +156,10 @@ def write_report(evaluations: Sequence[Evaluation], settings: EvaluationSettings
     """Write the report of these plans."""
     summary = summarize(evaluations, settings.texts)
     files = [evaluation.name for evaluation in evaluations if evaluation.name.endswith(".json")]
-    steps = {"search for a better plan": f"baklava-search --model {settings.model} --texts your-text/ --budget 0.3"}
+    search = f"{shell_command('baklava-search')} --model {settings.model} --texts your-text/ --budget 0.3"
+    steps = {"search for a better plan": search}
     if files:
-        steps["serve one"] = f"baklava-serve --plan {files[0]} --model {settings.model}"
+        steps["serve one"] = f"{shell_command('baklava-serve')} --plan {files[0]} --model {settings.model}"
     steps["compare evaluations"] = "make ui"
     options = {
         name: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,7 +1,7 @@
 """An evaluation from its settings to a report: its items on one process or on workers, and its runs in MLflow."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from baklava.allocation.plan_spec import check_plan
-from baklava.console import log, progress_bar
+from baklava.console import log, progress_bar, shell_command
 from baklava.data.windows import Window
 from baklava.errors import UserError
 from baklava.evaluation.evaluator import Evaluator, PromptResult, WindowResult
+from baklava.evaluation.intervals import pluralize
 from baklava.evaluation.results import WINDOW_METRICS, Evaluation, aggregate_results
 from baklava.evaluation.speed import Speed, measure_speeds
 from baklava.plan.budget_plan import BudgetPlan
@@ -104,7 +105,8 @@ def _run(
         results = _evaluate_missing(run_dir, settings, loaded, inputs)
         speeds = _speeds(run_dir, loaded, inputs) if settings.speed else {}
     except BaseException:
-        log(f"the evaluation ended early; resume it with: baklava-evaluate --resume {run_dir.path}")
+        command = f"{shell_command('baklava-evaluate')} --resume {run_dir.path}"
+        log(f"the evaluation ended early; resume it with: {command}")
         raise
     windows = in_item_order(results, [("window", window.name) for window in inputs.windows])
     prompts = in_item_order(results, [("prompt", prompt.prompt.name) for prompt in inputs.prompts])
@@ -123,10 +125,16 @@ def _evaluate_missing(
     journal = run_dir.open_journal()
     done = {(result.kind, result.name) for result in journal.records}
     missing = [item for key, item in inputs.items if key not in done]
+    for named in inputs.plans:
+        if warning := named.plan.length_warning(len(inputs.windows[0].ids)):
+            log(f"{named.name}: {warning}")
     counts = f"{len(inputs.windows)} windows and {len(inputs.prompts)} prompts"
-    log(f"evaluating {len(inputs.plans)} plans on {counts}, {len(done)} of them done before")
-    with progress_bar(len(missing), "evaluating", "items") as progress:
-        for result in evaluate_items(loaded, inputs, missing, settings.replicas, settings.dtype):
+    log(f"evaluating {pluralize(len(inputs.plans), 'plan')} on {counts}, {len(done)} of them done before")
+    with (
+        progress_bar(len(missing), "evaluating", "items") as progress,
+        closing(evaluate_items(loaded, inputs, missing, settings.replicas, settings.dtype)) as results,
+    ):
+        for result in results:
             journal.append(result)
             progress.set_postfix_str(result.name)
             progress.update(1)
@@ -152,7 +160,7 @@ def evaluate_items(
     items: Sequence[Item],
     replicas: int | str,
     dtype: str | None = None,
-) -> Iterator[WindowResult | PromptResult]:
+) -> Generator[WindowResult | PromptResult, None, None]:
     """Yield the results of all items as they come, in any order.
 
     With `replicas` "auto" there is one worker per GPU of the cluster at `$RAY_ADDRESS`, or of this machine if it has

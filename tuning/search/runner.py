@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from baklava.allocation import Uniform
-from baklava.console import log
+from baklava.console import log, shell_command
 from baklava.errors import UserError
 from baklava.eviction import StreamingLLM
 from baklava.paths import UNWRITABLE_ERRORS
@@ -157,7 +157,8 @@ def _tracked(tracker: Tracker, out: Path) -> Iterator[None]:
         tracker.end({}, [], "FAILED")
         raise
     except BaseException as error:
-        log(f"the search ended early; resume it with: baklava-search --resume {out}")
+        command = f"{shell_command('baklava-search')} --resume {out}"
+        log(f"the search ended early; resume it with: {command}")
         tracker.end({}, [], "KILLED")
         if isinstance(error, OSError) and error.errno in UNWRITABLE_ERRORS:
             raise UserError(unwritable_message(out, error)) from None

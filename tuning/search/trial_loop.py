@@ -242,7 +242,7 @@ class TrialRecorder(tune.Callback):
             parts.append(f"the same plan as trial {record.twin}")
         if not goal.front:  # on a front, the best by loss alone is just the largest plan
             parts += [
-                f"best so far {goal.format_metrics(best.metrics)} (trial {best.trial})"
+                f"best over all windows so far {goal.format_metrics(best.metrics)} (trial {best.trial})"
                 for best in best_trials(self.journal.records, goal)
             ]
         return ", ".join([*parts, f"{self._time_left()} left"])

@@ -13,6 +13,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
+from baklava.console import shell_command
 from baklava.evaluation.intervals import nan_to_null
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.serialization import FrozenModel, atomic_write_text
@@ -112,8 +113,8 @@ class SearchResult:
         model, file = self.settings.model, self.out / "plan.json"
         return {
             "open the UI": "make ui",
-            "serve it": f"baklava-serve --plan {self.plan_uri} --model {model}",
-            "evaluate it": f"baklava-evaluate --plan {file} --model {model} --texts ifcraft",
+            "serve it": f"{shell_command('baklava-serve')} --plan {self.plan_uri} --model {model}",
+            "evaluate it": f"{shell_command('baklava-evaluate')} --plan {file} --model {model} --texts ifcraft",
         }
 
     @cached_property

@@ -42,6 +42,17 @@ def test_a_number_of_a_state_counts_four_bytes_on_both_sides_of_the_ratio() -> N
     assert with_states.bytes_for(1) == without.bytes_for(1) + 4 * 42
 
 
+@pytest.mark.parametrize(
+    ("tokens", "said"), [(400, "it loses more"), (25, "it saves and loses little"), (399, None), (26, None)]
+)
+def test_texts_of_another_length_than_a_plan_was_made_for_are_named(tokens: int, said: str | None) -> None:
+    warning = plan().length_warning(tokens)
+    assert (warning is None) == (said is None)
+    if said:
+        assert f"for texts of 100 tokens, and these may have {tokens}" in str(warning)
+        assert said in str(warning)
+
+
 CHANNELS = ("0001020304050607", "0706050403020100")
 
 

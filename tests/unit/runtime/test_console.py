@@ -7,10 +7,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from baklava.console import log, port, positive_float, positive_int, replica_count, run_cli, share
+from baklava.console import log, port, positive_float, positive_int, replica_count, run_cli, share, shell_command
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,23 @@ def test_sigterm_and_the_end_of_the_terminal_end_a_command_in_order_as_ctrl_c_do
 def test_a_command_under_nohup_outlives_its_terminal() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert run_cli("baklava-search", lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+
+
+def test_a_command_is_named_as_the_shell_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / ".venv" / "bin" / "baklava-serve"
+    script.parent.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(script.with_name("python")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert shell_command("baklava-serve") == "baklava-serve"  # there is no such file
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    assert shell_command("baklava-serve") == ".venv/bin/baklava-serve"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert shell_command("baklava-serve") == str(script)
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert shell_command("baklava-serve") == "baklava-serve"
 
 
 def test_a_line_that_cannot_be_written_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
