@@ -149,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the same for keys that may also change the plan; or set BAKLAVA_ADMIN_KEYS",
     )
-    add("--logs", metavar="DIR", help="write a JSON line per request there, without prompts and answers")
+    add("--logs", metavar="DIR", help="write logs there, with a JSON line per request, without prompts and answers")
     return parser
 
 

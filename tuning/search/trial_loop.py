@@ -286,7 +286,8 @@ class TrialLoop:
         sampled = [record for record in self.journal.records if not record.parent_trial]
         missing = settings.trials - settings.num_refinements - len(sampled)
         if missing > 0:
-            log(f"search: {missing} trials for {task.goal.description}, {len(task.windows)} windows each")
+            then = f"; {settings.num_refinements} refinements follow" if settings.num_refinements else ""
+            log(f"search: {missing} trials for {task.goal.description}, {len(task.windows)} windows each{then}")
             sampler = SamplerConfig(settings.sampler, settings.seed, settings.trials)
             known = warm_start.known_trials
             searcher = PlanOptunaSearch(task, sampler, sampled, stop, known, warm_start.enqueued_params)

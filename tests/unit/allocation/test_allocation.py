@@ -91,8 +91,11 @@ def test_a_budget_that_the_windows_alone_exceed_is_refused_with_the_smallest_tha
     smallest = float(str(refused.value).rpartition(" ")[2])
     assert smallest == pytest.approx((2 * 64 + 2 * 6) / (2 * 64 + 2 * 500), abs=1e-4)
     assert budget_limits(geometry, smallest, 500, eviction).total_entries >= 6 * eviction.min_tokens
-    with pytest.raises(UserError, match=f"raise it to at least {smallest:g}, or"):
+    with pytest.raises(UserError, match=f"raise it to at least {smallest:g}") as refused:
         budget_limits(geometry, smallest - 2e-4, 500, eviction)
+    assert "lower" not in str(refused.value)  # no interval could be lower
+    with pytest.raises(UserError, match="or lower the eviction interval or the centroids"):
+        budget_limits(geometry, smallest, 500, HeavyHitter(eviction_interval=8, centroids=2).config)
     with pytest.raises(UserError, match="no budget suffices for 5 tokens"):
         budget_limits(geometry, 1.0, 5, eviction)
 
