@@ -10,7 +10,7 @@ from plan_factory import EVICTIONS, make_plan, random_ids, with_bits, with_chunk
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.storage import allocated_bytes
 from baklava.errors import UserError
-from baklava.eviction import HeavyHitter, StreamingLLM, build_eviction
+from baklava.eviction import AttentionMatching, HeavyHitter, StreamingLLM, build_eviction
 from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.batched_forward import batched_forward, decode_step
 from baklava.runtime.prefill import TokenChunk, make_prefill_task, prefill
@@ -227,6 +227,23 @@ def test_a_prompt_and_decoding_sequences_share_their_forwards(tiny, eviction, ch
     plan = with_bits(make_plan(loaded, [[50, 40], [48, 64]], eviction), [(16, 16), (32, 32)])
     plan = with_chunked_prefill(plan, chunk) if chunk else plan
     check_mixed(loaded, plan, 17, {"atol": 2e-3, "rtol": 2e-3})
+
+
+@pytest.mark.parametrize("chunk", [None, 40], ids=["dense", "chunked"])
+@pytest.mark.parametrize("bits", [[(8, 6), (5, 16)], [(4, 3), (2, 2)]], ids=str)
+@pytest.mark.parametrize(
+    "eviction",
+    [
+        StreamingLLM(),
+        HeavyHitter(eviction_interval=5, distance=0, centroids=2),
+        HeavyHitter(eviction_interval=5, distance=0, full_precision_recent=True),
+        AttentionMatching(eviction_interval=4, references=16, fit_references=8, centroids=2),
+    ],
+)
+def test_coded_entries_of_a_prompt_and_of_decoding_sequences_share_their_forwards(tiny, eviction, bits, chunk):
+    loaded = tiny(head_dim=32)
+    plan = with_bits(make_plan(loaded, [[50, 40], [48, 64]], eviction), bits)
+    check_mixed(loaded, with_chunked_prefill(plan, chunk) if chunk else plan, 17, {"atol": 2e-3, "rtol": 2e-3})
 
 
 @pytest.mark.slow
