@@ -4,6 +4,9 @@ import copy
 import errno
 import importlib
 import logging
+import os
+import platform
+import subprocess
 import sys
 import threading
 import time
@@ -548,3 +551,14 @@ def test_one_process_compiles_at_a_time_if_a_lock_can_be_had(monkeypatch: pytest
         fused_decode.prepare(64, 3)
     fused_decode.prepare.cache_clear()
     assert locked == [True, False]
+
+
+@pytest.mark.drill
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the CPU is of another kind")
+def test_the_kernels_are_right_without_avx512(tmp_path: Path) -> None:
+    files = [Path(__file__).with_name(f"test_{name}.py") for name in ("fused_decode", "prompt_attention")]
+    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not drill", *map(str, files)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    assert list(tmp_path.rglob("*.nbc"))  # compiled anew
