@@ -1,6 +1,7 @@
 """How many prompt tokens a step prefills, and how long a new request has to wait."""
 
 import math
+import sys
 import time
 
 DEFAULT_MAX_BATCHED_TOKENS = 512
@@ -44,7 +45,7 @@ class ChunkSizePolicy:
 
     A step's time is that of its decode batch plus a time per prompt token. If they share a forward, only the sum is
     known. So a decode batch has its first step for itself, and one in a while; what the others take longer is the time
-    of their tokens.
+    of their tokens. Only what is short enters at once, so that many short prompts enter in as many steps.
 
     Args:
         max_batched_tokens: Prompt tokens of a step that also decodes.
@@ -77,7 +78,8 @@ class ChunkSizePolicy:
         """
         if batch_size and prompt_tokens and prompt_seconds is None:
             self._num_shared += 1
-            prompt_seconds = max(0.0, seconds - self._decode_seconds.value)
+            if batch_size == self._batch_size and prompt_tokens >= MIN_PREFILL_CHUNK_TOKENS:
+                prompt_seconds = max(0.0, seconds - self._decode_seconds.value)
         elif batch_size:
             if batch_size != self._batch_size:
                 self._batch_size, self._decode_seconds = batch_size, MovingAverage()
@@ -88,13 +90,21 @@ class ChunkSizePolicy:
         if prompt_tokens and prompt_seconds is not None:
             self._seconds_per_token.add(prompt_seconds / prompt_tokens)
 
-    def chunk_tokens(self, batch_size: int) -> int:
-        """Return the prompt tokens of the next step; 0 if its decode batch is to be measured by itself."""
+    def chunk_tokens(self, batch_size: int, tokens_left: int = sys.maxsize) -> int:
+        """Return the prompt tokens of the next step; 0 if its decode batch is to be measured by itself.
+
+        Args:
+            batch_size: Sequences of the decode batch.
+            tokens_left: Tokens of the prompt that have not been prefilled.
+        """
         if not batch_size:
             return max(IDLE_PREFILL_CHUNK_TOKENS, self._max_tokens)
         decode_seconds = self._decode_seconds.value
-        if batch_size != self._batch_size or self._num_shared >= SHARED_STEPS:
+        is_short = 0 < tokens_left <= MIN_PREFILL_CHUNK_TOKENS
+        if self._num_shared >= SHARED_STEPS or (batch_size != self._batch_size and not is_short):
             return 0
+        if is_short:
+            return min(MIN_PREFILL_CHUNK_TOKENS, self._max_tokens)
         if not self._seconds_per_token.value:
             return min(PROBE_CHUNK_TOKENS, self._max_tokens)
         seconds = self._ratio * decode_seconds if self._tpot_target is None else self._tpot_target - decode_seconds

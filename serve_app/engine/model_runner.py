@@ -126,6 +126,11 @@ class PrefillJob:
         return (None, *(Logprob(scored.id, scored.logprob, scored.top) for scored in self._task.token_logprobs))
 
     @property
+    def num_left(self) -> int:
+        """Tokens of the prompt that are neither cached nor processed; below 1 if only other work is left."""
+        return len(self.request.params.prompt) - self.cached_tokens - self.num_processed
+
+    @property
     def num_processed(self) -> int:
         """Tokens processed so far; other work is counted as the tokens that take as long."""
         return self._prefix_tokens + sum(part.num_processed for part in (self._task, self._forward) if part)

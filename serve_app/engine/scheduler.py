@@ -162,7 +162,8 @@ class Scheduler:
         """End what was cancelled or stopped or is late, admit the next request if it fits, and return the next step."""
         self._reap()
         self._admit()
-        tokens = self._chunk_size.chunk_tokens(len(self.running))
+        tokens_left = self.prefilling.num_left if self.prefilling else 0
+        tokens = self._chunk_size.chunk_tokens(len(self.running), tokens_left)
         return ScheduledStep(tuple(self.running), self.prefilling if tokens else None, tokens)
 
     def process(self, scheduled: ScheduledStep, output: StepOutput, seconds: float) -> None:

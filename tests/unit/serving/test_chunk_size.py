@@ -74,3 +74,21 @@ def test_a_batch_of_another_size_is_measured_before_tokens_are_chosen_for_it():
     run(policy, 20)
     assert run(policy, 4, decode=0.02, batch=1) == [0, 26, 26, 26]  # 1.3 of .02 s
     assert run(policy, 3) == [0, 130, 130]
+
+
+def test_short_prompts_enter_in_as_many_steps_and_teach_nothing():
+    policy = policy_with_a_prompt_seen()
+    run(policy, 4, decode=0.02, batch=1)
+    chosen = []
+    for batch in range(2, 14):
+        chosen.append(policy.chunk_tokens(batch, tokens_left=5))
+        policy.observe_step(batch, 5, 0.02 + 0.01 * batch)
+    assert chosen == [MIN_PREFILL_CHUNK_TOKENS] * 12
+    assert policy.chunk_tokens(14, tokens_left=17) == 0
+    policy.observe_step(14, 0, 0.16)
+    assert policy.chunk_tokens(14, tokens_left=4096) == 208  # 1.3 of .16 s
+    for _ in range(16):
+        assert policy.chunk_tokens(14, tokens_left=1) > 0
+        policy.observe_step(14, 1, 0.161)
+    assert policy.chunk_tokens(14, tokens_left=1) == 0
+    assert policy.chunk_tokens(14, tokens_left=0) == 0  # what is left of a dense prompt takes as long as a chunk
