@@ -20,6 +20,9 @@ from serve_app.engine.memory import max_sequences, prefill_workspace
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.types import EngineOutput, EngineRequest, TokenOutput
 
+OUTPUTS_WHILE_OTHERS_ENTER = 4
+"""Sequences that are counted together are this many times as long as others, so that none ends before all are in."""
+
 
 class RequestObserver:
     """The outcome of one request, and the times of its tokens."""
@@ -150,9 +153,10 @@ def concurrent_sequences(
     max_running = peak_bytes = 0
     with running_engine(loaded, plan, config.pool_bytes) as engine:
         engine.pin_prefix(prompt)
-        sequence_bytes = plan.bytes_for(len(prompt) + 1 + config.output_tokens)
+        output_tokens = OUTPUTS_WHILE_OTHERS_ENTER * config.output_tokens
+        sequence_bytes = plan.bytes_for(len(prompt) + 1 + output_tokens)
         observers = [
-            submit(engine, (*prompt, 1 + index), config.output_tokens)
+            submit(engine, (*prompt, 1 + index), output_tokens)
             for index in range(config.pool_bytes // sequence_bytes + 2)
         ]
         while not all(observer.finished.wait(0.05) for observer in observers):
