@@ -35,7 +35,7 @@ per trial, with two workers compared with one, and with workers that only sleep.
 it takes about an hour."""
 SERVE_DESCRIPTION = """Measure serving over HTTP: our server under a plan and with the full cache, transformers serve,
 and in the closed loop OpenVINO GenAI if `make peers` has installed it, all with the same prompts. Run it on an
-otherwise idle machine; it takes some hours."""
+otherwise idle machine; it takes half an hour."""
 
 
 def build_parser() -> argparse.ArgumentParser:
