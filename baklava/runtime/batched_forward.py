@@ -152,7 +152,7 @@ def batched_forward(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[
     Returns:
         The logits after the last token of each chunk, and the exceptions of the chunks whose attention failed by
         itself, by their place. Decode rows attend together in layers with a budget, so an exception there is raised,
-        or given to all of them if the others have forwards of their own.
+        or given to all of them if others have forwards of their own that do not fail.
     """
     run = forward_one_row if len(chunks) == 1 or not loaded.geometry.states else _forward_apart
     return run(loaded, chunks)
@@ -204,8 +204,10 @@ def _forward_apart(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[L
         else:
             logits |= dict(zip(numbers, own_logits, strict=True))
             errors |= {numbers[place]: error for place, error in own_errors.items()}
-    some = next(iter(logits.values()), torch.empty(0))
-    return torch.stack([logits.get(number, torch.zeros_like(some)) for number in range(len(chunks))]), errors
+    if not logits:
+        raise next(iter(errors.values()))
+    failed = torch.zeros_like(next(iter(logits.values())))
+    return torch.stack([logits.get(number, failed) for number in range(len(chunks))]), errors
 
 
 def _forward_rows(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[Logits, dict[int, Exception]]:

@@ -248,6 +248,8 @@ def test_a_decode_step_of_a_model_with_states_that_fails_leaves_the_prompt_besid
     logits, errors = batched_forward(loaded, chunks)
     assert [type(errors.get(number)) for number in range(3)] == [MemoryError, type(None), MemoryError]
     assert_close(logits[1:2], expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(MemoryError, match="no memory"):  # nothing else has a result
+        batched_forward(loaded, [TokenChunk(caches[0], ids[:1]), TokenChunk(caches[1], ids[:1])])
 
 
 @torch.inference_mode()
