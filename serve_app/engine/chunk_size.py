@@ -100,11 +100,11 @@ class ChunkSizePolicy:
         if not batch_size:
             return max(IDLE_PREFILL_CHUNK_TOKENS, self._max_tokens)
         decode_seconds = self._decode_seconds.value
-        is_short = 0 < tokens_left <= MIN_PREFILL_CHUNK_TOKENS
-        if self._num_shared >= SHARED_STEPS or (batch_size != self._batch_size and not is_short):
+        if self._num_shared >= SHARED_STEPS:
             return 0
-        if is_short:
-            return min(MIN_PREFILL_CHUNK_TOKENS, self._max_tokens)
+        if batch_size != self._batch_size:
+            is_short = 0 < tokens_left <= MIN_PREFILL_CHUNK_TOKENS
+            return min(MIN_PREFILL_CHUNK_TOKENS, self._max_tokens) if is_short else 0
         if not self._seconds_per_token.value:
             return min(PROBE_CHUNK_TOKENS, self._max_tokens)
         seconds = self._ratio * decode_seconds if self._tpot_target is None else self._tpot_target - decode_seconds
