@@ -190,7 +190,7 @@ def test_an_evaluation_of_a_model_that_changed_is_not_resumed(
     settings: EvaluationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(runner, "evaluate_items", lambda *args: iter(()))
+        broken.setattr(runner, "evaluate_items", lambda *args: (item for item in ()))
         with pytest.raises(KeyError):
             evaluate(settings.model_copy(update={"tasks": ()}), tmp_path / "out")
     monkeypatch.setattr(LoadedModel, "weights_digest", "other")
