@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -105,11 +106,12 @@ EXTRAS = {
 
 def shell_command(name: str) -> str:
     """Return how a shell in this folder runs one of our commands: by its name if the PATH leads to this environment."""
-    script = Path(sys.executable).with_name(name)
-    found = shutil.which(name)
+    script, found = Path(sys.executable).parent / name, shutil.which(name)
     if not script.exists() or (found and Path(found).absolute() == script):
         return name
-    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
+    with suppress(OSError, ValueError):  # the folder is gone, or the script is elsewhere
+        return shlex.quote(str(Path(".") / script.relative_to(Path.cwd())))
+    return shlex.quote(str(script))
 
 
 OWN_PACKAGES = ("baklava", "tuning", "serve_app", "benchmarks")

@@ -290,8 +290,8 @@ def welcome(description: dict[str, Any], host: str, port: int, *, needs_key: boo
     plan, model = description["plan"], description["model"]["id"]
     tokens = plan["context_length"]
     per_sequence, full = plan["bytes_per_sequence"] / MEBIBYTE, plan["full_bytes_per_sequence"] / MEBIBYTE
-    if host in ("0.0.0.0", "::"):
-        host = socket.gethostname()
+    if host in ("0.0.0.0", "::"):  # any address of this machine
+        host = _reachable_name()
     base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = '-H "Authorization: Bearer $KEY" ' if needs_key else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "stream": true}}'
@@ -308,6 +308,15 @@ baklava listens on {base}
 curl -N {base}/v1/chat/completions -H "Content-Type: application/json" {key}\\
   -d '{body}'
 """
+
+
+def _reachable_name() -> str:
+    """Return a name of this machine that it finds itself."""
+    try:
+        socket.getaddrinfo(name := socket.gethostname(), None)
+    except OSError:
+        return "127.0.0.1"
+    return name
 
 
 def format_capacity(rows: Sequence[tuple[int, int, int]]) -> str:

@@ -283,7 +283,7 @@ class BudgetPlan(FrozenModel):
         """Return what users should know if texts have this many tokens and the plan was made for far fewer or more."""
         made_for = f"the plan was made for texts of {self.context_length:,} tokens, and these may have {tokens:,}"
         if tokens >= LENGTH_MISMATCH * self.context_length:
-            return f"{made_for}: heads keep no more entries there, so it loses more than its search has measured"
+            return f"{made_for}: heads keep no more entries there, so it loses more than on those"
         if self.context_length >= LENGTH_MISMATCH * tokens:
             return f"{made_for}: most heads keep all of their entries there, so it saves and loses little"
         return None

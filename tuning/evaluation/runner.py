@@ -125,8 +125,9 @@ def _evaluate_missing(
     journal = run_dir.open_journal()
     done = {(result.kind, result.name) for result in journal.records}
     missing = [item for key, item in inputs.items if key not in done]
+    longest = max(len(inputs.windows[0].ids), *(settings.lengths if inputs.prompts else ()), 0)
     for named in inputs.plans:
-        if warning := named.plan.length_warning(len(inputs.windows[0].ids)):
+        if named.name != "full" and (warning := named.plan.length_warning(longest)):
             log(f"{named.name}: {warning}")
     counts = f"{len(inputs.windows)} windows and {len(inputs.prompts)} prompts"
     log(f"evaluating {pluralize(len(inputs.plans), 'plan')} on {counts}, {len(done)} of them done before")
