@@ -71,8 +71,8 @@ class RequestResult:
 
     @property
     def is_completed(self) -> bool:
-        """Whether the answer is complete."""
-        return self.status == 200 and bool(self.token_times)
+        """Whether the answer is complete, and long enough for a time per token."""
+        return self.status == 200 and len(self.token_times) > 1
 
     @property
     def ttft(self) -> float:
@@ -81,8 +81,8 @@ class RequestResult:
 
     @property
     def tpot(self) -> float:
-        """Seconds per token after the first; 0 if there is none."""
-        return (self.token_times[-1] - self.token_times[0]) / max(1, len(self.token_times) - 1)
+        """Seconds per token after the first."""
+        return (self.token_times[-1] - self.token_times[0]) / (len(self.token_times) - 1)
 
     @property
     def inter_token_latencies(self) -> list[float]:

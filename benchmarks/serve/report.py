@@ -73,7 +73,8 @@ def _closed_loop_rows(loads: Results, config: Results) -> list[list[str]]:
     ours = loads[PLAN]
     load = f"{config['concurrency']} clients, prompts of {config['prompt_tokens']:,} tokens"
     streams = _latency_ratio(loads[PLAN_STREAMS], loads[TRANSFORMERS], "tpot")
-    alone = f"{ours['requests_per_second'] / ours['prompts_per_second']:.2f} ×"
+    prompts = ours["prompts_per_second"]
+    alone = f"{ours['requests_per_second'] / prompts:.2f} ×" if prompts else FAILED
     rows = []
     for peer in PEERS:
         theirs, aims = loads[peer], ("≥ 1.3 ×", "≤ 0.8 ×", "≤ 1.5 ×") if peer == TRANSFORMERS else ("", "", "")
