@@ -61,10 +61,10 @@ $(READY): pyproject.toml constraints.txt
 assets: $(READY) ## download and convert the demo model and texts
 	@$(PY) -m baklava.data.demo_assets
 
-test-unit: setup assets ## run the unit tests (two minutes on two cores)
+test-unit: setup assets ## run the unit tests (five minutes on two cores)
 	@$(TEST_ENV) $(PY) -m pytest -n 2 --dist worksteal -m 'not slow and not demo and not ray and not drill' tests/unit tests/test_layout.py $(ARGS)
 
-test: setup assets ## run all tests except the drills and the soak test (twelve minutes on two cores)
+test: setup assets ## run all tests except the drills and the soak test (seventeen minutes on two cores)
 	@export $(TEST_ENV); none=0; \
 	part() { \
 		$(PY) -m pytest -o cache_dir=".pytest_cache/$$1" --lfnf none -m "$$1 and not drill" "$${@:2}" $(ARGS) || \
