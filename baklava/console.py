@@ -104,17 +104,17 @@ EXTRAS = {
 """The extra of the package that each command needs."""
 
 
+OWN_PACKAGES = ("baklava", "tuning", "serve_app", "benchmarks")
+
+
 def shell_command(name: str) -> str:
     """Return how a shell in this folder runs one of our commands: by its name if the PATH leads to this environment."""
     script, found = Path(sys.executable).parent / name, shutil.which(name)
     if not script.exists() or (found and Path(found).absolute() == script):
         return name
     with suppress(OSError, ValueError):  # the folder is gone, or the script is elsewhere
-        return shlex.quote(str(Path(".") / script.relative_to(Path.cwd())))
+        return shlex.quote(str(script.relative_to(Path.cwd())))
     return shlex.quote(str(script))
-
-
-OWN_PACKAGES = ("baklava", "tuning", "serve_app", "benchmarks")
 
 
 def run_cli(name: str, run: Callable[[], object]) -> int:

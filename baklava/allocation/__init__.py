@@ -195,10 +195,8 @@ def budget_limits(
     entries_per_head = limits.total_entries // limits.num_heads
     if entries_per_head < min_tokens:
         centroids = f" and {eviction.centroids} centroids" if eviction.centroids else ""
-        lower = [
-            *["the eviction interval"] * (eviction.eviction_interval > 1),
-            *["the centroids"] * bool(eviction.centroids),
-        ]
+        knobs = {"the eviction interval": eviction.eviction_interval > 1, "the centroids": eviction.centroids}
+        lower = [knob for knob, is_above_least in knobs.items() if is_above_least]
         raise UserError(
             f"budget {budget:g} leaves {entries_per_head} entries per head{centroids}, but {eviction.sinks} "
             f"sinks and an eviction every {eviction.eviction_interval} tokens need {min_tokens}; {raise_it}"

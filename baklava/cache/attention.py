@@ -37,13 +37,13 @@ GroupedQueries = Float[Tensor, "batch heads group queries head_dim"]
 Positions = Int[Tensor, "#batch #heads entries"]
 AttentionProbs = Float[Tensor, "batch heads group queries entries"]
 
-_attention_hooks: list[Callable[..., None]] = []
 UNKNOWN_ROTATION = (
     "an attention layer of the model gives queries their positions in a way that baklava does not know, so they cannot "
     "be moved to the end of a prompt; load the model with baklava.load if something else loaded it, or choose a plan "
     "with another eviction method and without a fit"
 )
 
+_attention_hooks: list[Callable[..., None]] = []
 _rotary_shifts: WeakKeyDictionary[torch.nn.Module, RotaryShift | None] = WeakKeyDictionary()
 
 

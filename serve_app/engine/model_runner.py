@@ -128,8 +128,7 @@ class PrefillJob:
     @property
     def num_left(self) -> int:
         """Tokens of the prompt that are neither cached nor processed; below 1 if only other work is left."""
-        has_entry = bool(self.prefix and (self.cached_tokens or self._prefix_tokens))
-        before = len(self.prefix) if self.prefix and has_entry else 0
+        before = len(self.prefix) if self.prefix and (self.cached_tokens or self._prefix_tokens) else 0
         return len(self.request.params.prompt) - before - (self.num_processed - self._prefix_tokens)
 
     @property

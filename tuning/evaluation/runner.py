@@ -125,7 +125,7 @@ def _evaluate_missing(
     journal = run_dir.open_journal()
     done = {(result.kind, result.name) for result in journal.records}
     missing = [item for key, item in inputs.items if key not in done]
-    longest = max(len(inputs.windows[0].ids), *(settings.lengths if inputs.prompts else ()), 0)
+    longest = max([len(inputs.windows[0].ids), *(settings.lengths if inputs.prompts else ())])
     for named in inputs.plans:
         if named.name != "full" and (warning := named.plan.length_warning(longest)):
             log(f"{named.name}: {warning}")

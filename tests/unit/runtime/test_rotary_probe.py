@@ -70,10 +70,7 @@ def test_a_model_whose_rotation_is_not_known_is_refused_only_if_queries_must_be_
     attention.register_rotary_shift(loaded.model.model.layers[1].self_attn, None)
     sizes = [[20, 24]] * 4
     for eviction in (AttentionMatching(eviction_interval=4), HeavyHitter(eviction_interval=4, fit_references=8)):
-        plan, refused = (
-            make_plan(loaded, sizes, eviction),
-            r"gives queries their positions in a way .* another eviction",
-        )
+        plan, refused = make_plan(loaded, sizes, eviction), "gives queries their positions in a way .* another eviction"
         with pytest.raises(UserError, match=refused):
             loaded.check_plan(plan)
         with pytest.raises(UserError, match=refused):

@@ -105,6 +105,7 @@ def test_a_recorded_prompt_is_counted_until_it_is_compressed(loaded, eviction):
     while task.step(8) is None:
         counted.append(allocated_bytes().current - before)
         assert counted[-1] == task.nbytes
+    queries_to_come = eviction.query_sample.single_block * (len(PREFIX) % 8)  # they wait for the last one
     workspace = prefill_workspace_bytes(plan, len(PREFIX), 4)
-    assert workspace - 2 * len(PREFIX) * 4 * 32 * 4 <= max(counted) <= workspace + plan.bytes_for(64)
+    assert max(counted) >= workspace - queries_to_come * 4 * plan.geometry.query_heads * 32 * plan.geometry.layers
     assert allocated_bytes().current - before == task.nbytes == plan.bytes_for(64)

@@ -224,9 +224,9 @@ def test_workers_end_with_their_block(start: Callable[..., SchedulerHarness], er
         assert list(group.map_unordered("double", [4])) == [8]
         if error:
             raise error
-    for actor, call in [*((worker, "double") for worker in group.actors), (group.scheduler, "take_events")]:
+    for call in [*(worker.double.remote(1) for worker in group.actors), group.scheduler.take_events.remote()]:
         with pytest.raises(RayActorError):
-            ray.get(getattr(actor, call).remote(*(1,) if call == "double" else ()), timeout=60)
+            ray.get(call, timeout=60)
 
 
 def test_items_are_submitted_only_as_results_come(start: Callable[..., SchedulerHarness]) -> None:
