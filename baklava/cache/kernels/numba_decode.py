@@ -380,18 +380,16 @@ def _write_quantized(x, part, slot, codes, scratch):
     half = np.float32((1 << bits) - 1) * HALF
     step = np.sqrt(squares / np.float32(channels)) * STEP_SIZES[bits]
     step = max(min(step, largest / half), MIN_STEP)
-    products, levels = ZERO, ZERO
+    products = ZERO
     for j in range(channels):
         code = min(max(np.rint(scratch[j] / step + half), ZERO), np.float32(2) * half)
-        level = code - half
-        products += scratch[j] * level
-        levels += level * level
+        products += scratch[j] * (code - half)
         codes[j] = np.uint8(code)
     size = channels * bits // 8
     packed = carray(_pointer(part[CODES]), (slot + 1) * size, np.uint8)
     _pack(codes, bits, channels, packed, slot * size)
     scales = carray(_pointer(part[SCALES]), slot + 1, np.uint16)
-    scales[slot] = _to_half(min(products / levels, MAX_FLOAT16))
+    scales[slot] = _to_half(min(squares / max(products, MIN_STEP), MAX_FLOAT16))
 
 
 @compiled

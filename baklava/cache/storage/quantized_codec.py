@@ -104,12 +104,14 @@ MIN_STEP = torch.finfo(torch.float32).tiny
 class QuantizedCodec(Codec):
     """Uniform codes without a zero level, and one float16 scale per entry, for entries whose channels are alike.
 
-    The caller makes the channels alike by a rotation. The scale minimises the squared error of the codes.
+    The caller makes the channels alike by a rotation. The scale gives an entry its own length in its own direction,
+    |x|² / x·c with the codes c. The one of least squared error, x·c / |c|², shortens all entries by 12, 4 and 1 % in 2,
+    3 and 4 bits, which flattens the attention, and does not average out over entries as other errors do.
 
     With `centred` the mean of the first entries is subtracted, per row and head, and stored in 16 bits: keys lie around
     one. The mean stays zero in a row that had fewer than `MIN_ENTRIES_FOR_MEAN` entries then.
 
-    The mean square error of normal entries of variance 1 is about .119, .037, .0115 and .0001 in 2, 3, 4 and 8 bits.
+    The mean square error of normal entries of variance 1 is about .130, .037, .010 and .00004 in 2, 3, 4 and 8 bits.
 
     Raises:
         UserError: codes of a head do not fill whole bytes.
@@ -152,11 +154,12 @@ class QuantizedCodec(Codec):
     @override
     def encode(self, entries: Entries) -> Encoded:
         entries = entries.float() if self.mean is None else entries.float() - self.mean
-        step = entries.square().mean(-1, keepdim=True).sqrt() * NORMAL_STEP_SIZES[self.bits]
+        squares = entries.square().sum(-1, keepdim=True)
+        step = (squares / self.head_dim).sqrt() * NORMAL_STEP_SIZES[self.bits]
         step = torch.minimum(step, entries.abs().amax(-1, keepdim=True) / self.half).clamp(min=MIN_STEP)
         codes = (entries / step + self.half).round().clamp(0, 2 * self.half)
         levels = codes - self.half
-        scale = (entries * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
+        scale = squares / (entries * levels).sum(-1, keepdim=True).clamp(min=MIN_STEP)
         return pack(codes.to(torch.uint8), self.bits), scale.clamp(max=MAX_FLOAT16).half()
 
     @override
