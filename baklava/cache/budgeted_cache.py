@@ -89,11 +89,11 @@ class BudgetedCache(StatefulCache):
         eviction = cache.eviction
         references = recording.references or ({},) * len(recording.keys)
         layers = zip(cache.budgeted_layers, recording.keys, recording.values, recording.scores, references, strict=True)
-        for layer, key, value, scores, by_count in layers:
-            is_missing = eviction.num_references and eviction.num_references not in by_count
+        for layer, key, value, scores, by_fit in layers:
+            is_missing = eviction.fit_references and eviction.reference_key not in by_fit
             if eviction.scored and (is_missing or eviction.score_key not in scores):
                 raise UserError(f"{eviction} was not observed in the prefill; prefill with this eviction method")
-            layer.load_prompt(key, value, scores.get(eviction.score_key), by_count.get(eviction.num_references))
+            layer.load_prompt(key, value, scores.get(eviction.score_key), by_fit.get(eviction.reference_key))
         return cache
 
     @override

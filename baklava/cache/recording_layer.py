@@ -59,7 +59,7 @@ class RecordingLayer(BudgetedLayerBase):
         super().__init__()
         self.prompt_tokens, self.evictions = prompt_tokens, tuple(evictions)
         self.scores: dict[Hashable, Tensor] = {}
-        self.references: dict[int, References] = {}
+        self.references: dict[tuple[int, int], References] = {}
         self._pending_queries: dict[QuerySample, list[GroupedQueries]] = {}
         self._reference_queries: dict[int, list[GroupedQueries]] = {}
         self._params: AttentionParams | None = None
@@ -132,25 +132,28 @@ class RecordingLayer(BudgetedLayerBase):
             self._reference_queries.setdefault(count, []).append(_counted(inputs.query[:, :, :, here]))
 
     def observe_references(self) -> None:
-        """Find what the whole prompt answers its reference queries, and update the scores of methods that match it."""
+        """Find what the whole prompt answers its reference queries, for methods that score or fit by it."""
         while self._reference_queries:
             assert self._params is not None
             count, queries = self._reference_queries.popitem()
             sample = ReferenceSample.spread(count, self.prompt_tokens)
             positions = torch.arange(self.prompt_tokens, device=self.keys.device)[None, None]
-            self.references[count] = observe_references(
+            methods = {each.score_key: each for each in self._scoring if each.query_sample.references == count}
+            references = observe_references(
                 ReferenceQueries.of(torch.cat(queries, 3), (sample,), self.prompt_tokens, self._params),
                 PromptEntries(self.keys, self.values, positions),
                 self.prompt_tokens,
                 self._params,
-                [
-                    (each, self.scores[each.score_key])
-                    for each in self._scoring
-                    if each.query_sample.references == count
-                ],
+                [(each, self.scores[key]) for key, each in methods.items()],
             )
-            for tensor in self.references[count].tensors:
-                _counted(tensor)
+            for fitting in (each for each in self.evictions if each.num_references == count and each.fit_references):
+                self.references[fitting.reference_key] = references.thinned(fitting.fit_references)
+        for tensor in self._reference_tensors:
+            _counted(tensor)
+
+    @property
+    def _reference_tensors(self) -> list[Tensor]:
+        return [tensor for each in self.references.values() for tensor in each.tensors]
 
     @property
     def _scoring(self) -> list[Eviction]:
@@ -171,8 +174,7 @@ class RecordingLayer(BudgetedLayerBase):
             return 0
         waiting = (*self._pending_queries.values(), *self._reference_queries.values())
         pending = [queries for block in waiting for queries in block]
-        references = [tensor for each in self.references.values() for tensor in each.tensors]
-        tensors = (self.keys, self.values, *self.scores.values(), *pending, *references)
+        tensors = (self.keys, self.values, *self.scores.values(), *pending, *self._reference_tensors)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     def release(self) -> None:
@@ -194,6 +196,7 @@ class Recording:
         scores: their scores of each recorded observation.
         sliding: the layers with a sliding window by index, which keep it as transformers does.
         states: the states of the layers that have one.
+        references: the references of every layer with full attention, for each fit that was recorded.
     """
 
     geometry: CacheGeometry
@@ -202,7 +205,7 @@ class Recording:
     scores: tuple[dict[Any, Tensor], ...]
     sliding: dict[int, LayerSnapshot]
     states: dict[int, LayerSnapshot]
-    references: tuple[dict[int, References], ...] = ()
+    references: tuple[dict[tuple[int, int], References], ...] = ()
 
     def to_dynamic_cache(self) -> Cache:
         """Return transformers' own cache with all of the prompt; updating it does not change the recording."""
@@ -248,7 +251,7 @@ class RecordingCache(StatefulCache):
             for eviction in evictions
             if eviction.scored and not (eviction.query_sample.uses_repetition and not eviction.num_references)
         ]
-        distinct = list({(eviction.score_key, eviction.num_references): eviction for eviction in recorded}.values())
+        distinct = list({(eviction.score_key, *eviction.reference_key): eviction for eviction in recorded}.values())
         super().__init__(
             [
                 RecordingLayer(prompt_tokens, distinct) if window is None else unbudgeted_layer(window, UNROUNDED_BITS)

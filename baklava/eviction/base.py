@@ -171,6 +171,11 @@ class Eviction(ABC):
         return self.query_sample.references or self.fit_references
 
     @property
+    def reference_key(self) -> tuple[int, int]:
+        """Key of the references that values are fitted to: methods with equal keys fit to the same ones."""
+        return self.num_references, self.fit_references
+
+    @property
     def attention_power(self) -> float:
         """Power such that scores are the mean attention to this power; 0 if they are something else."""
         return 0.0

@@ -69,6 +69,7 @@ class Profile(FrozenModel):
     model's positions suffice for it.
 
     Attributes:
+        moves_queries: whether the model's queries can be moved, as some eviction methods need it.
         windows: digest of the calibration windows.
         importance: `importance[source][layer][query head]` is 1 − the mean cosine similarity between the head's input
             and its output, from 0 (the head passes its input on) to 2; higher is more important. The input of a head
@@ -80,9 +81,10 @@ class Profile(FrozenModel):
             the deviation of the keys from their mean times the size of the queries.
     """
 
-    schema_version: Literal[4] = 4
+    schema_version: Literal[5] = 5
     model: ModelIdentity
     geometry: CacheGeometry
+    moves_queries: bool = True
     windows: str
     importance: dict[ImportanceSource, QueryHeadGrid]
     layer_importance: tuple[float, ...]

@@ -139,6 +139,7 @@ def measure_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
     return Profile(
         model=loaded.identity,
         geometry=geometry,
+        moves_queries=loaded.moves_queries,
         windows=windows_digest(windows),
         importance={
             source: tuple(tuple((1 - layer).tolist()) for layer in layers)

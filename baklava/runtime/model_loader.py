@@ -104,10 +104,15 @@ class LoadedModel:
                 "leave it out of the texts, or give a checkpoint whose embeddings were resized for its tokenizer"
             )
 
+    @property
+    def moves_queries(self) -> bool:
+        """Whether queries of this model can be moved to other positions, since its RoPE is understood."""
+        return attention.moves_all_queries(self.model)
+
     def check_plan(self, plan: BudgetPlan) -> None:
         """Raise UserError if a plan is for another model, or needs queries to be moved that cannot be."""
         plan.validate_for(self.identity, self.geometry)
-        if build_eviction(plan.eviction).num_references and not attention.moves_all_queries(self.model):
+        if build_eviction(plan.eviction).num_references and not self.moves_queries:
             raise UserError(attention.UNKNOWN_ROTATION)
 
     def check_length(

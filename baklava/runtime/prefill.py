@@ -378,7 +378,7 @@ class DensePrefill(PrefillTask):
             # Each is released, so that the peak is the prompt and one layer of the plan.
             if isinstance(full, RecordingLayer):
                 full.observe_references()
-                scores, references = full.scores.get(eviction.score_key), full.references.get(eviction.num_references)
+                scores, references = full.scores.get(eviction.score_key), full.references.get(eviction.reference_key)
                 layers[index].load_prompt(full.keys, full.values, scores, references)
                 full.release()
             elif isinstance(full, SlidingLayer):

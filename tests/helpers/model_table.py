@@ -182,7 +182,10 @@ class Trial:
         assert self.profile is not None
         task = SearchTask(self.profile, Goal(budget=0.95), PROMPT + TOKENS, ("w",), bits=("16",))
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        study, prefilled = optuna.create_study(), prefill_window(self.loaded, self.window, recorded_evictions())
+        study, prefilled = (
+            optuna.create_study(),
+            prefill_window(self.loaded, self.window, recorded_evictions(self.loaded.moves_queries)),
+        )
         for _ in range(20):
             trial = study.ask()
             task.space.suggest(trial)

@@ -63,6 +63,7 @@ def config_in(home: Path, *methods: StudyMethod, budgets: tuple[float, ...] = (0
     texts = StudyTexts(
         search_corpus=str(home / "searched"),
         test_corpora=((str(home / "searched"), 2), (str(home / "other"), 3)),
+        num_skipped_windows=5,
         controls=(str(home / "other"),),
         context=160,
         continuation=32,

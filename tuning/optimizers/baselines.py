@@ -5,14 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from baklava.allocation import Allocation, Baklava, BitPair, Blended, Greedy, ReconstructionCounts, Uniform, allocate
-from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
+from baklava.eviction import AttentionMatching, Eviction, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, PrefillConfig
 from baklava.profiling.profile import Profile
-from tuning.study.search_space import BIT_PAIRS, CURVES, Params, SearchSpace
+from tuning.study.search_space import BIT_PAIRS, CURVES, FIT_REFERENCES, Params, SearchSpace
 from tuning.study.settings import BitsName
 
 BEST_HEAVY_HITTER = HeavyHitter(reduction="max", power=2, distance=32, centroids=4)
 """The best heavy-hitter scores in every measurement so far, with evicted entries merged into four centroids."""
+
+BEST_MATCHING = AttentionMatching(centroids=4, fit_references=FIT_REFERENCES)
+"""The best eviction method in every measurement so far (docs/lab-notes.md), if a model's queries can be moved."""
 
 DEFAULT_BLEND = Blended(reconstruction_power=0.3, importance_power=0.3, curve_power=0.7, floor=0.3, bits="curves")
 """Mostly the loss curves, tempered by reconstruction counts, importance and a floor."""
@@ -54,17 +57,19 @@ class BaselineMethod:
 
 def baseline_methods(space: SearchSpace) -> list[BaselineMethod]:
     """Return the methods that every winner has to beat, the strongest known first."""
-    narrow, wide = BIT_PAIRS[_narrow_bits(space)], BIT_PAIRS[_wide_bits(space)]
+    narrow, wide, best = BIT_PAIRS[_narrow_bits(space)], BIT_PAIRS[_wide_bits(space)], _best_eviction(space)
     methods = []
     if _supports_default_blend(space):
-        methods.append(BaselineMethod(DEFAULT_BLEND, BEST_HEAVY_HITTER, BIT_PAIRS[CURVES]))
+        methods.append(BaselineMethod(DEFAULT_BLEND, best, BIT_PAIRS[CURVES]))
     if space.has_reconstruction:
-        methods.append(BaselineMethod(ReconstructionCounts(), BEST_HEAVY_HITTER, narrow))
+        methods.append(BaselineMethod(ReconstructionCounts(), best, narrow))
     methods.append(BaselineMethod(Baklava(), BEST_HEAVY_HITTER, narrow))
     if space.has_loss_curves and CURVES in space.bits:
-        methods.append(BaselineMethod(Greedy(measure="text", bits="any"), BEST_HEAVY_HITTER, BIT_PAIRS[CURVES]))
+        methods.append(BaselineMethod(Greedy(measure="text", bits="any"), best, BIT_PAIRS[CURVES]))
+        if space.moves_queries:
+            methods.append(BaselineMethod(Greedy(measure="text", bits="any"), BEST_HEAVY_HITTER, BIT_PAIRS[CURVES]))
     elif space.has_loss_curves:
-        methods.append(BaselineMethod(Greedy(measure="text"), BEST_HEAVY_HITTER, narrow))
+        methods.append(BaselineMethod(Greedy(measure="text"), best, narrow))
     methods.append(BaselineMethod(Uniform(), StreamingLLM(), wide))
     return methods
 
@@ -74,7 +79,7 @@ def initial_params(space: SearchSpace) -> list[Params]:
 
     If sizes are sampled, the strongest is tried at several and each of the others at one of them.
     """
-    narrow = _shared_params(_narrow_bits(space))
+    narrow = _shared_params(space, _narrow_bits(space))
     trials = [*_strongest(space), *({**allocation, **narrow} for allocation in _single_measures(space))]
     if not space.budget_range:
         return trials
@@ -86,7 +91,7 @@ def _strongest(space: SearchSpace) -> list[Params]:
     """Two blends and greedy, with one sink, since sinks stay in 16 bits."""
     if not _supports_default_blend(space):
         return []
-    shared = {**_shared_params(CURVES), "sinks": 1}
+    shared = {**_shared_params(space, CURVES), "sinks": 1}
     blend = {
         "allocation": Blended.name,
         **{name: getattr(DEFAULT_BLEND, name) for name in space.blend_params},
@@ -109,19 +114,27 @@ def _single_measures(space: SearchSpace) -> list[Params]:
     return allocations
 
 
-def _shared_params(bits: BitsName) -> Params:
+def _best_eviction(space: SearchSpace) -> HeavyHitter | AttentionMatching:
+    return BEST_MATCHING if space.moves_queries else BEST_HEAVY_HITTER
+
+
+def _shared_params(space: SearchSpace, bits: BitsName) -> Params:
     """The bits, and the eviction of the strongest baselines."""
+    best = _best_eviction(space)
     params: Params = {
         "bits": bits,
         "rounding": 8,
-        "sinks": BEST_HEAVY_HITTER.sinks,
-        "recent": BEST_HEAVY_HITTER.recent_ratio,
-        "interval": BEST_HEAVY_HITTER.eviction_interval,
-        "centroids": BEST_HEAVY_HITTER.centroids,
-        "eviction": BEST_HEAVY_HITTER.name,
-        "group_reduction": BEST_HEAVY_HITTER.reduction,
+        "sinks": best.sinks,
+        "recent": best.recent_ratio,
+        "interval": best.eviction_interval,
+        "centroids": best.centroids,
+        "eviction": best.name,
     }
-    return params if bits == "16" else {**params, "staged": BEST_HEAVY_HITTER.full_precision_recent}
+    if isinstance(best, AttentionMatching):
+        params |= {"references": best.references, "ridge": best.fit_ridge}
+    else:
+        params["group_reduction"] = best.reduction
+    return params if bits == "16" else {**params, "staged": best.full_precision_recent}
 
 
 def _supports_default_blend(space: SearchSpace) -> bool:

@@ -17,7 +17,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from baklava.allocation import Blended
 from baklava.errors import UserError
-from baklava.eviction import HeavyHitter
+from baklava.eviction import AttentionMatching
 from tuning.optimizers.baselines import initial_params
 from tuning.study.interrupt import StopFlag
 from tuning.study.objective import Metrics
@@ -30,22 +30,23 @@ STARTUP_TRIALS = 8
 
 MAX_POPULATION = 50
 
-CMAES_FIXED_PARAMS = {"allocation": Blended.name, "eviction": HeavyHitter.name}
-"""Choices that CMA-ES keeps fixed: it moves in numbers that all trials have, and other choices have other numbers."""
-
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Which sampler a search uses, its seed, and the number of trials in the search."""
+    """Which sampler a search uses, its seed, the number of trials in the search, and the best eviction method."""
 
     name: SamplerName = "tpe"
     seed: int = 0
     num_trials: int = 32
+    eviction: str = AttentionMatching.name
 
     @property
     def fixed_params(self) -> Mapping[str, str]:
-        """Choices that all its trials share."""
-        return CMAES_FIXED_PARAMS if self.name == "cmaes" else {}
+        """Choices that all its trials share.
+
+        CMA-ES moves in numbers that all trials have, and other choices have other numbers.
+        """
+        return {"allocation": Blended.name, "eviction": self.eviction} if self.name == "cmaes" else {}
 
     def is_compatible(self, params: Params) -> bool:
         """Return whether the sampler can learn from trials with these parameters."""

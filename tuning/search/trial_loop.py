@@ -288,7 +288,7 @@ class TrialLoop:
         if missing > 0:
             then = f"; {settings.num_refinements} refinements follow" if settings.num_refinements else ""
             log(f"search: {missing} trials for {task.goal.description}, {len(task.windows)} windows each{then}")
-            sampler = SamplerConfig(settings.sampler, settings.seed, settings.trials)
+            sampler = SamplerConfig(settings.sampler, settings.seed, settings.trials, task.space.evictions[0])
             known = warm_start.known_trials
             searcher = PlanOptunaSearch(task, sampler, sampled, stop, known, warm_start.enqueued_params)
             self._tune(searcher, RelativeLossPruner(task, [*known, *sampled]), missing)

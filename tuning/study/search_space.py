@@ -7,7 +7,7 @@ import optuna
 
 from baklava.allocation import Allocation, BitPair, Blended, Greedy, Perturbed, allocate
 from baklava.errors import UserError
-from baklava.eviction import Eviction, HeavyHitter, StreamingLLM
+from baklava.eviction import AttentionMatching, Eviction, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, PrefillConfig, head_bytes
 from baklava.plan.geometry import FULL_BITS, CacheGeometry, full_cache_bytes, unbudgeted_bytes
 from baklava.profiling.profile import Profile
@@ -18,6 +18,11 @@ Params = dict[str, Any]
 
 GROUP_REDUCTIONS: tuple[Literal["mean", "max"], ...] = ("mean", "max")
 ROUNDINGS = (8, 16, 32)
+REFERENCE_COUNTS = (256, 1024)
+RIDGE_RANGE = (1.0, 100.0)
+
+FIT_REFERENCES = 256
+"""References to which values are fitted; more cost more and fit no better."""
 
 CURVES: BitsName = "curves"
 
@@ -70,13 +75,15 @@ def budget_range_for(geometry: CacheGeometry, context_length: int) -> tuple[floa
 class SearchSpace:
     """The parameters that a trial samples, which depend on what the profile measured.
 
-    `has_reconstruction` and `has_loss_curves` say whether the profile has those measurements. Budgets are sampled from
-    `budget_range`, which is None if the budget is fixed.
+    `has_reconstruction` and `has_loss_curves` say whether the profile has those measurements, and `moves_queries`
+    whether the model's queries can be moved. Budgets are sampled from `budget_range`, which is None if the budget is
+    fixed.
     """
 
     bits: tuple[BitsName, ...]
     has_reconstruction: bool
     has_loss_curves: bool
+    moves_queries: bool = True
     budget_range: tuple[float, float] | None = None
 
     @classmethod
@@ -91,15 +98,21 @@ class SearchSpace:
         with_curves = tuple(name for name in bits if BIT_PAIRS[name] in measured)
         has_reconstruction = "reconstruction" in profile.rankings
         if with_curves:
-            return cls(with_curves, has_reconstruction, True, budget_range)
+            return cls(with_curves, has_reconstruction, True, profile.moves_queries, budget_range)
         without_curves = tuple(name for name in bits if name != CURVES)
-        return cls(without_curves or ("4",), has_reconstruction, False, budget_range)
+        return cls(without_curves or ("4",), has_reconstruction, False, profile.moves_queries, budget_range)
 
     @property
     def blend_params(self) -> tuple[str, ...]:
         """Parameters of the blended allocation that the profile gives a meaning."""
         missing = {"reconstruction_power": not self.has_reconstruction, "curve_power": not self.has_loss_curves}
         return tuple(name for name in BLEND_RANGES if not missing.get(name))
+
+    @property
+    def evictions(self) -> tuple[str, ...]:
+        """Names of the eviction methods, the best first."""
+        names = (AttentionMatching.name, HeavyHitter.name, StreamingLLM.name)
+        return names if self.moves_queries else names[1:]
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> None:
         """Sample the parameters of one trial; those of a method exist only if that method is sampled."""
@@ -110,10 +123,15 @@ class SearchSpace:
         bits = trial.suggest_categorical("bits", list(self.bits))
         trial.suggest_categorical("rounding", list(ROUNDINGS))
         trial.suggest_categorical("sinks", [1, 4])
-        if trial.suggest_categorical("eviction", [HeavyHitter.name, StreamingLLM.name]) == HeavyHitter.name:
+        eviction = trial.suggest_categorical("eviction", list(self.evictions))
+        if eviction == AttentionMatching.name:
+            trial.suggest_categorical("references", list(REFERENCE_COUNTS))
+            trial.suggest_float("ridge", *RIDGE_RANGE, log=True)
+        elif eviction == HeavyHitter.name:
+            trial.suggest_categorical("group_reduction", list(GROUP_REDUCTIONS))
+        if eviction != StreamingLLM.name:
             trial.suggest_float("recent", 0.2, 0.8)
             trial.suggest_categorical("interval", list(INTERVAL_CHOICES))
-            trial.suggest_categorical("group_reduction", list(GROUP_REDUCTIONS))
             trial.suggest_categorical("centroids", list(CENTROID_CHOICES))
             if bits != "16":
                 trial.suggest_categorical("staged", [False, True])
@@ -127,12 +145,18 @@ class SearchSpace:
         return trial.distributions
 
 
-def recorded_evictions() -> tuple[Eviction, ...]:
+def recorded_evictions(moves_queries: bool) -> tuple[Eviction, ...]:
     """Return one eviction method per distinct recording that the plans of this space need from a prefill.
 
-    Sinks, recent ratio, interval, bits, staging and centroids change what is evicted, not what is recorded.
+    Sinks, recent ratio, interval, bits, staging, centroids and ridge change what is evicted, not what is recorded.
+
+    Args:
+        moves_queries: Whether the model's queries can be moved.
     """
-    return (StreamingLLM(), *(HeavyHitter(reduction=reduction) for reduction in GROUP_REDUCTIONS))
+    methods = (StreamingLLM(), *(HeavyHitter(reduction=reduction) for reduction in GROUP_REDUCTIONS))
+    if not moves_queries:
+        return methods
+    return (*methods, *(AttentionMatching(references=n, fit_references=FIT_REFERENCES) for n in REFERENCE_COUNTS))
 
 
 def allocation_from_params(params: Params) -> Allocation:
@@ -150,14 +174,17 @@ def eviction_from_params(params: Params) -> Eviction:
     """Return the eviction method of a trial."""
     if params["eviction"] == StreamingLLM.name:
         return StreamingLLM(sinks=params["sinks"])
-    return HeavyHitter(
-        sinks=params["sinks"],
-        recent_ratio=params["recent"],
-        eviction_interval=params["interval"],
-        centroids=params["centroids"],
-        reduction=params["group_reduction"],
-        full_precision_recent=params.get("staged", False),
-    )
+    shared = {
+        "sinks": params["sinks"],
+        "recent_ratio": params["recent"],
+        "eviction_interval": params["interval"],
+        "centroids": params["centroids"],
+        "full_precision_recent": params.get("staged", False),
+    }
+    if params["eviction"] == HeavyHitter.name:
+        return HeavyHitter(**shared, reduction=params["group_reduction"])
+    fit = {"fit_references": FIT_REFERENCES, "fit_ridge": params["ridge"]}
+    return AttentionMatching(**shared, **fit, references=params["references"])
 
 
 @dataclass(frozen=True)

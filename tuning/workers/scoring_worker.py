@@ -235,7 +235,8 @@ class ScoringWorker(ModelWorker):
         return {**scores, DECODE_SECONDS: median_decode_seconds(self.loaded, prefilled, plan)} if self.timed else scores
 
     def _prefilled(self, window: Window) -> PrefilledWindow:
-        return self.store.get(window.name, lambda: prefill_window(self.loaded, window, recorded_evictions()))
+        evictions = recorded_evictions(self.loaded.moves_queries)
+        return self.store.get(window.name, lambda: prefill_window(self.loaded, window, evictions))
 
     def _retry_without_windows(self, work: Callable[[], Result]) -> Result:
         """Run `work`; if the device runs out of memory, move the windows off it and run `work` once more."""

@@ -162,15 +162,17 @@ class References:
         )
 
     def thinned(self, count: int) -> "References":
-        """Return about `count` of the references, evenly spread."""
+        """Return about `count` of the references, evenly spread, in memory of their own."""
         step = max(1, self.query.shape[3] // count)
+        if step == 1:
+            return self
         return replace(
             self,
-            query=self.query[:, :, :, ::step],
-            output=self.output[:, :, :, ::step],
-            own_output=self.own_output[:, :, :, ::step],
-            own_log_sum=self.own_log_sum[:, :, :, ::step],
-            is_real=self.is_real[:, ::step],
+            query=self.query[:, :, :, ::step].contiguous(),
+            output=self.output[:, :, :, ::step].contiguous(),
+            own_output=self.own_output[:, :, :, ::step].contiguous(),
+            own_log_sum=self.own_log_sum[:, :, :, ::step].contiguous(),
+            is_real=self.is_real[:, ::step].contiguous(),
         )
 
 

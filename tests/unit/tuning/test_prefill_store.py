@@ -39,15 +39,15 @@ class CountingStore:
 
     def _prefill(self, number: int) -> PrefilledWindow:
         self.prefills += 1
-        return prefill_window(self.loaded, window(number), recorded_evictions())
+        return prefill_window(self.loaded, window(number), recorded_evictions(self.loaded.moves_queries))
 
 
 def window_bytes(loaded: LoadedModel) -> int:
-    return tensor_bytes(prefill_window(loaded, window(0), recorded_evictions()))
+    return tensor_bytes(prefill_window(loaded, window(0), recorded_evictions(loaded.moves_queries)))
 
 
 def test_a_window_counts_with_keys_values_scores_and_log_probabilities(loaded: LoadedModel) -> None:
-    prefilled = prefill_window(loaded, window(0), recorded_evictions())
+    prefilled = prefill_window(loaded, window(0), recorded_evictions(loaded.moves_queries))
     recording = prefilled.prompt.recording
     tensors = [
         *recording.keys,
@@ -95,7 +95,7 @@ def test_a_plan_scores_the_same_wherever_its_window_is_stored(loaded: LoadedMode
         eviction=StreamingLLM(sinks=1),
         bits=(16, 16),
     )
-    expected = score_plan(loaded, prefill_window(loaded, window(1), recorded_evictions()), plan)
+    expected = score_plan(loaded, prefill_window(loaded, window(1), recorded_evictions(loaded.moves_queries)), plan)
     for limits in ({}, {"device": size, "host": size}, {"device": 0, "host": 0}):
         counting = CountingStore(loaded, **limits)
         for number in (0, 1, 0, 1):
@@ -104,7 +104,7 @@ def test_a_plan_scores_the_same_wherever_its_window_is_stored(loaded: LoadedMode
 
 
 def test_a_window_on_the_host_comes_back_to_the_device_of_each_of_its_tensors(loaded: LoadedModel) -> None:
-    prefilled = prefill_window(loaded, window(0), recorded_evictions())
+    prefilled = prefill_window(loaded, window(0), recorded_evictions(loaded.moves_queries))
     away, devices = to_host(prefilled)
     assert len(devices) > 2 * loaded.geometry.layers
     back = to_devices(away, [torch.device("meta"), *devices[1:]])

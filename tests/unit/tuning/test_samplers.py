@@ -18,7 +18,6 @@ from baklava.errors import UserError
 from baklava.plan.geometry import ModelIdentity
 from tuning.optimizers.baselines import initial_params
 from tuning.optimizers.optuna_search import (
-    CMAES_FIXED_PARAMS,
     PlanOptunaSearch,
     RelativeLossPruner,
     SamplerConfig,
@@ -95,7 +94,7 @@ def test_latency_alone_is_no_goal() -> None:
 
 def test_cma_es_moves_all_its_numbers_together_towards_less_loss() -> None:
     drawn = searched("cmaes", count=80)
-    assert all(params[name] == value for params in drawn for name, value in CMAES_FIXED_PARAMS.items())
+    assert all(params[name] == value for params in drawn for name, value in SamplerConfig("cmaes").fixed_params.items())
     away = [abs(params["recent"] - 0.5) for params in drawn]
     assert sum(away[-20:]) < sum(away[10:30]) / 2
 

@@ -11,7 +11,13 @@ from search_factory import SPACE, WINDOWS, profile, record, report, task
 from baklava.allocation import Blended, Perturbed
 from baklava.plan.budget_plan import PrefillConfig
 from baklava.profiling.profile import LossCurves
-from tuning.optimizers.baselines import BEST_HEAVY_HITTER, DEFAULT_BLEND, baseline_methods, initial_params
+from tuning.optimizers.baselines import (
+    BEST_HEAVY_HITTER,
+    BEST_MATCHING,
+    DEFAULT_BLEND,
+    baseline_methods,
+    initial_params,
+)
 from tuning.optimizers.optuna_search import MAX_LOSS_RATIO, PlanOptunaSearch, RelativeLossPruner, SamplerConfig
 from tuning.selection.validation import baseline_candidates
 from tuning.study.interrupt import StopFlag
@@ -63,21 +69,30 @@ def test_a_drawn_plan_stores_in_the_bits_and_steps_that_it_drew(drawn: list[dict
 
 
 def test_a_prefill_records_what_any_drawn_plan_observes_and_nothing_twice(drawn: list[dict[str, object]]) -> None:
-    recorded = [eviction.score_key for eviction in recorded_evictions()]
+    recorded = [eviction.score_key for eviction in recorded_evictions(True)]
     assert len(recorded) == len(set(recorded))
     assert {eviction_from_params(params).score_key for params in drawn} == set(recorded)
 
 
 def test_a_prefill_records_what_every_heuristic_observes() -> None:
-    recorded = {eviction.score_key for eviction in recorded_evictions()}
+    recorded = {eviction.score_key for eviction in recorded_evictions(True)}
     assert {each.eviction.score_key for each in baseline_methods(SPACE)} <= recorded
-    assert BEST_HEAVY_HITTER.score_key in recorded
+    assert {BEST_HEAVY_HITTER.score_key, BEST_MATCHING.score_key} <= recorded
+
+
+def test_a_model_whose_queries_cannot_be_moved_is_searched_without_methods_that_move_them() -> None:
+    still = SearchSpace.for_profile(profile().model_copy(update={"moves_queries": False}), ALL_BITS, None)
+    drawn = [*draws(still, 50), *initial_params(still)]
+    recorded = {eviction.score_key: eviction for eviction in recorded_evictions(False)}
+    assert {eviction_from_params(params).score_key for params in drawn} == set(recorded)
+    assert not any(eviction.num_references for eviction in recorded.values())
+    assert not any(method.eviction.num_references for method in baseline_methods(still))
 
 
 def test_the_first_trials_are_the_strongest_blends_and_then_one_measure_each_in_4_bits() -> None:
     points = initial_params(WHOLE)
     assert [params["bits"] for params in points] == ["curves"] * 3 + ["4"] * 4
-    assert {eviction_from_params(params).score_key for params in points} == {BEST_HEAVY_HITTER.score_key}
+    assert {eviction_from_params(params).score_key for params in points} == {BEST_MATCHING.score_key}
     assert allocation_from_params(points[0]) == DEFAULT_BLEND
     assert [params["allocation"] for params in points[:3]] == ["blended", "blended", "greedy"]
     counts, greedy, baklava, flat = points[3:]
@@ -87,7 +102,7 @@ def test_the_first_trials_are_the_strongest_blends_and_then_one_measure_each_in_
     assert allocation_from_params(flat) == Blended(reconstruction_power=0.0, floor=0.0)
 
 
-@pytest.mark.parametrize("space", [SPACE, WHOLE, SearchSpace(("16",), False, False, (0.05, 0.6))])
+@pytest.mark.parametrize("space", [SPACE, WHOLE, SearchSpace(("16",), False, False, budget_range=(0.05, 0.6))])
 def test_the_first_trials_lie_in_the_space(space: SearchSpace) -> None:
     for params in initial_params(space):
         for name, distribution in space.distributions(params).items():
