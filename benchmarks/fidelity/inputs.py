@@ -17,12 +17,12 @@ from baklava.plan.budget_plan import BudgetPlan
 from tuning.search.inputs import WINDOWS_PER_SPLIT
 
 Group = Literal["published", "packed", "searched", "control"]
-"""Methods as published, in 16 bits; methods with heavy hitters in 4 bits; searched plans; and controls for these."""
+"""Methods as published, in 16 bits; methods in 4 bits; searched plans; and controls for these."""
 
 PlanMaker = Callable[[str], BudgetPlan]
 """Return the plan of a file or of METHOD[+EVICTION][@BITS]:BUDGET."""
 
-BUDGETS = (0.5, 0.3, 0.2, 0.125, 0.0625, 0.03125)
+BUDGETS = (0.5, 0.3, 0.2, 0.125, 0.0625, 0.03125, 0.015625)
 
 
 @dataclass(frozen=True)
@@ -84,37 +84,60 @@ class ShuffledHeads(StudyMethod):
         return f"{spec}, dealt to random heads", tuple(shuffled(plan, seed) for seed in self.seeds)
 
 
-FALLBACK_SPEC = "greedy(measure=text,bits=any)+heavy_hitter(sinks=1,centroids=4)@k5v4"
+FALLBACK_SPEC = "greedy(measure=text,bits=any)+attention_matching(sinks=1,centroids=4,fit_references=256)@k5v4"
 """Stands in for a searched plan at budgets without a search: a search's first trial, which wins at large budgets."""
 
 SEARCHED = SearchedPlans(
     "searched",
     "baklava, searched",
     "searched",
-    files=((0.03125, "demo-3.1.json"),),
+    files=((0.03125, "demo-3.1.json"), (0.015625, "demo-1.6.json")),
     fallbacks=tuple((budget, f"{FALLBACK_SPEC}:{budget:g}") for budget in (0.5, 0.2)),
 )
 BASELINE = NamedMethod("uniform", "uniform, sinks + recent", "published")
 """The same budget for every head, spent on the first tokens and the newest."""
 
+EVICTIONS = {
+    "heavy_hitter": "heavy hitters",
+    "attention_matching(fit_references=256)": "matching",
+}
+"""The eviction methods that every allocation method is combined with: the usual one, and our own with fitted values."""
+
+ALLOCATIONS_16_BITS = {
+    "uniform": "uniform",
+    "pyramidkv": "PyramidKV",
+    "squeeze_attention": "SqueezeAttention",
+    "adakv": "AdaKV",
+    "baklava": "BaKlaVa",
+}
+"""Published allocation methods, which store 16 bits."""
+
+ALLOCATIONS_4_BITS = {
+    "uniform": "uniform",
+    "heavy_hitter_counts": "heavy-hitter counts",
+    "reconstruction_counts": "reconstruction counts",
+    "greedy": "greedy on loss curves",
+}
+"""Allocation methods that are compared in 4 bits."""
+
+
+def _combinations(allocations: Mapping[str, str], bits: str, group: Group) -> list[NamedMethod]:
+    in_bits = f", {bits[1:]} bits" if bits else ""
+    return [
+        NamedMethod(f"{allocation}+{eviction}{bits}", f"{label}, {kept}{in_bits}", group)
+        for allocation, label in allocations.items()
+        for eviction, kept in EVICTIONS.items()
+    ]
+
+
 METHODS: Mapping[str, StudyMethod] = {
     method.name: method
     for method in (
         BASELINE,
-        NamedMethod("uniform+heavy_hitter", "uniform, heavy hitters", "published"),
-        NamedMethod("pyramidkv", "PyramidKV, sinks + recent", "published"),
-        NamedMethod("pyramidkv+heavy_hitter", "PyramidKV, heavy hitters", "published"),
-        NamedMethod("squeeze_attention", "SqueezeAttention, sinks + recent", "published"),
-        NamedMethod("squeeze_attention+heavy_hitter", "SqueezeAttention, heavy hitters", "published"),
-        NamedMethod("baklava", "BaKlaVa, sinks + recent", "published"),
-        NamedMethod("baklava+heavy_hitter", "BaKlaVa, heavy hitters", "published"),
         NamedMethod("duo_attention", "DuoAttention", "published"),
-        NamedMethod("adakv+heavy_hitter", "AdaKV, heavy hitters", "published"),
+        *_combinations(ALLOCATIONS_16_BITS, "", "published"),
         NamedMethod("uniform@4", "uniform, sinks + recent, 4 bits", "packed"),
-        NamedMethod("uniform+heavy_hitter@4", "uniform, heavy hitters, 4 bits", "packed"),
-        NamedMethod("greedy+heavy_hitter@4", "greedy on loss curves, 4 bits", "packed"),
-        NamedMethod("heavy_hitter_counts+heavy_hitter@4", "heavy-hitter counts, 4 bits", "packed"),
-        NamedMethod("reconstruction_counts+heavy_hitter@4", "reconstruction counts, 4 bits", "packed"),
+        *_combinations(ALLOCATIONS_4_BITS, "@4", "packed"),
         SEARCHED,
         ShuffledHeads("shuffled", "baklava, heads shuffled", "control", budgets=(0.125,), source=SEARCHED),
     )
@@ -151,8 +174,8 @@ class StudyTexts:
     """
 
     search_corpus: str = "botocore"
-    test_corpora: tuple[tuple[str, int], ...] = (("botocore", 3), ("ifcraft", 3), ("factbook", 1))
-    num_skipped_windows: int = 5
+    test_corpora: tuple[tuple[str, int], ...] = (("botocore", 8), ("ifcraft", 4), ("factbook", 1))
+    num_skipped_windows: int = 8
     controls: tuple[str, ...] = ("factbook",)
     context: int = 3072
     continuation: int = 512
