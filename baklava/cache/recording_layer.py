@@ -69,7 +69,7 @@ class RecordingLayer(BudgetedLayerBase):
         batch, heads, _, head_dim = key_states.shape
         self.keys = key_states.new_empty(batch, heads, self.prompt_tokens, head_dim)
         self.values = value_states.new_empty(batch, heads, self.prompt_tokens, value_states.shape[3])
-        for eviction in self._scoring:
+        for eviction in self.evictions:
             self.scores[eviction.score_key] = torch.zeros(self.keys.shape[:3], device=key_states.device)
         for tensor in (self.keys, self.values, *self.scores.values()):
             count_bytes(tensor, tensor.nbytes)
@@ -138,7 +138,7 @@ class RecordingLayer(BudgetedLayerBase):
             count, queries = self._reference_queries.popitem()
             sample = ReferenceSample.spread(count, self.prompt_tokens)
             positions = torch.arange(self.prompt_tokens, device=self.keys.device)[None, None]
-            methods = {each.score_key: each for each in self._scoring if each.query_sample.references == count}
+            methods = {each.score_key: each for each in self.evictions if each.query_sample.references == count}
             references = observe_references(
                 ReferenceQueries.of(torch.cat(queries, 3), (sample,), self.prompt_tokens, self._params),
                 PromptEntries(self.keys, self.values, positions),
@@ -155,13 +155,9 @@ class RecordingLayer(BudgetedLayerBase):
     def _reference_tensors(self) -> list[Tensor]:
         return [tensor for each in self.references.values() for tensor in each.tensors]
 
-    @property
-    def _scoring(self) -> list[Eviction]:
-        return [eviction for eviction in self.evictions if not eviction.query_sample.uses_repetition]
-
     def _accumulators(self) -> list[ScoreAccumulator]:
         """Return the methods, once each, as they observe queries where they stand."""
-        methods = {eviction.score_key: eviction for eviction in self._scoring}.values()
+        methods = {eviction.score_key: eviction for eviction in self.evictions}.values()
         return [
             ScoreAccumulator.of_prompt(eviction, self.scores[eviction.score_key], eviction.query_sample)
             for eviction in methods
@@ -197,6 +193,8 @@ class Recording:
         sliding: the layers with a sliding window by index, which keep it as transformers does.
         states: the states of the layers that have one.
         references: the references of every layer with full attention, for each fit that was recorded.
+        reconstruction: the largest attention that the entries of every layer with full attention get while the model
+            repeats the prompt, if it did.
     """
 
     geometry: CacheGeometry
@@ -206,6 +204,7 @@ class Recording:
     sliding: dict[int, LayerSnapshot]
     states: dict[int, LayerSnapshot]
     references: tuple[dict[tuple[int, int], References], ...] = ()
+    reconstruction: tuple[Tensor, ...] = ()
 
     def to_dynamic_cache(self) -> Cache:
         """Return transformers' own cache with all of the prompt; updating it does not change the recording."""
@@ -239,18 +238,14 @@ class RecordingCache(StatefulCache):
 
     Args:
         geometry: The shape of the model's cache.
-        evictions: Methods to score the prompt for; those that score nothing, or a repetition of it, are skipped.
+        evictions: Methods to score the prompt for; those that score nothing are skipped.
         prompt_tokens: Length of the prompt.
     """
 
     def __init__(self, geometry: CacheGeometry, evictions: Sequence[Eviction], prompt_tokens: int) -> None:
         attention.register()
         self.geometry = geometry
-        recorded = [
-            eviction
-            for eviction in evictions
-            if eviction.scored and not (eviction.query_sample.uses_repetition and not eviction.num_references)
-        ]
+        recorded = [eviction for eviction in evictions if eviction.scored]
         distinct = list({(eviction.score_key, *eviction.reference_key): eviction for eviction in recorded}.values())
         super().__init__(
             [

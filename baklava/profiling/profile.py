@@ -20,7 +20,7 @@ ImportanceSource = Literal["value", "key", "query", "hidden"]
 """Input of a head that its output is compared with."""
 
 RankingName = Literal["heavy_hitter", "reconstruction"]
-"""Scores that entries are ranked by: those of `HeavyHitter()` and of `KVzip()`, with their defaults."""
+"""What entries are ranked by: their scores under `HeavyHitter()`, and the attention of a repetition of the context."""
 
 LossMeasure = Literal["text", "repetition", "error"]
 

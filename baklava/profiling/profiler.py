@@ -178,12 +178,13 @@ def _measure_window(
 ) -> WindowMeasurements:
     context = loaded.as_batch(window.ids[: window.context_length])
     recording = prefill_and_record(loaded, context, [RANKING_METHODS[name] for name in names]).recording
-    scores: dict[RankingName, list[Tensor]] = {
-        name: [layer[RANKING_METHODS[name].score_key][0] for layer in recording.scores] for name in names
-    }
+    hits = [layer[DEFAULT_EVICTION.score_key][0] for layer in recording.scores]
+    scores: dict[RankingName, list[Tensor]] = {"heavy_hitter": hits}
+    if "reconstruction" in names:
+        scores["reconstruction"] = [layer[0] for layer in recording.reconstruction]
 
     def losses_by_layer(layers: Sequence[LayerTrace]) -> tuple[list[LossGrid], list[LossGrid]]:
-        pairs = [layer_losses(*layer, grid) for layer in zip(layers, scores["heavy_hitter"], strict=True)]
+        pairs = [layer_losses(*layer, grid) for layer in zip(layers, hits, strict=True)]
         return [kl for kl, _ in pairs], [error for _, error in pairs]
 
     # One pass at a time: each holds the keys, values and gradients of all layers.

@@ -36,9 +36,9 @@ LEAD_TOKENS = 8
 
 @torch.inference_mode()
 def add_reconstruction_scores(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"], recording: Recording) -> Recording:
-    """Return a recording with the scores of context reconstruction in addition to its own.
+    """Return a recording with the scores of context reconstruction: the largest probability that an entry gets from it.
 
-    Every entry scores the largest probability that it gets from any query of the repetition.
+    Those of `KVzip` are put in their order, if they were recorded.
 
     Raises:
         UserError: the model's positions do not suffice for the prompt and one repeated chunk.
@@ -52,9 +52,12 @@ def add_reconstruction_scores(loaded: LoadedModel, ids: Int[Tensor, "batch token
     for chunk in _chunks(loaded, ids):
         # Sliding layers go on from the end of the prompt each time, as the others do.
         loaded.model(chunk, past_key_values=recording.to_cache(layers), logits_to_keep=1)
-    repeated = [{KVzip().score_key: layer.scores} for layer in layers]
-    scores = tuple(own | new for own, new in zip(recording.scores, repeated, strict=True))
-    return replace(recording, scores=scores)
+    key, reconstruction = KVzip().score_key, tuple(layer.scores for layer in layers)
+    scores = tuple(
+        own | {key: KVzip.reorder(own[key], repeated)} if key in own else own
+        for own, repeated in zip(recording.scores, reconstruction, strict=True)
+    )
+    return replace(recording, scores=scores, reconstruction=reconstruction)
 
 
 def can_repeat(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> bool:

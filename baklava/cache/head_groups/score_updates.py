@@ -36,8 +36,8 @@ class ScoreAccumulator:
     def of_prompt(
         cls, eviction: Eviction, scores: Float[Tensor, "batch heads entries"], sample: QuerySample
     ) -> "ScoreAccumulator":
-        """Return the method as it observes a prompt's queries where they stand, before any that are moved."""
-        return cls(eviction.decoding if sample.references else eviction, scores, replace(sample, references=0))
+        """Return the method as it observes a prompt's queries where they stand, and not moved or repeated."""
+        return cls(eviction.decoding, scores, replace(sample, references=0, uses_repetition=False))
 
     def update(self, observation: Observation) -> None:
         """Update the scores by one block of queries; methods that get the same block share what it computes."""

@@ -132,7 +132,9 @@ class ScoredHeadGroup(HeadGroup):
         """Update the scores by the attention of decoded tokens, the first of which is at this position."""
         scores = self.scores[..., : self.num_filled]
         at = torch.arange(position, position + query.shape[3], device=query.device)[None]
-        scores.copy_(scores_after_decoding(self.eviction, query, probs, at, self.cached_positions(), scores, scaling))
+        scores.copy_(
+            scores_after_decoding(self.eviction.decoding, query, probs, at, self.cached_positions(), scores, scaling)
+        )
 
     def observe_entries(self, tokens: NewTokens, params: AttentionParams) -> None:
         """Update scores that depend on keys and values alone, before an eviction."""
@@ -325,7 +327,7 @@ class ScoredHeadGroup(HeadGroup):
         return mean_attention(scores, self.eviction).masked_fill(positions < 0, 0)
 
     def _accumulator(self) -> ScoreAccumulator:
-        return ScoreAccumulator(self.eviction, self.scores[..., : self.num_filled], self.eviction.query_sample)
+        return ScoreAccumulator(self.eviction.decoding, self.scores[..., : self.num_filled], self.eviction.query_sample)
 
     def _rank(self, scores: Tensor, positions: Tensor) -> Tensor:
         last = positions.amax(2, keepdim=True)

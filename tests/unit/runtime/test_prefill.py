@@ -14,7 +14,7 @@ from baklava.eviction import Eviction, ExpectedAttention, HeavyHitter, KeyDiff, 
 from baklava.plan.budget_plan import full_cache_plan
 from baklava.runtime.context_reconstruction import add_reconstruction_scores
 from baklava.runtime.model_loader import LoadedModel
-from baklava.runtime.prefill import prefill
+from baklava.runtime.prefill import prefill, prefill_and_record
 
 Maker = Callable[..., LoadedModel]
 
@@ -157,7 +157,7 @@ def test_reconstruction_scores_are_the_largest_attention_during_a_repetition(tin
     loaded, ids = tiny(), random_ids(2, 50)
     full = RecordingCache(loaded.geometry, (), 50)
     loaded.model(ids, past_key_values=full)
-    scores = [layer[KVzip().score_key] for layer in add_reconstruction_scores(loaded, ids, full.to_recording()).scores]
+    scores = add_reconstruction_scores(loaded, ids, full.to_recording()).reconstruction
     torch.testing.assert_close(torch.stack(scores), reference_reconstruction_scores(loaded, ids), atol=1e-5, rtol=1e-4)
 
 
@@ -176,6 +176,19 @@ def test_reconstruction_keeps_the_best_scored_entries_and_continues(tiny: Maker)
         loaded.model(token[None], past_key_values=cache)
         cache.check_integrity(number)
     assert len(cache.cached_positions(1, 1)) <= 22
+
+
+@torch.inference_mode()
+def test_after_a_repetition_scores_are_those_of_heavy_hitters_in_the_order_of_the_reconstruction(tiny: Maker) -> None:
+    loaded, ids = tiny(), random_ids(1, 50)
+    kvzip, hitter = KVzip(), HeavyHitter()
+    recording = prefill_and_record(loaded, ids, [kvzip, hitter]).recording
+    for own, reconstruction in zip(recording.scores, recording.reconstruction, strict=True):
+        scores, hits = own[kvzip.score_key], own[hitter.score_key]
+        torch.testing.assert_close(scores.sort(2).values, hits.sort(2).values)
+        by_scores, by_reconstruction = (each.argsort(dim=2, stable=True) for each in (scores, reconstruction))
+        assert (by_scores == by_reconstruction)[hits.sort(2).values > 0].all()
+    assert (kvzip.decoding.score_key, kvzip.attention_power) == (hitter.score_key, 2)
 
 
 @torch.inference_mode()
