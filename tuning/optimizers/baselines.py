@@ -8,8 +8,8 @@ from baklava.allocation import Allocation, Baklava, BitPair, Blended, Greedy, Re
 from baklava.eviction import AttentionMatching, Eviction, HeavyHitter, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan, PrefillConfig
 from baklava.profiling.profile import Profile
-from tuning.study.search_space import BIT_PAIRS, CURVES, FIT_REFERENCES, Params, SearchSpace
-from tuning.study.settings import BitsName
+from tuning.study.search_space import BIT_PAIRS, CURVES, FIT_REFERENCES, REFERENCE_COUNTS, Params, SearchSpace
+from tuning.study.settings import INTERVAL_CHOICES, BitsName
 
 BEST_HEAVY_HITTER = HeavyHitter(reduction="max", power=2, distance=32, centroids=4)
 """The best heavy-hitter scores in every measurement so far, with evicted entries merged into four centroids."""
@@ -88,7 +88,11 @@ def initial_params(space: SearchSpace) -> list[Params]:
 
 
 def _strongest(space: SearchSpace) -> list[Params]:
-    """Two blends and greedy, with one sink, since sinks stay in 16 bits."""
+    """Blends and greedy, with one sink, since sinks stay in 16 bits.
+
+    Two of the blends choose more carefully: small heads lose much to entries that only wait for the next eviction, and
+    small budgets gain by more references, which cost time.
+    """
     if not _supports_default_blend(space):
         return []
     shared = {**_shared_params(space, CURVES), "sinks": 1}
@@ -97,8 +101,11 @@ def _strongest(space: SearchSpace) -> list[Params]:
         **{name: getattr(DEFAULT_BLEND, name) for name in space.blend_params},
         **shared,
     }
+    careful = {**blend, "interval": min(INTERVAL_CHOICES)}
+    if "references" in careful:
+        careful["references"] = max(REFERENCE_COUNTS)
     halves = {"reconstruction_power": 0.5, "importance_power": 0.5, "curve_power": 0.5}
-    return [blend, {**blend, **halves}, {"allocation": Greedy.name, **shared}]
+    return [blend, careful, {**careful, **halves}, {"allocation": Greedy.name, **shared}]
 
 
 def _single_measures(space: SearchSpace) -> list[Params]:

@@ -91,11 +91,15 @@ def test_a_model_whose_queries_cannot_be_moved_is_searched_without_methods_that_
 
 def test_the_first_trials_are_the_strongest_blends_and_then_one_measure_each_in_4_bits() -> None:
     points = initial_params(WHOLE)
-    assert [params["bits"] for params in points] == ["curves"] * 3 + ["4"] * 4
-    assert {eviction_from_params(params).score_key for params in points} == {BEST_MATCHING.score_key}
+    assert [params["bits"] for params in points] == ["curves"] * 4 + ["4"] * 4
+    evictions = [eviction_from_params(params) for params in points]
+    assert [each.num_references for each in evictions] == [256, 1024, 1024] + [256] * 5
+    assert [each.eviction_interval for each in evictions] == [32, 8, 8] + [32] * 5
+    assert {each.score_key for each in (*evictions[:1], *evictions[3:])} == {BEST_MATCHING.score_key}
     assert allocation_from_params(points[0]) == DEFAULT_BLEND
-    assert [params["allocation"] for params in points[:3]] == ["blended", "blended", "greedy"]
-    counts, greedy, baklava, flat = points[3:]
+    assert [params["allocation"] for params in points[:4]] == ["blended"] * 3 + ["greedy"]
+    assert allocation_from_params(points[1]) == DEFAULT_BLEND
+    counts, greedy, baklava, flat = points[4:]
     assert allocation_from_params(counts) == Blended(reconstruction_power=1.0, floor=0.0)
     assert greedy["allocation"] == "greedy"
     assert allocation_from_params(baklava) == Blended(reconstruction_power=0.0, importance_power=2.0, floor=0.1)
