@@ -1,6 +1,7 @@
 """Baseline methods: tried before anything is sampled, and what every winner has to beat on validation."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -9,12 +10,15 @@ from baklava.eviction import AttentionMatching, Eviction, HeavyHitter, Streaming
 from baklava.plan.budget_plan import BudgetPlan, PrefillConfig
 from baklava.profiling.profile import Profile
 from tuning.study.search_space import BIT_PAIRS, CURVES, FIT_REFERENCES, REFERENCE_COUNTS, Params, SearchSpace
-from tuning.study.settings import INTERVAL_CHOICES, BitsName
+from tuning.study.settings import BitsName
 
-BEST_HEAVY_HITTER = HeavyHitter(reduction="max", power=2, distance=32, centroids=4)
-"""The best heavy-hitter scores in every measurement so far, with evicted entries merged into four centroids."""
+BEST_SHARED_PARAMS: dict[str, Any] = {"centroids": 4, "eviction_interval": 8, "full_precision_recent": True}
+"""The newest tokens get most attention, so they stay in 16 bits; they are few, since evictions are frequent."""
 
-BEST_MATCHING = AttentionMatching(centroids=4, fit_references=FIT_REFERENCES)
+BEST_HEAVY_HITTER = HeavyHitter(**BEST_SHARED_PARAMS)
+"""The best heavy-hitter scores in every measurement so far."""
+
+BEST_MATCHING = AttentionMatching(**BEST_SHARED_PARAMS, fit_references=FIT_REFERENCES)
 """The best eviction method in every measurement so far (docs/lab-notes.md), if a model's queries can be moved."""
 
 DEFAULT_BLEND = Blended(reconstruction_power=0.3, importance_power=0.3, curve_power=0.7, floor=0.3, bits="curves")
@@ -90,8 +94,7 @@ def initial_params(space: SearchSpace) -> list[Params]:
 def _strongest(space: SearchSpace) -> list[Params]:
     """Blends and greedy, with one sink, since sinks stay in 16 bits.
 
-    Two of the blends choose more carefully: small heads lose much to entries that only wait for the next eviction, and
-    small budgets gain by more references, which cost time.
+    Two of the blends are for small budgets, which gain by more references and lose by newest entries in 16 bits.
     """
     if not _supports_default_blend(space):
         return []
@@ -101,11 +104,11 @@ def _strongest(space: SearchSpace) -> list[Params]:
         **{name: getattr(DEFAULT_BLEND, name) for name in space.blend_params},
         **shared,
     }
-    careful = {**blend, "interval": min(INTERVAL_CHOICES)}
-    if "references" in careful:
-        careful["references"] = max(REFERENCE_COUNTS)
+    small = {**blend, "staged": False}
+    if "references" in small:
+        small["references"] = max(REFERENCE_COUNTS)
     halves = {"reconstruction_power": 0.5, "importance_power": 0.5, "curve_power": 0.5}
-    return [blend, careful, {**careful, **halves}, {"allocation": Greedy.name, **shared}]
+    return [blend, small, {**small, **halves}, {"allocation": Greedy.name, **shared}]
 
 
 def _single_measures(space: SearchSpace) -> list[Params]:
