@@ -101,7 +101,7 @@ def _add_timing_options(parser: argparse.ArgumentParser, rounds: int, batches: l
 def _add_fidelity_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--split", choices=("test", "validation"), default="test", help="use validation to choose among methods")
-    add("--windows", type=positive_int, metavar="N", help="windows of each corpus (default: 3, 3 and 1)")
+    add("--windows", type=positive_int, metavar="N", help="windows of each corpus (default: 8, 4 and 1)")
     add("--methods", nargs="+", metavar="NAME", help="methods to score (default: all)")
     add("--budgets", type=positive_float, nargs="+", metavar="SHARE", help="shares of the full cache's bytes")
     add("--context", type=positive_int, default=3072, metavar="TOKENS", help="tokens prefilled per window (3072)")

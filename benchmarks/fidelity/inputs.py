@@ -84,7 +84,10 @@ class ShuffledHeads(StudyMethod):
         return f"{spec}, dealt to random heads", tuple(shuffled(plan, seed) for seed in self.seeds)
 
 
-FALLBACK_SPEC = "greedy(measure=text,bits=any)+attention_matching(sinks=1,centroids=4,fit_references=256)@k5v4"
+FALLBACK_SPEC = (
+    "greedy(measure=text,bits=any)+attention_matching("
+    "sinks=1,centroids=4,eviction_interval=8,full_precision_recent=true,fit_references=256)@k5v4"
+)
 """Stands in for a searched plan at budgets without a search: a search's first trial, which wins at large budgets."""
 
 SEARCHED = SearchedPlans(
@@ -138,6 +141,7 @@ METHODS: Mapping[str, StudyMethod] = {
         *_combinations(ALLOCATIONS_16_BITS, "", "published"),
         NamedMethod("uniform@4", "uniform, sinks + recent, 4 bits", "packed"),
         *_combinations(ALLOCATIONS_4_BITS, "@4", "packed"),
+        NamedMethod("reconstruction_counts+kvzip@4", "reconstruction counts, KVzip's order, 4 bits", "packed"),
         SEARCHED,
         ShuffledHeads("shuffled", "baklava, heads shuffled", "control", budgets=(0.125,), source=SEARCHED),
     )

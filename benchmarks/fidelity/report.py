@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from benchmarks.fidelity.inputs import BASELINE, SEARCHED
-from benchmarks.fidelity.results import ALL_CORPORA
+from benchmarks.fidelity.results import ALL_CORPORA, Metric
 from benchmarks.markdown_page import markdown_table
 from tuning.reporting.html import hline, text
 
@@ -23,8 +23,9 @@ Row = Mapping[str, Any]
 
 
 def format_tables(results: Results) -> str:
-    """Return three tables: the losses at all budgets, the lead of the searched plan, and each corpus by itself."""
-    tables = (_format_losses(results), _format_lead(results), _format_corpora(results))
+    """Return four tables: KL and loss at all budgets, the lead of the searched plan, and each corpus by itself."""
+    losses = [_format_metric(results, metric) for metric in ("kl", "dnll")]
+    tables = (*losses, _format_note(results), _format_lead(results), _format_corpora(results))
     return "\n\n".join(table for table in tables if table)
 
 
@@ -40,10 +41,11 @@ def format_percent(budget: float) -> str:
 
 
 def format_nats(value: float | None) -> str:
-    """Return nats per token to three decimals, without a leading zero."""
+    """Return nats per token to two digits, and at most five decimals, without a leading zero."""
     if value is None:
         return MISSING
-    text = f"{round(value, 3) + 0.0:.3f}"
+    decimals = min(5, max(1, 1 - math.floor(math.log10(abs(value))))) if value else 1
+    text = f"{round(value, decimals) + 0.0:.{decimals}f}"
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 
@@ -55,65 +57,76 @@ def format_interval(interval: Sequence[float | None], format_value: Callable[[fl
     return f"{format_value(mean)} [{format_value(low)}, {'∞' if high is None else format_value(high)}]"
 
 
-def _format_losses(results: Results) -> str:
+METRIC_LABELS: Mapping[Metric, str] = {
+    "kl": "KL to the full cache, nats/token",
+    "dnll": "loss over the full cache, nats/token",
+}
+
+
+def _format_metric(results: Results, metric: Metric) -> str:
     budgets = _budgets(results)
     rows = []
     for method in results["methods"]:
         if method["group"] != "control":
             name = f"**{method['label']}**" if method["name"] == SEARCHED.name else method["label"]
-            rows.append([name, *(_format_loss(results, method["name"], budget) for budget in budgets)])
-    table = markdown_table(["loss over the full cache, nats/token", *map(format_percent, budgets)], rows)
+            rows.append([name, *(_format_mean(results, method["name"], budget, metric) for budget in budgets)])
+    return markdown_table([METRIC_LABELS[metric], *map(format_percent, budgets)], rows)
+
+
+def _format_note(results: Results) -> str:
     scored = next(corpus for corpus in results["corpora"] if corpus["name"] == ALL_CORPORA)
     return (
-        f"{table}\n\nMeans over {scored['n']} windows of {scored['documents']} {results['split']} documents. "
-        "Bold: the lowest loss at that budget; italic: the 95 % interval of the paired difference to the searched plan "
+        f"Means over {scored['n']} windows of {scored['documents']} {results['split']} documents. "
+        "Bold: the lowest at that budget; italic: the 95 % interval of the paired difference to the searched plan "
         f"contains 0; {MISSING}: no plan at that budget."
     )
 
 
-def _format_loss(results: Results, method: str, budget: float) -> str:
+def _format_mean(results: Results, method: str, budget: float, metric: Metric) -> str:
     row = find_row(results, method, budget)
     if row is None:
         return MISSING
-    loss = format_nats(row["dnll"][0])
-    if row is _best_row(results, budget):
+    loss = format_nats(row[metric][0])
+    if row is _best_row(results, budget, metric):
         return f"**{loss}**"
-    difference = row.get("dnll_above_searched")
+    difference = row.get(f"{metric}_above_searched")
     is_tie = difference and difference[1] is not None and difference[1] <= 0 <= difference[2]
     return f"*{loss}*" if is_tie else loss
 
 
 def _format_lead(results: Results) -> str:
-    """Compare the searched plan with the best other method and with the baseline, one row per budget."""
+    """Compare the KL of the searched plan with the best other method and with the baseline, one row per budget."""
     labels = {method["name"]: method["label"] for method in results["methods"]}
-    factors = {(factor["budget"], factor["corpus"]): factor["dnll"] for factor in results["factors"]}
+    factors = {(factor["budget"], factor["corpus"]): factor["kl"] for factor in results["factors"]}
     rows = []
     for budget in _budgets(results):
         searched = find_row(results, SEARCHED.name, budget)
-        rival = _best_row(results, budget, exclude=(SEARCHED.name,))
+        rival = _best_row(results, budget, "kl", exclude=(SEARCHED.name,))
         if searched and rival:
             factor = factors.get((budget, ALL_CORPORA))
             rows.append(
                 [
                     format_percent(budget),
+                    format_interval(searched["kl"]),
                     format_interval(searched["dnll"]),
                     labels[rival["method"]],
-                    format_interval(rival["dnll_above_searched"]),
+                    format_interval(rival["kl_above_searched"]),
                     format_interval(factor, _format_factor) if factor else MISSING,
                 ]
             )
     header = [
         "bytes",
-        SEARCHED.label,
+        f"{SEARCHED.label}: KL",
+        "its loss",
         "best other method",
-        "its loss minus the searched plan's (paired)",
-        f"{BASELINE.label}, 16 bits: its loss over the searched plan's",
+        "its KL minus the searched plan's (paired)",
+        f"{BASELINE.label}, 16 bits: its KL over the searched plan's",
     ]
     return markdown_table(header, rows) if rows else ""
 
 
 def _format_corpora(results: Results) -> str:
-    """Show what the context is worth in each corpus, and what plans lose there."""
+    """Show what the context is worth in each corpus, and the KL of plans there."""
     budget = min(_budgets(results), key=lambda budget: abs(budget - CORPORA_BUDGET))
     methods = [
         method
@@ -130,18 +143,18 @@ def _format_corpora(results: Results) -> str:
                 f"{name} (control)" if is_control else name,
                 str(corpus["n"]),
                 format_interval(corpus["gain"]) if "gain" in corpus else MISSING,
-                *(format_interval(row["dnll"]) if row else MISSING for row in method_rows),
+                *(format_interval(row["kl"]) if row else MISSING for row in method_rows),
             ]
         )
-    labels = [f"{method['label']}, {format_percent(budget)}" for method in methods]
+    labels = [f"KL of {method['label']}, {format_percent(budget)}" for method in methods]
     return markdown_table(["corpus", "windows", "gain from context", *labels], rows)
 
 
-def _best_row(results: Results, budget: float, exclude: Sequence[str] = ()) -> Row | None:
-    """Return the row with the lowest loss at a budget; controls do not compete."""
+def _best_row(results: Results, budget: float, metric: Metric, exclude: Sequence[str] = ()) -> Row | None:
+    """Return the row with the lowest mean at a budget; controls do not compete."""
     competing = [method["name"] for method in results["methods"] if method["group"] != "control"]
     rows = [row for name in competing if name not in exclude and (row := find_row(results, name, budget))]
-    return min(rows, key=lambda row: row["dnll"][0], default=None)
+    return min(rows, key=lambda row: row[metric][0], default=None)
 
 
 def _budgets(results: Results) -> list[float]:
@@ -161,10 +174,10 @@ PLOT_RIGHT = LABELS_LEFT - 40
 LABEL_SPACING = 17
 """Minimum distance of two labels, in pixels."""
 
-MIN_LOSS = 1e-3
+MIN_KL = 1e-4
 """Nats per token at the bottom of the axis; rounding and 16-bit storage cost less than that."""
 
-GRID_LOSSES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+GRID_KL = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 LEGEND = {
     "searched": "searched",
     "packed": "others in 4 bits",
@@ -202,37 +215,37 @@ def plot(results: Mapping[str, Any]) -> str:
     """Return the SVG as a complete file."""
     lines = _lines(results)
     x, y = _scales([row for _, rows in lines for row in rows])
-    label_heights = _spread_labels([y(rows[-1]["dnll"][0]) for _, rows in lines])
+    label_heights = _spread_labels([y(rows[-1]["kl"][0]) for _, rows in lines])
     drawing_order = list(LEGEND)[::-1]  # the searched plans come last, on top of the others
     drawn = sorted(zip(lines, label_heights, strict=True), key=lambda pair: drawing_order.index(pair[0][0]["group"]))
     parts = [*_draw_frame(results, x, y), *(_draw_line(line, height, x, y) for line, height in drawn)]
-    label = "loss over the full cache against bytes, method by method"
+    label = "KL to the full cache against bytes, method by method"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
     content = "\n".join(parts)
     return f'{head}<style>{STYLE}</style><rect width="{WIDTH}" height="{HEIGHT}"/>\n{content}\n</svg>\n'
 
 
 def _lines(results: Mapping[str, Any]) -> list[Line]:
-    """Return the methods that compete and have a plan, the one with the highest loss at its last point first."""
+    """Return the methods that compete and have a plan, the one with the highest KL at its last point first."""
     lines = []
     for method in results["methods"]:
         rows = [row for row in results["rows"] if (row["method"], row["corpus"]) == (method["name"], ALL_CORPORA)]
         if rows and method["group"] in LEGEND:
             lines.append((method, sorted(rows, key=lambda row: (-row["ratio"], -row["budget"]))))
-    return sorted(lines, key=lambda line: -line[1][-1]["dnll"][0])
+    return sorted(lines, key=lambda line: -line[1][-1]["kl"][0])
 
 
 def _scales(rows: Sequence[Mapping[str, Any]]) -> tuple[Scale, Scale]:
-    """Return logarithmic scales that map a share of the bytes to x, and a loss to y."""
+    """Return logarithmic scales that map a share of the bytes to x, and a KL to y."""
     ratios = [row["ratio"] for row in rows]
-    max_loss = max(2 * MIN_LOSS, *(row["dnll"][0] for row in rows)) * 1.15
+    max_kl = max(2 * MIN_KL, *(row["kl"][0] for row in rows)) * 1.15
     first, last = math.log(max(*ratios, min(ratios) * 2)), math.log(min(ratios))
 
     def x(ratio: float) -> float:
         return LEFT + (math.log(ratio) - first) / (last - first) * (PLOT_RIGHT - LEFT)
 
-    def y(loss: float) -> float:
-        share = math.log(max(loss, MIN_LOSS) / MIN_LOSS) / math.log(max_loss / MIN_LOSS)
+    def y(kl: float) -> float:
+        share = math.log(max(kl, MIN_KL) / MIN_KL) / math.log(max_kl / MIN_KL)
         return HEIGHT - BOTTOM - min(1.0, share) * (HEIGHT - BOTTOM - TOP)
 
     return x, y
@@ -253,14 +266,9 @@ def _spread_labels(heights: Sequence[float]) -> list[float]:
 def _draw_frame(results: Mapping[str, Any], x: Scale, y: Scale) -> list[str]:
     scored = next(corpus for corpus in results["corpora"] if corpus["name"] == ALL_CORPORA)
     split = "unseen" if results["split"] == "test" else results["split"]
-    subtitle = (
-        f"nats per token over the full cache, mean of {scored['n']} windows of {scored['documents']} {split} documents"
-    )
-    grid = [
-        hline(y(loss), LEFT, PLOT_RIGHT, f"{'≤ ' * (loss == MIN_LOSS)}{loss:g}")
-        for loss in GRID_LOSSES
-        if y(loss) > TOP
-    ]
+    windows = f"{scored['n']} windows of {scored['documents']} {split} documents"
+    subtitle = f"KL to the full cache in nats per token, mean of {windows}"
+    grid = [hline(y(kl), LEFT, PLOT_RIGHT, f"{'≤ ' * (kl == MIN_KL)}{kl:g}") for kl in GRID_KL if y(kl) > TOP]
     ticks = [
         f'<line class="grid" x1="{x(budget):.1f}" x2="{x(budget):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
         + text(x(budget), HEIGHT - BOTTOM + 18, format_percent(budget), "middle")
@@ -272,7 +280,7 @@ def _draw_frame(results: Mapping[str, Any], x: Scale, y: Scale) -> list[str]:
         legend.append(f'<g class="{group}">{text(left, 26, description)}</g>')
         left += LEGEND_CHARACTER_WIDTH * len(description) + LEGEND_GAP
     return [
-        f'<g class="title">{text(16, 26, "Loss against bytes, by method")}</g>',
+        f'<g class="title">{text(16, 26, "KL against bytes, by method")}</g>',
         text(16, 46, subtitle),
         *grid,
         *ticks,
@@ -284,7 +292,7 @@ def _draw_frame(results: Mapping[str, Any], x: Scale, y: Scale) -> list[str]:
 def _draw_line(line: Line, label_height: float, x: Scale, y: Scale) -> str:
     method, rows = line
     is_searched = method["group"] == "searched"
-    points = [(x(row["ratio"]), y(row["dnll"][0])) for row in rows]
+    points = [(x(row["ratio"]), y(row["kl"][0])) for row in rows]
     path = " ".join(f"{left:.1f},{top:.1f}" for left, top in points)
     dots = []
     for row, (left, top) in zip(rows, points, strict=True):
@@ -302,8 +310,8 @@ def _draw_line(line: Line, label_height: float, x: Scale, y: Scale) -> str:
 
 def _draw_intervals(rows: Sequence[Mapping[str, Any]], x: Scale, y: Scale) -> str:
     """Return a band between the bounds of all means."""
-    bounded = [row for row in rows if row["dnll"][1] is not None]
-    lower = [(row["ratio"], row["dnll"][1]) for row in bounded]
-    upper = [(row["ratio"], row["dnll"][2]) for row in reversed(bounded)]
+    bounded = [row for row in rows if row["kl"][1] is not None]
+    lower = [(row["ratio"], row["kl"][1]) for row in bounded]
+    upper = [(row["ratio"], row["kl"][2]) for row in reversed(bounded)]
     points = " ".join(f"{x(ratio):.1f},{y(loss):.1f}" for ratio, loss in lower + upper)
     return f'<polygon class="band" points="{points}"/>'

@@ -34,7 +34,7 @@ from benchmarks.fidelity.inputs import (
     select_methods,
     unused_documents,
 )
-from benchmarks.fidelity.report import SECTION, find_row, format_tables, plot
+from benchmarks.fidelity.report import SECTION, find_row, format_nats, format_tables, plot
 from benchmarks.fidelity.results import ALL_CORPORA, summarize, to_json
 from benchmarks.fidelity.run import StudyConfig, StudyResult, run_study, study_config
 from benchmarks.fidelity.scoring import Row, score_plans
@@ -288,13 +288,21 @@ def test_the_bounds_of_a_ratio_are_those_of_its_inverse_and_never_negative() -> 
 
 def test_the_table_marks_the_lowest_loss_and_ties(home: Path) -> None:
     text = format_tables(summarize(by_hand(home)))
-    assert "| uniform, sinks + recent | .500 |" in text
-    assert "| **baklava, searched** | **.150** |" in text
-    # Percentiles of the searched plan are .100 and .200, of the pairs .175 and .525. Four documents need 1.86 times the
-    # distance from the mean: Student's t of 3.16 over 1.96, times the root of 4 / 3.
-    assert "| 12.5 % | .150 [.057, .243] | uniform, sinks + recent | .350 [.024, .676] |" in text
+    for metric, uniform, searched in (("KL to", ".25", ".075"), ("loss over", ".50", ".15")):
+        table = next(part for part in text.split("\n\n") if part.startswith(f"| {metric} the full cache"))
+        assert f"| uniform, sinks + recent | {uniform} |" in table
+        assert f"| **baklava, searched** | **{searched}** |" in table
+    # Percentiles of the searched plan's loss are .100 and .200, of the pairs' KL .0875 and .2625. Four documents need
+    # 1.86 times the distance from the mean: Student's t of 3.16 over 1.96, times the root of 4 / 3.
+    assert "| 12.5 % | .075 [.028, .12] | .15 [.057, .24] | uniform, sinks + recent | .17 [.012, .34] |" in text
     assert "3.33 × [" in text
-    assert "| c (control) | 1 | .250 | -.100 | .300 | .300 |" in text
+    assert "| c (control) | 1 | .25 | -.050 | .15 | .15 |" in text
+
+
+def test_numbers_have_two_digits_and_no_leading_zero() -> None:
+    numbers = (0.000151, 0.0000021, 0.0374, 0.5, 1.26, -0.0312, 0.0)
+    assert [*map(format_nats, numbers)] == [".00015", ".00000", ".037", ".50", "1.3", "-.031", ".0"]
+    assert format_nats(None) == "–"
 
 
 def test_tables_go_between_the_markers_of_a_page(tmp_path: Path) -> None:
