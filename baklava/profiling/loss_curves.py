@@ -62,19 +62,9 @@ class LayerTrace:
         entries, queries = self.key.shape[1], self.query.shape[2]
         return torch.arange(entries - queries, entries, stride, device=self.key.device)
 
-    def is_newest(self, count: int, stride: int) -> Bool[Tensor, "queries entries"]:
-        """Return which entries are among the `count` newest of every `stride`-th query."""
-        positions = torch.arange(self.key.shape[1], device=self.key.device)
-        return positions > self.query_positions(stride)[:, None] - count
-
-    def weights(
-        self, head: int, key: Float[Tensor, "entries head_dim"], stride: int, num_exact: int = 0
-    ) -> AttentionWeights:
-        """Return the attention of every `stride`-th query of a head over these keys, the newest of which are exact."""
+    def weights(self, head: int, key: Float[Tensor, "entries head_dim"], stride: int) -> AttentionWeights:
+        """Return the attention of every `stride`-th query of a head over these keys."""
         logits = self._logits(head, key, stride)
-        if num_exact:
-            exact = self._logits(head, self.key[head], stride)
-            logits = torch.where(self.is_newest(num_exact, stride), exact, logits)
         is_future = torch.arange(key.shape[0], device=key.device) > self.query_positions(stride)[:, None]
         max_logit = logits.masked_fill_(is_future, -torch.inf).amax(-1, keepdim=True)
         sink = torch.zeros_like(max_logit)
@@ -182,11 +172,6 @@ class CurveGrid:
     bits: tuple[tuple[int, int], ...]
 
     @property
-    def num_exact(self) -> int:
-        """How many of the newest entries are not quantized, on average between two evictions."""
-        return self.eviction.eviction_interval // 2 if self.eviction.full_precision_recent else 0
-
-    @property
     def key_bits(self) -> tuple[int, ...]:
         """Bits of keys in any pair, descending from the exact ones."""
         return tuple(sorted({FULL_BITS, *(keys for keys, _ in self.bits)}, reverse=True))
@@ -244,7 +229,7 @@ def _head_losses(
     """Return KL and squared relative error per bits of the keys, and per bits of the values, at every capacity."""
     retention = RetentionModel(scores, layer.query_positions(QUERY_STRIDE), grid.eviction)
     retained_sets = [retention.retain(capacity, layer.key[head], layer.value[head]) for capacity in grid.entries]
-    weights = [layer.weights(head, key[head], QUERY_STRIDE, grid.num_exact) for key in keys]
+    weights = [layer.weights(head, key[head], QUERY_STRIDE) for key in keys]
     exact_weights = weights[0].unnormalized
     exact = exact_weights @ layer.value[head] / (exact_weights.sum(-1, keepdim=True) + weights[0].sink)
     gradient = layer.gradient[:, head, :, ::QUERY_STRIDE]
@@ -257,7 +242,7 @@ def _head_losses(
     ]
     all_values = torch.cat([value[head] for value in values], 1)
     outputs = [
-        attention_output(layer, head, weights[0], all_values, retained, grid.num_exact).chunk(len(values), -1)
+        attention_output(layer, head, weights[0], all_values, retained).chunk(len(values), -1)
         for retained in retained_sets
     ]
     by_values = [[output_loss(output[i], exact, gradient) for output in outputs] for i in range(len(values))]
@@ -318,25 +303,10 @@ def attention_output(
     weights: AttentionWeights,
     value: Float[Tensor, "entries channels"],
     retained: RetainedSet,
-    num_exact: int = 0,
 ) -> Float[Tensor, "group queries channels"]:
-    """Return attention over the retained entries.
-
-    Args:
-        layer: the layer.
-        head: the KV head.
-        weights: of its queries.
-        value: of its entries; they may have the channels of several values side by side.
-        retained: what is kept.
-        num_exact: how many of the newest entries of each query have exact values instead.
-    """
+    """Return attention over the retained entries; `value` may have the channels of several values side by side."""
     retained_weights = weights.unnormalized * retained.mask
     total, output = retained_weights.sum(-1, keepdim=True) + weights.sink, retained_weights @ value
-    if num_exact:
-        is_newest = layer.is_newest(num_exact, QUERY_STRIDE)
-        recent = slice(int(layer.query_positions(QUERY_STRIDE)[0]) - num_exact + 1, None)
-        exact = layer.value[head, recent].repeat(1, value.shape[1] // layer.value.shape[2])
-        output = output + (retained_weights * is_newest)[..., recent] @ (exact - value[recent])
     if retained.centroids is not None:
         extra = layer.centroid_weights(head, retained.centroids, QUERY_STRIDE, weights.max_logit)
         means = retained.centroids.value[0, 0].repeat(1, value.shape[1] // retained.centroids.value.shape[3])

@@ -34,7 +34,7 @@ from baklava.runtime.context_reconstruction import can_repeat, repeat_prompt
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import prefill_and_record
 
-DEFAULT_EVICTION = HeavyHitter(centroids=4, eviction_interval=8, full_precision_recent=True)
+DEFAULT_EVICTION = HeavyHitter(centroids=4)
 """The eviction method under which curves and counts are measured."""
 
 RANKING_METHODS: dict[RankingName, Eviction] = {"heavy_hitter": DEFAULT_EVICTION, "reconstruction": KVzip()}

@@ -96,35 +96,6 @@ def test_centroids_lower_the_curves_where_entries_are_evicted_and_nowhere_else(t
     assert torch.equal(errors[0][:, 1], errors[1][:, 1])
 
 
-def test_the_newest_entries_of_each_query_are_exact_and_the_others_as_they_are_read(tiny: Maker) -> None:
-    layer = traces_of(tiny(), random_ids(1, CONTEXT + CONTINUATION))[1]
-    entries, queries = layer.key.shape[1], layer.query_positions(QUERY_STRIDE)
-    coded_key, coded_value = torch.randn(2, entries, layer.key.shape[2], generator=torch.Generator().manual_seed(0))
-    weights = layer.weights(0, coded_key, QUERY_STRIDE, num_exact=3)
-    retained = RetainedSet(torch.arange(entries) <= queries[:, None], None)
-    found = attention_output(layer, 0, weights, torch.cat([coded_value, layer.value[0]], 1), retained, num_exact=3)
-    for row, position in enumerate(queries.tolist()):
-        key, value = (
-            torch.cat([coded[: position - 2], exact[position - 2 : position + 1]])
-            for coded, exact in ((coded_key, layer.key[0]), (coded_value, layer.value[0]))
-        )
-        probs = (layer.query[0, :, row * QUERY_STRIDE] @ key.T * layer.params.scaling).softmax(-1)
-        expected = torch.cat([probs @ value, probs @ layer.value[0, : position + 1]], 1)
-        torch.testing.assert_close(found[:, row], expected, atol=1e-5, rtol=1e-4)
-
-
-def test_curves_of_few_bits_fall_if_the_newest_entries_are_not_quantized(tiny: Maker) -> None:
-    layer = traces_of(tiny(), random_ids(1, CONTEXT + CONTINUATION))[1]
-    scores = torch.rand(2, CONTEXT, generator=torch.Generator().manual_seed(0))
-    bits = ((16, 16), (4, 16), (16, 3))
-    coded, staged = (
-        layer_losses(layer, scores, CurveGrid(HeavyHitter(full_precision_recent=recent), (200,), bits))[1][..., 0]
-        for recent in (False, True)
-    )
-    assert torch.equal(coded[:, 0], staged[:, 0])
-    assert (staged[:, 1:] < coded[:, 1:]).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_models_in_half_precision_have_curves_too(tiny: Maker, dtype: torch.dtype) -> None:
     loaded = tiny()
