@@ -129,8 +129,9 @@ def rotary_shift_of(module: torch.nn.Module) -> RotaryShift | None:
 
 
 def moves_all_queries(model: torch.nn.Module) -> bool:
-    """Return whether the RoPE of every layer that was looked at is known."""
-    return all(_rotary_shifts.get(module, True) is not None for module in model.modules())
+    """Return whether the RoPE of every layer that was looked at is known, and some were."""
+    shifts = [_rotary_shifts[module] for module in model.modules() if module in _rotary_shifts]
+    return bool(shifts) and None not in shifts
 
 
 def attach_layer(key: KVStates, layer: BudgetedLayerBase) -> KVStates:

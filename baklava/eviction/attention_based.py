@@ -19,6 +19,9 @@ from typing_extensions import override
 
 from baklava.eviction.base import SHARED_PARAMS, Eviction, Observation, QuerySample
 
+TIE_STEP = 1e-30
+"""Between the scores of two entries that would be equal."""
+
 
 @dataclass(frozen=True)
 class HeavyHitter(Eviction):
@@ -225,9 +228,9 @@ def _query_moments(observation: Observation) -> tuple[Tensor, Tensor]:
 class KVzip(Eviction):
     """Keep the entries with the largest attention from any query while the model repeats the prompt (2505.23416).
 
-    What orders a prompt is the maximum over the repeating queries and the query group. Decoding and later turns go on
-    as with heavy hitters: the values of a prompt's scores are those of heavy hitters, dealt in this order. (A maximum
-    over the attention received makes every new token look precious: it loses 1.3 times as much.)
+    Entries of a prompt are ranked by the maximum over the repeating queries and the query group. Decoding and later
+    turns continue as with heavy hitters: the prompt's scores are those of heavy hitters, assigned in the order of these
+    ranks. (If decoding took the maximum of the attention received, every new token would score high.)
 
     Cost: about one more prefill, over the full cache, which stays in memory until it is compressed; see
     `baklava.runtime.prefill`.
@@ -258,8 +261,10 @@ class KVzip(Eviction):
     def reorder(
         hits: Float[Tensor, "batch heads entries"], reconstruction: Float[Tensor, "batch heads entries"]
     ) -> Float[Tensor, "batch heads entries"]:
-        """Return the scores as heavy hitters, dealt to the entries in the order of what their reconstruction needs."""
-        return torch.empty_like(hits).scatter(2, reconstruction.argsort(dim=2, stable=True), hits.sort(2).values)
+        """Return the scores as heavy hitters, assigned in the order of the attention during the repetition."""
+        # Entries that no query has counted for score 0; a little more keeps them in order.
+        ascending = hits.sort(2).values + TIE_STEP * torch.arange(hits.shape[2], device=hits.device)
+        return torch.empty_like(hits).scatter(2, reconstruction.argsort(dim=2, stable=True), ascending)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from baklava.cache.attention import (
 )
 from baklava.cache.head_groups import AttentionInputs, ScoreAccumulator, update_scores
 from baklava.cache.recording_layer import Recording
+from baklava.cache.storage import count_bytes
 from baklava.errors import UserError
 from baklava.eviction import KVzip, QuerySample
 from baklava.runtime.model_loader import LoadedModel
@@ -38,7 +39,7 @@ LEAD_TOKENS = 8
 def add_reconstruction_scores(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"], recording: Recording) -> Recording:
     """Return a recording with the scores of context reconstruction: the largest probability that an entry gets from it.
 
-    Those of `KVzip` are put in their order, if they were recorded.
+    If those of `KVzip` were recorded, they are put in this order, in place.
 
     Raises:
         UserError: the model's positions do not suffice for the prompt and one repeated chunk.
@@ -53,11 +54,10 @@ def add_reconstruction_scores(loaded: LoadedModel, ids: Int[Tensor, "batch token
         # Sliding layers go on from the end of the prompt each time, as the others do.
         loaded.model(chunk, past_key_values=recording.to_cache(layers), logits_to_keep=1)
     key, reconstruction = KVzip().score_key, tuple(layer.scores for layer in layers)
-    scores = tuple(
-        own | {key: KVzip.reorder(own[key], repeated)} if key in own else own
-        for own, repeated in zip(recording.scores, reconstruction, strict=True)
-    )
-    return replace(recording, scores=scores, reconstruction=reconstruction)
+    for own, repeated in zip(recording.scores, reconstruction, strict=True):
+        if key in own:
+            own[key].copy_(KVzip.reorder(own[key], repeated))
+    return replace(recording, reconstruction=reconstruction)
 
 
 def can_repeat(loaded: LoadedModel, ids: Int[Tensor, "batch tokens"]) -> bool:
@@ -92,6 +92,7 @@ class RepeatingLayer(BudgetedLayerBase):
         self.lazy_initialization(keys, values)
         self.keys, self.values, self.cumulative_length = keys, values, keys.shape[2]
         self.scores: Float[Tensor, "batch heads entries"] = torch.zeros(keys.shape[:3], device=keys.device)
+        count_bytes(self.scores, self.scores.nbytes)
 
     @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -113,5 +114,5 @@ class RepeatingLayer(BudgetedLayerBase):
         )
         scores = torch.cat([self.scores, self.scores.new_zeros(key.shape[:3])], 2)
         update_scores(forward, QuerySample(), [ScoreAccumulator(KVzip(), scores, QuerySample())])
-        self.scores = scores[..., :prompt].clone()
+        self.scores.copy_(scores[..., :prompt])
         return merge_gqa_groups(forward.attend(masked=True))

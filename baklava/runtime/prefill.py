@@ -194,7 +194,8 @@ def prefill_workspace_bytes(plan: BudgetPlan, tokens: int, itemsize: int) -> int
     sample = eviction.query_sample
     if plan.prefill.chunk_size is not None or not (_can_step(plan) or sample.uses_repetition):
         return 0
-    per_entry = 2 * geometry.head_dim * itemsize + (SCORE_BYTES if plan.eviction.scored else 0)
+    num_scores = 2 if sample.uses_repetition else int(plan.eviction.scored)  # of the prompt and of the repetition
+    per_entry = 2 * geometry.head_dim * itemsize + num_scores * SCORE_BYTES
     queries = min(tokens, eviction.num_references) + (min(tokens, sample.window or 0) if sample.single_block else 0)
     per_layer = tokens * geometry.kv_heads * per_entry + queries * geometry.query_heads * geometry.head_dim * itemsize
     return len(geometry.full_attention_layers) * per_layer + unbudgeted_bytes(geometry, 8 * itemsize, tokens)

@@ -88,7 +88,7 @@ FALLBACK_SPEC = (
     "greedy(measure=text,bits=any)+attention_matching("
     "sinks=1,centroids=4,eviction_interval=8,full_precision_recent=true,fit_references=256)@k5v4"
 )
-"""Stands in for a searched plan at budgets without a search: a search's first trial, which wins at large budgets."""
+"""Stands in for a searched plan at budgets without a search: one of the first trials, which wins at large budgets."""
 
 SEARCHED = SearchedPlans(
     "searched",
@@ -104,7 +104,7 @@ EVICTIONS = {
     "heavy_hitter": "heavy hitters",
     "attention_matching(fit_references=256)": "matching",
 }
-"""The eviction methods that every allocation method is combined with: the usual one, and our own with fitted values."""
+"""Eviction methods that allocation methods are combined with: the usual one, and our own with fitted values."""
 
 ALLOCATIONS_16_BITS = {
     "uniform": "uniform",

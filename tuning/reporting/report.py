@@ -165,6 +165,8 @@ def _winner_params(result: SearchResult) -> dict[str, object]:
         "interval": eviction.eviction_interval,
         "centroids": eviction.centroids,
         "full precision recent": eviction.full_precision_recent,
+        "fit references": eviction.fit_references,
+        **({"fit ridge": f"{eviction.fit_ridge:.3g}"} if eviction.fit_references else {}),
         **eviction.params,
     }
 

@@ -162,7 +162,7 @@ class References:
         )
 
     def thinned(self, count: int) -> "References":
-        """Return about `count` of the references, evenly spread, in memory of their own."""
+        """Return about `count` of the references, evenly spread, without keeping the memory of the others."""
         step = max(1, self.query.shape[3] // count)
         if step == 1:
             return self

@@ -36,7 +36,7 @@ class ScoreAccumulator:
     def of_prompt(
         cls, eviction: Eviction, scores: Float[Tensor, "batch heads entries"], sample: QuerySample
     ) -> "ScoreAccumulator":
-        """Return the method as it observes a prompt's queries where they stand, and not moved or repeated."""
+        """Return the method as it observes a prompt's queries where they stand, neither moved nor repeated."""
         return cls(eviction.decoding, scores, replace(sample, references=0, uses_repetition=False))
 
     def update(self, observation: Observation) -> None:

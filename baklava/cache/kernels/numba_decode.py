@@ -80,6 +80,7 @@ PLANES = np.array([(0, 0, 0), *((*PLANE_WIDTHS[bits], 0, 0)[:3] for bits in rang
 STEP_SIZES = np.array([0, *(NORMAL_STEP_SIZES[bits] for bits in range(1, 9))], np.float32)
 MAX_FLOAT16 = np.float32(65504.0)
 MIN_STEP = np.float32(np.finfo(np.float32).tiny)
+MAX_STRETCH = np.float32(1.5)
 MIN_WEIGHT = np.float32(1e-12)
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 BITS, CODES, SCALES, MEAN = range(4)
@@ -380,16 +381,19 @@ def _write_quantized(x, part, slot, codes, scratch):
     half = np.float32((1 << bits) - 1) * HALF
     step = np.sqrt(squares / np.float32(channels)) * STEP_SIZES[bits]
     step = max(min(step, largest / half), MIN_STEP)
-    products = ZERO
+    products, levels = ZERO, ZERO
     for j in range(channels):
         code = min(max(np.rint(scratch[j] / step + half), ZERO), np.float32(2) * half)
-        products += scratch[j] * (code - half)
+        level = code - half
+        products += scratch[j] * level
+        levels += level * level
         codes[j] = np.uint8(code)
     size = channels * bits // 8
     packed = carray(_pointer(part[CODES]), (slot + 1) * size, np.uint8)
     _pack(codes, bits, channels, packed, slot * size)
     scales = carray(_pointer(part[SCALES]), slot + 1, np.uint16)
-    scales[slot] = _to_half(min(squares / max(products, MIN_STEP), MAX_FLOAT16))
+    scale = min(squares / max(products, MIN_STEP), MAX_STRETCH * products / levels)
+    scales[slot] = _to_half(min(scale, MAX_FLOAT16))
 
 
 @compiled

@@ -100,13 +100,17 @@ MIN_ENTRIES_FOR_MEAN = 16
 MAX_FLOAT16 = torch.finfo(torch.float16).max
 MIN_STEP = torch.finfo(torch.float32).tiny
 
+MAX_STRETCH = 1.5
+"""Maximum of a scale over the one of least squared error; normal entries in 2 bits need 1.13."""
+
 
 class QuantizedCodec(Codec):
     """Uniform codes without a zero level, and one float16 scale per entry, for entries whose channels are alike.
 
-    The caller makes the channels alike by a rotation. The scale gives an entry its own length in its own direction,
-    |x|² / x·c with the codes c. The one of least squared error, x·c / |c|², shortens all entries by 12, 4 and 1 % in 2,
-    3 and 4 bits, which flattens the attention, and does not average out over entries as other errors do.
+    The caller makes the channels alike by a rotation. The scale is |x|² / x·c with the codes c, so that the decoded
+    entry has the length of x in the direction of x. The scale of least squared error, x·c / |c|², shortens entries by
+    12, 4 and 1 % in 2, 3 and 4 bits. That flattens the attention, and does not average out over entries as other errors
+    do. The scale is at most `MAX_STRETCH` times that one, for entries that codes do not suit.
 
     With `centred` the mean of the first entries is subtracted, per row and head, and stored in 16 bits: keys lie around
     one. The mean stays zero in a row that had fewer than `MIN_ENTRIES_FOR_MEAN` entries then.
@@ -159,7 +163,10 @@ class QuantizedCodec(Codec):
         step = torch.minimum(step, entries.abs().amax(-1, keepdim=True) / self.half).clamp(min=MIN_STEP)
         codes = (entries / step + self.half).round().clamp(0, 2 * self.half)
         levels = codes - self.half
-        scale = squares / (entries * levels).sum(-1, keepdim=True).clamp(min=MIN_STEP)
+        products = (entries * levels).sum(-1, keepdim=True)
+        scale = torch.minimum(
+            squares / products.clamp(min=MIN_STEP), MAX_STRETCH * products / levels.square().sum(-1, keepdim=True)
+        )
         return pack(codes.to(torch.uint8), self.bits), scale.clamp(max=MAX_FLOAT16).half()
 
     @override

@@ -192,6 +192,16 @@ def test_a_pair_of_storages_is_a_head_of_the_plan(
     assert sum(storage.nbytes for storage in pair) == head_bytes(geometry, 40, bits, bits, eviction, mixed_precision)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_entry_is_read_further_away_than_nothing(bits: int) -> None:
+    """A constant entry is the worst for the codes: its rotation has one channel that is not 0."""
+    entries = torch.zeros(1, 1, 2, 64)
+    entries[0, 0, 0, 5], entries[0, 0, 1, ::3] = 8.0, 100.0
+    storage = storage_for(alike(64, bits), entries, StorageLayout(2))
+    read = storage.round_trip(entries, torch.arange(2)[None, None])
+    assert ((read - entries).square().sum(-1) < entries.square().sum(-1)).all()
+
+
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.0002), (4, 0.0120), (3, 0.0395), (2, 0.135)])
 def test_the_error_is_near_that_of_the_best_uniform_levels_and_no_entry_is_shortened(bits: int, error: float) -> None:
     entries = torch.randn(1, 2, 2000, 128, generator=torch.Generator().manual_seed(0))

@@ -14,6 +14,7 @@ from baklava.runtime.prefill import (
     ChunkedPrefill,
     make_prefill_task,
     prefill,
+    prefill_and_record,
     prefill_workspace_bytes,
 )
 
@@ -58,6 +59,10 @@ def test_a_prefill_allocates_its_workspace_to_the_byte_and_then_the_plan(tiny, e
     plan = make_plan(loaded, [[20, 40], [28, 64]], eviction)
     task = make_prefill_task(loaded, plan, ids[0].tolist())
     if isinstance(eviction, KVzip):
+        recording = prefill_and_record(loaded, ids, [eviction]).recording
+        tensors = [*recording.keys, *recording.values, *recording.reconstruction]
+        tensors += [scores for layer in recording.scores for scores in layer.values()]
+        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == prefill_workspace_bytes(plan, 90, 4)
         assert task.step(5) is not None
         return
     for _ in range(89):

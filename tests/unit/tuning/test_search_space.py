@@ -69,9 +69,10 @@ def test_a_drawn_plan_stores_in_the_bits_and_steps_that_it_drew(drawn: list[dict
 
 
 def test_a_prefill_records_what_any_drawn_plan_observes_and_nothing_twice(drawn: list[dict[str, object]]) -> None:
-    recorded = [eviction.score_key for eviction in recorded_evictions(True)]
+    recorded = [(eviction.score_key, eviction.reference_key) for eviction in recorded_evictions(True)]
     assert len(recorded) == len(set(recorded))
-    assert {eviction_from_params(params).score_key for params in drawn} == set(recorded)
+    needed = map(eviction_from_params, drawn)
+    assert {(eviction.score_key, eviction.reference_key) for eviction in needed} == set(recorded)
 
 
 def test_a_prefill_records_what_every_heuristic_observes() -> None:
