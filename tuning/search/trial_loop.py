@@ -91,10 +91,13 @@ def load_warm_start(settings: SearchSettings, inputs: SearchInputs, task: Search
             f"--warm-start {out} searched plans for {record.settings.model}, which do not fit {settings.model}; "
             "give a search of the same model, or leave it out"
         )
+    sampler = _sampler_config(settings, task)
     trials = _trials_in_space(Journal.read(out / TRIALS_FILE, TrialRecord.model_validate_json), task)
+    trials = [trial for trial in trials if sampler.is_compatible(trial.params)]
     if not finished_trials(trials):
         raise UserError(
-            f"--warm-start {out} has no finished trial in this search space; leave it out, or search the same --bits"
+            f"--warm-start {out} has no finished trial in this search space; leave it out, or search the same --bits "
+            "with the same --sampler"
         )
     reason = incompatibility(record, settings, inputs)
     reused = (
@@ -106,6 +109,10 @@ def load_warm_start(settings: SearchSettings, inputs: SearchInputs, task: Search
     return WarmStart(
         enqueued_params=tuple(trial.params for trial in best), scored_trials=() if reason else tuple(trials)
     )
+
+
+def _sampler_config(settings: SearchSettings, task: SearchTask) -> SamplerConfig:
+    return SamplerConfig(settings.sampler, settings.seed, settings.trials, task.space.evictions[0])
 
 
 def incompatibility(record: SearchRecord, settings: SearchSettings, inputs: SearchInputs) -> str | None:
@@ -288,7 +295,7 @@ class TrialLoop:
         if missing > 0:
             then = f"; {settings.num_refinements} refinements follow" if settings.num_refinements else ""
             log(f"search: {missing} trials for {task.goal.description}, {len(task.windows)} windows each{then}")
-            sampler = SamplerConfig(settings.sampler, settings.seed, settings.trials, task.space.evictions[0])
+            sampler = _sampler_config(settings, task)
             known = warm_start.known_trials
             searcher = PlanOptunaSearch(task, sampler, sampled, stop, known, warm_start.enqueued_params)
             self._tune(searcher, RelativeLossPruner(task, [*known, *sampled]), missing)

@@ -159,6 +159,15 @@ def test_a_warm_start_gives_the_sampler_its_scores_and_tries_the_best_again(tmp_
     assert [trial.state for trial in search._ot_study.trials].count(TrialState.COMPLETE) == 2
 
 
+def test_cma_es_takes_over_no_trial_of_another_eviction_method_and_says_so(tmp_path: Path) -> None:
+    params = {key: value for key, value in TRIALS[0].params.items() if key not in ("references", "ridge")}
+    hitter = TRIALS[0].model_copy(update={"params": {**params, "eviction": "heavy_hitter", "group_reduction": "max"}})
+    out = earlier(tmp_path / "run", [hitter])
+    assert load_warm_start(settings(warm_start=str(out)), MATERIAL, task()).scored_trials == (hitter,)
+    with pytest.raises(UserError, match="with the same --sampler"):
+        load_warm_start(settings(warm_start=str(out), sampler="cmaes"), MATERIAL, task())
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
