@@ -94,7 +94,7 @@ def initial_params(space: SearchSpace) -> list[Params]:
 def _strongest(space: SearchSpace) -> list[Params]:
     """Blends and greedy, with one sink, since sinks stay in 16 bits.
 
-    Two of the blends are for small budgets, which gain by more references and lose by newest entries in 16 bits.
+    Two of the blends are for small budgets, which gain from more references and lose from newest tokens in 16 bits.
     """
     if not _supports_default_blend(space):
         return []

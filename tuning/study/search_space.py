@@ -22,7 +22,7 @@ REFERENCE_COUNTS = (256, 1024)
 RIDGE_RANGE = (1.0, 100.0)
 
 FIT_REFERENCES = 256
-"""References to which values are fitted; more cost more and fit no better."""
+"""References to which values are fitted; more take longer and gain little."""
 
 CURVES: BitsName = "curves"
 
