@@ -94,7 +94,7 @@ serve: setup assets ## serve the champion plan of the demo model
 bench: setup assets ## time decode and prefill against transformers' own cache (up to two hours)
 	@OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py decode $(ARGS) && OMP_NUM_THREADS=2 $(PY) jobs/benchmark.py prefill $(ARGS)
 
-fidelity: setup assets ## score every method at every budget on unseen text, into docs/benchmarks (an hour)
+fidelity: setup assets ## score every method at every budget on unseen text, into docs/benchmarks (three hours)
 	@$(PY) jobs/benchmark.py fidelity --json docs/benchmarks/fidelity.json --page docs/benchmarks/fidelity.md $(ARGS)
 
 # Peers require an older transformers, so each has its own environment. Its torch is the version in .venv.

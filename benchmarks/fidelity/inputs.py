@@ -17,7 +17,7 @@ from baklava.plan.budget_plan import BudgetPlan
 from tuning.search.inputs import WINDOWS_PER_SPLIT
 
 Group = Literal["published", "packed", "searched", "control"]
-"""Methods as published, in 16 bits; methods in 4 bits; searched plans; and controls for these."""
+"""Allocation methods as published, in 16 bits; methods in 4 bits; searched plans; and controls for these."""
 
 PlanMaker = Callable[[str], BudgetPlan]
 """Return the plan of a file or of METHOD[+EVICTION][@BITS]:BUDGET."""

@@ -163,10 +163,10 @@ def _budgets(results: Results) -> list[float]:
 
 
 def _format_factor(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3g} ×"
+    return MISSING if value is None else f"{value:.3g} ×" if value < 1000 else f"{value:,.0f} ×"
 
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 560, 64, 64, 52
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 930, 560, 72, 64, 52
 LABELS_LEFT = 640
 """Where the labels of the lines begin, in pixels."""
 
@@ -181,7 +181,7 @@ GRID_KL = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 LEGEND = {
     "searched": "searched",
     "packed": "others in 4 bits",
-    "published": "as published, 16 bits (dashed: sinks + recent)",
+    "published": "others in 16 bits (dashed: sinks + recent)",
 }
 LEGEND_LEFT, LEGEND_CHARACTER_WIDTH, LEGEND_GAP = 410.0, 6.4, 22
 
