@@ -28,7 +28,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from baklava.cache import table_columns
-from baklava.cache.storage.quantized_codec import NORMAL_STEP_SIZES, PLANE_WIDTHS
+from baklava.cache.storage.quantized_codec import MAX_STRETCH, NORMAL_STEP_SIZES, PLANE_WIDTHS
 from baklava.cache.table_columns import (
     BY_MAX,
     CAPACITY,
@@ -80,7 +80,6 @@ PLANES = np.array([(0, 0, 0), *((*PLANE_WIDTHS[bits], 0, 0)[:3] for bits in rang
 STEP_SIZES = np.array([0, *(NORMAL_STEP_SIZES[bits] for bits in range(1, 9))], np.float32)
 MAX_FLOAT16 = np.float32(65504.0)
 MIN_STEP = np.float32(np.finfo(np.float32).tiny)
-MAX_STRETCH = np.float32(1.5)
 MIN_WEIGHT = np.float32(1e-12)
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 BITS, CODES, SCALES, MEAN = range(4)
@@ -392,7 +391,7 @@ def _write_quantized(x, part, slot, codes, scratch):
     packed = carray(_pointer(part[CODES]), (slot + 1) * size, np.uint8)
     _pack(codes, bits, channels, packed, slot * size)
     scales = carray(_pointer(part[SCALES]), slot + 1, np.uint16)
-    scale = min(squares / max(products, MIN_STEP), MAX_STRETCH * products / levels)
+    scale = min(squares / max(products, MIN_STEP), np.float32(MAX_STRETCH) * products / levels)
     scales[slot] = _to_half(min(scale, MAX_FLOAT16))
 
 

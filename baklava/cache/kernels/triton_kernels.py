@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from baklava.cache import table_columns as columns
+from baklava.cache.storage.quantized_codec import MAX_STRETCH
 
 POSITIONS = tl.constexpr(columns.POSITIONS)
 SCORES = tl.constexpr(columns.SCORES)
@@ -54,7 +55,7 @@ ROTATION_CHUNK = tl.constexpr(32)
 
 MAX_FLOAT16 = tl.constexpr(65504.0)
 MIN_STEP = tl.constexpr(1.1754943508222875e-38)
-MAX_STRETCH = tl.constexpr(1.5)
+STRETCH = tl.constexpr(MAX_STRETCH)
 MIN_WEIGHT = tl.constexpr(1e-12)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 ROUND_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 x 2^23: float32 has no fraction there
@@ -125,7 +126,7 @@ def _write_quantized(x, first, channels, part, slot, step_sizes, dense: tl.const
     numbers = tl.minimum(tl.maximum(_round(tl.div_rn(x, step) + half), 0.0), 2.0 * half)
     levels = tl.where(own, numbers - half, 0.0)
     products = tl.sum(x * levels, 0)
-    longest = MAX_STRETCH * tl.div_rn(products, tl.sum(levels * levels, 0))
+    longest = STRETCH * tl.div_rn(products, tl.sum(levels * levels, 0))
     scale = tl.minimum(tl.minimum(tl.div_rn(squares, tl.maximum(products, MIN_STEP)), longest), MAX_FLOAT16)
     tl.store(tl.load(part + SCALES).to(tl.pointer_type(tl.float16)) + slot, scale.to(tl.float16))
     codes = numbers.to(tl.int32)
