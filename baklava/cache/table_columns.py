@@ -25,6 +25,7 @@ COUNTERS = slice(NUM_COUNTERS)
     EVICTS,
     INTERVAL,
     RETAINED,
+    RESIDUAL_START,
     RECENT_WINDOW,
     POWER,
     POSITIONS,
@@ -38,13 +39,13 @@ COUNTERS = slice(NUM_COUNTERS)
     VALUE_BLOCK,
     CHANNEL_ORDER,
     KEY,
-) = range(NUM_COUNTERS, NUM_COUNTERS + 24)
+) = range(NUM_COUNTERS, NUM_COUNTERS + 25)
 """The budget, the slots that are allocated, and the length of a ring after its sinks (0 for scored entries).
 
 Then what happens to scores: what becomes of the probabilities (NO_UPDATE, HEAVY_HITTER or KEEP_PROBS), with the
 distance, power 2 and the reduction "max" of heavy hitters; whether the kernel itself evicts, after how many tokens, how
-many entries it retains, how many of the newest tokens it never evicts, and of which power of the attention scores are
-means (the bits of a float32; 0 if they are none).
+many entries it retains, from which slot on entries keep their order, how many of the newest tokens it never evicts, and
+of which power of the attention scores are means (the bits of a float32; 0 if they are none).
 
 Then addresses of the state, the number of centroids, the channels that are rotated together (0 for none), and the
 address of the order of the key's channels. Keys have the columns below from KEY on, and values from VALUE on."""

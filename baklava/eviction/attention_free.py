@@ -37,7 +37,7 @@ class StreamingLLM(Eviction):
             "recent_ratio": 1.0,
             "eviction_interval": 1,
             "pooling": 1,
-            "full_precision_recent": False,
+            "residual_length": 0,
             "fit_references": 0,
             "centroids": 0,
         }

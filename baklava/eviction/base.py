@@ -16,7 +16,7 @@ SHARED_PARAMS = (
     "recent_ratio",
     "eviction_interval",
     "pooling",
-    "full_precision_recent",
+    "residual_length",
     "centroids",
     "fit_references",
     "fit_ridge",
@@ -115,7 +115,7 @@ class Eviction(ABC):
     recent_ratio: float = 0.5
     eviction_interval: int = 32
     pooling: int = 1
-    full_precision_recent: bool = False
+    residual_length: int = 0
     centroids: int = 0
     fit_references: int = 0
     fit_ridge: float = 10.0

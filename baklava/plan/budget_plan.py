@@ -42,8 +42,7 @@ LENGTH_MISMATCH = 4
 class LayerBudget(FrozenModel):
     """Budgets of one layer, one number per KV head.
 
-    Keys and values in fewer than 16 bits are quantized, except for the sinks and, with `full_precision_recent`, the
-    tokens since the last eviction.
+    Keys and values in fewer than 16 bits are quantized, except for the sinks and the residual (`residual_length`).
 
     Attributes:
         tokens: capacity in entries.
@@ -73,8 +72,8 @@ class EvictionConfig(FrozenModel):
         eviction_interval: tokens between two evictions. A head falls to its capacity minus the interval, then grows
             back.
         pooling: number of neighbouring entries over which scores are averaged before entries compete; 1 is none.
-        full_precision_recent: whether a full head keeps its tokens since the last eviction in 16 bits if it is
-            quantized. A ring buffer quantizes each token at once.
+        residual_length: number of entries of a full head, its newest, that stay in 16 bits if it is quantized; 0
+            for none. An eviction quantizes the oldest of them, so fewer by one interval remain after it.
         centroids: per head, the number of 16-bit centroids that evicted entries are merged into; 0 drops them.
         fit_references: number of reference queries of a prompt to which the values that stay are fitted; 0 for none.
         fit_ridge: strength of the ridge that holds fitted values where they were.
@@ -87,7 +86,7 @@ class EvictionConfig(FrozenModel):
     recent_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
     eviction_interval: PositiveInt = 1
     pooling: PositiveInt = 1
-    full_precision_recent: bool = False
+    residual_length: Annotated[int, Field(ge=0)] = 0
     centroids: Annotated[int, Field(ge=0)] = 0
     fit_references: Annotated[int, Field(ge=0)] = 0
     fit_ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
@@ -105,8 +104,8 @@ class EvictionConfig(FrozenModel):
 
     def full_precision_slots(self, tokens: int, slots: int) -> int:
         """Return how many of the first `slots` of a quantized head of capacity `tokens` stay in 16 bits."""
-        recent = slots - (tokens - self.eviction_interval) if self.full_precision_recent else 0
-        return min(slots, self.sinks) + max(0, recent)
+        sinks = min(slots, self.sinks)
+        return sinks + max(0, slots - max(sinks, tokens - self.residual_length))
 
 
 class AllocationConfig(FrozenModel):
@@ -367,7 +366,8 @@ def head_bytes(
     dense = eviction.full_precision_slots(tokens, slots)
     keys, values = bit_split(head_dim, key_bits, mixed_precision), bit_split(head_dim, value_bits, False)
     payload = tensor_bytes(slots, keys, dense) + tensor_bytes(slots, values, dense)
-    key_mean = head_dim * FULL_BITS // 8 if key_bits < FULL_BITS else 0
+    is_centred = key_bits < FULL_BITS and eviction.full_precision_slots(tokens, tokens) < tokens
+    key_mean = head_dim * FULL_BITS // 8 if is_centred else 0
     centroids = eviction.centroids * (2 * head_dim * FULL_BITS // 8 + CENTROID_STATE_BYTES)
     return payload + key_mean + centroids + (slots * ENTRY_STATE_BYTES if eviction.scored else 0)
 

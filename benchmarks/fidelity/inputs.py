@@ -86,7 +86,7 @@ class ShuffledHeads(StudyMethod):
 
 FALLBACK_SPEC = (
     "greedy(measure=text,bits=any)+attention_matching("
-    "sinks=1,centroids=4,eviction_interval=8,full_precision_recent=true,fit_references=256)@k5v4"
+    "sinks=1,centroids=4,eviction_interval=8,residual_length=16,fit_references=256)@k5v4"
 )
 """Stands in for a searched plan at budgets without a search: one of the first trials, which wins at large budgets."""
 

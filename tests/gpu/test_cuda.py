@@ -305,7 +305,7 @@ def test_a_server_writes_on_the_device_what_it_writes_on_the_cpu(tiny: Maker, ev
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "eviction",
-    [StreamingLLM(sinks=2), HeavyHitter(eviction_interval=4, full_precision_recent=True, centroids=4), KeyNorm()],
+    [StreamingLLM(sinks=2), HeavyHitter(eviction_interval=4, residual_length=7, centroids=4), KeyNorm()],
     ids=str,
 )
 def test_the_triton_kernels_decode_as_the_reference_does(eviction: Eviction, dtype: torch.dtype) -> None:

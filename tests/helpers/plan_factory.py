@@ -48,7 +48,7 @@ def with_bits(plan: BudgetPlan, bits: list[tuple[int, int]]) -> BudgetPlan:
 EVICTIONS = [
     StreamingLLM(sinks=2),
     HeavyHitter(sinks=3, eviction_interval=4, distance=0, stride=3),
-    HeavyHitter(sinks=2, eviction_interval=5, distance=8, full_precision_recent=True, centroids=2),
+    HeavyHitter(sinks=2, eviction_interval=5, distance=8, residual_length=12, centroids=2),
     METHODS["attention_matching"](sinks=2, eviction_interval=4, references=9, distance=3),
     METHODS["attention_matching"](sinks=2, eviction_interval=4, references=16, fit_references=8, centroids=2),
     HeavyHitter(sinks=2, eviction_interval=4, distance=0, fit_references=12),

@@ -12,7 +12,7 @@ from baklava.profiling.profile import Profile
 from tuning.study.search_space import BIT_PAIRS, CURVES, FIT_REFERENCES, REFERENCE_COUNTS, Params, SearchSpace
 from tuning.study.settings import BitsName
 
-BEST_SHARED_PARAMS: dict[str, Any] = {"centroids": 4, "eviction_interval": 8, "full_precision_recent": True}
+BEST_SHARED_PARAMS: dict[str, Any] = {"centroids": 4, "eviction_interval": 8, "residual_length": 16}
 """The newest tokens get most attention, so they stay in 16 bits; they are few, since evictions are frequent."""
 
 BEST_HEAVY_HITTER = HeavyHitter(**BEST_SHARED_PARAMS)
@@ -94,7 +94,7 @@ def initial_params(space: SearchSpace) -> list[Params]:
 def _strongest(space: SearchSpace) -> list[Params]:
     """Blends and greedy, with one sink, since sinks stay in 16 bits.
 
-    Two of the blends are for small budgets, which gain from more references and lose from newest tokens in 16 bits.
+    Small budgets lose from newest tokens in 16 bits, so blends keep few or none there, and gain from more references.
     """
     if not _supports_default_blend(space):
         return []
@@ -104,11 +104,11 @@ def _strongest(space: SearchSpace) -> list[Params]:
         **{name: getattr(DEFAULT_BLEND, name) for name in space.blend_params},
         **shared,
     }
-    small = {**blend, "staged": False}
+    small = {**blend, "residual": 0}
     if "references" in small:
         small["references"] = max(REFERENCE_COUNTS)
     halves = {"reconstruction_power": 0.5, "importance_power": 0.5, "curve_power": 0.5}
-    return [blend, small, {**small, **halves}, {"allocation": Greedy.name, **shared}]
+    return [{**blend, "residual": 8}, small, {**small, **halves}, {"allocation": Greedy.name, **shared}]
 
 
 def _single_measures(space: SearchSpace) -> list[Params]:
@@ -144,7 +144,7 @@ def _shared_params(space: SearchSpace, bits: BitsName) -> Params:
         params |= {"references": best.references, "ridge": best.fit_ridge}
     else:
         params["group_reduction"] = best.reduction
-    return params if bits == "16" else {**params, "staged": best.full_precision_recent}
+    return params if bits == "16" else {**params, "residual": best.residual_length}
 
 
 def _supports_default_blend(space: SearchSpace) -> bool:

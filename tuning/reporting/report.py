@@ -164,7 +164,7 @@ def _winner_params(result: SearchResult) -> dict[str, object]:
         "recent": eviction.recent_ratio,
         "interval": eviction.eviction_interval,
         "centroids": eviction.centroids,
-        "full precision recent": eviction.full_precision_recent,
+        "residual length": eviction.residual_length,
         "fit references": eviction.fit_references,
         **({"fit ridge": f"{eviction.fit_ridge:.3g}"} if eviction.fit_references else {}),
         **eviction.params,

@@ -12,7 +12,7 @@ from baklava.plan.budget_plan import BudgetPlan, PrefillConfig, head_bytes
 from baklava.plan.geometry import FULL_BITS, CacheGeometry, full_cache_bytes, unbudgeted_bytes
 from baklava.profiling.profile import Profile
 from tuning.study.objective import Goal
-from tuning.study.settings import ALL_BITS, CENTROID_CHOICES, INTERVAL_CHOICES, BitsName
+from tuning.study.settings import ALL_BITS, CENTROID_CHOICES, INTERVAL_CHOICES, RESIDUAL_LENGTHS, BitsName
 
 Params = dict[str, Any]
 
@@ -134,7 +134,7 @@ class SearchSpace:
             trial.suggest_categorical("interval", list(INTERVAL_CHOICES))
             trial.suggest_categorical("centroids", list(CENTROID_CHOICES))
             if bits != "16":
-                trial.suggest_categorical("staged", [False, True])
+                trial.suggest_categorical("residual", list(RESIDUAL_LENGTHS))
         if self.budget_range:
             trial.suggest_float("budget", *self.budget_range, log=True)
 
@@ -148,7 +148,7 @@ class SearchSpace:
 def recorded_evictions(moves_queries: bool) -> tuple[Eviction, ...]:
     """Return one eviction method per distinct recording that the plans of this space need from a prefill.
 
-    Sinks, recent ratio, interval, bits, staging, centroids and ridge change what is evicted, not what is recorded.
+    Sinks, recent ratio, interval, bits, residual, centroids and ridge change what is evicted, not what is recorded.
 
     Args:
         moves_queries: Whether the model's queries can be moved.
@@ -179,7 +179,7 @@ def eviction_from_params(params: Params) -> Eviction:
         "recent_ratio": params["recent"],
         "eviction_interval": params["interval"],
         "centroids": params["centroids"],
-        "full_precision_recent": params.get("staged", False),
+        "residual_length": params.get("residual", 0),
     }
     if params["eviction"] == HeavyHitter.name:
         return HeavyHitter(**shared, reduction=params["group_reduction"])

@@ -22,6 +22,9 @@ ALL_BITS: tuple[BitsName, ...] = get_args(BitsName)
 INTERVAL_CHOICES = (8, 16, 32)
 """Eviction intervals that trials sample."""
 
+RESIDUAL_LENGTHS = (0, 8, 16, 32)
+"""Newest entries in 16 bits that trials sample."""
+
 LARGEST_INTERVAL = max(INTERVAL_CHOICES)
 
 CENTROID_CHOICES = (0, 4, 8, 16)

@@ -114,9 +114,7 @@ class HeadGroup(ABC):
         keys, values = (of(template.shape[3]) for of in (budget.key_bit_split, budget.value_bit_split))
         self.key_rotation = _rotation(keys, template, budget.channel_order(template.device) if len(keys) > 1 else None)
         self.value_rotation = _rotation(values, template)
-        layout = StorageLayout(
-            budget.tokens, eviction.sinks, eviction.eviction_interval if eviction.full_precision_recent else 0
-        )
+        self.layout = layout = StorageLayout(budget.tokens, eviction.sinks, eviction.residual_length)
         self.keys = storage_for(keys, template, layout, centred=True)
         self.values = storage_for(values, template, layout)
         self.head_dim = template.shape[3]

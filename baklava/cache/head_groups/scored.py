@@ -27,6 +27,7 @@ from baklava.cache.storage import EMPTY, TensorSpec
 from baklava.cache.storage.base import gather_new
 from baklava.errors import UserError
 from baklava.eviction import Eviction, HeavyHitter, QuerySample
+from baklava.plan.geometry import FULL_BITS
 
 MAX_FITTED_SHARE = 0.9
 """Values are not fitted if more of the entries stay: there is little to gain."""
@@ -44,6 +45,9 @@ class ScoredHeadGroup(HeadGroup):
     ) -> None:
         super().__init__(budget, eviction, template, max_tokens)
         self.num_retained = budget.tokens - eviction.eviction_interval
+        is_dense = min(budget.key_bits, budget.value_bits) >= FULL_BITS
+        self.residual_start = self.num_retained if is_dense else min(self.num_retained, self.layout.residual_start)
+        """First slot of those whose entries keep their order: an eviction moves the oldest of them to holes before."""
         self.positions: Int[Tensor, "batch heads slots"] = torch.empty(0, 0, 0)
         self.scores: Float[Tensor, "batch heads slots"] = torch.empty(0, 0, 0)
         self.centroids: Centroids | None = None
@@ -71,6 +75,7 @@ class ScoredHeadGroup(HeadGroup):
             rows[..., columns.SQUARED], rows[..., columns.BY_MAX] = hitter.power == 2, hitter.reduction == "max"
         rows[..., columns.EVICTS] = not self.needs_pytorch
         rows[..., columns.INTERVAL], rows[..., columns.RETAINED] = eviction.eviction_interval, self.num_retained
+        rows[..., columns.RESIDUAL_START] = self.residual_start
         rows[..., columns.RECENT_WINDOW] = eviction.recent_window(self.budget.tokens)
         rows[..., columns.POWER] = np.float32(eviction.attention_power).view(np.int32)
         rows[..., columns.POSITIONS], rows[..., columns.SCORES] = addresses(self.positions), addresses(self.scores)
@@ -315,7 +320,7 @@ class ScoredHeadGroup(HeadGroup):
         if self.centroids is not None:
             weights = self._weights(self.scores.gather(2, evicted), self.positions.gather(2, evicted))
             self.centroids.copy_(self.centroids.merge(self.keys.gather(evicted), self.values.gather(evicted), weights))
-        source, target = _compaction_moves(evicted, self.num_retained)
+        source, target = _compaction_moves(evicted, self.residual_start, self.num_filled)
         for storage in (self.keys, self.values):
             storage.move(source, target)
         for state in (self.positions, self.scores):
@@ -345,17 +350,24 @@ class ScoredHeadGroup(HeadGroup):
         return self.positions[..., : self.num_filled]
 
 
-def _compaction_moves(evicted: Tensor, num_retained: int) -> tuple[Tensor, Tensor]:
-    """Return source and target slots of the moves that fill the first `num_retained` slots.
+def _compaction_moves(evicted: Tensor, start: int, num_filled: int) -> tuple[Tensor, Tensor]:
+    """Return source and target slots of the moves that leave no hole where entries were evicted.
 
-    `evicted` is sorted and has all but `num_retained` slots. Rows differ in how many entries move; the other moves of
-    a row move an entry onto itself.
+    The entries from slot `start` on move in their order: into the holes before `start`, then from `start` on. Rows
+    differ in how many of them were evicted; the last moves of a row move an entry onto itself.
+
+    Args:
+        evicted: Sorted slots of evicted entries [batch, heads, evicted].
+        start: A slot, after which as many entries follow as are evicted, or more.
+        num_filled: Entries before the eviction.
     """
-    index = torch.arange(evicted.shape[2], device=evicted.device)
-    is_evicted = (index[:, None] + num_retained == evicted[:, :, None]).any(-1)
-    source = is_evicted.int().argsort(dim=2, stable=True) + num_retained
-    holes = (evicted < num_retained).sum(2, keepdim=True)
-    return torch.where(index < holes, source, evicted), evicted
+    index = torch.arange(num_filled - start, device=evicted.device)
+    is_evicted = (index[:, None] + start == evicted[:, :, None]).any(-1)
+    holes = (evicted < start).sum(2, keepdim=True)
+    into = evicted.gather(2, index.clamp(max=evicted.shape[2] - 1).expand(*evicted.shape[:2], -1))
+    target = torch.where(index < holes, into, start + index - holes)
+    source = is_evicted.int().argsort(dim=2, stable=True) + start
+    return torch.where(index < len(index) - is_evicted.sum(2, keepdim=True), source, target), target
 
 
 def _pool(scores: Tensor, positions: Tensor, width: int) -> Tensor:

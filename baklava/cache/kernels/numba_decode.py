@@ -60,6 +60,7 @@ from baklava.cache.table_columns import (
     QUANTIZED_STOP,
     RECENT,
     RECENT_WINDOW,
+    RESIDUAL_START,
     RETAINED,
     RING_LENGTH,
     SCORES,
@@ -965,20 +966,30 @@ def merge_entries(addresses, weights, num_old, keys, values, iterations, channel
 
 
 @compiled
-def _fill_holes(table, slots, retained, positions, scores, entry, codes, scratch):
-    """Move entries from the end into the slots of evicted ones, which are in ascending order."""
-    hole, gone = 0, 0
-    while gone < len(slots) and slots[gone] < retained:
+def _fill_holes(table, slots, start, positions, scores, entry, codes, scratch):
+    """Move the entries from `start` on, in their order: into the slots of evicted ones before it, then from it on.
+
+    The slots of evicted entries are in ascending order.
+    """
+    hole, gone, target = 0, 0, start
+    while gone < len(slots) and slots[gone] < start:
         gone += 1
-    for source in range(retained, len(positions)):
+    holes = gone
+    for source in range(start, len(positions)):
         if gone < len(slots) and slots[gone] == source:
             gone += 1
             continue
-        target = slots[hole]
+        if hole < holes:
+            free = slots[hole]
+            hole += 1
+        else:
+            free = target
+            target += 1
+        if free == source:
+            continue
         for part in range(2):
-            _move(_storage(table, part), source, target, entry, codes, scratch)
-        positions[target], scores[target] = positions[source], scores[source]
-        hole += 1
+            _move(_storage(table, part), source, free, entry, codes, scratch)
+        positions[free], scores[free] = positions[source], scores[source]
 
 
 @compiled
@@ -998,7 +1009,7 @@ def _evict_row(table, codes, entry, scratch, channels):
         _gather_centroids(table, centroids, entries, numbers)
         _gather_evicted(table, slots, positions, scores, centroids, entries, numbers, codes)
         _merge(table, entries, numbers, centroids, 1, channels)
-    _fill_holes(table, slots, retained, positions, scores, entry, codes, scratch)
+    _fill_holes(table, slots, table[RESIDUAL_START], positions, scores, entry, codes, scratch)
     table[FILLED] = retained
 
 

@@ -34,11 +34,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StorageLayout:
-    """Slots of a head, of which the first `sinks` and the last `full_precision_recent` are never quantized."""
+    """Slots of a head, of which the first `sinks` and the last `residual` are never quantized."""
 
     tokens: int
     sinks: int = 0
-    full_precision_recent: int = 0
+    residual: int = 0
+
+    @property
+    def residual_start(self) -> int:
+        """First slot of the residual."""
+        return max(self.sinks, self.tokens - self.residual)
 
 
 def storage_for(split: BitSplit, template: Entries, layout: StorageLayout, *, centred: bool = False) -> Storage:
@@ -55,7 +60,7 @@ def storage_for(split: BitSplit, template: Entries, layout: StorageLayout, *, ce
     """
     if split[0][1] >= FULL_BITS:
         return SlotStorage(DenseCodec(template, split[0][1]), template)
-    bounds = (0, layout.sinks, layout.tokens - layout.full_precision_recent, layout.tokens)
+    bounds = (0, layout.sinks, layout.residual_start, layout.tokens)
     codecs: list[Codec] = [
         DenseCodec(template, FULL_BITS),
         _quantized_codec(split, template, centred),

@@ -45,7 +45,7 @@ UNRANKED = (
     SqueezeAttention(),
     Blended(reconstruction_power=0.0, importance_power=2.0),
 )
-EVICTIONS = (StreamingLLM(), HeavyHitter(), HeavyHitter(full_precision_recent=True))
+EVICTIONS = (StreamingLLM(), HeavyHitter(), HeavyHitter(residual_length=40))
 
 drawn = given(
     eviction=st.sampled_from(EVICTIONS),

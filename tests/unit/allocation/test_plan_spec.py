@@ -24,10 +24,10 @@ WITH_SEMICOLON = PlanSpec(PyramidKV(steepness=0.5), HeavyHitter(recent_ratio=0.3
         ("baklava()@8:1", PlanSpec(Baklava(), StreamingLLM(), (8, 8), 1.0)),
         (
             "blended(curve_power=0.5, bits=curves)"
-            "+heavy_hitter(recent_ratio=6e-1,power=2,full_precision_recent=true)@k4v2:0.125",
+            "+heavy_hitter(recent_ratio=6e-1,power=2,residual_length=8)@k4v2:0.125",
             PlanSpec(
                 Blended(curve_power=0.5, bits="curves"),
-                HeavyHitter(recent_ratio=0.6, power=2, full_precision_recent=True),
+                HeavyHitter(recent_ratio=0.6, power=2, residual_length=8),
                 (4, 2),
                 0.125,
             ),
@@ -58,7 +58,7 @@ def test_a_spec_names_method_parameters_eviction_bits_and_budget(text: str, spec
         ("greedy(measure=applause):0.3", "'applause' is not one of text, repetition, error"),
         ("blended(bits=any):0.3", "'any' is not one of fixed, curves"),
         ("uniform+heavy_hitter(power=3):0.3", "'3' is not one of 1, 2"),
-        ("uniform+heavy_hitter(full_precision_recent=yes):0.3", "'yes' is not one of true, false"),
+        ("uniform+heavy_hitter(residual_length=yes):0.3", "'yes' is not an integer"),
         ("baklava(floor=2):0.3", "floor within"),
         ("uniform@7:0.3", "bits '7' are not supported"),
         ("uniform:much", "budget 'much' is not a share of the bytes; write uniform:0.3 or uniform:30%"),

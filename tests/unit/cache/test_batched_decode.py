@@ -236,7 +236,7 @@ def test_a_prompt_and_decoding_sequences_share_their_forwards(tiny, eviction, ch
     [
         StreamingLLM(),
         HeavyHitter(eviction_interval=5, distance=0, centroids=2),
-        HeavyHitter(eviction_interval=5, distance=0, full_precision_recent=True),
+        HeavyHitter(eviction_interval=5, distance=0, residual_length=8),
         AttentionMatching(eviction_interval=4, references=16, fit_references=8, centroids=2),
     ],
 )

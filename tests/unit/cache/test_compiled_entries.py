@@ -13,7 +13,7 @@ from baklava.runtime.prefill import prefill
 BITS = [[(4, 4), (3, 2)], [(8, 5), (6, 16)], [(16, 4), (5, 3)]]
 METHODS = [
     StreamingLLM(sinks=3),
-    HeavyHitter(sinks=2, eviction_interval=5, distance=8, full_precision_recent=True, centroids=3),
+    HeavyHitter(sinks=2, eviction_interval=5, distance=8, residual_length=8, centroids=3),
     SnapKV(sinks=0, eviction_interval=5),
 ]
 

@@ -96,7 +96,7 @@ def test_every_method_decodes_in_all_bits_as_the_reference_does(
 def test_graded_keys_of_several_rows_decode_as_the_reference_does(
     monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel, bits: Any
 ) -> None:
-    eviction = HeavyHitter(sinks=2, eviction_interval=5, distance=8, full_precision_recent=True, centroids=3)
+    eviction = HeavyHitter(sinks=2, eviction_interval=5, distance=8, residual_length=8, centroids=3)
     plan = with_mixed_precision(loaded, with_bits(make_plan(loaded, [[20, 40], [28, 64]], eviction), bits))
     check_against_reference(monkeypatch, loaded, plan, random_ids(3, 90), random_ids(3, 30, seed=2))
 
@@ -123,7 +123,7 @@ HITTERS = st.builds(
     sinks=st.sampled_from([0, 1, 3]),
     eviction_interval=st.sampled_from([1, 2, 9]),
     distance=st.sampled_from([0, 1, 32]),
-    full_precision_recent=st.booleans(),
+    residual_length=st.sampled_from([0, 3, 9, 24]),
     centroids=st.sampled_from([0, 2]),
 )
 HEAD_BITS = st.tuples(*[st.sampled_from([32, 16, 8, 6, 5, 4, 3, 2])] * 2)
@@ -209,7 +209,7 @@ SCORED = [METHODS[name](sinks=2, eviction_interval=5, pooling=1) for name in ("t
             eviction_interval=st.sampled_from([1, 2, 9, 32]),
             power=st.sampled_from([1, 2]),
             distance=st.sampled_from([0, 8]),
-            full_precision_recent=st.booleans(),
+            residual_length=st.sampled_from([0, 3, 9, 24]),
             centroids=st.sampled_from([0, 1, 4, 16]),
         ),
         st.sampled_from([*SCORED, METHODS["snapkv"](sinks=2, eviction_interval=5, centroids=2), StreamingLLM(sinks=2)]),

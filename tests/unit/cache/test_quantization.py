@@ -32,13 +32,13 @@ EVICTIONS = [
     StreamingLLM(sinks=2),
     StreamingLLM(sinks=0),
     HeavyHitter(sinks=2, eviction_interval=4, distance=0),
-    HeavyHitter(sinks=0, eviction_interval=6, recent_ratio=0.2, full_precision_recent=True, distance=0),
-    TOVA(sinks=1, eviction_interval=3, full_precision_recent=True),
-    SnapKV(sinks=2, eviction_interval=4, window=3, full_precision_recent=True),
+    HeavyHitter(sinks=0, eviction_interval=6, recent_ratio=0.2, residual_length=6, distance=0),
+    TOVA(sinks=1, eviction_interval=3, residual_length=2),
+    SnapKV(sinks=2, eviction_interval=4, window=3, residual_length=11),
     KeyNorm(sinks=2, eviction_interval=5),
-    KeyDiff(sinks=0, eviction_interval=4, full_precision_recent=True),
+    KeyDiff(sinks=0, eviction_interval=4, residual_length=4),
     ExpectedAttention(sinks=2, eviction_interval=4, window=6),
-    KVzip(sinks=2, eviction_interval=4, full_precision_recent=True),
+    KVzip(sinks=2, eviction_interval=4, residual_length=7),
 ]
 
 every_eviction = pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
@@ -120,12 +120,10 @@ def test_8_bits_are_nearly_16(tiny: Maker, eviction: Eviction) -> None:
 @pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-@pytest.mark.parametrize("full_precision_recent", [False, True])
-def test_entries_that_stay_never_change(tiny: Maker, bits: int, full_precision_recent: bool) -> None:
+@pytest.mark.parametrize("residual", [0, 4, 9])
+def test_entries_that_stay_change_only_when_they_leave_the_residual(tiny: Maker, bits: int, residual: int) -> None:
     loaded = tiny()
-    eviction = HeavyHitter(
-        sinks=2, eviction_interval=4, recent_ratio=0.2, full_precision_recent=full_precision_recent, distance=0
-    )
+    eviction = HeavyHitter(sinks=2, eviction_interval=4, recent_ratio=0.2, residual_length=residual, distance=0)
     cache = BudgetedCache(make_plan(loaded, [[20, 30], [25, 25]], eviction, bits=bits))
     loaded.model(random_ids(1, 60), past_key_values=cache)
     first = entries(cache)
@@ -138,14 +136,38 @@ def test_entries_that_stay_never_change(tiny: Maker, bits: int, full_precision_r
     assert all(torch.equal(first[name], last[name]) for name in remaining)
 
 
-def entries(cache: BudgetedCache) -> dict[tuple[int, int, int], Tensor]:
-    """Key and value of each (layer, head, position) that is held."""
+@pytest.mark.parametrize("residual", [7, 9, 40])
+@torch.inference_mode()
+def test_the_newest_entries_of_a_full_head_are_in_16_bits(tiny: Maker, residual: int) -> None:
+    loaded = tiny()
+    eviction = HeavyHitter(sinks=2, eviction_interval=4, recent_ratio=0.7, residual_length=residual, distance=0)
+    exact, coded = (BudgetedCache(make_plan(loaded, [[20, 30], [25, 25]], eviction, bits=bits)) for bits in (16, 2))
+    prompt = random_ids(1, 60)
+    for cache in (exact, coded):
+        loaded.model(prompt, past_key_values=cache)
+    for number in range(1, 30):
+        for cache in (exact, coded):
+            steps(loaded, cache, random_ids(1, 1, seed=number))
+        theirs, ours = (entries(cache, residual=True) for cache in (exact, coded))
+        for group in coded.budgeted_layers[0].groups:
+            newest = min(residual - 4, eviction.recent_window(group.budget.tokens)) + number % 4
+            expected = range(60 + number - newest, 60 + number)
+            assert group.cached_positions()[0, 0, -newest:].tolist() == list(expected)
+            # What the first layer stores does not depend on what the cache holds. Rotations keep the length.
+            for name in [(0, head, position) for head in group.budget.heads for position in expected]:
+                torch.testing.assert_close(ours[name].norm(), theirs[name].norm(), rtol=2e-3, atol=0)
+
+
+def entries(cache: BudgetedCache, residual: bool = False) -> dict[tuple[int, int, int], Tensor]:
+    """Key and value of each (layer, head, position) that is held, with or without those in the residual."""
     found = {}
     for index, layer in enumerate(cache.budgeted_layers):
         for group in layer.groups:
             pair = torch.cat([group.keys.read(group.num_filled), group.values.read(group.num_filled)], -1)
+            pair = pair if residual else pair[:, :, : group.residual_start]
             for place, head in enumerate(group.budget.heads):
-                positions = group.cached_positions().expand(-1, len(group.budget.heads), -1)[0, place].tolist()
+                held = group.cached_positions().expand(-1, len(group.budget.heads), -1)
+                positions = held[0, place, : pair.shape[2]].tolist()
                 found |= {(index, head, position): pair[0, place, slot] for slot, position in enumerate(positions)}
     return found
 
@@ -264,7 +286,7 @@ def test_heads_of_one_layer_have_bits_of_their_own(tiny: Maker, eviction: Evicti
 @torch.inference_mode()
 @pytest.mark.parametrize(
     "eviction",
-    [StreamingLLM(sinks=2), HeavyHitter(sinks=2, eviction_interval=8, full_precision_recent=True, distance=0)],
+    [StreamingLLM(sinks=2), HeavyHitter(sinks=2, eviction_interval=8, residual_length=8, distance=0)],
     ids=str,
 )
 def test_chunks_and_second_turns_are_near_a_full_cache(tiny: Maker, eviction: Eviction) -> None:
@@ -283,7 +305,7 @@ def test_chunks_and_second_turns_are_near_a_full_cache(tiny: Maker, eviction: Ev
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "eviction",
-    [StreamingLLM(sinks=2), HeavyHitter(sinks=2, eviction_interval=4, full_precision_recent=True, distance=0)],
+    [StreamingLLM(sinks=2), HeavyHitter(sinks=2, eviction_interval=4, residual_length=9, distance=0)],
     ids=str,
 )
 def test_models_in_half_precision_pack_too(tiny: Maker, dtype: torch.dtype, eviction: Eviction) -> None:

@@ -21,8 +21,8 @@ BATCH, HEADS, DIM, TOKENS = 2, 3, 32, 24
 LAYOUTS = [
     StorageLayout(TOKENS),
     StorageLayout(TOKENS, sinks=3),
-    StorageLayout(TOKENS, sinks=2, full_precision_recent=5),
-    StorageLayout(TOKENS, full_precision_recent=4),
+    StorageLayout(TOKENS, sinks=2, residual=5),
+    StorageLayout(TOKENS, residual=4),
 ]
 CODED = [((DIM, bits),) for bits in (32, 16, 8, 6, 5, 4, 3, 2)] + [
     bit_split(DIM, bits, True) for bits in (6, 5, 4, 3, 2)
@@ -54,7 +54,7 @@ def alike(channels: int, bits: int) -> BitSplit:
 
 
 def part_of(slots: Tensor, layout: StorageLayout) -> Tensor:
-    return (slots >= layout.sinks).int() + (slots >= layout.tokens - layout.full_precision_recent).int()
+    return (slots >= layout.sinks).int() + (slots >= layout.residual_start).int()
 
 
 def allocated(storage: Storage, slots: int, batch: int = BATCH) -> Storage:
@@ -147,9 +147,7 @@ def test_a_selection_is_of_old_entries_as_they_are_and_of_new_ones(
 def test_bytes_are_those_of_the_plan(coded: BitSplit, layout: StorageLayout, centred: bool) -> None:
     storage = filled(coded, layout, centred)
     mean = DIM * 2 if centred and packed(coded) else 0
-    assert storage.nbytes == BATCH * HEADS * (
-        tensor_bytes(TOKENS, coded, layout.sinks + layout.full_precision_recent) + mean
-    )
+    assert storage.nbytes == BATCH * HEADS * (tensor_bytes(TOKENS, coded, layout.sinks + layout.residual) + mean)
     allocated(storage, layout.sinks + 1)
     assert storage.nbytes == BATCH * HEADS * (tensor_bytes(layout.sinks + 1, coded, layout.sinks) + mean)
 
@@ -175,16 +173,12 @@ def test_a_slab_has_the_bytes_of_its_tensors_and_none_overlap(shapes: list[list[
 
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
 @pytest.mark.parametrize("sinks", [0, 4])
-@pytest.mark.parametrize("full_precision_recent", [False, True])
+@pytest.mark.parametrize("residual", [0, 8, 20, 60])
 @pytest.mark.parametrize("mixed_precision", [False, True])
-def test_a_pair_of_storages_is_a_head_of_the_plan(
-    bits: int, sinks: int, full_precision_recent: bool, mixed_precision: bool
-) -> None:
+def test_a_pair_of_storages_is_a_head_of_the_plan(bits: int, sinks: int, residual: int, mixed_precision: bool) -> None:
     geometry = CacheGeometry(layers=1, kv_heads=1, query_group=1, head_dim=64, windows=(None,))
-    eviction = EvictionConfig(
-        method="streaming_llm", sinks=sinks, eviction_interval=8, full_precision_recent=full_precision_recent
-    )
-    layout = StorageLayout(40, sinks, 8 if full_precision_recent else 0)
+    eviction = EvictionConfig(method="streaming_llm", sinks=sinks, eviction_interval=8, residual_length=residual)
+    layout = StorageLayout(40, sinks, residual)
     sides = [(bit_split(64, bits, mixed_precision), True), (alike(64, bits), False)]
     pair = [storage_for(coded, torch.empty(1, 1, 0, 64), layout, centred=centred) for coded, centred in sides]
     for storage in pair:

@@ -57,7 +57,7 @@ def test_rings_and_scored_heads_of_all_shapes_and_bits_decode_as_the_reference_d
 
 
 def test_centroids_recent_entries_and_mixed_precision_decode_as_the_reference_does() -> None:
-    eviction = HeavyHitter(sinks=2, eviction_interval=3, distance=8, full_precision_recent=True, centroids=3)
+    eviction = HeavyHitter(sinks=2, eviction_interval=3, distance=8, residual_length=7, centroids=3)
     budgets = [Budget(24, 3, 5, mixed=True), Budget(40, 6, 4, mixed=True), Budget(200, 2, 3, mixed=True)]
     layer = Layer(budgets, eviction, rows=2, group=3, head_dim=64, prompt=50)
     for _ in range(4):  # more than an interval, so entries move
@@ -74,7 +74,7 @@ def test_models_in_half_precision_decode_nearly_as_the_reference_does(dtype: tor
 
 
 def test_nothing_is_read_after_the_last_entry() -> None:
-    eviction = HeavyHitter(sinks=2, eviction_interval=20, distance=0, full_precision_recent=True)
+    eviction = HeavyHitter(sinks=2, eviction_interval=20, distance=0, residual_length=20)
     budgets = [Budget(300, 32, 16), Budget(60, 4, 3), Budget(300, 5, 6, mixed=True)]
     layer = Layer(budgets, eviction, group=2, head_dim=64, prompt=45)
     for _ in range(2):
@@ -90,7 +90,7 @@ EVICTIONS = st.one_of(
         sinks=st.sampled_from([0, 1, 3]),
         eviction_interval=st.sampled_from([1, 2, 9]),
         distance=st.sampled_from([0, 1, 32]),
-        full_precision_recent=st.booleans(),
+        residual_length=st.sampled_from([0, 4, 16]),
         centroids=st.sampled_from([0, 2, 20]),
     ),
 )

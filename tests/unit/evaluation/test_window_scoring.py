@@ -91,9 +91,7 @@ def test_the_fast_score_rounds_to_16_bits_as_a_server_does(tiny: Maker, eviction
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "eviction", [*EVICTIONS[:2], FITTING, TOVA(eviction_interval=4, full_precision_recent=True)], ids=str
-)
+@pytest.mark.parametrize("eviction", [*EVICTIONS[:2], FITTING, TOVA(eviction_interval=4, residual_length=7)], ids=str)
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_the_fast_score_packs_as_a_server_does(tiny: Maker, eviction: Eviction, bits: int) -> None:
     loaded = tiny()

@@ -14,7 +14,7 @@ from baklava.runtime.prefill import prefill
 EVICTIONS = [
     StreamingLLM(sinks=2),
     HeavyHitter(sinks=3, eviction_interval=4, distance=0),
-    HeavyHitter(sinks=2, eviction_interval=5, full_precision_recent=True, centroids=2),
+    HeavyHitter(sinks=2, eviction_interval=5, residual_length=8, centroids=2),
     *(
         METHODS[name](sinks=2, eviction_interval=4)
         for name in ("tova", "snapkv", "key_norm", "keydiff", "expected_attention")
@@ -28,7 +28,7 @@ def plans(loaded) -> list[BudgetPlan]:
         with_bits(make_plan(loaded, [[20, 40], [28, 64]], eviction), bits)
         for eviction in EVICTIONS
         for bits in BITS
-        if not eviction.full_precision_recent or min(min(pair) for pair in bits) < 16
+        if not eviction.residual_length or min(min(pair) for pair in bits) < 16
     ]
     return combined + [with_chunked_prefill(plan, 9) for plan in combined]
 

@@ -95,7 +95,7 @@ def test_the_first_trials_are_the_strongest_blends_and_then_one_measure_each_in_
     assert [params["bits"] for params in points] == ["curves"] * 4 + ["4"] * 4
     evictions = [eviction_from_params(params) for params in points]
     assert [each.num_references for each in evictions] == [256, 1024, 1024] + [256] * 5
-    assert [each.full_precision_recent for each in evictions] == [True, False, False] + [True] * 5
+    assert [each.residual_length for each in evictions] == [8, 0, 0] + [16] * 5
     assert {each.eviction_interval for each in evictions} == {8}
     assert {each.score_key for each in (*evictions[:1], *evictions[3:])} == {BEST_MATCHING.score_key}
     assert allocation_from_params(points[0]) == DEFAULT_BLEND
