@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import median
+from statistics import median_low
 from typing import Any
 
 import optuna
@@ -201,7 +201,7 @@ def _column(name: str, trials: Sequence[TrialRecord]) -> list[Any]:
     """The parameter's value in every trial, and a stand-in where a trial does not have it."""
     absent = ABSENT
     if is_numeric(name, trials):
-        absent = median(trial.params[name] for trial in trials if name in trial.params)
+        absent = median_low(trial.params[name] for trial in trials if name in trial.params)
     return [trial.params.get(name, absent) for trial in trials]
 
 

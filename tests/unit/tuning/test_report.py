@@ -32,7 +32,7 @@ def trials(count: int = 12) -> tuple[TrialRecord, ...]:
     for number in range(1, count + 1):
         bits, floor = source.choice(["4", "16"]), source.random()
         loss = (0.1 if bits == "4" else 0.4) + 0.001 * source.random()
-        residual = {"residual": source.choice([0, 8])} if bits == "4" else {}
+        residual = {"residual": source.choice([16, 0])} if bits == "4" else {}
         found.append(record(number, [loss] * 4, bits=bits, floor=floor, **residual))
     return tuple(found)
 
