@@ -13,6 +13,7 @@ from baklava.allocation.base import (
     BitPair,
     Limits,
     distribute_proportionally,
+    missing_profile_error,
     round_to_steps,
 )
 from baklava.allocation.greedy import Greedy
@@ -136,8 +137,11 @@ def allocate(
         provenance: recorded in the plan; the profile's digest by default.
 
     Raises:
-        UserError: the budget is not in (0, 1], or leaves less than sinks + one eviction interval per head.
+        UserError: the budget is not in (0, 1], or leaves less than sinks + one eviction interval per head, or the
+            profile has no predictors and the eviction method needs them.
     """
+    if eviction.predicts and profile.score_predictors is None:
+        raise missing_profile_error(profile, "score predictors")
     mixed_precision = profile.key_channels is not None
     limits = budget_limits(profile.geometry, budget, context_length, eviction.config, bits, mixed_precision)
     result = method.allocate(profile, limits)
@@ -151,6 +155,7 @@ def allocate(
         provenance=provenance or Provenance(profile=profile.digest),
         layers=layer_budgets(profile.geometry, round_to_steps(result, limits, step), result),
         key_channels=profile.key_channels,
+        score_predictors=profile.score_predictors if eviction.predicts else None,
     )
 
 

@@ -12,6 +12,7 @@ from typing_extensions import override
 from baklava.cache import attention
 from baklava.cache.budgeted_layer import BudgetedLayer, Padding
 from baklava.cache.recording_layer import Recording
+from baklava.cache.score_predictor import ScorePredictor
 from baklava.cache.sliding_layer import SlidingLayer
 from baklava.cache.state_layer import NoAttentionLayer, StatefulCache, new_states, unbudgeted_layer
 from baklava.errors import UserError
@@ -40,6 +41,12 @@ class BudgetedCache(StatefulCache):
             raise UserError(
                 f"{plan.eviction.method} repeats whole prompts, not chunks; make a plan that prefills densely"
             )
+        if self.eviction.predicts != (plan.score_predictors is not None):
+            found = "has none" if self.eviction.predicts else "has some"
+            raise UserError(
+                f"score predictors go with methods that predict, and the plan of {plan.eviction.method} {found}; "
+                "give the unchanged plan.json of a search"
+            )
         self._last_updated = 0
         padding = Padding()
         layers = [self._layer(index, padding) for index in range(len(plan.layers))]
@@ -50,7 +57,10 @@ class BudgetedCache(StatefulCache):
         if (budget := plan.layers[index]) is None:
             return unbudgeted_layer(plan.geometry.windows[index] or 0, plan.sliding_bits)
         channels = plan.key_channels[index] if plan.key_channels else None
-        return BudgetedLayer(budget, self.eviction, plan.prefill.chunk_size, padding, channels, self.max_tokens)
+        heads = plan.score_predictors[index] if plan.score_predictors else None
+        predictor = ScorePredictor.decode(heads) if heads else None
+        chunk_size = plan.prefill.chunk_size
+        return BudgetedLayer(budget, self.eviction, chunk_size, padding, channels, self.max_tokens, predictor)
 
     def copy(self, max_tokens: int | None = None) -> "BudgetedCache":
         """Return an independent cache that continues from here, for a sequence of at most `max_tokens` tokens."""
@@ -88,12 +98,14 @@ class BudgetedCache(StatefulCache):
         recording.load_unbudgeted(cache)
         eviction = cache.eviction
         references = recording.references or ({},) * len(recording.keys)
-        layers = zip(cache.budgeted_layers, recording.keys, recording.values, recording.scores, references, strict=True)
-        for layer, key, value, scores, by_fit in layers:
+        rotations = recording.rotary_shifts or (None,) * len(recording.keys)
+        states = recording.keys, recording.values, recording.scores
+        layers = zip(cache.budgeted_layers, *states, references, rotations, strict=True)
+        for layer, key, value, scores, by_fit, rotary in layers:
             is_missing = eviction.fit_references and eviction.reference_key not in by_fit
             if eviction.scored and (is_missing or eviction.score_key not in scores):
                 raise UserError(f"{eviction} was not observed in the prefill; prefill with this eviction method")
-            layer.load_prompt(key, value, scores.get(eviction.score_key), by_fit.get(eviction.reference_key))
+            layer.load_prompt(key, value, scores.get(eviction.score_key), by_fit.get(eviction.reference_key), rotary)
         return cache
 
     @override

@@ -32,6 +32,8 @@ from baklava.cache.head_groups import (
     head_group,
 )
 from baklava.cache.kernels.fused_decode import can_fuse, fused_step, fused_steps
+from baklava.cache.rotary_shift import RotaryShift
+from baklava.cache.score_predictor import ScorePredictor
 from baklava.cache.storage import Slab
 from baklava.errors import UserError
 from baklava.eviction import Eviction
@@ -115,6 +117,7 @@ class BudgetedLayer(BudgetedLayerBase):
         padding: The count of left padding that all layers of a cache share.
         key_channels: The order of each head's key channels, if their bits differ.
         max_tokens: The largest number of tokens that a sequence will have.
+        predictor: Of the scores of a prompt, if the method predicts them.
     """
 
     def __init__(
@@ -125,9 +128,11 @@ class BudgetedLayer(BudgetedLayerBase):
         padding: Padding | None = None,
         key_channels: tuple[str, ...] | None = None,
         max_tokens: int | None = None,
+        predictor: ScorePredictor | None = None,
     ) -> None:
         super().__init__()
         self.group_budgets, self.eviction = _group_heads(budget, key_channels), eviction
+        self.predictor = predictor
         self.prefill_chunk, self.max_tokens = prefill_chunk, max_tokens
         self.padding = padding or Padding()
         self.pad_lengths: Int[Tensor, " batch"] | None = None
@@ -158,7 +163,7 @@ class BudgetedLayer(BudgetedLayerBase):
         memo = {} if memo is None else memo
         # Entries are copied only once, into a slab of another size.
         shared = [] if self.slab is None else [self.slab, *self.slab.tensors]
-        memo.update({id(one): one for one in (self.eviction, *shared)})
+        memo.update({id(one): one for one in (self.eviction, self.predictor, *shared)})
         copied = copy.copy(self)
         memo[id(self)] = copied
         copied.table = None
@@ -249,6 +254,10 @@ class BudgetedLayer(BudgetedLayerBase):
         if (count := self.eviction.num_references) and self.groups[0].is_prompt(tokens):
             references = ReferenceQueries.draw(tokens.query, tokens.positions, count, params)
             tokens = replace(tokens, references=references)
+        if self.predictor is not None and self.groups[0].is_prompt(tokens):
+            assert params.rotary_shift is not None  # references have been drawn with it
+            predicted = self.predictor.predict(tokens.key, tokens.value, params.rotary_shift)
+            tokens = replace(tokens, predicted=predicted)
         if tokens.teacher_forced:
             for group in self.groups:
                 if group.num_filled:
@@ -271,12 +280,30 @@ class BudgetedLayer(BudgetedLayerBase):
         self.cumulative_length += num_new
 
     def load_prompt(
-        self, key: KVStates, value: KVStates, score: Tensor | None, references: References | None = None
+        self,
+        key: KVStates,
+        value: KVStates,
+        score: Tensor | None,
+        references: References | None = None,
+        rotary: RotaryShift | None = None,
     ) -> None:
-        """Compress the keys and values of a prompt that a full cache has attended to."""
+        """Compress the keys and values of a prompt that a full cache has attended to.
+
+        Args:
+            key: The keys.
+            value: The values.
+            score: The scores, of methods that score a prompt.
+            references: What values are fitted to, if they are.
+            rotary: How the layer rotates its keys, which predictions need.
+        """
         self.advance(key.shape[2])
         self.lazy_initialization(key, value)
         positions = torch.arange(key.shape[2], device=key.device)[None]
+        if self.predictor is not None:
+            assert score is not None
+            assert rotary is not None
+            predicted = self.predictor.predict(key, value, rotary)
+            score = self.eviction.order_prompt(score, predicted, positions[:, None] >= 0)
         for group in self.groups:
             scores = None if score is None else score[:, group.index]
             own = references and references.for_heads(group.index)

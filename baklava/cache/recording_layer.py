@@ -31,6 +31,7 @@ from baklava.cache.head_groups import (
     observe_references,
     update_scores,
 )
+from baklava.cache.rotary_shift import RotaryShift
 from baklava.cache.sliding_layer import LayerSnapshot, SlidingLayer
 from baklava.cache.state_layer import StatefulCache, new_states, unbudgeted_layer
 from baklava.cache.storage import count_bytes
@@ -173,6 +174,11 @@ class RecordingLayer(BudgetedLayerBase):
         tensors = (self.keys, self.values, *self.scores.values(), *pending, *self._reference_tensors)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
+    @property
+    def rotary_shift(self) -> RotaryShift | None:
+        """How this layer rotates its keys, if it has seen any and its rotation is known."""
+        return None if self._params is None else self._params.rotary_shift
+
     def release(self) -> None:
         """Free all tensors."""
         self.keys = self.values = None  # type: ignore[assignment]
@@ -195,6 +201,7 @@ class Recording:
         references: the references of every layer with full attention, for each fit that was recorded.
         reconstruction: the largest attention that the entries of every layer with full attention get while the model
             repeats the prompt, if it did.
+        rotary_shifts: how each of these layers rotates its keys, if that is known.
     """
 
     geometry: CacheGeometry
@@ -205,6 +212,7 @@ class Recording:
     states: dict[int, LayerSnapshot]
     references: tuple[dict[tuple[int, int], References], ...] = ()
     reconstruction: tuple[Tensor, ...] = ()
+    rotary_shifts: tuple[RotaryShift | None, ...] = ()
 
     def to_dynamic_cache(self) -> Cache:
         """Return transformers' own cache with all of the prompt; updating it does not change the recording."""
@@ -266,4 +274,5 @@ class RecordingCache(StatefulCache):
         }
         states = {index: state.snapshot() for index, state in self.states.items()}
         scores, references = tuple(layer.scores for layer in layers), tuple(layer.references for layer in layers)
-        return Recording(self.geometry, keys, values, scores, sliding, states, references)
+        rotary_shifts = tuple(layer.rotary_shift for layer in layers)
+        return Recording(self.geometry, keys, values, scores, sliding, states, references, rotary_shifts=rotary_shifts)

@@ -20,6 +20,19 @@ class RotaryShift:
     frequencies: Float[Tensor, " pairs"]
     interleaved: bool = False
 
+    def rotated_pairs(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the first and the second channel of each pair, and the channels that are not rotated."""
+        pairs = len(self.frequencies)
+        rotated, rest = states[..., : 2 * pairs], states[..., 2 * pairs :]
+        if self.interleaved:
+            return rotated[..., ::2], rotated[..., 1::2], rest
+        return rotated[..., :pairs], rotated[..., pairs:], rest
+
+    def invariants(self, states: Tensor) -> Tensor:
+        """Return what no position changes, in float32: the length of each pair, and all channels that do not rotate."""
+        first, second, rest = self.rotated_pairs(states.float())
+        return torch.cat([torch.hypot(first, second), rest], -1)
+
     def shift(self, states: Tensor, distances: Int[Tensor, "#batch tokens"]) -> Tensor:
         """Return states [batch, ..., tokens, head_dim] moved by these distances, in float32."""
         states, pairs = states.float(), len(self.frequencies)
@@ -29,11 +42,7 @@ class RotaryShift:
         angles = distances.cpu().double()[..., None] * self.frequencies
         angles = angles.view(len(distances), *(1,) * (states.dim() - 3), *angles.shape[1:])
         cos, sin = (each.float().to(states.device) for each in (angles.cos(), angles.sin()))
-        rotated, rest = states[..., : 2 * pairs], states[..., 2 * pairs :]
-        if self.interleaved:
-            first, second = rotated[..., ::2], rotated[..., 1::2]
-        else:
-            first, second = rotated[..., :pairs], rotated[..., pairs:]
+        first, second, rest = self.rotated_pairs(states)
         turned = first * cos - second * sin, second * cos + first * sin
         if self.interleaved:
             return torch.cat([torch.stack(turned, -1).flatten(-2), rest], -1)

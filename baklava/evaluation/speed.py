@@ -133,6 +133,7 @@ def fill_cache(loaded: LoadedModel, cache: Any, batch: int, context: int) -> Any
     for index, window in enumerate(geometry.windows):
         layer = cache.layers[index] if isinstance(cache, BudgetedCache) else None
         if isinstance(layer, BudgetedLayer):
+            layer.predictor = None  # random scores have no order to change
             layer.load_prompt(entries, entries, scores)
         elif layer is not None and window:
             layer.update(entries, entries)

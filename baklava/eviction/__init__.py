@@ -9,6 +9,7 @@ from baklava.eviction.attention_based import (
     AttentionMatching,
     ExpectedAttention,
     HeavyHitter,
+    KVzap,
     KVzip,
     SnapKV,
 )
@@ -26,6 +27,7 @@ _METHODS = (
     ExpectedAttention,
     KVzip,
     AttentionMatching,
+    KVzap,
 )
 METHODS: dict[str, type[Eviction]] = {method.name: method for method in _METHODS}
 
@@ -36,6 +38,7 @@ __all__ = [
     "Eviction",
     "ExpectedAttention",
     "HeavyHitter",
+    "KVzap",
     "KVzip",
     "KeyDiff",
     "KeyNorm",

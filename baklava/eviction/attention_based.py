@@ -6,14 +6,16 @@
 - `ExpectedAttention`: from the queries that are expected to follow.
 - `KVzip`: from the queries with which the model repeats the prompt.
 - `AttentionMatching`: those that change the output of the prompt's own queries most, moved to the place after it.
+- `KVzap`: the same, and those that a repetition is predicted to look at.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -346,3 +348,46 @@ class AttentionMatching(Eviction):
         total = errors.sum(2, keepdim=True)
         scale = torch.where(total > 0, mass[..., None] / total, 0)  # of equal values, none is missed
         return (hits * errors * (scale / num_references)).sqrt()
+
+
+@dataclass(frozen=True)
+class KVzap(AttentionMatching):
+    """Order a prompt by attention matching, and by the attention that its repetition is predicted to pay it.
+
+    A repetition asks for everything once (`KVzip`), so its order keeps facts that no query of the prompt has asked for.
+    KVzap (arXiv 2601.07891) predicts it, here by a regression on what a layer stores, which the profile fits and the
+    plan carries (`baklava.cache.score_predictor`). Tokens of a prompt, or of a chunk of it, keep the scores of
+    attention matching, dealt in the order of the weighted ranks.
+
+    Attributes:
+        share: weight of the predicted rank; the rest is that of the rank by attention matching.
+
+    Cost: that of `AttentionMatching`, and one product per entry.
+    """
+
+    name: ClassVar[str] = "kvzap"
+    predicts: ClassVar[bool] = True
+
+    share: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.share <= 1, "share must be above 0 and at most 1")
+
+    @override
+    @property
+    def score_key(self) -> Hashable:
+        """That of attention matching: predictions need no recording."""
+        own = {name: value for name, value in self.params.items() if name != "share"}
+        return (AttentionMatching.name, *own.items())
+
+    @override
+    def order_prompt(
+        self,
+        scores: Float[Tensor, "batch heads tokens"],
+        predicted: Float[Tensor, "batch heads tokens"],
+        is_real: Bool[Tensor, "#batch #heads tokens"],
+    ) -> Float[Tensor, "batch heads tokens"]:
+        matched, repeated = (each.argsort(dim=2, stable=True).argsort(dim=2).float() for each in (scores, predicted))
+        ranks = (1 - self.share) * matched + self.share * repeated
+        return KVzip.reorder(scores, ranks.masked_fill(~is_real, -1))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from baklava.errors import UserError
@@ -110,6 +110,8 @@ class Eviction(ABC):
 
     name: ClassVar[str]
     scored: ClassVar[bool] = True
+    predicts: ClassVar[bool] = False
+    """Whether the order of a prompt depends on predicted scores, whose predictors the plan has."""
 
     sinks: int = 4
     recent_ratio: float = 0.5
@@ -138,6 +140,15 @@ class Eviction(ABC):
     @abstractmethod
     def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
         """Return the scores of all entries after one more block of queries; higher scores stay."""
+
+    def order_prompt(
+        self,
+        scores: Float[Tensor, "batch heads tokens"],
+        predicted: Float[Tensor, "batch heads tokens"],
+        is_real: Bool[Tensor, "#batch #heads tokens"],
+    ) -> Float[Tensor, "batch heads tokens"]:
+        """Return the scores of a prompt's tokens in the order that predictions ask for, for methods that predict."""
+        raise NotImplementedError
 
     @property
     @abstractmethod

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -99,8 +100,8 @@ class EvictionConfig(FrozenModel):
 
     @property
     def min_tokens(self) -> int:
-        """Smallest capacity of a head: the sinks, the tokens of one interval, and one more entry."""
-        return self.sinks + self.eviction_interval + 1
+        """Smallest capacity of a head: the sinks, the tokens of one interval or of the residual, and one more entry."""
+        return self.sinks + max(self.eviction_interval, self.residual_length) + 1
 
     def full_precision_slots(self, tokens: int, slots: int) -> int:
         """Return how many of the first `slots` of a quantized head of capacity `tokens` stay in 16 bits."""
@@ -170,6 +171,8 @@ class BudgetPlan(FrozenModel):
         key_channels: per layer and KV head, its channels in descending order of importance to the attention, as two
             hexadecimal digits each. The first half takes more of the bits of a quantized key (see `bit_split`).
         sliding_bits: bits of the entries of sliding layers.
+        score_predictors: per layer and KV head, float16 weights in hexadecimal digits, for eviction methods that
+            predict scores (`baklava.cache.score_predictor`).
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -183,6 +186,7 @@ class BudgetPlan(FrozenModel):
     layers: tuple[LayerBudget | None, ...]
     key_channels: tuple[tuple[str, ...] | None, ...] | None = None
     sliding_bits: DenseBits = 16
+    score_predictors: tuple[tuple[str, ...] | None, ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -213,10 +217,12 @@ class BudgetPlan(FrozenModel):
                 raise ValueError(f"layer {index}: {len(layer.tokens)} budgets for {geometry.kv_heads} KV heads")
             if layer is not None and min(layer.tokens) < self.eviction.min_tokens:
                 raise ValueError(
-                    f"layer {index}: {min(layer.tokens)} entries, but {self.eviction.sinks} sinks and an eviction "
-                    f"every {self.eviction.eviction_interval} tokens need {self.eviction.min_tokens}"
+                    f"layer {index}: {min(layer.tokens)} entries, but {self.eviction.sinks} sinks, an eviction every "
+                    f"{self.eviction.eviction_interval} tokens and a residual of {self.eviction.residual_length} need "
+                    f"{self.eviction.min_tokens}"
                 )
         _check_key_channels(self)
+        _check_score_predictors(self)
         return self
 
     def with_prefill_chunk(self, tokens: int | None) -> "BudgetPlan":
@@ -366,8 +372,7 @@ def head_bytes(
     dense = eviction.full_precision_slots(tokens, slots)
     keys, values = bit_split(head_dim, key_bits, mixed_precision), bit_split(head_dim, value_bits, False)
     payload = tensor_bytes(slots, keys, dense) + tensor_bytes(slots, values, dense)
-    is_centred = key_bits < FULL_BITS and eviction.full_precision_slots(tokens, tokens) < tokens
-    key_mean = head_dim * FULL_BITS // 8 if is_centred else 0
+    key_mean = head_dim * FULL_BITS // 8 if key_bits < FULL_BITS else 0
     centroids = eviction.centroids * (2 * head_dim * FULL_BITS // 8 + CENTROID_STATE_BYTES)
     return payload + key_mean + centroids + (slots * ENTRY_STATE_BYTES if eviction.scored else 0)
 
@@ -383,3 +388,19 @@ def _check_key_channels(plan: BudgetPlan) -> None:
         channels = [sorted(order[i : i + 2] for i in range(0, len(order), 2)) for order in orders]
         if channels != [[f"{channel:02x}" for channel in range(head_dim)]] * plan.geometry.kv_heads:
             raise ValueError(f"layer {index}: key_channels must order all {head_dim} channels of every KV head")
+
+
+def _check_score_predictors(plan: BudgetPlan) -> None:
+    if plan.score_predictors is None:
+        return
+    geometry = plan.geometry
+    if len(plan.score_predictors) != geometry.layers:
+        raise ValueError(f"score_predictors of {len(plan.score_predictors)} layers for a model of {geometry.layers}")
+    for index in geometry.full_attention_layers:
+        heads = plan.score_predictors[index] or ()
+        is_equal = len(heads) == geometry.kv_heads and len({len(head) for head in heads}) == 1
+        if not is_equal or any(re.fullmatch("([0-9a-f]{4})+", head) is None for head in heads):
+            raise ValueError(
+                f"layer {index}: score_predictors must have the same number of hexadecimal digits, four a weight, for "
+                f"each of {geometry.kv_heads} KV heads"
+            )

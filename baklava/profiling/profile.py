@@ -79,9 +79,10 @@ class Profile(FrozenModel):
             (SqueezeAttention, arXiv 2404.04793).
         key_channels: order of the channels of every KV head's keys, as in a plan, by their contribution to the logits:
             the deviation of the keys from their mean times the size of the queries.
+        score_predictors: predictors of the attention that a repetition pays an entry, as in a plan.
     """
 
-    schema_version: Literal[5] = 5
+    schema_version: Literal[6] = 6
     model: ModelIdentity
     geometry: CacheGeometry
     moves_queries: bool = True
@@ -91,6 +92,7 @@ class Profile(FrozenModel):
     rankings: dict[RankingName, Ranking] = Field(default_factory=dict)
     curves: LossCurves | None = None
     key_channels: tuple[tuple[str, ...] | None, ...] | None = None
+    score_predictors: tuple[tuple[str, ...] | None, ...] | None = None
 
     @cached_property
     def digest(self) -> str:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from baklava import console
+from baklava.cache.score_predictor import PredictorFit, entry_features
 from baklava.cache.storage.fake_quantize import is_packable
 from baklava.data.windows import Window
 from baklava.errors import UserError
@@ -130,11 +131,13 @@ def measure_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
     names: tuple[RankingName, ...] = get_args(RankingName) if repeatable else ("heavy_hitter",)
     importance = CosineImportance(loaded)
     measured: list[WindowMeasurements] = []
+    can_predict = repeatable and loaded.moves_queries
+    fits = [PredictorFit() for _ in geometry.full_attention_layers] if can_predict else []
     with console.progress_bar(len(windows), "profiling", "window") as progress:
         for number, window in enumerate(windows):
             with importance.measuring():
                 loaded.model(loaded.as_batch(window.ids), use_cache=False, logits_to_keep=1)
-            measured.append(_measure_window(loaded, window, grid, names, number))
+            measured.append(_measure_window(loaded, window, grid, names, number, fits))
             progress.update(1)
     return Profile(
         model=loaded.identity,
@@ -152,6 +155,7 @@ def measure_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
         },
         curves=_mean_curves(measured, grid, geometry),
         key_channels=_channel_orders(measured, geometry) if supports_mixed_precision(geometry.head_dim) else None,
+        score_predictors=geometry.spread((fit.solve().encode() for fit in fits), None) if fits else None,
     )
 
 
@@ -174,7 +178,12 @@ def _log_scores_at_ranks(
 
 
 def _measure_window(
-    loaded: LoadedModel, window: Window, grid: CurveGrid, names: Sequence[RankingName], number: int
+    loaded: LoadedModel,
+    window: Window,
+    grid: CurveGrid,
+    names: Sequence[RankingName],
+    number: int,
+    fits: Sequence[PredictorFit],
 ) -> WindowMeasurements:
     context = loaded.as_batch(window.ids[: window.context_length])
     recording = prefill_and_record(loaded, context, [RANKING_METHODS[name] for name in names]).recording
@@ -182,6 +191,12 @@ def _measure_window(
     scores: dict[RankingName, list[Tensor]] = {"heavy_hitter": hits}
     if "reconstruction" in names:
         scores["reconstruction"] = [layer[0] for layer in recording.reconstruction]
+        for index, fit in enumerate(fits):
+            rotary = recording.rotary_shifts[index]
+            assert rotary is not None
+            features = entry_features(recording.keys[index], recording.values[index], rotary)[0]
+            ranked = slice(DEFAULT_EVICTION.sinks, None)
+            fit.add(features[ranked], recording.reconstruction[index][0, :, ranked])
 
     def losses_by_layer(layers: Sequence[LayerTrace]) -> tuple[list[LossGrid], list[LossGrid]]:
         pairs = [layer_losses(*layer, grid) for layer in zip(layers, hits, strict=True)]

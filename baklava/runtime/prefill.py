@@ -380,7 +380,7 @@ class DensePrefill(PrefillTask):
             if isinstance(full, RecordingLayer):
                 full.observe_references()
                 scores, references = full.scores.get(eviction.score_key), full.references.get(eviction.reference_key)
-                layers[index].load_prompt(full.keys, full.values, scores, references)
+                layers[index].load_prompt(full.keys, full.values, scores, references, full.rotary_shift)
                 full.release()
             elif isinstance(full, SlidingLayer):
                 layers[index].load(full.snapshot())

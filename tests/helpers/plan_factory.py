@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from baklava.cache.attention import rotary_shift_of
+from baklava.cache.score_predictor import ScorePredictor, entry_features
 from baklava.eviction import (
     METHODS,
     Eviction,
@@ -26,7 +28,18 @@ def make_plan(
         eviction=eviction.config,
         allocation=AllocationConfig(method="by hand", budget=1.0),
         layers=layers,
+        score_predictors=random_predictors(loaded) if eviction.predicts else None,
     )
+
+
+def random_predictors(loaded: LoadedModel) -> tuple[tuple[str, ...] | None, ...]:
+    """Return random score predictors for every layer with full attention."""
+    geometry, draw = loaded.geometry, torch.Generator().manual_seed(5)
+    rotary = next(found for module in loaded.model.modules() if (found := rotary_shift_of(module)) is not None)
+    entries = torch.zeros(1, geometry.kv_heads, 1, geometry.head_dim)
+    features = entry_features(entries, entries, rotary).shape[2]
+    weights = (torch.randn(geometry.kv_heads, features, generator=draw) for _ in geometry.full_attention_layers)
+    return geometry.spread((ScorePredictor(own).encode() for own in weights), None)
 
 
 def random_ids(rows: int, tokens: int, seed: int = 0) -> Tensor:
@@ -51,6 +64,7 @@ EVICTIONS = [
     HeavyHitter(sinks=2, eviction_interval=5, distance=8, residual_length=12, centroids=2),
     METHODS["attention_matching"](sinks=2, eviction_interval=4, references=9, distance=3),
     METHODS["attention_matching"](sinks=2, eviction_interval=4, references=16, fit_references=8, centroids=2),
+    METHODS["kvzap"](sinks=2, eviction_interval=4, references=16, fit_references=8, distance=3, share=0.5),
     HeavyHitter(sinks=2, eviction_interval=4, distance=0, fit_references=12),
     METHODS["snapkv"](sinks=2, eviction_interval=4, window=5, fit_references=12),
     METHODS["expected_attention"](sinks=2, eviction_interval=4, window=20),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from baklava.cache import table_columns as columns
@@ -56,7 +56,7 @@ class NewTokens:
 
     `num_before` counts the tokens before them in a row, padding included. `padded` says that some row has padding,
     `teacher_forced` that the tokens attend to exactly what they would attend to one by one. `references` are the
-    reference queries of a prompt, if its entries are scored or fitted by such.
+    reference queries of a prompt, if its entries are scored or fitted by such, and `predicted` their predicted scores.
     """
 
     num_before: int
@@ -67,6 +67,7 @@ class NewTokens:
     padded: bool
     teacher_forced: bool
     references: ReferenceQueries | None = None
+    predicted: Float[Tensor, "batch heads tokens"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -77,7 +78,8 @@ class NewTokens:
         """Return the tokens for some of the KV heads."""
         references = self.references and self.references.for_heads(heads)
         states = {name: getattr(self, name)[:, heads] for name in ("query", "key", "value")}
-        return replace(self, references=references, **states)
+        predicted = None if self.predicted is None else self.predicted[:, heads]
+        return replace(self, references=references, predicted=predicted, **states)
 
     def narrow(self, start: int, stop: int) -> "NewTokens":
         """Return the tokens from `start` to `stop`."""

@@ -216,6 +216,9 @@ class ScoredHeadGroup(HeadGroup):
             prompt = PromptEntries(key, value, key_positions, tokens.padded, centroids)
             methods = [(self.eviction, scores)] if sample.references else []
             references = observe_references(tokens.references, prompt, tokens.num_tokens, params, methods)
+        if tokens.predicted is not None:
+            new = scores[..., -tokens.num_tokens :]
+            new.copy_(self.eviction.order_prompt(new, tokens.predicted, tokens.positions[:, None] >= 0))
         self._retain(tokens.key, tokens.value, scores, positions, references)
         return output
 

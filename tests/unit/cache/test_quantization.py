@@ -136,7 +136,7 @@ def test_entries_that_stay_change_only_when_they_leave_the_residual(tiny: Maker,
     assert all(torch.equal(first[name], last[name]) for name in remaining)
 
 
-@pytest.mark.parametrize("residual", [7, 9, 40])
+@pytest.mark.parametrize("residual", [5, 9, 17])
 @torch.inference_mode()
 def test_the_newest_entries_of_a_full_head_are_in_16_bits(tiny: Maker, residual: int) -> None:
     loaded = tiny()

@@ -122,7 +122,9 @@ def test_layers_that_do_not_match_the_model_are_refused() -> None:
 
 
 def test_a_head_too_small_for_sinks_and_interval_is_refused() -> None:
-    with pytest.raises(ValidationError, match="10 entries, but 4 sinks and an eviction every 8 tokens need 13"):
+    with pytest.raises(
+        ValidationError, match="10 entries, but 4 sinks, an eviction every 8 tokens and a residual of 0 need 13"
+    ):
         plan(eviction=EvictionConfig(method="heavy_hitter", eviction_interval=8, scored=True))
 
 

@@ -1,0 +1,84 @@
+"""Predict how much a repetition of a prompt would look at an entry, from the keys and values that its layer stores.
+
+KVzap (arXiv 2601.07891) predicts the scores of KVzip from hidden states. Keys and values are linear images of these,
+and a cache has them of a prompt that runs now as of one that was recorded.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from baklava.cache.attention import KVStates
+from baklava.cache.rotary_shift import RotaryShift
+
+RIDGE = 0.01
+"""Ridge of the fit, as a share of the variance of the features."""
+
+MIN_SCORE = 1e-6
+"""Scores below this are fitted as this; their logarithms say nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScorePredictor:
+    """A linear predictor for each KV head of a layer, which takes the features of all of its KV heads.
+
+    Only the order of predictions counts, so there is no constant.
+    """
+
+    weights: Float[Tensor, "heads features"]
+
+    @classmethod
+    def decode(cls, heads: tuple[str, ...]) -> "ScorePredictor":
+        """Return the predictor of a layer as a plan has it: per head, float16 numbers in hexadecimal digits."""
+        return _decode(heads)
+
+    def encode(self) -> tuple[str, ...]:
+        """Return the predictor as a plan has it."""
+        scaled = self.weights / self.weights.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return tuple(head.numpy().astype("<f2").tobytes().hex() for head in scaled.cpu())
+
+    def predict(self, key: KVStates, value: KVStates, rotary: RotaryShift) -> Float[Tensor, "batch heads tokens"]:
+        """Return a number for each entry of all KV heads, which is higher if it would get more attention."""
+        features = entry_features(key, value, rotary)
+        return (features @ self.weights.to(features.device).T).transpose(1, 2)
+
+
+def entry_features(key: KVStates, value: KVStates, rotary: RotaryShift) -> Float[Tensor, "batch tokens features"]:
+    """Return what entries are predicted from: their values, the size of these, and of keys what no position changes."""
+    value = value.float()
+    features = torch.cat([value, value.norm(dim=3, keepdim=True), rotary.invariants(key)], 3)
+    return features.transpose(1, 2).flatten(2)
+
+
+@lru_cache(maxsize=1024)
+def _decode(heads: tuple[str, ...]) -> ScorePredictor:
+    rows = np.stack([np.frombuffer(bytes.fromhex(head), "<f2") for head in heads])
+    return ScorePredictor(torch.from_numpy(rows.astype(np.float32)))
+
+
+class PredictorFit:
+    """Fits the predictor of a layer to prompts that were repeated, by sums over their entries in 64 bits."""
+
+    def __init__(self) -> None:
+        self.num_entries = 0
+        self._sums: list[Tensor] = []
+
+    def add(self, features: Float[Tensor, "entries features"], scores: Float[Tensor, "heads entries"]) -> None:
+        """Add the entries of one prompt, with the largest attention that each got from the repetition."""
+        features = features.double()
+        targets = scores.double().clamp(min=MIN_SCORE).log().T
+        sums = [features.sum(0), targets.sum(0), features.T @ features, features.T @ targets]
+        self._sums = [before + new for before, new in zip(self._sums, sums, strict=True)] if self._sums else sums
+        self.num_entries += len(features)
+
+    def solve(self) -> ScorePredictor:
+        """Return the ridge regression of the logarithms of the scores."""
+        features, targets, squares, products = (each / self.num_entries for each in self._sums)
+        covariance = squares - features[:, None] * features
+        covariance += torch.diag(RIDGE * covariance.diagonal() + torch.finfo(torch.float32).tiny)
+        weights = torch.linalg.solve(covariance, products - features[:, None] * targets)
+        return ScorePredictor(weights.T.float())
