@@ -252,9 +252,12 @@ def _benchmark_prefill_pair(
 
 
 def prefill_plans(loaded: LoadedModel, context: int, share: float) -> dict[str, BudgetPlan]:
-    """Return plans by name: a share of the entries in 16 bits under every method, and sinks + recent in chunks."""
+    """Return plans by name: a share of the entries in 16 bits under every method, and sinks + recent in chunks.
+
+    Methods that predict scores need a profile, and cost what they cost without it.
+    """
     tokens = (int(context * share),) * loaded.geometry.kv_heads
-    evictions = {name: method() for name, method in METHODS.items()}
+    evictions = {name: method() for name, method in METHODS.items() if not method.predicts}
     evictions["heavy_hitter, stride 4"] = HeavyHitter(stride=4)
     plans = {name: same_plan_in_all_layers(loaded, tokens, method, 16, context) for name, method in evictions.items()}
     chunked = PrefillConfig(mode="chunked", chunk_size=PREFILL_CHUNK_TOKENS)
