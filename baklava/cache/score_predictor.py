@@ -18,6 +18,9 @@ from baklava.cache.rotary_shift import RotaryShift
 RIDGE = 0.01
 """Ridge of the fit, as a share of the variance of the features."""
 
+MIN_VARIANCE = 1e-9
+"""Ridge of all features, as a share of their mean variance."""
+
 MIN_SCORE = 1e-6
 """Scores below this are fitted as this; their logarithms say nothing."""
 
@@ -79,6 +82,8 @@ class PredictorFit:
         """Return the ridge regression of the logarithms of the scores."""
         features, targets, squares, products = (each / self.num_entries for each in self._sums)
         covariance = squares - features[:, None] * features
-        covariance += torch.diag(RIDGE * covariance.diagonal() + torch.finfo(torch.float32).tiny)
+        sizes = covariance.diagonal().clamp(min=0)
+        # A feature that never changes has no variance of its own.
+        covariance += torch.diag(RIDGE * sizes + MIN_VARIANCE * sizes.mean().clamp(min=MIN_VARIANCE))
         weights = torch.linalg.solve(covariance, products - features[:, None] * targets)
         return ScorePredictor(weights.T.float())

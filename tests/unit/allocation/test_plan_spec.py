@@ -110,6 +110,14 @@ def test_a_misspelt_plan_is_refused_without_the_model(
         check_plan(spec, loaded.identity, loaded.geometry)
 
 
+def test_a_method_that_predicts_needs_a_profile_whatever_spreads_the_bytes(tiny: Callable[..., LoadedModel]) -> None:
+    loaded, spec = tiny(), "uniform+kvzap(eviction_interval=4)@16:0.5"
+    with pytest.raises(UserError, match="needs a profile"):
+        resolve_plan(spec, loaded, 200)
+    with pytest.raises(UserError, match="no score predictors"):
+        resolve_plan(spec, loaded, 200, lambda: uniform_profile(loaded.identity, loaded.geometry))
+
+
 def test_a_plan_that_does_not_suit_the_model_is_refused_before_it_is_used(
     tiny: Callable[..., LoadedModel], tmp_path: Path
 ) -> None:

@@ -9,14 +9,16 @@ from torch.nn.functional import cosine_similarity
 from transformers import Cohere2Config, GPTNeoXConfig, Olmo2Config
 
 from baklava.allocation import Allocation, Blended, allocate
+from baklava.cache.score_predictor import ScorePredictor
 from baklava.data.windows import Window
 from baklava.errors import UserError
-from baklava.eviction import StreamingLLM
+from baklava.eviction import KVzap, KVzip, StreamingLLM
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.profiling import profiler
 from baklava.profiling.profile import Profile, uniform_profile
 from baklava.profiling.profiler import cached_profile, measure_profile
 from baklava.runtime.model_loader import LoadedModel
+from baklava.runtime.prefill import prefill_and_record
 
 Maker = Callable[..., LoadedModel]
 
@@ -67,6 +69,32 @@ def test_key_channels_are_ordered_by_what_they_add_to_the_logits(tiny: Maker) ->
     assert sorted(bytes.fromhex(measured.key_channels[0][1])) == list(range(32))
     assert plan_of(Blended(), measured).key_channels == measured.key_channels
     assert measure_profile(tiny(head_dim=8), windows(1)).key_channels is None
+
+
+def test_scores_are_predicted_by_what_the_repetition_looked_at(tiny: Maker) -> None:
+    loaded, cut = tiny(), windows(2, tokens=150)
+    measured = measure_profile(loaded, cut)
+    assert measured.score_predictors is not None
+    plan = allocate(measured, budget=0.5, context_length=150, method=Blended(), eviction=KVzap(eviction_interval=4))
+    assert plan.score_predictors == measured.score_predictors
+    assert plan_of(Blended(), measured).score_predictors is None
+    with pytest.raises(UserError, match="no score predictors"):
+        allocate(
+            measured.model_copy(update={"score_predictors": None}),
+            budget=0.5,
+            context_length=150,
+            method=Blended(),
+            eviction=KVzap(eviction_interval=4),
+        )
+    context = loaded.as_batch(cut[0].ids[: cut[0].context_length])
+    recording = prefill_and_record(loaded, context, [KVzip()]).recording
+    for index, heads in enumerate(measured.score_predictors):
+        assert heads is not None
+        rotary = recording.rotary_shifts[index]
+        assert rotary is not None
+        predicted = ScorePredictor.decode(heads).predict(recording.keys[index], recording.values[index], rotary)
+        pairs = torch.stack([predicted, recording.reconstruction[index].log()])[..., 4:].flatten(1)
+        assert torch.corrcoef(pairs)[0, 1] > 0.3
 
 
 def test_layer_importance_compares_the_hidden_state_before_and_after_attention(tiny: Maker) -> None:
