@@ -74,7 +74,8 @@ class EvictionConfig(FrozenModel):
             back.
         pooling: number of neighbouring entries over which scores are averaged before entries compete; 1 is none.
         residual_length: number of entries of a full head, its newest, that stay in 16 bits if it is quantized; 0
-            for none. An eviction quantizes the oldest of them, so fewer by one interval remain after it.
+            for none. An eviction quantizes the oldest of them, so fewer by one interval remain after it. A ring buffer
+            has none.
         centroids: per head, the number of 16-bit centroids that evicted entries are merged into; 0 drops them.
         fit_references: number of reference queries of a prompt to which the values that stay are fitted; 0 for none.
         fit_ridge: strength of the ridge that holds fitted values where they were.

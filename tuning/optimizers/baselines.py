@@ -94,7 +94,7 @@ def initial_params(space: SearchSpace) -> list[Params]:
 def _strongest(space: SearchSpace) -> list[Params]:
     """Blends and greedy, with one sink, since sinks stay in 16 bits.
 
-    Small budgets lose from newest tokens in 16 bits, so blends keep few or none there, and gain from more references.
+    Budgets below a twentieth lose from newest tokens in 16 bits and gain from more references: two blends are for them.
     """
     if not _supports_default_blend(space):
         return []
