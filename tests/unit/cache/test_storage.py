@@ -309,3 +309,24 @@ def test_channels_that_matter_most_are_coded_best() -> None:
         if mixed_precision:
             assert float(off[loud].mean()) < float(off[~loud].mean()) * 2
     assert errors[True] < 0.75 * errors[False]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_moves_that_overlap_read_all_entries_before_they_write(bits: int) -> None:
+    """An eviction moves the oldest entries of the residual to holes before it, and the others up to its start."""
+    entries = (
+        torch.arange(1.0, 21)[None, None, :, None] * torch.randn(2, 1, 1, 64, generator=torch.manual_seed(0)).sign()
+    )
+    storage = storage_for(alike(64, bits), entries, StorageLayout(20, sinks=2, residual=8))
+    allocated(storage, 20, batch=2)
+    storage.select(torch.arange(20)[None, None].expand(2, 1, -1), 0, entries)
+    source = torch.tensor([[[12, 13, 14, 15, 16, 17, 18, 19]], [[12, 14, 15, 16, 17, 18, 19, 19]]])
+    target = torch.tensor([[[5, 7, 12, 13, 14, 15, 16, 17]], [[9, 12, 13, 14, 15, 16, 17, 19]]])
+    before = storage.read(20).clone()
+    storage.move(source, target)
+    after = storage.read(20)
+    for row in range(2):
+        expected = before[row].clone()
+        expected[:, target[row, 0]] = before[row][:, source[row, 0]]
+        torch.testing.assert_close(after[row], expected, rtol=0.02, atol=0)
+        assert torch.equal(after[row, :, 12:18], expected[:, 12:18])
