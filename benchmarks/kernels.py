@@ -257,7 +257,7 @@ def prefill_plans(loaded: LoadedModel, context: int, share: float) -> dict[str, 
     Methods that predict scores need a profile, and cost what they cost without it.
     """
     tokens = (int(context * share),) * loaded.geometry.kv_heads
-    evictions = {name: method() for name, method in METHODS.items() if not method.predicts}
+    evictions = {name: method() for name, method in METHODS.items() if not method().predicted_share}
     evictions["heavy_hitter, stride 4"] = HeavyHitter(stride=4)
     plans = {name: same_plan_in_all_layers(loaded, tokens, method, 16, context) for name, method in evictions.items()}
     chunked = PrefillConfig(mode="chunked", chunk_size=PREFILL_CHUNK_TOKENS)

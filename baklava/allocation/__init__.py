@@ -140,7 +140,7 @@ def allocate(
         UserError: the budget is not in (0, 1], or leaves less than sinks + one eviction interval per head, or the
             profile has no predictors and the eviction method needs them.
     """
-    if eviction.predicts and profile.score_predictors is None:
+    if eviction.predicted_share and profile.score_predictors is None:
         raise missing_profile_error(profile, "score predictors")
     mixed_precision = profile.key_channels is not None
     limits = budget_limits(profile.geometry, budget, context_length, eviction.config, bits, mixed_precision)
@@ -155,7 +155,7 @@ def allocate(
         provenance=provenance or Provenance(profile=profile.digest),
         layers=layer_budgets(profile.geometry, round_to_steps(result, limits, step), result),
         key_channels=profile.key_channels,
-        score_predictors=profile.score_predictors if eviction.predicts else None,
+        score_predictors=profile.score_predictors if eviction.predicted_share else None,
     )
 
 

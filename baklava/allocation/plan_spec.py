@@ -165,8 +165,8 @@ def resolve_plan(
         return ResolvedPlan(spec, plan)
     parsed = parse_spec(spec)
     # The profile orders the channels of quantized keys and predicts scores, whatever spreads the bytes.
-    is_narrow = parsed.bits[0] < MIXED_PRECISION_BELOW_BITS
-    needs_profile = parsed.allocation.needs_profile or is_narrow or parsed.eviction.predicts
+    reads_heads = parsed.bits[0] < MIXED_PRECISION_BELOW_BITS or parsed.eviction.predicted_share > 0
+    needs_profile = parsed.allocation.needs_profile or reads_heads
     if needs_profile and load_profile is None:
         raise UserError(f"plan {spec!r} needs a profile; give one, or choose a method without, such as uniform:0.3")
     plan = allocation.allocate(

@@ -41,8 +41,8 @@ class BudgetedCache(StatefulCache):
             raise UserError(
                 f"{plan.eviction.method} repeats whole prompts, not chunks; make a plan that prefills densely"
             )
-        if self.eviction.predicts != (plan.score_predictors is not None):
-            found = "has none" if self.eviction.predicts else "has some"
+        if bool(self.eviction.predicted_share) != (plan.score_predictors is not None):
+            found = "has some" if plan.score_predictors else "has none"
             raise UserError(
                 f"score predictors go with methods that predict, and the plan of {plan.eviction.method} {found}; "
                 "give the unchanged plan.json of a search"

@@ -33,7 +33,7 @@ from baklava.cache.head_groups import (
 )
 from baklava.cache.kernels.fused_decode import can_fuse, fused_step, fused_steps
 from baklava.cache.rotary_shift import RotaryShift
-from baklava.cache.score_predictor import ScorePredictor
+from baklava.cache.score_predictor import ScorePredictor, mix_orders
 from baklava.cache.storage import Slab
 from baklava.errors import UserError
 from baklava.eviction import Eviction
@@ -253,11 +253,11 @@ class BudgetedLayer(BudgetedLayerBase):
     def _attend(self, tokens: NewTokens, params: AttentionParams) -> GroupedQueries:
         if (count := self.eviction.num_references) and self.groups[0].is_prompt(tokens):
             references = ReferenceQueries.draw(tokens.query, tokens.positions, count, params)
-            tokens = replace(tokens, references=references)
-        if self.predictor is not None and self.groups[0].is_prompt(tokens):
-            assert params.rotary_shift is not None  # references have been drawn with it
-            predicted = self.predictor.predict(tokens.key, tokens.value, params.rotary_shift)
-            tokens = replace(tokens, predicted=predicted)
+            predicted = None
+            if self.predictor is not None:
+                assert params.rotary_shift is not None  # the references have been drawn with it
+                predicted = self.predictor.predict(tokens.key, tokens.value, params.rotary_shift)
+            tokens = replace(tokens, references=references, predicted=predicted)
         if tokens.teacher_forced:
             for group in self.groups:
                 if group.num_filled:
@@ -303,7 +303,7 @@ class BudgetedLayer(BudgetedLayerBase):
             assert score is not None
             assert rotary is not None
             predicted = self.predictor.predict(key, value, rotary)
-            score = self.eviction.order_prompt(score, predicted, positions[:, None] >= 0)
+            score = mix_orders(score, predicted, self.eviction.predicted_share, positions[:, None] >= 0)
         for group in self.groups:
             scores = None if score is None else score[:, group.index]
             own = references and references.for_heads(group.index)

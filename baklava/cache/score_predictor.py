@@ -9,11 +9,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from baklava.cache.attention import KVStates
 from baklava.cache.rotary_shift import RotaryShift
+from baklava.eviction import KVzip
 
 RIDGE = 0.01
 """Ridge of the fit, as a share of the variance of the features."""
@@ -35,9 +36,11 @@ class ScorePredictor:
     weights: Float[Tensor, "heads features"]
 
     @classmethod
+    @lru_cache(maxsize=1024)
     def decode(cls, heads: tuple[str, ...]) -> "ScorePredictor":
         """Return the predictor of a layer as a plan has it: per head, float16 numbers in hexadecimal digits."""
-        return _decode(heads)
+        rows = np.stack([np.frombuffer(bytes.fromhex(head), "<f2") for head in heads])
+        return cls(torch.from_numpy(rows.astype(np.float32)))
 
     def encode(self) -> tuple[str, ...]:
         """Return the predictor as a plan has it."""
@@ -57,10 +60,23 @@ def entry_features(key: KVStates, value: KVStates, rotary: RotaryShift) -> Float
     return features.transpose(1, 2).flatten(2)
 
 
-@lru_cache(maxsize=1024)
-def _decode(heads: tuple[str, ...]) -> ScorePredictor:
-    rows = np.stack([np.frombuffer(bytes.fromhex(head), "<f2") for head in heads])
-    return ScorePredictor(torch.from_numpy(rows.astype(np.float32)))
+def mix_orders(
+    scores: Float[Tensor, "batch heads tokens"],
+    predicted: Float[Tensor, "batch heads tokens"],
+    share: float,
+    is_real: Bool[Tensor, "#batch #heads tokens"],
+) -> Float[Tensor, "batch heads tokens"]:
+    """Return the scores of a prompt's tokens in the order of the weighted ranks of both; padding goes last.
+
+    Args:
+        scores: Scores by an eviction method.
+        predicted: Predictions for the same tokens.
+        share: Weight of the predicted ranks.
+        is_real: Which tokens are not padding.
+    """
+    matched, repeated = (each.argsort(dim=2, stable=True).argsort(dim=2).float() for each in (scores, predicted))
+    ranks = (1 - share) * matched + share * repeated
+    return KVzip.reorder(scores, ranks.masked_fill(~is_real, -1))
 
 
 class PredictorFit:

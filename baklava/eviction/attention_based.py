@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -366,7 +366,6 @@ class KVzap(AttentionMatching):
     """
 
     name: ClassVar[str] = "kvzap"
-    predicts: ClassVar[bool] = True
 
     share: float = 0.25
 
@@ -382,12 +381,6 @@ class KVzap(AttentionMatching):
         return (AttentionMatching.name, *own.items())
 
     @override
-    def order_prompt(
-        self,
-        scores: Float[Tensor, "batch heads tokens"],
-        predicted: Float[Tensor, "batch heads tokens"],
-        is_real: Bool[Tensor, "#batch #heads tokens"],
-    ) -> Float[Tensor, "batch heads tokens"]:
-        matched, repeated = (each.argsort(dim=2, stable=True).argsort(dim=2).float() for each in (scores, predicted))
-        ranks = (1 - self.share) * matched + self.share * repeated
-        return KVzip.reorder(scores, ranks.masked_fill(~is_real, -1))
+    @property
+    def predicted_share(self) -> float:
+        return self.share

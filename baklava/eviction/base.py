@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from baklava.errors import UserError
@@ -110,8 +110,6 @@ class Eviction(ABC):
 
     name: ClassVar[str]
     scored: ClassVar[bool] = True
-    predicts: ClassVar[bool] = False
-    """Whether the order of a prompt depends on predicted scores, whose predictors the plan has."""
 
     sinks: int = 4
     recent_ratio: float = 0.5
@@ -140,15 +138,6 @@ class Eviction(ABC):
     @abstractmethod
     def score(self, observation: Observation) -> Float[Tensor, "batch heads entries"]:
         """Return the scores of all entries after one more block of queries; higher scores stay."""
-
-    def order_prompt(
-        self,
-        scores: Float[Tensor, "batch heads tokens"],
-        predicted: Float[Tensor, "batch heads tokens"],
-        is_real: Bool[Tensor, "#batch #heads tokens"],
-    ) -> Float[Tensor, "batch heads tokens"]:
-        """Return the scores of a prompt's tokens in the order that predictions ask for, for methods that predict."""
-        raise NotImplementedError
 
     @property
     @abstractmethod
@@ -189,6 +178,11 @@ class Eviction(ABC):
     @property
     def attention_power(self) -> float:
         """Power such that scores are the mean attention to this power; 0 if they are something else."""
+        return 0.0
+
+    @property
+    def predicted_share(self) -> float:
+        """Weight of predicted ranks in the order of a prompt, whose predictors the plan has; 0 if none are needed."""
         return 0.0
 
     def recent_window(self, capacity: int) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -106,8 +107,7 @@ class EvictionConfig(FrozenModel):
 
     def full_precision_slots(self, tokens: int, slots: int) -> int:
         """Return how many of the first `slots` of a quantized head of capacity `tokens` stay in 16 bits."""
-        sinks = min(slots, self.sinks)
-        return sinks + max(0, slots - max(sinks, tokens - self.residual_length))
+        return min(slots, self.sinks) + max(0, slots - (tokens - self.residual_length))
 
 
 class AllocationConfig(FrozenModel):
@@ -379,29 +379,31 @@ def head_bytes(
 
 
 def _check_key_channels(plan: BudgetPlan) -> None:
-    if plan.key_channels is None:
-        return
     head_dim = plan.geometry.head_dim
-    if len(plan.key_channels) != plan.geometry.layers:
-        raise ValueError(f"key_channels of {len(plan.key_channels)} layers for a model of {plan.geometry.layers}")
-    for index in plan.geometry.full_attention_layers:
-        orders = plan.key_channels[index] or ()
+    for index, orders in _rows_of_heads(plan, "key_channels", plan.key_channels):
         channels = [sorted(order[i : i + 2] for i in range(0, len(order), 2)) for order in orders]
         if channels != [[f"{channel:02x}" for channel in range(head_dim)]] * plan.geometry.kv_heads:
             raise ValueError(f"layer {index}: key_channels must order all {head_dim} channels of every KV head")
 
 
 def _check_score_predictors(plan: BudgetPlan) -> None:
-    if plan.score_predictors is None:
-        return
-    geometry = plan.geometry
-    if len(plan.score_predictors) != geometry.layers:
-        raise ValueError(f"score_predictors of {len(plan.score_predictors)} layers for a model of {geometry.layers}")
-    for index in geometry.full_attention_layers:
-        heads = plan.score_predictors[index] or ()
-        is_equal = len(heads) == geometry.kv_heads and len({len(head) for head in heads}) == 1
+    kv_heads = plan.geometry.kv_heads
+    for index, heads in _rows_of_heads(plan, "score_predictors", plan.score_predictors):
+        is_equal = len(heads) == kv_heads and len({len(head) for head in heads}) == 1
         if not is_equal or any(re.fullmatch("([0-9a-f]{4})+", head) is None for head in heads):
             raise ValueError(
                 f"layer {index}: score_predictors must have the same number of hexadecimal digits, four a weight, for "
-                f"each of {geometry.kv_heads} KV heads"
+                f"each of {kv_heads} KV heads"
             )
+
+
+def _rows_of_heads(
+    plan: BudgetPlan, name: str, rows: tuple[tuple[str, ...] | None, ...] | None
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yield the index and the strings of the heads of each layer with full attention, if the plan has such rows."""
+    if rows is None:
+        return
+    if len(rows) != plan.geometry.layers:
+        raise ValueError(f"{name} of {len(rows)} layers for a model of {plan.geometry.layers}")
+    for index in plan.geometry.full_attention_layers:
+        yield index, rows[index] or ()

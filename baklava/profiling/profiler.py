@@ -196,7 +196,7 @@ def _measure_window(
             assert rotary is not None
             features = entry_features(recording.keys[index], recording.values[index], rotary)[0]
             ranked = slice(DEFAULT_EVICTION.sinks, None)
-            fit.add(features[ranked], recording.reconstruction[index][0, :, ranked])
+            fit.add(features[ranked], scores["reconstruction"][index][:, ranked])
 
     def losses_by_layer(layers: Sequence[LayerTrace]) -> tuple[list[LossGrid], list[LossGrid]]:
         pairs = [layer_losses(*layer, grid) for layer in zip(layers, hits, strict=True)]

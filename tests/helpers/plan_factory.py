@@ -28,7 +28,7 @@ def make_plan(
         eviction=eviction.config,
         allocation=AllocationConfig(method="by hand", budget=1.0),
         layers=layers,
-        score_predictors=random_predictors(loaded) if eviction.predicts else None,
+        score_predictors=random_predictors(loaded) if eviction.predicted_share else None,
     )
 
 

@@ -23,6 +23,7 @@ from baklava.cache.head_groups.score_updates import (
 from baklava.cache.head_groups.table import Rows, addresses
 from baklava.cache.head_groups.value_fit import fit_values
 from baklava.cache.kernels.compiled_entries import merge_entries
+from baklava.cache.score_predictor import mix_orders
 from baklava.cache.storage import EMPTY, TensorSpec
 from baklava.cache.storage.base import gather_new
 from baklava.errors import UserError
@@ -218,7 +219,8 @@ class ScoredHeadGroup(HeadGroup):
             references = observe_references(tokens.references, prompt, tokens.num_tokens, params, methods)
         if tokens.predicted is not None:
             new = scores[..., -tokens.num_tokens :]
-            new.copy_(self.eviction.order_prompt(new, tokens.predicted, tokens.positions[:, None] >= 0))
+            is_real = tokens.positions[:, None] >= 0
+            new.copy_(mix_orders(new, tokens.predicted, self.eviction.predicted_share, is_real))
         self._retain(tokens.key, tokens.value, scores, positions, references)
         return output
 

@@ -43,7 +43,7 @@ class StorageLayout:
     @property
     def residual_start(self) -> int:
         """First slot of the residual."""
-        return max(self.sinks, self.tokens - self.residual)
+        return self.tokens - self.residual
 
 
 def storage_for(split: BitSplit, template: Entries, layout: StorageLayout, *, centred: bool = False) -> Storage:

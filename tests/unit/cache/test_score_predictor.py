@@ -6,7 +6,7 @@ from plan_factory import make_plan, random_ids
 
 from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.rotary_shift import RotaryShift
-from baklava.cache.score_predictor import PredictorFit, ScorePredictor, entry_features
+from baklava.cache.score_predictor import PredictorFit, ScorePredictor, entry_features, mix_orders
 from baklava.errors import UserError
 from baklava.eviction import AttentionMatching, KVzap
 from baklava.plan.budget_plan import BudgetPlan
@@ -55,7 +55,7 @@ def test_the_share_decides_between_both_orders_and_scores_stay_the_same_numbers(
     real = torch.arange(40)[None, None] >= 3
     scores[:, :, :3] = 0.0
     for share, same in ((1.0, predicted), (0.01, scores)):
-        ordered = KVzap(share=share).order_prompt(scores, predicted, real)
+        ordered = mix_orders(scores, predicted, share, real)
         assert torch.equal(ordered.sort(2).values[:, :, 3:], scores.sort(2).values[:, :, 3:])
         assert (ordered[:, :, :3] < ordered[:, :, 3:].amin(2, keepdim=True)).all()
         assert torch.equal(ordered[:, :, 3:].argsort(2), same[:, :, 3:].argsort(2))
