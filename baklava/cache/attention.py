@@ -31,6 +31,9 @@ QUERY_BLOCK_SIZE = 64
 MASKED_QUERY_BLOCK_SIZE = 256
 """Queries per block of fused attention with a mask, which is as large as their probabilities."""
 
+TENSOR_OPTIONS = {"s_aux", "position_ids", "cache_position"}
+"""Tensors that models give their attention in addition to a mask: learned sinks, and positions, which caches count."""
+
 QueryStates = Float[Tensor, "batch query_heads queries head_dim"]
 KVStates = Float[Tensor, "batch heads tokens head_dim"]
 GroupedQueries = Float[Tensor, "batch heads group queries head_dim"]
@@ -78,7 +81,10 @@ class AttentionParams:
 
 
 class BudgetedLayerBase(CacheLayerMixin):
-    """A cache layer that computes its own attention: `update` attaches it to the keys that it returns."""
+    """A cache layer that computes its own attention: `update` attaches it to the keys that it returns.
+
+    `pending_attend` says that the new tokens of a layer have yet to attend. After that, layers that share the keys may.
+    """
 
     is_compileable = False
     is_croppable = False
@@ -88,6 +94,17 @@ class BudgetedLayerBase(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.cumulative_length = 0
+        self.pending_attend = False
+
+    def attach(self, key: KVStates) -> KVStates:
+        """Return the new keys with this layer as an attribute, which `attend` is due to store.
+
+        A hack: transformers passes nothing but keys and values from a cache to the attention function.
+        """
+        key = key.view(key.shape)
+        key.budgeted_layer = self  # type: ignore[attr-defined]
+        self.pending_attend = True
+        return key
 
     @abstractmethod
     def attend(
@@ -134,16 +151,6 @@ def moves_all_queries(model: torch.nn.Module) -> bool:
     return bool(shifts) and None not in shifts
 
 
-def attach_layer(key: KVStates, layer: BudgetedLayerBase) -> KVStates:
-    """Return the keys with their layer as an attribute.
-
-    A hack: transformers passes nothing but keys and values from a cache to the attention function.
-    """
-    key = key.view(key.shape)
-    key.budgeted_layer = layer  # type: ignore[attr-defined]
-    return key
-
-
 @contextmanager
 def attention_hook(hook: Callable[..., None]) -> Iterator[None]:
     """Call `hook(module, query, key, value, output, params)` after every attention of models run in this context."""
@@ -163,6 +170,7 @@ def _forward(
     **options: Any,
 ) -> tuple[Tensor, None]:
     layer: BudgetedLayerBase | None = getattr(key, "budgeted_layer", None)
+    _check_options(module, options)
     params = AttentionParams(
         options["scaling"],
         options.get("softcap"),
@@ -181,6 +189,16 @@ def _forward(
     return output, None
 
 
+def _check_options(module: torch.nn.Module, options: dict[str, Any]) -> None:
+    """Raise UserError if a model gives its attention a tensor that would be ignored, such as a bias by position."""
+    unknown = [name for name, value in options.items() if isinstance(value, Tensor) and name not in TENSOR_OPTIONS]
+    if unknown:
+        raise UserError(
+            f"{type(module).__name__} changes its attention by {' and '.join(unknown)}, which a budgeted cache does "
+            "not support; choose another model"
+        )
+
+
 def _fp32_precision(module: torch.nn.Module, query: QueryStates) -> str | None:
     """Return "bf16" if this is a prompt and the weights of the projections have that precision."""
     if query.dtype != torch.float32 or query.shape[2] == 1:
@@ -197,7 +215,8 @@ def _check_continues(
     A look at the positions waits for a GPU. So it is left out for one token, and if the model says that it uses the
     cache. If it says that it does not, that may be the default of a layer (Cwm).
     """
-    if use_cache or position_ids is None or not layer.cumulative_length or query.shape[2] == 1:
+    is_next = layer.pending_attend and layer.cumulative_length > 0
+    if use_cache or position_ids is None or not is_next or query.shape[2] == 1:
         return
     if int(position_ids.flatten()[0]) == 0:
         raise UserError(
@@ -277,6 +296,10 @@ class CentroidEntries:
     key: Float[Tensor, "batch heads centroids head_dim"]
     value: Float[Tensor, "batch heads centroids head_dim"]
     bias: Float[Tensor, "batch heads centroids"]
+
+    def copy(self) -> "CentroidEntries":
+        """Return the same in memory of their own."""
+        return CentroidEntries(self.key.clone(), self.value.clone(), self.bias.clone())
 
 
 def visibility_mask(

@@ -59,8 +59,16 @@ class BudgetedCache(StatefulCache):
         channels = plan.key_channels[index] if plan.key_channels else None
         heads = plan.score_predictors[index] if plan.score_predictors else None
         predictor = ScorePredictor.decode(heads) if heads else None
-        chunk_size = plan.prefill.chunk_size
-        return BudgetedLayer(budget, self.eviction, chunk_size, padding, channels, self.max_tokens, predictor)
+        return BudgetedLayer(
+            budget,
+            self.eviction,
+            plan.prefill.chunk_size,
+            padding,
+            channels,
+            self.max_tokens,
+            predictor,
+            num_sharing=plan.geometry.shared_layers.count(index),
+        )
 
     def copy(self, max_tokens: int | None = None) -> "BudgetedCache":
         """Return an independent cache that continues from here, for a sequence of at most `max_tokens` tokens."""
@@ -111,7 +119,7 @@ class BudgetedCache(StatefulCache):
     @override
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self._check_attended(self._last_updated)
-        kv_heads, head_dim = self.plan.geometry.kv_heads, self.plan.geometry.head_dim
+        kv_heads, head_dim = self.plan.geometry.head_shape(layer_idx)
         for states in (key_states, value_states):
             if states.shape[1::2] != (kv_heads, head_dim):
                 raise UserError(
@@ -166,6 +174,10 @@ class BudgetedCache(StatefulCache):
         """
         for index, layer in enumerate(self.layers):
             self._check_attended(index)
+            if isinstance(layer, BudgetedLayer) and layer.pending_shared:
+                raise RuntimeError(
+                    f"{layer.pending_shared} layers that share the keys of layer {index} have not read them"
+                )
             if not isinstance(layer, NoAttentionLayer) and layer.get_seq_length() != num_tokens:
                 raise RuntimeError(
                     f"layer {index} of the cache has seen {layer.get_seq_length()} tokens of {num_tokens}, so the plan "

@@ -12,7 +12,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.cache import attention
 from baklava.cache.attention import (
     AttentionParams,
     BudgetedLayerBase,
@@ -118,6 +117,8 @@ class BudgetedLayer(BudgetedLayerBase):
         key_channels: The order of each head's key channels, if their bits differ.
         max_tokens: The largest number of tokens that a sequence will have.
         predictor: Of the scores of a prompt, if the method predicts them.
+        num_sharing: How many layers have no keys of their own, and read those of this one. They attend to exactly what
+            this layer attends to in the same forward, before its evictions, and are not observed by its scores.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class BudgetedLayer(BudgetedLayerBase):
         key_channels: tuple[str, ...] | None = None,
         max_tokens: int | None = None,
         predictor: ScorePredictor | None = None,
+        num_sharing: int = 0,
     ) -> None:
         super().__init__()
         self.group_budgets, self.eviction = _group_heads(budget, key_channels), eviction
@@ -140,7 +142,7 @@ class BudgetedLayer(BudgetedLayerBase):
         self.slab: Slab | None = None
         self.table: LayerTable | None = None
         self.teacher_forced = False
-        self.pending_attend = False
+        self.num_sharing, self.pending_shared = num_sharing, 0
 
     @override
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -205,8 +207,7 @@ class BudgetedLayer(BudgetedLayerBase):
                 f"{len(key_states)} sequences go on in a cache of {self.batch_size}; begin with a new cache, or call "
                 "batch_select_indices with the row that each of them continues"
             )
-        self.pending_attend = True
-        return attention.attach_layer(key_states, self), value_states
+        return self.attach(key_states), value_states
 
     @override
     def attend(
@@ -214,11 +215,10 @@ class BudgetedLayer(BudgetedLayerBase):
     ) -> QueryStates:
         """Return the output of new tokens over the cached entries and themselves, and store them within the budget."""
         if not self.pending_attend:
-            raise UserError(
-                "the model attends twice to keys that it stored once, which a budgeted cache does not support; choose "
-                "another model"
-            )
-        self.pending_attend = False
+            return self._attend_shared(query, key.shape[1], params)
+        self.pending_attend, self.pending_shared = False, self.num_sharing
+        for group in self.groups:
+            group.shared = [] if self.num_sharing else None
         num_new, num_before = key.shape[2], self.cumulative_length
         positions = torch.arange(num_before, num_before + num_new, device=key.device)[None]
         if padding is not None:
@@ -228,7 +228,8 @@ class BudgetedLayer(BudgetedLayerBase):
         self.advance(num_new)
         queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
         padded = self.pad_lengths is not None
-        if self.table and not padded and (num_new == 1 or self.teacher_forced) and can_fuse(self.groups, key):
+        is_decoded = num_new == 1 or self.teacher_forced
+        if self.table and is_decoded and not (padded or self.num_sharing) and can_fuse(self.groups, key):
             return merge_gqa_groups(fused_steps(self.table, (queries, key, value), num_before, params))
         tokens = NewTokens(num_before, queries, key, value, positions, padded, self.teacher_forced)
         if self.prefill_chunk is None or num_new <= self.prefill_chunk:
@@ -238,6 +239,23 @@ class BudgetedLayer(BudgetedLayerBase):
             for start in range(0, num_new, self.prefill_chunk)
         ]
         return merge_gqa_groups(torch.cat([self._attend(chunk, params) for chunk in chunks], 3))
+
+    def _attend_shared(self, query: QueryStates, kv_heads: int, params: AttentionParams) -> QueryStates:
+        """Return the output of a layer that reads the keys of this one."""
+        if not self.pending_shared:
+            raise UserError(
+                "the model attends twice to keys that it stored once, which a budgeted cache does not support; choose "
+                "another model"
+            )
+        self.pending_shared -= 1
+        queries = split_gqa_groups(query, query.shape[1] // kv_heads)
+        output = torch.empty_like(queries)
+        for group in self.groups:
+            group_params = params.for_heads(group.index, queries.shape[2])
+            output[:, group.index] = group.attend_shared(queries[:, group.index], group_params)
+            if not self.pending_shared:
+                group.shared = None
+        return merge_gqa_groups(output)
 
     @contextmanager
     def teacher_forcing(self) -> Iterator[None]:
@@ -311,7 +329,7 @@ class BudgetedLayer(BudgetedLayerBase):
 
     def can_fuse(self, states: Tensor) -> bool:
         """Return whether the kernel can decode the next token, for queries, keys and values like these."""
-        is_busy = self.pending_attend or self.teacher_forced or self.pad_lengths is not None
+        is_busy = self.pending_attend or self.teacher_forced or self.pad_lengths is not None or self.num_sharing > 0
         return bool(self.groups) and not is_busy and can_fuse(self.groups, states)
 
     @property

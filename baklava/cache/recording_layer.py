@@ -87,14 +87,18 @@ class RecordingLayer(BudgetedLayerBase):
         keys, values = self.keys[:, :, new], self.values[:, :, new]
         keys.copy_(key_states)
         values.copy_(value_states)
-        return attention.attach_layer(keys, self), values
+        return self.attach(keys), values
 
     def attend(
         self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
     ) -> QueryStates:
-        """Attend to the prompt so far and update its scores."""
+        """Attend to the prompt so far and update its scores, or let a layer that shares the keys attend to it."""
         queries = split_gqa_groups(query, query.shape[1] // key.shape[1])
         start = self.cumulative_length
+        if not self.pending_attend:
+            inputs = self._inputs(queries, params, start)
+            return merge_gqa_groups(inputs.attend(masked=start > query.shape[2]))
+        self.pending_attend = False
         self.cumulative_length += query.shape[2]
         inputs = self._inputs(queries, params, self.cumulative_length)
         accumulators = [each for each in self._accumulators() if not each.sample.single_block]

@@ -127,17 +127,20 @@ def fill_cache(loaded: LoadedModel, cache: Any, batch: int, context: int) -> Any
     The speed of a cache does not depend on the values in it, and this is faster than a prefill.
     """
     geometry, generator = loaded.geometry, torch.Generator(device=loaded.device).manual_seed(0)
-    shape = (batch, geometry.kv_heads, context, geometry.head_dim)
-    entries = torch.randn(shape, generator=generator, device=loaded.device, dtype=loaded.model.dtype)
-    scores = torch.rand(shape[:3], generator=generator, device=loaded.device)
     for index, window in enumerate(geometry.windows):
+        if window == 0:
+            continue
+        kv_heads, head_dim = geometry.head_shape(index)
+        shape = (batch, kv_heads, context, head_dim)
+        entries = torch.randn(shape, generator=generator, device=loaded.device, dtype=loaded.model.dtype)
+        scores = torch.rand(shape[:3], generator=generator, device=loaded.device)
         layer = cache.layers[index] if isinstance(cache, BudgetedCache) else None
         if isinstance(layer, BudgetedLayer):
             layer.predictor = None  # random scores have no order to change
             layer.load_prompt(entries, entries, scores)
-        elif layer is not None and window:
+        elif layer is not None:
             layer.update(entries, entries)
-        elif window != 0:
+        else:
             cache.update(entries.clone(), entries.clone(), index)
     return cache
 

@@ -3,13 +3,16 @@
 import copy
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 from baklava.errors import UserError
 from baklava.serialization import FrozenModel
 
 Value = TypeVar("Value")
+
+HeadShape = tuple[int, int]
+"""Number of KV heads of a layer, and the channels of each."""
 
 _SHAPING_FIELDS = (
     "model_type",
@@ -57,6 +60,10 @@ class CacheGeometry(FrozenModel):
             Only layers with full attention get a budget; transformers bounds the others itself.
         states: per layer, the numbers of each of its states: those of a recurrence or a convolution, which do not grow
             with the text. Empty if no layer has one.
+        sliding_heads: the KV heads of the layers with a sliding window, if they have others than those with full
+            attention.
+        kv_sharing_targets: per layer, the layer whose keys and values it reads instead of having its own. Empty if no
+            layer does.
     """
 
     layers: int
@@ -65,6 +72,8 @@ class CacheGeometry(FrozenModel):
     head_dim: int
     windows: tuple[int | None, ...]
     states: tuple[tuple[int, ...], ...] = ()
+    sliding_heads: HeadShape | None = None
+    kv_sharing_targets: tuple[int | None, ...] = ()
 
     @property
     def query_heads(self) -> int:
@@ -75,6 +84,26 @@ class CacheGeometry(FrozenModel):
     def full_attention_layers(self) -> tuple[int, ...]:
         """Indices of the layers with full attention."""
         return tuple(layer for layer, window in enumerate(self.windows) if window is None)
+
+    @property
+    def num_attending_layers(self) -> int:
+        """Layers that attend, to keys and values of their own or to those of others."""
+        return sum(window != 0 for window in self.windows) + len(self.shared_layers)
+
+    @property
+    def shared_layers(self) -> tuple[int, ...]:
+        """The layer whose keys and values it reads, for each layer that has none of its own."""
+        return tuple(target for target in self.kv_sharing_targets if target is not None)
+
+    def kv_layer(self, layer: int) -> int:
+        """Return the layer whose keys and values this one reads: itself, or the one that it shares."""
+        target = self.kv_sharing_targets[layer] if self.kv_sharing_targets else None
+        return layer if target is None else target
+
+    def head_shape(self, layer: int) -> HeadShape:
+        """Return the KV heads of a layer that stores keys and values, and the channels of each."""
+        own = self.kv_heads, self.head_dim
+        return (self.sliding_heads or own) if self.windows[layer] else own
 
     @property
     def unbudgeted(self) -> str:
@@ -92,7 +121,8 @@ class CacheGeometry(FrozenModel):
         """Return the geometry of a transformers config.
 
         Raises:
-            UserError: no layer has full attention, layers differ in shape, or a layer has no KV cache to budget.
+            UserError: no layer has full attention, layers of a kind differ in shape, or a layer has no KV cache to
+                budget.
         """
         config = config.get_text_config(decoder=True)
         if _field(config, "kv_lora_rank"):
@@ -108,28 +138,69 @@ class CacheGeometry(FrozenModel):
                 "attention, so there is nothing to budget; choose a model with full-attention layers"
             )
         if _STATEFUL & set(kinds):
-            heads, kv_heads, head_dim, states = _probe_states(config, windows)
+            heads, shapes, states = _probe_states(config, windows)
         else:
-            heads, kv_heads, head_dim = _heads(config)
+            heads, shapes = _heads(config, windows)
             states = ()
-        geometry = cls(
+        (kv_heads, head_dim), sliding_heads = _shapes_by_kind(config, shapes)
+        return cls(
             layers=len(windows),
             kv_heads=kv_heads,
             query_group=heads // kv_heads,
             head_dim=head_dim,
             windows=windows,
             states=states,
+            sliding_heads=sliding_heads,
+            kv_sharing_targets=_kv_sharing_targets(config),
         )
-        return geometry
 
 
-def _heads(config: Any) -> tuple[int, int, int]:
-    shapes = {_layer_heads(layer) for layer in config.per_layer_config}
-    if None in shapes:
-        raise UserError(f"{config.model_type} has no attention heads, so no KV cache to budget; choose another model")
-    if len(shapes) > 1:
-        raise _uneven(config, sorted(shape[1:] for shape in shapes if shape))
-    return next(shape for shape in shapes if shape)
+ShapesByKind = dict[bool, set[HeadShape]]
+"""The shapes of the layers with full attention, and of those with a sliding window (True)."""
+
+
+def _heads(config: Any, windows: Sequence[int | None]) -> tuple[int, ShapesByKind]:
+    """Return the query heads of a layer with full attention, and the shapes of the layers that store keys."""
+    query_heads, shapes = set(), ShapesByKind()
+    for layer, window in zip(config.per_layer_config, windows, strict=True):
+        if window == 0:
+            continue
+        if (heads := _layer_heads(layer)) is None:
+            raise UserError(
+                f"{config.model_type} has no attention heads, so no KV cache to budget; choose another model"
+            )
+        shapes.setdefault(window is not None, set()).add(heads[1:])
+        if window is None:
+            query_heads.add(heads[0])
+    if len(query_heads) > 1:
+        raise UserError(
+            f"{config.model_type} has layers of {sorted(query_heads)} query heads; baklava budgets models whose layers "
+            "with full attention have the same; choose another model"
+        )
+    return query_heads.pop(), shapes
+
+
+def _shapes_by_kind(config: Any, shapes: ShapesByKind) -> tuple[HeadShape, HeadShape | None]:
+    """Return the shape of all layers with full attention, and that of the sliding ones if it is another."""
+    for same_kind in shapes.values():
+        if len(same_kind) > 1:
+            raise UserError(
+                f"{config.model_type} has KV heads of different shapes {sorted(same_kind)} in layers of one kind, or "
+                "in keys and values; baklava budgets models whose layers with full attention share one (KV heads, "
+                "head_dim), as do those with sliding windows; choose another model"
+            )
+    (full,), sliding = shapes[False], next(iter(shapes.get(True, ())), None)
+    return full, None if sliding == full else sliding
+
+
+def _kv_sharing_targets(config: Any) -> tuple[int | None, ...]:
+    """Return the layer that each layer shares: the last one of its kind that stores keys for others."""
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    if "reuse" not in modes:
+        return ()
+    layers = list(zip(config.layer_types, modes, strict=True))
+    stored = {kind: layer for layer, (kind, mode) in enumerate(layers) if mode == "store"}
+    return tuple(stored[kind] if mode == "reuse" else None for kind, mode in layers)
 
 
 def _layer_heads(config: Any) -> tuple[int, int, int] | None:
@@ -161,11 +232,6 @@ def _layer_kinds(config: Any) -> tuple[list[str], tuple[int | None, ...]]:
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     types, kwargs = get_layer_types_and_kwargs(config)
-    if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
-        raise UserError(
-            f"{config.model_type} has layers that share the keys of others, which are evicted before these read them; "
-            "choose another model"
-        )
     if unknown := sorted(set(types) - _LAYER_TYPES):
         raise UserError(
             f"{config.model_type} has layers of type {', '.join(unknown)}, but baklava serves only full, sliding and "
@@ -179,8 +245,8 @@ def _layer_kinds(config: Any) -> tuple[list[str], tuple[int | None, ...]]:
     return types, tuple(windows)
 
 
-def _probe_states(config: Any, windows: tuple[int | None, ...]) -> tuple[int, int, int, tuple[tuple[int, ...], ...]]:
-    """Return query heads, KV heads, head_dim, and the sizes of the states: what a forward without weights caches."""
+def _probe_states(config: Any, windows: Sequence[int | None]) -> tuple[int, ShapesByKind, tuple[tuple[int, ...], ...]]:
+    """Return query heads, shapes of keys, and the sizes of the states: what a forward without weights caches."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -199,7 +265,7 @@ def _probe_states(config: Any, windows: tuple[int | None, ...]) -> tuple[int, in
             f"{config.model_type} does not run on shapes alone ({str(error).splitlines()[0]}), so the size of its "
             "states is unknown; choose another model"
         ) from None
-    states, shapes = [], set()
+    states, shapes = [], ShapesByKind()
     for index, (layer, window) in enumerate(zip(cache.layers, windows, strict=True)):
         conv, recurrent = (getattr(layer, name, {}) for name in ("conv_states", "recurrent_states"))
         sizes = [sum(part.numel() for part in (conv[number], recurrent[number]) if part is not None) for number in conv]
@@ -210,21 +276,9 @@ def _probe_states(config: Any, windows: tuple[int | None, ...]) -> tuple[int, in
             )
         states.append(tuple(sizes))
         if window != 0:
-            shapes.add((layer.keys.shape[1], layer.keys.shape[3]))
-            shapes.add((layer.values.shape[1], layer.values.shape[3]))
-    if not shapes:
-        raise UserError(f"{config.model_type} has no attention heads, so no KV cache to budget; choose another model")
-    if len(shapes) > 1:
-        raise _uneven(config, sorted(shapes))
-    ((kv_heads, head_dim),) = shapes
-    return config.num_attention_heads, kv_heads, head_dim, tuple(states)
-
-
-def _uneven(config: Any, shapes: Iterable[tuple[int, ...]]) -> UserError:
-    return UserError(
-        f"{config.model_type} has KV heads of different shapes {list(shapes)}; baklava budgets models whose layers "
-        "share one (KV heads, head_dim); choose another model"
-    )
+            for entries in (layer.keys, layer.values):
+                shapes.setdefault(window is not None, set()).add((entries.shape[1], entries.shape[3]))
+    return config.num_attention_heads, shapes, tuple(states)
 
 
 BitSplit = tuple[tuple[int, int], ...]
@@ -302,6 +356,7 @@ def unbudgeted_bytes(geometry: CacheGeometry, bits: int, max_tokens: int | None 
 
 def sliding_window_bytes(geometry: CacheGeometry, bits: int, max_tokens: int | None = None) -> int:
     """Return the bytes of the sliding layers of one sequence of at most `max_tokens` (None: of any length)."""
+    kv_heads, head_dim = geometry.sliding_heads or (geometry.kv_heads, geometry.head_dim)
     windows = [window for window in geometry.windows if window is not None]
     entries = sum(window if max_tokens is None else min(window, max_tokens) for window in windows)
-    return entries * geometry.kv_heads * 2 * geometry.head_dim * bits // 8
+    return entries * kv_heads * 2 * head_dim * bits // 8

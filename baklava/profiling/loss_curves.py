@@ -91,15 +91,16 @@ def trace_layers(
 ) -> list[LayerTrace]:
     """Run one forward and `NUM_DRAWS` backward passes of a continuation after a recorded context.
 
-    Return what the layers with full attention did.
+    Return what the layers with full attention did. The queries of layers that share their keys count as theirs.
     """
-    calls: list[AttentionCall] = []
-    budgeted = loaded.geometry.full_attention_layers
+    geometry = loaded.geometry
+    calls: dict[int, list[AttentionCall]] = {layer: [] for layer in geometry.full_attention_layers}
 
     def on_attention(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, params: AttentionParams
     ) -> None:
-        if module.layer_idx not in budgeted:
+        layer = geometry.kv_layer(int(module.layer_idx))  # type: ignore[arg-type]
+        if layer not in calls:
             return
         if not output.requires_grad:
             raise UserError(
@@ -107,7 +108,7 @@ def trace_layers(
                 "choose a plan that needs no profile"
             )
         output.retain_grad()
-        calls.append((query, key, value, output, params))
+        calls[layer].append((query, key, value, output, params))
 
     with (
         torch.inference_mode(False),
@@ -121,9 +122,9 @@ def trace_layers(
         embedded = loaded.model.get_input_embeddings()(ids.clone()).detach().requires_grad_()
         # A copy, since some models change it.
         logits = loaded.model(inputs_embeds=embedded.clone(), past_key_values=cache).logits[0].float()
-        outputs = [output for _, _, _, output, _ in calls]
-        draws = [_sampled_gradients(logits, outputs, seed + draw) for draw in range(NUM_DRAWS)]
-    return [_layer_trace(call, [gradients[index] for gradients in draws]) for index, call in enumerate(calls)]
+        outputs = [output for layer in calls.values() for _, _, _, output, _ in layer]
+        draws = [iter(_sampled_gradients(logits, outputs, seed + draw)) for draw in range(NUM_DRAWS)]
+    return [_merged([_layer_trace(call, [next(draw) for draw in draws]) for call in layer]) for layer in calls.values()]
 
 
 @contextmanager
@@ -151,6 +152,17 @@ def _layer_trace(call: AttentionCall, gradients: list[Tensor]) -> LayerTrace:
     group = query.shape[1] // key.shape[1]
     gradient = torch.stack([split_gqa_groups(gradient.transpose(1, 2), group)[0] for gradient in gradients])
     return LayerTrace(split_gqa_groups(query, group)[0].detach(), key[0].detach(), value[0].detach(), gradient, params)
+
+
+def _merged(traces: list[LayerTrace]) -> LayerTrace:
+    """Return the traces of layers that share their keys as one layer with the query heads of all of them."""
+    first, params = traces[0], traces[0].params
+    sinks = [trace.params.sink_logits for trace in traces]
+    if len(traces) > 1 and sinks[0] is not None:
+        by_head = [sink.view(len(first.query), -1) for sink in sinks if sink is not None]
+        params = replace(params, sink_logits=torch.cat(by_head, 1).flatten())
+    query, gradient = torch.cat([each.query for each in traces], 1), torch.cat([each.gradient for each in traces], 2)
+    return replace(first, query=query, gradient=gradient, params=params)
 
 
 QUERY_STRIDE = 4

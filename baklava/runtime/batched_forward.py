@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baklava.cache import attention
 from baklava.cache.attention import (
     AttentionParams,
     BudgetedLayerBase,
@@ -33,10 +32,15 @@ from baklava.runtime.prefill import Logits, TokenChunk, check_progress
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """The chunks of a forward, where their tokens begin, what to call after a layer, and errors by chunk."""
+    """The chunks of a forward and where their tokens begin.
+
+    `shared_layers` are those whose keys others read, `after_layer` is called after each attention, and `errors` are by
+    chunk.
+    """
 
     chunks: Sequence[TokenChunk]
     starts: Sequence[int]
+    shared_layers: Sequence[int]
     after_layer: Callable[[], None] | None = None
     errors: dict[int, Exception] = field(default_factory=dict)
 
@@ -50,35 +54,40 @@ class BatchedLayer(BudgetedLayerBase):
     def __init__(self, index: int, batch: _Batch) -> None:
         super().__init__()
         self._index, self._batch = index, batch
+        self._windows: dict[int, tuple[KVStates, KVStates]] = {}
+        """Entries of a sliding layer by chunk, for the layers that read them again."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Attach this layer to the new keys; every cache stores its own when it attends."""
-        return attention.attach_layer(key_states, self), value_states
+        return self.attach(key_states), value_states
 
     def attend(
         self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
     ) -> QueryStates:
         """Return the output of all new tokens, each over the entries of its own sequence.
 
-        They are one row, or a row each.
+        They are one row, or a row each. A layer that shares the keys calls it again, and they are stored once.
         """
         if len(query) > 1:
             one_row = (states.transpose(0, 2) for states in (query, key, value))
             own_query, own_key, own_value = one_row
             return self.attend(own_query, own_key, own_value, padding, params).transpose(0, 2)
+        is_new, self.pending_attend = self.pending_attend, False
         output, rows = torch.empty_like(query), []
         for number, chunk in enumerate(self._batch.chunks):
             layer, start = chunk.cache.layers[self._index], self._batch.starts[number]
             own = slice(start, start + len(chunk.ids))
-            if len(chunk.ids) == 1 and isinstance(layer, BudgetedLayer) and layer.is_initialized:
+            is_decoded = len(chunk.ids) == 1 and isinstance(layer, BudgetedLayer) and layer.is_initialized
+            if is_decoded and is_new:
                 rows.append((layer, start))
             else:
-                output[:, :, own] = self._attend(number, query[:, :, own], key[:, :, own], value[:, :, own], params)
+                tokens = query[:, :, own], key[:, :, own], value[:, :, own]
+                output[:, :, own] = self._attend(number, tokens, params, is_new)
         if rows:
             layers, columns = zip(*rows, strict=True)
             at = torch.tensor(columns, device=query.device)
-            tokens = (states[0].index_select(1, at).transpose(0, 1)[:, :, None] for states in (query, key, value))
-            own_query, own_key, own_value = tokens
+            states = (each[0].index_select(1, at).transpose(0, 1)[:, :, None] for each in (query, key, value))
+            own_query, own_key, own_value = states
             decoded = decode_rows(layers, own_query, own_key, own_value, params)
             output[0].index_copy_(1, at, decoded[:, :, 0].transpose(0, 1))
         if self._batch.after_layer is not None:
@@ -88,18 +97,23 @@ class BatchedLayer(BudgetedLayerBase):
         return output
 
     def _attend(
-        self, number: int, query: QueryStates, key: KVStates, value: KVStates, params: AttentionParams
+        self, number: int, tokens: tuple[QueryStates, KVStates, KVStates], params: AttentionParams, is_new: bool
     ) -> QueryStates | float:
         """Return the output of one chunk, or 0 if it fails: the other sequences of the forward go on."""
         if number in self._batch.errors:
             return 0
         cache = self._batch.chunks[number].cache
         try:
-            key, value = cache.update(key, value, self._index)
-            layer = cache.layers[self._index]
+            (query, key, value), layer = tokens, cache.layers[self._index]
+            if is_new:
+                key, value = cache.update(key, value, self._index)
             if isinstance(layer, BudgetedLayerBase):
                 return layer.attend(query, key, value, None, params)
             assert isinstance(layer, SlidingLayer)
+            if not is_new:
+                key, value = self._windows[number]
+            elif self._index in self._batch.shared_layers:
+                self._windows[number] = key, value
             return _attend_window(layer, query, key, value, params)
         except Exception as error:
             self._batch.errors[number] = error
@@ -137,11 +151,6 @@ class BatchedCache(StatefulCache):
         super().__init__(layers, states)
 
 
-def num_attending_layers(cache: StatefulCache) -> int:
-    """Return how many layers of a cache attend; the others only have states."""
-    return sum(not isinstance(layer, NoAttentionLayer) for layer in cache.layers)
-
-
 @torch.inference_mode()
 def batched_forward(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[Logits, dict[int, Exception]]:
     """Process the new tokens of all chunks in one forward.
@@ -170,7 +179,8 @@ def forward_one_row(
     device = loaded.device
     counts, lengths = [len(chunk.ids) for chunk in chunks], [chunk.cache.get_seq_length() for chunk in chunks]
     ends = torch.tensor(counts).cumsum(0)
-    batch = _Batch(chunks, (ends - torch.tensor(counts)).tolist(), after_layer)
+    starts = (ends - torch.tensor(counts)).tolist()
+    batch = _Batch(chunks, starts, loaded.geometry.shared_layers, after_layer)
     positions = [torch.arange(length, length + count) for length, count in zip(lengths, counts, strict=True)]
     output = loaded.model(
         input_ids=torch.cat([chunk.ids for chunk in chunks])[None],
@@ -212,7 +222,7 @@ def _forward_apart(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[L
 
 def _forward_rows(loaded: LoadedModel, chunks: Sequence[TokenChunk]) -> tuple[Logits, dict[int, Exception]]:
     """Process one token of each sequence, which is a row of its own."""
-    batch = _Batch(chunks, range(len(chunks)))
+    batch = _Batch(chunks, range(len(chunks)), loaded.geometry.shared_layers)
     lengths = [chunk.cache.get_seq_length() for chunk in chunks]
     stacked = BatchedCache(batch)
     output = loaded.model(

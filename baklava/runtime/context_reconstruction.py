@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from baklava.cache import attention
 from baklava.cache.attention import (
     AttentionParams,
     BudgetedLayerBase,
@@ -96,19 +95,22 @@ class RepeatingLayer(BudgetedLayerBase):
 
     @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return attention.attach_layer(key_states, self), value_states
+        return self.attach(key_states), value_states
 
     def attend(
         self, query: QueryStates, key: KVStates, value: KVStates, padding: Tensor | None, params: AttentionParams
     ) -> QueryStates:
-        """Attend to the prompt and to the new tokens, and update the scores of the prompt."""
-        prompt = self.keys.shape[2]
+        """Attend to the prompt and to the new tokens, and update the scores of the prompt.
+
+        Layers that share the keys do the same, if only for the last tokens.
+        """
+        prompt, queries = self.keys.shape[2], query.shape[2]
         positions = torch.arange(prompt + key.shape[2], device=key.device)[None]
         forward = AttentionInputs(
             split_gqa_groups(query, query.shape[1] // key.shape[1]),
             torch.cat([self.keys, key], 2),
             torch.cat([self.values, value], 2),
-            positions[:, prompt:],
+            positions[:, -queries:],
             positions[:, None],
             params,
         )

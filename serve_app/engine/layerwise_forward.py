@@ -7,7 +7,7 @@ in a layer, it needs the activations of that layer: each layer of its cache is c
 
 from greenlet import getcurrent, greenlet
 
-from baklava.runtime.batched_forward import forward_one_row, num_attending_layers
+from baklava.runtime.batched_forward import forward_one_row
 from baklava.runtime.model_loader import LoadedModel
 from baklava.runtime.prefill import Logits, TokenChunk
 
@@ -19,7 +19,7 @@ class LayerwiseForward:
     """
 
     def __init__(self, loaded: LoadedModel, chunk: TokenChunk) -> None:
-        self._num_tokens, self._num_layers = len(chunk.ids), num_attending_layers(chunk.cache)
+        self._num_tokens, self._num_layers = len(chunk.ids), loaded.geometry.num_attending_layers
         self._allowance = self._layers_done = 0
         # No reference to self: a stack that refers to its owner would never be freed.
         self._stack = greenlet(_forward)
@@ -48,7 +48,7 @@ class LayerwiseForward:
 
 def _forward(loaded: LoadedModel, chunk: TokenChunk, layers: int) -> Logits:
     """Return the logits after the chunk. Each pause ends with the number of layers until the next one."""
-    layers_left = num_attending_layers(chunk.cache)
+    layers_left = loaded.geometry.num_attending_layers
 
     def after_layer() -> None:
         nonlocal layers, layers_left

@@ -12,7 +12,9 @@ from transformers import (
     Exaone4Config,
     FalconH1Config,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
     GraniteMoeHybridConfig,
     Lfm2Config,
@@ -65,6 +67,24 @@ NEMOTRON = {
     "chunk_size": 16,
 }
 
+SHARED = {
+    "num_hidden_layers": 7,
+    "layer_types": [*MIXED[::-1], *MIXED[:2], "full_attention"],
+    "num_kv_shared_layers": 3,
+}
+GEMMA3N = {"head_dim": 8, "sliding_window": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128}
+GEMMA3N |= {"altup_num_inputs": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 7}
+GEMMA4 = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": 16,
+    "layer_types": MIXED,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 128,
+}
+
 
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
@@ -74,6 +94,9 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mistral": (MistralConfig, {"sliding_window": None, "head_dim": 8}),
     "gemma2": (Gemma2Config, {"head_dim": 8, "sliding_window": 16, "attn_logit_softcapping": 2.0}),
     "gemma3": (Gemma3TextConfig, {"head_dim": 8, "sliding_window": 16, "layer_types": MIXED}),
+    "gemma3n": (Gemma3nTextConfig, GEMMA3N | SHARED),
+    "gemma4": (Gemma4TextConfig, GEMMA4),
+    "gemma4 shared": (Gemma4TextConfig, GEMMA4 | SHARED),
     "phi3": (Phi3Config, {}),
     "ministral": (MinistralConfig, {"head_dim": 8, "sliding_window": 16, "layer_types": MIXED}),
     "smollm3": (SmolLM3Config, {"use_sliding_window": True, "sliding_window": 16, "layer_types": MIXED}),

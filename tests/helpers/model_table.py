@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 import torch
 from engine_client import ask, engine_of
-from model_families import FAMILIES, LINEAR, SHAPE
+from model_families import FAMILIES, GEMMA3N, GEMMA4, LINEAR, SHAPE, SHARED
 from transformers import AutoModelForCausalLM, __version__, logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -34,6 +34,7 @@ COLUMNS = ("generates", "profiles", "scores", "searches", "serves")
 SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 8,
+    "global_head_dim": 16,
     "sliding_window": 16,
     "num_experts": 4,
     "num_local_experts": 4,
@@ -76,8 +77,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
-    "gemma3n": {"num_kv_shared_layers": 2},
-    "gemma3n_text": {"num_kv_shared_layers": 2},
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), GEMMA3N | SHARED),
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), GEMMA4 | SHARED),
     "gpt_bigcode": {"num_key_value_heads": 1},
     "granitemoehybrid": {"layer_types": LINEAR},
     "hunyuan_v1_dense": ROPE | {"head_dim": 8},

@@ -14,6 +14,7 @@ from torch import Tensor
 from baklava.cache import table_columns as columns
 from baklava.cache.attention import AttentionParams, GroupedQueries, KVStates
 from baklava.cache.head_groups.references import ReferenceQueries, References
+from baklava.cache.head_groups.score_updates import AttentionInputs
 from baklava.cache.head_groups.table import Rows, describe_storage, new_rows, row_addresses
 from baklava.cache.kernels.compiled_entries import can_compile_entries, read_entries, select_entries
 from baklava.cache.storage import DequantizedView, Storage, StorageLayout, TensorSpec, storage_for
@@ -121,6 +122,8 @@ class HeadGroup(ABC):
         self.values = storage_for(values, template, layout)
         self.head_dim = template.shape[3]
         self.is_dequantized = False
+        self.shared: list[tuple[AttentionInputs, bool]] | None = None
+        """What the tokens of a forward attended to, part by part, and whether it was masked; None if nobody asks."""
         self.rows = new_rows(1, budget.heads[-1] + 1)
         self.addresses: Int[np.ndarray, " rows"] = np.empty(0, np.int64)
         """Addresses of the rows of its heads."""
@@ -193,6 +196,26 @@ class HeadGroup(ABC):
             parts = [replace(tokens.narrow(0, 1), teacher_forced=False), tokens.narrow(1, tokens.num_tokens)]
             return torch.cat([self.attend(part, params) for part in parts if part.num_tokens], 3)
         return self.rotate_back(self._attend(self.rotate(tokens), params))
+
+    def _share(self, inputs: AttentionInputs, masked: bool, stored: bool) -> None:
+        """Keep what the next tokens attend to, for other layers; `stored` entries may change before these read them."""
+        if self.shared is not None:
+            self.shared.append((inputs.copy() if stored else inputs, masked))
+
+    def attend_shared(self, query: GroupedQueries, params: AttentionParams) -> GroupedQueries:
+        """Return the output of another layer's queries over what this layer's tokens attended to in this forward.
+
+        They may be those of the last tokens only, since models need no more of a prompt if later layers have no keys.
+        """
+        assert self.shared is not None
+        outputs, left = [], _rotate(self.key_rotation, query)
+        for inputs, masked in reversed(self.shared):
+            tokens = min(inputs.query.shape[3], left.shape[3])
+            if tokens:
+                own, masked = inputs.of_last(left[:, :, :, -tokens:], params), masked or tokens < inputs.query.shape[3]
+                outputs.append(own.attend(masked))
+                left = left[:, :, :, :-tokens]
+        return self.rotate_back(torch.cat(outputs[::-1], 3))
 
     def is_prompt(self, tokens: NewTokens) -> bool:
         """Return whether these tokens attend together and are compressed then, and not one by one."""

@@ -13,7 +13,6 @@ from baklava.cache.attention import (
     GroupedQueries,
     KVStates,
     RingWindow,
-    attend,
     attend_blockwise,
     visibility_mask,
 )
@@ -71,12 +70,13 @@ class RingBufferHeadGroup(HeadGroup):
         self._see(tokens.positions, tokens.num_before, tokens.padded)
         # Without padding every filled slot is visible, so positions are not even computed.
         positions = self.cached_positions() if tokens.padded else tokens.positions[:, None]
-        if self.keys.reads_copy or self.values.reads_copy:
+        if self.shared is None and (self.keys.reads_copy or self.values.reads_copy):
             visible = visibility_mask(tokens.positions, positions) if tokens.padded else None
             keys, values = self.keys.iter_blocks(self.num_filled), self.values.iter_blocks(self.num_filled)
             return attend_blockwise(tokens.query, keys, values, visible, params)
-        key, value = self.read()
-        return attend(tokens.query, key, value, tokens.positions, positions, params, masked=tokens.padded)
+        inputs = AttentionInputs(tokens.query, *self.read(), tokens.positions, positions, params, tokens.padded)
+        self._share(inputs, tokens.padded, stored=True)
+        return inputs.attend(tokens.padded)
 
     def _write(self, tokens: NewTokens) -> None:
         if tokens.padded:
@@ -103,10 +103,9 @@ class RingBufferHeadGroup(HeadGroup):
         window = self.window if tokens.teacher_forced else None
         masked = bool(self.num_filled or tokens.padded or window)
         entries = key, value, tokens.positions, positions
-        if window is None:
-            output = AttentionInputs(tokens.query, *entries, params, tokens.padded).attend(masked)
-        else:
-            output = attend(tokens.query, *entries, params, window=window)
+        inputs = AttentionInputs(tokens.query, *entries, params, tokens.padded, window=window)
+        self._share(inputs, masked, stored=False)
+        output = inputs.attend(masked)
         self._retain(tokens.key, tokens.value, tokens.positions, tokens.num_before, tokens.padded)
         return output
 

@@ -15,6 +15,7 @@ from baklava.cache.attention import (
     GroupedQueries,
     KVStates,
     Positions,
+    RingWindow,
     attend,
     attend_values,
     attention_probs,
@@ -50,7 +51,7 @@ class AttentionInputs:
     """Queries and entries of one forward of a group of KV heads; the last entries are the queries' own.
 
     `centroids` stand for evicted entries. Eviction methods do not observe them, but the attention that the centroids
-    get is missing from that of the entries.
+    get is missing from that of the entries. `window` is what the ring buffer of each query would have.
     """
 
     query: GroupedQueries
@@ -62,16 +63,26 @@ class AttentionInputs:
     padded: bool = False
     decoding: bool = False
     centroids: CentroidEntries | None = None
+    window: RingWindow | None = None
+
+    def copy(self) -> "AttentionInputs":
+        """Return the same with entries in memory of their own."""
+        key, value, positions = (states.clone() for states in (self.key, self.value, self.key_positions))
+        centroids = self.centroids and self.centroids.copy()
+        return replace(self, key=key, value=value, key_positions=positions, centroids=centroids)
+
+    def of_last(self, query: GroupedQueries, params: AttentionParams) -> "AttentionInputs":
+        """Return the same entries with other queries of the last tokens."""
+        positions = self.query_positions[:, -query.shape[3] :]
+        return replace(self, query=query, query_positions=positions, params=params)
 
     def attend(self, masked: bool) -> GroupedQueries:
         """Return the output of all queries; `masked` is as in `attention.attend`."""
         is_prompt = self.query.shape[3] > 1 and (masked or self.params.fp32_precision is not None)
         if is_prompt and self._is_compiled:
             return attend_prompt(self.query, self.key, self.value, self.params, self.centroids)
-        positions = self.query_positions, self.key_positions
-        return attend(
-            self.query, self.key, self.value, *positions, self.params, masked=masked, centroids=self.centroids
-        )
+        entries = self.key, self.value, self.query_positions, self.key_positions
+        return attend(self.query, *entries, self.params, masked=masked, window=self.window, centroids=self.centroids)
 
     def attend_and_observe(
         self, accumulators: Sequence[ScoreAccumulator], masked: bool, start: int = 0, prompt_tokens: int | None = None
@@ -101,7 +112,7 @@ class AttentionInputs:
 
     @property
     def _is_compiled(self) -> bool:
-        return not self.padded and can_attend_prompt(self.query, self.key)
+        return not self.padded and self.window is None and can_attend_prompt(self.query, self.key)
 
     def _attend_and_sum(
         self, accumulators: Sequence[ScoreAccumulator], start: int, prompt_tokens: int | None

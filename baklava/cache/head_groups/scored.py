@@ -124,6 +124,7 @@ class ScoredHeadGroup(HeadGroup):
         self._append(tokens)
         inputs = self._inputs(tokens, params)
         masked = tokens.num_tokens > 1 or tokens.padded
+        self._share(inputs, masked, stored=True)
         if self.eviction.query_sample.window == 0:
             output = inputs.attend(masked)
         else:
@@ -211,6 +212,7 @@ class ScoredHeadGroup(HeadGroup):
             tokens.query, key, value, tokens.positions, key_positions, params, tokens.padded, centroids=centroids
         )
         masked = bool(self.num_filled or tokens.padded)
+        self._share(inputs, masked, stored=self.num_filled > 0)
         sample, references = self._prompt_sample(), None
         output = inputs.attend_and_observe([ScoreAccumulator.of_prompt(self.eviction, scores, sample)], masked)
         if tokens.references is not None:

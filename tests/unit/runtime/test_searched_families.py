@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import pytest
@@ -100,6 +101,26 @@ def test_the_fast_score_is_that_of_the_cache_as_it_is_served(family: str, evicti
     assert fast.allocated_bytes <= plan.bytes_per_sequence
 
 
+@pytest.mark.parametrize("eviction", EVICTIONS[:2], ids=lambda eviction: eviction.name)
+def test_layers_that_share_quantized_keys_read_what_their_owner_reads(eviction: Eviction) -> None:
+    loaded, _ = model_pair("gemma4 shared")
+    plan = tight_plan(loaded, eviction, 8)
+    fast = score_plan(loaded, prefill_window(loaded, text(), [eviction]), plan)
+    nll, kl = slow_score(loaded, text(), plan)
+    assert fast.nll == pytest.approx(nll, abs=2e-3)
+    assert fast.kl == pytest.approx(kl, abs=2e-3)
+
+
+@torch.inference_mode()
+def test_a_shared_layer_that_nobody_reads_is_noticed() -> None:
+    loaded, _ = model_pair("gemma4 shared")
+    cache, _ = prefill(loaded, tight_plan(loaded, EVICTIONS[0]), random_ids(1, CONTEXT))
+    cache.check_integrity(CONTEXT)
+    cache.budgeted_layers[1].pending_shared = 1
+    with pytest.raises(RuntimeError, match="1 layers that share the keys of layer 2 have not read them"):
+        cache.check_integrity(CONTEXT)
+
+
 def ring_reference(plan: BudgetPlan) -> Callable[..., tuple[Tensor, None]]:
     """Return dense attention over a whole text, in which each head sees after the context what its ring would hold."""
 
@@ -109,7 +130,7 @@ def ring_reference(plan: BudgetPlan) -> Callable[..., tuple[Tensor, None]]:
         if softcap := options.get("softcap"):
             logits = torch.tanh(logits / softcap) * softcap
         logits = logits + mask
-        if budget := plan.layers[module.layer_idx]:
+        if budget := plan.layers[plan.geometry.kv_layer(module.layer_idx)]:
             capacity = torch.tensor(budget.tokens).repeat_interleave(group)[:, None, None]
             rows, entries = torch.arange(tokens)[:, None], torch.arange(tokens)
             sinks = plan.eviction.sinks
@@ -147,8 +168,8 @@ def test_the_bytes_of_a_full_cache_are_those_that_its_plan_promises(family: str)
     plan, geometry = tight_plan(loaded, EVICTIONS[0]), loaded.geometry
     cache, _ = prefill(loaded, plan, random_ids(1, CONTEXT))
     # Between two forwards transformers keeps a window without the token that the next one brings.
-    windows = sum(1 for window in geometry.windows if window)
-    assert cache.nbytes == plan.bytes_per_sequence - windows * geometry.kv_heads * 2 * geometry.head_dim * 4
+    next_tokens = sum(prod(geometry.head_shape(layer)) for layer, window in enumerate(geometry.windows) if window)
+    assert cache.nbytes == plan.bytes_per_sequence - next_tokens * 2 * 4
 
 
 @every_mixed_family
@@ -286,7 +307,7 @@ def test_every_allocation_finds_a_plan_in_the_profile_and_stays_within_its_bytes
         assert score_plan(loaded, prefilled, plan).allocated_bytes <= plan.bytes_per_sequence
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "qwen3_next", "lfm2"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4 shared", "gpt_oss", "qwen3_next", "lfm2"])
 def test_a_plan_that_covers_the_text_answers_as_the_full_cache_does(family: str) -> None:
     config, fields = FAMILIES[family]
     loaded = LoadedModel.of(tiny_model(config(**(SHAPE | fields | {"vocab_size": 128}))), byte_tokenizer())
