@@ -107,6 +107,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="most prompt tokens of a step that also decodes (default: %(default)s)",
     )
     add("--prefill-chunk", type=positive_int, metavar="TOKENS", help=PREFILL_CHUNK_HELP)
+    add(
+        "--prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let a prompt continue the cache of an earlier one that begins as it does; only plans that prefill in "
+        "chunks do (default: yes)",
+    )
     add("--replicas", type=positive_int, default=1, metavar="N", help="copies of the model (default: 1)")
     add(
         "--autoscale",
@@ -192,6 +199,7 @@ def _serve(options: argparse.Namespace) -> None:
         prefill_decode_ratio=options.prefill_decode_ratio,
         tpot_target=options.tpot_target,
         max_batched_tokens=options.max_batched_tokens,
+        prefix_caching=options.prefix_caching,
     )
     scaling = ScalingConfig(
         options.replicas, max_replicas, str(Path(options.logs).absolute()) if options.logs else None

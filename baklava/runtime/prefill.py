@@ -305,6 +305,10 @@ class ChunkedPrefill(PrefillTask):
         padding = _padding(self._attention_mask, chunk.start, chunk.stop)
         return self.process(_forward(self._loaded, self._ids[:, chunk], self._cache, **padding))
 
+    def copy_cache(self) -> BudgetedCache:
+        """Return a copy of the cache that has no room for more tokens than it has seen."""
+        return self._cache.copy(self._cache.get_seq_length())
+
     def _next(self) -> slice | None:
         start, total = self._num_processed, self._ids.shape[1]
         return slice(start, min(start + self._chunk_tokens, total)) if start < total else None

@@ -237,6 +237,7 @@ def _gauges(state: EngineState, plan: BudgetPlan) -> list[tuple[str, str, float]
         ("kv_allocated_bytes", "Bytes that KV caches have allocated.", state.allocated_bytes),
         ("kv_peak_bytes", "Most bytes allocated so far, at any moment of any step.", state.peak_bytes),
         ("kv_prefix_cache_bytes", "Bytes that pinned prefixes have allocated.", state.prefix_cache_bytes),
+        ("kv_cached_prompt_bytes", "Bytes of the caches of earlier prompts.", state.cached_prompt_bytes),
         ("kv_full_entries", "KV entries that running sequences would have without eviction.", state.full_entries),
         ("kv_cached_entries", "KV entries of running sequences, over all layers and heads.", state.cached_entries),
         ("draining", "1 while the replica rejects new requests because it shuts down.", state.draining),

@@ -21,7 +21,7 @@ from serve_app.api.middleware import (
     matches_any,
     request_log,
 )
-from serve_app.api.network import NO_KEYS, ApiKeys
+from serve_app.api.network import NO_KEYS, ApiKeys, key_digest
 from serve_app.api.status_page import PAGE_HEADERS, render_page
 from serve_app.engine.engine import Engine
 from serve_app.engine.types import DrainingError, EngineRequest, EngineState
@@ -94,6 +94,7 @@ class RequestHandlers:
                 logprobs=body.num_logprobs,
                 prompt_logprobs=body.num_logprobs if echo else None,
                 deadline=request_metrics.arrived + self.timeout_seconds,
+                cache_salt=key_digest(extract_api_key(request.scope) or "") + (body.cache_salt or ""),
             )
             for prompt in prompts
         ]

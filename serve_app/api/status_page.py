@@ -83,12 +83,16 @@ def _share(part: int, total: int) -> str:
 
 
 def _pool(state: dict[str, Any]) -> str:
-    """Return a bar of the pool: pinned prefixes, bytes allocated and bytes only reserved, with the numbers below."""
+    """Return a bar of the pool, with the numbers below.
+
+    It shows pinned prefixes, bytes allocated, bytes only reserved, and earlier prompts.
+    """
     pool_bytes = max(1, state["pool_bytes"])
     prefixes = state["prefix_cache_bytes"]
     reserved = max(0, state["reserved_bytes"] - prefixes)
-    allocated = max(0, min(state["allocated_bytes"], state["reserved_bytes"]) - prefixes)
-    segments = {"prefixes": prefixes, "allocated": allocated, "reserved": reserved - allocated}
+    earlier = state["cached_prompt_bytes"]
+    allocated = max(0, min(state["allocated_bytes"] - earlier, state["reserved_bytes"]) - prefixes)
+    segments = {"prefixes": prefixes, "allocated": allocated, "reserved": reserved - allocated, "earlier": earlier}
     start, bars = 0.0, []
     for name, amount in segments.items():
         width = 100 * amount / pool_bytes
@@ -102,6 +106,7 @@ def _pool(state: dict[str, Any]) -> str:
         "allocated": f"{format_bytes(allocated)} allocated (peak {format_bytes(state['peak_bytes'])})",
         "reserved": f"{format_bytes(reserved)} reserved",
         "prefixes": f"{format_bytes(prefixes)} pinned prefixes",
+        "earlier": f"{format_bytes(earlier)} earlier prompts, which make way",
         "free": f"pool of {format_bytes(pool_bytes)}, {state['reserved_bytes'] / pool_bytes:.1%} reserved",
     }
     keys = "".join(f"<span><i class={name}></i>{text}</span> " for name, text in legend.items())

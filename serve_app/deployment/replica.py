@@ -64,6 +64,7 @@ class ReplicaConfig:
     prefill_decode_ratio: float = DEFAULT_PREFILL_DECODE_RATIO
     tpot_target: float | None = None
     max_batched_tokens: int = DEFAULT_MAX_BATCHED_TOKENS
+    prefix_caching: bool = True
 
 
 class RayReplicaGroup:
@@ -158,7 +159,12 @@ def _start_engine(loaded: LoadedModel, config: ReplicaConfig, desired: DesiredSt
     """Return an engine under the active plan, and the state that this applies."""
     pool_bytes = config.pool.resolve(free_memory_bytes(loaded.device.type == "cuda"))
     limits = EngineConfig(
-        pool_bytes, config.max_waiting, config.max_batched_tokens, config.prefill_decode_ratio, config.tpot_target
+        pool_bytes,
+        config.max_waiting,
+        config.max_batched_tokens,
+        config.prefill_decode_ratio,
+        config.tpot_target,
+        config.prefix_caching,
     )
     if desired.version:
         try:

@@ -31,6 +31,7 @@ class EngineConfig:
         max_batched_tokens: prompt tokens of a step that also decodes.
         prefill_decode_ratio: time of a step's prompt tokens relative to its decode batch.
         tpot_target: seconds that a step which also decodes may take, instead of the ratio.
+        prefix_caching: whether prompts continue the caches of earlier ones, under plans that prefill in chunks.
     """
 
     pool_bytes: int
@@ -38,6 +39,7 @@ class EngineConfig:
     max_batched_tokens: int = DEFAULT_MAX_BATCHED_TOKENS
     prefill_decode_ratio: float = DEFAULT_PREFILL_DECODE_RATIO
     tpot_target: float | None = None
+    prefix_caching: bool = True
 
 
 class Engine:
@@ -52,7 +54,9 @@ class Engine:
     def __init__(self, loaded: LoadedModel, plan: BudgetPlan, config: EngineConfig) -> None:
         self.config = config
         chunk_size = ChunkSizePolicy(config.max_batched_tokens, config.prefill_decode_ratio, config.tpot_target)
-        self._scheduler = Scheduler(loaded, plan, config.pool_bytes, config.max_waiting, chunk_size)
+        self._scheduler = Scheduler(
+            loaded, plan, config.pool_bytes, config.max_waiting, chunk_size, prefix_caching=config.prefix_caching
+        )
         self._runner = ModelRunner(loaded)
         self._changed = threading.Condition()  # the lock of the scheduler and of the two flags
         self._draining = self._closed = False

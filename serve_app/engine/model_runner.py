@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.batched_forward import batched_forward
 from baklava.runtime.logprobs import PromptLogprobsTask
@@ -18,6 +19,7 @@ from baklava.runtime.prefill import (
     TokenChunk,
     make_prefill_task,
 )
+from serve_app.engine.automatic_prefix_cache import ChunkEnd
 from serve_app.engine.layerwise_forward import LayerwiseForward
 from serve_app.engine.prefix_cache import Prefix, PrefixCacheEntry
 from serve_app.engine.sampler import SamplingState
@@ -35,13 +37,25 @@ class PrefillJob:
         plan: bounds the request's caches.
         prefix: the pinned prefix that the prompt starts with.
         entry: the prefix cache entry of `prefix`, if there is one.
+        resumed: the cache of an earlier prompt that begins as this one does, and the end of what both share.
+        to_keep: the ends of chunks at which a copy of the cache is to be left in `kept`.
     """
 
     def __init__(
-        self, plan: BudgetPlan, request: Request, prefix: Prefix | None = None, entry: PrefixCacheEntry | None = None
+        self,
+        plan: BudgetPlan,
+        request: Request,
+        prefix: Prefix | None = None,
+        entry: PrefixCacheEntry | None = None,
+        resumed: tuple[ChunkEnd, BudgetedCache] | None = None,
+        to_keep: Sequences[ChunkEnd] = (),
     ) -> None:
         self.plan, self.request, self.prefix = plan, request, prefix
-        self.cached_tokens = len(prefix) if prefix and entry else 0
+        self.resumed_key = resumed[0].key if resumed else None
+        self.kept: list[tuple[bytes, BudgetedCache]] = []
+        self._resumed, self._to_keep = resumed, to_keep
+        self._first_token = resumed[0].num_tokens if resumed else 0
+        self.cached_tokens = len(prefix) if prefix and entry else self._first_token
         self.admitted_at = time.monotonic()
         self.new_entry: PrefixCacheEntry | None = None
         self._entry = entry
@@ -83,6 +97,7 @@ class PrefillJob:
 
     def _end_prefix(self, loaded: LoadedModel, result: PrefillResult | None) -> PrefillResult | None:
         """Go on with the rest of the prompt after its prefix, of which this is the result."""
+        self._keep_copy()
         if result is None or not self._fills_prefix_cache:
             return result
         assert self._task is not None
@@ -100,6 +115,10 @@ class PrefillJob:
         params, max_tokens = self.request.params, self.request.max_tokens
         if params.prompt_logprobs is not None:
             return PromptLogprobsTask(loaded, self.plan, params.prompt, max_tokens, params.prompt_logprobs)
+        if self._resumed is not None:
+            (end, earlier), self._resumed = self._resumed, None  # the prefix cache may drop it from now on
+            cache, rest = earlier.copy(max_tokens), params.prompt[end.num_tokens :]
+            return ChunkedPrefill(loaded, cache, None, rest, self._chunk_size)
         if self.prefix is None:
             return make_prefill_task(loaded, self.plan, params.prompt, max_tokens)
         if self._entry is None:
@@ -113,10 +132,21 @@ class PrefillJob:
         self._entry = None  # the prefix cache may drop it from now on
         return ChunkedPrefill(loaded, cache, entry.logits, rest)
 
+    def _keep_copy(self) -> None:
+        """Copy the cache if it is at the end of a chunk that is to be kept."""
+        if isinstance(self._task, ChunkedPrefill):
+            tokens = self._first_token + self._task.num_processed
+            self.kept += [(end.key, self._task.copy_cache()) for end in self._to_keep if end.num_tokens == tokens]
+
+    @property
+    def _chunk_size(self) -> int:
+        assert self.plan.prefill.chunk_size is not None
+        return self.plan.prefill.chunk_size
+
     @property
     def holds_entry(self) -> bool:
-        """Whether the prefix cache entry that it starts from is still to be copied."""
-        return self._entry is not None
+        """Whether the cache of a prefix or of an earlier prompt, from which it starts, is still to be copied."""
+        return self._entry is not None or self._resumed is not None
 
     @property
     def prompt_logprobs(self) -> tuple[Logprob | None, ...]:
@@ -128,7 +158,7 @@ class PrefillJob:
     @property
     def num_left(self) -> int:
         """Tokens of the prompt that are neither cached nor processed; below 1 if only other work is left."""
-        before = len(self.prefix) if self.prefix and (self.cached_tokens or self._prefix_tokens) else 0
+        before = len(self.prefix) if self.prefix and (self.cached_tokens or self._prefix_tokens) else self._first_token
         return len(self.request.params.prompt) - before - (self.num_processed - self._prefix_tokens)
 
     @property

@@ -18,14 +18,16 @@ hold the engine's lock, except for `measure`.
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
 
+from baklava.cache.budgeted_cache import BudgetedCache
 from baklava.cache.storage import allocated_bytes
 from baklava.errors import UserError
 from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
+from serve_app.engine.automatic_prefix_cache import AutomaticPrefixCache, ChunkEnd, chunk_ends
 from serve_app.engine.chunk_size import ChunkSizePolicy
 from serve_app.engine.memory import (
     ByteBudget,
@@ -79,19 +81,30 @@ class ScheduledStep:
 
 
 class Scheduler:
-    """Owns the queue, the running sequences, the byte budget, the prefix cache and the active plan.
+    """Owns the queue, the running sequences, the byte budget, the prefix caches and the active plan.
+
+    The caches of earlier prompts take bytes of the pool that no request needs, and make way for those that do.
 
     Raises:
         UserError: the plan was made for another model, or the pool does not hold one sequence.
     """
 
     def __init__(
-        self, loaded: LoadedModel, plan: BudgetPlan, pool_bytes: int, max_waiting: int, chunk_size: ChunkSizePolicy
+        self,
+        loaded: LoadedModel,
+        plan: BudgetPlan,
+        pool_bytes: int,
+        max_waiting: int,
+        chunk_size: ChunkSizePolicy,
+        *,
+        prefix_caching: bool = True,
     ) -> None:
         self._loaded, self._max_waiting, self._chunk_size = loaded, max_waiting, chunk_size
         self.budget = ByteBudget(pool_bytes)
         self._check_plan(plan, [])
         self.plan, self.prefix_cache = plan, PrefixCache(plan)
+        self.earlier_prompts = AutomaticPrefixCache() if prefix_caching else None
+        self._to_keep: set[bytes] = set()  # what is reserved for the copies that the prompt under way is to leave
         self.waiting: deque[Request] = deque()
         self.prefilling: PrefillJob | None = None
         self.running: list[Sequence] = []
@@ -147,10 +160,14 @@ class Scheduler:
         """Admit requests under this plan from now on, and prefill the pinned prefixes again. Raises UserError."""
         self._check_plan(plan, self.prefix_cache.pinned)
         self.plan = plan
-        dropped, job = self.prefix_cache.invalidate(plan), self.prefilling
-        if job is not None and job.holds_entry and job.prefix in dropped:
-            reserved = self.budget.reserved_by(job.request) + self.budget.reserved_by(job.prefix)
-            self.budget.release(job.prefix)
+        job = self.prefilling
+        dropped: list[Hashable] = [*self.prefix_cache.invalidate(plan)]
+        if self.earlier_prompts is not None:
+            dropped += self.earlier_prompts.clear()
+        source = job and (job.prefix or job.resumed_key)
+        if job is not None and job.holds_entry and source in dropped:
+            reserved = self.budget.reserved_by(job.request) + self.budget.reserved_by(source)
+            self.budget.release(source)
             self.budget.reserve(job.request, reserved)  # until its prompt is done
         self._release(dropped)
         for prefix in reversed(self.prefix_cache.pinned):
@@ -203,6 +220,7 @@ class Scheduler:
         if job.new_entry and job.prefix:
             self.prefix_cache.put(job.prefix, job.new_entry)
             job.new_entry = None
+        self._keep_copies(job)
         if started is None:
             return
         request, self.prefilling = job.request, None
@@ -220,6 +238,14 @@ class Scheduler:
         self._release_unused(request)
         for sequence, token in started:
             self._emit(sequence, token)
+
+    def _keep_copies(self, job: PrefillJob) -> None:
+        """Keep the copies that a prompt has left, unless another plan has become active."""
+        for key, cache in job.kept:
+            if self.earlier_prompts is not None and cache.plan is self.plan:
+                self.earlier_prompts.put(key, cache)
+                self._to_keep.discard(key)
+        job.kept.clear()
 
     def fail(self, request: Request, error: Exception) -> None:
         """Log an error, unless it is a rejection, and end the request with it if it has not ended yet."""
@@ -299,18 +325,66 @@ class Scheduler:
     def _reserve(self, request: Request) -> PrefillJob | None:
         """Reserve what a request needs; None if that must wait for running requests. Raises TooLargeError."""
         plan, required = self.plan, self._requirement(request)
-        if not self.budget.can_reserve(required.total_bytes):
+        ends = self._chunk_ends(request, required)
+        self._match(ends)  # so that room is made at the cost of others
+        if not self._make_room(required.total_bytes):
             if self.running:
                 return None
             plan, required = request.plan, memory_required(self._loaded, request.plan, request)
-        if not self.budget.can_reserve(required.total_bytes):
+        if not self._make_room(required.total_bytes):
             raise TooLargeError("The request needs more bytes of KV cache than there are.")
         prefix = required.prefix
         if required.prefix_bytes:
             self.budget.reserve(prefix, required.prefix_bytes)
         self.budget.reserve(request, required.cache_bytes + required.workspace_bytes)
         entry = None if prefix is None else self.prefix_cache.get(prefix)
-        return PrefillJob(plan, request, prefix, entry)
+        if plan is not self.plan:
+            return PrefillJob(plan, request, prefix, entry)
+        resumed = self._match(ends)
+        return PrefillJob(plan, request, prefix, entry, resumed, self._reserve_copies(ends, resumed and resumed[0].key))
+
+    def _chunk_ends(self, request: Request, required: MemoryRequirement) -> list[ChunkEnd]:
+        """Return the ends of chunks at which the prompt may continue another one, or be continued; none if it may not.
+
+        A pinned prefix is prefilled on its own, so the chunks after it are others.
+        """
+        chunk_size, params = self.plan.prefill.chunk_size, request.params
+        if self.earlier_prompts is None or chunk_size is None or required.prefix or request.is_internal:
+            return []
+        return [] if params.prompt_logprobs is not None else chunk_ends(params.prompt, chunk_size, params.cache_salt)
+
+    def _match(self, ends: Sequences[ChunkEnd]) -> tuple[ChunkEnd, BudgetedCache] | None:
+        return self.earlier_prompts.match(ends) if self.earlier_prompts else None
+
+    def _reserve_copies(self, ends: Sequences[ChunkEnd], source: bytes | None) -> list[ChunkEnd]:
+        """Reserve the copies that a prompt is to leave for later ones, as far as there is room; return their ends.
+
+        Args:
+            ends: The ends of its chunks.
+            source: The key of the cache that it continues, which must stay until it has been copied.
+        """
+        kept = []
+        for end in self.earlier_prompts.worth_keeping(ends) if self.earlier_prompts else ():
+            nbytes = self.plan.bytes_for(end.num_tokens)
+            if self._make_room(nbytes, source):
+                self.budget.reserve(end.key, nbytes)
+                self._to_keep.add(end.key)
+                kept.append(end)
+        return kept
+
+    def _make_room(self, nbytes: int, keep: bytes | None = None) -> bool:
+        """Return whether bytes can be reserved, if need be after the caches of earlier prompts have been dropped.
+
+        The least recently used go first. None goes if that would not suffice.
+        """
+        if self.budget.can_reserve(nbytes) or self.earlier_prompts is None:
+            return self.budget.can_reserve(nbytes)
+        can_free = sum(self.budget.reserved_by(key) for key in self.earlier_prompts.keys if key != keep)
+        if not self.budget.can_reserve(nbytes - can_free):
+            return False
+        while not self.budget.can_reserve(nbytes):
+            self.budget.release(self.earlier_prompts.evict(keep))
+        return True
 
     def _requirement(self, request: Request) -> MemoryRequirement:
         """Return what the first request in the queue needs; computed once per plan and state of the prefix cache."""
@@ -395,11 +469,12 @@ class Scheduler:
     def _release_unbuilt_prefixes(self) -> None:
         """Release what is reserved for prefix cache entries whose prefill did not come to its end."""
         if self.prefilling is None:
-            self._release(self.prefix_cache.pending)
+            self._release([*self.prefix_cache.pending, *self._to_keep])
+            self._to_keep.clear()
 
-    def _release(self, prefixes: Iterable[Prefix]) -> None:
-        for prefix in prefixes:
-            self.budget.release(prefix)
+    def _release(self, owners: Iterable[Hashable]) -> None:
+        for owner in owners:
+            self.budget.release(owner)
 
     # Numbers
 
@@ -418,19 +493,24 @@ class Scheduler:
 
     def _snapshot(self, measurement: Measurement) -> EngineState:
         geometry = self._loaded.geometry
-        prefix_cache_bytes = self.prefix_cache.nbytes
+        prefix_cache_bytes, cached_prompt_bytes, reserved = self.prefix_cache.nbytes, 0, self.budget.reserved_bytes
+        if self.earlier_prompts is not None:
+            cached_prompt_bytes = self.earlier_prompts.nbytes
+            reserved -= sum(self.budget.reserved_by(key) for key in self.earlier_prompts.keys)
         allocated = {sequence: measurement.allocated_bytes[sequence] for sequence in self.running}
-        total = sum(allocated.values()) + prefix_cache_bytes + (measurement.prefill_bytes if self.prefilling else 0)
+        total = sum(allocated.values()) + prefix_cache_bytes + cached_prompt_bytes
+        total += measurement.prefill_bytes if self.prefilling else 0
         self._peak_bytes = max(self._peak_bytes, measurement.peak_bytes, total)
         seen_tokens = sum(sequence.cache.get_seq_length() for sequence in allocated)
         return EngineState(
             running=self._num_running,
             waiting=self._num_waiting,
             pool_bytes=self.budget.total_bytes,
-            reserved_bytes=self.budget.reserved_bytes,
+            reserved_bytes=reserved,
             allocated_bytes=total,
             peak_bytes=self._peak_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
+            cached_prompt_bytes=cached_prompt_bytes,
             full_entries=geometry.kv_heads * len(geometry.full_attention_layers) * seen_tokens,
             cached_entries=sum(sequence.cache.num_entries for sequence in allocated),
             draining=False,

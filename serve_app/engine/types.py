@@ -22,6 +22,7 @@ class EngineRequest:
         prompt_logprobs: the same for prompt tokens. The prompt is then prefilled token by token as if it were decoded,
             so the budget applies to every token.
         deadline: time.monotonic() by which the request must have ended, its time in the queue included.
+        cache_salt: only prompts of the same salt share caches, so that the time to an answer tells nothing of others.
     """
 
     prompt: tuple[int, ...]
@@ -30,6 +31,7 @@ class EngineRequest:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     deadline: float = float("inf")
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,12 @@ class EngineState:
     Args:
         running: sequences that decode, plus the request being prefilled.
         waiting: requests in the queue.
-        reserved_bytes: bytes set aside for KV caches at admission.
+        reserved_bytes: bytes set aside at admission for the KV caches of requests, and for pinned prefixes.
         allocated_bytes: bytes that KV caches really allocate.
         peak_bytes: most bytes that were ever allocated, at any moment of any step.
-        prefix_cache_bytes: bytes of the prefix cache, part of `allocated_bytes`.
+        prefix_cache_bytes: bytes of pinned prefixes, part of `allocated_bytes`.
+        cached_prompt_bytes: bytes of the caches of earlier prompts, part of `allocated_bytes` but not of
+            `reserved_bytes`: they make way for requests.
         full_entries: KV entries of all running sequences over all (layer, KV head) if nothing had been evicted.
         cached_entries: KV entries that they have.
         plan: digest of the active plan.
@@ -155,6 +159,7 @@ class EngineState:
     allocated_bytes: int
     peak_bytes: int
     prefix_cache_bytes: int
+    cached_prompt_bytes: int
     full_entries: int
     cached_entries: int
     draining: bool

@@ -23,6 +23,9 @@ MAX_STOP_STRING_CHARACTERS = 1024
 MAX_STOP_CHARACTERS = 4096
 """Maximum characters of all strings in `stop` together: each token is compared with all of them."""
 
+MAX_CACHE_SALT_CHARACTERS = 1024
+"""Maximum characters of `cache_salt`, which keeps the caches of a client's prompts apart from those of others."""
+
 MAX_SEQUENCES = 128
 """Maximum choices of all prompts of a request together, and so of its prompts and of `n`, as with OpenAI."""
 
@@ -68,7 +71,6 @@ UNSUPPORTED_FIELDS: FieldTable = {
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "priority": (0,),
-    "cache_salt": (),
     "kv_transfer_params": (),
     "vllm_xargs": (),
 }
@@ -208,6 +210,7 @@ class GenerationRequest(RequestBody):
     ignore_eos: bool = False
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     return_tokens_as_token_ids: bool = False
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARACTERS)] | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 

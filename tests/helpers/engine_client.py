@@ -10,7 +10,7 @@ from baklava.plan.budget_plan import BudgetPlan
 from baklava.runtime.model_loader import LoadedModel
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.sampling_params import SamplingParams
-from serve_app.engine.types import EngineOutput, EngineRequest, PrefillDone, RequestHandle, TokenOutput
+from serve_app.engine.types import EngineOutput, EngineRequest, EngineState, PrefillDone, RequestHandle, TokenOutput
 
 TIMEOUT = 60.0
 
@@ -95,4 +95,8 @@ def until(true: Callable[[], Any]) -> None:
 def idle(engine: Engine) -> None:
     """Wait until the engine has nothing to do."""
     until(lambda: not (engine.state().running or engine.state().waiting or engine._scheduler.has_work))
-    until(lambda: engine.state().allocated_bytes == engine.state().prefix_cache_bytes)
+    until(lambda: _busy_bytes(engine.state()) == 0)
+
+
+def _busy_bytes(state: EngineState) -> int:
+    return state.allocated_bytes - state.prefix_cache_bytes - state.cached_prompt_bytes

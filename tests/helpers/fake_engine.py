@@ -14,6 +14,7 @@ STATE = EngineState(
     allocated_bytes=0,
     peak_bytes=0,
     prefix_cache_bytes=0,
+    cached_prompt_bytes=0,
     full_entries=0,
     cached_entries=0,
     draining=False,
