@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   baklava-benchmark search --quick --parts dispatch
   baklava-benchmark serve --json docs/benchmarks/serve.json --page docs/benchmarks/serving.md
   baklava-benchmark serve --quick --parts pool_capacity closed_loop
+  baklava-benchmark serve --parts prefix_caching --plan plans/demo-12.5.json
 
 Plots are written next to the JSON, under the same name."""
 
@@ -82,8 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--texts", default="botocore", metavar="NAME|FOLDER", help="source of the prompts (botocore)")
     _add_part_options(
         serve,
-        "pool_capacity, concurrent_sequences, engine_overhead, decode_alongside_prefill, pinned_prefix, closed_loop, "
-        "open_loop",
+        "pool_capacity, concurrent_sequences, engine_overhead, decode_alongside_prefill, pinned_prefix, "
+        "prefix_caching, closed_loop, open_loop",
     )
     return parser
 

@@ -139,6 +139,7 @@ METHODS: Mapping[str, StudyMethod] = {
         BASELINE,
         NamedMethod("duo_attention", "DuoAttention", "published"),
         *_combinations(ALLOCATIONS_16_BITS, "", "published"),
+        NamedMethod("adakv+kvzip", "AdaKV, KVzip's order", "published"),
         NamedMethod("uniform@4", "uniform, sinks + recent, 4 bits", "packed"),
         *_combinations(ALLOCATIONS_4_BITS, "@4", "packed"),
         NamedMethod("reconstruction_counts+kvzip@4", "reconstruction counts, KVzip's order, 4 bits", "packed"),

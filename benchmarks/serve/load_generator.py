@@ -119,7 +119,10 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 METRICS_POLL_SECONDS = 0.5
 
-_GAUGE = re.compile(r"^baklava:(num_requests_running|kv_(?:pool|reserved|allocated)_bytes)\{[^}]*\} (\S+)$", re.M)
+GAUGE = re.compile(
+    r"^baklava:(num_requests_running|kv_(?:pool|reserved|allocated|cached_prompt)_bytes)\{[^}]*\} (\S+)$", re.M
+)
+"""Names and values of gauges in the metrics of a server of ours with one replica."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ async def _poll_metrics(client: httpx.AsyncClient, peak_gauges: dict[str, float]
             return
         if response.status_code != 200:
             return
-        for name, value in _GAUGE.findall(response.text):
+        for name, value in GAUGE.findall(response.text):
             peak_gauges[name] = max(peak_gauges.get(name, 0.0), float(value))
         await asyncio.sleep(METRICS_POLL_SECONDS)
 

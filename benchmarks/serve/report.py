@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.markdown_page import markdown_table
+from benchmarks.serve.prefix_caching import WITH, WITHOUT
 from benchmarks.serve.servers import FULL, PEERS, PLAN, PLAN_STREAMS, TRANSFORMERS
 
 SECTION = "serve"
@@ -41,6 +42,8 @@ def format_tables(results: Results) -> str:
     if "pinned_prefix" in results:
         title = f"{config['concurrency']} clients with one pinned prefix, {lengths}"
         tables.append(_format_loads(results["pinned_prefix"], title))
+    if "prefix_caching" in results:
+        tables.append(_prefix_caching_table(results["prefix_caching"], config))
     if "closed_loop" in results:
         title = f"closed loop, {config['concurrency']} clients, {lengths}"
         tables.append(_format_loads(results["closed_loop"], title))
@@ -104,6 +107,30 @@ def _pinned_prefix_rows(loads: Results, config: Results) -> list[list[str]]:
     load = f"{config['concurrency']} clients with one pinned prefix of {config['prompt_tokens']:,} tokens"
     ratio = _rate_ratio(loads[PLAN], loads[FULL])
     return [[f"requests per second over those of our own full plan, {load}", ratio, "≥ 3 ×"]]
+
+
+def _prefix_caching_table(results: Results, config: Results) -> str:
+    """Return latencies and rates of the loads that share prefixes, and what a remembered prompt takes."""
+    rows = []
+    for kind, singular in (("documents", "question about a document"), ("chats", "turn of a chat")):
+        loads, plain = results[WITH][kind], results[WITHOUT][kind]
+        for part in ("first", "later"):
+            ours, theirs = loads[part], plain[part]
+            rows.append(
+                [
+                    f"{part} {singular}",
+                    f"{ours['requests']}, {ours['failed'] + theirs['failed']} failed",
+                    " / ".join(
+                        FAILED if _has_failed(load) else f"{load['ttft']['p50']:.2f} s" for load in (ours, theirs)
+                    ),
+                    _latency_ratio(ours, theirs, "ttft"),
+                    _rate_ratio(ours, theirs),
+                ]
+            )
+    share = results[WITH]["documents"]["cached_bytes_per_prompt"] / results["full_bytes_per_document"]
+    title = f"{config['clients']} clients, documents of {config['document_tokens']:,} tokens"
+    columns = [title, "requests", "median TTFT with / without", "TTFT", "requests/s"]
+    return markdown_table(columns, rows) + f"\n\nA remembered document takes {share:.3f} of its full cache in 16 bits."
 
 
 def _engine_overhead_rows(steps: Results, config: Results) -> list[list[str]]:

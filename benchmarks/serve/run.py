@@ -25,6 +25,7 @@ from benchmarks.serve.load_generator import (
     run_open_loop,
     summarize,
 )
+from benchmarks.serve.prefix_caching import measure_prefix_caching
 from benchmarks.serve.servers import (
     FULL,
     OURS,
@@ -43,10 +44,11 @@ PARTS = (
     "engine_overhead",
     "decode_alongside_prefill",
     "pinned_prefix",
+    "prefix_caching",
     "closed_loop",
     "open_loop",
 )
-"""The engine by itself (the first four), then servers over HTTP under three kinds of load."""
+"""The engine by itself (the first four), then servers over HTTP under four kinds of load."""
 
 TOKEN_TIMEOUT_SECONDS = 3600.0
 """How long a client waits for the next token."""
@@ -74,6 +76,8 @@ def run_benchmark(config: ServeBenchmarkConfig, parts: Sequence[str] = PARTS) ->
     results |= _measure_engine(loaded, plan, config, parts)
     if "pinned_prefix" in parts:
         results["pinned_prefix"] = _measure_pinned_prefix(_sampler(loaded, config), config)
+    if "prefix_caching" in parts:
+        results["prefix_caching"] = measure_prefix_caching(_sampler(loaded, config), plan, config)
     if {"closed_loop", "open_loop"} & set(parts):
         sampler = _sampler(loaded, config)
         prompts = [sampler.sample(config.prompt_tokens) for _ in range(config.closed_loop_requests)]

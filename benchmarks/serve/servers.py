@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,11 @@ class ServeBenchmarkConfig:
         prefill_chunk: tokens of a chunk of a prompt under the plan; as the plan says if None.
         openvino_kept_tokens: tokens of a sequence that OpenVINO GenAI's cache eviction keeps, in blocks of 32; 512 of
             4,096 + 64 are 12.3 %.
+        document_tokens: tokens of each document of the loads that share prefixes.
+        documents: documents, about each of which `questions` are asked.
+        chats: chats about documents of their own, of `turns` turns.
+        clients: clients of these loads.
+        answer_tokens: generated per question or turn.
     """
 
     model: str = "demo"
@@ -80,6 +85,13 @@ class ServeBenchmarkConfig:
     dtype: str | None = None
     prefill_chunk: int | None = None
     openvino_kept_tokens: int = 512
+    document_tokens: int = 3072
+    documents: int = 4
+    questions: int = 4
+    chats: int = 4
+    turns: int = 3
+    clients: int = 2
+    answer_tokens: int = 16
 
 
 def quick_config(
@@ -105,6 +117,12 @@ def quick_config(
         decode_steps=6,
         long_prompt_tokens=512,
         openvino_kept_tokens=128,
+        document_tokens=300,
+        documents=2,
+        questions=2,
+        chats=2,
+        turns=2,
+        answer_tokens=4,
     )
 
 
@@ -153,8 +171,10 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(name: str, config: ServeBenchmarkConfig, pinned_prefix: str = "") -> Iterator[RunningServer]:
-    """Run one of the servers until the block ends; only ours takes a `pinned_prefix`.
+def running_server(
+    name: str, config: ServeBenchmarkConfig, pinned_prefix: str = "", options: Sequence[str] = ()
+) -> Iterator[RunningServer]:
+    """Run one of the servers until the block ends; only ours takes a `pinned_prefix` and more `options`.
 
     Raises:
         UserError: the server is not installed or did not start; the message has the last lines of its log.
@@ -165,7 +185,7 @@ def running_server(name: str, config: ServeBenchmarkConfig, pinned_prefix: str =
     if name in (OPENVINO, OPENVINO_EVICTION):
         environment |= {"PYTHONPATH": str(ROOT)}  # its environment has no baklava
     with tempfile.TemporaryFile() as server_log, tempfile.TemporaryDirectory() as folder:
-        command = server_command(name, model, config, port)
+        command = [*server_command(name, model, config, port), *options]
         if pinned_prefix:
             prefix_file = Path(folder, "prefix.json")
             prefix_file.write_text(json.dumps({"text": pinned_prefix}))

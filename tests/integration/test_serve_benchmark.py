@@ -43,6 +43,7 @@ from benchmarks.serve.load_generator import (
     run_open_loop,
     summarize,
 )
+from benchmarks.serve.prefix_caching import WITH, WITHOUT
 from benchmarks.serve.report import format_tables, plot
 from benchmarks.serve.run import measure_closed_loops, run_benchmark
 from benchmarks.serve.servers import (
@@ -246,6 +247,8 @@ def example_results() -> dict[str, Any]:
             "prompt_token_range": (2048, 6144),
             "output_tokens": 64,
             "concurrency": 8,
+            "clients": 2,
+            "document_tokens": 3072,
         },
         "pool_capacity": [{"tokens": 1024, "full": 20, "plan": 90}, {"tokens": 4096, "full": 5, "plan": 60}],
         "concurrent_sequences": {PLAN: count | {"running": 60}, FULL: count | {"running": 5}},
@@ -261,6 +264,14 @@ def example_results() -> dict[str, Any]:
             }
         },
         "pinned_prefix": {PLAN: loads[PLAN], FULL: loads[FULL]},
+        "prefix_caching": {
+            name: {
+                kind: {"first": loads[PLAN], "later": loads[later], "cached_bytes_per_prompt": 2.0}
+                for kind in ("documents", "chats")
+            }
+            for name, later in ((WITH, PLAN_STREAMS), (WITHOUT, FULL))
+        }
+        | {"full_bytes_per_document": 16},
         "closed_loop": loads,
         "open_loop": rows,
     }
@@ -282,6 +293,8 @@ def test_the_tables_have_every_measurement_with_its_aim(tmp_path: Path) -> None:
     assert "| 0.25 × |  |" in text
     assert text.count("1 MiB") == 14
     assert "| transformers serve | 0.250 |" in text
+    assert "| later turn of a chat | 2, 0 failed | 1.00 s / 1.00 s | 1.00 × | 4.00 × |" in text
+    assert "takes 0.125 of its full cache" in text
     plot(results, tmp_path / "serve.svg")
     assert "<svg" in (tmp_path / "serve.svg").read_text()
     assert format_tables({"config": results["config"]}) == ""
