@@ -1,19 +1,22 @@
 """The KV cache that stays within a plan, for `model.generate(past_key_values=BudgetedCache(plan))`."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, SupportsIndex
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import override
 
 from baklava.cache import attention
 from baklava.cache.budgeted_layer import BudgetedLayer, Padding
+from baklava.cache.cache_file import read_tensors, write_tensors
 from baklava.cache.recording_layer import Recording
 from baklava.cache.score_predictor import ScorePredictor
-from baklava.cache.sliding_layer import SlidingLayer
+from baklava.cache.sliding_layer import LayerSnapshot, SlidingLayer
 from baklava.cache.state_layer import NoAttentionLayer, StatefulCache, new_states, unbudgeted_layer
 from baklava.errors import UserError
 from baklava.eviction import build_eviction
@@ -89,7 +92,74 @@ class BudgetedCache(StatefulCache):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Refuse to be pickled: each tensor would take the memory of all."""
-        raise UserError("a budgeted cache cannot be pickled or saved; keep the prompt and its plan, and prefill again")
+        raise UserError("a budgeted cache cannot be pickled; write it with its save(path) instead")
+
+    def save(self, path: Path | str) -> None:
+        """Write the cache into a safetensors file, from which `load` continues under the same plan.
+
+        Raises:
+            UserError: nothing has been cached yet, or the file cannot be written.
+        """
+        layers = {f"layers.{index}": layer.snapshot() for index, layer in enumerate(self.budgeted_layers)}
+        sliding = {
+            index: layer.snapshot() for index, layer in enumerate(self.layers) if isinstance(layer, SlidingLayer)
+        }
+        if not all(layers.values()):
+            raise UserError("the cache is empty, so there is nothing to save; prefill a prompt first")
+        layers |= {f"sliding.{index}": snapshot.tensors for index, snapshot in sliding.items()}
+        layers |= {f"states.{index}": state.snapshot().tensors for index, state in self.states.items()}
+        first = self.budgeted_layers[0]
+        metadata = {
+            "plan": self.plan.digest,
+            "model": self.plan.model.id,
+            "max_tokens": "" if self.max_tokens is None else str(self.max_tokens),
+            "num_tokens": str(self.get_seq_length()),
+            "batch": str(first.batch_size),
+            "dtype": str(first.dtype).removeprefix("torch."),
+        }
+        tensors = {f"{layer}.{name}": tensor for layer, named in layers.items() for name, tensor in named.items()}
+        write_tensors(Path(path), tensors, metadata)
+
+    @classmethod
+    def load(cls, path: Path | str, plan: BudgetPlan, device: torch.device | str = "cpu") -> "BudgetedCache":
+        """Return the cache that `save` has written; it continues as the saved one would have.
+
+        Args:
+            path: The file.
+            plan: The plan of the saved cache.
+            device: Where the model is.
+
+        Raises:
+            UserError: the file cannot be read, is damaged, or was saved under another plan.
+        """
+        tensors, metadata = read_tensors(Path(path))
+        if metadata["plan"] != plan.digest:
+            raise UserError(
+                f"{path} was saved under the plan {metadata['plan']} of {metadata['model']}, not under {plan.digest}; "
+                "give the plan that it was made with"
+            )
+        layers: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, index, rest = name.split(".", 2)
+            layers.setdefault(f"{kind}.{index}", {})[rest] = tensor.to(device)
+        cache = cls(plan, int(metadata["max_tokens"]) if metadata["max_tokens"] else None)
+        shape = int(metadata["batch"]), plan.geometry.kv_heads, 1, plan.geometry.head_dim
+        template = torch.empty(shape, dtype=getattr(torch, metadata["dtype"]), device=device)
+        try:
+            cache._restore(layers, template, int(metadata["num_tokens"]))
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path} does not fit its plan ({error}); prefill the prompt again") from None
+        return cache
+
+    def _restore(self, layers: Mapping[str, Mapping[str, Tensor]], template: Tensor, num_tokens: int) -> None:
+        """Let every layer continue from what was saved of it."""
+        for number, layer in enumerate(self.budgeted_layers):
+            layer.restore(layers[f"layers.{number}"], template)
+        for index, sliding in enumerate(self.layers):
+            if isinstance(sliding, SlidingLayer):
+                sliding.load(LayerSnapshot(dict(layers[f"sliding.{index}"]), num_tokens))
+        for index, state in self.states.items():
+            state.load(LayerSnapshot(dict(layers[f"states.{index}"])))
 
     @classmethod
     def from_recording(cls, plan: BudgetPlan, recording: Recording, max_tokens: int | None = None) -> "BudgetedCache":

@@ -1,7 +1,7 @@
 """A cache layer whose KV heads have budgets, and the left padding that all layers of a cache share."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -148,7 +148,7 @@ class BudgetedLayer(BudgetedLayerBase):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.groups = [head_group(budget, self.eviction, key_states, self.max_tokens) for budget in self.group_budgets]
         self._allocate(len(key_states), key_states.device)
-        self.is_initialized = True
+        self.dtype, self.is_initialized = key_states.dtype, True
 
     def _allocate(self, batch: int, device: torch.device) -> None:
         """Allocate all that this layer will ever have, at once."""
@@ -197,6 +197,40 @@ class BudgetedLayer(BudgetedLayerBase):
             slots = min(source.shape[2], target.shape[2])
             kept = source if rows is None else source.index_select(0, rows.to(source.device))
             target[:, :, :slots] = kept[:, :, :slots]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return all that the layer holds between two forwards, by name; the tensors are its own."""
+        if self.slab is None:
+            return {}
+        tensors = {f"slab {number}": tensor for number, tensor in enumerate(self.slab.tensors)}
+        tensors["counters"] = torch.tensor([group.counters for group in self.groups])
+        tensors["num_tokens"] = torch.tensor(self.cumulative_length)
+        return tensors if self.pad_lengths is None else tensors | {"pad_lengths": self.pad_lengths}
+
+    def restore(self, tensors: Mapping[str, Tensor], template: KVStates) -> None:
+        """Go on from a snapshot of a layer with the same budget and `max_tokens`, with tensors of its own.
+
+        Args:
+            tensors: The snapshot.
+            template: A key or value as the model makes them, of which the batch, the dtype and the device count.
+
+        Raises:
+            ValueError: the tensors are not those of such a layer.
+        """
+        if not tensors:
+            return
+        self.lazy_initialization(template, template)
+        assert self.slab is not None
+        for number, own in enumerate(self.slab.tensors):
+            saved = tensors[f"slab {number}"]
+            if (saved.shape, saved.dtype) != (own.shape, own.dtype):
+                raise ValueError(f"slab {number} is {tuple(saved.shape)} of {saved.dtype}")
+            own.copy_(saved)
+        self.cumulative_length = int(tensors["num_tokens"])
+        pad_lengths = tensors.get("pad_lengths")
+        self.pad_lengths = None if pad_lengths is None else pad_lengths.to(template.device)
+        for group, counters in zip(self.groups, tensors["counters"].tolist(), strict=True):
+            group.restore(counters, self.pad_lengths)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Attach this layer to the new keys; `attend` stores them."""

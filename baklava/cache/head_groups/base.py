@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -182,6 +182,22 @@ class HeadGroup(ABC):
     @num_filled.setter
     def num_filled(self, entries: int) -> None:
         self._count(columns.FILLED, entries)
+
+    @property
+    def counters(self) -> list[int]:
+        """What it has counted, in the order of the table's columns."""
+        counters: list[int] = self.rows[0, self.budget.heads[0], columns.COUNTERS].tolist()
+        return counters
+
+    def restore(self, counters: Sequence[int], pad_lengths: Int[Tensor, " batch"] | None) -> None:
+        """Go on from tensors that hold what a group of the same budget held when it had counted this.
+
+        Args:
+            counters: As the property returned them.
+            pad_lengths: Padding tokens of each row, if some row has any.
+        """
+        for column, number in enumerate(counters):
+            self._count(column, int(number))
 
     def _counter(self, column: int) -> int:
         return int(self.rows[0, self.budget.heads[0], column])

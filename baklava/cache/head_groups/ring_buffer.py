@@ -1,6 +1,6 @@
 """Sinks and the most recent tokens, in a ring buffer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Int
@@ -146,6 +146,11 @@ class RingBufferHeadGroup(HeadGroup):
     def _slots(self, positions: Int[Tensor, "#batch tokens"]) -> Int[Tensor, "#batch tokens"]:
         around = self.window.sinks + (positions - self.window.sinks) % self.window.length
         return torch.where(positions < self.window.sinks, positions, around)
+
+    @override
+    def restore(self, counters: Sequence[int], pad_lengths: Int[Tensor, " batch"] | None) -> None:
+        super().restore(counters, pad_lengths)
+        self.pad_lengths = None if pad_lengths is None else pad_lengths[:, None]
 
     @override
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
