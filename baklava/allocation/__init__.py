@@ -137,8 +137,8 @@ def allocate(
         provenance: recorded in the plan; the profile's digest by default.
 
     Raises:
-        UserError: the budget is not in (0, 1], or leaves less than sinks + one eviction interval per head, or the
-            profile has no predictors and the eviction method needs them.
+        UserError: the budget is not in (0, 1], or leaves less than the minimum capacity of a head, or the profile has
+            no predictors and the eviction method needs them.
     """
     if eviction.predicted_share and profile.score_predictors is None:
         raise missing_profile_error(profile, "score predictors")
@@ -200,12 +200,15 @@ def budget_limits(
     entries_per_head = limits.total_entries // limits.num_heads
     if entries_per_head < min_tokens:
         centroids = f" and {eviction.centroids} centroids" if eviction.centroids else ""
+        reason = f"an eviction every {eviction.eviction_interval} tokens"
         knobs = {"the eviction interval": eviction.eviction_interval > 1, "the centroids": eviction.centroids}
+        if eviction.residual_length > eviction.eviction_interval:
+            reason = f"a residual of {eviction.residual_length}"
+            knobs = {"the residual_length": True, "the centroids": eviction.centroids}
         lower = [knob for knob, is_above_least in knobs.items() if is_above_least]
         raise UserError(
             f"budget {budget:g} leaves {entries_per_head} entries per head{centroids}, but {eviction.sinks} "
-            f"sinks and an eviction every {eviction.eviction_interval} tokens need {min_tokens}; {raise_it}"
-            + (f", or lower {' or '.join(lower)}" if lower else "")
+            f"sinks and {reason} need {min_tokens}; {raise_it}" + (f", or lower {' or '.join(lower)}" if lower else "")
         )
     return limits
 

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from baklava.cache.attention import KVStates
 from baklava.cache.rotary_shift import RotaryShift
+from baklava.errors import UserError
 from baklava.eviction import KVzip
+
+MAX_FEATURES = 4096
+"""Most features of a layer; the squares of more would take gigabytes in all layers of a model."""
+
+BLOCK_TOKENS = 1024
+"""Tokens whose features are in memory at a time."""
 
 RIDGE = 0.01
 """Ridge of the fit, as a share of the variance of the features."""
@@ -37,6 +44,7 @@ class ScorePredictor:
 
     @classmethod
     @lru_cache(maxsize=1024)
+    @torch.inference_mode(mode=False)  # what the first caller runs in, others may not
     def decode(cls, heads: tuple[str, ...]) -> "ScorePredictor":
         """Return the predictor of a layer as a plan has it: per head, float16 numbers in hexadecimal digits."""
         rows = np.stack([np.frombuffer(bytes.fromhex(head), "<f2") for head in heads])
@@ -48,8 +56,21 @@ class ScorePredictor:
         return tuple(head.numpy().astype("<f2").tobytes().hex() for head in scaled.cpu())
 
     def predict(self, key: KVStates, value: KVStates, rotary: RotaryShift) -> Float[Tensor, "batch heads tokens"]:
-        """Return a number for each entry of all KV heads, which is higher if it would get more attention."""
-        features = entry_features(key, value, rotary)
+        """Return a number for each entry of all KV heads, which is higher if it would get more attention.
+
+        Raises:
+            UserError: the predictor was fitted to other features.
+        """
+        with torch.no_grad(), torch.autocast(key.device.type, enabled=False):
+            blocks = zip(key.split(BLOCK_TOKENS, 2), value.split(BLOCK_TOKENS, 2), strict=True)
+            return torch.cat([self._predict(entry_features(*block, rotary)) for block in blocks], 2)
+
+    def _predict(self, features: Float[Tensor, "batch tokens features"]) -> Float[Tensor, "batch heads tokens"]:
+        if features.shape[2] != self.weights.shape[1]:
+            raise UserError(
+                f"score predictors of {self.weights.shape[1]} weights for entries of {features.shape[2]} features; "
+                "give the unchanged plan.json of a search"
+            )
         return (features @ self.weights.to(features.device).T).transpose(1, 2)
 
 
@@ -74,7 +95,9 @@ def mix_orders(
         share: Weight of the predicted ranks.
         is_real: Which tokens are not padding.
     """
-    matched, repeated = (each.argsort(dim=2, stable=True).argsort(dim=2).float() for each in (scores, predicted))
+    # Padding takes no rank among the tokens, so that a row's order does not depend on its neighbours.
+    both = (each.masked_fill(~is_real, -torch.inf) for each in (scores, predicted))
+    matched, repeated = (each.argsort(dim=2, stable=True).argsort(dim=2).float() for each in both)
     ranks = (1 - share) * matched + share * repeated
     return KVzip.reorder(scores, ranks.masked_fill(~is_real, -1))
 
@@ -88,8 +111,9 @@ class PredictorFit:
 
     def add(self, features: Float[Tensor, "entries features"], scores: Float[Tensor, "heads entries"]) -> None:
         """Add the entries of one prompt, with the largest attention that each got from the repetition."""
-        features = features.double()
-        targets = scores.double().clamp(min=MIN_SCORE).log().T
+        # Not every device has 64 bits.
+        features, scores = (each.cpu() if each.device.type == "mps" else each for each in (features, scores))
+        features, targets = features.double(), scores.double().clamp(min=MIN_SCORE).log().T
         sums = [features.sum(0), targets.sum(0), features.T @ features, features.T @ targets]
         self._sums = [before + new for before, new in zip(self._sums, sums, strict=True)] if self._sums else sums
         self.num_entries += len(features)

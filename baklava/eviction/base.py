@@ -122,12 +122,14 @@ class Eviction(ABC):
 
     def __post_init__(self) -> None:
         is_odd = self.pooling > 0 and self.pooling % 2 == 1
-        in_range = min(self.sinks, self.centroids) >= 0 and self.eviction_interval >= 1 and 0 <= self.recent_ratio <= 1
+        counts = self.sinks, self.centroids, self.residual_length
+        in_range = min(counts) >= 0 and self.eviction_interval >= 1 and 0 <= self.recent_ratio <= 1
         if not (in_range and is_odd):
             raise UserError(
                 f"{self.name} with sinks {self.sinks}, recent_ratio {self.recent_ratio}, eviction_interval "
-                f"{self.eviction_interval}, pooling {self.pooling}, centroids {self.centroids}: sinks and centroids "
-                "must be at least 0, recent_ratio between 0 and 1, eviction_interval at least 1, pooling odd"
+                f"{self.eviction_interval}, pooling {self.pooling}, centroids {self.centroids}, residual_length "
+                f"{self.residual_length}: sinks, centroids and residual_length must be at least 0, recent_ratio "
+                "between 0 and 1, eviction_interval at least 1, pooling odd"
             )
         if self.fit_references < 0 or not 0 < self.fit_ridge < float("inf"):
             raise UserError(

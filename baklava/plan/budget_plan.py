@@ -63,6 +63,10 @@ class LayerBudget(FrozenModel):
         return self
 
 
+FINITE_FLOAT16 = re.compile("([0-9a-f]{2}(?![7f][c-f])[0-9a-f]{2})+")
+"""Little-endian float16 numbers, none of which is infinite or no number: then all bits of the exponent are set."""
+
+
 class EvictionConfig(FrozenModel):
     """Which entries of a head stay.
 
@@ -390,10 +394,10 @@ def _check_score_predictors(plan: BudgetPlan) -> None:
     kv_heads = plan.geometry.kv_heads
     for index, heads in _rows_of_heads(plan, "score_predictors", plan.score_predictors):
         is_equal = len(heads) == kv_heads and len({len(head) for head in heads}) == 1
-        if not is_equal or any(re.fullmatch("([0-9a-f]{4})+", head) is None for head in heads):
+        if not is_equal or any(FINITE_FLOAT16.fullmatch(head) is None for head in heads):
             raise ValueError(
-                f"layer {index}: score_predictors must have the same number of hexadecimal digits, four a weight, for "
-                f"each of {kv_heads} KV heads"
+                f"layer {index}: score_predictors must have the same number of hexadecimal digits, four a weight and "
+                f"each weight finite, for each of {kv_heads} KV heads"
             )
 
 
@@ -405,5 +409,8 @@ def _rows_of_heads(
         return
     if len(rows) != plan.geometry.layers:
         raise ValueError(f"{name} of {len(rows)} layers for a model of {plan.geometry.layers}")
-    for index in plan.geometry.full_attention_layers:
+    budgeted = plan.geometry.full_attention_layers
+    if other := [index for index, row in enumerate(rows) if row is not None and index not in budgeted]:
+        raise ValueError(f"{name} of layer {other[0]}, which has no budget")
+    for index in budgeted:
         yield index, rows[index] or ()

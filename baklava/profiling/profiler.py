@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from baklava import console
-from baklava.cache.score_predictor import PredictorFit, entry_features
+from baklava.cache.score_predictor import MAX_FEATURES, PredictorFit, entry_features
 from baklava.cache.storage.fake_quantize import is_packable
 from baklava.data.windows import Window
 from baklava.errors import UserError
@@ -131,7 +131,8 @@ def measure_profile(loaded: LoadedModel, windows: Sequence[Window]) -> Profile:
     names: tuple[RankingName, ...] = get_args(RankingName) if repeatable else ("heavy_hitter",)
     importance = CosineImportance(loaded)
     measured: list[WindowMeasurements] = []
-    can_predict = repeatable and loaded.moves_queries
+    has_few_features = geometry.kv_heads * (2 * geometry.head_dim + 1) <= MAX_FEATURES
+    can_predict = repeatable and loaded.moves_queries and has_few_features
     fits = [PredictorFit() for _ in geometry.full_attention_layers] if can_predict else []
     with console.progress_bar(len(windows), "profiling", "window") as progress:
         for number, window in enumerate(windows):

@@ -261,7 +261,7 @@ def _observe(
         own = own_output[:, :, :, :count], own_log_sum[:, :, :, :count]
         new = entries.positions[:, :1, entries.key.shape[2] - num_new :].flatten(1)
         observed = _Observed(queries.shifted[:, :, :, :count], *own, entries, new[:, list(sample.tokens)], params)
-        is_known = all(isinstance(method, AttentionMatching) for method, _ in methods) and not entries.padded
+        is_known = all(type(method).score is AttentionMatching.score for method, _ in methods) and not entries.padded
         is_float32 = entries.value.dtype == torch.float32  # autocast gives values 16 bits
         is_compiled = is_known and is_float32 and can_attend_prompt(queries.shifted, entries.key)
         answer = observed.answer_compiled if is_compiled else observed.answer

@@ -96,6 +96,8 @@ def test_a_budget_that_the_windows_alone_exceed_is_refused_with_the_smallest_tha
     assert "lower" not in str(refused.value)  # no interval could be lower
     with pytest.raises(UserError, match="or lower the eviction interval or the centroids"):
         budget_limits(geometry, smallest, 500, HeavyHitter(eviction_interval=8, centroids=2).config)
+    with pytest.raises(UserError, match=r"a residual of 80 need .* or lower the residual_length$"):
+        budget_limits(geometry, smallest, 500, HeavyHitter(eviction_interval=8, residual_length=80).config)
     with pytest.raises(UserError, match="no budget suffices for 5 tokens"):
         budget_limits(geometry, 1.0, 5, eviction)
 

@@ -61,6 +61,29 @@ def test_the_share_decides_between_both_orders_and_scores_stay_the_same_numbers(
         assert torch.equal(ordered[:, :, 3:].argsort(2), same[:, :, 3:].argsort(2))
 
 
+def test_padding_changes_the_order_of_no_row() -> None:
+    scores, predicted = torch.rand(1, 2, 40), torch.randn(1, 2, 40)
+    pads = torch.full((1, 2, 60), 0.0)
+    padded = [torch.cat([pads, each], 2) for each in (scores, predicted)]
+    alone = mix_orders(scores, predicted, 0.5, torch.ones(1, 1, 40, dtype=torch.bool))
+    beside = mix_orders(*padded, 0.5, torch.arange(100)[None, None] >= 60)
+    assert torch.equal(alone.argsort(2), beside[:, :, 60:].argsort(2))
+
+
+def test_a_decoded_predictor_may_be_used_with_gradients_and_under_autocast() -> None:
+    weights = torch.randn(2, entry_features(states(1, 0), states(1, 0), FULL).shape[2])
+    encoded = ScorePredictor(weights).encode()
+    with torch.inference_mode():
+        ScorePredictor.decode(encoded)  # it is kept for others
+    key = states(9, 0).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        predicted = ScorePredictor.decode(encoded).predict(key, states(9, 1), FULL)
+    assert predicted.dtype == torch.float32
+    assert not predicted.requires_grad
+    with pytest.raises(UserError, match="weights for entries of"):
+        ScorePredictor(weights[:, 1:]).predict(key, states(9, 1), FULL)
+
+
 @torch.inference_mode()
 def test_a_share_changes_what_is_kept_and_needs_no_recording_of_its_own(tiny: Callable[..., LoadedModel]) -> None:
     loaded, shared = tiny(), {"sinks": 2, "eviction_interval": 4, "references": 16, "distance": 3}
@@ -80,6 +103,8 @@ def test_a_plan_without_what_its_method_needs_is_refused(tiny: Callable[..., Loa
         plan.score_predictors[:1],
         (("00",), plan.score_predictors[1]),
         (plan.score_predictors[0], ("zz" * 2,) * 2),
+        (plan.score_predictors[0], ("003c" + "007e",) * 2),  # 1, NaN
+        (plan.score_predictors[0], ("00fc",) * 2),  # minus infinity
     ):
         with pytest.raises(ValueError, match="score_predictors"):
             BudgetPlan.model_validate({**plan.model_dump(), "score_predictors": broken})

@@ -191,6 +191,8 @@ def test_unknown_methods_and_parameters_are_one_sentence() -> None:
         HeavyHitter(distance=-1, reduction="mean", power=1)
     with pytest.raises(UserError, match="pooling odd"):
         SnapKV(pooling=4)
+    with pytest.raises(UserError, match="residual_length must be at least 0"):
+        HeavyHitter(residual_length=-5)
     with pytest.raises(UserError, match="set sinks only"):
         StreamingLLM(eviction_interval=8)
     with pytest.raises(UserError, match="window must be at least 2"):
