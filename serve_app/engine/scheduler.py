@@ -110,6 +110,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.stats = EngineStats()
         self._peak_bytes = 0
+        self._head_ends: tuple[Request, int, list[ChunkEnd]] | None = None
         self._head_requirement: tuple[Request, BudgetPlan, int, MemoryRequirement] | None = None
         self._outputs: list[tuple[Request, EngineOutput]] = []
         self._state = self._snapshot(Measurement({}, 0, 0))
@@ -351,7 +352,11 @@ class Scheduler:
         chunk_size, params = self.plan.prefill.chunk_size, request.params
         if self.earlier_prompts is None or chunk_size is None or required.prefix or request.is_internal:
             return []
-        return [] if params.prompt_logprobs is not None else chunk_ends(params.prompt, chunk_size, params.cache_salt)
+        if params.prompt_logprobs is not None:
+            return []
+        if self._head_ends is None or self._head_ends[:2] != (request, chunk_size):
+            self._head_ends = request, chunk_size, chunk_ends(params.prompt, chunk_size, params.cache_salt)
+        return self._head_ends[2]
 
     def _match(self, ends: Sequences[ChunkEnd]) -> tuple[ChunkEnd, BudgetedCache] | None:
         return self.earlier_prompts.match(ends) if self.earlier_prompts else None
@@ -496,7 +501,7 @@ class Scheduler:
         prefix_cache_bytes, cached_prompt_bytes, reserved = self.prefix_cache.nbytes, 0, self.budget.reserved_bytes
         if self.earlier_prompts is not None:
             cached_prompt_bytes = self.earlier_prompts.nbytes
-            reserved -= sum(self.budget.reserved_by(key) for key in self.earlier_prompts.keys)
+            reserved -= sum(self.budget.reserved_by(key) for key in (*self.earlier_prompts.keys, *self._to_keep))
         allocated = {sequence: measurement.allocated_bytes[sequence] for sequence in self.running}
         total = sum(allocated.values()) + prefix_cache_bytes + cached_prompt_bytes
         total += measurement.prefill_bytes if self.prefilling else 0
